@@ -1,0 +1,52 @@
+"""Checksums: xxh3-64 over what is stored, sha256 over files and over decoded tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import xxhash
+
+_READ_BYTES = 1 << 20
+
+
+def xxh3(data: Any) -> int:
+    """Returns the unseeded xxh3-64 of a bytes-like object as an unsigned integer."""
+    return int(xxhash.xxh3_64_intdigest(data))
+
+
+def xxh3_hex(data: Any) -> str:
+    """Returns the unseeded xxh3-64 of a bytes-like object as 16 lower-case hex digits, most significant first."""
+    return f"{xxh3(data):016x}"
+
+
+def sha256_hex(data: Any) -> str:
+    """Returns the sha256 of a bytes-like object as 64 lower-case hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_descriptor(descriptor: int, progress: Callable[[int], None] | None = None) -> tuple[str, int]:
+    """Reads an open file from its start to its end.
+
+    Args:
+        descriptor: file descriptor of a regular file; its position does not matter and is not changed.
+        progress: called with the number of bytes after each block read.
+
+    Returns:
+        The sha256 as hex digits, and the number of bytes read.
+
+    Raises:
+        OSError: reading failed.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(_READ_BYTES)
+    view = memoryview(buffer)
+    offset = 0
+    while count := os.preadv(descriptor, [view], offset):
+        digest.update(view[:count])
+        offset += count
+        if progress is not None:
+            progress(count)
+    return digest.hexdigest(), offset

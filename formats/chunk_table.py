@@ -1,0 +1,124 @@
+"""The chunk table `X_chunks`: how each tile and plane of a tensor is stored (SPEC.md 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats import limits
+from codecllm.formats.codecs import CODEC_NAMES
+from codecllm.formats.errors import LayoutError, LimitError, NotAContainerError, SchemaError, UnsupportedVersionError
+from codecllm.formats.tiling import Grid
+
+MAGIC = b"CLCT"
+TABLE_VERSION = 1
+
+HEADER = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "u1"),
+        ("planes", "u1"),
+        ("reserved", "<u2"),
+        ("rows", "<u8"),
+        ("cols", "<u8"),
+        ("tile_rows", "<u4"),
+        ("tile_cols", "<u4"),
+    ]
+)
+RECORD = np.dtype([("stored_bytes", "<u4"), ("codec", "u1"), ("reserved", "u1", (3,)), ("xxh3", "<u8")])
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTable:
+    """A validated chunk table.
+
+    Attributes:
+        grid: the tiles.
+        planes: planes per tile.
+        records: RECORD [len(grid) * planes]; chunk `tile * planes + plane`.
+        offsets: int64 [len(records) + 1]: where each chunk's slot begins in the payload; the last is the payload's size.
+    """
+
+    grid: Grid
+    planes: int
+    records: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    def raw_bytes(self, chunk: int) -> int:
+        """Size of the chunk's decoded plane: one byte per symbol."""
+        return self.grid.tile(chunk // self.planes).symbols
+
+
+def slot_bytes(stored_bytes: int) -> int:
+    """Returns the size of a chunk's slot: its stored bytes, padded with zero bytes to a multiple of 16."""
+    return -(-stored_bytes // limits.SLOT_ALIGNMENT) * limits.SLOT_ALIGNMENT
+
+
+def pack_chunk_table(grid: Grid, planes: int, records: NDArray[Any]) -> bytes:
+    """Builds the bytes of a table.
+
+    Args:
+        grid: the tiles.
+        planes: planes per tile, 1 to 8.
+        records: RECORD [len(grid) * planes], reserved bytes 0.
+    """
+    header = np.zeros((), HEADER)
+    header["magic"], header["version"], header["planes"] = MAGIC, TABLE_VERSION, planes
+    header["rows"], header["cols"] = grid.rows, grid.cols
+    header["tile_rows"], header["tile_cols"] = grid.tile_rows, grid.tile_cols
+    return header.tobytes() + records.astype(RECORD, copy=False).tobytes()
+
+
+def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str) -> ChunkTable:
+    """Validates a table against the size of the payload that it describes.
+
+    Raises:
+        NotAContainerError: wrong magic.
+        UnsupportedVersionError: a table version or codec that this reader does not know.
+        SchemaError: reserved bytes are not zero.
+        LimitError: a chunk, or the number of planes, passes its limit.
+        LayoutError: the number of records, their sizes and the payload's size disagree.
+    """
+    where = {"file": file, "tensor": tensor}
+    if len(data) < HEADER.itemsize:
+        raise LayoutError("chunk table is shorter than its header", got=len(data), expected=HEADER.itemsize, **where)
+    header = np.frombuffer(data, HEADER, count=1)[0]
+    if bytes(header["magic"]) != MAGIC:
+        raise NotAContainerError("chunk table has a wrong magic", got=ascii(bytes(data[:4])), **where)
+    if header["version"] != TABLE_VERSION:
+        raise UnsupportedVersionError("chunk table version", got=int(header["version"]), expected=TABLE_VERSION, **where)
+    planes = int(header["planes"])
+    if header["reserved"] != 0:
+        raise SchemaError("reserved bytes of the chunk table are not zero", **where)
+    if not 1 <= planes <= limits.PLANES:
+        raise LimitError("planes per tile", got=planes, expected=f"1 to {limits.PLANES}", **where)
+    grid = Grid(*(int(header[name]) for name in ("rows", "cols", "tile_rows", "tile_cols")))
+    if min(grid.tile_rows, max(grid.rows, 1)) * min(grid.tile_cols, max(grid.cols, 1)) > limits.CHUNK_RAW_BYTES:
+        raise LimitError("chunk is too large", got=f"{grid.tile_rows} x {grid.tile_cols}", **where)
+    expected = HEADER.itemsize + len(grid) * planes * RECORD.itemsize
+    if len(data) != expected:
+        raise LayoutError("chunk table has a wrong size", got=len(data), expected=expected, **where)
+    records = np.frombuffer(data, RECORD, offset=HEADER.itemsize)
+    _check_records(records, grid, planes, where)
+    slots = -(-records["stored_bytes"].astype(np.int64) // limits.SLOT_ALIGNMENT) * limits.SLOT_ALIGNMENT
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(slots)])
+    if int(offsets[-1]) != payload_bytes:
+        raise LayoutError("chunks do not add up to the payload", got=int(offsets[-1]), expected=payload_bytes, **where)
+    return ChunkTable(grid, planes, records, offsets)
+
+
+def _check_records(records: NDArray[Any], grid: Grid, planes: int, where: dict[str, Any]) -> None:
+    if records["reserved"].any():
+        chunk = int(records["reserved"].any(axis=1).argmax())
+        raise SchemaError("reserved bytes of the chunk record are not zero", chunk=chunk, **where)
+    unknown = ~np.isin(records["codec"], list(CODEC_NAMES))
+    if unknown.any():
+        chunk = int(unknown.argmax())
+        raise UnsupportedVersionError("unknown codec id", chunk=chunk, got=int(records["codec"][chunk]), **where)
+    for chunk, (stored, codec) in enumerate(zip(records["stored_bytes"].tolist(), records["codec"].tolist(), strict=True)):
+        raw = grid.tile(chunk // planes).symbols
+        if (codec == 0 and stored != raw) or not 0 < stored <= limits.max_stored_bytes(raw):
+            raise LayoutError("stored_bytes does not fit the chunk", chunk=chunk, got=stored, expected=raw, **where)

@@ -1,0 +1,372 @@
+"""An opened container: manifest, shards and tensors, each checked before anything of it is used."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats import limits
+from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3, xxh3_hex
+from codecllm.formats.chunk_table import ChunkTable, parse_chunk_table
+from codecllm.formats.codecs import CODECS
+from codecllm.formats.errors import (
+    ChecksumError,
+    DecodeError,
+    LayoutError,
+    LimitError,
+    NotAContainerError,
+    SchemaError,
+    TruncatedError,
+)
+from codecllm.formats.files import SafeFile, refuse_foreign
+from codecllm.formats.manifest import (
+    MANIFEST_NAME,
+    AliasTensor,
+    CodedTensor,
+    FileRecord,
+    Int8Tensor,
+    Manifest,
+    RawTensor,
+    parse_manifest,
+)
+from codecllm.formats.safetensors_header import ShardHeader, read_header
+from codecllm.formats.schemes.int8 import check_codes, check_scales
+from codecllm.formats.tiling import Grid, channel_matrix, last_axis_matrix
+
+SIDE_SUFFIXES = {"shape": "_shape", "chunks": "_chunks", "scale": "_scale"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlainTensor:
+    """A tensor stored plainly: its record and where its bytes lie."""
+
+    record: RawTensor
+    file: SafeFile
+    offset: int
+
+    def read(self) -> bytearray:
+        """Reads the tensor's bytes and checks them.
+
+        Raises:
+            ChecksumError: they differ from the manifest.
+            TruncatedError: the shard ends early.
+        """
+        data = bytearray(self.record.source_bytes)
+        self.file.read_into(self.offset, memoryview(data))
+        _check_xxh3(data, self.record.xxh3, self.file.name, self.record.name, self.offset)
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A coded tensor whose side data were read and checked; its payload was not touched yet.
+
+    Attributes:
+        record: its manifest record.
+        file: the shard.
+        offset: where the payload begins in the shard.
+        table: its chunks.
+        scales: float32 [channels] for `int8`, else None.
+    """
+
+    record: CodedTensor
+    file: SafeFile
+    offset: int
+    table: ChunkTable
+    scales: NDArray[np.float32] | None
+
+    def slots_bytes(self, first: int, last: int) -> int:
+        """Size of the slots of chunks [first, last)."""
+        return int(self.table.offsets[last] - self.table.offsets[first])
+
+    def read_slots(self, first: int, last: int, buffer: bytearray) -> memoryview:
+        """Reads the slots of chunks [first, last) with one read into the head of `buffer` (large enough); unchecked."""
+        view = memoryview(buffer)[: self.slots_bytes(first, last)]
+        try:
+            self.file.read_into(self.offset + int(self.table.offsets[first]), view)
+        except TruncatedError as exc:
+            raise exc.located(tensor=self.record.name, chunk=first) from None
+        return view
+
+    def stored_chunk(self, chunk: int, slots: memoryview, first: int) -> memoryview:
+        """Returns the verified stored bytes of a chunk.
+
+        Args:
+            chunk: number of the chunk.
+            slots: slots of consecutive chunks, as `read_slots` returned them.
+            first: number of the chunk with which `slots` begins.
+
+        Raises:
+            ChecksumError: the slot differs from its record. Nothing was decoded.
+            SchemaError: the slot's padding is not zero.
+        """
+        offsets = self.table.offsets
+        begin, end = int(offsets[chunk] - offsets[first]), int(offsets[chunk + 1] - offsets[first])
+        slot = slots[begin:end]
+        record = self.table.records[chunk]
+        got, expected = xxh3(slot), int(record["xxh3"])
+        if got != expected:
+            raise ChecksumError("stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{expected:016x}").located(
+                **self._place(chunk)
+            )
+        stored = int(record["stored_bytes"])
+        if any(slot[stored:]):
+            raise SchemaError("padding is not zero").located(**self._place(chunk))
+        return slot[:stored]
+
+    def decode_chunk(self, chunk: int, slots: memoryview, first: int) -> NDArray[np.uint8]:
+        """Verifies and decodes a chunk; arguments as for `stored_chunk`.
+
+        Returns:
+            uint8 [tile rows * tile columns] symbols, read-only.
+
+        Raises:
+            ChecksumError, SchemaError: see `stored_chunk`.
+            DecodeError: the verified bytes do not decode to the declared symbols.
+        """
+        stored = self.stored_chunk(chunk, slots, first)
+        codec = CODECS[int(self.table.records[chunk]["codec"])]
+        try:
+            symbols = np.frombuffer(codec.decode(stored, self.table.raw_bytes(chunk)), np.uint8)
+            if self.scales is not None:
+                check_codes(symbols.view(np.int8))
+        except DecodeError as exc:
+            raise exc.located(**self._place(chunk)) from exc
+        return symbols
+
+    def _place(self, chunk: int) -> dict[str, Any]:
+        byte = self.offset + int(self.table.offsets[chunk])
+        return {"file": self.file.name, "tensor": self.record.name, "chunk": chunk, "byte": byte}
+
+
+class Container:
+    """A container folder, opened for reading. Safe to share between threads.
+
+    Opening reads and validates the manifest only. A shard's header is checked when the shard is first used, a tensor's side
+    data when the tensor is, a chunk before it is decoded.
+    """
+
+    def __init__(self, folder: str | Path, *, expected_manifest_sha256: str | None = None) -> None:
+        """Opens `folder`.
+
+        Args:
+            folder: the container.
+            expected_manifest_sha256: refuse any manifest but the one with this sha256 (64 hex digits). It pins every byte.
+
+        Raises:
+            NotAContainerError: there is no manifest.
+            FormatError: the manifest is not valid; see `parse_manifest`.
+            ChecksumError: it is not the expected one.
+        """
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise NotAContainerError("no such folder", file=str(folder))
+        try:
+            with SafeFile(self.folder, MANIFEST_NAME) as file:
+                if file.size > limits.MANIFEST_BYTES:
+                    raise LimitError("manifest is too long", file=MANIFEST_NAME, got=file.size)
+                data = file.read(0, file.size)
+        except TruncatedError as exc:
+            raise NotAContainerError(f"folder holds no {MANIFEST_NAME}", file=str(folder)) from exc
+        self.manifest_sha256 = sha256_hex(data)
+        self.manifest_bytes = len(data)
+        if expected_manifest_sha256 is not None and self.manifest_sha256 != expected_manifest_sha256.lower():
+            raise ChecksumError(
+                "manifest is not the expected one",
+                file=MANIFEST_NAME,
+                got=self.manifest_sha256,
+                expected=expected_manifest_sha256,
+            )
+        self.manifest: Manifest = parse_manifest(data)
+        self.records = {record.name: record for record in self.manifest.tensors}
+        self._shards: dict[int, tuple[SafeFile, ShardHeader]] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the shards."""
+        with self._lock:
+            for file, _ in self._shards.values():
+                file.close()
+            self._shards.clear()
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all shards and the manifest: the denominator of the ratio."""
+        return self.manifest_bytes + sum(shard.bytes for shard in self.manifest.shards)
+
+    def read_side_file(self, record: FileRecord) -> bytes:
+        """Reads a listed side file and checks its sha256.
+
+        Raises:
+            TruncatedError: it is missing or has a wrong size.
+            ChecksumError: its content differs.
+        """
+        with SafeFile(self.folder, record.name) as file:
+            _check_size(file, record)
+            if file.size > limits.SIDE_FILE_BYTES:
+                raise LimitError("side file is too large to read", file=record.name, got=file.size)
+            data = file.read(0, file.size)
+        got = sha256_hex(data)
+        if got != record.sha256:
+            raise ChecksumError("file differs from the manifest: sha256", file=record.name, got=got, expected=record.sha256)
+        return data
+
+    def check_file(self, record: FileRecord) -> None:
+        """Checks size and sha256 of a listed file of any size, reading it through. Errors as `read_side_file`."""
+        with SafeFile(self.folder, record.name) as file:
+            _check_size(file, record)
+            got, _ = sha256_of_descriptor(file.descriptor)
+        if got != record.sha256:
+            raise ChecksumError("file differs from the manifest: sha256", file=record.name, got=got, expected=record.sha256)
+
+    def shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
+        """Opens shard `number` (from 0) and checks its size, its header and that it holds what the manifest says.
+
+        Raises:
+            FormatError: see SPEC.md 11.
+        """
+        with self._lock:
+            if number not in self._shards:
+                self._shards[number] = self._open_shard(number)
+            return self._shards[number]
+
+    def tensor(self, name: str) -> PlainTensor | StoredTensor:
+        """Returns a tensor, ready to be read; an alias leads to its target.
+
+        Raises:
+            SchemaError: there is no tensor of that name.
+            FormatError: its shard or side data are damaged.
+        """
+        record = self.records.get(name)
+        if isinstance(record, AliasTensor):
+            record = self.records[record.alias_of]
+        if record is None:
+            raise SchemaError("no such tensor", file=MANIFEST_NAME, tensor=name)
+        assert not isinstance(record, AliasTensor)
+        file, header = self.shard(record.shard)
+        entry = header.tensors[record.name]
+        if isinstance(record, RawTensor):
+            return PlainTensor(record, file, entry.start)
+        table_bytes = self._read_side(file, header, record, "chunks", record.xxh3.chunks)
+        table = parse_chunk_table(table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name)
+        _check_geometry(record, table, file.name)
+        shape = self._read_side(file, header, record, "shape", record.xxh3.shape)
+        if np.frombuffer(shape, "<i8").tolist() != record.shape:
+            raise LayoutError("stored shape differs from the manifest", file=file.name, tensor=record.name)
+        scales = self._read_scales(file, header, record) if isinstance(record, Int8Tensor) else None
+        return StoredTensor(record, file, entry.start, table, scales)
+
+    def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
+        record = self.manifest.shards[number]
+        file = SafeFile(self.folder, record.name)
+        try:
+            if file.size != record.bytes:
+                refuse_foreign(file)
+            _check_size(file, record)
+            header = read_header(file)
+            _check_xxh3(header.raw, record.header_xxh3, record.name, None, 0)
+            self._check_entries(number, header, record.name)
+        except BaseException:
+            file.close()
+            raise
+        return file, header
+
+    def _check_entries(self, number: int, header: ShardHeader, file: str) -> None:
+        found = {entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()}
+        expected: dict[str, tuple[str, list[int] | None]] = {}
+        for record in self.manifest.tensors:
+            if isinstance(record, AliasTensor) or record.shard != number:
+                continue
+            if isinstance(record, RawTensor):
+                expected[record.name] = (record.dtype, record.shape)
+                continue
+            expected[record.name] = ("U8", None)
+            expected[record.name + "_shape"] = ("I64", [len(record.shape)])
+            expected[record.name + "_chunks"] = ("U8", None)
+            if isinstance(record, Int8Tensor):
+                rows, cols = tensor_matrix(record)
+                expected[record.name + "_scale"] = ("F32", [rows if record.channel_kind == "row" else cols])
+        for name, (dtype, shape) in expected.items():
+            if name not in found:
+                raise LayoutError("shard lacks a tensor that the manifest places there", file=file, tensor=name)
+            got_dtype, got_shape = found[name]
+            if got_dtype != dtype or (got_shape != shape if shape is not None else len(got_shape) != 1):
+                got = f"{got_dtype} {got_shape}"
+                raise LayoutError("stored type differs from the manifest", file=file, tensor=name, got=got, expected=dtype)
+        for name in found:
+            if name not in expected:
+                raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
+
+    def _read_side(self, file: SafeFile, header: ShardHeader, record: CodedTensor, side: str, checksum: str) -> bytes:
+        entry = header.tensors[record.name + SIDE_SUFFIXES[side]]
+        data = file.read(entry.start, entry.bytes)
+        _check_xxh3(data, checksum, file.name, entry.name, entry.start)
+        return data
+
+    def _read_scales(self, file: SafeFile, header: ShardHeader, record: Int8Tensor) -> NDArray[np.float32]:
+        assert record.xxh3.scale is not None
+        data = self._read_side(file, header, record, "scale", record.xxh3.scale)
+        scales = np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+        try:
+            check_scales(scales)
+        except DecodeError as exc:
+            raise exc.located(file=file.name, tensor=record.name) from exc
+        return scales
+
+
+def tensor_matrix(record: CodedTensor) -> tuple[int, int]:
+    """Returns the matrix [rows, cols] whose tiles the record's chunks are."""
+    shape = tuple(record.shape)
+    if isinstance(record, Int8Tensor):
+        return channel_matrix(shape, record.channel_axis, record.channel_kind)
+    return last_axis_matrix(shape)
+
+
+def scales_for_tile(record: CodedTensor, scales: NDArray[np.float32], tile: Any) -> NDArray[np.float32]:
+    """Returns the scales of a tile, shaped to broadcast against its codes: [rows, 1] or [1, cols]."""
+    if isinstance(record, Int8Tensor) and record.channel_kind == "column":
+        return scales[None, tile.col : tile.col + tile.cols]
+    return scales[tile.row : tile.row + tile.rows, None]
+
+
+def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
+    rows, cols = tensor_matrix(record)
+    expected = Grid(rows, cols, record.tile[0], record.tile[1])
+    if table.grid != expected or table.planes != len(record.planes):
+        raise LayoutError(
+            "chunk table and manifest disagree", file=file, tensor=record.name, got=str(table.grid), expected=str(expected)
+        )
+    stored = table.records["stored_bytes"].reshape(-1, table.planes).sum(axis=0, dtype=np.int64).tolist()
+    if stored != [plane.stored_bytes for plane in record.planes]:
+        raise LayoutError("chunk table and manifest disagree on stored bytes", file=file, tensor=record.name, got=stored)
+
+
+def _check_size(file: SafeFile, record: FileRecord) -> None:
+    if file.size < record.bytes:
+        raise TruncatedError("file is too short", file=record.name, got=file.size, expected=f"{record.bytes} bytes")
+    if file.size > record.bytes:
+        raise LayoutError("file is too long", file=record.name, got=file.size, expected=f"{record.bytes} bytes")
+
+
+def _check_xxh3(data: Any, expected: str, file: str, tensor: str | None, byte: int) -> None:
+    got = xxh3_hex(data)
+    if got != expected:
+        what = "header" if tensor is None else "stored bytes"
+        raise ChecksumError(
+            f"{what} differ from the manifest: xxh3", file=file, tensor=tensor, byte=byte, got=got, expected=expected
+        )
+

@@ -1,0 +1,38 @@
+"""Order-0 entropy of byte symbols: the least that any coder without context can store them in."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+SAMPLE_STRIDE = 17
+_EXACT_UP_TO = 1 << 14
+
+
+def entropy_bits(symbols: NDArray[np.uint8]) -> float:
+    """Returns `n * H` of uint8 [n] symbols in bits, H being the entropy of their own frequencies (0 for an empty array)."""
+    counts = np.bincount(symbols, minlength=256)
+    return _total_bits(counts[counts > 0], symbols.size)
+
+
+def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
+    """Returns an estimate of `entropy_bits` from every 17th symbol; exact up to 16,384 symbols.
+
+    Counting all symbols would take longer than coding them. The sample's entropy is too small by (K - 1) / 2n nats for K
+    distinct symbols (Miller 1955), which is added; what remains is about 0.01 bit per symbol on one chunk and averages out over chunks.
+    """
+    if symbols.size <= _EXACT_UP_TO:
+        return entropy_bits(symbols)
+    sample = symbols[::SAMPLE_STRIDE]
+    counts = np.bincount(sample, minlength=256)
+    counts = counts[counts > 0]
+    bias = (len(counts) - 1) / (2 * math.log(2)) * (1 / sample.size - 1 / symbols.size)
+    return min(8.0, _total_bits(counts, sample.size) / sample.size + bias) * symbols.size
+
+
+def _total_bits(counts: NDArray[np.int64], total: int) -> float:
+    if total == 0:
+        return 0.0
+    return max(0.0, float(total * math.log2(total) - (counts * np.log2(counts)).sum()))

@@ -1,0 +1,154 @@
+"""The error tree of codecllm: every failure a caller may meet has one class, and one line that holds every fact."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+
+class CodecLLMError(Exception):
+    """Root of every error that codecllm raises on purpose.
+
+    Attributes:
+        file: name of the file concerned, relative to its folder, or None.
+        tensor: name of the tensor concerned, or None.
+        chunk: number of the chunk in the tensor's chunk table, or None.
+        byte: offset in the file at which the fault was found, or None.
+        expected: what had to be there, or None.
+        got: what was found, or None.
+        exit_code: what the command line returns for this class.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        tensor: str | None = None,
+        chunk: int | None = None,
+        byte: int | None = None,
+        expected: Any = None,
+        got: Any = None,
+    ) -> None:
+        """Keeps the facts as attributes; `str(error)` puts them into one line."""
+        super().__init__(message)
+        self.message = message
+        self.file = file
+        self.tensor = tensor
+        self.chunk = chunk
+        self.byte = byte
+        self.expected = expected
+        self.got = got
+
+    def located(self, **place: Any) -> Self:
+        """Fills in facts that the place of the failure did not know (`file`, `tensor`, `chunk`, `byte`); returns itself."""
+        for name, value in place.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        return self
+
+    def __str__(self) -> str:
+        place = [f"{self.file}:"] if self.file else []
+        if self.tensor is not None:
+            place.append(f"tensor {self.tensor!r}" + ("" if self.chunk is not None or self.byte is not None else ":"))
+        if self.chunk is not None:
+            place.append(f"chunk {self.chunk}" + ("" if self.byte is not None else ":"))
+        if self.byte is not None:
+            place.append(f"at byte {self.byte}:")
+        line = " ".join([*place, self.message])
+        if self.got is not None:
+            line += f", got {self.got}"
+        if self.expected is not None:
+            line += f", expected {self.expected}"
+        return line
+
+
+class FormatError(CodecLLMError):
+    """A container does not follow SPEC.md."""
+
+
+class NotAContainerError(FormatError):
+    """The folder or file is something else: no manifest, a Git LFS pointer, an HTML page, a zip."""
+
+
+class UnsupportedVersionError(FormatError):
+    """The container needs a newer reader: unknown format version, scheme, codec or required feature."""
+
+    exit_code = 3
+
+
+class TruncatedError(FormatError):
+    """A file is missing, or shorter than what the manifest says."""
+
+
+class LimitError(FormatError):
+    """A size passes a limit of `formats/limits.py`."""
+
+
+class SchemaError(FormatError):
+    """A record has an unknown, missing, repeated or wrongly typed field."""
+
+
+class LayoutError(FormatError):
+    """Offsets, sizes and shapes contradict each other."""
+
+
+class UnsafePathError(FormatError):
+    """A name would lead outside the folder, or the file is not a regular file."""
+
+    exit_code = 5
+
+
+class ChecksumError(FormatError):
+    """Stored bytes differ from their checksum. They were not given to a decoder."""
+
+
+class DecodeError(FormatError):
+    """Stored bytes passed their checksum and still do not decode to what the record says."""
+
+
+class SourceError(CodecLLMError):
+    """The source model cannot be converted as it is."""
+
+
+class UnsafeSourceError(SourceError):
+    """The source can only be read by executing it (pickle), or its names lead outside its folder."""
+
+    exit_code = 5
+
+
+class NonFiniteWeightError(SourceError):
+    """A weight that int8 would have to represent is NaN or infinite."""
+
+
+class OutputExistsError(CodecLLMError):
+    """The output folder holds something that must not be overwritten."""
+
+    exit_code = 2
+
+
+class UsageError(CodecLLMError):
+    """The arguments of a call contradict each other or the facts."""
+
+    exit_code = 2
+
+
+class HubError(CodecLLMError):
+    """A Hub repository could not be reached, found or read."""
+
+    exit_code = 4
+
+
+class ModelMismatchError(CodecLLMError):
+    """The container's tensors and the model class's parameters do not agree. No model is returned."""
+
+
+class BaselineError(CodecLLMError):
+    """The recorded baseline output cannot be used, or the model's output differs from it."""
+
+
+class UnsupportedEnvironmentError(CodecLLMError):
+    """A needed library is missing or too old on this machine."""
+
+    exit_code = 3

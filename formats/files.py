@@ -1,0 +1,157 @@
+"""Opening and writing files safely: regular files inside one folder, exact reads, atomic replacement."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from pathlib import Path
+from types import TracebackType
+
+from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePathError
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
+_FILE_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_SNIFF_BYTES = 64
+
+
+class SafeFile:
+    """A regular file inside `folder`, opened once for reading by offset.
+
+    Reads use pread on one descriptor, so threads may share the object and a file that is replaced meanwhile is not mixed in.
+
+    Raises:
+        UnsafePathError: the name has an unsafe form, or leads outside the folder, or is not a regular file.
+        TruncatedError: there is no such file.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Opens `folder / name`; see the class for what is refused."""
+        self.name = name
+        self.path = safe_path(folder, name)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            self.descriptor = os.open(self.path, flags)
+        except FileNotFoundError as exc:
+            raise TruncatedError("file is missing", file=name) from exc
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.ENXIO):
+                raise UnsafePathError("not a regular file", file=name) from exc
+            raise
+        status = os.fstat(self.descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self.descriptor)
+            raise UnsafePathError("not a regular file", file=name)
+        self.size = status.st_size
+        self.identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Reads exactly `length` bytes at `offset`.
+
+        Raises:
+            TruncatedError: the file ends before.
+        """
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fills `target` (bytes, writable) from `offset`; raises TruncatedError where the file ends before."""
+        done, length = 0, len(target)
+        while done < length:
+            count = os.preadv(self.descriptor, [target[done:]], offset + done)
+            if count == 0:
+                raise TruncatedError("file ends early", file=self.name, byte=offset + done, expected=offset + length)
+            done += count
+
+    def unchanged(self) -> bool:
+        """Whether the path still leads to the file that was opened, with the same size and modification time."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return False
+        return (status.st_ino, status.st_size, status.st_mtime_ns) == self.identity
+
+    def close(self) -> None:
+        """Closes the descriptor; a second call does nothing."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> SafeFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether `name` is a plain file name, or one inside one plain subfolder, of portable characters."""
+    return _FILE_NAME.fullmatch(name) is not None and ".." not in name and not name.endswith(".")
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """Returns the real path of `folder / name` if it is inside the folder, or in the blobs of the same Hub cache entry.
+
+    A Hub cache keeps `<repository>/snapshots/<commit>/<name>` as a link into `<repository>/blobs/`; no other link is followed.
+
+    Raises:
+        UnsafePathError: anything else.
+    """
+    if not is_safe_name(name):
+        raise UnsafePathError("unsafe file name", file=ascii(name))
+    root = Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(root / name))
+    if real == root / name:
+        return real
+    blobs = root.parent.parent / "blobs"
+    if root.parent.name == "snapshots" and real.parent == blobs and not blobs.is_symlink():
+        return real
+    raise UnsafePathError("a symbolic link leads outside the folder", file=name, got=str(real))
+
+
+def describe_foreign(head: bytes) -> str | None:
+    """Says what a file looks like from its first bytes, for the commonest things found in place of a shard."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (the real file was not downloaded: run 'git lfs pull')"
+    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page"
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip archive (perhaps a PyTorch pickle)"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file"
+    if head.startswith(b"\x80\x02") or head.startswith(b"\x80\x04"):
+        return "a Python pickle"
+    return None
+
+
+def refuse_foreign(file: SafeFile) -> None:
+    """Raises NotAContainerError where the file's first bytes are known to be something else."""
+    looks_like = describe_foreign(file.read(0, min(_SNIFF_BYTES, file.size)))
+    if looks_like is not None:
+        raise NotAContainerError(f"this is {looks_like}", file=file.name)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash it holds either the old or the new bytes, both whole."""
+    partial = path.with_name(path.name + ".partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Forces the folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,24 @@
+"""Limits of the format (SPEC.md 10). Normative: a writer stays inside them, a reader may lower but not raise them."""
+
+MANIFEST_BYTES = 64 << 20
+HEADER_BYTES = 25_000_000  # the Hub's header parser stops there
+SOURCE_HEADER_BYTES = 100_000_000  # safetensors' own limit, for source models
+JSON_DEPTH = 16
+SIDE_FILE_BYTES = 1 << 30
+TENSORS = 1 << 20
+SHARDS = 1 << 16
+FILES = 1 << 12
+RANK = 8
+DIM = 1 << 48
+TENSOR_BYTES = 1 << 48
+NAME_BYTES = 512
+PLANES = 8
+CHUNK_RAW_BYTES = 64 << 20
+ZSTD_WINDOW_BYTES = 8 << 20
+INTEGER = 1 << 53  # JSON numbers beyond this are not exact everywhere
+SLOT_ALIGNMENT = 16
+
+
+def max_stored_bytes(raw_bytes: int) -> int:
+    """Returns the most bytes a chunk of `raw_bytes` may take stored: raw + raw/255 + 1 KiB."""
+    return raw_bytes + raw_bytes // 255 + 1024

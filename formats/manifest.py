@@ -1,0 +1,354 @@
+"""The manifest `codecllm.json`: what the container holds, where it came from, and the checksum of every byte (SPEC.md 8)."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from codecllm.formats import FORMAT_VERSION, limits
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.codecs import CODEC_IDS
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import (
+    ChecksumError,
+    FormatError,
+    LimitError,
+    NotAContainerError,
+    SchemaError,
+    TruncatedError,
+    UnsafePathError,
+    UnsupportedVersionError,
+)
+from codecllm.formats.files import describe_foreign, is_safe_name
+from codecllm.formats.safetensors_header import check_name, check_shape
+from codecllm.formats.schemes import SCHEMES
+from codecllm.formats.strict_json import parse_json_object
+
+MANIFEST_NAME = "codecllm.json"
+INDEX_NAME = "model.safetensors.index.json"
+BASELINE_NAME = "baseline.json"
+UNLISTED_NAMES = frozenset({"README.md", ".gitattributes"})
+"""Files of a container's folder that are never listed or checked: the Hub rewrites them."""
+
+SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+KNOWN_FEATURES: frozenset[str] = frozenset()
+_SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
+_SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Count = Annotated[int, Field(ge=0, le=limits.INTEGER)]
+Shape = Annotated[list[Annotated[int, Field(ge=0, le=limits.DIM)]], Field(max_length=limits.RANK)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class FileRecord(_Record):
+    """A file of the folder: name, size in bytes, sha256 of its content."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+
+
+class ShardRecord(FileRecord):
+    """A safetensors file; `header_xxh3` covers length prefix and header, so that a reader can check them alone."""
+
+    header_xxh3: Xxh3
+
+
+class PlaneRecord(_Record):
+    """One plane of a coded tensor, over all its chunks.
+
+    `codec` is the one that at least one chunk uses, or `raw`. `stored_bytes` counts without padding. `entropy_bits` is the
+    writer's estimate of the order-0 entropy of the chunks' symbols, in bits, summed (informative).
+    """
+
+    codec: str
+    raw_bytes: Count
+    stored_bytes: Count
+    entropy_bits: Count
+
+
+class SideChecksums(_Record):
+    """xxh3-64 of the side tensors as stored; `scale` for `int8` only."""
+
+    shape: Xxh3
+    chunks: Xxh3
+    scale: Xxh3 | None = None
+
+
+class _Tensor(_Record):
+    name: str
+    dtype: str
+    shape: Shape
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of the tensor in the source."""
+        return self.elements * DTYPES[self.dtype].bits // 8
+
+
+class RawTensor(_Tensor):
+    """A tensor stored plainly. `fallback` says why, where the scheme asked for was another."""
+
+    scheme: Literal["raw"]
+    shard: Count
+    digest: Sha256
+    xxh3: Xxh3
+    fallback: str | None = None
+
+
+class LosslessTensor(_Tensor):
+    """A tensor stored as byte planes. `digest` is the sha256 of the source's bytes."""
+
+    scheme: Literal["lossless"]
+    shard: Count
+    tile: Annotated[list[Annotated[int, Field(ge=1, le=2**32 - 1)]], Field(min_length=2, max_length=2)]
+    planes: Annotated[list[PlaneRecord], Field(min_length=1, max_length=limits.PLANES)]
+    digest: Sha256
+    xxh3: SideChecksums
+    fallback: str | None = None
+
+
+class Int8Tensor(_Tensor):
+    """A quantized tensor. `digest` is the sha256 of the codes in source order followed by the float32 scales."""
+
+    scheme: Literal["int8"]
+    shard: Count
+    channel_axis: Annotated[int, Field(ge=0, lt=limits.RANK)]
+    channel_kind: Literal["row", "column"]
+    tile: Annotated[list[Annotated[int, Field(ge=1, le=2**32 - 1)]], Field(min_length=2, max_length=2)]
+    planes: Annotated[list[PlaneRecord], Field(min_length=1, max_length=1)]
+    scale_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    worst_error: Annotated[float, Field(ge=0)]
+    digest: Sha256
+    xxh3: SideChecksums
+
+
+class AliasTensor(_Tensor):
+    """A tensor whose bytes are those of another one (tied weights), stored once."""
+
+    scheme: Literal["alias"]
+    alias_of: str
+
+
+TensorRecord = Annotated[RawTensor | LosslessTensor | Int8Tensor | AliasTensor, Field(discriminator="scheme")]
+CodedTensor = LosslessTensor | Int8Tensor
+
+
+class Source(_Record):
+    """Where the weights came from. `repo` and `commit` are null for a local folder; no local path is recorded."""
+
+    repo: str | None
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+    tensor_bytes: Count
+
+
+class Options(_Record):
+    """What the conversion was asked for; with the same source and writer these give the same bytes."""
+
+    scheme: Literal["int8", "lossless"]
+    include: list[str]
+    exclude: list[str]
+    non_finite: Literal["error", "lossless"]
+    max_shard_bytes: Count
+
+
+class Manifest(_Record):
+    """The whole manifest but for its seal. Extra top-level keys are allowed only under an `x_` prefix, and ignored."""
+
+    format: Literal["codecllm"]
+    format_version: Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,4}$")]
+    required_features: list[str]
+    writer: dict[str, str]
+    source: Source
+    options: Options
+    shards: Annotated[list[ShardRecord], Field(max_length=limits.SHARDS)]
+    files: Annotated[list[FileRecord], Field(max_length=limits.FILES)]
+    tensors: Annotated[list[TensorRecord], Field(max_length=limits.TENSORS)]
+
+    @model_validator(mode="after")
+    def _check_links(self) -> Manifest:
+        _check_file_names(self)
+        _check_tensors(self)
+        return self
+
+    def file(self, name: str) -> FileRecord | None:
+        """Returns the record of a listed side file."""
+        return next((record for record in self.files if record.name == name), None)
+
+
+def pack_manifest(manifest: Manifest) -> bytes:
+    """Returns the manifest's bytes: one line per record, sealed with the sha256 of all bytes before the seal's key."""
+    document = manifest.model_dump(mode="json", exclude_none=False)
+    parts = []
+    for key, value in document.items():
+        if key in ("shards", "files", "tensors"):
+            body = ",\n".join(_dump(_without_none(item)) for item in value)
+            parts.append(f'{_dump(key)}:[\n{body}\n]' if value else f"{_dump(key)}:[]")
+        else:
+            parts.append(f"{_dump(key)}:{_dump(value)}")
+    text = ("{" + ",\n".join(parts) + ",\n").encode()
+    data = text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode()
+    if len(data) > limits.MANIFEST_BYTES:
+        raise LimitError("manifest is too long", file=MANIFEST_NAME, got=len(data), expected=limits.MANIFEST_BYTES)
+    return data
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Validates a manifest completely.
+
+    Raises:
+        NotAContainerError: the bytes are something else altogether.
+        UnsupportedVersionError: another major version, or an unknown required feature, scheme or codec.
+        ChecksumError: the seal does not fit the bytes.
+        SchemaError, LimitError, UnsafePathError: see SPEC.md 8.
+    """
+    if len(data) > limits.MANIFEST_BYTES:
+        raise LimitError("manifest is too long", file=MANIFEST_NAME, got=len(data), expected=limits.MANIFEST_BYTES)
+    if not data.startswith(b"{"):
+        looks_like = describe_foreign(data[:64]) or "not JSON"
+        raise NotAContainerError(f"this is {looks_like}, not a manifest", file=MANIFEST_NAME)
+    _check_seal(data)
+    document = parse_json_object(data, file=MANIFEST_NAME, max_bytes=limits.MANIFEST_BYTES)
+    _check_version(document)
+    document.pop("manifest_sha256")
+    fields = {key: value for key, value in document.items() if not key.startswith("x_")}
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as exc:
+        raise _as_schema_error(exc) from exc
+
+
+def manifest_sha256(data: bytes) -> str:
+    """Returns the sha256 of a whole manifest: the one value a user may pin to fix every byte of a container."""
+    return sha256_hex(data)
+
+
+def _check_seal(data: bytes) -> None:
+    seal = _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if seal is None:
+        raise TruncatedError("manifest does not end in its seal", file=MANIFEST_NAME, got=ascii(data[-40:]))
+    computed = sha256_hex(data[:-_SEAL_BYTES])
+    if computed != seal[1].decode():
+        raise ChecksumError("manifest differs from its seal", file=MANIFEST_NAME, got=computed, expected=seal[1].decode())
+
+
+def _check_version(document: dict[str, Any]) -> None:
+    """Refuses what this reader cannot know, by name, before the strict schema sees it."""
+    if document.get("format") != "codecllm":
+        raise NotAContainerError("field 'format' is not 'codecllm'", file=MANIFEST_NAME)
+    version = document.get("format_version")
+    ours = FORMAT_VERSION.split(".")[0]
+    if not isinstance(version, str) or version.split(".")[0] != ours:
+        raise UnsupportedVersionError("format version", file=MANIFEST_NAME, got=version, expected=f"{ours}.x")
+    features = document.get("required_features")
+    unknown = [name for name in features if name not in KNOWN_FEATURES] if isinstance(features, list) else []
+    if unknown:
+        raise UnsupportedVersionError(f"unknown required feature {unknown[0]!r}", file=MANIFEST_NAME)
+    tensors = document.get("tensors")
+    for record in tensors if isinstance(tensors, list) else []:
+        if not isinstance(record, dict):
+            continue
+        scheme = record.get("scheme")
+        if isinstance(scheme, str) and scheme not in (*SCHEMES, "alias"):
+            name = str(record.get("name"))
+            raise UnsupportedVersionError(f"unknown scheme {scheme!r}", file=MANIFEST_NAME, tensor=name)
+        planes = record.get("planes")
+        for plane in planes if isinstance(planes, list) else []:
+            codec = plane.get("codec") if isinstance(plane, dict) else None
+            if isinstance(codec, str) and codec not in CODEC_IDS:
+                name = str(record.get("name"))
+                raise UnsupportedVersionError(f"unknown codec {codec!r}", file=MANIFEST_NAME, tensor=name)
+
+
+def _check_file_names(manifest: Manifest) -> None:
+    names = [record.name for record in (*manifest.shards, *manifest.files)]
+    for name in names:
+        if not is_safe_name(name):
+            raise UnsafePathError("unsafe file name", file=MANIFEST_NAME, got=ascii(name)[:80])
+    for number, shard in enumerate(manifest.shards, 1):
+        expected = shard_name(number, len(manifest.shards))
+        if shard.name != expected:
+            raise SchemaError("shard has a wrong name", file=MANIFEST_NAME, got=shard.name, expected=expected)
+    reserved = {MANIFEST_NAME, *UNLISTED_NAMES}
+    folded = [name.casefold() for name in names]
+    if len(set(folded)) != len(folded) or any(record.name in reserved for record in manifest.files):
+        raise SchemaError("a file name stands twice or is reserved", file=MANIFEST_NAME)
+    if any(SHARD_NAME.fullmatch(record.name) for record in manifest.files):
+        raise SchemaError("a shard is listed as a side file", file=MANIFEST_NAME)
+
+
+def shard_name(number: int, count: int) -> str:
+    """Returns the name of shard `number` (from 1) of `count`."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    records = {record.name: record for record in manifest.tensors}
+    normal = {unicodedata.normalize("NFC", name) for name in records}
+    if not len(records) == len(normal) == len(manifest.tensors):
+        raise SchemaError("a tensor name stands twice", file=MANIFEST_NAME)
+    for record in manifest.tensors:
+        check_name(record.name, MANIFEST_NAME)
+        check_shape(record.shape, MANIFEST_NAME, record.name)
+        where = {"file": MANIFEST_NAME, "tensor": record.name}
+        dtype = DTYPES.get(record.dtype)
+        if dtype is None:
+            raise SchemaError("unknown dtype", got=record.dtype, **where)
+        if isinstance(record, AliasTensor):
+            target = records.get(record.alias_of)
+            if target is None or isinstance(target, AliasTensor):
+                raise SchemaError("alias does not name a stored tensor", got=record.alias_of, **where)
+            if (target.dtype, target.shape) != (record.dtype, record.shape):
+                raise SchemaError("alias and its target differ in dtype or shape", got=record.alias_of, **where)
+            continue
+        if record.shard >= len(manifest.shards):
+            raise SchemaError("no such shard", got=record.shard, expected=f"below {len(manifest.shards)}", **where)
+        if not isinstance(record, RawTensor):
+            _check_coded(record, where)
+
+
+def _check_coded(record: CodedTensor, where: dict[str, str]) -> None:
+    dtype = DTYPES[record.dtype]
+    planes = 1 if isinstance(record, Int8Tensor) else dtype.planes
+    if len(record.shape) < 2 or record.elements == 0 or planes == 0 or len(record.planes) != planes:
+        raise SchemaError("scheme does not fit dtype and shape", got=f"{record.scheme} of {record.dtype}", **where)
+    if isinstance(record, Int8Tensor) != (record.xxh3.scale is not None):
+        raise SchemaError("checksum of the scales is missing or too many", **where)
+    for plane in record.planes:
+        if plane.codec not in CODEC_IDS:
+            raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)
+        if plane.raw_bytes != record.elements:
+            raise SchemaError("plane has a wrong size", got=plane.raw_bytes, expected=record.elements, **where)
+
+
+def _as_schema_error(exc: ValidationError) -> FormatError:
+    first = exc.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return SchemaError(f"field {place}: {first['msg']}", file=MANIFEST_NAME, got=ascii(first.get("input"))[:80])
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
