@@ -1,0 +1,360 @@
+"""The conversion: plan every tensor, place them in shards, stream them through the encoder, commit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+from codecllm.converter.aliases import find_aliases
+from codecllm.converter.policy import Scheme, TensorPlan, plan_tensor
+from codecllm.converter.side_files import copy_side_files, pack_config, pack_index, write_listed
+from codecllm.converter.source import SourceModel
+from codecllm.converter.staging import Staging
+from codecllm.converter.tensor_writer import NonFinite, StoredRecord, TensorWriter
+from codecllm.formats import FORMAT_VERSION, WRITER_VERSION
+from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3_hex
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import UsageError
+from codecllm.formats.files import SafeFile
+from codecllm.formats.manifest import (
+    INDEX_NAME,
+    AliasTensor,
+    FileRecord,
+    Int8Tensor,
+    Manifest,
+    Options,
+    ShardRecord,
+    Source,
+    TensorRecord,
+    pack_manifest,
+    shard_name,
+)
+from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+_SHARD_METADATA = {"format": "pt", "codecllm.format_version": FORMAT_VERSION}
+_SPARE_BYTES = 64 << 20
+
+Progress = Callable[[str, int, int], None]
+"""Called with a tensor's name, the source bytes done and the source bytes in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What a conversion is asked for.
+
+    Attributes:
+        scheme: `int8` (per output channel) or `lossless`.
+        include: glob patterns of tensor names to quantize beside the default choice.
+        exclude: glob patterns of tensor names not to quantize; they win.
+        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
+        max_shard_bytes: no shard is longer, unless one tensor is.
+        workers: encoding threads, 1 or more; None takes one per core. Does not change a byte of the output.
+        force: replace a container that is in the way.
+        repo: Hub repository the source came from, recorded in the manifest.
+        commit: its commit, 40 hex digits.
+    """
+
+    scheme: Scheme = "int8"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    non_finite: NonFinite = "error"
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    workers: int | None = None
+    force: bool = False
+    repo: str | None = None
+    commit: str | None = None
+
+    def threads(self) -> int:
+        """Returns the number of encoding threads.
+
+        Raises:
+            UsageError: `workers` or `max_shard_bytes` is not positive.
+        """
+        if self.max_shard_bytes < 1:
+            raise UsageError("max_shard_bytes must be positive", got=self.max_shard_bytes)
+        if self.workers is None:
+            return max(1, len(os.sched_getaffinity(0)))
+        if self.workers < 1:
+            raise UsageError("workers must be 1 or more", got=self.workers)
+        return self.workers
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        out: the container.
+        manifest: its manifest.
+        manifest_sha256: the value to pin.
+        stored_bytes: bytes of shards and manifest.
+        seconds: how long it took.
+        warnings: sentences for the user.
+    """
+
+    out: Path
+    manifest: Manifest
+    manifest_sha256: str
+    stored_bytes: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the source's tensors / bytes of shards and manifest."""
+        return self.manifest.source.tensor_bytes / self.stored_bytes
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, aliases not counted."""
+        return sum(record.elements for record in self.manifest.tensors if not isinstance(record, AliasTensor))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits / weights."""
+        return 8 * self.stored_bytes / max(1, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All decisions of a conversion, before a byte is written.
+
+    Attributes:
+        shards: plans of the tensors of each shard, in order.
+        aliases: name -> name of the tensor whose bytes it shares.
+        warnings: sentences for the user.
+    """
+
+    shards: list[list[TensorPlan]]
+    aliases: dict[str, str]
+    warnings: list[str]
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        """All stored tensors in order."""
+        return [plan for shard in self.shards for plan in shard]
+
+    @property
+    def max_stored_bytes(self) -> int:
+        """Upper bound of the output without side files and fallbacks."""
+        return sum(plan.max_stored_bytes for plan in self.tensors)
+
+
+def convert(
+    source: str | Path, out: str | Path, *, progress: Progress | None = None, **options: object
+) -> ConversionReport:
+    """Converts a local model folder into a container.
+
+    Args:
+        source: folder with safetensors weights.
+        out: folder to make; absent, empty, or a container with `force`.
+        progress: called as bytes are done.
+        options: fields of `ConvertOptions`.
+
+    Returns:
+        What was done. The container is complete, without a baseline.
+
+    Raises:
+        SourceError: the source cannot be converted; NonFiniteWeightError names tensor, row and count.
+        OutputExistsError: `out` holds something else.
+        FormatError: the source's files are malformed.
+        OSError: reading or writing failed. In every case nothing half-written stays.
+    """
+    chosen = ConvertOptions(**options)  # type: ignore[arg-type]
+    threads = chosen.threads()
+    started = time.monotonic()
+    with SourceModel(source) as model:
+        plan = plan_conversion(model, chosen)
+        with Staging(out, force=chosen.force) as staging:
+            _check_space(staging.out, plan.max_stored_bytes)
+            manifest = _write(model, plan, chosen, threads, staging.folder, progress)
+            model.check_unchanged()
+            data = pack_manifest(manifest)
+            staging.commit(data)
+    return ConversionReport(
+        out=Path(out),
+        manifest=manifest,
+        manifest_sha256=sha256_hex(data),
+        stored_bytes=len(data) + sum(shard.bytes for shard in manifest.shards),
+        seconds=time.monotonic() - started,
+        warnings=plan.warnings,
+    )
+
+
+def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
+    """Decides scheme, alias and shard of every tensor of an opened source."""
+    plans = [
+        plan_tensor(tensor, options.scheme, options.include, options.exclude, model.model_type)
+        for tensor in model.tensors.values()
+    ]
+    aliases = find_aliases(plans)
+    warnings = [] if model.config is not None else ["the source has no config.json: it cannot be loaded as a model"]
+    for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
+        warnings += [f"{option} {pattern!r} matches no tensor" for pattern in _unmatched(patterns, model)]
+    stored = [plan for plan in plans if plan.source.name not in aliases]
+    return Plan(_place(stored, options.max_shard_bytes), aliases, warnings)
+
+
+def _unmatched(patterns: Sequence[str], model: SourceModel) -> list[str]:
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in model.tensors)]
+
+
+def _place(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
+    """Cuts the tensors into shards by the upper bounds of their sizes, so that names are known before anything is written."""
+    shards: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for plan in plans:
+        size = plan.max_stored_bytes + 512
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(plan)
+        filled += size
+    return shards
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if free < needed + _SPARE_BYTES:
+        message = f"not enough space: up to {needed + _SPARE_BYTES} bytes are needed, {free} are free"
+        raise OSError(errno.ENOSPC, message, str(out))
+
+
+def _write(
+    model: SourceModel, plan: Plan, options: ConvertOptions, threads: int, folder: Path, progress: Progress | None
+) -> Manifest:
+    total = sum(tensor.source.entry.bytes for tensor in plan.tensors)
+    done = 0
+
+    def on_bytes(name: str, count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(name, done, total)
+
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="codecllm-encode")
+    try:
+        writer = TensorWriter(executor, 2 * threads + 2, options.non_finite, on_bytes)
+        records, shards = [], []
+        for number, plans in enumerate(plan.shards):
+            path = folder / shard_name(number + 1, len(plan.shards))
+            written, head, size = _write_shard(writer, plans, path, number)
+            records += written
+            digest = executor.submit(_hash_file, folder, path.name)
+            shards.append((path.name, head, size, digest))
+        shard_records = [
+            ShardRecord(name=name, bytes=size, sha256=digest.result(), header_xxh3=xxh3_hex(head))
+            for name, head, size, digest in shards
+        ]
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    files = _write_side_files(model, plan, records, shard_records, options.scheme, folder)
+    return _build_manifest(model, plan, options, records, shard_records, files)
+
+
+def _write_shard(
+    writer: TensorWriter, plans: list[TensorPlan], path: Path, number: int
+) -> tuple[list[StoredRecord], bytes, int]:
+    shard = ShardWriter(path, _planned(plans), _SHARD_METADATA)
+    try:
+        records = list(writer.write_all(plans, shard, number))
+        head, size = shard.finish()
+    except BaseException:
+        shard.abort()
+        raise
+    return records, head, size
+
+
+def _planned(plans: list[TensorPlan]) -> list[PlannedTensor]:
+    """The entries that the shard's header may have to hold, each at its longest."""
+    planned = []
+    for plan in plans:
+        source = plan.source
+        bound = max(plan.max_stored_bytes, source.entry.bytes)
+        if plan.scheme == "raw":
+            planned.append(PlannedTensor(source.name, source.dtype, source.shape, bound))
+            continue
+        planned.append(PlannedTensor(source.name, DTYPES["U8"], (bound,), bound))
+        if plan.scheme == "int8":
+            planned.append(PlannedTensor(source.name + "_scale", DTYPES["F32"], (plan.channels,), 0))
+        planned.append(PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0))
+        planned.append(PlannedTensor(source.name + "_chunks", DTYPES["U8"], (bound,), 0))
+    return planned
+
+
+def _hash_file(folder: Path, name: str) -> str:
+    with SafeFile(folder, name) as file:
+        return sha256_of_descriptor(file.descriptor)[0]
+
+
+def _write_side_files(
+    model: SourceModel,
+    plan: Plan,
+    records: list[StoredRecord],
+    shards: list[ShardRecord],
+    scheme: str,
+    folder: Path,
+) -> list[FileRecord]:
+    files = copy_side_files(model.folder, folder)
+    if model.config is not None:
+        files.append(write_listed(folder, "config.json", pack_config(model.config, scheme)))
+    weight_map = {}
+    for record in records:
+        names = [record.name]
+        if record.scheme != "raw":
+            names += [record.name + suffix for suffix in ("_shape", "_chunks")]
+        if isinstance(record, Int8Tensor):
+            names.append(record.name + "_scale")
+        weight_map.update(dict.fromkeys(names, shards[record.shard].name))
+    parameters = sum(record.elements for record in records)
+    files.append(write_listed(folder, INDEX_NAME, pack_index(weight_map, sum(s.bytes for s in shards), parameters)))
+    return sorted(files, key=lambda record: record.name)
+
+
+def _build_manifest(
+    model: SourceModel,
+    plan: Plan,
+    options: ConvertOptions,
+    records: list[StoredRecord],
+    shards: list[ShardRecord],
+    files: list[FileRecord],
+) -> Manifest:
+    by_name: dict[str, TensorRecord] = {record.name: record for record in records}
+    for name, target in plan.aliases.items():
+        stored = by_name[target]
+        by_name[name] = AliasTensor(
+            name=name, dtype=stored.dtype, shape=stored.shape, scheme="alias", alias_of=target
+        )
+    return Manifest(
+        format="codecllm",
+        format_version=FORMAT_VERSION,
+        required_features=[],
+        writer=_writer_versions(),
+        source=Source(repo=options.repo, commit=options.commit, tensor_bytes=model.tensor_bytes),
+        options=Options(
+            scheme=options.scheme,
+            include=list(options.include),
+            exclude=list(options.exclude),
+            non_finite=options.non_finite,
+            max_shard_bytes=options.max_shard_bytes,
+        ),
+        shards=shards,
+        files=files,
+        tensors=[by_name[name] for name in model.tensors],
+    )
+
+
+def _writer_versions() -> dict[str, str]:
+    zstd = ".".join(str(part) for part in zstandard.ZSTD_VERSION)
+    return {"codecllm": WRITER_VERSION, "numpy": np.__version__, "zstandard": zstandard.__version__, "zstd": zstd}
