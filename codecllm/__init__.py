@@ -1,0 +1,40 @@
+"""codecllm: model weights, entropy-coded into an open container that any machine decodes to the same bits.
+
+    import codecllm
+    codecllm.convert("HuggingFaceTB/SmolLM2-135M-Instruct", "out/")
+    codecllm.verify("out/")
+    model = codecllm.from_pretrained("out/")
+
+Importing this module is light: torch and transformers are imported when a model is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from codecllm.formats import FORMAT_VERSION
+from codecllm.formats import WRITER_VERSION as __version__
+
+if TYPE_CHECKING:
+    from codecllm.api import convert as convert
+    from codecllm.api import export as export
+    from codecllm.loader import from_pretrained as from_pretrained
+    from codecllm.verifier import verify as verify
+
+__all__ = ["FORMAT_VERSION", "__version__", "convert", "export", "from_pretrained", "verify"]
+
+_HOMES = {
+    "convert": "codecllm.api",
+    "export": "codecllm.api",
+    "from_pretrained": "codecllm.loader",
+    "verify": "codecllm.verifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public function where it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'codecllm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,53 @@
+"""`codecllm generate`: load a container and continue a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from codecllm.formats.errors import UsageError
+from codecllm.hub import resolve
+
+
+def generate(
+    out: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 32,
+    resident: Literal["dense", "int8"] = "dense",
+    revision: str | None = None,
+    workers: int | None = None,
+) -> str:
+    """Returns the prompt and its greedy continuation as text.
+
+    Args:
+        out: container folder or Hub id.
+        prompt: text to continue.
+        max_new_tokens: how many tokens at most.
+        resident: how the weights stay in memory.
+        revision: for a Hub id.
+        workers: decoding threads.
+
+    Raises:
+        UsageError: the model does not generate text, or has no tokenizer.
+        CodecLLMError: loading failed.
+    """
+    files = resolve(out, revision=revision)
+    import torch
+    from transformers import AutoTokenizer
+
+    from codecllm.loader import from_pretrained
+
+    model = from_pretrained(files.folder, resident=resident, workers=workers)
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"the container holds no usable tokenizer ({exc})", file=str(out)) from exc
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        tokens = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -1,0 +1,136 @@
+"""`codecllm info`: what a container holds, from its manifest alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from codecllm.formats.container import Container
+from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor, TensorRecord
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """Returns the figures of a container as JSON values.
+
+    `stored_bytes` of a tensor counts payload, side tensors and scales, not its share of headers and manifest; those are in
+    the totals.
+    """
+    with Container(folder) as container:
+        manifest = container.manifest
+        tensors = [_describe_tensor(record) for record in manifest.tensors]
+        weights = sum(record.elements for record in manifest.tensors if not isinstance(record, AliasTensor))
+        entropy = sum(tensor["entropy_bits"] for tensor in tensors)
+        return {
+            "folder": str(folder),
+            "format_version": manifest.format_version,
+            "writer": manifest.writer,
+            "scheme": manifest.options.scheme,
+            "source": manifest.source.model_dump(),
+            "source_dtypes": _dtype_bytes(manifest.tensors),
+            "manifest_sha256": container.manifest_sha256,
+            "shards": [record.model_dump() for record in manifest.shards],
+            "files": [record.model_dump() for record in manifest.files],
+            "weights": weights,
+            "source_bytes": manifest.source.tensor_bytes,
+            "container_bytes": container.stored_bytes,
+            "ratio": manifest.source.tensor_bytes / container.stored_bytes,
+            "bits_per_weight": 8 * container.stored_bytes / max(1, weights),
+            "entropy_bits_per_weight": entropy / max(1, weights),
+            "tensors": tensors,
+        }
+
+
+def _dtype_bytes(records: list[TensorRecord]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for record in records:
+        totals[record.dtype] = totals.get(record.dtype, 0) + record.source_bytes
+    return totals
+
+
+def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": record.name,
+        "scheme": record.scheme,
+        "dtype": record.dtype,
+        "shape": record.shape,
+        "codec": None,
+        "source_bytes": record.source_bytes,
+        "stored_bytes": 0,
+        "bits_per_weight": 0.0,
+        "entropy_bits": 0,
+        "entropy_bits_per_weight": 0.0,
+        "worst_error": None,
+        "scale_range": None,
+        "alias_of": record.alias_of if isinstance(record, AliasTensor) else None,
+        "fallback": getattr(record, "fallback", None),
+    }
+    if isinstance(record, AliasTensor):
+        return row
+    if isinstance(record, RawTensor):
+        row["stored_bytes"], row["entropy_bits"] = record.source_bytes, 8 * record.source_bytes
+    else:
+        row["codec"] = "+".join(dict.fromkeys(plane.codec for plane in record.planes))
+        row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes)
+        row["entropy_bits"] = sum(plane.entropy_bits for plane in record.planes)
+    if isinstance(record, Int8Tensor):
+        scales = 4 * record.shape[record.channel_axis]
+        if record.channel_kind == "row":
+            for dim in record.shape[: record.channel_axis]:
+                scales *= dim
+        row["stored_bytes"] += scales
+        row["entropy_bits"] += 8 * scales
+        row["worst_error"], row["scale_range"] = record.worst_error, record.scale_range
+    elements = max(1, record.elements)
+    row["bits_per_weight"] = 8 * row["stored_bytes"] / elements
+    row["entropy_bits_per_weight"] = row["entropy_bits"] / elements
+    return row
+
+
+def render(facts: dict[str, Any], console: Console) -> None:
+    """Prints the table of tensors and the totals."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="fold", min_width=16)
+    for column in ("dtype", "shape", "scheme", "codec"):
+        table.add_column(column, no_wrap=True)
+    for column in ("stored", "bits/w", "bound", "worst error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in facts["tensors"]:
+        table.add_row(*_cells(row))
+    console.print(table)
+    source = facts["source"]
+    origin = f"{source['repo']} @ {source['commit']}" if source["repo"] else "a local folder"
+    dtypes = ", ".join(f"{name} {size:,} B" for name, size in facts["source_dtypes"].items())
+    console.print(f"\nformat {facts['format_version']}, scheme {facts['scheme']}, from {origin}", highlight=False)
+    console.print(f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})", highlight=False)
+    console.print(f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest", highlight=False)
+    console.print(
+        f"ratio      {facts['ratio']:.3f}x   {facts['bits_per_weight']:.3f} bits per weight, all counted "
+        f"(entropy bound {facts['entropy_bits_per_weight']:.3f})",
+        highlight=False,
+    )
+    console.print(f"manifest   sha256 {facts['manifest_sha256']}", highlight=False)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    scheme = row["scheme"] + ("*" if row["fallback"] else "")
+    if row["alias_of"]:
+        return [row["name"], row["dtype"], _shape(row["shape"]), "alias", f"= {row['alias_of']}", "", "", "", ""]
+    worst = f"{row['worst_error']:.3g}" if row["worst_error"] is not None else ""
+    return [
+        row["name"],
+        row["dtype"],
+        _shape(row["shape"]),
+        scheme,
+        row["codec"] or "",
+        f"{row['stored_bytes']:,}",
+        f"{row['bits_per_weight']:.3f}",
+        f"{row['entropy_bits_per_weight']:.3f}",
+        worst,
+    ]
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
