@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 def convert_floor(source: Path, scratch: Path, workers: int) -> float:
     """Seconds to read, quantize, zstd-encode, hash and write all matrices, then to read the result again for its sha256.
 
-    The same kernels and hashes as the converter: sha256 of the codes, xxh3-64 of every frame, sha256 of the file. Each matrix is
+    The same kernels and hashes as the converter: sha256 of the codes, xxh3-64 of every frame, sha256 of the file. Matrices are
     bf16 with rows that divide 128 Ki. Frames are written in any order, nothing of a container is.
     """
     started = time.perf_counter()

@@ -59,9 +59,7 @@ def convert(
         CodecLLMError: see `codecllm.converter.convert` and `codecllm.hub.resolve`.
     """
     files = resolve(model, revision=revision, token=token, cache_dir=cache_dir, kind="source")
-    report = convert_folder(
-        files.folder, out, progress=progress, repo=files.repo, commit=files.commit, **options
-    )
+    report = convert_folder(files.folder, out, progress=progress, repo=files.repo, commit=files.commit, **options)
     outcome, pinned = None, report.manifest_sha256
     if baseline is not False:
         from codecllm.formats.container import Container

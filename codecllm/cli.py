@@ -1,6 +1,6 @@
 """The command line. Every command prints one clear line on failure and returns the exit code of the error's class.
 
-Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported version or environment, 4 files or network, 5 refused as unsafe.
+Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported version or environment, 4 files or network, 5 unsafe.
 """
 
 from __future__ import annotations
@@ -85,9 +85,13 @@ def _root(
 def convert(
     model: Annotated[str, typer.Argument(help="Hub id (user/name) or local folder with safetensors weights.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    scheme: Annotated[SchemeName, typer.Option(help="int8: one scale per output channel. lossless: every bit.")] = SchemeName.int8,
+    scheme: Annotated[
+        SchemeName, typer.Option(help="int8: one scale per output channel. lossless: every bit.")
+    ] = SchemeName.int8,
     include: Annotated[list[str] | None, typer.Option(help="Quantize tensors matching this glob too. May be repeated.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Do not quantize tensors matching this glob. May be repeated.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Do not quantize tensors matching this glob. May be repeated.")
+    ] = None,
     non_finite: Annotated[
         NonFiniteName, typer.Option(help="NaN or infinite weights under int8: stop, or keep such tensors lossless.")
     ] = NonFiniteName.error,
@@ -97,7 +101,7 @@ def convert(
         bool | None,
         typer.Option(
             "--baseline/--no-baseline",
-            help="Run the source and the converted model on fixed prompts and record both. Default: if it takes under 10 minutes.",
+            help="Run the source and the converted model on fixed prompts and record both. Default: if under 10 minutes.",
         ),
     ] = None,
     revision: Revision = None,
@@ -147,12 +151,16 @@ def verify(
     out: Annotated[str, typer.Argument(help="Container: a folder or a Hub id.")],
     level: Annotated[
         LevelName,
-        typer.Option(help="structure: names, sizes, headers. checksums: every byte. full: decode all and run the baseline too."),
+        typer.Option(
+            help="structure: names, sizes, headers. checksums: every byte. full: decode all and run the baseline too."
+        ),
     ] = LevelName.full,
     source: Annotated[str | None, typer.Option(help="Compare every decoded tensor with this model (folder or Hub id).")] = None,
     require_baseline: Annotated[bool, typer.Option(help="Fail where no baseline is recorded.")] = False,
     baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Run the recorded prompts (level full).")] = True,
-    manifest_sha256: Annotated[str | None, typer.Option(help="Accept only the manifest with this sha256: pins every byte.")] = None,
+    manifest_sha256: Annotated[
+        str | None, typer.Option(help="Accept only the manifest with this sha256: pins every byte.")
+    ] = None,
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,
@@ -249,9 +257,7 @@ def generate(
     """
     from codecllm.generation import generate as run
 
-    text = run(
-        out, prompt, max_new_tokens=max_new_tokens, resident=resident.value, revision=revision, workers=workers
-    )
+    text = run(out, prompt, max_new_tokens=max_new_tokens, resident=resident.value, revision=revision, workers=workers)
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else text)
 
 
@@ -310,7 +316,9 @@ def _print_estimate(predicted: Any, as_json: bool) -> None:
     _out.print(table)
     _print_warnings(predicted.warnings)
     ratio = predicted.source_bytes / max(1, predicted.stored_bytes)
-    _out.print(f"\n{predicted.source_bytes:,} bytes -> about {predicted.stored_bytes:,} bytes ({ratio:.2f}x); nothing was written")
+    _out.print(
+        f"\n{predicted.source_bytes:,} bytes -> about {predicted.stored_bytes:,} bytes ({ratio:.2f}x); nothing was written"
+    )
 
 
 def _print_conversion(done: Any, as_json: bool) -> None:
@@ -333,7 +341,8 @@ def _print_conversion(done: Any, as_json: bool) -> None:
         return
     _print_warnings(report.warnings)
     _out.print(
-        f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} bytes in {report.seconds:.1f} s, "
+        f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} bytes "
+        f"in {report.seconds:.1f} s, "
         f"ratio {report.ratio:.3f}x, {report.bits_per_weight:.3f} bits per weight"
     )
     if done.baseline is not None:

@@ -47,7 +47,5 @@ def generate(
         raise UsageError(f"the container holds no usable tokenizer ({exc})", file=str(out)) from exc
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.inference_mode():
-        tokens = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

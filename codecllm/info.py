@@ -105,7 +105,10 @@ def render(facts: dict[str, Any], console: Console) -> None:
     dtypes = ", ".join(f"{name} {size:,} B" for name, size in facts["source_dtypes"].items())
     console.print(f"\nformat {facts['format_version']}, scheme {facts['scheme']}, from {origin}", highlight=False)
     console.print(f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})", highlight=False)
-    console.print(f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest", highlight=False)
+    console.print(
+        f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest",
+        highlight=False,
+    )
     console.print(
         f"ratio      {facts['ratio']:.3f}x   {facts['bits_per_weight']:.3f} bits per weight, all counted "
         f"(entropy bound {facts['entropy_bits_per_weight']:.3f})",

@@ -151,9 +151,7 @@ class Plan:
         return sum(plan.max_stored_bytes for plan in self.tensors)
 
 
-def convert(
-    source: str | Path, out: str | Path, *, progress: Progress | None = None, **options: object
-) -> ConversionReport:
+def convert(source: str | Path, out: str | Path, *, progress: Progress | None = None, **options: object) -> ConversionReport:
     """Converts a local model folder into a container.
 
     Args:
@@ -333,9 +331,7 @@ def _build_manifest(
     by_name: dict[str, TensorRecord] = {record.name: record for record in records}
     for name, target in plan.aliases.items():
         stored = by_name[target]
-        by_name[name] = AliasTensor(
-            name=name, dtype=stored.dtype, shape=stored.shape, scheme="alias", alias_of=target
-        )
+        by_name[name] = AliasTensor(name=name, dtype=stored.dtype, shape=stored.shape, scheme="alias", alias_of=target)
     return Manifest(
         format="codecllm",
         format_version=FORMAT_VERSION,

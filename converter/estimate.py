@@ -75,9 +75,7 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
                 tensors.append(stored[name])
                 continue
             size = tensor.entry.bytes
-            tensors.append(
-                TensorEstimate(name, tensor.dtype.name, tensor.shape, "alias", size, 0, f"same bytes as {alias}")
-            )
+            tensors.append(TensorEstimate(name, tensor.dtype.name, tensor.shape, "alias", size, 0, f"same bytes as {alias}"))
         return Estimate(tensors, plan.warnings)
 
 
@@ -91,9 +89,7 @@ def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
         size, note = (coded, note) if coded < size else (size, f"{plan.scheme} does not shrink it")
     scheme = plan.scheme if size < source.entry.bytes or plan.scheme == "raw" else "raw"
     overhead = (_HEADER_BYTES if scheme != "raw" else _HEADER_BYTES // 4) + _MANIFEST_BYTES
-    return TensorEstimate(
-        source.name, source.dtype.name, source.shape, scheme, source.entry.bytes, size + overhead, note
-    )
+    return TensorEstimate(source.name, source.dtype.name, source.shape, scheme, source.entry.bytes, size + overhead, note)
 
 
 def _sample_stored_bytes(plan: TensorPlan) -> int | None:

@@ -86,9 +86,7 @@ def count_non_finite(words: Words, dtype: str) -> NDArray[np.int64]:
     return (np.bitwise_and(words, words.dtype.type(_MAGNITUDE[dtype])) >= _INFINITY[dtype]).sum(axis=1)
 
 
-def quantize_block(
-    words: Words, dtype: str, scales: NDArray[np.float32], codes: NDArray[np.int8]
-) -> float:
+def quantize_block(words: Words, dtype: str, scales: NDArray[np.float32], codes: NDArray[np.int8]) -> float:
     """Quantizes a block of rows.
 
     Args:
@@ -123,7 +121,7 @@ def scales_of(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:
-    """max |error| * scale over a block whose scales are per row ([rows, 1]) or per column ([1, cols])."""
+    """Max |error| * scale over a block whose scales are per row ([rows, 1]) or per column ([1, cols])."""
     np.abs(error, out=error)
     largest = error.max(axis=1, keepdims=True) if scale.shape[1] == 1 else error.max(axis=0, keepdims=True)
     return float((largest * scale).max())

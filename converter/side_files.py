@@ -87,7 +87,7 @@ def write_listed(folder: Path, name: str, data: bytes) -> FileRecord:
 
 
 def pack_config(config: dict[str, Any], scheme: str) -> bytes:
-    """Returns the source's config with the block that makes every loader know, and one that lacks codecllm refuse, the weights."""
+    """Returns the source's config with the block by which loaders know the weights, and refuse them without codecllm."""
     block = {"quant_method": "codecllm", "format_version": FORMAT_VERSION, "scheme": scheme}
     return (json.dumps({**config, "quantization_config": block}, indent=2, ensure_ascii=False) + "\n").encode()
 

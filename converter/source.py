@@ -52,9 +52,7 @@ class SourceTensor:
         """Its dimensions."""
         return self.entry.shape
 
-    def read_elements(
-        self, first: int, last: int, buffer: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.unsignedinteger]:
+    def read_elements(self, first: int, last: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.unsignedinteger]:
         """Reads elements [first, last) of the row-major order as unsigned integers of the element's size (whole-byte types).
 
         Args:
@@ -130,9 +128,7 @@ class SourceModel:
     def __enter__(self) -> SourceModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _open_files(self) -> None:

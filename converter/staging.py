@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from codecllm.formats.errors import CodecLLMError, FormatError, OutputExistsError, UsageError
+from codecllm.formats.errors import FormatError, OutputExistsError, UsageError
 from codecllm.formats.files import fsync_folder, write_atomically
 from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, SHARD_NAME, parse_manifest
 
@@ -18,7 +19,7 @@ STAGING_NAME = ".codecllm-partial"
 class Staging:
     """A conversion's output under construction.
 
-    Files are made in `out/.codecllm-partial/`. `commit` moves them into `out`, the manifest last: without a manifest there is no
+    Files are made in `out/.codecllm-partial/`. `commit` moves them into `out`, the manifest last: no manifest, no
     container. Leaving the context without a commit removes everything that was written, and `out` itself if it was made here.
     A conversion that was killed leaves only the staging folder, which the next one removes.
     """
@@ -77,15 +78,11 @@ class Staging:
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self._committed and self._made_out:
-            try:
+            with suppress(OSError):  # something else was put there meanwhile: it stays
                 self.out.rmdir()
-            except OSError:
-                pass  # something else was put there meanwhile: it stays
         os.close(self._lock)
 
     def _check_out(self, force: bool) -> None:
@@ -108,10 +105,8 @@ class Staging:
             return
         owned = {INDEX_NAME, BASELINE_NAME}
         owned |= {path.name for path in self.out.iterdir() if SHARD_NAME.fullmatch(path.name)}
-        try:
+        with suppress(FormatError):  # a damaged manifest names nothing; its shards go all the same
             owned |= {record.name for record in parse_manifest(manifest.read_bytes()).files}
-        except (FormatError, CodecLLMError):
-            pass  # a damaged manifest names nothing; its shards go all the same
         manifest.unlink()
         fsync_folder(self.out)
         for name in owned:

@@ -60,9 +60,7 @@ class _Job:
     problem: str | None = None
 
 
-def ordered(
-    executor: Executor, work: Callable[[Item], Result], items: Iterable[Item], window: int
-) -> Iterator[Result]:
+def ordered(executor: Executor, work: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
     """Runs `work` on items in threads and yields the results in order, at most `window` ahead of the consumer."""
     pending: deque[Future[Result]] = deque()
     for item in items:
@@ -79,9 +77,7 @@ class TensorWriter:
     Blocks of the next tensors are encoded while the current one is written. Memory: `window` encoded blocks.
     """
 
-    def __init__(
-        self, executor: Executor, window: int, non_finite: NonFinite, on_bytes: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, executor: Executor, window: int, non_finite: NonFinite, on_bytes: Callable[[str, int], None]) -> None:
         """Keeps what every shard needs.
 
         Args:

@@ -198,9 +198,7 @@ class Container:
     def __enter__(self) -> Container:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     @property
@@ -348,7 +346,11 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
     expected = Grid(rows, cols, record.tile[0], record.tile[1])
     if table.grid != expected or table.planes != len(record.planes):
         raise LayoutError(
-            "chunk table and manifest disagree", file=file, tensor=record.name, got=str(table.grid), expected=str(expected)
+            "chunk table and manifest disagree",
+            file=file,
+            tensor=record.name,
+            got=str(table.grid),
+            expected=str(expected),
         )
     stored = table.records["stored_bytes"].reshape(-1, table.planes).sum(axis=0, dtype=np.int64).tolist()
     if stored != [plane.stored_bytes for plane in record.planes]:
@@ -369,4 +371,3 @@ def _check_xxh3(data: Any, expected: str, file: str, tensor: str | None, byte: i
         raise ChecksumError(
             f"{what} differ from the manifest: xxh3", file=file, tensor=tensor, byte=byte, got=got, expected=expected
         )
-

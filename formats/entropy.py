@@ -21,7 +21,8 @@ def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
     """Returns an estimate of `entropy_bits` from every 17th symbol; exact up to 16,384 symbols.
 
     Counting all symbols would take longer than coding them. The sample's entropy is too small by (K - 1) / 2n nats for K
-    distinct symbols (Miller 1955), which is added; what remains is about 0.01 bit per symbol on one chunk and averages out over chunks.
+    distinct symbols (Miller 1955), which is added; what remains is about 0.01 bit per symbol on one chunk
+    and averages out over chunks.
     """
     if symbols.size <= _EXACT_UP_TO:
         return entropy_bits(symbols)

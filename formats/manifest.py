@@ -200,7 +200,7 @@ def pack_manifest(manifest: Manifest) -> bytes:
     for key, value in document.items():
         if key in ("shards", "files", "tensors"):
             body = ",\n".join(_dump(_without_none(item)) for item in value)
-            parts.append(f'{_dump(key)}:[\n{body}\n]' if value else f"{_dump(key)}:[]")
+            parts.append(f"{_dump(key)}:[\n{body}\n]" if value else f"{_dump(key)}:[]")
         else:
             parts.append(f"{_dump(key)}:{_dump(value)}")
     text = ("{" + ",\n".join(parts) + ",\n").encode()

@@ -90,9 +90,7 @@ def read_header(file: SafeFile, *, max_header_bytes: int = limits.HEADER_BYTES) 
     return parse_header(raw, file_bytes=file.size, file=file.name, max_header_bytes=max_header_bytes)
 
 
-def parse_header(
-    raw: bytes, *, file_bytes: int, file: str, max_header_bytes: int = limits.HEADER_BYTES
-) -> ShardHeader:
+def parse_header(raw: bytes, *, file_bytes: int, file: str, max_header_bytes: int = limits.HEADER_BYTES) -> ShardHeader:
     """Validates length prefix and header together; `file_bytes` is the size of the whole file. Errors as `read_header`."""
     text = raw[PREFIX_BYTES:]
     if not text.startswith(b"{"):

@@ -59,7 +59,7 @@ def resolve(
         revision: branch, tag or commit; for a Hub id only.
         token: Hub token, True for the saved one, False for none, None for the default.
         cache_dir: the Hub cache to use instead of the default one.
-        kind: `source` leaves out weight files that only duplicate the safetensors; `container` takes all that a container lists.
+        kind: `source` leaves out weight files that only duplicate the safetensors; `container` takes all that it lists.
 
     Raises:
         UsageError: neither a folder nor a Hub id, or a revision for a folder.
@@ -87,9 +87,7 @@ def _local(folder: Path) -> ModelFiles:
     return ModelFiles(folder)
 
 
-def _download(
-    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, kind: str
-) -> ModelFiles:
+def _download(repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, kind: str) -> ModelFiles:
     from huggingface_hub import snapshot_download
 
     def fetch(weights: str, commit: str | None) -> Path:
@@ -133,10 +131,16 @@ def _one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
 
     at = f" at revision {revision!r}" if revision else ""
     explanations: list[tuple[tuple[type[BaseException], ...], Callable[[Any], str]]] = [
-        ((errors.GatedRepoError,), lambda _: "gated: ask for access on the Hub, then log in ('hf auth login' or HF_TOKEN)"),
+        (
+            (errors.GatedRepoError,),
+            lambda _: "gated: ask for access on the Hub, then log in ('hf auth login' or HF_TOKEN)",
+        ),
         ((errors.RepositoryNotFoundError,), lambda _: "not found on the Hub (or private: log in, or set HF_TOKEN)"),
         ((errors.RevisionNotFoundError,), lambda _: f"no such revision: {revision!r}"),
-        ((errors.OfflineModeIsEnabled,), lambda _: f"not in the local cache{at}, and offline mode is on (HF_HUB_OFFLINE)"),
+        (
+            (errors.OfflineModeIsEnabled,),
+            lambda _: f"not in the local cache{at}, and offline mode is on (HF_HUB_OFFLINE)",
+        ),
         ((errors.LocalEntryNotFoundError,), lambda _: f"not in the local cache{at}, and the Hub cannot be reached"),
         ((errors.HFValidationError,), lambda exc: f"not a Hub id: {exc}"),
         ((errors.HfHubHTTPError,), lambda exc: f"the Hub answered with an error: {str(exc).splitlines()[0]}"),

@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target makes. Needs Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit lint bench clean
+
+help: ## Show the targets.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+setup: $(READY) ## Make the environment.
+
+demo: $(READY) ## Convert, verify and run a small real model (SmolLM2-135M-Instruct, about 80 MB to fetch once).
+	$(BIN)/python -m demo.run
+
+test: $(READY) ## Run every test.
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+unit: $(READY) ## Run the tests that need neither torch nor a model (under a minute).
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/malformed tests/golden tests/property
+
+lint: $(READY) ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/typecheck --upgrade .
+	MYPYPATH=$(VENV)/typecheck $(BIN)/mypy --config-file pyproject.toml -p codecllm
+
+bench: $(READY) ## Measure convert and load against their floors, and peak memory.
+	$(BIN)/python -m benchmarks.run
+
+clean: ## Remove the environment and what the targets made.
+	rm -rf $(VENV) build demo/out benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

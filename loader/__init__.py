@@ -1,0 +1,25 @@
+"""From a container to a live torch model: streaming, decoding, resident int8 modules, and the way into transformers.
+
+Importing this package is light: torch and transformers are imported with the first name that is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from codecllm.loader.pretrained import from_pretrained
+    from codecllm.loader.stream import stream_tensors
+
+__all__ = ["from_pretrained", "stream_tensors"]
+
+_HOMES = {"from_pretrained": "codecllm.loader.pretrained", "stream_tensors": "codecllm.loader.stream"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,190 @@
+"""Decodes coded tensors on the CPU, tile by tile, straight into their final place.
+
+The bits are those of `formats.reference`; here they are made with few passes over data that stays in the cache. Each pass is
+one numpy or torch call over a whole tile, which releases the interpreter's lock, so threads scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from codecllm.formats.container import StoredTensor, scales_for_tile
+from codecllm.formats.dtypes import DTYPES, DType
+from codecllm.formats.errors import DecodeError
+from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.tiling import Tile
+
+JOB_SYMBOLS = 1 << 20
+"""Elements of one job: large enough that its overhead (20 microseconds) is nothing, small enough to spread over threads."""
+
+BLOCK_ELEMENTS = 1 << 18
+"""Most elements whose intermediate values are held at once, whatever the container's tile size."""
+
+CODES = "I8"
+"""Target that asks for the int8 codes of an `int8` tensor instead of its weights."""
+
+_TORCH_ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Workspace:
+    """Buffers of one thread, grown on demand and used again for every tile."""
+
+    def __init__(self) -> None:
+        self._slots = bytearray()
+        self._scratch: dict[np.dtype[Any], NDArray[Any]] = {}
+
+    def slots(self, size: int) -> bytearray:
+        """Returns a buffer of at least `size` bytes with unspecified content."""
+        if len(self._slots) < size:
+            self._slots = bytearray(size)
+        return self._slots
+
+    def scratch(self, rows: int, cols: int, dtype: Any) -> NDArray[Any]:
+        """Returns a C-ordered array [rows, cols] with unspecified content; the next call with that dtype reuses it."""
+        key = np.dtype(dtype)
+        held = self._scratch.get(key)
+        if held is None or held.size < rows * cols:
+            held = self._scratch[key] = np.empty(max(rows * cols, 1 << 17), key)
+        return held[: rows * cols].reshape(rows, cols)
+
+
+def plan_jobs(tensor: StoredTensor, job_symbols: int = JOB_SYMBOLS) -> list[range]:
+    """Cuts a tensor's tiles into runs of about `job_symbols` elements; each run is one read and one job."""
+    grid = tensor.table.grid
+    step = max(1, job_symbols // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+    return [range(first, min(first + step, len(grid))) for first in range(0, len(grid), step)]
+
+
+def payload_span(tensor: StoredTensor, tiles: range) -> tuple[int, int]:
+    """Returns offset and size, in bytes of the shard, of the slots of a run of tiles."""
+    planes, offsets = tensor.table.planes, tensor.table.offsets
+    begin, end = int(offsets[tiles.start * planes]), int(offsets[tiles.stop * planes])
+    return tensor.offset + begin, end - begin
+
+
+def read_tiles(tensor: StoredTensor, tiles: range, workspace: Workspace) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
+    """Reads a run of tiles with one read; yields each with its verified, decoded planes.
+
+    Yields:
+        The tile, and per plane uint8 [tile.rows, tile.cols] symbols, read-only, valid until the next step.
+
+    Raises:
+        FormatError: a chunk is damaged; it was not given to a decoder.
+    """
+    planes = tensor.table.planes
+    first, last = tiles.start * planes, tiles.stop * planes
+    slots = tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
+    for index in tiles:
+        tile = tensor.table.grid.tile(index)
+        yield (
+            tile,
+            [
+                tensor.decode_chunk(index * planes + plane, slots, first).reshape(tile.rows, tile.cols)
+                for plane in range(planes)
+            ],
+        )
+
+
+def decode_tiles(tensor: StoredTensor, tiles: range, out: NDArray[Any], target: str, workspace: Workspace) -> None:
+    """Decodes a run of tiles into the matrix of a whole tensor.
+
+    Args:
+        tensor: the tensor.
+        tiles: numbers of the tiles.
+        out: unsigned words [rows, cols] of the grid, of the target's size, C order; the tiles' rectangles are written.
+        target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once) or `CODES`; for `lossless` its own dtype.
+        workspace: the calling thread's.
+
+    Raises:
+        FormatError: a chunk is damaged. Tiles before it were written.
+    """
+    for tile, planes in read_tiles(tensor, tiles, workspace):
+        place = out[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
+        write_tile(tensor, tile, planes, place, target, workspace)
+
+
+def write_tile(
+    tensor: StoredTensor,
+    tile: Tile,
+    planes: list[NDArray[np.uint8]],
+    out: NDArray[Any],
+    target: str,
+    workspace: Workspace,
+) -> None:
+    """Turns a tile's planes into elements: `out` is unsigned words [tile.rows, tile.cols], of any strides.
+
+    Raises:
+        DecodeError: a boolean is neither 0 nor 1.
+    """
+    for rows, cols in _blocks(tile.rows, tile.cols):
+        parts = [plane[rows, cols] for plane in planes]
+        if not isinstance(tensor.record, Int8Tensor):
+            join_planes(parts, DTYPES[tensor.record.dtype], out[rows, cols], workspace)
+            continue
+        codes = parts[0].view(np.int8)
+        if target == CODES:
+            np.copyto(out[rows, cols].view(np.int8), codes)
+            continue
+        assert tensor.scales is not None
+        scales = scales_for_tile(tensor.record, tensor.scales, tile)
+        scales = scales[:, cols] if scales.shape[0] == 1 and tile.cols == scales.shape[1] else scales[rows]
+        dequantize(codes, scales, out[rows, cols], target, workspace)
+
+
+def dequantize(
+    codes: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[Any], target: str, workspace: Workspace
+) -> None:
+    """Writes fl32(code * scale), rounded once (ties to even) to `target`.
+
+    Args:
+        codes: int8 [rows, cols].
+        scales: float32, broadcasts against `codes`.
+        out: unsigned words [rows, cols] of the target's size; receives bit patterns.
+        target: `BF16`, `F16` or `F32`.
+        workspace: the calling thread's.
+    """
+    values = out.view(np.float32) if target == "F32" else workspace.scratch(*codes.shape, np.float32)
+    np.copyto(values, codes)
+    np.multiply(values, scales, out=values)
+    if target != "F32":
+        # torch rounds float32 four to twenty times as fast as numpy; tests compare all ties with the reference.
+        torch.from_numpy(out).view(_TORCH_ROUNDED[target]).copy_(torch.from_numpy(values))
+
+
+def join_planes(planes: list[NDArray[np.uint8]], dtype: DType, out: NDArray[Any], workspace: Workspace) -> None:
+    """Inverse of `formats.schemes.lossless.split_planes`, into place; moves bits as integers only.
+
+    Args:
+        planes: uint8 [rows, cols] per plane, the most significant first.
+        dtype: element type.
+        out: unsigned words [rows, cols] of the element's size.
+        workspace: the calling thread's.
+
+    Raises:
+        DecodeError: a boolean is neither 0 nor 1.
+    """
+    np.copyto(out, planes[0])
+    for plane in planes[1:]:
+        np.left_shift(out, 8, out=out)
+        np.bitwise_or(out, plane, out=out)
+    if dtype.rotates:
+        sign = workspace.scratch(*out.shape, out.dtype)
+        np.left_shift(out, dtype.bits - 1, out=sign)
+        np.right_shift(out, 1, out=out)
+        np.bitwise_or(out, sign, out=out)
+    if dtype.name == "BOOL" and (out > 1).any():
+        raise DecodeError("a boolean is neither 0 nor 1", got=int(out.max()))
+
+
+def _blocks(rows: int, cols: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts a tile into rectangles of at most BLOCK_ELEMENTS; the usual tile is one rectangle."""
+    width = min(cols, BLOCK_ELEMENTS)
+    height = max(1, BLOCK_ELEMENTS // width)
+    for row in range(0, rows, height):
+        for col in range(0, cols, width):
+            yield slice(row, min(row + height, rows)), slice(col, min(col + width, cols))

@@ -1,0 +1,75 @@
+"""The threads that read and decode."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+
+from codecllm.formats.errors import UsageError
+from codecllm.loader.decode import Workspace
+
+Job = Callable[[Workspace], None]
+
+
+class DecodePool:
+    """A fixed number of threads, each with buffers of its own that live as long as the pool."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        """Starts the threads.
+
+        Args:
+            workers: how many, 1 or more; None takes one per core that the process may use.
+
+        Raises:
+            UsageError: `workers` is not positive.
+        """
+        self.workers = workers if workers is not None else max(1, len(os.sched_getaffinity(0)))
+        if self.workers < 1:
+            raise UsageError("workers must be 1 or more", got=workers)
+        self._local = threading.local()
+        self._executor = ThreadPoolExecutor(self.workers, "codecllm-decode", initializer=torch.set_num_threads, initargs=(1,))
+        self._start_all()
+
+    def submit(self, job: Job) -> Future[None]:
+        """Queues a job; jobs start in the order in which they were queued."""
+        return self._executor.submit(self._run, job)
+
+    def run_all(self, jobs: list[Job]) -> None:
+        """Queues jobs and waits for all of them; raises the first job's error once none runs any more."""
+        futures = [self.submit(job) for job in jobs]
+        errors = [future.exception() for future in futures]
+        first = next((error for error in errors if error is not None), None)
+        if first is not None:
+            raise first
+
+    def close(self) -> None:
+        """Drops queued jobs, waits for running ones and frees the buffers."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, job: Job) -> None:
+        if not hasattr(self._local, "workspace"):
+            self._local.workspace = Workspace()
+        job(self._local.workspace)
+
+    def _start_all(self) -> None:
+        """Starts every thread now, each with a single torch thread: torch must not multiply them for one tile.
+
+        torch keeps the number per thread, and a default for threads to come, which the threads' own setting has just changed;
+        setting the caller's number again restores it.
+        """
+        barrier = threading.Barrier(self.workers + 1)
+        for _ in range(self.workers):
+            self._executor.submit(barrier.wait)
+        barrier.wait()
+        torch.set_num_threads(torch.get_num_threads())
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

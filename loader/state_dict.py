@@ -1,0 +1,175 @@
+"""A state dict whose values decode themselves when a model asks for them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+
+from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.errors import ModelMismatchError
+from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.loader.pool import DecodePool
+from codecllm.loader.torch_tensors import (
+    DTYPE_NAMES,
+    announce_reads,
+    fill,
+    open_scales,
+    start_filling,
+    start_filling_codes,
+    torch_dtype,
+)
+
+Part = Literal["weight", "codes", "scale"]
+SCALE_SUFFIX = "_scale"
+
+
+class TensorReader:
+    """Decodes single tensors of a container on request, from any thread, and remembers the first failure.
+
+    Tensors that are asked for under several names (aliases, tied modules) are decoded once and share one storage.
+
+    Attributes:
+        first_error: the first exception that a read raised, or None.
+    """
+
+    def __init__(self, container: Container, pool: DecodePool) -> None:
+        self._container = container
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._shared_locks: dict[str, threading.Lock] = {}
+        self._shared: dict[tuple[str, Part, torch.dtype | None], torch.Tensor] = {}
+        self.first_error: BaseException | None = None
+        for record in container.manifest.tensors:
+            if isinstance(record, AliasTensor):
+                self.share(record.alias_of)
+
+    def share(self, name: str) -> None:
+        """Keeps the tensor `name` once it was decoded, so that later requests get the same storage."""
+        with self._lock:
+            self._shared_locks.setdefault(name, threading.Lock())
+
+    def read(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
+        """Decodes a stored tensor.
+
+        Args:
+            name: a tensor that is no alias.
+            part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel.
+            dtype: dtype of `weight`; ignored otherwise.
+
+        Raises:
+            FormatError: the tensor is damaged. `first_error` keeps the first one.
+        """
+        try:
+            lock = self._shared_locks.get(name)
+            if lock is None:
+                return self._decode(name, part, dtype)
+            with lock:
+                key = (name, part, dtype if part == "weight" else None)
+                if key not in self._shared:
+                    self._shared[key] = self._decode(name, part, dtype)
+                return self._shared[key]
+        except BaseException as exc:
+            with self._lock:
+                self.first_error = self.first_error or exc
+            raise
+
+    def _decode(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
+        if part == "scale":
+            return open_scales(self._container, name)
+        source = self._container.tensor(name)
+        announce_reads(source)
+        if part == "codes":
+            assert isinstance(source, StoredTensor)
+            return fill(self._pool, start_filling_codes(source))
+        return fill(self._pool, start_filling(source, dtype))
+
+
+class LazyTensor:
+    """A tensor that is decoded by `to`; stands in for a slice of a safetensors file in transformers' loading.
+
+    transformers asks for `value[...]` and then `.to(device=, dtype=)` in a thread of its own. `value[...]` therefore returns
+    the object itself, so that an `int8` tensor is rounded once, directly to the dtype that the parameter wants.
+    """
+
+    def __init__(self, reader: TensorReader, record: TensorRecord, part: Part, dtype: torch.dtype) -> None:
+        """Describes a tensor without reading it.
+
+        Args:
+            reader: where it is decoded.
+            record: its manifest record; an alias stands for its target.
+            part: what of it.
+            dtype: dtype of a float `weight` where the caller of `to` names none.
+        """
+        self.name = record.name
+        self._reader = reader
+        self._stored_name = record.alias_of if isinstance(record, AliasTensor) else record.name
+        self._part = part
+        self._source_dtype = torch_dtype(record.dtype, record.name)
+        is_float = self._source_dtype.is_floating_point and self._source_dtype.itemsize > 1
+        weight_dtype = dtype if is_float else self._source_dtype
+        self.dtype = {"weight": weight_dtype, "codes": torch.int8, "scale": torch.float32}[part]
+        self.shape = torch.Size(record.shape)
+        if part == "scale":
+            assert isinstance(record, Int8Tensor | AliasTensor)
+            self.shape = torch.Size(record.shape[:1])
+        self.ndim = len(self.shape)
+        self.device = torch.device("cpu")
+
+    def get_shape(self) -> list[int]:
+        """Dimensions, as a safetensors slice gives them."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """Dtype in safetensors' spelling."""
+        return DTYPE_NAMES[self.dtype]
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """Whether `dtype` is a float."""
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index is Ellipsis else self.to()[index]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Decodes the tensor.
+
+        Args:
+            device: where it is to lie; None: the CPU.
+            dtype: its dtype; None: `self.dtype`. Codes are int8 and scales float32 whatever is asked for.
+
+        Raises:
+            FormatError: it is damaged.
+            ModelMismatchError: the model wants a float where the container holds integers, or the other way round.
+        """
+        wanted = self.dtype if dtype is None or self._part != "weight" else dtype
+        if self._part == "weight" and wanted.is_floating_point != self._source_dtype.is_floating_point:
+            error = ModelMismatchError("dtype", tensor=self.name, got=self._source_dtype, expected=wanted)
+            self._reader.first_error = self._reader.first_error or error
+            raise error
+        tensor = self._reader.read(self._stored_name, self._part, wanted)
+        return tensor if device is None else tensor.to(device)
+
+
+def lazy_state_dict(reader: TensorReader, container: Container, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """Returns every tensor of a container, aliases included, as a lazy weight."""
+    return {record.name: LazyTensor(reader, record, "weight", dtype) for record in container.manifest.tensors}
+
+
+def main_dtype(container: Container) -> torch.dtype:
+    """Returns the float dtype that most weights of the source have; float32 where it has none."""
+    counts: Counter[str] = Counter()
+    for record in container.manifest.tensors:
+        if record.dtype in ("BF16", "F16", "F32", "F64"):
+            counts[record.dtype] += record.elements
+    return torch_dtype(counts.most_common(1)[0][0]) if counts else torch.float32
