@@ -1,0 +1,228 @@
+"""`from_pretrained`: a container's name in, a working transformers model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import (
+    CodecLLMError,
+    ModelMismatchError,
+    NotAContainerError,
+    UnsupportedEnvironmentError,
+    UsageError,
+)
+from codecllm.hub import resolve
+from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.pool import DecodePool
+from codecllm.loader.residency import ResidentInt8
+from codecllm.loader.state_dict import TensorReader, lazy_state_dict, main_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Resident = Literal["dense", "int8"]
+
+_CONFIG = "config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_OURS = frozenset(
+    [
+        "config",
+        "state_dict",
+        "quantization_config",
+        "gguf_file",
+        "subfolder",
+        "variant",
+        "use_safetensors",
+        "output_loading_info",
+        "ignore_mismatched_sizes",
+        "key_mapping",
+        "trust_remote_code",
+        "weights_only",
+    ]
+)
+"""Arguments of transformers' `from_pretrained` that a container answers itself, or that would let a wrong weight pass."""
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    resident: Resident = "dense",
+    workers: int | None = None,
+    expected_manifest_sha256: str | None = None,
+    **hf_kwargs: Any,
+) -> PreTrainedModel:
+    """Loads a container into the transformers model that its config names, in evaluation mode.
+
+    Every byte is compared with its checksum before it is decoded. Missing, extra or mis-shaped tensors are errors; a model is
+    returned only when it is complete.
+
+    Args:
+        name_or_path: container folder or Hub id (`user/name`).
+        revision: branch, tag or commit of a Hub id.
+        token: Hub token.
+        cache_dir: Hub cache.
+        dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`; None and "auto" take the source's.
+        device_map: as in transformers; None loads onto the CPU.
+        resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and scales stay, each weight is
+            dequantized where it is multiplied; the results are the same, memory is about half of bf16's.
+        workers: decoding threads; None takes one per core.
+        expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
+        hf_kwargs: further arguments of transformers' `from_pretrained`, for example `attn_implementation`.
+
+    Returns:
+        The model. It has no tie to the container's files.
+
+    Raises:
+        FormatError: the container is damaged or is none.
+        ModelMismatchError: its tensors are not those of the model class.
+        UnsupportedEnvironmentError: this transformers or torch lacks the class or a dtype.
+        HubError: the repository cannot be reached, found or read.
+        UsageError: the arguments contradict each other or the container.
+    """
+    refused = sorted(_OURS & hf_kwargs.keys())
+    if refused:
+        raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
+    if resident not in ("dense", "int8"):
+        raise UsageError("no such resident", got=repr(resident), expected="'dense' or 'int8'")
+    files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+    with Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container, DecodePool(workers) as pool:
+        config = _read_config(container, resident)
+        load = _Load(container, pool, config, _wanted_dtype(dtype, config, container))
+        model = load.run(resident, {"device_map": device_map, **hf_kwargs})
+        _read_generation_config(container, model)
+    model.name_or_path = model.config._name_or_path = str(name_or_path)
+    return model
+
+
+class _Load:
+    """One load in progress."""
+
+    def __init__(self, container: Container, pool: DecodePool, config: Any, dtype: torch.dtype) -> None:
+        self._container = container
+        self._config = config
+        self._dtype = dtype
+        self._reader = TensorReader(container, pool)
+        self._state_dict = lazy_state_dict(self._reader, container, dtype)
+
+    def run(self, resident: Resident, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+        """Builds the model class and loads the weights; see `from_pretrained`."""
+        if resident == "dense":
+            model = self._build(hf_kwargs)
+        else:
+            plan = ResidentInt8(self._container, self._reader, self._state_dict)
+            with adapter.module_plan(plan):
+                model = self._build(hf_kwargs)
+            plan.check(model)
+        self._check_materialized(model)
+        _separate_untied(model)
+        return model
+
+    def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+        cls = adapter.model_class(self._config)
+        try:
+            with adapter.silenced():
+                model, found = cls.from_pretrained(
+                    None,
+                    config=self._config,
+                    state_dict=self._state_dict,
+                    dtype=self._dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **hf_kwargs,
+                )
+        except Exception as exc:
+            if self._reader.first_error is not None:
+                raise self._reader.first_error from exc
+            if isinstance(exc, CodecLLMError):
+                raise
+            raise ModelMismatchError(f"transformers could not build {cls.__name__}: {_one_line(exc)}") from exc
+        if self._reader.first_error is not None:
+            raise self._reader.first_error
+        _check_loading(found, cls.__name__)
+        return model
+
+    def _check_materialized(self, model: PreTrainedModel) -> None:
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            return
+        empty = [name for name, value in model.named_parameters() if value.is_meta]
+        if empty:
+            raise ModelMismatchError("parameters were left without weights", tensor=empty[0], got=len(empty))
+
+
+def _read_config(container: Container, resident: Resident) -> Any:
+    """Reads the checked config.json; our block stays in it only where modules will be replaced."""
+    from transformers import AutoConfig
+
+    record = container.manifest.file(_CONFIG)
+    if record is None:
+        raise NotAContainerError("container has no config.json: no model can be built from it", file=str(container.folder))
+    container.read_side_file(record)
+    if resident == "int8":
+        adapter.register()
+    try:
+        config = AutoConfig.from_pretrained(container.folder, trust_remote_code=False)
+    except Exception as exc:
+        raise UnsupportedEnvironmentError(f"transformers cannot read the config: {_one_line(exc)}", file=_CONFIG) from exc
+    if resident == "dense":
+        adapter.strip_quantization(config)
+    return config
+
+
+def _read_generation_config(container: Container, model: Any) -> None:
+    from transformers import GenerationConfig
+
+    record = container.manifest.file(_GENERATION_CONFIG)
+    if record is None or not model.can_generate():
+        return
+    container.read_side_file(record)
+    model.generation_config = GenerationConfig.from_pretrained(container.folder)
+
+
+def _wanted_dtype(dtype: torch.dtype | str | None, config: Any, container: Container) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        dtype = getattr(config, "dtype", None) or main_dtype(container)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None) or dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError("not a float dtype", got=repr(dtype), expected="for example torch.bfloat16")
+    return dtype
+
+
+def _check_loading(found: dict[str, Any], cls: str) -> None:
+    """Turns transformers' report, after the class's own ignore lists, into one error.
+
+    Raises:
+        ModelMismatchError: something is missing, extra or mis-shaped.
+    """
+    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    shapes = sorted(f"{name} {tuple(got)} for {tuple(wanted)}" for name, got, wanted in found["mismatched_keys"])
+    lists = [("missing", missing), ("not in the model", extra), ("mis-shaped", shapes), ("failed", found["error_msgs"])]
+    faults = [f"{what}: {', '.join(map(str, names))}" for what, names in lists if names]
+    if faults:
+        raise ModelMismatchError(f"the container's tensors are not those of {cls}; " + "; ".join(faults))
+
+
+def _separate_untied(model: Any) -> None:
+    """Gives parameters that are equal in the container, but not tied in the model, memory of their own."""
+    seen: set[tuple[torch.device, int]] = set()
+    for parameter in model.parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
+        place = (parameter.device, parameter.data_ptr())
+        if place in seen:
+            parameter.data = parameter.data.clone()
+        seen.add(place)
+
+
+def _one_line(exc: BaseException) -> str:
+    text = " ".join(str(exc).split())
+    return f"{type(exc).__name__}: {text[:300]}"
