@@ -29,7 +29,7 @@ Resident = Literal["dense", "int8"]
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _OURS = frozenset(
-    [
+    {
         "config",
         "state_dict",
         "quantization_config",
@@ -42,7 +42,7 @@ _OURS = frozenset(
         "key_mapping",
         "trust_remote_code",
         "weights_only",
-    ]
+    }
 )
 """Arguments of transformers' `from_pretrained` that a container answers itself, or that would let a wrong weight pass."""
 
