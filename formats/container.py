@@ -223,6 +223,17 @@ class Container:
             raise ChecksumError("file differs from the manifest: sha256", file=record.name, got=got, expected=record.sha256)
         return data
 
+    def check_presence(self, record: FileRecord) -> None:
+        """Checks that a listed file is there, is a regular file of this folder and has its size; its content is not read.
+
+        Raises:
+            TruncatedError: it is missing or too short.
+            LayoutError: it is too long.
+            UnsafePathError: it is a link that leads elsewhere, or no regular file.
+        """
+        with SafeFile(self.folder, record.name) as file:
+            _check_size(file, record)
+
     def check_file(self, record: FileRecord) -> None:
         """Checks size and sha256 of a listed file of any size, reading it through. Errors as `read_side_file`."""
         with SafeFile(self.folder, record.name) as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +104,25 @@ def silenced() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keeps transformers from drawing its own progress bars: the caller shows progress in its own way."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_plain(folder: Path) -> Any:
+    """Loads a plain model from its folder into the class that its config names, in its own dtype, on the CPU."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with silenced():
+        return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
 
 
 def tied_parameters(model: Any) -> Mapping[str, str]:

@@ -1,0 +1,175 @@
+"""Runs a model on the fixed prompts: greedy tokens, logits along a continuation, or the first output of an encoder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codecllm.verifier.baseline_record import Environment, HiddenSamples, TopTokens
+from codecllm.verifier.prompts import HIDDEN_SAMPLES, NEW_TOKENS, PROMPTS, TOP_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A prompt and its token ids."""
+
+    text: str
+    tokens: list[int]
+
+
+class PromptCoder:
+    """Text to tokens and back: the model's own tokenizer, or arbitrary fixed ids where it has none."""
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        """Loads the tokenizer of `folder`, if there is a usable one."""
+        from transformers import AutoTokenizer
+
+        self._vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception:  # transformers raises whatever its many tokenizer classes happen to raise
+            self._tokenizer = None
+
+    def prompts(self) -> list[PromptTokens]:
+        """Returns the fixed prompts; a prompt whose ids leave the model's vocabulary is replaced by fixed ids."""
+        return [PromptTokens(text, self._encode(text, number)) for number, text in enumerate(PROMPTS)]
+
+    def decode(self, tokens: list[int]) -> str:
+        """Returns the text of tokens, or an empty string without a tokenizer."""
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _encode(self, text: str, number: int) -> list[int]:
+        if self._tokenizer is not None:
+            tokens = [int(token) for token in self._tokenizer(text)["input_ids"]]
+            if tokens and (not self._vocabulary or max(tokens) < self._vocabulary):
+                return tokens
+        vocabulary = max(2, self._vocabulary)
+        return [(7919 * (number + 1) * (position + 1)) % vocabulary for position in range(8 + number)]
+
+
+def generates(model: Any) -> bool:
+    """Whether the baseline of a model is its greedy continuation."""
+    return bool(hasattr(model, "can_generate") and model.can_generate())
+
+
+def greedy_tokens(model: Any, prompt: PromptTokens) -> list[int]:
+    """Returns up to 32 tokens that the model finds most likely one after another, whatever its generation config says."""
+    from transformers import GenerationConfig
+
+    given = model.generation_config
+    plain = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        bos_token_id=given.bos_token_id,
+        eos_token_id=given.eos_token_id,
+        pad_token_id=given.pad_token_id if given.pad_token_id is not None else _first(given.eos_token_id),
+        decoder_start_token_id=given.decoder_start_token_id,
+    )
+    ids = torch.tensor([prompt.tokens], device=model.device)
+    model.generation_config = plain
+    try:
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+    finally:
+        model.generation_config = given
+    tokens: list[int] = out[0].tolist()
+    return tokens[1:] if model.config.is_encoder_decoder else tokens[len(prompt.tokens) :]
+
+
+def continuation_logits(model: Any, prompt: PromptTokens, continuation: list[int]) -> torch.Tensor:
+    """Returns the float32 logits [len(continuation), vocabulary] that predict each token of a continuation, teacher-forced."""
+    device = model.device
+    with torch.inference_mode():
+        if model.config.is_encoder_decoder:
+            start = model.generation_config.decoder_start_token_id
+            forced = torch.tensor([[start if start is not None else 0, *continuation[:-1]]], device=device)
+            logits = model(input_ids=torch.tensor([prompt.tokens], device=device), decoder_input_ids=forced).logits[0]
+        else:
+            ids = torch.tensor([[*prompt.tokens, *continuation]], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1]
+    return logits.to("cpu", torch.float32)
+
+
+def first_output(model: Any, prompt: PromptTokens) -> torch.Tensor:
+    """Returns the first output of a model that does not generate (last hidden state, or logits), as float32."""
+    with torch.inference_mode():
+        output = model(input_ids=torch.tensor([prompt.tokens], device=model.device))
+    return next(iter(output.values())).to("cpu", torch.float32)
+
+
+def tensor_sha256(values: torch.Tensor) -> str:
+    """Returns the sha256 of a tensor's bytes."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def sampled(values: torch.Tensor) -> HiddenSamples:
+    """Returns digest, shape, root mean square and evenly spaced values of a float32 tensor."""
+    flat = values.reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, min(HIDDEN_SAMPLES, flat.numel())).long()
+    return HiddenSamples(
+        sha256=tensor_sha256(values),
+        shape=list(values.shape),
+        rms=float(flat.double().square().mean().sqrt()),
+        samples=[float(value) for value in flat[places]],
+    )
+
+
+def top_tokens(logits: torch.Tensor) -> list[TopTokens]:
+    """Returns the 16 most likely tokens at each position of float32 logits [positions, vocabulary]."""
+    best = torch.log_softmax(logits, -1).topk(min(TOP_TOKENS, logits.shape[-1]), -1)
+    return [
+        TopTokens(tokens=tokens, logprobs=[round(value, 6) for value in values])
+        for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def mean_kl(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Returns the mean over positions of KL(base || other) in nats; both float32 logits [positions, vocabulary]."""
+    if not base.shape[0]:
+        return 0.0
+    p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def top1_agreement(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Returns the share of positions at which both logits [positions, vocabulary] have the same largest entry."""
+    return float((base.argmax(-1) == other.argmax(-1)).double().mean()) if base.shape[0] else 1.0
+
+
+def recorded_kl(record: list[TopTokens], logits: torch.Tensor) -> torch.Tensor:
+    """Returns KL(record || logits) per position, over the recorded tokens and one event for all others, in nats.
+
+    Merging events never makes a divergence larger, so this is a lower bound of the whole one.
+    """
+    q_all = torch.log_softmax(logits.double(), -1)
+    result = torch.zeros(len(record), dtype=torch.float64)
+    for position, top in enumerate(record):
+        p = torch.tensor(top.logprobs, dtype=torch.float64)
+        q = q_all[position, torch.tensor(top.tokens)]
+        p_rest = (1 - p.exp().sum()).clamp_min(1e-12)
+        q_rest = (1 - q.exp().sum()).clamp_min(1e-12)
+        result[position] = (p.exp() * (p - q)).sum() + p_rest * (p_rest / q_rest).log()
+    return result
+
+
+def environment(model: Any) -> Environment:
+    """Returns what the output may depend on besides the weights."""
+    import transformers
+
+    return Environment(
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(getattr(model.config, "_attn_implementation", None)),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _first(token: int | list[int] | None) -> int | None:
+    return token[0] if isinstance(token, list) else token

@@ -1,0 +1,126 @@
+"""What a verification found: stages, each with a verdict, and findings that name the place of every fault."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from codecllm.formats.errors import CodecLLMError
+
+_PLACE = ("file", "tensor", "chunk", "byte", "got", "expected")
+
+
+class Verdict(StrEnum):
+    """The outcome of a stage."""
+
+    OK = "ok"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault.
+
+    Attributes:
+        error: the error that describes it.
+    """
+
+    error: CodecLLMError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns class, message, place, and the whole line, as JSON values."""
+        error = self.error
+        facts = {name: getattr(error, name) for name in _PLACE}
+        plain = {name: value if isinstance(value, int | str | None) else str(value) for name, value in facts.items()}
+        return {"error": type(error).__name__, "message": error.message, **plain, "text": str(error)}
+
+
+@dataclass(slots=True)
+class Stage:
+    """One stage of a verification.
+
+    Attributes:
+        name: for example `checksums`.
+        summary: one line: what was checked, or why not.
+        findings: every fault, in file order.
+        facts: figures for machines.
+        skipped: whether it did not run.
+    """
+
+    name: str
+    summary: str = ""
+    findings: list[Finding] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    skipped: bool = False
+
+    @property
+    def verdict(self) -> Verdict:
+        """FAILED with any finding, else SKIPPED or OK."""
+        if self.findings:
+            return Verdict.FAILED
+        return Verdict.SKIPPED if self.skipped else Verdict.OK
+
+    def fail(self, error: CodecLLMError) -> None:
+        """Adds a fault."""
+        self.findings.append(Finding(error))
+
+
+@dataclass(slots=True)
+class Report:
+    """The whole verification.
+
+    Attributes:
+        container: folder or Hub id, as it was given.
+        level: `structure`, `checksums` or `full`.
+        manifest_sha256: of the manifest that was checked, or None where there is none.
+        stages: in the order in which they ran.
+        warnings: what deserves a look and is no fault.
+    """
+
+    container: str
+    level: str
+    manifest_sha256: str | None = None
+    stages: list[Stage] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no stage failed."""
+        return all(stage.verdict is not Verdict.FAILED for stage in self.stages)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the exit code of the first fault's error class."""
+        return next((finding.error.exit_code for stage in self.stages for finding in stage.findings), 0)
+
+    def stage(self, name: str) -> Stage | None:
+        """Returns the stage of that name, or None."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return {
+            "container": self.container,
+            "level": self.level,
+            "ok": self.ok,
+            "exit_code": self.exit_code,
+            "manifest_sha256": self.manifest_sha256,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "verdict": stage.verdict.value,
+                    "summary": stage.summary,
+                    "facts": stage.facts,
+                    "findings": [finding.to_dict() for finding in stage.findings],
+                }
+                for stage in self.stages
+            ],
+            "warnings": self.warnings,
+        }
+
+    def to_json(self) -> str:
+        """Returns the report as one JSON object."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)

@@ -1,0 +1,131 @@
+"""`verify`: runs the stages in order and collects the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from codecllm.converter.source import SourceModel
+from codecllm.formats.container import Container
+from codecllm.formats.errors import CodecLLMError, UsageError
+from codecllm.hub import resolve
+from codecllm.verifier.integrity import Progress, check_checksums, check_structure
+from codecllm.verifier.report import Report, Stage, Verdict
+
+Level = Literal["structure", "checksums", "full"]
+LEVELS: tuple[Level, ...] = ("structure", "checksums", "full")
+
+
+def verify(
+    name_or_path: str | Path,
+    *,
+    level: Level = "full",
+    source: str | Path | None = None,
+    require_baseline: bool = False,
+    baseline: bool = True,
+    workers: int | None = None,
+    expected_manifest_sha256: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Checks a container. Nothing is written and nothing is repaired.
+
+    Stages: `structure` (files, sizes, headers, chunk tables), `checksums` (every byte of every listed file), and at level
+    `full`: `decode` (every chunk, every tensor's digest), `ratio`, `source` (with `source`), `baseline` (the recorded prompts).
+    A stage that cannot mean anything after an earlier failure is reported as skipped.
+
+    Args:
+        name_or_path: container folder or Hub id.
+        level: how far to go.
+        source: the model it was made from, a folder or Hub id; every decoded tensor is compared with it.
+        require_baseline: fail where no baseline is recorded.
+        baseline: False leaves the baseline out.
+        workers: threads; None takes one per core.
+        expected_manifest_sha256: fail for any other manifest.
+        revision: branch, tag or commit of a Hub id.
+        progress: called with a name, bytes done and bytes in all.
+
+    Returns:
+        The report. Damage is in the report, never raised.
+
+    Raises:
+        UsageError: the arguments contradict each other.
+        HubError: a repository cannot be reached, found or read.
+        SourceError: `source` is not a model.
+    """
+    if level not in LEVELS:
+        raise UsageError("no such level", got=repr(level), expected=", ".join(LEVELS))
+    if level != "full" and (source is not None or require_baseline):
+        raise UsageError("comparing with the source or requiring a baseline needs level full", got=level)
+    files = resolve(name_or_path, revision=revision)
+    report = Report(str(name_or_path), level)
+    threads = workers or max(1, len(os.sched_getaffinity(0)))
+    pinned = expected_manifest_sha256
+    with _stage(report, "structure") as stage, Container(files.folder, expected_manifest_sha256=pinned) as container:
+        report.manifest_sha256 = container.manifest_sha256
+        check_structure(container, stage, report.warnings)
+    if report.manifest_sha256 is None or level == "structure":
+        return report
+    with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:
+        with _stage(report, "checksums") as stage:
+            check_checksums(container, stage, threads, progress)
+        if level == "full":
+            _check_contents(container, report, source, baseline or require_baseline, require_baseline, threads, progress)
+    return report
+
+
+def _check_contents(
+    container: Container,
+    report: Report,
+    source: str | Path | None,
+    baseline: bool,
+    require_baseline: bool,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    """Runs the stages that need decoded tensors."""
+    from codecllm.verifier.baseline import check_baseline
+    from codecllm.verifier.comparison import check_source
+    from codecllm.verifier.decoding import check_decoding
+    from codecllm.verifier.ratio import report_ratio
+
+    scans = {}
+    with _stage(report, "decode") as stage:
+        scans = check_decoding(container, stage, threads, progress)
+    with _stage(report, "ratio") as stage:
+        if report.ok:
+            report_ratio(container, stage, scans)
+        else:
+            _skip(stage, "not stated for a damaged container")
+    if source is not None:
+        with SourceModel(resolve(source, kind="source").folder) as model, _stage(report, "source") as stage:
+            check_source(container, model, stage, threads, progress)
+    if not baseline:
+        return
+    with _stage(report, "baseline") as stage:
+        if report.ok:
+            check_baseline(container, stage, required=require_baseline, workers=threads)
+        else:
+            _skip(stage, "a damaged container is not run")
+
+
+@contextmanager
+def _stage(report: Report, name: str) -> Iterator[Stage]:
+    """Adds a stage to the report; an error that ends it becomes its last finding."""
+    stage = Stage(name)
+    report.stages.append(stage)
+    try:
+        yield stage
+    except CodecLLMError as exc:
+        stage.fail(exc)
+    if stage.verdict is Verdict.FAILED:
+        count = len(stage.findings)
+        stage.summary = f"{count} fault{'s' * (count != 1)}"
+
+
+def _skip(stage: Stage, reason: str) -> None:
+    stage.skipped = True
+    stage.summary = reason
