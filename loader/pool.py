@@ -32,7 +32,7 @@ class DecodePool:
         if self.workers < 1:
             raise UsageError("workers must be 1 or more", got=workers)
         self._local = threading.local()
-        self._executor = ThreadPoolExecutor(self.workers, "codecllm-decode", initializer=torch.set_num_threads, initargs=(1,))
+        self._executor = ThreadPoolExecutor(self.workers, "codecllm-decode")
         self._start_all()
 
     def submit(self, job: Job) -> Future[None]:
@@ -59,17 +59,23 @@ class DecodePool:
     def _start_all(self) -> None:
         """Starts every thread now, each with a single torch thread: torch must not multiply them for one tile.
 
-        torch keeps the number per thread, and a default for threads to come, which the threads' own setting has just changed;
-        setting the caller's number again restores it.
+        torch keeps the number per thread, and a default for threads that have not asked yet, which the threads' own setting
+        changes. The caller's number is asked for before, and set again behind.
         """
+        threads = torch.get_num_threads()
         barrier = threading.Barrier(self.workers + 1)
         for _ in range(self.workers):
-            self._executor.submit(barrier.wait)
+            self._executor.submit(_wait_single_threaded, barrier)
         barrier.wait()
-        torch.set_num_threads(torch.get_num_threads())
+        torch.set_num_threads(threads)
 
     def __enter__(self) -> DecodePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _wait_single_threaded(barrier: threading.Barrier) -> None:
+    torch.set_num_threads(1)
+    barrier.wait()
