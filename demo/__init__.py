@@ -1,0 +1,1 @@
+"""The demonstration, and the real models that it and the tests use."""
