@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
+from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.hub import resolve
 
@@ -37,8 +40,11 @@ def generate(
     from transformers import AutoTokenizer
 
     from codecllm.loader import from_pretrained
+    from codecllm.loader.transformers_adapter import without_progress_bars
 
-    model = from_pretrained(files.folder, resident=resident, workers=workers)
+    _check_side_files(files.folder)
+    with nullcontext() if sys.stderr.isatty() else without_progress_bars():
+        model = from_pretrained(files.folder, resident=resident, workers=workers)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
     try:
@@ -49,3 +55,10 @@ def generate(
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def _check_side_files(folder: Path) -> None:
+    """Compares the tokenizer's files with their sha256 before transformers reads them."""
+    with Container(folder) as container:
+        for record in container.manifest.files:
+            container.check_file(record)

@@ -22,7 +22,7 @@ from demo.models import ModelUnavailableError, minilm_bf16, smollm2
 OUT = Path("demo/out")
 PROMPT = "The capital of France is"
 EXPECTED = "The capital of France is Paris."
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,11 @@ def main() -> None:
     codecllm("convert", language, int8, "--force")
     codecllm("convert", language, lossless, "--scheme", "lossless", "--force")
     codecllm("convert", encoder, honest, "--scheme", "lossless", "--force")
-    reports = {out: verified(out, source) for out, source in ((int8, language), (lossless, language), (honest, encoder))}
+    made = {int8: language, lossless: language, honest: encoder}
+    reports = {out: verified(out, source) for out, source in made.items()}
     codecllm("generate", int8, PROMPT, "--resident", "int8")
     texts = {out: text_of(out) for out in (int8, lossless)}
-    texts[honest] = "(an encoder)"
+    texts[honest] = "-"
     _console.print()
     table = table_of([row(out, reports[out], texts[out]) for out in (int8, lossless, honest)])
     _console.print(table)
@@ -87,7 +88,7 @@ def text_of(out: Path) -> str:
     text = codecllm("generate", out, PROMPT).strip()
     if not text.startswith(EXPECTED):
         sys.exit(f"demo: {out} generates {text!r}, expected {EXPECTED!r} ...")
-    return EXPECTED + " ..."
+    return "Paris."
 
 
 def row(out: Path, stages: dict[str, Any], text: str) -> Row:

@@ -11,8 +11,8 @@ from codecllm.verifier.report import Stage
 def report_ratio(container: Container, stage: Stage, scans: dict[str, Scan]) -> None:
     """States ratio, bits per weight and entropy bound, recomputed from what was read and decoded.
 
-    The bound is the order-0 entropy of the symbols of every chunk (planes that are noise count as stored), the scales as
-    they are, and plainly stored tensors: what a perfect coder of this scheme would need.
+    The bound is the order-0 entropy of the symbols of every chunk, the scales as they are, and plainly stored tensors: what a
+    perfect coder of single symbols would need. It is estimated from a sample of each chunk (`formats.entropy`).
     """
     manifest = container.manifest
     weights = sum(record.elements for record in manifest.tensors if not isinstance(record, AliasTensor))

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from codecllm.converter import convert
+from codecllm.formats.container import Container
+from codecllm.formats.errors import (
+    ChecksumError,
+    HubError,
+    ModelMismatchError,
+    NotAContainerError,
+    UnsupportedEnvironmentError,
+    UsageError,
+)
+from codecllm.formats.reference import read_tensor_bytes
+from codecllm.loader import from_pretrained
+from codecllm.loader.int8_modules import Int8Embedding, Int8Linear
+from codecllm.loader.transformers_adapter import load_plain
+from tests import tampering
+from tests.integration import tiny_models
+
+NAMES = sorted(tiny_models.MAKERS)
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.int64: torch.int64}
+
+
+def _logits(model):
+    ids = torch.arange(3, 23).reshape(2, 10)
+    extra = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        return model(input_ids=ids, **extra).logits
+
+
+def _same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(_BITS[a.dtype]), b.contiguous().view(_BITS[b.dtype]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lossless_dense_model_is_the_source_bit_for_bit(tiny, container, name):
+    source, model = load_plain(tiny(name)), from_pretrained(container(name, "lossless"))
+    assert type(model) is type(source)
+    assert not model.training
+    theirs, ours = source.state_dict(), model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(_same_bits(theirs[key], ours[key]) for key in theirs)
+    assert torch.equal(_logits(source), _logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
+def test_int8_dense_weights_are_those_of_the_reference(container, name):
+    folder = container(name, "int8")
+    ours = from_pretrained(folder).state_dict()
+    compared = 0
+    with Container(folder) as opened:
+        for record in opened.manifest.tensors:
+            key = next((key for key in ours if key == record.name or key.endswith("." + record.name)), None)
+            assert key is not None, record.name
+            assert ours[key].contiguous().view(torch.uint8).numpy().tobytes() == read_tensor_bytes(opened, record.name)
+            compared += record.scheme == "int8"
+    assert compared > 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_resident_gives_the_logits_of_dense(container, name):
+    folder = container(name, "int8")
+    dense, resident = from_pretrained(folder), from_pretrained(folder, resident="int8")
+    kept = [module for module in resident.modules() if isinstance(module, Int8Linear | Int8Embedding)]
+    assert kept
+    assert all(module.weight.dtype == torch.int8 and module.weight_scale.dtype == torch.float32 for module in kept)
+    torch.testing.assert_close(_logits(resident), _logits(dense), rtol=0, atol=0)
+
+
+def test_int8_resident_tied_embedding_shares_its_codes(container):
+    model = from_pretrained(container("llama", "int8"), resident="int8")
+    assert isinstance(model.lm_head, Int8Linear)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert model.lm_head.weight_scale.data_ptr() == model.model.embed_tokens.weight_scale.data_ptr()
+
+
+def test_int8_resident_halves_the_bytes_of_the_weights(container):
+    folder = container("llama", "int8")
+    dense, resident = (sum(p.nbytes for p in from_pretrained(folder, resident=how).parameters()) for how in ("dense", "int8"))
+    assert resident < 0.52 * dense
+
+
+def test_int8_resident_moves_to_another_dtype_without_touching_scales(container):
+    folder = container("llama", "int8")
+    model = from_pretrained(folder, resident="int8").to(torch.float32)
+    assert model.lm_head.weight_scale.dtype == torch.float32
+    torch.testing.assert_close(_logits(model), _logits(from_pretrained(folder, dtype=torch.float32)), rtol=0, atol=0)
+
+
+def test_dense_tied_weights_are_one_tensor(container):
+    for scheme in ("lossless", "int8"):
+        model = from_pretrained(container("llama", scheme))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_equal_but_untied_weights_get_memory_of_their_own(tmp_path):
+    config = transformers.LlamaConfig(**tiny_models._COMMON, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.to(torch.float32).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out", scheme="lossless")
+    assert [record.scheme for record in report.manifest.tensors].count("alias") == 1
+    loaded = from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "bfloat16", "auto", None])
+def test_dtype_is_that_of_the_caller_rounded_once(container, dtype):
+    folder = container("llama", "int8")
+    wanted = {"bfloat16": torch.bfloat16, "auto": torch.bfloat16, None: torch.bfloat16}.get(dtype, dtype)
+    model = from_pretrained(folder, dtype=dtype)
+    assert model.dtype == wanted
+    name = "model.layers.0.mlp.up_proj.weight"
+    with Container(folder) as opened:
+        from codecllm.formats.reference import read_codes
+
+        stored = opened.tensor(name)
+        exact = read_codes(stored).astype(np.float32) * stored.scales[:, None]
+    assert torch.equal(model.get_parameter(name), torch.from_numpy(exact).to(wanted))
+
+
+def test_sharded_source_and_container(tmp_path):
+    source = tiny_models.llama(tmp_path / "source", max_shard_size="60KB", tied=False)
+    report = convert(source, tmp_path / "out", scheme="lossless", max_shard_bytes=60_000)
+    assert len(report.manifest.shards) > 2
+    assert torch.equal(_logits(from_pretrained(tmp_path / "out")), _logits(load_plain(source)))
+
+
+def test_generation_config_comes_from_the_container(tmp_path, tiny):
+    folder = tmp_path / "source"
+    tampering.copy_of(tiny("llama"), folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "max_new_tokens": 3}))
+    convert(folder, tmp_path / "out", scheme="lossless")
+    assert from_pretrained(tmp_path / "out").generation_config.eos_token_id == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 3}, "missing: model.layers.2."),
+        ({"num_hidden_layers": 1}, "not in the model: model.layers.1."),
+        ({"vocab_size": 300}, "mis-shaped: "),
+    ],
+)
+def test_tensors_that_do_not_fit_the_class_are_an_error(tmp_path, tiny, change, words):
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **change}))
+    convert(source, tmp_path / "out", scheme="lossless")
+    with pytest.raises(ModelMismatchError, match=words):
+        from_pretrained(tmp_path / "out")
+
+
+def test_untied_config_without_lm_head_is_an_error(tmp_path, tiny):
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    convert(source, tmp_path / "out", scheme="lossless")
+    with pytest.raises(ModelMismatchError, match=r"missing: lm_head\.weight"):
+        from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("resident", ["dense", "int8"])
+def test_damaged_chunk_is_named_and_nothing_is_returned(tmp_path, container, resident):
+    folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
+    tampering.flip_bit(*tampering.payload_place(folder, "model.layers.1.mlp.down_proj.weight"))
+    with pytest.raises(ChecksumError) as caught:
+        from_pretrained(folder, resident=resident)
+    assert (caught.value.tensor, caught.value.chunk) == ("model.layers.1.mlp.down_proj.weight", 0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_damaged_side_file_is_refused(tmp_path, container, name):
+    folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
+    tampering.flip_bit(folder / name, 5)
+    with pytest.raises(ChecksumError, match=name):
+        from_pretrained(folder)
+
+
+def test_damaged_plain_tensor_is_refused(tmp_path, container):
+    folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
+    with Container(folder) as opened:
+        plain = opened.tensor("model.norm.weight")
+        place = (folder / plain.file.name, plain.offset)
+    tampering.flip_bit(*place)
+    with pytest.raises(ChecksumError, match=r"model\.norm\.weight"):
+        from_pretrained(folder)
+
+
+def test_pinned_manifest(container):
+    folder = container("llama", "int8")
+    with Container(folder) as opened:
+        pinned = opened.manifest_sha256
+    assert from_pretrained(folder, expected_manifest_sha256=pinned) is not None
+    with pytest.raises(ChecksumError, match="not the expected one"):
+        from_pretrained(folder, expected_manifest_sha256="0" * 64)
+
+
+def test_unknown_class_is_an_unsupported_environment(tmp_path, tiny):
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    convert(source, tmp_path / "out", scheme="lossless")
+    with pytest.raises(UnsupportedEnvironmentError, match="NoSuchModel"):
+        from_pretrained(tmp_path / "out")
+
+
+def test_usage_errors(container, tmp_path):
+    folder = container("llama", "lossless")
+    with pytest.raises(UsageError, match="no int8 tensor"):
+        from_pretrained(folder, resident="int8")
+    with pytest.raises(UsageError, match="resident"):
+        from_pretrained(folder, resident="float8")
+    with pytest.raises(UsageError, match="state_dict"):
+        from_pretrained(folder, state_dict={})
+    with pytest.raises(UsageError, match="float dtype"):
+        from_pretrained(folder, dtype=torch.int8)
+    with pytest.raises(UsageError, match="workers"):
+        from_pretrained(folder, workers=0)
+    with pytest.raises(NotAContainerError):
+        from_pretrained(tmp_path)
+    with pytest.raises((UsageError, HubError)):
+        from_pretrained(tmp_path / "nothing here")
+
+
+def test_a_plain_config_block_is_not_left_in_a_dense_model(container):
+    assert not hasattr(from_pretrained(container("llama", "int8")).config, "quantization_config")
+
+
+def test_loading_leaves_threads_and_their_number_alone(container):
+    before = torch.get_num_threads()
+    alive = threading.active_count()
+    from_pretrained(container("llama", "int8"), workers=4)
+    assert torch.get_num_threads() == before
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("codecllm")]
+    assert names == []
+    assert threading.active_count() <= alive + 1
+
+
+def test_plain_transformers_refuses_a_container(container):
+    with pytest.raises((RuntimeError, UnsupportedEnvironmentError)):
+        transformers.AutoModelForCausalLM.from_pretrained(container("llama", "int8"))
