@@ -57,7 +57,10 @@ def generates(model: Any) -> bool:
 
 
 def greedy_tokens(model: Any, prompt: PromptTokens) -> list[int]:
-    """Returns up to 32 tokens that the model finds most likely one after another, whatever its generation config says."""
+    """Returns the 32 tokens that the model finds most likely one after another, whatever its generation config says.
+
+    It does not stop at an end-of-text token: each prompt always checks as many tokens.
+    """
     from transformers import GenerationConfig
 
     given = model.generation_config
@@ -65,8 +68,7 @@ def greedy_tokens(model: Any, prompt: PromptTokens) -> list[int]:
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         bos_token_id=given.bos_token_id,
-        eos_token_id=given.eos_token_id,
-        pad_token_id=given.pad_token_id if given.pad_token_id is not None else _first(given.eos_token_id),
+        pad_token_id=given.pad_token_id,
         decoder_start_token_id=given.decoder_start_token_id,
     )
     ids = torch.tensor([prompt.tokens], device=model.device)
@@ -169,7 +171,3 @@ def environment(model: Any) -> Environment:
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
     )
-
-
-def _first(token: int | list[int] | None) -> int | None:
-    return token[0] if isinstance(token, list) else token

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from codecllm.cli import parse_size
+from codecllm.formats.errors import UsageError
+from tests import tampering
+
+COMMANDS = ("convert", "verify", "info", "export", "generate")
+
+
+def run(*arguments, cwd=None):
+    """Runs the command line as a process."""
+    command = [sys.executable, "-m", "codecllm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    tensors = {f"layer.{i}.weight": rng.standard_normal((512, 512)).astype(np.float32) for i in range(4)}
+    save_file({**tensors, "norm": np.ones(512, np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def container(tmp_path_factory, source):
+    out = tmp_path_factory.mktemp("out") / "c"
+    done = run("convert", source, out, "--no-baseline")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command):
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+    assert len(done.stdout.splitlines()) > 10
+
+
+def test_root_help_lists_the_commands_and_exit_codes():
+    done = run("--help")
+    assert all(command in done.stdout for command in COMMANDS)
+    assert "Exit codes" in done.stdout
+    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.0\n", run("--version").stdout)
+
+
+def test_convert_verify_info_export(container, source, tmp_path):
+    done = run("verify", container, "--source", source, "--no-baseline")
+    assert done.returncode == 0
+    assert "source     ok" in done.stdout
+    info = json.loads(run("info", container, "--json").stdout)
+    assert {row["scheme"] for row in info["tensors"]} == {"int8", "raw"}
+    assert "layer.0.weight" in run("info", container).stdout
+    done = run("export", container, tmp_path / "plain", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["tensor_bytes"] == 4 * 512 * 512 * 4 + 512 * 4
+    assert (tmp_path / "plain" / "config.json").exists()
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_convert_json_and_existing_output(source, tmp_path):
+    done = run("convert", source, tmp_path / "c", "--no-baseline", "--json")
+    report = json.loads(done.stdout)
+    assert report["ratio"] > 3
+    assert len(report["manifest_sha256"]) == 64
+    again = run("convert", source, tmp_path / "c", "--no-baseline")
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    assert run("convert", source, tmp_path / "c", "--no-baseline", "--force").returncode == 0
+    pinned = run("verify", tmp_path / "c", "--level", "structure", "--manifest-sha256", report["manifest_sha256"])
+    assert pinned.returncode == 0
+
+
+def test_dry_run_writes_nothing_and_predicts(source, container, tmp_path):
+    done = run("convert", source, tmp_path / "c", "--dry-run", "--json")
+    predicted = json.loads(done.stdout)["stored_bytes"]
+    real = sum(path.stat().st_size for path in container.glob("*.safetensors")) + (container / "codecllm.json").stat().st_size
+    assert abs(predicted - real) < 0.03 * real
+    assert not (tmp_path / "c").exists()
+    assert "layer.0.weight" in run("convert", source, tmp_path / "c", "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["convert", "/no/such/model", "out"], 2, "no such folder"),
+        (["convert", "SOURCE", "out", "--max-shard-size", "many"], 2, "not a size"),
+        (["convert", "SOURCE", "out", "--scheme", "int3"], 2, "int3"),
+        (["verify", "SOURCE"], 1, "codecllm.json"),
+        (["info", "SOURCE"], 1, "codecllm.json"),
+        (["info", "/no/such/container"], 2, "no such folder"),
+        (["export", "SOURCE", "out"], 1, "codecllm.json"),
+        (["generate", "SOURCE", "Hello"], 1, "codecllm.json"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code(source, tmp_path, arguments, code, words):
+    done = run(*[str(source) if word == "SOURCE" else word for word in arguments], cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "code"),
+    [
+        ({"format_version": "7.0"}, 3),
+        ({"required_features": ["time-travel"]}, 3),
+        ({"files": [{"name": "../x", "bytes": 1, "sha256": "0" * 64}]}, 5),
+    ],
+)
+def test_exit_codes_of_refused_containers(container, tmp_path, edit, code):
+    folder = tampering.copy_of(container, tmp_path / "c")
+    tampering.reseal(folder, lambda document: document.update(edit))
+    for command in (["info", folder], ["verify", folder], ["generate", folder, "Hello"]):
+        done = run(*command)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_unsafe_source_has_exit_code_5(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    done = run("convert", tmp_path / "source", tmp_path / "out")
+    assert done.returncode == 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_errors_and_debug(source, tmp_path):
+    done = run("info", source, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"] == "NotAContainerError"
+    assert "Traceback" in run("--debug", "info", source).stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing_behind(tmp_path, number, code):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    block = np.random.default_rng(0).standard_normal((2048, 4096)).astype(np.float32)
+    save_file({f"layer.{i}.weight": block + i for i in range(16)}, source / "model.safetensors")
+    command = [sys.executable, "-m", "codecllm", "convert", str(source), str(out), "--no-baseline", "--scheme", "lossless"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    staging = out / ".codecllm-partial"
+    while not any(staging.glob("*.safetensors")) and child.poll() is None:
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert not out.exists()
+
+
+def test_sizes():
+    assert parse_size("5GB") == 5 * 10**9
+    assert parse_size("1.5 GiB") == 3 << 29
+    assert parse_size("1000") == 1000
+    for text in ("", "GB", "-1MB", "0", "nan", "5XB"):
+        with pytest.raises(UsageError):
+            parse_size(text)
+
+
+def test_unlisted_shard_is_an_error_for_people(container, tmp_path):
+    folder = tampering.copy_of(container, tmp_path / "c")
+    Path(folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+    done = run("verify", folder, "--level", "structure")
+    assert done.returncode == 1
+    assert "structure  FAILED" in done.stdout
+    assert "model-00002-of-00002.safetensors" in done.stdout

@@ -1,0 +1,65 @@
+"""Fails loudly when a name of transformers that the adapter stands on moves."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+
+from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.loader import transformers_adapter as adapter
+
+
+def test_from_pretrained_still_takes_a_state_dict_without_a_path(tiny):
+    model = adapter.load_plain(tiny("llama"))
+    again, found = type(model).from_pretrained(
+        None, config=model.config, state_dict=dict(model.state_dict()), output_loading_info=True
+    )
+    assert {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"} <= found.keys()
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_quantizer_hooks_are_still_called_by_these_names():
+    base = transformers.quantizers.base.HfQuantizer
+    for name in ("_process_model_before_weight_loading", "validate_environment", "is_serializable", "is_trainable"):
+        assert hasattr(base, name)
+    source = inspect.getsource(base.preprocess_model)
+    assert "self._process_model_before_weight_loading(model, **kwargs)" in source
+
+
+def test_tied_parameters_of_a_tied_model():
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                      vocab_size=32, tie_word_embeddings=True)  # fmt: skip
+    assert dict(adapter.tied_parameters(transformers.LlamaForCausalLM(config))) == {
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+
+def test_registering_twice_changes_nothing():
+    adapter.register()
+    adapter.register()
+    assert transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["codecllm"] is adapter.CodecLLMQuantizer
+
+
+def test_config_block_keeps_unknown_keys():
+    block = adapter.CodecLLMConfig(quant_method="codecllm", scheme="int8", from_a_later_version=[1])
+    assert block.to_dict()["from_a_later_version"] == [1]
+    assert block.quant_method == "codecllm"
+
+
+def test_silenced_and_progress_bars_are_put_back():
+    logging = transformers.utils.logging
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with adapter.silenced(), adapter.without_progress_bars():
+        assert not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.CRITICAL
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, shown)
+
+
+def test_model_class_comes_from_architectures():
+    assert adapter.model_class(transformers.BertConfig(architectures=["BertForMaskedLM"])) is transformers.BertForMaskedLM
+    assert adapter.model_class(transformers.BertConfig()) is transformers.AutoModel
+    with pytest.raises(UnsupportedEnvironmentError, match="Nope"):
+        adapter.model_class(transformers.BertConfig(architectures=["Nope"]))
