@@ -95,6 +95,11 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         raise SchemaError("reserved bytes of the chunk table are not zero", **where)
     if not 1 <= planes <= limits.PLANES:
         raise LimitError("planes per tile", got=planes, expected=f"1 to {limits.PLANES}", **where)
+    if int(header["rows"]) * int(header["cols"]) > limits.TENSOR_BYTES:
+        got = f"{header['rows']} x {header['cols']}"
+        raise LimitError("matrix of the chunk table is too large", got=got, **where)
+    if not header["tile_rows"] or not header["tile_cols"]:
+        raise LayoutError("tile has no extent", got=f"{header['tile_rows']} x {header['tile_cols']}", **where)
     grid = Grid(*(int(header[name]) for name in ("rows", "cols", "tile_rows", "tile_cols")))
     if min(grid.tile_rows, max(grid.rows, 1)) * min(grid.tile_cols, max(grid.cols, 1)) > limits.CHUNK_RAW_BYTES:
         raise LimitError("chunk is too large", got=f"{grid.tile_rows} x {grid.tile_cols}", **where)

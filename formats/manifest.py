@@ -331,6 +331,11 @@ def _check_coded(record: CodedTensor, where: dict[str, str]) -> None:
         raise SchemaError("scheme does not fit dtype and shape", got=f"{record.scheme} of {record.dtype}", **where)
     if isinstance(record, Int8Tensor) != (record.xxh3.scale is not None):
         raise SchemaError("checksum of the scales is missing or too many", **where)
+    if isinstance(record, Int8Tensor):
+        last = len(record.shape) - 1
+        if record.channel_axis > last or (record.channel_kind == "column" and record.channel_axis != last):
+            got = f"axis {record.channel_axis} ({record.channel_kind}) of {record.shape}"
+            raise SchemaError("channel axis does not fit the shape", got=got, **where)
     for plane in record.planes:
         if plane.codec not in CODEC_IDS:
             raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)

@@ -1,0 +1,143 @@
+"""A tiny valid container, and ways to change one thing in it while every checksum around that thing still fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codecllm.converter import convert
+from codecllm.formats.checksums import sha256_hex, xxh3_hex
+from codecllm.formats.chunk_table import RECORD
+from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
+from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from tests import tampering
+
+SHARD = "model-00001-of-00001.safetensors"
+Tensors = dict[str, tuple[str, list[int], bytearray]]
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """Rounds float32 down to bf16 bits (uint16)."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def write_source(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], config: dict[str, Any] | None = None) -> Path:
+    """Writes a safetensors model: name -> (dtype, array whose bytes are the data)."""
+    folder.mkdir(parents=True)
+    plan = [PlannedTensor(name, DTYPES[dtype], data.shape, data.nbytes) for name, (dtype, data) in tensors.items()]
+    writer = ShardWriter(folder / "model.safetensors", plan, {"format": "pt"})
+    for name, (dtype, data) in tensors.items():
+        writer.add(name, dtype, data.shape, np.ascontiguousarray(data).tobytes())
+    writer.finish()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_container(base: Path) -> Path:
+    """Makes a container of a few KiB: `l` lossless, `q` int8 by rows, `h.0.attn.c_attn.weight` int8 by columns, `n` plain."""
+    rng = np.random.default_rng(1)
+    tensors = {
+        "l": ("BF16", bf16(rng.standard_normal((40, 64)))),
+        "q": ("BF16", bf16(rng.standard_normal((24, 80)))),
+        "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((40, 48)) ** 3).astype(np.float32)),
+        "n": ("F32", np.linspace(0, 1, 9, dtype=np.float32)),
+    }
+    source = write_source(base / "source", tensors, {"model_type": "gpt2", "architectures": ["GPT2Model"]})
+    convert(source, base / "container", include=("*",), exclude=("l",))
+    return base / "container"
+
+
+def read_everything(folder: Path) -> dict[str, bytes]:
+    """Reads a container as a careful reader does: every file's checksum, every tensor. Returns the tensors' bytes."""
+    with Container(folder) as container:
+        for record in (*container.manifest.files, *container.manifest.shards):
+            container.check_file(record)
+        return {name: read_tensor_bytes(container, name) for name in container.records}
+
+
+def read_tensors(folder: Path) -> dict[str, bytes]:
+    """Reads only the tensors, as a loader does that does not read whole files."""
+    with Container(folder) as container:
+        return {name: read_tensor_bytes(container, name) for name in container.records}
+
+
+def split_shard(folder: Path) -> tuple[Tensors, dict[str, str]]:
+    """Returns the tensors of the shard, in file order, and its metadata."""
+    raw = (folder / SHARD).read_bytes()
+    size = int.from_bytes(raw[:PREFIX_BYTES], "little")
+    header = json.loads(raw[PREFIX_BYTES : PREFIX_BYTES + size])
+    metadata = header.pop("__metadata__", {})
+    base = PREFIX_BYTES + size
+    tensors = {
+        name: (
+            entry["dtype"],
+            entry["shape"],
+            bytearray(raw[base + entry["data_offsets"][0] : base + entry["data_offsets"][1]]),
+        )
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    }
+    return tensors, metadata
+
+
+def rewrite_shard(folder: Path, edit: Callable[[Tensors], None], *, fix_sides: bool = True) -> None:
+    """Edits the shard's tensors and makes every checksum of files, header and side tensors fit again."""
+    tensors, metadata = split_shard(folder)
+    edit(tensors)
+    entries, position = [], 0
+    for name, (dtype, shape, data) in tensors.items():
+        entries.append(TensorEntry(name, DTYPES[dtype], tuple(shape), position, position + len(data)))
+        position += len(data)
+    head = pack_header(entries, metadata)
+    put_shard(folder, head, b"".join(bytes(data) for _, _, data in tensors.values()))
+    if fix_sides:
+        tampering.reseal(folder, lambda document: _fix_sides(document, tensors))
+
+
+def put_shard(folder: Path, head: bytes, body: bytes) -> None:
+    """Writes a shard of a header and data, and lets the manifest's shard record fit it."""
+    (folder / SHARD).write_bytes(head + body)
+
+    def edit(document: dict[str, Any]) -> None:
+        document["shards"][0].update(bytes=len(head + body), sha256=sha256_hex(head + body), header_xxh3=xxh3_hex(head))
+
+    tampering.reseal(folder, edit)
+
+
+def edit_header(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Edits the shard's header as JSON (the edit may return a text in its place), keeping the data as it is."""
+    raw = (folder / SHARD).read_bytes()
+    size = int.from_bytes(raw[:PREFIX_BYTES], "little")
+    header = json.loads(raw[PREFIX_BYTES : PREFIX_BYTES + size])
+    text = edit(header)
+    data = text if isinstance(text, bytes) else json.dumps(header).encode()
+    put_shard(folder, len(data).to_bytes(8, "little") + data, raw[PREFIX_BYTES + size :])
+
+
+def fix_chunks(tensors: Tensors, name: str) -> None:
+    """Recomputes the chunk checksums of a one-chunk-per-plane tensor over whatever its payload holds now."""
+    payload, table = tensors[name][2], tensors[name + "_chunks"][2]
+    records = np.frombuffer(table, RECORD, offset=32).copy()
+    position = 0
+    for record in records:
+        size = -(-int(record["stored_bytes"]) // 16) * 16
+        record["xxh3"] = int(xxh3_hex(bytes(payload[position : position + size])), 16)
+        position += size
+    table[32:] = records.tobytes()
+
+
+def _fix_sides(document: dict[str, Any], tensors: Tensors) -> None:
+    for record in document["tensors"]:
+        if record["scheme"] in ("int8", "lossless"):
+            for side in record["xxh3"]:
+                if f"{record['name']}_{side}" in tensors:
+                    record["xxh3"][side] = xxh3_hex(bytes(tensors[f"{record['name']}_{side}"][2]))
+        elif record["scheme"] == "raw" and record["name"] in tensors:
+            record["xxh3"] = xxh3_hex(bytes(tensors[record["name"]][2]))
