@@ -19,12 +19,12 @@ from codecllm.converter.quantize import (
     count_non_finite,
     quantize_block,
     row_absmax,
-    scales_of,
 )
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, slot_bytes
 from codecllm.formats.codecs import CODEC_IDS, CODECS
 from codecllm.formats.entropy import estimated_entropy_bits
+from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.tiling import Grid
 
 BLOCK_ELEMENTS = 1 << 20
@@ -167,7 +167,7 @@ def _encode_int8(plan: TensorPlan, block: Block, words: Words, scales: NDArray[n
             problem = "tiny_scale" if found.finite else "non_finite"
             return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
         absmax = found.absmax
-        factors = scales_of(absmax)[:, None]
+        factors = channel_scales(absmax)[:, None]
     elif plan.kind == "column":
         factors = scales[None, block.col : block.col + block.cols]
     else:

@@ -11,8 +11,8 @@ import numpy as np
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
 from codecllm.converter.encode import Block, blocks_of, encode_block, needs_scale_pass, scan_block
 from codecllm.converter.policy import TensorPlan, plan_lossless
-from codecllm.converter.quantize import scales_of
 from codecllm.converter.source import SourceModel
+from codecllm.formats.schemes.int8 import channel_scales
 
 _SAMPLED_BLOCKS = 2
 _HEADER_BYTES = 480
@@ -115,7 +115,7 @@ def _encode_sample(plan: TensorPlan, block: Block) -> int | None:
             return None
         scales = np.ones(plan.channels, np.float32)
         start = block.col if plan.kind == "column" else block.row
-        scales[start : start + len(found.absmax)] = scales_of(found.absmax)
+        scales[start : start + len(found.absmax)] = channel_scales(found.absmax)
     encoded = encode_block(plan, block, scales)
     if encoded.problem is not None:
         return None

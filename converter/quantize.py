@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.schemes.int8 import MIN_SCALE, channel_scales
+from codecllm.formats.schemes.int8 import MIN_SCALE
 
 _SUB_ELEMENTS = 1 << 16
 _MAGNITUDE = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
@@ -113,11 +113,6 @@ def quantize_block(words: Words, dtype: str, scales: NDArray[np.float32], codes:
         np.subtract(quotient, rounded, out=quotient)
         worst = max(worst, _worst(quotient, scale))
     return worst
-
-
-def scales_of(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the scales for float32 [channels] magnitudes; see `formats.schemes.int8.channel_scales`."""
-    return channel_scales(absmax)
 
 
 def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:

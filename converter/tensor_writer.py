@@ -24,13 +24,14 @@ from codecllm.converter.encode import (
     scan_block,
 )
 from codecllm.converter.policy import TensorPlan, plan_lossless
-from codecllm.converter.quantize import has_tiny_scale, scales_of
+from codecllm.converter.quantize import has_tiny_scale
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.chunk_table import pack_chunk_table
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.manifest import Int8Tensor, LosslessTensor, PlaneRecord, RawTensor, SideChecksums
+from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.shard_writer import ShardWriter
 
 NonFinite = Literal["error", "lossless"]
@@ -158,7 +159,7 @@ class TensorWriter:
             np.maximum(part, found.absmax, out=part)
         if has_tiny_scale(absmax):
             return _Job(plan, blocks, problem="tiny_scale")
-        return _Job(plan, blocks, scales=scales_of(absmax))
+        return _Job(plan, blocks, scales=channel_scales(absmax))
 
     def _write_coded(
         self, job: _Job, encoded: Iterator[EncodedBlock], shard: ShardWriter, number: int
@@ -178,7 +179,7 @@ class TensorWriter:
             if part.absmax is not None:
                 absmax.append(part.absmax)
             self._on_bytes(plan.source.name, block.rows * block.cols * plan.source.dtype.itemsize)
-        scales = job.scales if job.scales is not None or not absmax else scales_of(np.concatenate(absmax))
+        scales = job.scales if job.scales is not None or not absmax else channel_scales(np.concatenate(absmax))
         if scales is not None:
             digest.update(scales.astype("<f4"))
         return _finish_coded(plan, shard, number, np.concatenate(records), entropy, scales, worst, digest.hexdigest())

@@ -59,10 +59,7 @@ class ShardWriter:
 
     def write(self, data: Any) -> None:
         """Appends bytes of the tensor that the next `end_tensor` closes."""
-        view = memoryview(data).cast("B")
-        self._position += len(view)
-        while len(view):
-            view = view[self._file.write(view) :]
+        self._position += self._put(data)
 
     def end_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
         """Names what was written since the last tensor ended; returns its size in bytes.
@@ -102,10 +99,18 @@ class ShardWriter:
         head = pack_header(self._entries, self._metadata, self._header_bytes)
         self._file.truncate(len(head) + self._position)
         self._file.seek(0)
-        self._file.write(head)
+        self._put(head)
         os.fsync(self._file.fileno())
         self._file.close()
         return head, len(head) + self._position
+
+    def _put(self, data: Any) -> int:
+        """Writes all of `data` at the file's position, however many pieces the system takes it in; returns its size."""
+        view = memoryview(data).cast("B")
+        size = len(view)
+        while len(view):
+            view = view[self._file.write(view) :]
+        return size
 
     def abort(self) -> None:
         """Closes the file as it is; the caller removes it."""

@@ -16,29 +16,11 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
-from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
 from tests import tampering
+from tests.sources import bf16, write_source
 
 SHARD = "model-00001-of-00001.safetensors"
 Tensors = dict[str, tuple[str, list[int], bytearray]]
-
-
-def bf16(values: np.ndarray) -> np.ndarray:
-    """Rounds float32 down to bf16 bits (uint16)."""
-    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
-def write_source(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], config: dict[str, Any] | None = None) -> Path:
-    """Writes a safetensors model: name -> (dtype, array whose bytes are the data)."""
-    folder.mkdir(parents=True)
-    plan = [PlannedTensor(name, DTYPES[dtype], data.shape, data.nbytes) for name, (dtype, data) in tensors.items()]
-    writer = ShardWriter(folder / "model.safetensors", plan, {"format": "pt"})
-    for name, (dtype, data) in tensors.items():
-        writer.add(name, dtype, data.shape, np.ascontiguousarray(data).tobytes())
-    writer.finish()
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def make_container(base: Path) -> Path:

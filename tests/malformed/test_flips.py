@@ -15,7 +15,8 @@ from codecllm.converter import convert
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.manifest import MANIFEST_NAME, parse_manifest
 from tests import tampering
-from tests.malformed.builders import SHARD, bf16, read_everything, read_tensors, write_source
+from tests.malformed.builders import SHARD, read_everything, read_tensors
+from tests.sources import bf16, write_source
 
 
 def _small(kind):

@@ -122,7 +122,7 @@ def test_tensor_names_never_become_paths(tmp_path):
 
     from codecllm.converter import convert
     from codecllm.converter.export import export
-    from tests.malformed.builders import write_source
+    from tests.sources import write_source
 
     name = "../../evil/weight"
     source = write_source(tmp_path / "source", {name: ("F32", np.ones((3, 4), np.float32))})

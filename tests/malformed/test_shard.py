@@ -228,6 +228,7 @@ FLAWS = {
     "scale infinite": (_scale(np.inf), DecodeError, "scale", "q"),
     "scale 0": (_scale(0.0), DecodeError, "scale", "q"),
     "scale negative": (_scale(-1.0), DecodeError, "scale", "q"),
+    "scale that makes an infinity": (_scale(2.68e36), DecodeError, "scale", "q"),
     "scale subnormal": (_scale(1e-40), DecodeError, "scale", "q"),
     "payloads change places": (_swapped_chunks, LayoutError, "add up", "q"),
 }
