@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import xxhash
 
 from codecllm.converter.quantize import quantize_block, row_absmax
 from codecllm.converter.source import SourceModel, SourceTensor
 from codecllm.formats.checksums import sha256_of_descriptor
 from codecllm.formats.codecs import CODEC_IDS, CODECS
+from codecllm.formats.container import Container, StoredTensor, scales_for_tile
 from codecllm.formats.files import SafeFile
+from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import channel_scales
 
 _ZSTD = CODECS[CODEC_IDS["zstd"]]
 _TILE = 1 << 17
 _BLOCK = 1 << 20
+_RUN = 8
+"""Tiles of one read."""
 Item = TypeVar("Item")
 
 
@@ -82,12 +87,16 @@ def _encode_rows(tensor: SourceTensor, row: int, rows: int) -> list[Any]:
     return frames
 
 
-def _in_threads(workers: int, items: Iterator[Item], work: Callable[[Item], None]) -> None:
+def _in_threads(
+    workers: int, items: Iterator[Item], work: Callable[[Item], None], prepare: Callable[[], None] | None = None
+) -> None:
     lock = threading.Lock()
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
+            if prepare is not None:
+                prepare()
             while not failures:
                 with lock:
                     item = next(items, None)
@@ -104,3 +113,79 @@ def _in_threads(workers: int, items: Iterator[Item], work: Callable[[Item], None
         thread.join()
     if failures:
         raise failures[0]
+
+
+def load_floor(container: Path, workers: int) -> float:
+    """Seconds to read every chunk's slot, hash it, zstd-decode it and turn it into bf16 in a buffer that is used again.
+
+    int8: dequantize and round; lossless: join the two planes and rotate. The same arithmetic as the loader's, with nothing
+    around it: no tensors are made, nothing is planned or reported.
+    """
+    with Container(container) as opened:
+        tensors = [opened.tensor(name) for name in opened.records]
+        items = [
+            (tensor, first, min(first + _RUN, len(tensor.table.grid)))
+            for tensor in tensors
+            if isinstance(tensor, StoredTensor)
+            for first in range(0, len(tensor.table.grid), _RUN)
+        ]
+        started = time.perf_counter()
+        _in_threads(workers, iter(items), _decode_run, prepare=_single_torch_thread)
+        return time.perf_counter() - started
+
+
+def whole_tensor_quantize_seconds(elements: int = 1 << 24) -> float:
+    """Seconds for one core to quantize as one writes it at first: whole-tensor torch expressions in float32."""
+    weights = (torch.randn(elements // 4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    values = weights.float()
+    scale = values.abs().amax(dim=1, keepdim=True) / 127
+    torch.round(values / scale).clamp(-127, 127).to(torch.int8)
+    seconds = time.perf_counter() - started
+    torch.set_num_threads(threads)
+    return seconds
+
+
+_BUFFERS = threading.local()
+
+
+def _decode_run(item: tuple[StoredTensor, int, int]) -> None:
+    tensor, first, last = item
+    table, record = tensor.table, tensor.record
+    planes = table.planes
+    begin, end = int(table.offsets[first * planes]), int(table.offsets[last * planes])
+    if not hasattr(_BUFFERS, "slots"):
+        _BUFFERS.slots = bytearray(4 * _RUN * _TILE)
+        _BUFFERS.floats, _BUFFERS.sign = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint16)
+        _BUFFERS.out = np.empty(_TILE, np.uint16)
+    view = memoryview(_BUFFERS.slots)[: end - begin]
+    tensor.file.read_into(tensor.offset + begin, view)
+    for index in range(first, last):
+        tile = table.grid.tile(index)
+        symbols = []
+        for chunk in range(index * planes, (index + 1) * planes):
+            slot = view[int(table.offsets[chunk]) - begin : int(table.offsets[chunk + 1]) - begin]
+            xxhash.xxh3_64_intdigest(slot)
+            stored = slot[: int(table.records["stored_bytes"][chunk])]
+            codec = CODECS[int(table.records["codec"][chunk])]
+            symbols.append(np.frombuffer(codec.decode(stored, tile.symbols), np.uint8).reshape(tile.rows, tile.cols))
+        out = _BUFFERS.out[: tile.symbols].reshape(tile.rows, tile.cols)
+        if isinstance(record, Int8Tensor):
+            values = _BUFFERS.floats[: tile.symbols].reshape(tile.rows, tile.cols)
+            np.copyto(values, symbols[0].view(np.int8))
+            np.multiply(values, scales_for_tile(record, tensor.scales, tile), out=values)
+            torch.from_numpy(out).view(torch.bfloat16).copy_(torch.from_numpy(values))
+        else:
+            sign = _BUFFERS.sign[: tile.symbols].reshape(tile.rows, tile.cols)
+            np.copyto(out, symbols[0])
+            np.left_shift(out, 8, out=out)
+            np.bitwise_or(out, symbols[1], out=out)
+            np.left_shift(out, 15, out=sign)
+            np.right_shift(out, 1, out=out)
+            np.bitwise_or(out, sign, out=out)
+
+
+def _single_torch_thread() -> None:
+    torch.set_num_threads(1)
