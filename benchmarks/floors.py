@@ -6,12 +6,14 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from codecllm.converter.quantize import quantize_block, row_absmax
 from codecllm.converter.source import SourceModel, SourceTensor
@@ -115,23 +117,33 @@ def _in_threads(
         raise failures[0]
 
 
-def load_floor(container: Path, workers: int) -> float:
-    """Seconds to read every chunk's slot, hash it, zstd-decode it and turn it into bf16 in a buffer that is used again.
+def load_floor(container: Path, workers: int, *, keep: bool = True) -> float:
+    """Seconds to read every chunk's slot, hash it, zstd-decode it and turn it into bf16.
 
-    int8: dequantize and round; lossless: join the two planes and rotate. The same arithmetic as the loader's, with nothing
-    around it: no tensors are made, nothing is planned or reported.
+    int8: dequantize and round; lossless: join the two planes and rotate. The same kernels as the loader's, with nothing around
+    them: nothing is planned, ordered or reported.
+
+    Args:
+        container: bf16 matrices, int8 or lossless, in tiles of whole rows.
+        workers: threads.
+        keep: put the result into memory of the tensors' size, as every loader must. False: overwrite one buffer of a tile,
+            which stays in the cache; that is arithmetic alone, and no loader can do with so little.
     """
     with Container(container) as opened:
-        tensors = [opened.tensor(name) for name in opened.records]
-        items = [
-            (tensor, first, min(first + _RUN, len(tensor.table.grid)))
-            for tensor in tensors
-            if isinstance(tensor, StoredTensor)
-            for first in range(0, len(tensor.table.grid), _RUN)
-        ]
         started = time.perf_counter()
-        _in_threads(workers, iter(items), _decode_run, prepare=_single_torch_thread)
+        _in_threads(workers, _runs(opened, keep), _decode_run, prepare=_single_torch_thread)
         return time.perf_counter() - started
+
+
+def _runs(container: Container, keep: bool) -> Iterator[_Run]:
+    """Cuts the coded tensors into runs of tiles; a tensor's memory lives until its last run is done."""
+    for name in container.records:
+        tensor = container.tensor(name)
+        if isinstance(tensor, StoredTensor):
+            grid = tensor.table.grid
+            out = np.empty((grid.rows, grid.cols), np.uint16) if keep else None
+            for first in range(0, len(grid), _RUN):
+                yield _Run(tensor, out, first, min(first + _RUN, len(grid)))
 
 
 def whole_tensor_quantize_seconds(elements: int = 1 << 24) -> float:
@@ -148,21 +160,31 @@ def whole_tensor_quantize_seconds(elements: int = 1 << 24) -> float:
     return seconds
 
 
-_BUFFERS = threading.local()
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Tiles [first, last) of a tensor, and the uint16 matrix that they go to (None: a buffer)."""
+
+    tensor: StoredTensor
+    out: NDArray[np.uint16] | None
+    first: int
+    last: int
 
 
-def _decode_run(item: tuple[StoredTensor, int, int]) -> None:
-    tensor, first, last = item
-    table, record = tensor.table, tensor.record
-    planes = table.planes
-    begin, end = int(table.offsets[first * planes]), int(table.offsets[last * planes])
-    if not hasattr(_BUFFERS, "slots"):
-        _BUFFERS.slots = bytearray(4 * _RUN * _TILE)
-        _BUFFERS.floats, _BUFFERS.sign = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint16)
-        _BUFFERS.out = np.empty(_TILE, np.uint16)
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.slots = bytearray(4 * _RUN * _TILE)
+        self.floats, self.sign, self.out = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint16), np.empty(_TILE, np.uint16)
+
+
+_BUFFERS = _Buffers()
+
+
+def _decode_run(run: _Run) -> None:
+    table, record, planes = run.tensor.table, run.tensor.record, run.tensor.table.planes
+    begin, end = int(table.offsets[run.first * planes]), int(table.offsets[run.last * planes])
     view = memoryview(_BUFFERS.slots)[: end - begin]
-    tensor.file.read_into(tensor.offset + begin, view)
-    for index in range(first, last):
+    run.tensor.file.read_into(run.tensor.offset + begin, view)
+    for index in range(run.first, run.last):
         tile = table.grid.tile(index)
         symbols = []
         for chunk in range(index * planes, (index + 1) * planes):
@@ -171,20 +193,32 @@ def _decode_run(item: tuple[StoredTensor, int, int]) -> None:
             stored = slot[: int(table.records["stored_bytes"][chunk])]
             codec = CODECS[int(table.records["codec"][chunk])]
             symbols.append(np.frombuffer(codec.decode(stored, tile.symbols), np.uint8).reshape(tile.rows, tile.cols))
-        out = _BUFFERS.out[: tile.symbols].reshape(tile.rows, tile.cols)
-        if isinstance(record, Int8Tensor):
-            values = _BUFFERS.floats[: tile.symbols].reshape(tile.rows, tile.cols)
-            np.copyto(values, symbols[0].view(np.int8))
-            np.multiply(values, scales_for_tile(record, tensor.scales, tile), out=values)
-            torch.from_numpy(out).view(torch.bfloat16).copy_(torch.from_numpy(values))
+        if run.out is not None:
+            out = run.out[tile.row : tile.row + tile.rows]
         else:
-            sign = _BUFFERS.sign[: tile.symbols].reshape(tile.rows, tile.cols)
-            np.copyto(out, symbols[0])
-            np.left_shift(out, 8, out=out)
-            np.bitwise_or(out, symbols[1], out=out)
-            np.left_shift(out, 15, out=sign)
-            np.right_shift(out, 1, out=out)
-            np.bitwise_or(out, sign, out=out)
+            out = _BUFFERS.out[: tile.symbols].reshape(tile.rows, tile.cols)
+        if isinstance(record, Int8Tensor):
+            assert run.tensor.scales is not None
+            _dequantize(symbols[0].view(np.int8), scales_for_tile(record, run.tensor.scales, tile), out)
+        else:
+            _join(symbols, out)
+
+
+def _dequantize(codes: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[np.uint16]) -> None:
+    values = _BUFFERS.floats[: codes.size].reshape(codes.shape)
+    np.copyto(values, codes)
+    np.multiply(values, scales, out=values)
+    torch.from_numpy(out).view(torch.bfloat16).copy_(torch.from_numpy(values))
+
+
+def _join(symbols: list[NDArray[np.uint8]], out: NDArray[np.uint16]) -> None:
+    sign = _BUFFERS.sign[: out.size].reshape(out.shape)
+    np.copyto(out, symbols[0])
+    np.left_shift(out, 8, out=out)
+    np.bitwise_or(out, symbols[1], out=out)
+    np.left_shift(out, 15, out=sign)
+    np.right_shift(out, 1, out=out)
+    np.bitwise_or(out, sign, out=out)
 
 
 def _single_torch_thread() -> None:

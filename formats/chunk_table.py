@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,17 @@ HEADER = np.dtype(
 RECORD = np.dtype([("stored_bytes", "<u4"), ("codec", "u1"), ("reserved", "u1", (3,)), ("xxh3", "<u8")])
 
 
+class Chunk(NamedTuple):
+    """One chunk: its slot [begin, end) in the payload, its sizes, codec id and checksum, as plain numbers."""
+
+    begin: int
+    end: int
+    stored_bytes: int
+    raw_bytes: int
+    codec: int
+    xxh3: int
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkTable:
     """A validated chunk table.
@@ -40,16 +51,14 @@ class ChunkTable:
         planes: planes per tile.
         records: RECORD [len(grid) * planes]; chunk `tile * planes + plane`.
         offsets: int64 [len(records) + 1]: where each chunk's slot begins in the payload; the last is the payload's size.
+        chunks: the same, one by one: numpy's scalars cost more than the checksum of a small chunk.
     """
 
     grid: Grid
     planes: int
     records: NDArray[Any]
     offsets: NDArray[np.int64]
-
-    def raw_bytes(self, chunk: int) -> int:
-        """Size of the chunk's decoded plane: one byte per symbol."""
-        return self.grid.tile(chunk // self.planes).symbols
+    chunks: list[Chunk]
 
 
 def slot_bytes(stored_bytes: int) -> int:
@@ -107,15 +116,25 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     if len(data) != expected:
         raise LayoutError("chunk table has a wrong size", got=len(data), expected=expected, **where)
     records = np.frombuffer(data, RECORD, offset=HEADER.itemsize)
-    _check_records(records, grid, planes, where)
+    raw_bytes = np.repeat(_tile_symbols(grid), planes)
+    _check_records(records, raw_bytes, where)
     slots = -(-records["stored_bytes"].astype(np.int64) // limits.SLOT_ALIGNMENT) * limits.SLOT_ALIGNMENT
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(slots)])
     if int(offsets[-1]) != payload_bytes:
         raise LayoutError("chunks do not add up to the payload", got=int(offsets[-1]), expected=payload_bytes, **where)
-    return ChunkTable(grid, planes, records, offsets)
+    columns = (offsets[:-1], offsets[1:], records["stored_bytes"], raw_bytes, records["codec"], records["xxh3"])
+    chunks = [Chunk._make(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    return ChunkTable(grid, planes, records, offsets, chunks)
 
 
-def _check_records(records: NDArray[Any], grid: Grid, planes: int, where: dict[str, Any]) -> None:
+def _tile_symbols(grid: Grid) -> NDArray[np.int64]:
+    """Returns int64 [tiles]: the number of elements of each tile."""
+    heights = np.minimum(grid.tile_rows, grid.rows - np.arange(grid.down, dtype=np.int64) * grid.tile_rows)
+    widths = np.minimum(grid.tile_cols, grid.cols - np.arange(grid.across, dtype=np.int64) * grid.tile_cols)
+    return (heights[:, None] * widths[None, :]).reshape(-1)
+
+
+def _check_records(records: NDArray[Any], raw_bytes: NDArray[np.int64], where: dict[str, Any]) -> None:
     if records["reserved"].any():
         chunk = int(records["reserved"].any(axis=1).argmax())
         raise SchemaError("reserved bytes of the chunk record are not zero", chunk=chunk, **where)
@@ -123,7 +142,9 @@ def _check_records(records: NDArray[Any], grid: Grid, planes: int, where: dict[s
     if unknown.any():
         chunk = int(unknown.argmax())
         raise UnsupportedVersionError("unknown codec id", chunk=chunk, got=int(records["codec"][chunk]), **where)
-    for chunk, (stored, codec) in enumerate(zip(records["stored_bytes"].tolist(), records["codec"].tolist(), strict=True)):
-        raw = grid.tile(chunk // planes).symbols
-        if (codec == 0 and stored != raw) or not 0 < stored <= limits.max_stored_bytes(raw):
-            raise LayoutError("stored_bytes does not fit the chunk", chunk=chunk, got=stored, expected=raw, **where)
+    stored = records["stored_bytes"].astype(np.int64)
+    wrong = (stored < 1) | (stored > limits.max_stored_bytes(raw_bytes)) | ((records["codec"] == 0) & (stored != raw_bytes))
+    if wrong.any():
+        chunk = int(wrong.argmax())
+        got, expected = int(stored[chunk]), int(raw_bytes[chunk])
+        raise LayoutError("stored_bytes does not fit the chunk", chunk=chunk, got=got, expected=expected, **where)

@@ -106,19 +106,15 @@ class StoredTensor:
             ChecksumError: the slot differs from its record. Nothing was decoded.
             SchemaError: the slot's padding is not zero.
         """
-        offsets = self.table.offsets
-        begin, end = int(offsets[chunk] - offsets[first]), int(offsets[chunk + 1] - offsets[first])
-        slot = slots[begin:end]
-        record = self.table.records[chunk]
-        got, expected = xxh3(slot), int(record["xxh3"])
-        if got != expected:
-            raise ChecksumError("stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{expected:016x}").located(
-                **self._place(chunk)
-            )
-        stored = int(record["stored_bytes"])
-        if any(slot[stored:]):
+        record, base = self.table.chunks[chunk], self.table.chunks[first].begin
+        slot = slots[record.begin - base : record.end - base]
+        got = xxh3(slot)
+        if got != record.xxh3:
+            error = ChecksumError("stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{record.xxh3:016x}")
+            raise error.located(**self._place(chunk))
+        if any(slot[record.stored_bytes :]):
             raise SchemaError("padding is not zero").located(**self._place(chunk))
-        return slot[:stored]
+        return slot[: record.stored_bytes]
 
     def decode_chunk(self, chunk: int, slots: memoryview, first: int) -> NDArray[np.uint8]:
         """Verifies and decodes a chunk; arguments as for `stored_chunk`.
@@ -131,9 +127,9 @@ class StoredTensor:
             DecodeError: the verified bytes do not decode to the declared symbols.
         """
         stored = self.stored_chunk(chunk, slots, first)
-        codec = CODECS[int(self.table.records[chunk]["codec"])]
+        record = self.table.chunks[chunk]
         try:
-            symbols = np.frombuffer(codec.decode(stored, self.table.raw_bytes(chunk)), np.uint8)
+            symbols = np.frombuffer(CODECS[record.codec].decode(stored, record.raw_bytes), np.uint8)
             if self.scales is not None:
                 check_codes(symbols.view(np.int8))
         except DecodeError as exc:

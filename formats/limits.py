@@ -1,5 +1,9 @@
 """Limits of the format (SPEC.md 10). Normative: a writer stays inside them, a reader may lower but not raise them."""
 
+from __future__ import annotations
+
+from typing import Any
+
 MANIFEST_BYTES = 64 << 20
 HEADER_BYTES = 25_000_000  # the Hub's header parser stops there
 SOURCE_HEADER_BYTES = 100_000_000  # safetensors' own limit, for source models
@@ -19,6 +23,6 @@ INTEGER = 1 << 53  # JSON numbers beyond this are not exact everywhere
 SLOT_ALIGNMENT = 16
 
 
-def max_stored_bytes(raw_bytes: int) -> int:
-    """Returns the most bytes a chunk of `raw_bytes` may take stored: raw + raw/255 + 1 KiB."""
+def max_stored_bytes(raw_bytes: Any) -> Any:
+    """Returns the most bytes a chunk of `raw_bytes` (a number or an array) may take stored: raw + raw/255 + 1 KiB."""
     return raw_bytes + raw_bytes // 255 + 1024

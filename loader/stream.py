@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 
 import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.manifest import CodedTensor, RawTensor
+from codecllm.loader.memory import RecycledMemory
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.torch_tensors import announce_reads, file_order, start_filling
 
 JOBS_IN_FLIGHT = 32
 """Jobs queued or done but not yet handed out: about 32 Mi elements."""
+
+KEEP_BYTES = 256 << 20
+"""Memory of dropped tensors that is kept for the next ones while the stream lasts."""
 
 Finished = tuple[RawTensor | CodedTensor, torch.Tensor]
 _Flight = deque[tuple[Future[None], Finished | None]]
@@ -35,11 +40,11 @@ def stream_tensors(container: Container, *, dtype: torch.dtype | None = None, wo
         FormatError: something is damaged. Tensors yielded before are whole and were checked.
         UsageError: `workers` is not positive.
     """
-    with DecodePool(workers) as pool:
+    with DecodePool(workers) as pool, closing(RecycledMemory(KEEP_BYTES)) as memory:
         flight: _Flight = deque()
         for source in file_order(container):
             is_float = torch_is_float(source.record.dtype)
-            filling = start_filling(source, dtype if is_float else None)
+            filling = start_filling(source, dtype if is_float else None, memory.empty_tensor)
             announce_reads(source)
             for number, job in enumerate(filling.jobs, 1):
                 if len(flight) == JOBS_IN_FLIGHT:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.loader.decode import CODES, Workspace, decode_tiles, payload_span, plan_jobs, read_tiles, write_tile
+from codecllm.loader.memory import empty_tensor
 from codecllm.loader.pool import DecodePool, Job
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -44,8 +44,6 @@ if hasattr(torch, "float8_e8m0fnu"):
     TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_ALIGNMENT = 64
-_NUMPY_ALLOCATES_BYTES = 4 << 20
 _INT8_TARGETS = frozenset({"BF16", "F16", "F32"})
 
 
@@ -59,20 +57,6 @@ def torch_dtype(name: str, tensor: str | None = None) -> torch.dtype:
     if dtype is None:
         raise UnsupportedEnvironmentError(f"torch {torch.__version__} has no dtype for {name}", tensor=tensor)
     return dtype
-
-
-def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Returns an uninitialised tensor [shape] on the CPU, aligned to 64 bytes.
-
-    Large ones are numpy's memory: it asks the kernel for huge pages, and the first write to 4 KiB pages costs up to a third of
-    a whole decode.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _NUMPY_ALLOCATES_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 def words_of(tensor: torch.Tensor, rows: int, cols: int) -> NDArray[Any]:
@@ -90,20 +74,25 @@ class Filling:
     jobs: list[Job]
 
 
-def start_filling(source: PlainTensor | StoredTensor, dtype: torch.dtype | None) -> Filling:
+def start_filling(
+    source: PlainTensor | StoredTensor,
+    dtype: torch.dtype | None,
+    allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = empty_tensor,
+) -> Filling:
     """Allocates a tensor and plans the jobs that fill it.
 
     Args:
         source: the tensor in the container, side data already checked.
         dtype: the tensor's dtype; None takes the source's. An `int8` tensor is rounded once from float32 to it; others are
             decoded to the source's dtype and then cast by torch.
+        allocate: makes the uninitialised tensor.
 
     Raises:
         UnsupportedEnvironmentError: torch lacks the source's dtype.
     """
     record = source.record
     own = torch_dtype(record.dtype, record.name)
-    out = empty_tensor(tuple(record.shape), dtype or own)
+    out = allocate(tuple(record.shape), dtype or own)
     if isinstance(source, PlainTensor):
         return Filling(out, [lambda workspace: read_plain(source, out)])
     native = DTYPE_NAMES.get(out.dtype, "")

@@ -1,4 +1,4 @@
-"""The examples of SPEC.md: `python -m tests.unit.formats.spec_example` prints them, with `--write` it puts them into SPEC.md."""
+"""The examples of SPEC.md: `python -m tests.unit.formats.spec_example` prints them, `--write` puts them into SPEC.md."""
 
 from __future__ import annotations
 
