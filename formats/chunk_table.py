@@ -104,7 +104,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         raise SchemaError("reserved bytes of the chunk table are not zero", **where)
     if not 1 <= planes <= limits.PLANES:
         raise LimitError("planes per tile", got=planes, expected=f"1 to {limits.PLANES}", **where)
-    if int(header["rows"]) * int(header["cols"]) > limits.TENSOR_BYTES:
+    if max(int(header["rows"]), 1) * max(int(header["cols"]), 1) > limits.TENSOR_BYTES:
         got = f"{header['rows']} x {header['cols']}"
         raise LimitError("matrix of the chunk table is too large", got=got, **where)
     if not header["tile_rows"] or not header["tile_cols"]:

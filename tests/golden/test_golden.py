@@ -1,0 +1,116 @@
+"""Containers of every released format version, kept as they were written: each later reader decodes them to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from codecllm.converter import convert
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.reference import read_tensor_bytes, tensor_digest
+from tests.sources import bf16, write_source
+
+ROOT = Path(__file__).parent / "v1.0"
+EXPECTED = ROOT / "expected.json"
+
+
+def _lossless_tensors():
+    rng = np.random.default_rng(10)
+    tensors = {}
+    for name, dtype in DTYPES.items():
+        if dtype.planes == 0:
+            continue
+        if name == "BF16":
+            values = bf16(rng.standard_normal((24, 90)))
+        elif dtype.is_float and dtype.bits > 8:
+            values = rng.standard_normal((24, 90)).astype(f"f{dtype.itemsize}")
+        else:
+            values = rng.integers(0, 2 if name == "BOOL" else 5, (48, 90)).astype(f"<u{dtype.itemsize}")
+        tensors[f"{name.lower()}.weight"] = (name, values)
+    return tensors | {"scalar": ("F32", np.array(1.5, np.float32)), "empty": ("F16", np.zeros((0, 4), np.float16))}
+
+
+def _int8_tensors():
+    rng = np.random.default_rng(11)
+    heavy = (rng.standard_normal((40, 64)) ** 3).astype(np.float32)
+    return {
+        "rows": ("F32", heavy),
+        "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((48, 36)) ** 3).astype(np.float32)),
+        "experts.down_proj": ("BF16", bf16(rng.standard_normal((3, 20, 50)) ** 3).reshape(3, 20, 50)),
+        "half": ("F16", (rng.standard_normal((30, 70)) ** 3).astype(np.float16)),
+        "long": ("BF16", bf16(np.arange(140_000) % 251).reshape(1, -1)),
+        "norm": ("F32", np.ones(16, np.float32)),
+    }
+
+
+def _make(folder):
+    """Writes the golden containers. Only for a new format version: those of a released one are never made again."""
+    sources = {"lossless": (_lossless_tensors(), {}), "int8": (_int8_tensors(), {"include": ("*",)})}
+    big = bf16(np.arange(40_000) % 97).reshape(200, 200)
+    sources["alias"] = ({"a": ("BF16", big), "b": ("BF16", big), "c": ("I64", np.arange(7))}, {"max_shard_bytes": 20_000})
+    expected = {}
+    for name, (tensors, options) in sources.items():
+        source = write_source(folder / "source" / name, tensors, {"model_type": "gpt2"})
+        convert(source, folder / name, scheme="int8" if name == "int8" else "lossless", **options)
+        with Container(folder / name) as container:
+            expected[name] = {key: sha256_hex(read_tensor_bytes(container, key)) for key in container.records}
+    shutil.rmtree(folder / "source")
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+def test_update_golden(request):
+    """Does nothing unless --update-golden is given."""
+    if not request.config.getoption("--update-golden"):
+        assert EXPECTED.exists(), "the golden containers are missing"
+        return
+    assert not os.environ.get("CI"), "golden containers are not made in CI"
+    shutil.rmtree(ROOT, ignore_errors=True)
+    ROOT.mkdir()
+    _make(ROOT)
+
+
+def _names():
+    return sorted(json.loads(EXPECTED.read_text())) if EXPECTED.exists() else ["missing"]
+
+
+@pytest.mark.parametrize("name", _names())
+def test_every_tensor_decodes_to_the_recorded_bits(name):
+    expected = json.loads(EXPECTED.read_text())[name]
+    with Container(ROOT / name) as container:
+        for record in (*container.manifest.files, *container.manifest.shards):
+            container.check_file(record)
+        assert sorted(container.records) == sorted(expected)
+        for key, record in container.records.items():
+            assert sha256_hex(read_tensor_bytes(container, key)) == expected[key], key
+            if record.scheme != "alias":
+                assert tensor_digest(container, key) == record.digest
+
+
+def test_golden_containers_hold_every_scheme_codec_and_dtype():
+    schemes, codecs, dtypes, kinds = set(), set(), set(), set()
+    for name in _names():
+        with Container(ROOT / name) as container:
+            for record in container.manifest.tensors:
+                schemes.add(record.scheme)
+                codecs |= {plane.codec for plane in getattr(record, "planes", [])}
+                dtypes |= {record.dtype} if record.scheme == "lossless" else set()
+                kinds.add(getattr(record, "channel_kind", "row"))
+    assert schemes == {"raw", "lossless", "int8", "alias"}
+    assert codecs == {"raw", "zstd"}
+    assert dtypes == {name for name, dtype in DTYPES.items() if dtype.planes}
+    assert kinds == {"row", "column"}
+
+
+def test_golden_tensors_are_those_of_their_sources():
+    """The recorded bits are not only stable but right."""
+    for name, tensors in (("lossless", _lossless_tensors()),):
+        with Container(ROOT / name) as container:
+            for key, (_, values) in tensors.items():
+                assert read_tensor_bytes(container, key) == values.tobytes(), key

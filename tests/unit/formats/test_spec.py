@@ -1,0 +1,146 @@
+"""No number stands in SPEC.md that differs from the code."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from codecllm.formats import FORMAT_VERSION, errors, limits
+from codecllm.formats import manifest as manifest_module
+from codecllm.formats.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, slot_bytes
+from codecllm.formats.codecs import CODECS
+from codecllm.formats.codecs.zstd import _PARAMETERS
+from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
+from codecllm.formats.schemes.int8 import MAX_CODE, MAX_SCALE, MIN_SCALE
+from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
+from tests.unit.formats.spec_example import SPEC, embed
+
+TEXT = SPEC.read_text()
+
+
+def _tables(section):
+    """Returns the tables of a section as lists of rows of cells, without header and ruler."""
+    body = re.split(r"\n#+ ", TEXT)
+    body = next(part for part in body if part.startswith(section))
+    tables, rows = [], []
+    for line in [*body.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip().strip("`") for cell in line.strip("|").split("|")])
+        elif rows:
+            tables.append(rows[2:])
+            rows = []
+    return tables
+
+
+def test_version():
+    assert f"format {FORMAT_VERSION}" in TEXT.splitlines()[0]
+    assert _tables("Appendix D")[0][-1][0] == FORMAT_VERSION
+    assert f'"format_version": "{FORMAT_VERSION}"' in TEXT
+
+
+def test_limits():
+    (rows,) = _tables("10. Limits")
+    assert {name: int(value) for name, value, _ in rows} == {
+        name: value for name, value in vars(limits).items() if name.isupper() and name != "SOURCE_HEADER_BYTES"
+    }
+    assert limits.max_stored_bytes(1000) == 1000 + 1000 // 255 + 1024
+    assert "raw_bytes + floor(raw_bytes / 255) + 1024" in TEXT
+
+
+def test_chunk_table_layout():
+    header, record = _tables("5. The chunk table")
+    types = {"u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8"}
+    for rows, dtype in ((header, HEADER), (record, RECORD)):
+        assert [row[3] for row in rows] == list(dtype.names)
+        for offset, size, kind, name, *_ in rows:
+            field, place = dtype.fields[name]
+            assert (int(offset), int(size)) == (place, field.itemsize)
+            assert kind == "bytes" or np.dtype(types[kind]) == field
+    assert f"header of {HEADER.itemsize} bytes and one record of {RECORD.itemsize} bytes" in TEXT
+    assert header[0][4].strip("`") == MAGIC.decode()
+    assert int(header[1][4]) == TABLE_VERSION
+    assert header[2][4] == f"planes per tile, 1 to {limits.PLANES}"
+
+
+def test_slots_and_tiles():
+    assert f"multiple of {limits.SLOT_ALIGNMENT}" in TEXT
+    assert [slot_bytes(size) for size in (1, 16, 17)] == [16, 16, 32]
+    assert f"up to {DEFAULT_TILE_SYMBOLS} elements" in TEXT
+    assert f"ceil(cols / {DEFAULT_TILE_SYMBOLS})" in TEXT
+
+
+def test_codecs():
+    (rows,) = _tables("6. Codecs")
+    assert {int(number): name for number, name, _ in rows} == {number: codec.name for number, codec in CODECS.items()}
+    assert f"MUST NOT exceed {limits.ZSTD_WINDOW_BYTES} bytes" in TEXT
+    stated = {name: int(value) for name, value in re.findall(r"(\w+(?:Log|Match|Length)) (\d+)", TEXT)}
+    assert stated == {
+        "windowLog": _PARAMETERS.window_log,
+        "hashLog": _PARAMETERS.hash_log,
+        "chainLog": _PARAMETERS.chain_log,
+        "searchLog": _PARAMETERS.search_log,
+        "minMatch": _PARAMETERS.min_match,
+        "targetLength": _PARAMETERS.target_length,
+    }
+
+
+def test_dtypes():
+    rows = _tables("7. Schemes")[0]
+    assert [row[0] for row in rows] == list(DTYPES)
+    for name, bits, planes, rotated, int8 in rows:
+        dtype = DTYPES[name]
+        assert (int(bits), int(planes), rotated == "yes") == (dtype.bits, dtype.planes, dtype.rotates)
+        assert (int8 == "yes") == (name in INT8_SOURCES)
+
+
+def test_int8_constants():
+    assert f"Codes lie in [-{MAX_CODE}, {MAX_CODE}]" in TEXT
+    assert MIN_SCALE == 2.0**-126
+    stated = set(re.findall(r"0x1\.[0-9a-f]+p\+\d+", TEXT))
+    assert {float.fromhex(text) for text in stated} == {MAX_SCALE}
+    largest = np.float32(MAX_SCALE)
+    with np.errstate(over="ignore"):
+        assert np.isfinite(np.float32(127) * largest)
+        assert not np.isfinite(np.float32(127) * np.nextafter(largest, np.float32(np.inf)))
+
+
+def test_manifest_fields():
+    top, schemes = _tables("8. The manifest")
+    fields = list(manifest_module.Manifest.model_fields)
+    assert [row[0] for row in top] == [*fields, "manifest_sha256"]
+    classes = {
+        "raw": manifest_module.RawTensor,
+        "lossless": manifest_module.LosslessTensor,
+        "int8": manifest_module.Int8Tensor,
+        "alias": manifest_module.AliasTensor,
+    }
+    assert [row[0] for row in schemes] == list(classes)
+    for name, text in schemes:
+        own = set(classes[name].model_fields) - {"name", "dtype", "shape", "scheme"}
+        assert own == {word for word in re.findall(r"\w+", text) if word in own}
+        for field in own:
+            assert field in text
+    for kind in (manifest_module.PlaneRecord, manifest_module.ShardRecord, manifest_module.FileRecord):
+        assert all(f"`{field}`" in TEXT for field in kind.model_fields)
+
+
+def test_errors_and_exit_codes():
+    rows = _tables("11. Reading")[-1]
+    stated = {name: int(code) for _, name, code in rows}
+    classes = {cls.__name__: cls.exit_code for cls in errors.FormatError.__subclasses__()}
+    assert stated == classes
+
+
+def test_appendices_are_what_the_code_makes():
+    assert embed(TEXT) == TEXT, "run: python -m tests.unit.formats.spec_example --write"
+
+
+@pytest.mark.parametrize("section", range(1, 15))
+def test_sections_are_numbered(section):
+    assert re.search(rf"^## {section}\. ", TEXT, re.MULTILINE)
+
+
+def test_lines_fit_a_page():
+    assert max(map(len, TEXT.splitlines())) <= 180
