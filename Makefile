@@ -31,7 +31,10 @@ unit: $(READY) ## Run the tests that need neither torch nor a model (under a min
 lint: $(READY) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/typecheck --upgrade .
+	@# Type checkers do not see through an editable install: check an installed copy.
+	@rm -rf $(VENV)/typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/typecheck .
+	@rm -rf build
 	MYPYPATH=$(VENV)/typecheck $(BIN)/mypy --config-file pyproject.toml -p codecllm
 
 bench: $(READY) ## Measure convert and load against their floors, and peak memory.

@@ -83,7 +83,9 @@ def column_absmax(words: Words, dtype: str) -> RowScales:
 
 def count_non_finite(words: Words, dtype: str) -> NDArray[np.int64]:
     """Returns int64 [rows]: how many weights of each row are NaN or infinite."""
-    return (np.bitwise_and(words, words.dtype.type(_MAGNITUDE[dtype])) >= _INFINITY[dtype]).sum(axis=1)
+    magnitude = np.bitwise_and(words, words.dtype.type(_MAGNITUDE[dtype]))
+    counts: NDArray[np.int64] = np.count_nonzero(magnitude >= _INFINITY[dtype], axis=1)
+    return counts
 
 
 def quantize_block(words: Words, dtype: str, scales: NDArray[np.float32], codes: NDArray[np.int8]) -> float:

@@ -251,7 +251,7 @@ def _finish_coded(
         chunks=xxh3_hex(table),
         scale=None if scales is None else xxh3_hex(scales.astype("<f4")),
     )
-    common = {
+    common: dict[str, Any] = {
         "name": source.name,
         "dtype": source.dtype.name,
         "shape": list(source.shape),

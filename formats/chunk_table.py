@@ -91,7 +91,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         LimitError: a chunk, or the number of planes, passes its limit.
         LayoutError: the number of records, their sizes and the payload's size disagree.
     """
-    where = {"file": file, "tensor": tensor}
+    where: dict[str, Any] = {"file": file, "tensor": tensor}
     if len(data) < HEADER.itemsize:
         raise LayoutError("chunk table is shorter than its header", got=len(data), expected=HEADER.itemsize, **where)
     header = np.frombuffer(data, HEADER, count=1)[0]

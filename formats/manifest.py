@@ -307,7 +307,7 @@ def _check_tensors(manifest: Manifest) -> None:
     for record in manifest.tensors:
         check_name(record.name, MANIFEST_NAME)
         check_shape(record.shape, MANIFEST_NAME, record.name)
-        where = {"file": MANIFEST_NAME, "tensor": record.name}
+        where: dict[str, Any] = {"file": MANIFEST_NAME, "tensor": record.name}
         dtype = DTYPES.get(record.dtype)
         if dtype is None:
             raise SchemaError("unknown dtype", got=record.dtype, **where)
@@ -324,7 +324,7 @@ def _check_tensors(manifest: Manifest) -> None:
             _check_coded(record, where)
 
 
-def _check_coded(record: CodedTensor, where: dict[str, str]) -> None:
+def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
     dtype = DTYPES[record.dtype]
     planes = 1 if isinstance(record, Int8Tensor) else dtype.planes
     if len(record.shape) < 2 or record.elements == 0 or planes == 0 or len(record.planes) != planes:

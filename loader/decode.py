@@ -148,7 +148,7 @@ def dequantize(
         target: `BF16`, `F16` or `F32`.
         workspace: the calling thread's.
     """
-    values = out.view(np.float32) if target == "F32" else workspace.scratch(*codes.shape, np.float32)
+    values = out.view(np.float32) if target == "F32" else workspace.scratch(codes.shape[0], codes.shape[1], np.float32)
     np.copyto(values, codes)
     np.multiply(values, scales, out=values)
     if target != "F32":
@@ -173,7 +173,7 @@ def join_planes(planes: list[NDArray[np.uint8]], dtype: DType, out: NDArray[Any]
         np.left_shift(out, 8, out=out)
         np.bitwise_or(out, plane, out=out)
     if dtype.rotates:
-        sign = workspace.scratch(*out.shape, out.dtype)
+        sign = workspace.scratch(out.shape[0], out.shape[1], out.dtype)
         np.left_shift(out, dtype.bits - 1, out=sign)
         np.right_shift(out, 1, out=out)
         np.bitwise_or(out, sign, out=out)

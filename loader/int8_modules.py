@@ -84,7 +84,7 @@ class Int8Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
         scale = self.weight_scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         _keep_float32(self, scale)
         return self
 
@@ -121,7 +121,7 @@ class Int8Embedding(nn.Embedding):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Embedding:
         scale = self.weight_scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         _keep_float32(self, scale)
         self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=scale.device)).dtype
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def read_plain(source: PlainTensor, out: torch.Tensor) -> None:
     source.file.read_into(source.offset, memoryview(data))
     got = xxh3_hex(data)
     if got != source.record.xxh3:
-        place = {"file": source.file.name, "tensor": source.record.name, "byte": source.offset}
+        place: dict[str, Any] = {"file": source.file.name, "tensor": source.record.name, "byte": source.offset}
         raise ChecksumError("stored bytes differ from the manifest: xxh3", got=got, expected=source.record.xxh3, **place)
     if target is not out:
         out.copy_(target)
@@ -145,15 +146,9 @@ def _coded_jobs(source: StoredTensor, out: torch.Tensor, target: str, cast: bool
     grid = source.table.grid
     if cast:
         matrix = out.view(grid.rows, grid.cols)
-        return [
-            lambda workspace, tiles=tiles: _decode_cast(source, tiles, matrix, target, workspace) for tiles in plan_jobs(source)
-        ]
+        return [partial(_decode_cast, source, tiles, matrix, target) for tiles in plan_jobs(source)]
     words = words_of(out, grid.rows, grid.cols)
-    return [lambda workspace, tiles=tiles: _decode(source, tiles, words, target, workspace) for tiles in plan_jobs(source)]
-
-
-def _decode(source: StoredTensor, tiles: range, out: NDArray[Any], target: str, workspace: Workspace) -> None:
-    decode_tiles(source, tiles, out, target, workspace)
+    return [partial(decode_tiles, source, tiles, words, target) for tiles in plan_jobs(source)]
 
 
 def _decode_cast(source: StoredTensor, tiles: range, out: torch.Tensor, target: str, workspace: Workspace) -> None:

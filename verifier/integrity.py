@@ -143,7 +143,7 @@ def _check_index(container: Container, stage: Stage) -> None:
     with collected(stage):
         with SafeFile(container.folder, INDEX_NAME) as file:
             index = parse_json_object(file.read(0, file.size), file=INDEX_NAME, max_bytes=limits.MANIFEST_BYTES)
-        expected = {}
+        expected: dict[str, str] = {}
         for number, shard in enumerate(container.manifest.shards):
             expected |= dict.fromkeys(container.shard(number)[1].tensors, shard.name)
         if index.get("weight_map") != expected:

@@ -93,14 +93,16 @@ def continuation_logits(model: Any, prompt: PromptTokens, continuation: list[int
         else:
             ids = torch.tensor([[*prompt.tokens, *continuation]], device=device)
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1]
-    return logits.to("cpu", torch.float32)
+    result: torch.Tensor = logits.to("cpu", torch.float32)
+    return result
 
 
 def first_output(model: Any, prompt: PromptTokens) -> torch.Tensor:
     """Returns the first output of a model that does not generate (last hidden state, or logits), as float32."""
     with torch.inference_mode():
         output = model(input_ids=torch.tensor([prompt.tokens], device=model.device))
-    return next(iter(output.values())).to("cpu", torch.float32)
+    result: torch.Tensor = next(iter(output.values())).to("cpu", torch.float32)
+    return result
 
 
 def tensor_sha256(values: torch.Tensor) -> str:
