@@ -369,6 +369,11 @@ def main() -> None:
             raise
         message = str(exc) if isinstance(exc, CodecLLMError) else f"{type(exc).__name__}: {exc}"
         _fail(message, exc.exit_code if isinstance(exc, CodecLLMError) else 4, exc)
+    except Exception as exc:
+        if debug:
+            raise
+        reason = " ".join(str(exc).split())[:300]
+        _fail(f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc)
 
 
 class _StopError(BaseException):

@@ -52,6 +52,8 @@ def generate(
     except (OSError, ValueError) as exc:
         raise UsageError(f"the container holds no usable tokenizer ({exc})", file=str(out)) from exc
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[-1] == 0:
+        raise UsageError("the prompt has no tokens", got=repr(prompt))
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -183,3 +183,17 @@ def test_unlisted_shard_is_an_error_for_people(container, tmp_path):
     assert done.returncode == 1
     assert "structure  FAILED" in done.stdout
     assert "model-00002-of-00002.safetensors" in done.stdout
+
+
+def test_what_nobody_foresaw_is_one_line_too(container, monkeypatch, capsys):
+    from codecllm import cli
+
+    def surprise(*args, **kwargs):
+        raise ZeroDivisionError("surprise\nof two lines")
+
+    monkeypatch.setattr("codecllm.info.describe", surprise)
+    monkeypatch.setattr(sys, "argv", ["codecllm", "info", str(container)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert "unexpected ZeroDivisionError: surprise of two lines" in capsys.readouterr().err
