@@ -1,11 +1,14 @@
 """From a container to a live torch model: streaming, decoding, resident int8 modules, and the way into transformers.
 
-Importing this package is light: torch and transformers are imported with the first name that is used.
+Importing this package registers the format with transformers: from then on `AutoModel.from_pretrained` and its kin load
+containers by themselves (transformers 5.21 and newer).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from codecllm.loader.transformers_adapter import register
 
 if TYPE_CHECKING:
     from codecllm.loader.pretrained import from_pretrained
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["from_pretrained", "stream_tensors"]
 
 _HOMES = {"from_pretrained": "codecllm.loader.pretrained", "stream_tensors": "codecllm.loader.stream"}
+
+
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -61,10 +61,54 @@ def int8_linear(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, 
     return torch.cat(parts, dim=-1)
 
 
-class Int8Linear(nn.Linear):
-    """A linear layer whose `weight` is int8 [out, in], with float32 `weight_scale` [out] as a buffer."""
+class Int8Weight(nn.Module):
+    """What int8 modules have in common: codes and scales instead of a weight.
 
+    While a model is loaded, `weight` is an int8 parameter, which receives the codes under the weight's name and is tied as
+    the weight would be. `seal` then turns it into the buffer `codes`, and `weight` becomes the dequantized weight, made anew
+    each time: code that reaches for a module's weight instead of calling the module computes the right thing, if slowly.
+
+    Attributes:
+        codes: int8 [rows, cols], once sealed.
+        weight_scale: float32 [rows], whatever dtype the model is cast to.
+        weight_dtype: dtype of `weight`; follows `model.to(dtype)`.
+    """
+
+    codes: torch.Tensor
     weight_scale: torch.Tensor
+    weight_dtype: torch.dtype
+
+    def seal(self) -> None:
+        """Ends loading: the codes become a buffer."""
+        codes = self._parameters.pop("weight")
+        assert codes is not None
+        self.register_buffer("codes", codes.data)
+
+    def __getattr__(self, name: str) -> Any:
+        """Dequantizes `weight` once the codes have replaced it."""
+        if name == "weight" and "codes" in self._buffers:
+            return dequantize_rows(self.codes, self.weight_scale, self.weight_dtype)
+        return super().__getattr__(name)
+
+    def _start(self, weight: torch.Tensor) -> None:
+        """Registers uninitialised codes and scales in place of a weight [rows, cols], on its device."""
+        self.weight_dtype = weight.dtype
+        self.register_parameter("weight", nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False))
+        self.register_buffer("weight_scale", torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """As usual, but a cast leaves the scales in float32 and sets the dtype of `weight`."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != torch.float32:
+            device = self.weight_scale.device
+            self.weight_scale = torch.empty_like(scale, device=device) if device.type == "meta" else scale.to(device)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device)).dtype
+        return self
+
+
+class Int8Linear(Int8Weight, nn.Linear):
+    """A linear layer that keeps int8 codes [out, in] and dequantizes where it multiplies."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Int8Linear:
@@ -72,32 +116,18 @@ class Int8Linear(nn.Linear):
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
         twin.in_features, twin.out_features = linear.in_features, linear.out_features
-        twin.register_parameter("weight", _empty_codes(linear.weight))
+        twin._start(linear.weight)
         twin.register_parameter("bias", linear.bias)
-        twin.register_buffer("weight_scale", _empty_scale(linear.weight))
         twin.train(linear.training)
         return twin
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps float [..., in] to [..., out] of the same dtype."""
-        return int8_linear(inputs, self.weight, self.weight_scale, self.bias)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _keep_float32(self, scale)
-        return self
+        return int8_linear(inputs, self.codes, self.weight_scale, self.bias)
 
 
-class Int8Embedding(nn.Embedding):
-    """An embedding whose `weight` is int8 [vocabulary, width], with float32 `weight_scale` [vocabulary] as a buffer.
-
-    Attributes:
-        output_dtype: dtype of the vectors it returns; follows `model.to(dtype)`.
-    """
-
-    weight_scale: torch.Tensor
-    output_dtype: torch.dtype
+class Int8Embedding(Int8Weight, nn.Embedding):
+    """An embedding that keeps int8 codes [vocabulary, width] and dequantizes the rows that it looks up."""
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
@@ -107,24 +137,15 @@ class Int8Embedding(nn.Embedding):
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"):
             setattr(twin, name, getattr(embedding, name))
         twin.scale_grad_by_freq, twin.sparse = embedding.scale_grad_by_freq, embedding.sparse
-        twin.output_dtype = embedding.weight.dtype
-        twin.register_parameter("weight", _empty_codes(embedding.weight))
-        twin.register_buffer("weight_scale", _empty_scale(embedding.weight))
+        twin._start(embedding.weight)
         twin.train(embedding.training)
         return twin
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Maps integer [...] to `output_dtype` [..., width]."""
+        """Maps integer [...] to `weight_dtype` [..., width]."""
         rows = ids.reshape(-1)
-        vectors = dequantize_rows(self.weight[rows], self.weight_scale[rows], self.output_dtype)
+        vectors = dequantize_rows(self.codes[rows], self.weight_scale[rows], self.weight_dtype)
         return vectors.view(*ids.shape, self.embedding_dim)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Embedding:
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _keep_float32(self, scale)
-        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=scale.device)).dtype
-        return self
 
 
 def int8_twin(module: nn.Module) -> Int8Linear | Int8Embedding | None:
@@ -137,18 +158,3 @@ def int8_twin(module: nn.Module) -> Int8Linear | Int8Embedding | None:
     if type(module) is nn.Embedding and module.max_norm is None:
         return Int8Embedding.from_embedding(module)
     return None
-
-
-def _empty_codes(weight: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False)
-
-
-def _empty_scale(weight: torch.Tensor) -> torch.Tensor:
-    return torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-
-
-def _keep_float32(module: Any, scale: torch.Tensor) -> None:
-    """Undoes a cast of the scales: `model.to(bfloat16)` moves them, but they stay float32."""
-    if module.weight_scale.dtype != torch.float32:
-        device = module.weight_scale.device
-        module.weight_scale = torch.empty_like(scale, device=device) if device.type == "meta" else scale.to(device)

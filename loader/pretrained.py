@@ -121,7 +121,7 @@ class _Load:
             plan = ResidentInt8(self._container, self._reader, self._state_dict)
             with adapter.module_plan(plan):
                 model = self._build(hf_kwargs)
-            plan.check(model)
+            plan.finish(model)
         self._check_materialized(model)
         _separate_untied(model)
         return model

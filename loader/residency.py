@@ -10,7 +10,7 @@ from torch import nn
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor
-from codecllm.loader.int8_modules import Int8Embedding, Int8Linear, int8_twin
+from codecllm.loader.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.state_dict import SCALE_SUFFIX, LazyTensor, TensorReader
 
 
@@ -60,20 +60,23 @@ class ResidentInt8:
             if all(parameters.get(member) == tuple(record.shape) for member in group):
                 self._swap(model, name, record, target, sorted(group), dtype)
 
-    def check(self, model: nn.Module) -> None:
-        """Verifies that each replaced module, and no other, got its codes and scales.
+    def finish(self, model: nn.Module) -> None:
+        """Verifies that each replaced module, and no other, got its codes and scales, and ends their loading.
 
         Raises:
             ModelMismatchError: a module lacks them, or codes ended up as a weight.
         """
         modules = set(self.modules)
         for name, module in model.named_modules():
-            if isinstance(module, Int8Linear | Int8Embedding):
+            if isinstance(module, Int8Weight):
                 complete = module.weight.dtype == torch.int8 and module.weight_scale.dtype == torch.float32
                 if name not in modules or not complete:
                     raise ModelMismatchError("int8 module is incomplete", tensor=f"{name}.weight")
             elif getattr(getattr(module, "weight", None), "dtype", None) == torch.int8:
                 raise ModelMismatchError("int8 codes were taken for a weight", tensor=f"{name}.weight")
+        for module in model.modules():
+            if isinstance(module, Int8Weight):
+                module.seal()
 
     def _swap(self, model: nn.Module, name: str, record: Int8Tensor, target: str, group: list[str], dtype: torch.dtype) -> None:
         owners = [member.removesuffix(".weight") for member in group]

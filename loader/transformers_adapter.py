@@ -6,6 +6,7 @@ loudly when one of these names moves.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,8 +22,16 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.loader.plain_loading import COMPANIONS, PlainLoad
+
+try:
+    from transformers.core_model_loading import ConversionOps, _IdentityOp
+except ImportError:  # older than plain loading needs: the loader's own path works without them
+    ConversionOps = _IdentityOp = object
 
 QUANT_METHOD = "codecllm"
+LOADS_PLAINLY = hasattr(HfQuantizer, "serialized_names")
+"""Whether this transformers lets a quantizer name its stored tensors and decode them: 5.21 and newer."""
 
 
 class ModulePlan(Protocol):
@@ -47,20 +56,42 @@ class CodecLLMConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Lets the plan of the load in progress replace modules; the weights come through a decoding state dict."""
+    """Loads a container where transformers asks for it.
+
+    Inside `codecllm.loader.from_pretrained` it lets the plan of that load replace modules; the weights come through a decoding
+    state dict. Anywhere else transformers reads the shards itself, and every parameter is decoded to a plain, dense one: the
+    result is a plain model without a quantizer.
+    """
 
     requires_calibration = True
 
+    def __init__(self, quantization_config: CodecLLMConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._plan = _plan.get()
+        self._load: PlainLoad | None = None
+        quantization_config.dequantize = self._plan is None
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        """Name of a parameter -> names of the stored tensors that make it."""
+        names = self._load.parameter_names if self._load is not None else []
+        return {name: [name, *(name + suffix for suffix in COMPANIONS)] for name in names}
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses a load that did not begin in `codecllm.loader.from_pretrained`.
+        """Refuses what this transformers cannot do by itself.
 
         Raises:
-            UnsupportedEnvironmentError: transformers reads the weight files itself; it would take payloads for weights.
+            UnsupportedEnvironmentError: it is too old to ask a quantizer for the names of stored tensors.
         """
-        if _plan.get() is None:
+        if self._plan is None and not LOADS_PLAINLY:
             raise UnsupportedEnvironmentError(
-                "this is a codecllm container: load it with codecllm.loader.from_pretrained(name_or_path)"
+                f"transformers {transformers.__version__} cannot load a codecllm container by itself (5.21 and newer can): "
+                "use codecllm.loader.from_pretrained(name_or_path)"
             )
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """Returns the operation that transformers runs on the stored tensors of each parameter."""
+        return {} if self._plan is not None else {"dequantize": DecodeOperation}
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` may write the model: int8 modules are not what any class of transformers reads."""
@@ -71,10 +102,61 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether the model can be trained: codes have no gradient."""
         return False
 
-    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        plan = _plan.get()
-        assert plan is not None
-        plan.prepare(model, model.base_model_prefix, tied_parameters(model), dtype or model.dtype)
+    def decode(self, collected: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """See `plain_loading.PlainLoad.decode`."""
+        assert self._load is not None
+        return self._load.decode(collected, dtype)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._plan is not None:
+            self._plan.prepare(model, model.base_model_prefix, tied_parameters(model), dtype or model.dtype)
+        else:
+            self._load = PlainLoad(checkpoint_files or [])
+            weakref.finalize(self, self._load.close)  # where the load fails midway
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._load is not None:
+            try:
+                self._load.fill_aliases(model, tied_parameters(model))
+            finally:
+                self._load.close()
+            # What saving would run backwards: without ours, transformers takes the model's own conversions again.
+            if hasattr(model, "_weight_conversions"):
+                del model._weight_conversions
+        return model
+
+
+class DecodeOperation(ConversionOps):  # type: ignore[misc]
+    """Decodes the stored tensors that transformers collected for a parameter."""
+
+    def __init__(self, hf_quantizer: CodecLLMQuantizer) -> None:
+        self._quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeOperation:
+        """Returns itself: transformers copies operations per parameter, and open files cannot be copied."""
+        return self
+
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Returns the patterns of `input_dict` without their companions, decoded to the parameter's dtype."""
+        value = model.state_dict(keep_vars=True).get(full_layer_name) if model is not None else None
+        decoded = self._quantizer.decode(input_dict, value.dtype if value is not None else torch.float32)
+        if len(decoded) == 1 and not any("*" in pattern for pattern in decoded):
+            (only,) = decoded.values()
+            return {full_layer_name: only[0] if isinstance(only, list) and len(only) == 1 else only}
+        return decoded
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving writes dense weights as they are."""
+        return _IdentityOp()
 
 
 def register() -> None:

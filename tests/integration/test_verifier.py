@@ -13,6 +13,7 @@ from codecllm.formats.errors import BaselineError, UsageError
 from codecllm.formats.manifest import MANIFEST_NAME
 from codecllm.verifier import Verdict, record_baseline, verify
 from tests import tampering
+from tests.integration import tiny_models
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ def _tensors(report, stage):
     return [(finding.error.tensor, finding.error.chunk) for finding in report.stage(stage).findings]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "qwen3_moe"])
+@pytest.mark.parametrize("name", sorted(tiny_models.FEW))
 @pytest.mark.parametrize("scheme", ["lossless", "int8"])
 def test_whole_container_passes_every_stage(recorded, tiny, name, scheme):
     report = verify(recorded(name, scheme), source=tiny(name), require_baseline=True)
@@ -158,8 +159,6 @@ def test_unlisted_files(tmp_path, container):
 
 
 def test_another_source_is_told_apart(tmp_path, container, tiny):
-    from tests.integration import tiny_models
-
     other = tiny_models.llama(tmp_path / "other", tied=False)
     report = verify(container("llama", "lossless"), source=other, baseline=False)
     faults = [str(finding.error) for finding in report.stage("source").findings]
