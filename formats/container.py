@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,15 @@ from codecllm.formats.schemes.int8 import check_codes, check_scales
 from codecllm.formats.tiling import Grid, channel_matrix, last_axis_matrix
 
 SIDE_SUFFIXES = {"shape": "_shape", "chunks": "_chunks", "scale": "_scale"}
+
+
+class ReadsAt(Protocol):
+    """What a tensor's bytes are read from: an open file, or memory."""
+
+    name: str
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fills `target` from `offset`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,7 @@ class StoredTensor:
     """
 
     record: CodedTensor
-    file: SafeFile
+    file: ReadsAt
     offset: int
     table: ChunkTable
     scales: NDArray[np.float32] | None

@@ -34,7 +34,7 @@ class SafeFile:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self.descriptor = os.open(self.path, flags)
-        except FileNotFoundError as exc:
+        except (FileNotFoundError, NotADirectoryError) as exc:
             raise TruncatedError("file is missing", file=name) from exc
         except OSError as exc:
             if exc.errno in (errno.ELOOP, errno.ENXIO):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from codecllm.formats import FORMAT_VERSION, limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.codecs import CODEC_IDS
-from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.errors import (
     ChecksumError,
     FormatError,
@@ -42,7 +42,7 @@ _SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Count = Annotated[int, Field(ge=0, le=limits.INTEGER)]
-Shape = Annotated[list[Annotated[int, Field(ge=0, le=limits.DIM)]], Field(max_length=limits.RANK)]
+Shape = list[Annotated[int, Field(ge=0)]]  # its limits: check_shape
 
 
 class _Record(BaseModel):
@@ -173,7 +173,7 @@ class Manifest(_Record):
     """The whole manifest but for its seal. Extra top-level keys are allowed only under an `x_` prefix, and ignored."""
 
     format: Literal["codecllm"]
-    format_version: Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,4}$")]
+    format_version: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
     required_features: list[str]
     writer: dict[str, str]
     source: Source
@@ -258,9 +258,9 @@ def _check_version(document: dict[str, Any]) -> None:
     if not isinstance(version, str) or version.split(".")[0] != ours:
         raise UnsupportedVersionError("format version", file=MANIFEST_NAME, got=version, expected=f"{ours}.x")
     features = document.get("required_features")
-    unknown = [name for name in features if name not in KNOWN_FEATURES] if isinstance(features, list) else []
-    if unknown:
-        raise UnsupportedVersionError(f"unknown required feature {unknown[0]!r}", file=MANIFEST_NAME)
+    for name in features if isinstance(features, list) else []:
+        if isinstance(name, str) and name not in KNOWN_FEATURES:
+            raise UnsupportedVersionError(f"unknown required feature {name!r}", file=MANIFEST_NAME)
     tensors = document.get("tensors")
     for record in tensors if isinstance(tensors, list) else []:
         if not isinstance(record, dict):
@@ -286,9 +286,9 @@ def _check_file_names(manifest: Manifest) -> None:
         expected = shard_name(number, len(manifest.shards))
         if shard.name != expected:
             raise SchemaError("shard has a wrong name", file=MANIFEST_NAME, got=shard.name, expected=expected)
-    reserved = {MANIFEST_NAME, *UNLISTED_NAMES}
+    reserved = {name.casefold() for name in (MANIFEST_NAME, *UNLISTED_NAMES)}
     folded = [name.casefold() for name in names]
-    if len(set(folded)) != len(folded) or any(record.name in reserved for record in manifest.files):
+    if len(set(folded)) != len(folded) or not reserved.isdisjoint(folded):
         raise SchemaError("a file name stands twice or is reserved", file=MANIFEST_NAME)
     if any(SHARD_NAME.fullmatch(record.name) for record in manifest.files):
         raise SchemaError("a shard is listed as a side file", file=MANIFEST_NAME)
@@ -304,6 +304,10 @@ def _check_tensors(manifest: Manifest) -> None:
     normal = {unicodedata.normalize("NFC", name) for name in records}
     if not len(records) == len(normal) == len(manifest.tensors):
         raise SchemaError("a tensor name stands twice", file=MANIFEST_NAME)
+    for record in manifest.tensors:
+        for name in side_names(record):
+            if name in records:
+                raise SchemaError("name of a side tensor is also a tensor's", file=MANIFEST_NAME, tensor=name)
     for record in manifest.tensors:
         check_name(record.name, MANIFEST_NAME)
         check_shape(record.shape, MANIFEST_NAME, record.name)
@@ -324,9 +328,18 @@ def _check_tensors(manifest: Manifest) -> None:
             _check_coded(record, where)
 
 
+def side_names(record: TensorRecord) -> list[str]:
+    """Returns the names under which a coded tensor's side data are stored; none for a plain one or an alias."""
+    if isinstance(record, RawTensor | AliasTensor):
+        return []
+    return [record.name + suffix for suffix in ("_shape", "_chunks", *(["_scale"] if isinstance(record, Int8Tensor) else []))]
+
+
 def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
     dtype = DTYPES[record.dtype]
-    planes = 1 if isinstance(record, Int8Tensor) else dtype.planes
+    planes = dtype.planes
+    if isinstance(record, Int8Tensor):
+        planes = 1 if record.dtype in INT8_SOURCES else 0
     if len(record.shape) < 2 or record.elements == 0 or planes == 0 or len(record.planes) != planes:
         raise SchemaError("scheme does not fit dtype and shape", got=f"{record.scheme} of {record.dtype}", **where)
     if isinstance(record, Int8Tensor) != (record.xxh3.scale is not None):
@@ -346,7 +359,9 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
 def _as_schema_error(exc: ValidationError) -> FormatError:
     first = exc.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
-    return SchemaError(f"field {place}: {first['msg']}", file=MANIFEST_NAME, got=ascii(first.get("input"))[:80])
+    # Only the lists at the top have a length that is a limit of the format; another list's length is part of the schema.
+    kind = LimitError if first["type"] == "too_long" and len(first["loc"]) == 1 else SchemaError
+    return kind(f"field {place}: {first['msg']}", file=MANIFEST_NAME, got=ascii(first.get("input"))[:80])
 
 
 def _dump(value: Any) -> str:

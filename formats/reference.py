@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile
 from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import DecodeError
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize
@@ -45,7 +46,7 @@ def read_tile_bytes(tensor: StoredTensor, index: int) -> bytes:
         codes = planes[0].view(np.int8).reshape(tile.rows, tile.cols)
         values = dequantize(codes, scales_for_tile(tensor.record, tensor.scales, tile))
         return bits_from_float32(values, tensor.record.dtype).tobytes()
-    return join_planes(planes, DTYPES[tensor.record.dtype]).tobytes()
+    return _joined(tensor, planes)
 
 
 def read_tensor_bytes(container: Container, name: str) -> bytes:
@@ -63,8 +64,14 @@ def read_tensor_bytes(container: Container, name: str) -> bytes:
         assert tensor.scales is not None
         scales = tensor.scales[None, :] if tensor.record.channel_kind == "column" else tensor.scales[:, None]
         return bits_from_float32(dequantize(read_codes(tensor), scales), tensor.record.dtype).tobytes()
-    planes = [matrix.reshape(-1) for matrix in read_symbols(tensor)]
-    return join_planes(planes, DTYPES[tensor.record.dtype]).tobytes()
+    return _joined(tensor, [matrix.reshape(-1) for matrix in read_symbols(tensor)])
+
+
+def _joined(tensor: StoredTensor, planes: list[NDArray[np.uint8]]) -> bytes:
+    try:
+        return join_planes(planes, DTYPES[tensor.record.dtype]).tobytes()
+    except DecodeError as exc:
+        raise exc.located(file=tensor.file.name, tensor=tensor.record.name) from exc
 
 
 def tensor_digest(container: Container, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -18,13 +18,13 @@ from codecllm.formats.errors import (
 from codecllm.hub import resolve
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.pool import DecodePool
-from codecllm.loader.residency import ResidentInt8
+from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
 from codecllm.loader.state_dict import TensorReader, lazy_state_dict, main_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Resident = Literal["dense", "int8"]
+Resident = Literal["dense", "int8", "compressed"]
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -73,7 +73,8 @@ def from_pretrained(
         dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`; None and "auto" take the source's.
         device_map: as in transformers; None loads onto the CPU.
         resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and scales stay, each weight is
-            dequantized where it is multiplied; the results are the same, memory is about half of bf16's.
+            dequantized where it is multiplied; the results are the same, memory is about half of bf16's. `compressed`: payloads
+            stay coded as in the files, and each weight is decoded just before it is used; the results are the same.
         workers: decoding threads; None takes one per core.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         hf_kwargs: further arguments of transformers' `from_pretrained`, for example `attn_implementation`.
@@ -91,12 +92,12 @@ def from_pretrained(
     refused = sorted(_OURS & hf_kwargs.keys())
     if refused:
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
-    if resident not in ("dense", "int8"):
-        raise UsageError("no such resident", got=repr(resident), expected="'dense' or 'int8'")
+    if resident not in get_args(Resident):
+        raise UsageError("no such resident", got=repr(resident), expected=" or ".join(get_args(Resident)))
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
     with Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container, DecodePool(workers) as pool:
         config = _read_config(container, resident)
-        load = _Load(container, pool, config, _wanted_dtype(dtype, config, container))
+        load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers)
         model = load.run(resident, {"device_map": device_map, **hf_kwargs})
         _read_generation_config(container, model)
     model.name_or_path = model.config._name_or_path = str(name_or_path)
@@ -106,10 +107,11 @@ def from_pretrained(
 class _Load:
     """One load in progress."""
 
-    def __init__(self, container: Container, pool: DecodePool, config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, container: Container, pool: DecodePool, config: Any, dtype: torch.dtype, workers: int | None) -> None:
         self._container = container
         self._config = config
         self._dtype = dtype
+        self._workers = workers
         self._reader = TensorReader(container, pool)
         self._state_dict = lazy_state_dict(self._reader, container, dtype)
 
@@ -118,13 +120,18 @@ class _Load:
         if resident == "dense":
             model = self._build(hf_kwargs)
         else:
-            plan = ResidentInt8(self._container, self._reader, self._state_dict)
+            plan = self._plan(resident)
             with adapter.module_plan(plan):
                 model = self._build(hf_kwargs)
             plan.finish(model)
         self._check_materialized(model)
         _separate_untied(model)
         return model
+
+    def _plan(self, resident: Resident) -> Residency:
+        if resident == "int8":
+            return ResidentInt8(self._container, self._reader, self._state_dict)
+        return ResidentCompressed(self._container, self._state_dict, self._workers)
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)
@@ -166,8 +173,6 @@ def _read_config(container: Container, resident: Resident) -> Any:
     if record is None:
         raise NotAContainerError("container has no config.json: no model can be built from it", file=str(container.folder))
     container.read_side_file(record)
-    if resident == "int8":
-        adapter.register()
     try:
         config = AutoConfig.from_pretrained(container.folder, trust_remote_code=False)
     except Exception as exc:

@@ -1,4 +1,4 @@
-"""Decides which tensors stay int8 in memory, and prepares model and state dict for them."""
+"""Decides which weights stay in memory as codes or as coded payloads, and prepares model and state dict for them."""
 
 from __future__ import annotations
 
@@ -7,58 +7,91 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from codecllm.formats.container import Container
+from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.errors import ModelMismatchError, UsageError
-from codecllm.formats.manifest import AliasTensor, Int8Tensor
+from codecllm.formats.manifest import AliasTensor, CodedTensor, Int8Tensor, LosslessTensor, RawTensor
+from codecllm.loader.compressed_modules import CompressedTensor, CompressedWeight, SharedDecoder, compressed_twin
 from codecllm.loader.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.state_dict import SCALE_SUFFIX, LazyTensor, TensorReader
 
 
-class ResidentInt8:
-    """The plan of one load with resident="int8".
+class Residency:
+    """The plan of one load that keeps weights in another form than plain parameters.
 
-    A tensor stays int8 if it is stored by rows and is the weight of a plain linear layer or embedding, alone or together with
-    every module that is tied to it. Any other int8 tensor (Conv1D, fused experts, embeddings that scale) is dequantized.
+    A candidate is the weight of a plain linear layer or embedding, alone or together with every module that is tied to it. What
+    is no candidate (Conv1D, fused experts, embeddings that scale) is loaded dense.
 
     Attributes:
         modules: names of the modules that were replaced.
     """
 
-    def __init__(self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]) -> None:
-        """Collects the candidates.
-
-        Raises:
-            UsageError: the container holds no int8 tensor.
-        """
-        self._records = {
-            name: target
-            for name, record in container.records.items()
-            if isinstance(target := container.records[_stored_name(record)], Int8Tensor)
-        }
-        if not self._records:
-            raise UsageError("resident='int8' needs an int8 container; this one holds no int8 tensor")
-        self._reader = reader
+    def __init__(self, records: dict[str, CodedTensor], state_dict: dict[str, LazyTensor]) -> None:
+        """Keeps the candidates, by every name that the container has for them, and the state dict to be changed."""
+        self._records = records
         self._state_dict = state_dict
         self.modules: list[str] = []
 
-    def prepare(self, model: nn.Module, prefix: str, tied: Mapping[str, str], dtype: torch.dtype) -> None:
-        """Replaces modules of the empty model and lets the state dict yield codes and scales for them.
+    def prepare(self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype) -> None:
+        """Replaces modules of the empty model and changes what the state dict yields for them.
 
         Args:
             model: the model on the meta device.
             prefix: name of its base model; names in the container may have or lack it.
-            tied: name of a parameter -> name of the parameter that it is tied to.
+            tied: the model's own: name of a parameter -> name of the parameter that it is tied to.
             dtype: dtype of the model's weights.
         """
         parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         partners = _groups(tied)
         for name, record in self._records.items():
             target = _parameter_name(name, prefix, parameters)
-            if target is None or record.channel_kind != "row" or record.channel_axis != 0 or len(record.shape) != 2:
+            if target is None or not _by_rows(record):
                 continue
-            group = partners.get(target, {target})
-            if all(parameters.get(member) == tuple(record.shape) for member in group):
-                self._swap(model, name, record, target, sorted(group), dtype)
+            group = sorted(partners.get(target, {target}))
+            if all(parameters.get(member) == tuple(record.shape) for member in group) and self._swap(model, record, group):
+                own_prefix = name.removesuffix(target) if name.endswith(target) else ""
+                self._redirect(name, own_prefix, record, group, tied, dtype)
+
+    def finish(self, model: nn.Module) -> None:
+        """Verifies the replaced modules and ends their loading; see the subclasses."""
+
+    def _swap(self, model: nn.Module, record: CodedTensor, group: list[str]) -> bool:
+        """Replaces the modules that own the parameters of a group; whether all of them could be, or were before."""
+        owners = [member.removesuffix(".weight") for member in group]
+        twins = [self._twin(model.get_submodule(owner), record) for owner in owners]
+        if any(twin is None and owner not in self.modules for twin, owner in zip(twins, owners, strict=True)):
+            return False
+        for owner, twin in zip(owners, twins, strict=True):
+            if twin is not None:
+                model.set_submodule(owner, twin)
+                self.modules.append(owner)
+        return True
+
+    def _twin(self, module: nn.Module, record: CodedTensor) -> nn.Module | None:
+        """Returns the module that takes the place of a plain one, or None."""
+        raise NotImplementedError
+
+    def _redirect(
+        self, name: str, own_prefix: str, record: CodedTensor, group: list[str], tied: dict[str, str], dtype: torch.dtype
+    ) -> None:
+        """Changes what the state dict yields for the container's tensor `name`."""
+        raise NotImplementedError
+
+
+class ResidentInt8(Residency):
+    """resident="int8": codes and scales stay in memory."""
+
+    def __init__(self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]) -> None:
+        """Collects the int8 tensors.
+
+        Raises:
+            UsageError: the container holds none.
+        """
+        stored = {name: stored_record(container, name) for name in container.records}
+        records: dict[str, CodedTensor] = {name: record for name, record in stored.items() if isinstance(record, Int8Tensor)}
+        if not records:
+            raise UsageError("resident='int8' needs an int8 container; this one holds no int8 tensor")
+        super().__init__(records, state_dict)
+        self._reader = reader
 
     def finish(self, model: nn.Module) -> None:
         """Verifies that each replaced module, and no other, got its codes and scales, and ends their loading.
@@ -78,25 +111,79 @@ class ResidentInt8:
             if isinstance(module, Int8Weight):
                 module.seal()
 
-    def _swap(self, model: nn.Module, name: str, record: Int8Tensor, target: str, group: list[str], dtype: torch.dtype) -> None:
-        owners = [member.removesuffix(".weight") for member in group]
-        twins = [int8_twin(model.get_submodule(owner)) if owner + ".weight" in group else None for owner in owners]
-        if any(twin is None and owner not in self.modules for twin, owner in zip(twins, owners, strict=True)):
-            return
-        for owner, twin in zip(owners, twins, strict=True):
-            if twin is not None:
-                model.set_submodule(owner, twin)
-                self.modules.append(owner)
+    def _twin(self, module: nn.Module, record: CodedTensor) -> nn.Module | None:
+        return int8_twin(module)
+
+    def _redirect(
+        self, name: str, own_prefix: str, record: CodedTensor, group: list[str], tied: dict[str, str], dtype: torch.dtype
+    ) -> None:
         self._state_dict[name] = LazyTensor(self._reader, record, "codes", dtype)
         # Every module of the group has a scale of its own name; parameters are tied by transformers, buffers are not.
         self._reader.share(record.name)
-        own_prefix = name.removesuffix(target) if name.endswith(target) else ""
         for member in group:
             self._state_dict[own_prefix + member + SCALE_SUFFIX] = LazyTensor(self._reader, record, "scale", dtype)
 
 
-def _stored_name(record: object) -> str:
-    return record.alias_of if isinstance(record, AliasTensor) else record.name  # type: ignore[attr-defined]
+class ResidentCompressed(Residency):
+    """resident="compressed": payloads stay coded in memory and are decoded where they are used."""
+
+    def __init__(self, container: Container, state_dict: dict[str, LazyTensor], workers: int | None) -> None:
+        """Collects the coded tensors.
+
+        Raises:
+            UsageError: the container holds none.
+        """
+        stored = {name: stored_record(container, name) for name in container.records}
+        records: dict[str, CodedTensor] = {
+            name: record for name, record in stored.items() if isinstance(record, Int8Tensor | LosslessTensor)
+        }
+        if not records:
+            raise UsageError("resident='compressed' needs coded tensors; this container holds none")
+        super().__init__(records, state_dict)
+        self._container = container
+        self._decoder = SharedDecoder(workers)
+        self._payloads: dict[str, CompressedTensor] = {}
+
+    def finish(self, model: nn.Module) -> None:
+        """Verifies that every module that was replaced is still in its place.
+
+        Raises:
+            ModelMismatchError: one is not.
+        """
+        for name in self.modules:
+            if not isinstance(model.get_submodule(name), CompressedWeight):
+                raise ModelMismatchError("compressed module was replaced again", tensor=f"{name}.weight")
+
+    def _twin(self, module: nn.Module, record: CodedTensor) -> nn.Module | None:
+        return compressed_twin(module, lambda: self._payload(record))
+
+    def _payload(self, record: CodedTensor) -> CompressedTensor:
+        if record.name not in self._payloads:
+            source = self._container.tensor(record.name)
+            assert isinstance(source, StoredTensor)
+            self._payloads[record.name] = self._decoder.load(source)
+        return self._payloads[record.name]
+
+    def _redirect(
+        self, name: str, own_prefix: str, record: CodedTensor, group: list[str], tied: dict[str, str], dtype: torch.dtype
+    ) -> None:
+        self._state_dict.pop(name, None)
+        for member in group:  # the modules share the payload; there is no parameter left to tie
+            tied.pop(member, None)
+
+
+def stored_record(container: Container, name: str) -> RawTensor | CodedTensor:
+    """Returns the record of a tensor that has bytes of its own: the alias's target, or the tensor itself."""
+    record = container.records[name]
+    target = container.records[record.alias_of] if isinstance(record, AliasTensor) else record
+    assert not isinstance(target, AliasTensor)
+    return target
+
+
+def _by_rows(record: CodedTensor) -> bool:
+    """Whether the record's matrix is the weight as it is: two dimensions, scales (if any) by rows."""
+    by_rows = not isinstance(record, Int8Tensor) or (record.channel_kind == "row" and record.channel_axis == 0)
+    return by_rows and len(record.shape) == 2
 
 
 def _parameter_name(name: str, prefix: str, parameters: Mapping[str, object]) -> str | None:

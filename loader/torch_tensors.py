@@ -16,6 +16,7 @@ from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.container import Container, PlainTensor, StoredTensor
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError
+from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.loader.decode import CODES, Workspace, decode_tiles, payload_span, plan_jobs, read_tiles, write_tile
@@ -166,7 +167,7 @@ def announce_reads(source: PlainTensor | StoredTensor, tiles: range | None = Non
         offset, size = source.offset, source.record.source_bytes
     else:
         offset, size = payload_span(source, tiles if tiles is not None else range(len(source.table.grid)))
-    if size and hasattr(os, "posix_fadvise"):
+    if size and isinstance(source.file, SafeFile) and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(source.file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 

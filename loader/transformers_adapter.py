@@ -7,7 +7,7 @@ loudly when one of these names moves.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -37,8 +37,8 @@ LOADS_PLAINLY = hasattr(HfQuantizer, "serialized_names")
 class ModulePlan(Protocol):
     """Changes the empty model before weights are loaded into it."""
 
-    def prepare(self, model: nn.Module, prefix: str, tied: Mapping[str, str], dtype: torch.dtype) -> None:
-        """Replaces modules of a model on the meta device; see `residency.ResidentInt8.prepare`."""
+    def prepare(self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype) -> None:
+        """Replaces modules of a model on the meta device; see `residency.Residency.prepare`."""
 
 
 _plan: ContextVar[ModulePlan | None] = ContextVar("codecllm_module_plan", default=None)
@@ -207,9 +207,9 @@ def load_plain(folder: Path) -> Any:
         return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
 
 
-def tied_parameters(model: Any) -> Mapping[str, str]:
-    """Returns name of a parameter -> name of the parameter that it is tied to, for a whole model."""
-    tied: Mapping[str, str] = model.all_tied_weights_keys
+def tied_parameters(model: Any) -> dict[str, str]:
+    """Returns the model's own table: name of a parameter -> name of the parameter that it is tied to."""
+    tied: dict[str, str] = model.all_tied_weights_keys
     return tied
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
-from codecllm.formats.errors import CodecLLMError
-from codecllm.formats.manifest import MANIFEST_NAME, parse_manifest
+from codecllm.formats.container import Container
+from codecllm.formats.errors import ChecksumError, CodecLLMError, LayoutError, TruncatedError
+from codecllm.formats.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
 from tests import tampering
 from tests.malformed.builders import SHARD, read_everything, read_tensors
 from tests.sources import bf16, write_source
@@ -24,7 +25,8 @@ def _small(kind):
     if kind == "plain":
         return {"n": ("F32", rng.standard_normal((3, 7)).astype(np.float32)), "i": ("I64", np.arange(9))}, "lossless", ()
     if kind == "lossless":
-        return {"l": ("BF16", bf16(rng.standard_normal((40, 64))))}, "lossless", ()
+        coarse = bf16(rng.standard_normal((32, 64))) & 0xFFF0  # both planes are coded, and the shard stays small
+        return {"l": ("BF16", coarse)}, "lossless", ()
     return {"q": ("F32", (rng.standard_normal((8, 96)) ** 3).astype(np.float32))}, "int8", ("*",)
 
 
@@ -32,7 +34,7 @@ def _small(kind):
 def tiny(request, tmp_path_factory):
     base = tmp_path_factory.mktemp("flips")
     tensors, scheme, include = _small(request.param)
-    convert(write_source(base / "source", tensors), base / "c", scheme=scheme, include=include)
+    convert(write_source(base / "source", tensors, {"model_type": "none"}), base / "c", scheme=scheme, include=include)
     schemes = {record.scheme for record in parse_manifest((base / "c" / MANIFEST_NAME).read_bytes()).tensors}
     assert schemes == {"raw" if request.param == "plain" else request.param}
     return base / "c"
@@ -86,11 +88,42 @@ def test_every_length_of_a_shard(tiny, tmp_path):
         read_tensors(folder)
 
 
-def test_one_bit_of_every_byte_of_every_listed_file(pristine, tmp_path):
+def test_every_bit_of_every_side_file(tiny, tmp_path):
+    """Each is found by the file's sha256 alone, whether the whole file is read into memory or not."""
+    folder = tampering.copy_of(tiny, tmp_path / "c")
+    with Container(folder) as container:
+        assert [record.name for record in container.manifest.files] == ["config.json", INDEX_NAME]
+        for record in container.manifest.files:
+            for position in range(8 * record.bytes):
+                tampering.flip_bit(folder / record.name, position // 8, position % 8)
+                for check in (container.check_file, container.read_side_file):
+                    with pytest.raises(ChecksumError, match="sha256"):
+                        check(record)
+                tampering.flip_bit(folder / record.name, position // 8, position % 8)
+            container.check_file(record)
+
+
+def test_every_length_of_every_side_file(tiny, tmp_path):
+    folder = tampering.copy_of(tiny, tmp_path / "c")
+    with Container(folder) as container:
+        for record in container.manifest.files:
+            data = (folder / record.name).read_bytes()
+            for length in range(len(data)):
+                (folder / record.name).write_bytes(data[:length])
+                with pytest.raises(TruncatedError, match="too short"):
+                    container.check_file(record)
+            (folder / record.name).write_bytes(data + b" ")
+            with pytest.raises(LayoutError, match="too long"):
+                container.check_file(record)
+            (folder / record.name).write_bytes(data)
+
+
+def test_a_bit_of_any_file_of_a_larger_container(pristine, tmp_path):
+    """All schemes in one container; one bit in every 29th byte, another bit each time."""
     folder = tampering.copy_of(pristine, tmp_path / "c")
     intact = read_everything(folder)
     for path in sorted(folder.rglob("*")):
-        for byte in range(0, path.stat().st_size, 3):
+        for byte in range(0, path.stat().st_size, 29):
             tampering.flip_bit(path, byte, byte % 8)
             with pytest.raises(CodecLLMError):
                 read_everything(folder)

@@ -90,6 +90,24 @@ def _deep(folder):
     tampering.reseal(folder, lambda document: document.update(x_deep=value))
 
 
+def _side_tensor_twice(document):
+    checksum = document["tensors"][Q]["xxh3"]["shape"]
+    record = {
+        "name": "q_shape",
+        "dtype": "I64",
+        "shape": [2],
+        "scheme": "raw",
+        "shard": 0,
+        "digest": "0" * 64,
+        "xxh3": checksum,
+    }
+    document["tensors"].append(record)
+
+
+def _many_files(document):
+    document["files"] = [{"name": f"f{i}", "bytes": 0, "sha256": "0" * 64} for i in range(4097)]
+
+
 FLAWS = {
     "empty": (_text(lambda data: b""), NotAContainerError, "not JSON"),
     "one byte": (_text(lambda data: b"{"), TruncatedError, "seal"),
@@ -125,6 +143,11 @@ FLAWS = {
     "version as number": (_set("format_version", 1.0), UnsupportedVersionError, "format version"),
     "version without minor": (_set("format_version", "1"), SchemaError, "format_version"),
     "unknown required feature": (_set("required_features", ["x"]), UnsupportedVersionError, "'x'"),
+    "required feature that is a list": (_set("required_features", [[]]), SchemaError, "required_features"),
+    "required feature that is an object": (_set("required_features", [{}]), SchemaError, "required_features"),
+    "required features in a string": (_set("required_features", "x"), SchemaError, "required_features"),
+    "version in other digits": (_set("format_version", "1.\u0663"), SchemaError, "format_version"),
+    "version with a line feed": (_set("format_version", "1.0\n"), SchemaError, "format_version"),
     "features missing": (_drop("required_features"), SchemaError, "required_features"),
     "unknown scheme": (_set("tensors", Q, "scheme", "int3"), UnsupportedVersionError, "int3"),
     "unknown codec": (_set("tensors", Q, "planes", 0, "codec", "rans9"), UnsupportedVersionError, "rans9"),
@@ -151,13 +174,23 @@ FLAWS = {
     "name with nul": (_set("tensors", N, "name", "a\0b"), SchemaError, "name"),
     "name of 600 bytes": (_set("tensors", N, "name", "n" * 600), LimitError, "name"),
     "unknown dtype": (_set("tensors", N, "dtype", "F128"), SchemaError, "dtype"),
-    "rank 9": (_set("tensors", N, "shape", [1] * 9), SchemaError, "shape"),
+    "rank 9": (_set("tensors", N, "shape", [1] * 9), LimitError, "shape"),
     "negative dimension": (_set("tensors", N, "shape", [-9]), SchemaError, "shape"),
-    "dimension beyond the limit": (_set("tensors", N, "shape", [2**50]), SchemaError, "shape"),
+    "dimension beyond the limit": (_set("tensors", N, "shape", [2**50]), LimitError, "shape"),
     "elements overflow": (_set("tensors", N, "shape", [2**40, 2**40]), LimitError, "too large"),
     "huge dimension beside 0": (_set("tensors", N, "shape", [2**47, 0, 2**47]), LimitError, "too large"),
     "shard that is not there": (_set("tensors", N, "shard", 1), SchemaError, "no such shard"),
     "lossless of rank 1": (_set("tensors", L, "shape", [2560]), SchemaError, "does not fit"),
+    "int8 of integers": (_set("tensors", Q, "dtype", "I64"), SchemaError, "does not fit"),
+    "int8 of doubles": (_set("tensors", Q, "dtype", "F64"), SchemaError, "does not fit"),
+    "int8 with two planes": (
+        _edit(lambda d: d["tensors"][Q]["planes"].append(d["tensors"][Q]["planes"][0])),
+        SchemaError,
+        "planes",
+    ),
+    "int8 without elements": (_set("tensors", Q, "shape", [0, 80]), SchemaError, "does not fit"),
+    "side tensor as a tensor of its own": (_edit(_side_tensor_twice), SchemaError, "side tensor"),
+    "4097 side files": (_edit(_many_files), LimitError, "files"),
     "lossless with one plane": (_edit(lambda d: d["tensors"][L]["planes"].pop()), SchemaError, "does not fit"),
     "no planes": (_set("tensors", Q, "planes", []), SchemaError, "planes"),
     "plane of another size": (_set("tensors", Q, "planes", 0, "raw_bytes", 7), SchemaError, "wrong size"),
@@ -191,6 +224,10 @@ FLAWS = {
         "twice",
     ),
     "manifest lists itself": (_set("files", 0, "name", MANIFEST_NAME), SchemaError, "reserved"),
+    "manifest lists itself by case": (_set("files", 0, "name", "CODECLLM.JSON"), SchemaError, "reserved"),
+    "readme is listed": (_set("files", 0, "name", "README.md"), SchemaError, "reserved"),
+    "readme is listed by case": (_set("files", 0, "name", "readme.MD"), SchemaError, "reserved"),
+    "file inside a file": (_set("files", 0, "name", "config.json/x"), TruncatedError, "missing"),
     "shard as a side file": (
         _edit(lambda d: d["files"].append({**d["files"][0], "name": "model-00002-of-00002.safetensors"})),
         SchemaError,

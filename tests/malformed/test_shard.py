@@ -161,6 +161,31 @@ def _swapped_chunks(folder):
     rewrite_shard(folder, edit)
 
 
+def _large_window(old):
+    """The same codes in raw blocks after a header that asks for 16 MiB."""
+    codes = zstandard.ZstdDecompressor().decompress(old)
+    descriptor = bytes([0b10_0_0_0_0_00, (24 - 10) << 3])  # four bytes of content size, no single segment, window descriptor
+    block = (1 | len(codes) << 3).to_bytes(3, "little") + codes
+    return old[:4] + descriptor + len(codes).to_bytes(4, "little") + block
+
+
+def _stored(name, change):
+    """Changes dtype, shape and data of a stored tensor."""
+
+    def edit(tensors):
+        tensors[name] = change(tensors[name][2])
+
+    return lambda folder: rewrite_shard(folder, edit)
+
+
+def _header_without(name):
+    return lambda folder: rewrite_shard(folder, lambda tensors: tensors.pop(name), fix_sides=False)
+
+
+def _stored_more(folder):
+    rewrite_shard(folder, lambda tensors: tensors.update(stowaway=("U8", [1], bytearray(1))))
+
+
 FLAWS = {
     "header is an array": (_raw_text(lambda t: b"[" + t + b"]"), SchemaError, "begin with", None),
     "header begins with a space": (_raw_text(lambda t: b" " + t), SchemaError, "begin with", None),
@@ -230,6 +255,22 @@ FLAWS = {
     "scale negative": (_scale(-1.0), DecodeError, "scale", "q"),
     "scale that makes an infinity": (_scale(2.68e36), DecodeError, "scale", "q"),
     "scale subnormal": (_scale(1e-40), DecodeError, "scale", "q"),
+    "frame with a window of 16 MiB": (_frame(_large_window), DecodeError, "window", "q"),
+    "frame with a reserved bit": (_frame(lambda old: old[:4] + bytes([old[4] | 8]) + old[5:]), DecodeError, "Zstandard", "q"),
+    "frame that is cut": (_frame(lambda old: old[:-1]), DecodeError, "Zstandard", "q"),
+    "payload of rank 2": (_stored("q", lambda d: ("U8", [1, len(d)], d)), LayoutError, "differs", "q"),
+    "payload of signed bytes": (_stored("q", lambda d: ("I8", [len(d)], d)), LayoutError, "differs", "q"),
+    "payload one slot longer": (_stored("q", lambda d: ("U8", [len(d) + 16], d + bytes(16))), LayoutError, "add up", "q"),
+    "payload empty": (_stored("q", lambda d: ("U8", [0], bytearray())), LayoutError, "add up", "q"),
+    "one scale more": (_stored("q_scale", lambda d: ("F32", [25], d + bytes(4))), LayoutError, "differs", "q_scale"),
+    "scales of integers": (_stored("q_scale", lambda d: ("I32", [24], d)), LayoutError, "differs", "q_scale"),
+    "scales of rank 2": (_stored("q_scale", lambda d: ("F32", [24, 1], d)), LayoutError, "differs", "q_scale"),
+    "shape of three": (_stored("q_shape", lambda d: ("I64", [3], d + bytes(8))), LayoutError, "differs", "q_shape"),
+    "shape negative": (_stored("q_shape", lambda d: ("I64", [2], d[:8] + b"\xff" * 8)), LayoutError, "shape", "q"),
+    "no scales": (_header_without("q_scale"), LayoutError, "lacks", "q_scale"),
+    "no chunk table": (_header_without("l_chunks"), LayoutError, "lacks", "l_chunks"),
+    "no payload": (_header_without("l"), LayoutError, "lacks", "l"),
+    "a tensor more": (_stored_more, LayoutError, "does not place", "stowaway"),
     "payloads change places": (_swapped_chunks, LayoutError, "add up", "q"),
 }
 
@@ -255,6 +296,9 @@ def test_flaw_has_its_error(folder, name):
     assert words in str(caught.value)
     assert caught.value.file == SHARD
     assert tensor is None or caught.value.tensor == tensor
+    if expected is DecodeError and "scale" not in words:
+        assert caught.value.chunk == 0
+        assert caught.value.byte == tampering.payload_place(folder, tensor)[1]
     assert "\n" not in str(caught.value)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from codecllm.formats import limits
 from codecllm.formats.codecs import CODEC_IDS, CODECS
 from codecllm.formats.errors import DecodeError
 
@@ -70,6 +71,56 @@ def test_a_frame_cannot_ask_for_more_memory():
     assert zstandard.get_frame_parameters(frame).content_size == 1 << 36
     with pytest.raises(DecodeError, match="wrong size"):
         ZSTD.decode(frame, 1000)
+
+
+def _frame_with_window(window_log: int) -> bytes:
+    """A frame of five literal bytes whose header asks for a window of 2^window_log bytes (no single segment)."""
+    descriptor = bytes([0b10_0_0_0_0_00, (window_log - 10) << 3])  # four bytes of content size, window descriptor
+    block = (1 | 0 << 1 | 5 << 3).to_bytes(3, "little") + b"12345"  # last block, raw, five bytes
+    return b"\x28\xb5\x2f\xfd" + descriptor + (5).to_bytes(4, "little") + block
+
+
+def test_windows_up_to_the_limit():
+    assert limits.ZSTD_WINDOW_BYTES == 1 << 23
+    assert ZSTD.decode(_frame_with_window(23), 5) == b"12345"
+    for window_log in (24, 27, 31, 41):
+        with pytest.raises(DecodeError, match=r"window|too much memory"):
+            ZSTD.decode(_frame_with_window(window_log), 5)
+
+
+def test_a_checksum_inside_a_frame_is_compared():
+    frame = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(b"12345" * 9))
+    assert ZSTD.decode(bytes(frame), 45) == b"12345" * 9
+    frame[-1] ^= 1
+    with pytest.raises(DecodeError, match="Zstandard"):
+        ZSTD.decode(bytes(frame), 45)
+
+
+def test_every_bit_of_a_frame_gives_the_declared_size_or_an_error():
+    """Without the checksum of the slot a decoder cannot tell right from wrong: here only size and type of error are judged."""
+    symbols = np.random.default_rng(4).normal(0, 3, 600).astype(np.int8).tobytes()
+    frame, silent = ZSTD.encode(symbols), 0
+    for position in range(8 * len(frame)):
+        damaged = bytearray(frame)
+        damaged[position // 8] ^= 1 << position % 8
+        try:
+            decoded = ZSTD.decode(bytes(damaged), len(symbols))
+        except DecodeError:
+            continue
+        assert len(decoded) == len(symbols)
+        silent += decoded != symbols
+    assert silent > 100, "the reason for the checksum of every slot is gone?"
+
+
+def test_every_cut_of_a_frame_is_refused():
+    frame = ZSTD.encode(bytes(range(200)) * 5)
+    for length in range(len(frame)):
+        with pytest.raises(DecodeError):
+            ZSTD.decode(frame[:length], 1000)
+
+
+def test_raw_gives_back_the_same_bytes():
+    assert bytes(RAW.encode(b"\0\xff")) == b"\0\xff" == RAW.decode(b"\0\xff", 2)
 
 
 def test_raw_refuses_another_size():

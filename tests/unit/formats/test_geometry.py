@@ -3,12 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from codecllm.formats.chunk_table import RECORD, pack_chunk_table, parse_chunk_table, slot_bytes
-from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import entropy_bits, estimated_entropy_bits
 from codecllm.formats.errors import LayoutError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
-from codecllm.formats.schemes.lossless import join_planes, split_planes, word_dtype
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, channel_matrix, default_grid, last_axis_matrix
 
 
@@ -39,9 +36,23 @@ def test_tiles_cover_the_matrix_once(grid):
     assert len(list(grid)) == len(grid)
 
 
-@pytest.mark.parametrize("grid", [Grid(0, 7, 1, 7), Grid(7, 0, 7, 1)])
+@pytest.mark.parametrize("grid", [Grid(0, 7, 1, 7), Grid(7, 0, 7, 1), Grid(0, 0, 5, 5)])
 def test_a_matrix_without_elements_has_no_tiles(grid):
-    assert len(grid) == 0
+    assert (len(grid), list(grid)) == (0, [])
+
+
+@pytest.mark.parametrize("numbers", [(1, 1, 0, 1), (1, 1, 1, 0), (-1, 1, 1, 1), (1, -1, 1, 1)])
+def test_tiles_have_an_extent(numbers):
+    with pytest.raises(LayoutError, match="no extent"):
+        Grid(*numbers)
+
+
+@pytest.mark.parametrize("matrix", [(0, 7), (7, 0), (1, 1), (5, 123), (1, 65_537), (65_537, 3), (3, 131_073)])
+def test_default_tiles_cover_the_matrix_in_source_order(matrix):
+    grid = default_grid(*matrix)
+    assert sum(tile.symbols for tile in grid) == matrix[0] * matrix[1]
+    assert all(0 < tile.symbols <= DEFAULT_TILE_SYMBOLS for tile in grid)
+    assert grid.in_source_order
 
 
 def test_source_order():
@@ -61,51 +72,13 @@ def test_matrices():
             channel_matrix(shape, axis, kind)
 
 
-def _table(grid, planes, stored):
-    records = np.zeros(len(grid) * planes, RECORD)
-    records["stored_bytes"], records["codec"], records["xxh3"] = (
-        stored,
-        1,
-        np.arange(len(records), dtype=np.uint64) + np.uint64(1 << 63),
-    )
-    return pack_chunk_table(grid, planes, records)
-
-
-def test_chunk_table_exact_bytes():
-    data = _table(Grid(3, 5, 2, 5), 1, [7, 5])
-    assert data[:32].hex() == "434c435401010000" + "0300000000000000" + "0500000000000000" + "02000000" + "05000000"
-    assert data[32:].hex() == "07000000" + "01000000" + "0000000000000080" + "05000000" + "01000000" + "0100000000000080"
-
-
-def test_chunk_table_round_trip():
-    grid = Grid(7, 5, 3, 2)
-    stored = np.arange(1, 19)
-    table = parse_chunk_table(_table(grid, 2, stored), payload_bytes=16 * 16 + 2 * 32, file="f", tensor="t")
-    assert (table.grid, table.planes) == (grid, 2)
-    for chunk, record in enumerate(table.chunks):
-        assert record.stored_bytes == stored[chunk]
-        assert record.raw_bytes == grid.tile(chunk // 2).symbols
-        assert (record.begin, record.end) == (int(table.offsets[chunk]), int(table.offsets[chunk + 1]))
-        assert record.end - record.begin == slot_bytes(record.stored_bytes)
-        assert record.xxh3 == (1 << 63) + chunk
-
-
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES.values() if dtype.planes])
-def test_planes_come_back(dtype):
-    rng = np.random.default_rng(0)
-    if dtype.bits == 16:
-        words = np.arange(1 << 16, dtype=np.uint16)
-    else:
-        words = rng.integers(0, 2 if dtype.name == "BOOL" else 1 << dtype.bits, 5000, dtype=word_dtype(dtype))
-    planes = split_planes(words, dtype)
-    assert len(planes) == dtype.planes
-    assert np.array_equal(join_planes(planes, dtype), words)
-
-
-def test_plane_0_of_bf16_is_the_exponent():
-    words = np.array([0x3F80, 0xBF80, 0x0001, 0x7F81, 0xFFFF], np.uint16)
-    assert split_planes(words, DTYPES["BF16"])[0].tolist() == [0x7F, 0x7F, 0, 0xFF, 0xFF]
-    assert split_planes(words, DTYPES["BF16"])[1].tolist() == [0, 1, 2, 2, 0xFF]
+def test_entropy_is_that_of_the_definition():
+    symbols = np.repeat(np.array([3, 200, 7], np.uint8), [4, 2, 2])
+    assert entropy_bits(symbols) == pytest.approx(4 * 1 + 2 * 2 + 2 * 2)
+    assert estimated_entropy_bits(symbols) == entropy_bits(symbols)
+    uniform = np.random.default_rng(1).integers(0, 256, 1 << 17).astype(np.uint8)
+    assert 7.98 * uniform.size < estimated_entropy_bits(uniform) <= 8 * uniform.size
+    assert estimated_entropy_bits(np.zeros(1 << 17, np.uint8)) == 0
 
 
 def test_entropy():

@@ -1,0 +1,254 @@
+"""Modules whose weight stays entropy-coded in memory and is decoded, checked, into shared scratch just before it is used."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from codecllm.formats.container import StoredTensor
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.formats.tiling import Tile
+from codecllm.loader.decode import JOB_SYMBOLS, Workspace, read_tiles, write_tile
+from codecllm.loader.memory import empty_tensor
+from codecllm.loader.pool import DecodePool, Job
+from codecllm.loader.torch_tensors import DTYPE_NAMES, TORCH_DTYPES, words_of
+
+SCRATCH_ELEMENTS = 1 << 25
+"""Most elements of a weight that are decoded at once; a larger one (a vocabulary) is multiplied in bands of rows."""
+
+
+class InMemoryFile:
+    """A payload in memory that is read by offset like the shard it came from."""
+
+    def __init__(self, name: str, payload: bytearray) -> None:
+        self.name = name
+        self._payload = memoryview(payload)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fills `target` from `offset`."""
+        target[:] = self._payload[offset : offset + len(target)]
+
+
+class SharedDecoder:
+    """The threads and the scratch that all compressed modules of one model share.
+
+    One weight at a time lies in the scratch: `lock` is held from decoding to the end of its use.
+    """
+
+    def __init__(self, workers: int | None) -> None:
+        """Starts the threads; they end when nothing refers to the decoder any more."""
+        self.pool = DecodePool(workers)
+        self.lock = threading.RLock()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def load(self, source: StoredTensor) -> CompressedTensor:
+        """Reads a tensor's payload into memory and checks every chunk.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        payload = bytearray(int(source.table.offsets[-1]))
+        source.file.read_into(source.offset, memoryview(payload))
+        held = replace(source, file=InMemoryFile(source.file.name, payload), offset=0)
+        slots = memoryview(payload)
+        for chunk in range(len(source.table.chunks)):
+            held.stored_chunk(chunk, slots[source.table.chunks[chunk].begin :], chunk)
+        return CompressedTensor(held, self)
+
+    def scratch(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns uninitialised memory [rows, cols]; the next call gives the same. Hold `lock`."""
+        size = rows * cols * dtype.itemsize
+        if self._scratch.numel() < size:
+            self._scratch = empty_tensor((size,), torch.uint8)
+        return self._scratch[:size].view(dtype).view(rows, cols)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedTensor:
+    """A matrix whose chunks lie in memory as they are stored.
+
+    Attributes:
+        stored: the tensor, reading from memory.
+        decoder: what decodes it.
+    """
+
+    stored: StoredTensor
+    decoder: SharedDecoder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedTensor:
+        """Returns itself: it never changes."""
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return self.stored.table.grid.rows
+
+    @property
+    def cols(self) -> int:
+        """Columns of the matrix."""
+        return self.stored.table.grid.cols
+
+    @property
+    def bands(self) -> int:
+        """Tiles one above the other."""
+        return self.stored.table.grid.down
+
+    def decode_bands(self, bands: list[int], dtype: torch.dtype, out: torch.Tensor) -> None:
+        """Decodes bands of tiles one below the other: the same bits as dense loading.
+
+        Args:
+            bands: numbers of bands, ascending or not.
+            dtype: float dtype of `out`.
+            out: [rows of these bands, columns], contiguous, on the CPU.
+
+        Raises:
+            FormatError: the payload was damaged in memory.
+        """
+        grid, jobs, row = self.stored.table.grid, list[Job](), 0
+        step = max(1, JOB_SYMBOLS // max(1, grid.tile_rows * grid.cols))
+        for first in range(0, len(bands), step):
+            part = bands[first : first + step]
+            rows = sum(self._height(band) for band in part)
+            jobs.append(partial(self._decode_job, part, dtype, out[row : row + rows]))
+            row += rows
+        self.decoder.pool.run_all(jobs)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the whole matrix in memory of its own."""
+        out = empty_tensor((self.rows, self.cols), dtype)
+        self.decode_bands(list(range(self.bands)), dtype, out)
+        return out
+
+    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`."""
+        keep = torch.is_grad_enabled() and inputs.requires_grad  # autograd would read the scratch after it was overwritten
+        grid, parts = self.stored.table.grid, []
+        step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
+        with self.decoder.lock:
+            for first in range(0, self.bands, step):
+                bands = list(range(first, min(first + step, self.bands)))
+                begin, rows = first * grid.tile_rows, sum(self._height(band) for band in bands)
+                shape = (rows, self.cols)
+                weight = empty_tensor(shape, inputs.dtype) if keep else self.decoder.scratch(*shape, inputs.dtype)
+                self.decode_bands(bands, inputs.dtype, weight)
+                part_bias = None if bias is None else bias[begin : begin + rows]
+                parts.append(functional.linear(inputs, weight.to(inputs.device), part_bias))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns]; decodes only the tiles that hold them."""
+        grid = self.stored.table.grid
+        out = torch.empty(len(rows), self.cols, dtype=dtype)
+        bands = torch.div(rows, grid.tile_rows, rounding_mode="floor")
+        wanted = sorted(set(bands.tolist()))
+        step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
+        with self.decoder.lock:
+            for first in range(0, len(wanted), step):
+                part = wanted[first : first + step]
+                decoded = self.decoder.scratch(sum(self._height(band) for band in part), self.cols, dtype)
+                self.decode_bands(part, dtype, decoded)
+                start = 0
+                for band in part:
+                    chosen = (bands == band).nonzero().flatten()
+                    out[chosen] = decoded[start + rows[chosen] - band * grid.tile_rows]
+                    start += self._height(band)
+        return out
+
+    def _height(self, band: int) -> int:
+        grid = self.stored.table.grid
+        return min(grid.tile_rows, grid.rows - band * grid.tile_rows)
+
+    def _decode_job(self, bands: list[int], dtype: torch.dtype, out: torch.Tensor, workspace: Workspace) -> None:
+        across, record, row = self.stored.table.grid.across, self.stored.record, 0
+        native = DTYPE_NAMES[dtype] if isinstance(record, Int8Tensor) else record.dtype
+        words = words_of(out, *out.shape) if TORCH_DTYPES[native] == dtype and native in ("BF16", "F16", "F32") else None
+        if isinstance(record, Int8Tensor) and words is None:
+            native = "F32"
+        for band in bands:
+            for tile, planes in read_tiles(self.stored, range(band * across, (band + 1) * across), workspace):
+                place = Tile(row, tile.col, tile.rows, tile.cols)
+                columns = slice(place.col, place.col + place.cols)
+                if words is not None:
+                    write_tile(self.stored, tile, planes, words[row : row + tile.rows, columns], native, workspace)
+                else:
+                    own = empty_tensor((tile.rows, tile.cols), TORCH_DTYPES[native])
+                    view = words_of(own, tile.rows, tile.cols).view(word_dtype(DTYPES[native]))
+                    write_tile(self.stored, tile, planes, view, native, workspace)
+                    out[row : row + tile.rows, columns].copy_(own)
+            row += self._height(band)
+
+
+class CompressedWeight(nn.Module):
+    """What compressed modules have in common: a coded matrix instead of a weight.
+
+    Attributes:
+        tensor: the matrix.
+        weight_dtype: dtype of `weight`, which is decoded anew each time; follows `model.to(dtype)`.
+    """
+
+    tensor: CompressedTensor
+    weight_dtype: torch.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        """Decodes `weight` for code that reaches for it instead of calling the module."""
+        if name == "weight" and "tensor" in self.__dict__:
+            return self.tensor.dense(self.weight_dtype)
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
+
+class CompressedLinear(CompressedWeight, nn.Linear):
+    """A linear layer with a coded weight [out, in]."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps float [..., in] to [..., out] of the same dtype: the bits of dense loading."""
+        return self.tensor.linear(inputs, self.bias)
+
+
+class CompressedEmbedding(CompressedWeight, nn.Embedding):
+    """An embedding with a coded weight [vocabulary, width]."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Maps integer [...] to `weight_dtype` [..., width]."""
+        vectors = self.tensor.gather(ids.reshape(-1).to("cpu", torch.int64), self.weight_dtype)
+        return vectors.to(ids.device).view(*ids.shape, self.embedding_dim)
+
+
+def compressed_twin(module: nn.Module, payload: Callable[[], CompressedTensor]) -> CompressedWeight | None:
+    """Returns a compressed module in place of a plain linear layer or embedding; None for anything else.
+
+    Args:
+        module: the plain module, on any device.
+        payload: gives the coded weight; called only where a module is made.
+    """
+    if type(module) is nn.Linear:
+        cls: type[CompressedWeight] = CompressedLinear
+        kept: tuple[str, ...] = ("in_features", "out_features")
+    elif type(module) is nn.Embedding and module.max_norm is None:
+        cls = CompressedEmbedding
+        kept = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    else:
+        return None
+    twin = cls.__new__(cls)
+    nn.Module.__init__(twin)
+    for name in kept:
+        setattr(twin, name, getattr(module, name))
+    if isinstance(module, nn.Linear):
+        twin.register_parameter("bias", module.bias)
+    twin.tensor, twin.weight_dtype = payload(), module.weight.dtype
+    twin.train(module.training)
+    return twin

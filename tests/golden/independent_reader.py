@@ -1,0 +1,159 @@
+"""A second reader, written from SPEC.md alone: nothing of codecllm is imported, and nothing is clever.
+
+It shows that SPEC.md is enough to read a container, and that the reference does what SPEC.md says. The numbers in brackets
+are sections of SPEC.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+
+BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}
+BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
+ROTATED = {"BF16", "F16", "F32", "F64"}  # [7]
+
+
+def read_container(folder: Path) -> dict[str, bytes]:
+    """Returns every tensor's bytes, checking everything that a reader must check of a good container."""
+    data = (folder / "codecllm.json").read_bytes()
+    manifest = json.loads(data)
+    place = data.rindex(b'"manifest_sha256"')  # [8] the seal
+    assert manifest["manifest_sha256"] == hashlib.sha256(data[:place]).hexdigest()
+    assert data[place:] == b'"manifest_sha256":"%s"}\n' % manifest["manifest_sha256"].encode()
+    assert manifest["format_version"].split(".")[0] == "1"
+    for record in manifest["files"] + manifest["shards"]:
+        content = (folder / record["name"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (record["bytes"], record["sha256"])
+    shards = [_read_shard(folder / record["name"], record) for record in manifest["shards"]]
+    tensors = {record["name"]: record for record in manifest["tensors"]}
+    result = {}
+    for name, record in tensors.items():
+        stored = tensors[record["alias_of"]] if record["scheme"] == "alias" else record
+        result[name] = _read_tensor(stored, shards[stored["shard"]])
+    return result
+
+
+def _read_shard(path: Path, record: dict[str, Any]) -> dict[str, bytes]:
+    """[4] `u64 header_bytes | header | data`."""
+    raw = path.read_bytes()
+    (header_bytes,) = struct.unpack_from("<Q", raw)
+    base = 8 + header_bytes
+    assert _xxh3(raw[:base]) == record["header_xxh3"]
+    header = json.loads(raw[8:base])
+    header.pop("__metadata__", None)
+    return {name: raw[base + entry["data_offsets"][0] : base + entry["data_offsets"][1]] for name, entry in header.items()}
+
+
+def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
+    name, payload = record["name"], shard[record["name"]]
+    if record["scheme"] == "raw":  # [7.1]
+        assert _xxh3(payload) == record["xxh3"]
+        assert hashlib.sha256(payload).hexdigest() == record["digest"]
+        return payload
+    for side, checksum in record["xxh3"].items():
+        assert _xxh3(shard[f"{name}_{side}"]) == checksum
+    assert list(struct.unpack(f"<{len(record['shape'])}q", shard[name + "_shape"])) == record["shape"]
+    rows, cols, planes = _read_planes(record, shard[name + "_chunks"], payload)
+    if record["scheme"] == "lossless":
+        assert (rows, cols) == (prod(record["shape"][:-1]), record["shape"][-1])
+        data = _join(planes, record["dtype"])
+        assert hashlib.sha256(data).hexdigest() == record["digest"]
+        return data
+    scales = shard[name + "_scale"]
+    assert hashlib.sha256(planes[0] + scales).hexdigest() == record["digest"]
+    return _dequantize(record, rows, cols, planes[0], struct.unpack(f"<{len(scales) // 4}f", scales))
+
+
+def _read_planes(record: dict[str, Any], table: bytes, payload: bytes) -> tuple[int, int, list[bytes]]:
+    """[5] Returns the matrix and one row-major stream of symbols per plane."""
+    magic, version, count, reserved, rows, cols, tile_rows, tile_cols = struct.unpack_from("<4sBBHQQII", table)
+    assert (magic, version, reserved, count) == (b"CLCT", 1, 0, len(record["planes"]))
+    assert [tile_rows, tile_cols] == record["tile"]
+    planes = [bytearray(rows * cols) for _ in range(count)]
+    chunk, position = 0, 0
+    for row, height, col, width in _tiles(rows, cols, tile_rows, tile_cols):
+        for plane in planes:
+            stored_bytes, codec, reserved, checksum = struct.unpack_from("<IB3sQ", table, 32 + 16 * chunk)
+            slot = payload[position : position + (stored_bytes + 15) // 16 * 16]
+            assert xxhash.xxh3_64_intdigest(slot) == checksum
+            assert reserved == b"\0\0\0"
+            assert not any(slot[stored_bytes:])
+            symbols = slot[:stored_bytes]
+            if codec == 1:  # [6]
+                symbols = zstandard.ZstdDecompressor().decompress(symbols, allow_extra_data=False)
+            assert len(symbols) == height * width
+            for line in range(height):
+                start = (row + line) * cols + col
+                plane[start : start + width] = symbols[line * width : (line + 1) * width]
+            chunk, position = chunk + 1, position + len(slot)
+    assert (len(table), len(payload)) == (32 + 16 * chunk, position)
+    return rows, cols, [bytes(plane) for plane in planes]
+
+
+def _tiles(rows: int, cols: int, tile_rows: int, tile_cols: int) -> Iterator[tuple[int, int, int, int]]:
+    for row in range(0, rows, tile_rows):
+        for col in range(0, cols, tile_cols):
+            yield row, min(tile_rows, rows - row), col, min(tile_cols, cols - col)
+
+
+def _join(planes: list[bytes], dtype: str) -> bytes:
+    """[7.2]"""
+    bits, data = BITS[dtype], bytearray()
+    for symbols in zip(*planes, strict=True):
+        word = int.from_bytes(bytes(symbols), "big")
+        if dtype in ROTATED:
+            word = (word >> 1) | ((word & 1) << (bits - 1))
+        data += word.to_bytes(bits // 8, "little")
+    return bytes(data)
+
+
+def _dequantize(record: dict[str, Any], rows: int, cols: int, codes: bytes, scales: tuple[float, ...]) -> bytes:
+    """[7.3] One product rounded to float32, one rounding to the target, each in exact arithmetic."""
+    axis, column = record["channel_axis"], record["channel_kind"] == "column"
+    split = axis if column else axis + 1
+    assert (rows, cols) == (prod(record["shape"][:split]), prod(record["shape"][split:]))
+    assert len(scales) == (cols if column else rows)
+    known: dict[tuple[int, float], bytes] = {}
+    data = bytearray()
+    for index, byte in enumerate(codes):
+        key = (byte - 256 if byte > 127 else byte, scales[index % cols if column else index // cols])
+        assert key[0] != -128
+        if key not in known:
+            known[key] = _cast(_round(key[0] * Fraction(key[1]), 24, -126), record["dtype"])
+        data += known[key]
+    return bytes(data)
+
+
+def _round(value: Fraction, precision: int, lowest: int) -> Fraction:
+    """To `precision` bits, ties to even, exponents not below `lowest`."""
+    if value == 0:
+        return value
+    exponent = lowest
+    while abs(value) >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    quantum = Fraction(2) ** (exponent - precision + 1)
+    return round(value / quantum) * quantum
+
+
+def _cast(value: Fraction, dtype: str) -> bytes:
+    """The bytes of a number of the type; none of the golden ones overflows, and a code of 0 gives +0."""
+    if dtype == "F32":
+        return struct.pack("<f", float(value))
+    if dtype == "F16":
+        return np.float16(float(_round(value, 11, -14))).astype("<f2").tobytes()
+    return struct.pack("<f", float(_round(value, 8, -126)))[2:]
+
+
+def _xxh3(data: bytes) -> str:
+    return f"{xxhash.xxh3_64_intdigest(data):016x}"

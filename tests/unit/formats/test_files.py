@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePathError
+from codecllm.formats.files import SafeFile, describe_foreign, is_safe_name, refuse_foreign, write_atomically
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_reads_are_exact(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    with SafeFile(tmp_path, "f") as file:
+        assert (file.size, file.read(0, 100), file.read(98, 2), file.read(100, 0)) == (100, bytes(range(100)), b"bc", b"")
+        target = bytearray(5)
+        file.read_into(10, memoryview(target)[1:4])
+        assert target == b"\0\x0a\x0b\x0c\0"
+        with pytest.raises(TruncatedError, match="ends early") as caught:
+            file.read(90, 11)
+        assert (caught.value.file, caught.value.byte, caught.value.expected) == ("f", 100, 101)
+    file.close()
+    with pytest.raises(OSError, match="descriptor"):
+        file.read(0, 1)
+
+
+def test_a_replaced_file_is_not_mixed_in(tmp_path):
+    (tmp_path / "f").write_bytes(b"old" * 10)
+    with SafeFile(tmp_path, "f") as file:
+        assert file.unchanged()
+        write_atomically(tmp_path / "f", b"new" * 10)
+        assert file.read(0, 30) == b"old" * 10
+        assert not file.unchanged()
+        (tmp_path / "f").unlink()
+        assert not file.unchanged()
+
+
+GOOD = ["a", "config.json", "model-00001-of-00002.safetensors", "1_Pooling/config.json", "_x", "a.b+c-d", "x" * 128]
+BAD = [
+    *("", ".", "..", "../x", "/etc/passwd", "a/../b", "a/b/c", "a//b", "/a", "a/", ".git", "a/.git", "-x", "+x", "a..b", "a."),
+    *("a\\b", "a b", "a\n", "a\0", "é", "\uff0e\uff0e", "~", "$x", "C:x", "x" * 129, "d/" + "x" * 129, "a/b."),
+]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_safe_names(name):
+    assert is_safe_name(name)
+
+
+@pytest.mark.parametrize("name", BAD, ids=ascii)
+def test_unsafe_names_open_nothing(tmp_path, name):
+    assert not is_safe_name(name)
+    with pytest.raises(UnsafePathError, match="unsafe file name") as caught:
+        SafeFile(tmp_path, name)
+    assert caught.value.exit_code == 5
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+def _socket(path):
+    folder = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"/proc/self/fd/{folder}/{path.name}")  # a socket's own path may not be longer than 107 bytes
+    os.close(folder)
+
+
+def _link(target):
+    return lambda path: path.symlink_to(target)
+
+
+def _link_inside(path):
+    (path.parent / "inside").write_bytes(b"x")
+    path.symlink_to("inside")
+
+
+KINDS = {
+    "fifo": (_fifo, UnsafePathError, "regular"),
+    "socket": (_socket, UnsafePathError, "regular"),
+    "folder": (lambda path: path.mkdir(), UnsafePathError, "regular"),
+    "link to a device": (_link("/dev/null"), UnsafePathError, "symbolic link"),
+    "link outside": (_link("/etc/hostname"), UnsafePathError, "symbolic link"),
+    "link upwards": (_link("../elsewhere"), UnsafePathError, "symbolic link"),
+    "link inside": (_link_inside, UnsafePathError, "symbolic link"),
+    "link to itself": (_link("f"), UnsafePathError, "regular|symbolic link"),
+    "dangling link": (_link("/nowhere/at/all"), UnsafePathError, "symbolic link"),
+    "missing": (lambda path: None, TruncatedError, "missing"),
+}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_files(tmp_path, name):
+    make, expected, words = KINDS[name]
+    make(tmp_path / "f")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(expected, match=words) as caught:
+        SafeFile(tmp_path, "f")
+    assert caught.value.file == "f"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_inside_what_is_no_folder_is_missing(tmp_path):
+    """The name is safe and listed, but its folder is a file: this left as NotADirectoryError."""
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(TruncatedError, match="missing"):
+        SafeFile(tmp_path, "a/b")
+
+
+def test_a_subfolder_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_bytes(b"{}")
+    (tmp_path / "c" / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafePathError, match="symbolic link"):
+        SafeFile(tmp_path / "c", "1_Pooling/config.json")
+
+
+def _cache(base, target, *, blobs_is_link=False):
+    """A snapshot of a Hub cache in which `f` is a link to `target`."""
+    snapshot = base / "models--a--b" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    blobs = base / "models--a--b" / "blobs"
+    if blobs_is_link:
+        (base / "real").mkdir()
+        blobs.symlink_to(base / "real")
+    else:
+        blobs.mkdir()
+    (blobs / "0123").write_bytes(b"blob")
+    (snapshot / "f").symlink_to(target)
+    return snapshot
+
+
+def test_links_into_the_blobs_of_the_same_cache_entry_are_followed(tmp_path):
+    with SafeFile(_cache(tmp_path, "../../blobs/0123"), "f") as file:
+        assert file.read(0, 4) == b"blob"
+
+
+@pytest.mark.parametrize("target", ["../../refs/main", "../../../other/blobs/0123", "../../blobs/sub/0123", "/etc/hostname"])
+def test_other_links_of_a_cache_are_not_followed(tmp_path, target):
+    with pytest.raises(UnsafePathError, match="symbolic link"):
+        SafeFile(_cache(tmp_path, target), "f")
+
+
+def test_blobs_that_are_a_link_are_not_followed(tmp_path):
+    with pytest.raises(UnsafePathError, match="symbolic link"):
+        SafeFile(_cache(tmp_path, "../../blobs/0123", blobs_is_link=True), "f")
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"\n  <HTML lang=en>", "HTML"),
+        (b"<?xml version='1.0'?>", "HTML"),
+        (b"PK\x03\x04", "zip"),
+        (b"GGUF\x03\0\0\0", "GGUF"),
+        (b"\x80\x02}q\0", "pickle"),
+        (b"\x80\x04\x95", "pickle"),
+    ],
+)
+def test_foreign_files_are_named(tmp_path, head, words):
+    assert words in describe_foreign(head)
+    (tmp_path / "f").write_bytes(head)
+    with SafeFile(tmp_path, "f") as file, pytest.raises(NotAContainerError, match=words):
+        refuse_foreign(file)
+
+
+@pytest.mark.parametrize("head", [b"", b"{", b"\x48\x01\0\0\0\0\0\0{", b"CLCT"])
+def test_other_files_are_not_called_foreign(tmp_path, head):
+    (tmp_path / "f").write_bytes(head)
+    with SafeFile(tmp_path, "f") as file:
+        refuse_foreign(file)
+
+
+def test_atomic_writing_leaves_no_partial_file(tmp_path):
+    (tmp_path / "f").write_bytes(b"a longer old content")
+    write_atomically(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["f"]
