@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from codecllm.formats.container import StoredTensor
@@ -68,7 +69,8 @@ class SharedDecoder:
         """Returns uninitialised memory [rows, cols]; the next call gives the same. Hold `lock`."""
         size = rows * cols * dtype.itemsize
         if self._scratch.numel() < size:
-            self._scratch = empty_tensor((size,), torch.uint8)
+            with torch.inference_mode(False):  # a later caller may be outside of it
+                self._scratch = empty_tensor((size,), torch.uint8)
         return self._scratch[:size].view(dtype).view(rows, cols)
 
 
@@ -130,20 +132,33 @@ class CompressedTensor:
         return out
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`."""
-        keep = torch.is_grad_enabled() and inputs.requires_grad  # autograd would read the scratch after it was overwritten
-        grid, parts = self.stored.table.grid, []
-        step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
+        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`.
+
+        Gradients flow to `inputs` and `bias`; the weight is decoded once more for them, not kept.
+        """
+        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
+            result: torch.Tensor = _FrozenCompressed.apply(inputs, self, bias)
+            return result
+        return self._product(inputs, bias)
+
+    def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         with self.decoder.lock:
-            for first in range(0, self.bands, step):
-                bands = list(range(first, min(first + step, self.bands)))
-                begin, rows = first * grid.tile_rows, sum(self._height(band) for band in bands)
-                shape = (rows, self.cols)
-                weight = empty_tensor(shape, inputs.dtype) if keep else self.decoder.scratch(*shape, inputs.dtype)
-                self.decode_bands(bands, inputs.dtype, weight)
-                part_bias = None if bias is None else bias[begin : begin + rows]
-                parts.append(functional.linear(inputs, weight.to(inputs.device), part_bias))
+            parts = [
+                functional.linear(inputs, weight.to(inputs.device), None if bias is None else bias[rows])
+                for rows, weight in self._weights(inputs.dtype)
+            ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields the matrix in blocks of rows, each in the scratch. Hold `lock`."""
+        grid = self.stored.table.grid
+        step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
+        for first in range(0, self.bands, step):
+            bands = list(range(first, min(first + step, self.bands)))
+            begin, rows = first * grid.tile_rows, sum(self._height(band) for band in bands)
+            weight = self.decoder.scratch(rows, self.cols, dtype)
+            self.decode_bands(bands, dtype, weight)
+            yield slice(begin, begin + rows), weight
 
     def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns]; decodes only the tiles that hold them."""
@@ -168,6 +183,7 @@ class CompressedTensor:
         grid = self.stored.table.grid
         return min(grid.tile_rows, grid.rows - band * grid.tile_rows)
 
+    @torch.inference_mode()  # for `out` may be a tensor of inference mode, which is a thread's own
     def _decode_job(self, bands: list[int], dtype: torch.dtype, out: torch.Tensor, workspace: Workspace) -> None:
         across, record, row = self.stored.table.grid.across, self.stored.record, 0
         native = DTYPE_NAMES[dtype] if isinstance(record, Int8Tensor) else record.dtype
@@ -186,6 +202,27 @@ class CompressedTensor:
                     write_tile(self.stored, tile, planes, view, native, workspace)
                     out[row : row + tile.rows, columns].copy_(own)
             row += self._height(band)
+
+
+class _FrozenCompressed(torch.autograd.Function):
+    """The product with a compressed matrix, with gradients for inputs and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, matrix: CompressedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.matrix = matrix
+        return matrix._product(inputs, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        matrix, to_inputs = ctx.matrix, None
+        if ctx.needs_input_grad[0]:
+            with matrix.decoder.lock:
+                for rows, weight in matrix._weights(grad.dtype):
+                    part = grad[..., rows] @ weight.to(grad.device)
+                    to_inputs = part if to_inputs is None else to_inputs.add_(part)
+        to_bias = grad.reshape(-1, matrix.rows).sum(0) if ctx.needs_input_grad[2] else None
+        return to_inputs, None, to_bias
 
 
 class CompressedWeight(nn.Module):
@@ -214,6 +251,7 @@ class CompressedWeight(nn.Module):
 class CompressedLinear(CompressedWeight, nn.Linear):
     """A linear layer with a coded weight [out, in]."""
 
+    @torch.compiler.disable
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps float [..., in] to [..., out] of the same dtype: the bits of dense loading."""
         return self.tensor.linear(inputs, self.bias)
@@ -222,6 +260,7 @@ class CompressedLinear(CompressedWeight, nn.Linear):
 class CompressedEmbedding(CompressedWeight, nn.Embedding):
     """An embedding with a coded weight [vocabulary, width]."""
 
+    @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Maps integer [...] to `weight_dtype` [..., width]."""
         vectors = self.tensor.gather(ids.reshape(-1).to("cpu", torch.int64), self.weight_dtype)

@@ -1,4 +1,4 @@
-"""Modules that keep int8 codes and float32 scales in memory and dequantize where they compute."""
+"""Modules that keep int8 codes and float32 scales in memory."""
 
 from __future__ import annotations
 
@@ -7,58 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-DEQUANTIZE_ELEMENTS = 1 << 20
-"""Elements dequantized at once: the float32 intermediate is 4 MiB."""
-
-SCRATCH_ELEMENTS = 1 << 26
-"""Most elements of a weight that exist dequantized at once; a larger weight (a vocabulary) is multiplied in blocks of rows."""
-
-
-def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns cast(fl32(code * scale)): the very bits that dense loading puts into memory.
-
-    Args:
-        codes: int8 [rows, cols].
-        scale: float32 [rows].
-        dtype: dtype of the result.
-
-    Returns:
-        `dtype` [rows, cols].
-    """
-    rows, cols = codes.shape
-    out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
-    step = max(1, DEQUANTIZE_ELEMENTS // max(1, cols))
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
-        out[block] = codes[block].to(torch.float32).mul_(scale[block, None])
-    return out
-
-
-def int8_linear(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
-
-    Args:
-        inputs: float [..., in].
-        codes: int8 [out, in].
-        scale: float32 [out].
-        bias: [out] or None.
-
-    Returns:
-        [..., out], dtype of `inputs`.
-    """
-    rows, cols = codes.shape
-    step = max(1, SCRATCH_ELEMENTS // max(1, cols))
-    if rows <= step:
-        return functional.linear(inputs, dequantize_rows(codes, scale, inputs.dtype), bias)
-    step = max(64, step // 64 * 64)
-    parts = []
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
-        weight = dequantize_rows(codes[block], scale[block], inputs.dtype)
-        parts.append(functional.linear(inputs, weight, None if bias is None else bias[block]))
-    return torch.cat(parts, dim=-1)
+from codecllm.loader.int8_matmul import dequantize_rows, int8_linear
 
 
 class Int8Weight(nn.Module):

@@ -16,7 +16,12 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -99,8 +104,8 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the model can be trained: codes have no gradient."""
-        return False
+        """Whether adapters on top of the model can be trained: gradients pass through it, codes have none."""
+        return True
 
     def decode(self, collected: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """See `plain_loading.PlainLoad.decode`."""
@@ -129,6 +134,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             # What saving would run backwards: without ours, transformers takes the model's own conversions again.
             if hasattr(model, "_weight_conversions"):
                 del model._weight_conversions
+        self._plan = self._load = None  # the model keeps its quantizer
         return model
 
 
@@ -161,7 +167,9 @@ class DecodeOperation(ConversionOps):  # type: ignore[misc]
 
 def register() -> None:
     """Makes `quant_method: codecllm` known to transformers; doing it again changes nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    if AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD) is not CodecLLMQuantizer:
+        AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)  # of this module before it was reloaded
+        AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
         register_quantization_config(QUANT_METHOD)(CodecLLMConfig)
         register_quantizer(QUANT_METHOD)(CodecLLMQuantizer)
 

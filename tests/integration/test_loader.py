@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -21,34 +19,16 @@ from codecllm.formats.errors import (
     UsageError,
 )
 from codecllm.formats.reference import read_tensor_bytes
-from codecllm.loader import from_pretrained
+from codecllm.loader import from_pretrained, int8_matmul
 from codecllm.loader.int8_modules import Int8Embedding, Int8Linear
 from codecllm.loader.transformers_adapter import load_plain
 from tests import tampering
 from tests.integration import tiny_models
+from tests.integration.outputs import logits, same_bits
 
 NAMES = sorted(tiny_models.MAKERS)
 FUSED = {"qwen3_moe", "mixtral", "deepseek_v3", "llava", "gpt_neox"}
 """Models whose parameters have other names or shapes than the tensors of their checkpoints."""
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.int64: torch.int64}
-
-
-def _logits(model):
-    ids = torch.arange(3, 23).reshape(2, 10)
-    inputs = {"input_ids": ids}
-    if model.config.model_type == "whisper":
-        inputs = {"input_features": torch.linspace(-1, 1, 16 * 64).reshape(1, 16, 64), "decoder_input_ids": ids[:1, :4]}
-    elif model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, :4]
-    elif model.config.model_type == "llava":
-        inputs["pixel_values"] = torch.linspace(-1, 1, 2 * 3 * 16 * 16, dtype=model.dtype).reshape(2, 3, 16, 16)
-        inputs["input_ids"][:, 2:6] = 511
-    with torch.inference_mode():
-        return model(**inputs)[0]
-
-
-def _same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(_BITS[a.dtype]), b.contiguous().view(_BITS[b.dtype]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,8 +38,8 @@ def test_lossless_dense_model_is_the_source_bit_for_bit(tiny, container, name):
     assert not model.training
     theirs, ours = source.state_dict(), model.state_dict()
     assert theirs.keys() == ours.keys()
-    assert all(_same_bits(theirs[key], ours[key]) for key in theirs)
-    assert torch.equal(_logits(source), _logits(model))
+    assert all(same_bits(theirs[key], ours[key]) for key in theirs)
+    assert torch.equal(logits(source), logits(model))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - FUSED))
@@ -77,13 +57,16 @@ def test_int8_dense_weights_are_those_of_the_reference(container, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_int8_resident_gives_the_logits_of_dense(container, name):
+def test_int8_resident_gives_the_logits_of_dense(container, name, monkeypatch):
     folder = container(name, "int8")
     dense, resident = from_pretrained(folder), from_pretrained(folder, resident="int8")
     kept = [module for module in resident.modules() if isinstance(module, Int8Linear | Int8Embedding)]
     assert kept
     assert all(module.codes.dtype == torch.int8 and module.weight_scale.dtype == torch.float32 for module in kept)
-    torch.testing.assert_close(_logits(resident), _logits(dense), rtol=0, atol=0)
+    expected, quick = logits(dense), logits(resident)
+    assert (quick - expected).norm() <= 0.02 * expected.norm()
+    monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
+    assert torch.equal(logits(resident), expected)
 
 
 def test_int8_resident_tied_embedding_shares_its_codes(container):
@@ -107,7 +90,7 @@ def test_weight_of_an_int8_module_is_the_dequantized_one(container):
     dense, resident = (from_pretrained(container("llama", "int8"), resident=how) for how in ("dense", "int8"))
     for name, module in resident.named_modules():
         if isinstance(module, Int8Linear | Int8Embedding):
-            assert _same_bits(module.weight, dense.get_submodule(name).weight)
+            assert same_bits(module.weight, dense.get_submodule(name).weight)
             assert module.to(torch.float32).weight.dtype == torch.float32
 
 
@@ -115,7 +98,7 @@ def test_int8_resident_moves_to_another_dtype_without_touching_scales(container)
     folder = container("llama", "int8")
     model = from_pretrained(folder, resident="int8").to(torch.float32)
     assert model.lm_head.weight_scale.dtype == torch.float32
-    torch.testing.assert_close(_logits(model), _logits(from_pretrained(folder, dtype=torch.float32)), rtol=0, atol=0)
+    torch.testing.assert_close(logits(model), logits(from_pretrained(folder, dtype=torch.float32)), rtol=0, atol=0)
 
 
 def test_dense_tied_weights_are_one_tensor(container):
@@ -156,7 +139,7 @@ def test_sharded_source_and_container(tmp_path):
     source = tiny_models.llama(tmp_path / "source", max_shard_size="60KB", tied=False)
     report = convert(source, tmp_path / "out", scheme="lossless", max_shard_bytes=60_000)
     assert len(report.manifest.shards) > 2
-    assert torch.equal(_logits(from_pretrained(tmp_path / "out")), _logits(load_plain(source)))
+    assert torch.equal(logits(from_pretrained(tmp_path / "out")), logits(load_plain(source)))
 
 
 def test_generation_config_comes_from_the_container(tmp_path, tiny):
@@ -262,88 +245,13 @@ def test_a_plain_config_block_is_not_left_in_a_dense_model(container):
 
 def test_loading_leaves_threads_and_their_number_alone(container):
     before = torch.get_num_threads()
-    alive = threading.active_count()
+    alive = set(threading.enumerate())
     from_pretrained(container("llama", "int8"), workers=4)
     assert torch.get_num_threads() == before
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("codecllm")]
-    assert names == []
-    assert threading.active_count() <= alive + 1
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scheme", ["lossless", "int8"])
-def test_transformers_loads_a_container_by_itself(tmp_path, container, name, scheme):
-    ours = from_pretrained(container(name, scheme))
-    theirs = type(ours).from_pretrained(container(name, scheme))
-    mine, other = ours.state_dict(), theirs.state_dict()
-    assert mine.keys() == other.keys()
-    assert all(_same_bits(mine[key], other[key]) for key in mine)
-    assert torch.equal(_logits(ours), _logits(theirs))
-    assert not any(value.is_meta for value in other.values())
-    assert not hasattr(theirs.config, "quantization_config")
-    theirs.save_pretrained(tmp_path / "plain")
-    again = type(ours).from_pretrained(tmp_path / "plain").state_dict()
-    assert all(_same_bits(mine[key], again[key]) for key in mine)
-
-
-@pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel"])
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"device_map": "auto"}, {"device_map": "cpu"}])
-def test_auto_classes_load_a_container(container, auto, options):
-    model = getattr(transformers, auto).from_pretrained(container("llama", "int8"), **options)
-    reference = from_pretrained(container("llama", "int8"), dtype=options.get("dtype"))
-    assert model.dtype == reference.dtype
-    base = reference if auto == "AutoModelForCausalLM" else reference.model
-    assert all(_same_bits(value, base.state_dict()[key]) for key, value in model.state_dict().items())
-
-
-def test_transformers_alone_stops_at_a_damaged_chunk(tmp_path, container):
-    folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
-    tampering.flip_bit(*tampering.payload_place(folder, "model.layers.1.mlp.down_proj.weight"))
-    with pytest.raises(RuntimeError):
-        transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_transformers_alone_stops_at_a_damaged_plain_tensor(tmp_path, container):
-    folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
-    with Container(folder) as opened:
-        plain = opened.tensor("model.norm.weight")
-        place = (folder / plain.file.name, plain.offset)
-    tampering.flip_bit(*place)
-    with pytest.raises(ChecksumError, match=r"model\.norm\.weight"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_transformers_alone_fills_equal_but_untied_weights(tmp_path):
-    config = transformers.LlamaConfig(**tiny_models.GROUPED, tie_word_embeddings=False)
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
-    model.to(torch.float32).save_pretrained(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "out", scheme="lossless")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
+    assert [thread.name for thread in set(threading.enumerate()) - alive if thread.name.startswith("codecllm")] == []
 
 
 def test_int8_resident_model_refuses_to_be_saved_as_plain(tmp_path, container):
     model = from_pretrained(container("llama", "int8"), resident="int8")
     with pytest.raises(ValueError, match="serializ"):
         model.save_pretrained(tmp_path / "plain")
-
-
-_WITHOUT_CODECLLM = """
-import sys
-import transformers
-try:
-    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except RuntimeError as exc:
-    sys.exit(0 if "codecllm" not in sys.modules else 3)
-sys.exit("a model came out")
-"""
-
-
-@pytest.mark.parametrize("scheme", ["lossless", "int8"])
-def test_without_codecllm_a_container_is_an_error_never_random_weights(container, scheme):
-    command = [sys.executable, "-c", _WITHOUT_CODECLLM, str(container("llama", scheme))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -1,0 +1,138 @@
+"""Products with int8 weights: one function, and the kernels that it chooses between.
+
+`exact` dequantizes blocks of rows to the dtype of the inputs and multiplies as a plain linear layer would: where it runs, the
+results are those of dense loading. `packed` multiplies with the codes as they are: it reads half of bf16's bytes, which is what
+a product with few rows of inputs costs on a CPU, and rounds twice (the sum, then its product with the scale).
+`python -m benchmarks.int8_matmul` compares them with a dense layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+DEQUANTIZE_ELEMENTS = 1 << 20
+"""Elements dequantized at once: the float32 intermediate is 4 MiB."""
+
+SCRATCH_ELEMENTS = 1 << 26
+"""Most elements of a weight that exist dequantized at once; a larger weight (a vocabulary) is multiplied in blocks of rows."""
+
+PACKED_ROWS = 32
+"""Most rows of inputs for `packed`."""
+
+
+def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns cast(fl32(code * scale)): the very bits that dense loading puts into memory.
+
+    Args:
+        codes: int8 [rows, cols].
+        scale: float32 [rows].
+        dtype: dtype of the result.
+
+    Returns:
+        `dtype` [rows, cols].
+    """
+    rows, cols = codes.shape
+    out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
+    step = max(1, DEQUANTIZE_ELEMENTS // max(1, cols))
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        out[block] = codes[block].to(torch.float32).mul_(scale[block, None])
+    return out
+
+
+def int8_linear(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
+
+    Against `exact`, `packed` differs by at most the rounding of the sum and of its product with the scale: 2^-8 of an output,
+    besides what another order of summation does. Gradients flow to `inputs` and `bias`; the dequantized weight is made anew for
+    them, not kept.
+
+    Args:
+        inputs: float [..., in].
+        codes: int8 [out, in].
+        scale: float32 [out].
+        bias: [out] or None.
+
+    Returns:
+        [..., out], dtype of `inputs`.
+    """
+    if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
+        result: torch.Tensor = _FrozenInt8.apply(inputs, codes, scale, bias)
+        return result
+    return _product(inputs, codes, scale, bias)
+
+
+def exact(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `int8_linear`: dequantizes, then multiplies as a linear layer of the dense model."""
+    rows, cols = codes.shape
+    step = max(1, SCRATCH_ELEMENTS // max(1, cols))
+    if rows <= step:
+        return functional.linear(inputs, dequantize_rows(codes, scale, inputs.dtype), bias)
+    step = max(64, step // 64 * 64)
+    parts = []
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        weight = dequantize_rows(codes[block], scale[block], inputs.dtype)
+        parts.append(functional.linear(inputs, weight, None if bias is None else bias[block]))
+    return torch.cat(parts, dim=-1)
+
+
+def packed(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `int8_linear`: multiplies bfloat16 inputs on the CPU with the codes, then scales in float32."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    # The kernel takes scales in bfloat16 only, which would move whole channels: it gets ones.
+    sums = torch._weight_int8pack_mm(flat, codes, torch.ones(codes.shape[0], dtype=inputs.dtype))
+    scaled = sums * scale if bias is None else torch.addcmul(bias.to(torch.float32), sums.to(torch.float32), scale)
+    return scaled.to(inputs.dtype).view(*inputs.shape[:-1], codes.shape[0])
+
+
+def can_pack(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
+    """Whether `packed` can and should multiply these: few rows of bfloat16 on a CPU that has a fast kernel."""
+    return (
+        inputs.dtype == torch.bfloat16
+        and inputs.device.type == "cpu"
+        and 0 < inputs.numel() <= PACKED_ROWS * inputs.shape[-1]
+        and codes.shape[0] % 16 == 0
+        and codes.shape[1] % 32 == 0  # where columns are no multiple of 16 the kernel reads past the end of the codes
+        and codes.is_contiguous()
+        and _has_packed_kernel()
+    )
+
+
+@functools.cache
+def _has_packed_kernel() -> bool:
+    return hasattr(torch, "_weight_int8pack_mm") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def _product(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    kernel = packed if can_pack(inputs, codes) else exact
+    return kernel(inputs, codes, scale, bias)
+
+
+class _FrozenInt8(torch.autograd.Function):
+    """The product, with gradients for all but the weight, which has none."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        ctx.save_for_backward(codes, scale)
+        return _product(inputs, codes, scale, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        codes, scale = ctx.saved_tensors
+        rows, cols = codes.shape
+        to_inputs = None
+        if ctx.needs_input_grad[0]:
+            step = max(1, SCRATCH_ELEMENTS // max(1, cols))
+            for first in range(0, rows, step):
+                block = slice(first, first + step)
+                part = grad[..., block] @ dequantize_rows(codes[block], scale[block], grad.dtype)
+                to_inputs = part if to_inputs is None else to_inputs.add_(part)
+        to_bias = grad.reshape(-1, rows).sum(0) if ctx.needs_input_grad[3] else None
+        return to_inputs, None, None, to_bias

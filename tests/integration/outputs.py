@@ -1,0 +1,35 @@
+"""What tests compare of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.int64: torch.int64,
+}
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Returns the first output of a tiny model, of any architecture, on fixed inputs."""
+    ids = torch.arange(3, 23).reshape(2, 10)
+    inputs = {"input_ids": ids}
+    if model.config.model_type == "whisper":
+        inputs = {"input_features": torch.linspace(-1, 1, 16 * 64).reshape(1, 16, 64), "decoder_input_ids": ids[:1, :4]}
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :4]
+    elif model.config.model_type == "llava":
+        inputs["pixel_values"] = torch.linspace(-1, 1, 2 * 3 * 16 * 16, dtype=model.dtype).reshape(2, 3, 16, 16)
+        inputs["input_ids"][:, 2:6] = 511
+    with torch.inference_mode():
+        return model(**inputs)[0]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, NaNs and zeros included."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(_BITS[a.dtype]), b.contiguous().view(_BITS[b.dtype]))

@@ -1,0 +1,149 @@
+"""Containers that transformers loads by itself after `import codecllm.loader`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from codecllm.converter import convert
+from codecllm.formats.container import Container
+from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError
+from codecllm.loader import from_pretrained
+from codecllm.loader import transformers_adapter as adapter
+from tests import tampering
+from tests.integration import tiny_models
+from tests.integration.outputs import logits, same_bits
+
+NAMES = sorted(tiny_models.MAKERS)
+newer = pytest.mark.skipif(
+    not adapter.LOADS_PLAINLY, reason=f"transformers {transformers.__version__} asks no quantizer for stored tensors; 5.21 does"
+)
+
+
+@newer
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["lossless", "int8"])
+def test_transformers_loads_a_container_by_itself(tmp_path, container, name, scheme):
+    ours = from_pretrained(container(name, scheme))
+    theirs = type(ours).from_pretrained(container(name, scheme))
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    assert all(same_bits(mine[key], other[key]) for key in mine)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert not any(value.is_meta for value in other.values())
+    assert not hasattr(theirs.config, "quantization_config")
+    theirs.save_pretrained(tmp_path / "plain")
+    again = type(ours).from_pretrained(tmp_path / "plain").state_dict()
+    assert all(same_bits(mine[key], again[key]) for key in mine)
+
+
+@newer
+@pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel"])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"device_map": "auto"}, {"device_map": "cpu"}])
+def test_auto_classes_load_a_container(container, auto, options):
+    model = getattr(transformers, auto).from_pretrained(container("llama", "int8"), **options)
+    reference = from_pretrained(container("llama", "int8"), dtype=options.get("dtype"))
+    assert model.dtype == reference.dtype
+    base = reference if auto == "AutoModelForCausalLM" else reference.model
+    assert all(same_bits(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@newer
+def test_transformers_alone_stops_at_a_damaged_chunk(tmp_path, container):
+    folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
+    tampering.flip_bit(*tampering.payload_place(folder, "model.layers.1.mlp.down_proj.weight"))
+    with pytest.raises(RuntimeError):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@newer
+def test_transformers_alone_stops_at_a_damaged_plain_tensor(tmp_path, container):
+    folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
+    with Container(folder) as opened:
+        plain = opened.tensor("model.norm.weight")
+        place = (folder / plain.file.name, plain.offset)
+    tampering.flip_bit(*place)
+    with pytest.raises(ChecksumError, match=r"model\.norm\.weight"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@newer
+def test_transformers_alone_fills_equal_but_untied_weights(tmp_path):
+    config = transformers.LlamaConfig(**tiny_models.GROUPED, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.to(torch.float32).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", scheme="lossless")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
+
+
+_WITHOUT_CODECLLM = """
+import sys
+import transformers
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except RuntimeError as exc:
+    sys.exit(0 if "codecllm" not in sys.modules else 3)
+sys.exit("a model came out")
+"""
+
+
+@pytest.mark.parametrize("scheme", ["lossless", "int8"])
+def test_without_codecllm_a_container_is_an_error_never_random_weights(container, scheme):
+    command = [sys.executable, "-c", _WITHOUT_CODECLLM, str(container("llama", scheme))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(adapter.LOADS_PLAINLY, reason="this transformers loads containers by itself")
+def test_older_transformers_is_told_what_to_call(container):
+    with pytest.raises(UnsupportedEnvironmentError, match=r"codecllm\.loader\.from_pretrained"):
+        transformers.AutoModelForCausalLM.from_pretrained(container("llama", "int8"))
+
+
+AUTO_CLASSES = {
+    "t5": transformers.AutoModelForSeq2SeqLM,
+    "whisper": transformers.AutoModelForSpeechSeq2Seq,
+    "bert": transformers.AutoModelForSequenceClassification,
+    "llava": transformers.AutoModelForImageTextToText,
+    "mpnet": transformers.AutoModel,
+}
+
+
+@newer
+@pytest.mark.parametrize("name", sorted(AUTO_CLASSES))
+def test_every_auto_class_loads_a_container(container, name):
+    ours = from_pretrained(container(name, "int8"))
+    theirs = AUTO_CLASSES[name].from_pretrained(container(name, "int8"))
+    assert type(theirs) is type(ours)
+    assert torch.equal(logits(theirs), logits(ours))
+
+
+_TWICE = """
+import importlib, pickle, sys
+import codecllm.loader
+import codecllm.loader
+from transformers import AutoConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+importlib.reload(codecllm.loader)
+importlib.reload(sys.modules["codecllm.loader.transformers_adapter"])
+sys.modules["codecllm.loader.transformers_adapter"].register()
+assert list(AUTO_QUANTIZER_MAPPING).count("codecllm") == 1
+model = codecllm.loader.from_pretrained(sys.argv[1], resident="int8")
+config = pickle.loads(pickle.dumps(model.config))
+assert config.to_dict() == model.config.to_dict()
+assert pickle.loads(pickle.dumps(AutoConfig.from_pretrained(sys.argv[1]))).quantization_config
+"""
+
+
+def test_importing_twice_reloading_and_pickling_change_nothing(container):
+    command = [sys.executable, "-W", "error", "-c", _TWICE, str(container("llama", "int8"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
