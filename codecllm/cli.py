@@ -60,6 +60,7 @@ class ResidentName(StrEnum):
 
     dense = "dense"
     int8 = "int8"
+    compressed = "compressed"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -245,7 +246,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 32,
     resident: Annotated[
-        ResidentName, typer.Option(help="dense: plain weights in memory. int8: codes stay in memory, half the size.")
+        ResidentName,
+        typer.Option(
+            help="dense: plain weights in memory. int8: codes stay in memory, half the size. "
+            "compressed: weights stay as stored and are decoded when used, smallest and slowest."
+        ),
     ] = ResidentName.dense,
     revision: Revision = None,
     workers: Workers = None,
@@ -257,7 +262,15 @@ def generate(
     """
     from codecllm.generation import generate as run
 
-    text = run(out, prompt, max_new_tokens=max_new_tokens, resident=resident.value, revision=revision, workers=workers)
+    text = run(
+        out,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        resident=resident.value,
+        revision=revision,
+        workers=workers,
+        progress=_err.is_terminal and not as_json,
+    )
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else text)
 
 

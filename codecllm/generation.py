@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +15,10 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 32,
-    resident: Literal["dense", "int8"] = "dense",
+    resident: Literal["dense", "int8", "compressed"] = "dense",
     revision: str | None = None,
     workers: int | None = None,
+    progress: bool = False,
 ) -> str:
     """Returns the prompt and its greedy continuation as text.
 
@@ -30,6 +29,7 @@ def generate(
         resident: how the weights stay in memory.
         revision: for a Hub id.
         workers: decoding threads.
+        progress: whether loading draws a bar on stderr.
 
     Raises:
         UsageError: the model does not generate text, or has no tokenizer.
@@ -40,11 +40,9 @@ def generate(
     from transformers import AutoTokenizer
 
     from codecllm.loader import from_pretrained
-    from codecllm.loader.transformers_adapter import without_progress_bars
 
     _check_side_files(files.folder)
-    with nullcontext() if sys.stderr.isatty() else without_progress_bars():
-        model = from_pretrained(files.folder, resident=resident, workers=workers)
+    model = from_pretrained(files.folder, resident=resident, workers=workers, progress=progress)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
     try:

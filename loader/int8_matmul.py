@@ -8,7 +8,6 @@ a product with few rows of inputs costs on a CPU, and rounds twice (the sum, the
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -23,6 +22,9 @@ SCRATCH_ELEMENTS = 1 << 26
 
 PACKED_ROWS = 32
 """Most rows of inputs for `packed`."""
+
+HAS_PACKED_KERNEL = hasattr(torch, "_weight_int8pack_mm") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""Whether torch has the kernel of `packed`, in a form that is fast on this CPU."""
 
 
 def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -100,13 +102,8 @@ def can_pack(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
         and codes.shape[0] % 16 == 0
         and codes.shape[1] % 32 == 0  # where columns are no multiple of 16 the kernel reads past the end of the codes
         and codes.is_contiguous()
-        and _has_packed_kernel()
+        and HAS_PACKED_KERNEL
     )
-
-
-@functools.cache
-def _has_packed_kernel() -> bool:
-    return hasattr(torch, "_weight_int8pack_mm") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _product(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -18,6 +18,7 @@ from codecllm.formats.errors import (
 from codecllm.hub import resolve
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.pool import DecodePool
+from codecllm.loader.progress import Meter, OnProgress, metered
 from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
 from codecllm.loader.state_dict import TensorReader, lazy_state_dict, main_dtype
 
@@ -58,6 +59,7 @@ def from_pretrained(
     resident: Resident = "dense",
     workers: int | None = None,
     expected_manifest_sha256: str | None = None,
+    progress: bool | OnProgress | None = None,
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a container into the transformers model that its config names, in evaluation mode.
@@ -77,6 +79,8 @@ def from_pretrained(
             stay coded as in the files, and each weight is decoded just before it is used; the results are the same.
         workers: decoding threads; None takes one per core.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
+        progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;
+            None leaves it to transformers' own bar.
         hf_kwargs: further arguments of transformers' `from_pretrained`, for example `attn_implementation`.
 
     Returns:
@@ -97,8 +101,9 @@ def from_pretrained(
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
     with Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container, DecodePool(workers) as pool:
         config = _read_config(container, resident)
-        load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers)
-        model = load.run(resident, {"device_map": device_map, **hf_kwargs})
+        with metered(progress, container.manifest.source.tensor_bytes) as meter:
+            load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers, meter)
+            model = load.run(resident, {"device_map": device_map, **hf_kwargs})
         _read_generation_config(container, model)
     model.name_or_path = model.config._name_or_path = str(name_or_path)
     return model
@@ -107,31 +112,51 @@ def from_pretrained(
 class _Load:
     """One load in progress."""
 
-    def __init__(self, container: Container, pool: DecodePool, config: Any, dtype: torch.dtype, workers: int | None) -> None:
+    def __init__(
+        self,
+        container: Container,
+        pool: DecodePool,
+        config: Any,
+        dtype: torch.dtype,
+        workers: int | None,
+        meter: Meter,
+    ) -> None:
         self._container = container
         self._config = config
         self._dtype = dtype
         self._workers = workers
-        self._reader = TensorReader(container, pool)
+        self._meter = meter
+        self._reader = TensorReader(container, pool, meter)
         self._state_dict = lazy_state_dict(self._reader, container, dtype)
 
     def run(self, resident: Resident, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         """Builds the model class and loads the weights; see `from_pretrained`."""
-        if resident == "dense":
-            model = self._build(hf_kwargs)
-        else:
-            plan = self._plan(resident)
-            with adapter.module_plan(plan):
-                model = self._build(hf_kwargs)
-            plan.finish(model)
+        model = self._build(hf_kwargs) if resident == "dense" else self._run_resident(self._plan(resident), hf_kwargs)
         self._check_materialized(model)
         _separate_untied(model)
+        return model
+
+    def _run_resident(self, plan: Residency, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+        """Loads with replaced modules; spreads them over devices only once they are complete.
+
+        transformers would spread, and maybe offload, the int8 parameters before they have become what they stay.
+        """
+        device_map = hf_kwargs.get("device_map")
+        spread = adapter.spreads(device_map)
+        if spread:
+            spreading = {name: hf_kwargs[name] for name in ("max_memory", "offload_folder") if name in hf_kwargs}
+            hf_kwargs = {name: value for name, value in hf_kwargs.items() if name not in ("device_map", *spreading)}
+        with adapter.module_plan(plan):
+            model = self._build(hf_kwargs)
+        plan.finish(model)
+        if spread:
+            adapter.spread(model, device_map, **spreading)
         return model
 
     def _plan(self, resident: Resident) -> Residency:
         if resident == "int8":
             return ResidentInt8(self._container, self._reader, self._state_dict)
-        return ResidentCompressed(self._container, self._state_dict, self._workers)
+        return ResidentCompressed(self._container, self._state_dict, self._workers, self._meter)
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)

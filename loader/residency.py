@@ -12,6 +12,7 @@ from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest import AliasTensor, CodedTensor, Int8Tensor, LosslessTensor, RawTensor
 from codecllm.loader.compressed_modules import CompressedTensor, CompressedWeight, SharedDecoder, compressed_twin
 from codecllm.loader.int8_modules import Int8Weight, int8_twin
+from codecllm.loader.progress import Meter
 from codecllm.loader.state_dict import SCALE_SUFFIX, LazyTensor, TensorReader
 
 
@@ -127,8 +128,8 @@ class ResidentInt8(Residency):
 class ResidentCompressed(Residency):
     """resident="compressed": payloads stay coded in memory and are decoded where they are used."""
 
-    def __init__(self, container: Container, state_dict: dict[str, LazyTensor], workers: int | None) -> None:
-        """Collects the coded tensors.
+    def __init__(self, container: Container, state_dict: dict[str, LazyTensor], workers: int | None, meter: Meter) -> None:
+        """Collects the coded tensors; `workers` threads stay with the model to decode them.
 
         Raises:
             UsageError: the container holds none.
@@ -142,6 +143,7 @@ class ResidentCompressed(Residency):
         super().__init__(records, state_dict)
         self._container = container
         self._decoder = SharedDecoder(workers)
+        self._meter = meter
         self._payloads: dict[str, CompressedTensor] = {}
 
     def finish(self, model: nn.Module) -> None:
@@ -162,6 +164,7 @@ class ResidentCompressed(Residency):
             source = self._container.tensor(record.name)
             assert isinstance(source, StoredTensor)
             self._payloads[record.name] = self._decoder.load(source)
+            self._meter.add(record.name, record.source_bytes)
         return self._payloads[record.name]
 
     def _redirect(

@@ -12,6 +12,7 @@ from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
 from codecllm.loader.pool import DecodePool
+from codecllm.loader.progress import Meter
 from codecllm.loader.torch_tensors import (
     DTYPE_NAMES,
     announce_reads,
@@ -35,9 +36,11 @@ class TensorReader:
         first_error: the first exception that a read raised, or None.
     """
 
-    def __init__(self, container: Container, pool: DecodePool) -> None:
+    def __init__(self, container: Container, pool: DecodePool, meter: Meter | None = None) -> None:
+        """Reads from `container` with the threads of `pool`, counting what was read in `meter`."""
         self._container = container
         self._pool = pool
+        self._meter = meter
         self._lock = threading.Lock()
         self._shared_locks: dict[str, threading.Lock] = {}
         self._shared: dict[tuple[str, Part, torch.dtype | None], torch.Tensor] = {}
@@ -83,8 +86,12 @@ class TensorReader:
         announce_reads(source)
         if part == "codes":
             assert isinstance(source, StoredTensor)
-            return fill(self._pool, start_filling_codes(source))
-        return fill(self._pool, start_filling(source, dtype))
+            tensor = fill(self._pool, start_filling_codes(source))
+        else:
+            tensor = fill(self._pool, start_filling(source, dtype))
+        if self._meter is not None:
+            self._meter.add(name, source.record.source_bytes)
+        return tensor
 
 
 class LazyTensor:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -213,6 +215,23 @@ def load_plain(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with silenced():
         return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
+
+
+def spreads(device_map: Any) -> bool:
+    """Whether a device map may put a model onto more than one place."""
+    if isinstance(device_map, str):
+        return device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    return isinstance(device_map, dict) and len(set(device_map.values())) > 1
+
+
+def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: Any = None) -> None:
+    """Spreads a complete model on the CPU over devices, as transformers does while it loads one; buffers are offloaded too."""
+    if isinstance(device_map, str):
+        whole = {"max_memory": max_memory, "no_split_module_classes": list(model._no_split_modules or [])}
+        if device_map != "sequential":
+            whole["max_memory"] = get_balanced_memory(model, low_zero=device_map == "balanced_low_0", **whole)
+        device_map = infer_auto_device_map(model, **whole)
+    dispatch_model(model, device_map=device_map, offload_dir=offload_folder, offload_buffers=True)
 
 
 def tied_parameters(model: Any) -> dict[str, str]:

@@ -1,0 +1,61 @@
+"""How far a load is: a callback, or a bar on the terminal."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from codecllm.loader import transformers_adapter as adapter
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the name of the tensor just read, the bytes of weights read so far, and all of them."""
+
+
+class Meter:
+    """Counts the bytes of the weights that were read, from any thread."""
+
+    def __init__(self, total: int, report: OnProgress | None) -> None:
+        """Reports to `report`; None counts silently."""
+        self._total = total
+        self._report = report
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def add(self, name: str, size: int) -> None:
+        """Adds a tensor of `size` bytes."""
+        with self._lock:
+            self._done = min(self._total, self._done + size)
+            if self._report is not None:
+                self._report(name, self._done, self._total)
+
+
+@contextmanager
+def metered(progress: bool | OnProgress | None, total: int) -> Iterator[Meter]:
+    """Yields the meter of one load.
+
+    Args:
+        progress: None leaves transformers' own bar as the user has set it; True draws ours instead, False draws none, a
+            callback is called instead.
+        total: bytes of all weights, as they are in the source.
+    """
+    if progress is None:
+        yield Meter(total, None)
+        return
+    with adapter.without_progress_bars():
+        if progress is not True:
+            yield Meter(total, progress or None)
+            return
+        columns = (
+            TextColumn("loading"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TextColumn("{task.fields[name]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("loading", total=total, name="")
+            yield Meter(total, lambda name, done, _: bar.update(task, completed=done, name=name))

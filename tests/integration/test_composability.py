@@ -1,0 +1,135 @@
+"""Loaded models with what people do to models: adapters, compilation, offloading, progress."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr
+
+import accelerate
+import peft
+import pytest
+import torch
+
+from codecllm.formats.container import Container
+from codecllm.loader import from_pretrained, int8_matmul
+from tests.integration.outputs import logits
+
+RESIDENTS = ("dense", "int8", "compressed")
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+def test_lora_trains_one_step(container, resident):
+    torch.manual_seed(0)
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    before = logits(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model), before)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 8
+    assert all("lora_" in name for name in trained)
+    optimizer = torch.optim.Adam(trained.values(), lr=0.01)
+    ids = torch.arange(10, 26)[None]
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad for parameter in trained.values()]
+        assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+        optimizer.step()
+    assert sum(bool(gradient.any()) for gradient in gradients) == 8
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_through_every_resident_are_those_of_dense(container):
+    found = {}
+    for resident in RESIDENTS:
+        model = from_pretrained(container("llama", "int8"), resident=resident, dtype=torch.float32).requires_grad_(False)
+        embeddings = torch.linspace(-1, 1, 8 * 64).reshape(1, 8, 64).requires_grad_()
+        model(inputs_embeds=embeddings).logits.square().mean().backward()
+        found[resident] = embeddings.grad
+    torch.testing.assert_close(found["int8"], found["dense"])
+    torch.testing.assert_close(found["compressed"], found["dense"])
+
+
+@pytest.mark.parametrize("resident", ["dense", "int8"])
+def test_the_forward_compiles_without_a_graph_break(container, resident):
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    ids = torch.arange(3, 23).reshape(2, 10)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
+    torch.compiler.reset()
+
+
+def test_a_compressed_model_runs_under_compile(container):
+    model = from_pretrained(container("llama", "int8"), resident="compressed")
+    ids = torch.arange(3, 23).reshape(2, 10)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+def test_layers_offloaded_to_host_memory_by_accelerate(container, resident, monkeypatch):
+    monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert all(tensor.is_meta for tensor in model.model.layers[0].parameters())
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+@pytest.mark.parametrize("device_map", ["auto", "sequential", "cpu", {"": "cpu"}])
+def test_device_maps(container, resident, device_map, monkeypatch):
+    monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
+    model = from_pretrained(container("llama", "int8"), resident=resident, device_map=device_map)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert torch.equal(logits(model), logits(from_pretrained(container("llama", "int8"))))
+
+
+@pytest.mark.parametrize("resident", ["dense", "int8"])
+def test_layers_offloaded_to_disk(tmp_path, container, resident, monkeypatch):
+    monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
+    folder = container("llama_untied", "int8")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = from_pretrained(folder, resident=resident, device_map=places, offload_folder=tmp_path)
+    assert any("layers.1.mlp" in path.name for path in tmp_path.iterdir())
+    assert torch.equal(logits(model), logits(from_pretrained(folder)))
+
+
+def _calls(folder, **options):
+    calls = []
+    from_pretrained(folder, progress=lambda *call: calls.append(call), **options)
+    return calls
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+def test_progress_counts_every_byte_of_the_weights_once(container, resident):
+    folder = container("llama", "int8")
+    with Container(folder) as opened:
+        names = {record.name for record in opened.manifest.tensors if record.scheme != "alias"}
+        total = opened.manifest.source.tensor_bytes
+    calls = _calls(folder, resident=resident)
+    assert {name for name, _, _ in calls} == names
+    assert len(calls) == len(names)
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+    assert {size for _, _, size in calls} == {total}
+    assert calls[-1][1] == total
+
+
+@pytest.mark.parametrize(("progress", "words"), [(True, "loading"), (False, "")])
+def test_progress_bar_is_drawn_where_asked(container, monkeypatch, progress, words):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with redirect_stderr(io.StringIO()) as stderr:
+        from_pretrained(container("llama", "int8"), progress=progress)
+    assert words in stderr.getvalue()
+    assert "Loading weights" not in stderr.getvalue()
+    assert bool(stderr.getvalue()) == progress
