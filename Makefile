@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint bench clean
+.PHONY: help setup demo test unit test-oldest matrix lint bench clean
 
 help: ## Show the targets.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -28,6 +28,12 @@ test: $(READY) ## Run every test.
 unit: $(READY) ## Run the tests that need neither torch nor a model (under a minute).
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/malformed tests/golden tests/property
 
+test-oldest: $(READY) ## Run the loader's tests with the oldest transformers, in an environment of its own.
+	$(BIN)/python -m tests.matrix --versions 5.0.0
+
+matrix: $(READY) ## Run the loader's tests with six versions of transformers, each in an environment of its own.
+	$(BIN)/python -m tests.matrix
+
 lint: $(READY) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +47,4 @@ bench: $(READY) ## Measure convert and load against their floors, and peak memor
 	$(BIN)/python -m benchmarks.run
 
 clean: ## Remove the environment and what the targets made.
-	rm -rf $(VENV) build demo/out benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix build demo/out benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -56,14 +56,19 @@ def convert_floor(source: Path, scratch: Path, workers: int) -> float:
 
 def quantize_seconds(elements: int = 1 << 24) -> float:
     """Seconds for one core to quantize `elements` bf16 weights that lie in memory (scales and codes)."""
-    random = np.random.default_rng(0)
-    words = (random.standard_normal((elements // 4096, 4096), dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    words = _gaussian_words(elements)
     codes = np.empty((256, 4096), np.int8)
     started = time.perf_counter()
     for row in range(0, len(words), 256):
         block = words[row : row + 256]
         quantize_block(block, "BF16", channel_scales(row_absmax(block, "BF16").absmax)[:, None], codes[: len(block)])
     return time.perf_counter() - started
+
+
+def _gaussian_words(elements: int) -> NDArray[np.uint16]:
+    """Returns bf16 patterns [elements / 4096, 4096] of N(0, 1), truncated."""
+    values = np.random.default_rng(0).standard_normal((elements // 4096, 4096), dtype=np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _blocks(model: SourceModel) -> Iterator[tuple[SourceTensor, int, int]]:
@@ -148,7 +153,7 @@ def _runs(container: Container, keep: bool) -> Iterator[_Run]:
 
 def whole_tensor_quantize_seconds(elements: int = 1 << 24) -> float:
     """Seconds for one core to quantize as one writes it at first: whole-tensor torch expressions in float32."""
-    weights = (torch.randn(elements // 4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+    weights = torch.from_numpy(_gaussian_words(elements)).view(torch.bfloat16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.perf_counter()

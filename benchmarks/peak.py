@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks.memory import PeakMemory, anonymous_mib
+from benchmarks.memory import PeakMemory
 
 
 def in_fresh_process(work: str, *arguments: object) -> dict[str, float]:
@@ -51,28 +52,95 @@ def load(container: str, resident: str, workers: str) -> dict[str, float]:
     _import_model_class(container)
     from codecllm.loader import from_pretrained
 
-    started = time.perf_counter()
     with PeakMemory() as peak:
-        model = from_pretrained(container, resident="int8" if resident == "int8" else "dense", workers=int(workers))
-    seconds = time.perf_counter() - started
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    model_mib = sum(tensors.values()) / 2**20
-    return {"seconds": seconds, "mib": peak.mib - model_mib, "model_mib": model_mib}
+        started = time.perf_counter()
+        model = from_pretrained(container, resident=resident, workers=int(workers), progress=False)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "mib": peak.mib - _model_mib(model), "model_mib": _model_mib(model)}
 
 
 def load_plain(source: str) -> dict[str, float]:
-    """Time of plain transformers `from_pretrained`, every weight touched once (it maps the file and reads nothing)."""
+    """Time of plain transformers `from_pretrained`, every page of every weight touched: it maps the file and reads nothing."""
     _import_model_class(source)
-    import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     mapped = time.perf_counter() - started
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.view(-1).view(torch.int16).max()
-    return {"seconds": time.perf_counter() - started, "seconds_mapped_only": mapped, "anonymous_mib": anonymous_mib()}
+    _touch(model)
+    return {"seconds": time.perf_counter() - started, "seconds_mapped_only": mapped}
+
+
+def load_peer(name: str, source: str, folder: str) -> dict[str, float]:
+    """Time of another tool's state dict, then of the model that transformers makes of it."""
+    _import_model_class(source)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from benchmarks import peers
+
+    logging.disable_progress_bar()
+    cls = type(AutoModelForCausalLM.from_config(config := AutoConfig.from_pretrained(source)))
+    started = time.perf_counter()
+    state = peers.LOADERS[name](Path(folder))
+    decoded = time.perf_counter() - started
+    model = cls.from_pretrained(None, config=config, state_dict=state, dtype="auto")
+    _touch(model)
+    return {"seconds": time.perf_counter() - started, "seconds_decoding": decoded}
+
+
+def generate(container: str, resident: str, workers: str) -> dict[str, float]:
+    """Seconds per token of greedy decoding with a cache, and peak memory from load to the last token, over the imports."""
+    _import_model_class(container)
+    import torch
+
+    from codecllm.loader import compressed_modules, from_pretrained
+
+    decoding = _TimedDecoding(compressed_modules.CompressedTensor)
+    with PeakMemory() as peak:
+        model = from_pretrained(container, resident=resident, workers=int(workers), progress=False)  # type: ignore[arg-type]
+        prompt = {"input_ids": torch.arange(100, 116)[None], "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
+        tokens = 4 if resident == "compressed" else 32
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        with torch.inference_mode():
+            model.generate(**prompt, **options)
+            decoding.seconds = 0.0
+            started = time.perf_counter()
+            model.generate(**prompt, **options)
+            seconds = time.perf_counter() - started
+    return {"seconds_per_token": seconds / tokens, "mib": peak.mib, "decoding_share": decoding.seconds / seconds}
+
+
+class _TimedDecoding:
+    """Adds up the seconds that a class spends in `decode_bands`, from now on."""
+
+    def __init__(self, cls: Any) -> None:
+        self.seconds = 0.0
+        plain = cls.decode_bands
+
+        def timed(*arguments: Any) -> None:
+            started = time.perf_counter()
+            plain(*arguments)
+            self.seconds += time.perf_counter() - started
+
+        cls.decode_bands = timed
+
+
+def _touch(model: Any) -> None:
+    """Reads one byte of every page of every parameter."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.detach().view(-1).view(torch.uint8).numpy()[::4096].sum()
+
+
+def _model_mib(model: Any) -> float:
+    """Returns the bytes of a model's tensors and payloads, in MiB."""
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    payloads = {id(m.tensor): int(m.tensor.stored.table.offsets[-1]) for m in model.modules() if hasattr(m, "tensor")}
+    return float(sum(sizes.values()) + sum(payloads.values())) / 2**20
 
 
 def _import_model_class(folder: str) -> None:
@@ -88,6 +156,8 @@ WORKS: dict[str, Callable[..., dict[str, float]]] = {
     "stream": stream,
     "load": load,
     "load_plain": load_plain,
+    "load_peer": load_peer,
+    "generate": generate,
 }
 
 if __name__ == "__main__":

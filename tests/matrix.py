@@ -20,7 +20,10 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("5.0.0", "5.9.0", "5.15.0", "5.19.0", "5.21.0", "5.23.0")
-TESTS = ("tests/integration/test_loader.py", "tests/integration/test_transformers_adapter.py")
+TESTS = tuple(
+    f"tests/integration/test_{name}.py"
+    for name in ("loader", "plain_loading", "compressed", "composability", "unusual_sources", "transformers_adapter")
+)
 _FREE = ("transformers", "huggingface-hub", "typer", "rich")
 """Packages whose pinned version an older transformers may refuse."""
 

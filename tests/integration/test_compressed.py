@@ -168,14 +168,16 @@ def test_damage_in_memory_is_found_when_the_layer_runs(container):
 
 
 def test_no_thread_outlives_the_model(container):
+    before = set(threading.enumerate())
     model = from_pretrained(container("llama", "int8"), resident="compressed", workers=2)
     logits(model)
+    own = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("codecllm")]
+    assert len(own) == 2
     del model
     gc.collect()
-    for thread in threading.enumerate():
-        if thread.name.startswith("codecllm"):
-            thread.join(5)
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("codecllm")]
+    for thread in own:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in own)
 
 
 def test_it_is_not_saved_as_if_it_were_plain(tmp_path, container):

@@ -1,0 +1,114 @@
+"""`from_pretrained` of a real model beside plain transformers and other tools, and the speed and memory of each residency.
+
+Every figure is from a process of its own; imports are not counted. The weights are SmolLM2-135M-Instruct with synthetic low
+bits (demo/models.py), so that lossless coders meet the entropy of a model trained in bf16.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import peers
+from benchmarks.peak import in_fresh_process
+from benchmarks.rows import OUT, Row, Settings, ratio
+from codecllm.converter import convert
+from codecllm.formats.container import Container, StoredTensor
+from demo.models import smollm2_realistic
+
+_WAYS = (("lossless", "dense"), ("int8", "dense"), ("int8", "int8"), ("lossless", "compressed"), ("int8", "compressed"))
+
+
+def pretrained(settings: Settings) -> Iterator[Row]:
+    """Time and memory of loading, all ways taking turns."""
+    source = smollm2_realistic()
+    containers = _containers(source)
+    works: dict[str, tuple[object, ...]] = {"plain": ("load_plain", source)}
+    for scheme, resident in _WAYS:
+        works[f"{scheme}, {resident}"] = ("load", containers[scheme], resident, settings.workers)
+    sizes = {name: peers.MAKERS[name](source, OUT / name) for name in peers.installed()}
+    works |= {name: ("load_peer", name, source, OUT / name) for name in sizes}
+    figures = {name: [in_fresh_process(*work) for _ in range(1)] for name, work in works.items()}
+    for taken in figures.values():
+        taken.clear()  # that was the warm-up
+    for _ in range(settings.repeats):
+        for name, work in works.items():
+            figures[name].append(in_fresh_process(*work))
+    seconds = {name: [figure["seconds"] for figure in taken] for name, taken in figures.items()}
+    for scheme, resident in _WAYS:
+        name = f"{scheme}, {resident}"
+        times = 1 / ratio(seconds["plain"], seconds[name])
+        goal, met = ("<= 1.5x", times <= 1.5) if name == "lossless, dense" else ("", None)
+        against = f"plain transformers, every page touched: {statistics.median(seconds['plain']):.2f} s"
+        measured = {"seconds": seconds[name], "plain_seconds": seconds["plain"]}
+        yield Row(f"from_pretrained SmolLM2 {name}", f"{times:.2f}x its time", against, goal, met, measured)
+        extra = [figure["mib"] for figure in figures[name]]
+        against = f"over imports and model ({figures[name][0]['model_mib']:.0f} MiB)"
+        yield Row("  peak memory", f"{max(extra):.0f} MiB", against, "<= 512 MiB", max(extra) <= 512, {"mib": extra})
+    for name, size in sizes.items():
+        times = ratio(seconds[name], seconds["lossless, dense"])
+        against = f"{name}: {statistics.median(seconds[name]):.2f} s, {size / _stored(containers['lossless']):.4f} of our bytes"
+        measured = {"seconds": seconds["lossless, dense"], f"{name}_seconds": seconds[name]}
+        yield Row(f"lossless, dense: speed beside {name}", f"{times:.1f}x", against, "> 1x", times > 1, measured)
+    for name in sorted(peers.MAKERS.keys() - sizes.keys()):
+        yield Row(f"lossless, dense: speed beside {name}", "not measured", f"{name} is not installed", "> 1x", None)
+    _clean()
+
+
+def resident(settings: Settings) -> Iterator[Row]:
+    """Tokens per second and peak memory of each residency, from load to the last token."""
+    source = smollm2_realistic()
+    containers = _containers(source)
+    works: dict[str, tuple[object, ...]] = {
+        f"{scheme}, {how}": ("generate", containers[scheme], how, settings.workers) for scheme, how in _WAYS
+    }
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in works}
+    for _ in range(settings.repeats):
+        for name, work in works.items():
+            figures[name].append(in_fresh_process(*work))
+    seconds = {name: [figure["seconds_per_token"] for figure in taken] for name, taken in figures.items()}
+    for scheme, how in _WAYS[2:]:
+        name, dense = f"{scheme}, {how}", f"{scheme}, dense"
+        faster = ratio(seconds[dense], seconds[name])
+        goal, met = (">= 1x", faster >= 1) if how == "int8" else ("", None)
+        against = f"dense bf16: {1 / statistics.median(seconds[dense]):.1f} tokens/s"
+        if how == "compressed":
+            share = statistics.median(figure["decoding_share"] for figure in figures[name])
+            against += f"; {share:.0%} of the time decodes"
+        measured = {"seconds_per_token": seconds[name], "dense_seconds_per_token": seconds[dense]}
+        yield Row(f"tokens/s, SmolLM2 {name}", f"{faster:.2f}x", against, goal, met, measured)
+        peak = max(figure["mib"] for figure in figures[name])
+        bound = _memory_bound(containers[scheme], how)
+        yield Row("  peak memory, load to last token", f"{peak:.0f} MiB", "over imports", f"<= {bound:.0f} MiB", peak <= bound)
+    _clean()
+
+
+def _memory_bound(container: Path, how: str) -> float:
+    """Returns 1.15 x (what stays resident + the largest decoded layer) + 256 MiB, in MiB."""
+    with Container(container) as opened:
+        tensors = [opened.tensor(record.name) for record in opened.manifest.tensors if record.scheme != "alias"]
+        coded = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]
+        plain = sum(tensor.record.source_bytes for tensor in tensors if not isinstance(tensor, StoredTensor))
+        if how == "int8":
+            stays = sum(t.record.elements if t.record.scheme == "int8" else t.record.source_bytes for t in coded)
+            return (1.15 * stays + plain) / 2**20 + 256
+        stored = _stored(container)
+        return 1.15 * (stored + max(tensor.record.source_bytes for tensor in coded)) / 2**20 + 256
+
+
+def _stored(container: Path) -> int:
+    with Container(container) as opened:
+        return sum(record.bytes for record in opened.manifest.shards)
+
+
+def _containers(source: Path) -> dict[str, Path]:
+    for scheme in ("int8", "lossless"):
+        convert(source, OUT / f"smollm2-{scheme}", scheme=scheme, force=True)
+    return {scheme: OUT / f"smollm2-{scheme}" for scheme in ("int8", "lossless")}
+
+
+def _clean() -> None:
+    for path in OUT.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
