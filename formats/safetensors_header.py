@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from codecllm.formats.strict_json import parse_json_object
 
 PREFIX_BYTES = 8
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def parse_header(raw: bytes, *, file_bytes: int, file: str, max_header_bytes: in
 
 def check_name(name: str, file: str) -> None:
     """Raises where a tensor name is empty, reserved, too long, or holds control characters."""
-    if not name or name == "__metadata__" or any(ord(char) < 32 or ord(char) == 127 for char in name):
+    if not name or name == "__metadata__" or _CONTROL.search(name):
         raise SchemaError("tensor name is empty, reserved or holds control characters", file=file, got=ascii(name)[:80])
     if len(name.encode()) > limits.NAME_BYTES:
         raise LimitError("tensor name is too long", file=file, got=ascii(name)[:80])

@@ -86,5 +86,5 @@ def _check_tree(root: Any, file: str, max_depth: int) -> None:
                 stack.extend((item, depth + 1) for item in value.values())
             else:
                 stack.extend((item, depth + 1) for item in value)
-        elif isinstance(value, str) and any(0xD800 <= ord(char) < 0xE000 for char in value):
+        elif isinstance(value, str) and not value.isascii() and any(0xD800 <= ord(char) < 0xE000 for char in value):
             raise SchemaError("string holds a lone surrogate", file=file, got=ascii(value)[:60])

@@ -74,9 +74,10 @@ def from_pretrained(
         cache_dir: Hub cache.
         dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`; None and "auto" take the source's.
         device_map: as in transformers; None loads onto the CPU.
-        resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and scales stay, each weight is
-            dequantized where it is multiplied; the results are the same, memory is about half of bf16's. `compressed`: payloads
-            stay coded as in the files, and each weight is decoded just before it is used; the results are the same.
+        resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and scales stay, about half of
+            bf16's bytes; products are those of dense or, with another kernel, within its rounding (`int8_matmul.int8_linear`).
+            `compressed`: payloads stay coded as in the files and each weight is decoded just before it is used: least memory,
+            the bits of dense, and the time of decoding the whole model for every forward pass.
         workers: decoding threads; None takes one per core.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;

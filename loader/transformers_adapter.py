@@ -42,7 +42,13 @@ LOADS_PLAINLY = hasattr(HfQuantizer, "serialized_names")
 
 
 class ModulePlan(Protocol):
-    """Changes the empty model before weights are loaded into it."""
+    """Changes the empty model before weights are loaded into it.
+
+    Attributes:
+        modules: names of the modules that it replaced.
+    """
+
+    modules: list[str]
 
     def prepare(self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype) -> None:
         """Replaces modules of a model on the meta device; see `residency.Residency.prepare`."""
@@ -123,6 +129,8 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if self._plan is not None:
             self._plan.prepare(model, model.base_model_prefix, tied_parameters(model), dtype or model.dtype)
+            for name in self._plan.modules:  # else transformers decodes their weights to fill them with random numbers
+                model.get_submodule(name)._is_hf_initialized = True
         else:
             self._load = PlainLoad(checkpoint_files or [])
             weakref.finalize(self, self._load.close)  # where the load fails midway
