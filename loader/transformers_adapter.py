@@ -218,11 +218,17 @@ def without_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_plain(folder: Path) -> Any:
-    """Loads a plain model from its folder into the class that its config names, in its own dtype, on the CPU."""
+def load_plain(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """Loads a plain model from its folder into the class that its config names, on the CPU; "auto" keeps its own dtype."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with silenced():
-        return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
+        return model_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> Any:
+    """Loads a GGUF file into the class that its metadata name, every tensor dequantized to `dtype`."""
+    with silenced():
+        return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
 
 
 def spreads(device_map: Any) -> bool:

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+
+from codecllm import cli
+from codecllm.converter import convert
+from codecllm.formats.container import Container
+from codecllm.formats.errors import ModelMismatchError, UnsupportedEnvironmentError, UsageError
+from codecllm.loader import from_pretrained
+from codecllm.loader.transformers_adapter import load_plain
+from codecllm.verifier.evaluation import evaluate, sample_text
+from codecllm.verifier.evaluation.candidates import find_candidate
+from codecllm.verifier.evaluation.plot import check_plot
+from tests import tampering
+from tests.integration import tiny_models
+
+TEXT = " ".join(f"t{(7 * number * number + number) % 500}" for number in range(150))
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    """A tiny model with a tokenizer of one token per word."""
+    folder = tampering.copy_of(tiny("llama"), tmp_path_factory.mktemp("eval") / "base")
+    tokenizer = Tokenizer(WordLevel({f"t{number}": number for number in range(512)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval") / "int8"
+    convert(base, out, scheme="int8", include=("*",))
+    return out
+
+
+def _distributions(model, window):
+    ids = torch.tensor([int(word[1:]) for word in TEXT.split()])
+    parts = [ids[first : first + window] for first in range(0, len(ids), window)]
+    with torch.inference_mode():
+        return [torch.log_softmax(model(input_ids=part[None]).logits[0, :-1].double(), -1) for part in parts], parts
+
+
+def test_figures_are_those_of_a_direct_computation(base, converted):
+    result = evaluate(base, [converted], text=TEXT, window=32)
+    (score,) = result.scores
+    p, parts = _distributions(load_plain(base, torch.float32), 32)
+    q, _ = _distributions(from_pretrained(converted, dtype=torch.float32), 32)
+    kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)])
+    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(p, q, strict=True)])
+    assert result.tokens == len(kl) == 150 - 5
+    assert score.mean_kl == pytest.approx(float(kl.mean()), rel=1e-6)
+    assert score.kl_99 == pytest.approx(float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]), rel=1e-6)
+    assert score.top1 == pytest.approx(float(same.double().mean()))
+    for found, distributions in ((result.base_perplexity, p), (score.perplexity, q)):
+        nll = torch.cat([-d.gather(1, part[1:, None])[:, 0] for d, part in zip(distributions, parts, strict=True)])
+        assert found == pytest.approx(float(nll.mean().exp()), rel=1e-6)
+    assert 0 < score.mean_kl < 0.01
+
+
+def test_a_model_beside_itself_and_its_lossless_container_is_no_distance(base, tmp_path):
+    convert(base, tmp_path / "c", scheme="lossless")
+    for score in evaluate(base, [base, tmp_path / "c"], text=TEXT, max_tokens=64).scores:
+        assert (score.mean_kl, score.kl_99, score.top1) == (0, 0, 1)
+
+
+def test_bits_count_everything_that_is_stored_for_a_tensor(base, converted):
+    bits = find_candidate(converted).bits()
+    data = 0
+    with Container(converted) as opened:
+        for number in range(len(opened.manifest.shards)):
+            _, header = opened.shard(number)
+            data += sum(entry.end - entry.start for entry in header.tensors.values())
+    assert bits.stored == 8 * data
+    plain = find_candidate(base).bits()
+    assert plain.weights == bits.weights == sum(p.numel() for p in load_plain(base).parameters())
+    assert plain.per_weight == plain.per_layer_weight == 16
+    norms, vocabulary = 5 * 64, 512 * 64
+    assert plain.layer_weights == bits.layer_weights == plain.weights - norms - vocabulary
+
+
+def test_other_vocabularies_and_other_kinds_of_models_are_errors(base, tiny, tmp_path):
+    source = tiny_models.save(
+        tmp_path / "other",
+        tiny_models.hf.LlamaForCausalLM(tiny_models.hf.LlamaConfig(**{**tiny_models.GROUPED, "vocab_size": 640})),
+    )
+    with pytest.raises(ModelMismatchError, match="vocabularies differ"):
+        evaluate(base, [source], text=TEXT)
+    with pytest.raises(UsageError, match="no causal language model"):
+        evaluate(tiny("bert"), [base])
+    with pytest.raises(UsageError, match="tokenizer"):
+        evaluate(tiny("llama_untied"), [base])
+
+
+def test_usage_errors(base, tmp_path):
+    with pytest.raises(UsageError, match="no candidate"):
+        evaluate(base, [])
+    with pytest.raises(UsageError, match="window"):
+        evaluate(base, [base], window=1)
+    with pytest.raises(UsageError, match="fewer than two tokens"):
+        evaluate(base, [base], text="t1")
+    with pytest.raises(UsageError, match="no such file"):
+        evaluate(base, [tmp_path / "no.gguf"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="neither a container nor a model"):
+        evaluate(base, [tmp_path / "empty"])
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedEnvironmentError, match="transformers cannot load it"):
+        evaluate(base, [tmp_path / "bad.gguf"], text=TEXT)
+    with pytest.raises(UsageError, match="a plot is written as"):
+        check_plot(tmp_path / "plot.txt")
+
+
+def test_the_built_in_text_is_long_enough_to_measure_on():
+    assert len(sample_text().split()) > 1000
+    assert sample_text().isascii()
+
+
+def test_command(base, converted, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["eval", str(base), str(converted), str(base), "--text", str(tmp_path / "text.txt"), "--window", "50"]
+    cli.app([*arguments, "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert [score["kind"] for score in found["scores"]] == ["container", "folder"]
+    assert found["tokens"] == 147
+    cli.app(arguments, standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert f"{found['scores'][0]['mean_kl']:.3e}" in shown
+    assert "KL in nats per token" in shown
+
+
+def test_plot(base, converted, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are an extra: pip install codecllm[plot]")
+    from codecllm.verifier.evaluation.plot import draw
+
+    result = evaluate(base, [converted], text=TEXT, max_tokens=40)
+    draw(result, tmp_path / "kl.svg")
+    assert "KL(base" in (tmp_path / "kl.svg").read_text() or (tmp_path / "kl.svg").stat().st_size > 5000

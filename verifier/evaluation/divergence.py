@@ -1,0 +1,102 @@
+"""Two models on one text, window by window: KL divergence per token, top-1 agreement, perplexities.
+
+Logits of a window exist for a moment only; what is kept is one number per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from codecllm.formats.errors import ModelMismatchError
+
+_ROWS = 64
+"""Positions whose distributions are compared at once, in float64."""
+
+
+@dataclass(slots=True)
+class Divergence:
+    """What was seen so far, one entry per predicted token.
+
+    Attributes:
+        kl: KL(base || other) in nats.
+        same_top: whether both models find the same token most likely.
+        base_nll: the base's negative log-likelihood of the token of the text, in nats.
+        other_nll: the other model's.
+    """
+
+    kl: list[float] = field(default_factory=list)
+    same_top: list[bool] = field(default_factory=list)
+    base_nll: list[float] = field(default_factory=list)
+    other_nll: list[float] = field(default_factory=list)
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL per token."""
+        return sum(self.kl) / len(self.kl)
+
+    @property
+    def kl_99(self) -> float:
+        """The value that 99 % of the tokens do not exceed."""
+        return sorted(self.kl)[math.ceil(0.99 * len(self.kl)) - 1]
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens whose most likely successor is the same."""
+        return sum(self.same_top) / len(self.same_top)
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Exp of the mean negative log-likelihood: base, other."""
+        return _perplexity(self.base_nll), _perplexity(self.other_nll)
+
+
+def compare(
+    base: Any, other: Any, tokens: list[int], window: int, on_window: Callable[[int, int], None] | None = None
+) -> Divergence:
+    """Runs two causal models on a text.
+
+    Args:
+        base: model whose distribution is the reference.
+        other: model of the same vocabulary.
+        tokens: the text.
+        window: tokens that a model sees at once; the first of each window is only seen, not predicted.
+        on_window: called with the tokens done and all of them.
+
+    Raises:
+        ModelMismatchError: the vocabularies differ, or a distribution is not finite.
+    """
+    seen = Divergence()
+    for first in range(0, len(tokens) - 1, window):
+        part = torch.tensor([tokens[first : first + window]])
+        if part.shape[1] < 2:
+            break
+        with torch.inference_mode():
+            ours, theirs = (model(input_ids=part, use_cache=False).logits[0, :-1] for model in (base, other))
+            if ours.shape != theirs.shape:
+                raise ModelMismatchError("vocabularies differ", got=theirs.shape[-1], expected=ours.shape[-1])
+            for row in range(0, len(ours), _ROWS):
+                block = slice(row, row + _ROWS)
+                _add(seen, ours[block], theirs[block], part[0, 1:][block])
+        if on_window is not None:
+            on_window(min(len(tokens), first + window), len(tokens))
+    if not all(map(math.isfinite, seen.kl)):
+        place = next(number for number, value in enumerate(seen.kl) if not math.isfinite(value))
+        raise ModelMismatchError(f"a distribution is not finite at token {place}")
+    return seen
+
+
+def _add(seen: Divergence, base: torch.Tensor, other: torch.Tensor, text: torch.Tensor) -> None:
+    p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
+    seen.kl += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
+    seen.same_top += (base.argmax(-1) == other.argmax(-1)).tolist()
+    for values, log_probability in ((seen.base_nll, p), (seen.other_nll, q)):
+        values += (-log_probability.gather(1, text[:, None])[:, 0]).tolist()
+
+
+def _perplexity(nll: list[float]) -> float:
+    return math.exp(min(700.0, sum(nll) / len(nll)))

@@ -1,0 +1,155 @@
+"""`codecllm eval`: a base model and candidates of it, scored on one text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codecllm.formats.errors import UsageError
+from codecllm.loader import transformers_adapter as adapter
+from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
+from codecllm.verifier.evaluation.divergence import compare
+
+OnToken = Callable[[str, int, int], None]
+"""Called with a candidate's name, the tokens done and all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One candidate.
+
+    Attributes:
+        name: as it was given.
+        kind: `container`, `folder` or `gguf`.
+        bits_per_weight: stored bits of all tensors / weights.
+        layer_bits_per_weight: the same over the matrices inside the layers.
+        stored_bytes: bytes of all tensors.
+        mean_kl: KL(base || candidate) per token, nats.
+        kl_99: the 99th percentile of it.
+        top1: share of tokens with the same most likely successor.
+        perplexity: of the candidate on the text.
+    """
+
+    name: str
+    kind: str
+    bits_per_weight: float
+    layer_bits_per_weight: float
+    stored_bytes: int
+    mean_kl: float
+    kl_99: float
+    top1: float
+    perplexity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The scores of all candidates.
+
+    Attributes:
+        base: name of the base model.
+        base_bits_per_weight: what it stores.
+        base_perplexity: of the base on the text; NaN without candidates.
+        tokens: tokens of the text that were predicted.
+        dtype: in which the models computed.
+        scores: in the order of the candidates.
+    """
+
+    base: str
+    base_bits_per_weight: float
+    base_perplexity: float
+    tokens: int
+    dtype: str
+    scores: list[Score]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        return asdict(self)
+
+
+def sample_text() -> str:
+    """Returns the built-in text: passages of Carroll, Lincoln, Jefferson, Darwin, Dickens, Thoreau and Doyle; public domain."""
+    return files("codecllm.verifier.evaluation").joinpath("sample.txt").read_text(encoding="utf-8")
+
+
+def evaluate(
+    base: str | Path,
+    candidates: list[str | Path],
+    *,
+    text: str | None = None,
+    max_tokens: int = 2048,
+    window: int = 512,
+    dtype: torch.dtype = torch.float32,
+    workers: int | None = None,
+    progress: OnToken | None = None,
+) -> Evaluation:
+    """Compares candidates with their base on a text.
+
+    All models compute in `dtype`, so that only their weights differ. The base and one candidate are in memory at a time.
+
+    Args:
+        base: Hugging Face folder, Hub id or container.
+        candidates: containers, folders, Hub ids or GGUF files.
+        text: None takes the built-in one.
+        max_tokens: how much of the text at most.
+        window: tokens that a model sees at once.
+        dtype: dtype of weights and arithmetic.
+        workers: decoding threads.
+        progress: called along the way.
+
+    Raises:
+        UsageError: the text is too short, or the base is no causal language model with a tokenizer.
+        CodecLLMError: a model cannot be loaded.
+    """
+    if not candidates:
+        raise UsageError("no candidate was given")
+    if window < 2 or max_tokens < 2:
+        raise UsageError("window and number of tokens must be 2 or more")
+    found = [find_candidate(candidate) for candidate in candidates]
+    reference = find_candidate(base)
+    model = reference.load(dtype, workers)
+    tokens = _tokens(reference, model, sample_text() if text is None else text)[:max_tokens]
+    window = min(window, _longest(model))
+    scores, perplexity, predicted = [], math.nan, 0
+    for candidate in found:
+        loaded = candidate.load(dtype, workers)
+        seen = compare(model, loaded, tokens, window, _reporter(progress, candidate.name))
+        del loaded
+        perplexity, own = seen.perplexities
+        predicted = len(seen.kl)
+        bits = candidate.bits()
+        figures = (bits.per_weight, bits.per_layer_weight, bits.stored // 8, seen.mean_kl, seen.kl_99, seen.top1, own)
+        scores.append(Score(candidate.name, candidate.kind, *figures))
+    name = str(dtype).removeprefix("torch.")
+    return Evaluation(str(base), reference.bits().per_weight, perplexity, predicted, name, scores)
+
+
+def _tokens(reference: Candidate, model: Any, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    if model.config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
+        raise UsageError(f"{type(model).__name__} is no causal language model", file=reference.name)
+    try:
+        options = {"gguf_file": reference.path.name} if reference.kind == "gguf" else {}
+        folder = reference.path.parent if reference.kind == "gguf" else reference.path
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"the base has no usable tokenizer ({exc})", file=reference.name) from exc
+    with adapter.silenced():  # longer than the model's context: the text is read in windows
+        tokens: list[int] = tokenizer(text)["input_ids"]
+    if len(tokens) < 2:
+        raise UsageError("the text has fewer than two tokens", got=repr(text[:40]))
+    return tokens
+
+
+def _longest(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+
+
+def _reporter(progress: OnToken | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
