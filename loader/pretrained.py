@@ -94,7 +94,7 @@ def from_pretrained(
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
     if resident not in get_args(Resident):
         raise UsageError("no such resident", got=repr(resident), expected=" or ".join(get_args(Resident)))
-    files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+    files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     with Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container, DecodePool(workers) as pool:
         config = _read_config(container, resident)
         load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers)
