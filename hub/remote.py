@@ -1,4 +1,4 @@
-"""Parts of a Hub repository's files, read where they lie by range requests: what can be said of a model without downloading it."""
+"""Parts of a Hub repository's files, read by range requests: what can be said of a container without downloading it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from codecllm.formats.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.resolve import check_repo_id, listed_names
-
-_FIRST_READ_BYTES = 16 << 10
-"""Read of a shard at once: holds the whole header of most, and costs less than asking twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +70,14 @@ class RemoteRepository:
         }
 
     def read(self, file: str, offset: int, length: int) -> bytes:
-        """Reads `length` bytes at `offset`, or as many as there are; never more are transferred.
+        """Reads exactly `length` bytes at `offset`; no more are transferred than the server sends ahead.
 
         Raises:
             HubError: the Hub cannot be asked, or does not serve ranges.
-            TruncatedError: the connection ended early, or the file ends before `offset`.
+            TruncatedError: the file ends before.
         """
+        if not length:
+            return b""
         from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers
 
@@ -96,6 +95,8 @@ class RemoteRepository:
                     self.transferred_bytes += len(block)
                     if len(data) >= length:
                         break
+        if len(data) < length:
+            raise TruncatedError("file ends early", file=file, byte=offset + len(data), expected=offset + length)
         return bytes(data[:length])
 
 
@@ -121,7 +122,7 @@ class RemoteContainer:
 
 
 def open_remote(name: str, *, revision: str | None = None, token: str | bool | None = None) -> RemoteContainer:
-    """Reads manifest and shard headers of a container on the Hub; no weights are transferred beyond a few KiB a shard.
+    """Reads manifest and shard headers of a container on the Hub; no weights are transferred.
 
     Sizes of all listed files, and the sha256 of those that the Hub keeps as large files, are compared with the manifest.
 
@@ -172,12 +173,8 @@ def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
 
 
 def _read_header(repository: RemoteRepository, name: str, file_bytes: int) -> ShardHeader:
-    head = repository.read(name, 0, min(_FIRST_READ_BYTES, file_bytes))
-    size = PREFIX_BYTES + int.from_bytes(head[:PREFIX_BYTES], "little")
-    if size > min(file_bytes, PREFIX_BYTES + limits.HEADER_BYTES):
+    prefix = repository.read(name, 0, PREFIX_BYTES)
+    size = int.from_bytes(prefix, "little")
+    if size > min(file_bytes - PREFIX_BYTES, limits.HEADER_BYTES):
         raise LimitError("header is too long", file=name, got=size)
-    if size > len(head):
-        head += repository.read(name, len(head), size - len(head))
-    if len(head) < size:
-        raise TruncatedError("header was cut off", file=name, got=len(head), expected=size)
-    return parse_header(head[:size], file_bytes=file_bytes, file=name)
+    return parse_header(prefix + repository.read(name, PREFIX_BYTES, size), file_bytes=file_bytes, file=name)

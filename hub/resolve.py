@@ -133,9 +133,7 @@ def _model_names(manifest: Manifest) -> list[str]:
     return [name for name in listed_names(manifest) if name.endswith(".safetensors") or name in _MODEL_FILES]
 
 
-def _download_source(
-    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
-) -> ModelFiles:
+def _download_source(repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None) -> ModelFiles:
     folder = _snapshot(repo, revision, token, cache_dir, ["model*.safetensors", *_SIDE_PATTERNS])
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
     if not any(folder.glob("*.safetensors")):

@@ -120,9 +120,7 @@ def upload_container(
     return Upload(url, str(commit.oid), reached, pull_request)
 
 
-def _upload(
-    api: Any, folder: Path, manifest: Manifest, repo: str, revision: str | None, create_pr: bool, message: str
-) -> Any:
+def _upload(api: Any, folder: Path, manifest: Manifest, repo: str, revision: str | None, create_pr: bool, message: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # remarks on the card's metadata
             return api.upload_folder(

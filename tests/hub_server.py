@@ -1,7 +1,7 @@
 """A Hub of our own on loopback: real HTTP, and the endpoints that huggingface_hub 2.4 uses to push and to fetch models.
 
-No package fits: `hf-local-hub` on PyPI is the client of a server that it does not hold, `olah` mirrors the real Hub and takes no
-uploads. What is served here was read from huggingface_hub's source (`hf_api.py`, `_commit_api.py`, `lfs.py`,
+No package fits: `hf-local-hub` on PyPI is the client of a server that it does not hold, `olah` mirrors the real Hub and takes
+no uploads. What is served here was read from huggingface_hub's source (`hf_api.py`, `_commit_api.py`, `lfs.py`,
 `file_download.py`, `_snapshot_download.py`); Xet is not spoken: clients set HF_HUB_DISABLE_XET.
 
 Everything is content-addressed by sha256, every commit is kept, every exchange is logged with the bytes that its body held, and
@@ -240,9 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
         finally:
-            exchange = Exchange(
-                self.command, self.path, self._status, self._received, self._sent, self.headers.get("Range")
-            )
+            exchange = Exchange(self.command, self.path, self._status, self._received, self._sent, self.headers.get("Range"))
             with self.hub.lock:
                 self.hub.log.append(exchange)
 
@@ -323,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
     def repo_to_read(self, name: str, *, content: bool = False) -> Repo:
         """Returns a repository that the user may see; with `content` one whose files they may read."""
         user, repo = self.user(), self.hub.repos.get(name)
-        owner = name.split("/")[0]
+        owner = name.split("/", maxsplit=1)[0]
         if repo is None or (repo.private and user != owner):
             raise _StopError(404 if user else 401, "RepoNotFound", "Repository not found")
         if content and repo.gated and user != owner and user not in self.hub.approved:
@@ -336,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise _StopError(401, message="Invalid username or password.")
         repo = self.repo_to_read(name)
-        if user != name.split("/")[0]:
+        if user != name.split("/", maxsplit=1)[0]:
             raise _StopError(403, message="You don't have write access to this repository")
         return repo
 
