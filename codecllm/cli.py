@@ -124,11 +124,10 @@ def convert(
     """
     from codecllm import api
     from codecllm.converter import ConvertOptions, estimate
-    from codecllm.hub import resolve
-    from codecllm.hub.resolve import check_repo_id
+    from codecllm.hub import check_login, resolve
 
-    if push_to is not None:
-        check_repo_id(push_to)
+    if push_to is not None and not dry_run:
+        check_login(push_to)
     options: dict[str, Any] = {
         "scheme": scheme.value,
         "include": tuple(include or ()),

@@ -158,7 +158,7 @@ def _render_hub(hub: dict[str, Any], console: Console) -> None:
     console.print(f"hub        {hub['repo']} @ {hub['commit']}", highlight=False)
     console.print(
         f"read       {hub['transferred_bytes']:,} of {hub['listed_bytes']:,} bytes, no weights: manifest and shard headers "
-        f"({hub['shard_headers']}), which agree with each other, with all sizes and with {hub['known_sha256']} sha256 on the Hub",
+        f"({hub['shard_headers']}); they agree with each other, all sizes, and {hub['known_sha256']} sha256 on the Hub",
         highlight=False,
     )
 

@@ -10,8 +10,7 @@ from typing import Any
 from codecllm.formats.container import Container
 from codecllm.formats.errors import HubError, NotAContainerError, UsageError
 from codecllm.formats.files import write_atomically
-from codecllm.hub import BaseModel, Upload, read_base_model, upload_container
-from codecllm.hub.resolve import check_repo_id
+from codecllm.hub import BaseModel, Upload, check_login, read_base_model, upload_container
 from codecllm.hub.upload import CARD_NAME
 from codecllm.model_card import MARKER, make_card
 from codecllm.verifier import verify
@@ -114,9 +113,7 @@ def push(
         raise UsageError("a pull request is made against main: revision and create_pr exclude each other", got=revision)
     if not folder.is_dir():
         raise NotAContainerError("no such folder", file=str(container))
-    check_repo_id(repo)
-    if "/" not in repo:
-        raise UsageError("a repository needs its owner: user/name", got=repo)
+    check_login(repo, token=token)
     tell(f"verifying {folder} (level {level})")
     sha256 = _verified(folder, level, workers, progress)
     with Container(folder, expected_manifest_sha256=sha256) as opened:

@@ -2,13 +2,14 @@
 
 from codecllm.hub.remote import RemoteContainer, open_remote
 from codecllm.hub.resolve import ModelFiles, resolve
-from codecllm.hub.upload import BaseModel, Upload, read_base_model, upload_container
+from codecllm.hub.upload import BaseModel, Upload, check_login, read_base_model, upload_container
 
 __all__ = [
     "BaseModel",
     "ModelFiles",
     "RemoteContainer",
     "Upload",
+    "check_login",
     "open_remote",
     "read_base_model",
     "resolve",

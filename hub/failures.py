@@ -38,6 +38,7 @@ def explain(exc: BaseException, revision: str | None) -> str | None:
         (errors.LocalEntryNotFoundError, lambda exc: _explain_missing(exc, local)),
         (errors.OfflineModeIsEnabled, lambda _: local + "offline mode is on (HF_HUB_OFFLINE)"),
         (errors.EntryNotFoundError, lambda exc: f"the repository has no such file{at}: {_first_line(exc)}"),
+        (errors.LocalTokenNotFoundError, lambda _: f"no Hub token: {_LOG_IN}"),
         (errors.HFValidationError, lambda exc: f"not a Hub id: {_first_line(exc)}"),
         (errors.HfHubHTTPError, _explain_status),
         (ConnectionError, _explain_unreachable),

@@ -71,6 +71,22 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
     return BaseModel(repo, card, bool(info.gated))
 
 
+def check_login(repo: str, *, token: str | bool | None = None) -> None:
+    """Makes sure, before long work begins, that a repository can be named so and that the Hub knows the token.
+
+    Raises:
+        UsageError: not `user/name`.
+        HubError: there is no token, the Hub does not know it, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    check_repo_id(repo)
+    if "/" not in repo:
+        raise UsageError("a repository needs its owner: user/name", got=repo)
+    with one_line_errors(repo):
+        HfApi(library_name="codecllm", token=token).whoami()
+
+
 def upload_container(
     folder: Path,
     manifest: Manifest,

@@ -364,6 +364,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.add_repo(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=bool(private))
         self._json(url)
 
+    def whoami(self) -> None:
+        user = self.user()
+        if user is None:
+            raise _StopError(401, message="Invalid username or password.")
+        self._json({"type": "user", "name": user, "orgs": [], "auth": {}})
+
     def info(self, repo: str, rev: str = "main") -> None:
         found = self.repo_to_read(repo)
         oid = self.revision(found, rev)
@@ -534,6 +540,7 @@ class _Handler(BaseHTTPRequestHandler):
 _Action = Callable[..., None]
 _ROUTES: list[tuple[str, str, _Action]] = [
     ("POST", "/api/repos/create", _Handler.create),
+    ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("GET", f"/api/models/{_REPO}", _Handler.info),
     ("GET", f"/api/models/{_REPO}/revision/(?P<rev>.+)", _Handler.info),
