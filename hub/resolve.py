@@ -115,7 +115,7 @@ def _download_container(
     repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, kind: Kind
 ) -> ModelFiles:
     """Fetches the manifest, and of its commit what the manifest lists."""
-    folder = _snapshot(repo, revision, token, cache_dir, [MANIFEST_NAME])
+    folder = _snapshot(repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"])  # both are needed in any case
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
     path = folder / MANIFEST_NAME
     if not path.exists():
