@@ -63,6 +63,14 @@ class ResidentName(StrEnum):
     int8 = "int8"
 
 
+class FormatName(StrEnum):
+    """Values of --format."""
+
+    safetensors = "safetensors"
+    compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a Hub id.")]
 Workers = Annotated[int | None, typer.Option(help="Threads. Default: one per core. Never changes a byte.", min=1)]
@@ -294,19 +302,33 @@ def info(
 def export(
     container: Annotated[str, typer.Argument(metavar="CONTAINER", help="Container: a folder or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    format: Annotated[
+        FormatName,
+        typer.Option(
+            help="safetensors: a plain model in the source's dtypes. compressed-tensors: int8 weights stay int8 "
+            "(pack-quantized). gguf: refused, Q8_0 cannot hold the scales."
+        ),
+    ] = FormatName.safetensors,
     max_shard_size: Annotated[str, typer.Option(help="No weight file is longer.")] = "5GB",
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Write the plain safetensors model back: bit-identical tensors from lossless, dequantized ones from int8."""
+    """Write a model that others read: by default plain safetensors, bit-identical from lossless, dequantized from int8.
+
+    With [bold]--format compressed-tensors[/bold] the int8 weights of linear layers keep codes and scales, in the layout that
+    transformers (with compressed-tensors installed) and vLLM know; embeddings and all else are written plainly.
+
+    Example: [bold]codecllm export out/ packed/ --format compressed-tensors[/bold]
+    """
     from codecllm import api
 
     with _progress("exporting", not (quiet or as_json)) as advance:
         report = api.export(
             container,
             out,
+            format=format.value,
             revision=revision,
             workers=workers,
             max_shard_bytes=parse_size(max_shard_size),
