@@ -87,8 +87,8 @@ def _opening(base: str | None, manifest: Manifest) -> str:
 def _loading(container: Container, repo: str) -> str:
     has_tokenizer = any(container.manifest.file(name) is not None for name in _TOKENIZERS)
     lines = ["import codecllm, transformers"] if has_tokenizer else ["import codecllm"]
-    lines += [f'tokenizer = transformers.AutoTokenizer.from_pretrained("{repo}")'] if has_tokenizer else []
     lines += [f'model = codecllm.from_pretrained("{repo}")']
+    lines += ["tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)"] if has_tokenizer else []
     text = "```python\n" + "\n".join(lines) + "\n```"
     if container.manifest.options.scheme == "int8":
         text += '\n\n`resident="int8"` keeps the codes in memory: half the bytes of bf16, the same logits.'
@@ -125,7 +125,7 @@ def _figures(facts: dict[str, Any], base: str | None, baseline: Baseline | None)
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _remarks(facts: dict[str, Any], baseline: Baseline | None) -> str:
@@ -143,9 +143,9 @@ def _remarks(facts: dict[str, Any], baseline: Baseline | None) -> str:
 
 def _verification(repo: str, facts: dict[str, Any]) -> str:
     return (
-        f"```\ncodecllm verify {repo} --manifest-sha256 {facts['manifest_sha256']}\n```\n\n"
-        "The manifest's sha256 fixes every byte of the container. In Python: "
-        f'`codecllm.from_pretrained("{repo}", expected_manifest_sha256=...)`.'
+        f"```\ncodecllm verify {repo} \\\n  --manifest-sha256 {facts['manifest_sha256']}\n```\n\n"
+        "The manifest's sha256 fixes every byte of the container; `codecllm.from_pretrained` takes it as "
+        "`expected_manifest_sha256`."
     )
 
 

@@ -63,7 +63,7 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
     check_repo_id(repo)
     with one_line_errors(repo):
         info = HfApi(library_name="codecllm", token=token).model_info(repo)
-    data = info.card_data.to_dict() if info.card_data is not None else {}
+    data = info.card_data.to_dict() if info.card_data is not None else {}  # type: ignore[no-untyped-call]
     names = ("license", "license_name", "license_link", "language")
     card = {name: data[name] for name in names if data.get(name)}
     if info.pipeline_tag:

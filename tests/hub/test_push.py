@@ -191,7 +191,7 @@ def test_card_states_the_manifest(hub, container):
         f"{facts['ratio']:.3f}x",
         f"| {facts['bits_per_weight']:.3f} |",
         f"{facts['entropy_bits_per_weight']:.3f} bits per weight",
-        f"codecllm verify {REPO} --manifest-sha256 {facts['manifest_sha256']}",
+        f"codecllm verify {REPO} \\\n  --manifest-sha256 {facts['manifest_sha256']}\n",
         "1.0, written by codecllm",
         "No output of the model was recorded",
         'codecllm.from_pretrained("user/tiny-codecllm-int8")',
