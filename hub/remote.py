@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
@@ -12,6 +13,11 @@ from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from codecllm.formats.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.resolve import check_repo_id, listed_names
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_NAMES_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +65,8 @@ class RemoteRepository:
         Raises:
             HubError: the Hub cannot be asked.
         """
-        from huggingface_hub.hf_api import RepoFile
-
         with one_line_errors(self.name):
-            found = self._api.get_paths_info(self.name, names, revision=self.commit)
-        return {
-            file.path: RemoteEntry(file.size, file.lfs.sha256 if file.lfs is not None else None)
-            for file in found
-            if isinstance(file, RepoFile)
-        }
+            return read_entries(self._api, self.name, names, self.commit)
 
     def read(self, file: str, offset: int, length: int) -> bytes:
         """Reads exactly `length` bytes at `offset`; no more are transferred than the server sends ahead.
@@ -98,6 +97,18 @@ class RemoteRepository:
         if len(data) < length:
             raise TruncatedError("file ends early", file=file, byte=offset + len(data), expected=offset + length)
         return bytes(data[:length])
+
+
+def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict[str, RemoteEntry]:
+    """Returns what the Hub says of those of the named files that are there. Raises the client's own exceptions."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = {}
+    for first in range(0, len(names), _NAMES_AT_ONCE):
+        for file in api.get_paths_info(repo, names[first : first + _NAMES_AT_ONCE], revision=revision):
+            if isinstance(file, RepoFile):
+                entries[file.path] = RemoteEntry(file.size, file.lfs.sha256 if file.lfs is not None else None)
+    return entries
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from codecllm.formats.errors import HubError, UsageError
 from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.hub.failures import one_line_errors
-from codecllm.hub.remote import RemoteEntry, compare_entries
+from codecllm.hub.remote import compare_entries, read_entries
 from codecllm.hub.resolve import check_repo_id, listed_names
 
 CARD_NAME = "README.md"
@@ -130,9 +129,7 @@ def upload_container(
         commit = _upload(api, folder, manifest, repo, revision, create_pr, message)
         pull_request = commit.pr_url if create_pr else None
         reached = str(commit.pr_revision) if pull_request else revision or "main"
-        names = listed_names(manifest)
-        entries = _entries(api.get_paths_info(repo, names, revision=reached))
-        compare_entries(manifest, entries)
+        compare_entries(manifest, read_entries(api, repo, listed_names(manifest), reached))
     return Upload(url, str(commit.oid), reached, pull_request)
 
 
@@ -152,7 +149,3 @@ def _upload(api: Any, folder: Path, manifest: Manifest, repo: str, revision: str
         if isinstance(exc, OSError):  # an answer of the Hub that is also a ValueError: `one_line_errors` knows it
             raise
         raise HubError(f"the Hub refuses the upload: {' '.join(str(exc).split())}", file=repo) from exc
-
-
-def _entries(found: Iterable[Any]) -> dict[str, RemoteEntry]:
-    return {file.path: RemoteEntry(file.size, file.lfs.sha256 if file.lfs else None) for file in found if hasattr(file, "lfs")}

@@ -65,7 +65,7 @@ def verify(
     if level != "full" and (source is not None or require_baseline):
         raise UsageError("comparing with the source or requiring a baseline needs level full", got=level)
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
-    report = Report(str(name_or_path), level)
+    report = Report(str(name_or_path), level, commit=files.commit)
     threads = workers or max(1, len(os.sched_getaffinity(0)))
     pinned = expected_manifest_sha256
     with _stage(report, "structure") as stage, Container(files.folder, expected_manifest_sha256=pinned) as container:

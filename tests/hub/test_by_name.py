@@ -82,7 +82,9 @@ def test_a_model_needs_its_shards_and_configs_only(hub, published):
 def test_verify_by_name_at_every_level(hub, published, run):
     done = run("verify", REPO, "--json")
     assert done.returncode == 0, done.stderr
-    stages = {stage["name"]: stage["verdict"] for stage in json.loads(done.stdout)["stages"]}
+    report = json.loads(done.stdout)
+    assert report["commit"] == hub.repos[REPO].refs["main"]
+    stages = {stage["name"]: stage["verdict"] for stage in report["stages"]}
     assert stages == {"structure": "ok", "checksums": "ok", "decode": "ok", "ratio": "ok", "baseline": "skipped"}
 
 
