@@ -42,9 +42,9 @@ class PushReport:
         repo: `user/name`.
         upload: where it is now.
         manifest_sha256: the value to pin.
-        files: number of files, the manifest and the card included.
+        files: number of files sent or already there, the manifest and the card included.
         container_bytes: of shards and manifest.
-        card: whether README.md was written here; False where the container has one of the user's own.
+        card: whether the model card is codecllm's; False where the container or the repository has one of the user's own.
         warnings: sentences for the user.
     """
 
@@ -67,7 +67,7 @@ class PushReport:
             "manifest_sha256": self.manifest_sha256,
             "files": self.files,
             "container_bytes": self.container_bytes,
-            "card_written": self.card,
+            "card": self.card,
             "warnings": self.warnings,
         }
 
@@ -131,11 +131,13 @@ def push(
             revision=revision,
             create_pr=create_pr,
             message=message or f"Upload a codecllm container ({manifest.options.scheme})",
+            card_marker=MARKER,
             token=token,
         )
-        return PushReport(
-            repo, upload, sha256, len(manifest.shards) + len(manifest.files) + 2, opened.stored_bytes, card, warnings
-        )
+        if not upload.card:
+            warnings.append(f"{CARD_NAME} on the Hub is not one that codecllm wrote: it stays as it is")
+        files = len(manifest.shards) + len(manifest.files) + 1 + upload.card
+        return PushReport(repo, upload, sha256, files, opened.stored_bytes, card and upload.card, warnings)
 
 
 def _verified(folder: Path, level: Level, workers: int | None, progress: Progress | None) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 from codecllm.formats.errors import HubError, UsageError
 from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.hub.failures import one_line_errors
-from codecllm.hub.remote import compare_entries, read_entries
+from codecllm.hub.remote import RemoteRepository, compare_entries, read_entries
 from codecllm.hub.resolve import check_repo_id, listed_names
 
 CARD_NAME = "README.md"
+_CARD_BYTES = 1 << 20
 _REPLACED = ["*.safetensors", INDEX_NAME, MANIFEST_NAME, BASELINE_NAME]
 """Files of an earlier upload that go when the new one does not bring them: a shard left over would be an error to readers."""
 
@@ -27,12 +28,14 @@ class Upload:
         commit: the commit that holds the container.
         revision: what leads to it: a branch, or `refs/pr/N`.
         pull_request: URL of the pull request, or None.
+        card: whether README.md was sent; False where the repository has one that somebody wrote.
     """
 
     url: str
     commit: str
     revision: str
     pull_request: str | None
+    card: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ def upload_container(
     revision: str | None = None,
     create_pr: bool = False,
     message: str,
+    card_marker: str,
     token: str | bool | None = None,
 ) -> Upload:
     """Makes the repository where there is none and uploads a container into it.
@@ -110,6 +114,7 @@ def upload_container(
         revision: branch to commit to, made from `main` where it does not exist; None: `main`.
         create_pr: open a pull request against `main`.
         message: the commit's first line.
+        card_marker: text that marks a README.md as made by codecllm: such a one does not replace one on the Hub that lacks it.
         token: Hub token.
 
     Raises:
@@ -126,14 +131,29 @@ def upload_container(
             raise UsageError("the repository exists and is public: --private cannot hide it", file=repo)
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        commit = _upload(api, folder, manifest, repo, revision, create_pr, message)
+        names = [MANIFEST_NAME, *listed_names(manifest)]
+        card = _is_own_card(folder, card_marker) or not _has_own_card(repo, revision, token, card_marker)
+        commit = _upload(api, folder, [*names, CARD_NAME] if card else names, repo, revision, create_pr, message)
         pull_request = commit.pr_url if create_pr else None
         reached = str(commit.pr_revision) if pull_request else revision or "main"
         compare_entries(manifest, read_entries(api, repo, listed_names(manifest), reached))
-    return Upload(url, str(commit.oid), reached, pull_request)
+    return Upload(url, str(commit.oid), reached, pull_request, card)
 
 
-def _upload(api: Any, folder: Path, manifest: Manifest, repo: str, revision: str | None, create_pr: bool, message: str) -> Any:
+def _is_own_card(folder: Path, marker: str) -> bool:
+    path = folder / CARD_NAME
+    return path.exists() and marker not in path.read_text(errors="replace")
+
+
+def _has_own_card(repo: str, revision: str | None, token: str | bool | None, marker: str) -> bool:
+    remote = RemoteRepository(repo, revision=revision, token=token)
+    entry = remote.entries([CARD_NAME]).get(CARD_NAME)
+    if entry is None or not entry.size:
+        return False
+    return marker.encode() not in remote.read(CARD_NAME, 0, min(entry.size, _CARD_BYTES))
+
+
+def _upload(api: Any, folder: Path, names: list[str], repo: str, revision: str | None, create_pr: bool, message: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # remarks on the card's metadata
             return api.upload_folder(
@@ -142,7 +162,7 @@ def _upload(api: Any, folder: Path, manifest: Manifest, repo: str, revision: str
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=message,
-                allow_patterns=[MANIFEST_NAME, CARD_NAME, *listed_names(manifest)],
+                allow_patterns=names,
                 delete_patterns=_REPLACED,
             )
     except ValueError as exc:

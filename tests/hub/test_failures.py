@@ -74,6 +74,8 @@ def test_push_fails_in_one_line(container, run, options, words):
 def test_approved_users_read_gated_repositories(repositories, hub, run):
     hub.approved.add("reader")
     assert run("verify", REPO, "--level", "checksums", token="hf_reader").returncode == 0
+    hub.repos[REPO].gated = False
+    assert run("info", REPO, token=None).returncode == 0
 
 
 def test_what_was_fetched_once_works_offline(repositories, run):

@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 import codecllm
+from codecllm.formats.errors import HubError
 from codecllm.publishing import push
 from tests.hub.conftest import variables
 from tests.hub.test_push import names_in, tree
@@ -45,6 +46,18 @@ def test_a_download_whose_connection_breaks_goes_on_inside_the_file(hub, contain
     size = hub.entry(REPO, CUT).size
     assert (first.sent, first.range) == (5000, None)
     assert (second.sent, second.range) == (size - 5000, "bytes=5000-")
+
+
+def test_a_download_that_never_gets_through_is_one_line(hub, container, monkeypatch):
+    push(container, REPO, level="structure")
+    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+    fault = hub.fault(rf"GET /cdn/\w+/{CUT}", after=0, times=99)
+    with pytest.raises(HubError, match="the connection broke") as caught:
+        codecllm.verify(REPO, level="checksums")
+    assert "\n" not in str(caught.value)
+    assert 99 - fault.times == 6  # five more attempts
+    fault.times = 0
+    assert codecllm.verify(REPO, level="checksums").ok
 
 
 def test_a_killed_download_fetches_only_what_is_missing(hub, container, run, tmp_path):
@@ -115,8 +128,6 @@ def test_a_part_that_breaks_is_repeated_alone(hub, container):
 
 
 def test_a_commit_that_is_refused_leaves_the_branch_as_it_was(hub, container, lossless):
-    from codecllm.formats.errors import HubError
-
     push(container, REPO, level="structure")
     before = hub.repos[REPO].refs["main"]
     hub.fault(rf"POST /api/models/{REPO}/commit", after=10, times=9)

@@ -10,6 +10,7 @@ import codecllm
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, HubError, LayoutError, NotAContainerError, UsageError
 from codecllm.hub.resolve import listed_names
+from codecllm.loader.transformers_adapter import load_plain
 from codecllm.model_card import MARKER
 from codecllm.publishing import push
 from codecllm.verifier.baseline import _attach
@@ -238,8 +239,23 @@ def test_own_readme_stays(hub, container):
     assert not report.card
     assert "# My words" in card_of(hub).text
     (container / "README.md").write_text(f"---\nlicense: mit\n---\n{MARKER}\n# Old\n")
-    assert push(container, REPO, level="structure").card
-    assert "# Old" not in card_of(hub).text
+    assert push(container, "user/other", level="structure").card
+    assert "# Old" not in card_of(hub, "user/other").text
+
+
+def test_readme_that_somebody_wrote_on_the_hub_stays(hub, container):
+    push(container, REPO, level="structure")
+    repo = hub.repos[REPO]
+    files = repo.commits[repo.refs["main"]]
+    edited = {**files, "README.md": hub.store("README.md", b"---\nlicense: mit\n---\n# Edited in the browser\n")}
+    hub.commit(repo, edited, "edit", "main")
+    report = push(container, REPO, level="structure")
+    assert not report.card
+    assert any("stays as it is" in text for text in report.warnings)
+    assert "# Edited in the browser" in card_of(hub).text
+    (container / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    push(container, REPO, level="structure")
+    assert "# Mine" in card_of(hub).text
 
 
 # The command line.
@@ -259,6 +275,29 @@ def test_push_and_convert_push_as_commands(hub, container, run, tmp_path):
     assert "pushed" in done.stdout
     assert hub.repos["user/converted"].private
     assert tree(hub, "user/converted") == names_in(tmp_path / "out") | {"README.md"}
+
+
+def test_from_a_source_on_the_hub_to_a_card_that_names_it(hub, run, tmp_path):
+    from tests.integration import tiny_models
+
+    source = tiny_models.llama(tmp_path / "source", max_shard_size="30KB")
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    more = {"pytorch_model.bin": b"pickle", "README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"}
+    hub.add_repo("base/tiny", {**files, **more}, card_data={"license": "mit", "license_link": "LICENSE"})
+    hub.log.clear()
+    done = run("convert", "base/tiny", tmp_path / "out", "--no-baseline", "--scheme", "lossless", "--push", REPO, "--json")
+    assert done.returncode == 0, done.stderr
+    assert not [exchange for exchange in hub.log if "pytorch_model.bin" in exchange.path]
+    published = json.loads(done.stdout)["push"]
+    commit = hub.repos["base/tiny"].refs["main"]
+    data, text = card_of(hub).data.to_dict(), card_of(hub).text
+    assert (data["base_model"], data["license"], data["license_link"]) == ("base/tiny", "mit", "LICENSE")
+    assert data["tags"] == ["codecllm", "lossless", "zstd"]
+    assert f"| source commit | `{commit}` |" in text
+    assert published["warnings"] == []
+    assert published["commit"] == hub.repos[REPO].refs["main"]
+    assert "LICENSE" in tree(hub)
+    assert_same_weights(codecllm.from_pretrained(REPO), load_plain(source))
 
 
 def test_convert_push_finds_out_about_the_token_first(hub, run, tmp_path):
