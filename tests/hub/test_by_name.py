@@ -158,8 +158,8 @@ def test_a_repository_that_is_no_container(hub):
 
 
 def test_a_server_without_ranges_is_not_drained(hub, published, monkeypatch):
-    from tests import hub_server
+    from tests import hub_endpoints
 
-    monkeypatch.setattr(hub_server._Handler, "_file", lambda self, data, headers: self._send(200, data, headers))
+    monkeypatch.setattr(hub_endpoints.Handler, "_file", lambda self, data, headers: self._send(200, data, headers))
     with pytest.raises((HubError, UsageError), match="serves no ranges"):
         describe_name(REPO)

@@ -129,9 +129,9 @@ def test_no_container_and_no_owner(hub, container, tmp_path):
 
 
 def test_what_arrived_is_compared(hub, container, monkeypatch):
-    from tests import hub_server
+    from tests import hub_endpoints
 
-    monkeypatch.setattr(hub_server._Handler, "_tree_entry", _lying(hub_server._Handler._tree_entry))
+    monkeypatch.setattr(hub_endpoints.Handler, "_tree_entry", _lying(hub_endpoints.Handler._tree_entry))
     with pytest.raises(LayoutError, match="differs from the manifest"):
         push(container, REPO, level="structure")
 
