@@ -470,7 +470,7 @@ def main() -> None:
     try:
         app()
     except _StopError as exc:
-        _fail(f"stopped by {signal.Signals(exc.number).name}; nothing half-written was left", 128 + exc.number)
+        _fail(_stopped(exc), 128 + exc.number)
     except (CodecLLMError, OSError, MemoryError) as exc:
         if debug:
             raise
@@ -479,6 +479,9 @@ def main() -> None:
     except Exception as exc:
         if debug:
             raise
+        stop = _stop_behind(exc)
+        if stop is not None:
+            _fail(_stopped(stop), 128 + stop.number)
         reason = " ".join(str(exc).split())[:300]
         _fail(f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc)
 
@@ -493,6 +496,17 @@ class _StopError(BaseException):
 
 def _stop(number: int, frame: object) -> None:
     raise _StopError(number)
+
+
+def _stopped(stop: _StopError) -> str:
+    return f"stopped by {signal.Signals(stop.number).name}; nothing half-written was left"
+
+
+def _stop_behind(exc: BaseException | None) -> _StopError | None:
+    """Returns the signal during whose unwinding `exc` was raised: one that arrives inside a lock's own code upsets the lock."""
+    while exc is not None and not isinstance(exc, _StopError):
+        exc = exc.__context__
+    return exc
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:
