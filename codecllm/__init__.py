@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from codecllm.api import convert as convert
     from codecllm.api import export as export
     from codecllm.loader import from_pretrained as from_pretrained
+    from codecllm.publishing import push as push
     from codecllm.verifier import verify as verify
 
-__all__ = ["FORMAT_VERSION", "__version__", "convert", "export", "from_pretrained", "verify"]
+__all__ = ["FORMAT_VERSION", "__version__", "convert", "export", "from_pretrained", "push", "verify"]
 
 _HOMES = {
     "convert": "codecllm.api",
     "export": "codecllm.api",
     "from_pretrained": "codecllm.loader",
+    "push": "codecllm.publishing",
     "verify": "codecllm.verifier",
 }
 

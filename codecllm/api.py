@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from codecllm.converter import ConversionReport
+from codecllm.converter import ConversionReport, gguf
 from codecllm.converter import convert as convert_folder
+from codecllm.converter.compressed_tensors import PackedLayout, plan_layout
 from codecllm.converter.conversion import Progress
 from codecllm.converter.export import ExportReport
 from codecllm.converter.export import export as export_folder
+from codecllm.formats.container import Container
+from codecllm.formats.errors import UsageError
 from codecllm.hub import resolve
+
+ExportFormat = Literal["safetensors", "compressed-tensors", "gguf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,6 @@ def convert(
     report = convert_folder(files.folder, out, progress=progress, repo=files.repo, commit=files.commit, **options)
     outcome, pinned = None, report.manifest_sha256
     if baseline is not False:
-        from codecllm.formats.container import Container
         from codecllm.verifier import record_baseline
 
         outcome = record_baseline(report.out, files.folder, required=baseline is True, on_stage=on_stage)
@@ -75,11 +79,47 @@ def export(
     container: str | Path,
     out: str | Path,
     *,
+    format: ExportFormat = "safetensors",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> ExportReport:
-    """Writes the plain safetensors model of a container (a folder or Hub id); see `codecllm.converter.export`."""
-    files = resolve(container, revision=revision, token=token, cache_dir=cache_dir)
-    return export_folder(files.folder, out, **options)
+    """Writes a container's model (a folder or Hub id) for others to read; see `codecllm.converter.export`.
+
+    Args:
+        container: folder or Hub id.
+        out: folder to make.
+        format: `safetensors`: a plain model in the source's dtypes. `compressed-tensors`: int8 weights of linear modules stay
+            int8, in that library's `pack-quantized` layout; everything else is plain. `gguf`: refused, with the reason.
+        revision: branch, tag or commit of a Hub id.
+        token: Hub token.
+        cache_dir: Hub cache.
+        options: see `codecllm.converter.export`.
+
+    Raises:
+        UsageError: the format cannot hold what the container holds.
+        CodecLLMError: see `codecllm.converter.export` and `codecllm.hub.resolve`.
+    """
+    if format not in get_args(ExportFormat):
+        raise UsageError("no such format", got=repr(format), expected=", ".join(get_args(ExportFormat)))
+    folder = resolve(container, revision=revision, token=token, cache_dir=cache_dir).folder
+    layout = None
+    with Container(folder) as opened:
+        if format == "gguf":
+            gguf.refuse(opened)
+        if format == "compressed-tensors":
+            layout = _compressed_tensors_layout(opened)
+    return export_folder(folder, out, layout=layout, **options)
+
+
+def _compressed_tensors_layout(container: Container) -> PackedLayout:
+    """Asks the model class which of its modules are linear, once it is clear that there is something to pack."""
+    manifest = container.manifest
+    config = manifest.file("config.json")
+    if config is None or manifest.options.scheme != "int8":
+        return plan_layout(manifest, ())
+    from codecllm.loader.transformers_adapter import linear_modules
+
+    container.read_side_file(config)
+    return plan_layout(manifest, linear_modules(container.folder))

@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported version or envi
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,14 @@ class EvalDtypeName(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class FormatName(StrEnum):
+    """Values of --format."""
+
+    safetensors = "safetensors"
+    compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a Hub id.")]
 Workers = Annotated[int | None, typer.Option(help="Threads. Default: one per core. Never changes a byte.", min=1)]
@@ -123,6 +132,10 @@ def convert(
     revision: Revision = None,
     force: Annotated[bool, typer.Option(help="Replace a container that is in the way.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Predict sizes per tensor and in all; write nothing.")] = False,
+    push_to: Annotated[
+        str | None, typer.Option("--push", metavar="USER/NAME", help="Then verify it and upload it to this Hub repository.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="With --push: a private repository.")] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -135,8 +148,10 @@ def convert(
     """
     from codecllm import api
     from codecllm.converter import ConvertOptions, estimate
-    from codecllm.hub import resolve
+    from codecllm.hub import check_login, resolve
 
+    if push_to is not None and not dry_run:
+        check_login(push_to)
     options: dict[str, Any] = {
         "scheme": scheme.value,
         "include": tuple(include or ()),
@@ -159,7 +174,77 @@ def convert(
             on_stage=None if quiet or as_json else lambda text: _err.print(text),
             **options,
         )
-    _print_conversion(done, as_json)
+    if push_to is None:
+        _print_conversion(done, as_json)
+        return
+    if not as_json:
+        _print_conversion(done, as_json)
+    published = _push(out, push_to, as_json, quiet, private=private, workers=workers)
+    if as_json:
+        typer.echo(json.dumps({**_conversion_facts(done), "push": published.to_dict()}))
+    else:
+        _print_push(published)
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="Container: a local folder.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Hub repository; made where it does not exist.")],
+    private: Annotated[bool, typer.Option(help="Make it private; stop where it exists and is public.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made where it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request against main.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="First line of the commit.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the source, where it was converted from a local folder.")
+    ] = None,
+    level: Annotated[LevelName, typer.Option(help="How far to verify before anything is sent.")] = LevelName.full,
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Verify a container, write its model card and upload it to the Hub.
+
+    What does not verify is not pushed. An upload that was interrupted goes on when the command is given again. The card repeats
+    the licence of the base model; a base that is gated or not freely licensed is warned of. Log in with
+    [bold]hf auth login[/bold] or set HF_TOKEN.
+
+    Example: [bold]codecllm push out/ user/SmolLM2-135M-Instruct-codecllm-int8 --private[/bold]
+    """
+    published = _push(
+        out,
+        repo,
+        as_json,
+        quiet,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        base_model=base_model,
+        level=level.value,
+        workers=workers,
+    )
+    if as_json:
+        typer.echo(json.dumps(published.to_dict()))
+    else:
+        _print_push(published)
+
+
+def _push(out: Path, repo: str, as_json: bool, quiet: bool, **options: Any) -> Any:
+    """Pushes with a progress bar; returns the `PushReport`."""
+    from codecllm.publishing import push as run
+
+    silent = quiet or as_json
+    with _progress("verifying", not silent) as advance:
+        on_stage = None if silent else lambda text: _err.print(text, markup=False)
+        return run(out, repo, progress=advance, on_stage=on_stage, **options)
+
+
+def _print_push(published: Any) -> None:
+    _print_warnings(published.warnings)
+    upload = published.upload
+    where = f"pull request {upload.pull_request}" if upload.pull_request else f"{upload.url} ({upload.revision})"
+    _out.print(f"pushed {published.files} files to {where}, commit {upload.commit}", markup=False)
+    _out.print(f"manifest sha256 {published.manifest_sha256}", markup=False)
 
 
 @app.command()
@@ -216,11 +301,13 @@ def info(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a container holds: per tensor scheme, codec, sizes, bits per weight, entropy bound, worst error."""
-    from codecllm.hub import resolve
-    from codecllm.info import describe, render
+    """Show what a container holds: per tensor scheme, codec, sizes, bits per weight, entropy bound, worst error.
 
-    facts = describe(resolve(out, revision=revision).folder)
+    Of a container on the Hub only the manifest and the shards' headers are read, by range requests; no weights are downloaded.
+    """
+    from codecllm.info import describe_name, render
+
+    facts = describe_name(out, revision=revision)
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
     else:
@@ -231,19 +318,33 @@ def info(
 def export(
     container: Annotated[str, typer.Argument(metavar="CONTAINER", help="Container: a folder or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    format: Annotated[
+        FormatName,
+        typer.Option(
+            help="safetensors: a plain model in the source's dtypes. compressed-tensors: int8 weights stay int8 "
+            "(pack-quantized). gguf: refused, Q8_0 cannot hold the scales."
+        ),
+    ] = FormatName.safetensors,
     max_shard_size: Annotated[str, typer.Option(help="No weight file is longer.")] = "5GB",
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Write the plain safetensors model back: bit-identical tensors from lossless, dequantized ones from int8."""
+    """Write a model that others read: by default plain safetensors, bit-identical from lossless, dequantized from int8.
+
+    With [bold]--format compressed-tensors[/bold] the int8 weights of linear layers keep codes and scales, in the layout that
+    transformers (with compressed-tensors installed) and vLLM know; embeddings and all else are written plainly.
+
+    Example: [bold]codecllm export out/ packed/ --format compressed-tensors[/bold]
+    """
     from codecllm import api
 
     with _progress("exporting", not (quiet or as_json)) as advance:
         report = api.export(
             container,
             out,
+            format=format.value,
             revision=revision,
             workers=workers,
             max_shard_bytes=parse_size(max_shard_size),
@@ -413,24 +514,28 @@ def _print_evaluation(result: Any) -> None:
     )
 
 
-def _print_conversion(done: Any, as_json: bool) -> None:
+def _conversion_facts(done: Any) -> dict[str, Any]:
     report = done.report
+    return {
+        "out": str(report.out),
+        "scheme": report.manifest.options.scheme,
+        "source_bytes": report.manifest.source.tensor_bytes,
+        "container_bytes": report.stored_bytes,
+        "ratio": report.ratio,
+        "weights": report.weights,
+        "bits_per_weight": report.bits_per_weight,
+        "seconds": report.seconds,
+        "manifest_sha256": done.manifest_sha256,
+        "warnings": report.warnings,
+        "baseline": None if done.baseline is None else done.baseline.to_dict(),
+    }
+
+
+def _print_conversion(done: Any, as_json: bool) -> None:
     if as_json:
-        facts = {
-            "out": str(report.out),
-            "scheme": report.manifest.options.scheme,
-            "source_bytes": report.manifest.source.tensor_bytes,
-            "container_bytes": report.stored_bytes,
-            "ratio": report.ratio,
-            "weights": report.weights,
-            "bits_per_weight": report.bits_per_weight,
-            "seconds": report.seconds,
-            "manifest_sha256": done.manifest_sha256,
-            "warnings": report.warnings,
-            "baseline": None if done.baseline is None else done.baseline.to_dict(),
-        }
-        typer.echo(json.dumps(facts))
+        typer.echo(json.dumps(_conversion_facts(done)))
         return
+    report = done.report
     _print_warnings(report.warnings)
     _out.print(
         f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} bytes "
@@ -452,10 +557,12 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     debug = "--debug" in sys.argv[1:2]
+    if not sys.stderr.isatty() or {"--json", "--quiet", "-q"} & set(sys.argv[1:]):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported, which is later
     try:
         app()
     except _StopError as exc:
-        _fail(f"stopped by {signal.Signals(exc.number).name}; nothing half-written was left", 128 + exc.number)
+        _fail(_stopped(exc), 128 + exc.number)
     except (CodecLLMError, OSError, MemoryError) as exc:
         if debug:
             raise
@@ -464,6 +571,9 @@ def main() -> None:
     except Exception as exc:
         if debug:
             raise
+        stop = _stop_behind(exc)
+        if stop is not None:
+            _fail(_stopped(stop), 128 + stop.number)
         reason = " ".join(str(exc).split())[:300]
         _fail(f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc)
 
@@ -478,6 +588,17 @@ class _StopError(BaseException):
 
 def _stop(number: int, frame: object) -> None:
     raise _StopError(number)
+
+
+def _stopped(stop: _StopError) -> str:
+    return f"stopped by {signal.Signals(stop.number).name}; nothing half-written was left"
+
+
+def _stop_behind(exc: BaseException | None) -> _StopError | None:
+    """Returns the signal during whose unwinding `exc` was raised: one that arrives inside a lock's own code upsets the lock."""
+    while exc is not None and not isinstance(exc, _StopError):
+        exc = exc.__context__
+    return exc
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`codecllm info`: what a container holds, from its manifest alone."""
+"""`codecllm info`: what a container holds, from its manifest; on the Hub without downloading weights."""
 
 from __future__ import annotations
 
@@ -9,38 +9,73 @@ from rich.console import Console
 from rich.table import Table
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor, TensorRecord
+from codecllm.formats.manifest import AliasTensor, Int8Tensor, Manifest, RawTensor, TensorRecord
+from codecllm.hub import open_remote, resolve
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """Returns the figures of a container as JSON values.
+    """Returns the figures of a container in a local folder as JSON values; see `describe_manifest`."""
+    with Container(folder) as container:
+        facts = describe_manifest(container.manifest, container.manifest_sha256, container.manifest_bytes)
+        return {"folder": str(folder), **facts}
+
+
+def describe_name(name: str, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """Returns the figures of a container: a local folder, or a Hub repository of which no weights are downloaded.
+
+    Of a repository the manifest and the headers of all shards are read by range requests and compared; `hub` holds repository,
+    commit and the bytes that were transferred. In offline mode the Hub's cache takes its place.
+
+    Raises:
+        UsageError: neither a folder nor a Hub id.
+        HubError: the repository cannot be reached, found or read.
+        FormatError: manifest, headers, sizes or sha256 do not agree.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if Path(name).exists() or HF_HUB_OFFLINE:
+        return describe(resolve(name, revision=revision, token=token, kind="manifest").folder)
+    remote = open_remote(name, revision=revision, token=token)
+    repository, manifest = remote.repository, remote.manifest
+    facts = describe_manifest(manifest, remote.manifest_sha256, remote.manifest_bytes)
+    hub = {
+        "repo": repository.name,
+        "commit": repository.commit,
+        "transferred_bytes": repository.transferred_bytes,
+        "listed_bytes": remote.manifest_bytes + sum(file.bytes for file in (*manifest.shards, *manifest.files)),
+        "shard_headers": len(remote.headers),
+        "known_sha256": remote.large_files,
+    }
+    return {"folder": None, **facts, "hub": hub}
+
+
+def describe_manifest(manifest: Manifest, manifest_sha256: str, manifest_bytes: int) -> dict[str, Any]:
+    """Returns what a manifest says as JSON values.
 
     `stored_bytes` of a tensor counts payload, side tensors and scales, not its share of headers and manifest; those are in
     the totals.
     """
-    with Container(folder) as container:
-        manifest = container.manifest
-        tensors = [_describe_tensor(record) for record in manifest.tensors]
-        weights = sum(record.elements for record in manifest.tensors if not isinstance(record, AliasTensor))
-        entropy = sum(tensor["entropy_bits"] for tensor in tensors)
-        return {
-            "folder": str(folder),
-            "format_version": manifest.format_version,
-            "writer": manifest.writer,
-            "scheme": manifest.options.scheme,
-            "source": manifest.source.model_dump(),
-            "source_dtypes": _dtype_bytes(manifest.tensors),
-            "manifest_sha256": container.manifest_sha256,
-            "shards": [record.model_dump() for record in manifest.shards],
-            "files": [record.model_dump() for record in manifest.files],
-            "weights": weights,
-            "source_bytes": manifest.source.tensor_bytes,
-            "container_bytes": container.stored_bytes,
-            "ratio": manifest.source.tensor_bytes / container.stored_bytes,
-            "bits_per_weight": 8 * container.stored_bytes / max(1, weights),
-            "entropy_bits_per_weight": entropy / max(1, weights),
-            "tensors": tensors,
-        }
+    tensors = [_describe_tensor(record) for record in manifest.tensors]
+    weights = sum(record.elements for record in manifest.tensors if not isinstance(record, AliasTensor))
+    entropy = sum(tensor["entropy_bits"] for tensor in tensors)
+    stored = manifest_bytes + sum(shard.bytes for shard in manifest.shards)
+    return {
+        "format_version": manifest.format_version,
+        "writer": manifest.writer,
+        "scheme": manifest.options.scheme,
+        "source": manifest.source.model_dump(),
+        "source_dtypes": _dtype_bytes(manifest.tensors),
+        "manifest_sha256": manifest_sha256,
+        "shards": [record.model_dump() for record in manifest.shards],
+        "files": [record.model_dump() for record in manifest.files],
+        "weights": weights,
+        "source_bytes": manifest.source.tensor_bytes,
+        "container_bytes": stored,
+        "ratio": manifest.source.tensor_bytes / stored,
+        "bits_per_weight": 8 * stored / max(1, weights),
+        "entropy_bits_per_weight": entropy / max(1, weights),
+        "tensors": tensors,
+    }
 
 
 def _dtype_bytes(records: list[TensorRecord]) -> dict[str, int]:
@@ -115,6 +150,17 @@ def render(facts: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(f"manifest   sha256 {facts['manifest_sha256']}", highlight=False)
+    if "hub" in facts:
+        _render_hub(facts["hub"], console)
+
+
+def _render_hub(hub: dict[str, Any], console: Console) -> None:
+    console.print(f"hub        {hub['repo']} @ {hub['commit']}", highlight=False)
+    console.print(
+        f"read       {hub['transferred_bytes']:,} of {hub['listed_bytes']:,} bytes, no weights: manifest and shard headers "
+        f"({hub['shard_headers']}); they agree with each other, all sizes, and {hub['known_sha256']} sha256 on the Hub",
+        highlight=False,
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -292,38 +292,11 @@ class Container:
                 refuse_foreign(file)
             _check_size(file, record)
             header = read_header(file)
-            _check_xxh3(header.raw, record.header_xxh3, record.name, None, 0)
-            self._check_entries(number, header, record.name)
+            check_shard_header(self.manifest, number, header)
         except BaseException:
             file.close()
             raise
         return file, header
-
-    def _check_entries(self, number: int, header: ShardHeader, file: str) -> None:
-        found = {entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()}
-        expected: dict[str, tuple[str, list[int] | None]] = {}
-        for record in self.manifest.tensors:
-            if isinstance(record, AliasTensor) or record.shard != number:
-                continue
-            if isinstance(record, RawTensor):
-                expected[record.name] = (record.dtype, record.shape)
-                continue
-            expected[record.name] = ("U8", None)
-            expected[record.name + "_shape"] = ("I64", [len(record.shape)])
-            expected[record.name + "_chunks"] = ("U8", None)
-            if isinstance(record, Int8Tensor):
-                rows, cols = tensor_matrix(record)
-                expected[record.name + "_scale"] = ("F32", [rows if record.channel_kind == "row" else cols])
-        for name, (dtype, shape) in expected.items():
-            if name not in found:
-                raise LayoutError("shard lacks a tensor that the manifest places there", file=file, tensor=name)
-            got_dtype, got_shape = found[name]
-            if got_dtype != dtype or (got_shape != shape if shape is not None else len(got_shape) != 1):
-                got = f"{got_dtype} {got_shape}"
-                raise LayoutError("stored type differs from the manifest", file=file, tensor=name, got=got, expected=dtype)
-        for name in found:
-            if name not in expected:
-                raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
 
     def _read_side(self, file: SafeFile, header: ShardHeader, record: CodedTensor, side: str, checksum: str) -> bytes:
         entry = header.tensors[record.name + SIDE_SUFFIXES[side]]
@@ -340,6 +313,41 @@ class Container:
         except DecodeError as exc:
             raise exc.located(file=file.name, tensor=record.name) from exc
         return scales
+
+
+def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> None:
+    """Checks that a shard's header has its checksum and holds what the manifest places in shard `number`, and nothing else.
+
+    Raises:
+        ChecksumError: the header differs from the manifest.
+        LayoutError: a tensor is missing, too many, or of another type.
+    """
+    file = manifest.shards[number].name
+    _check_xxh3(header.raw, manifest.shards[number].header_xxh3, file, None, 0)
+    found = {entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()}
+    expected: dict[str, tuple[str, list[int] | None]] = {}
+    for record in manifest.tensors:
+        if isinstance(record, AliasTensor) or record.shard != number:
+            continue
+        if isinstance(record, RawTensor):
+            expected[record.name] = (record.dtype, record.shape)
+            continue
+        expected[record.name] = ("U8", None)
+        expected[record.name + "_shape"] = ("I64", [len(record.shape)])
+        expected[record.name + "_chunks"] = ("U8", None)
+        if isinstance(record, Int8Tensor):
+            rows, cols = tensor_matrix(record)
+            expected[record.name + "_scale"] = ("F32", [rows if record.channel_kind == "row" else cols])
+    for name, (dtype, shape) in expected.items():
+        if name not in found:
+            raise LayoutError("shard lacks a tensor that the manifest places there", file=file, tensor=name)
+        got_dtype, got_shape = found[name]
+        if got_dtype != dtype or (got_shape != shape if shape is not None else len(got_shape) != 1):
+            got = f"{got_dtype} {got_shape}"
+            raise LayoutError("stored type differs from the manifest", file=file, tensor=name, got=got, expected=dtype)
+    for name in found:
+        if name not in expected:
+            raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
 
 
 def tensor_matrix(record: CodedTensor) -> tuple[int, int]:

@@ -34,19 +34,26 @@ def read_codes(tensor: StoredTensor) -> NDArray[np.int8]:
     return read_symbols(tensor)[0].view(np.int8)
 
 
+def read_tile_codes(tensor: StoredTensor, index: int) -> NDArray[np.int8]:
+    """Returns the int8 [tile rows, tile cols] codes of one tile of an `int8` tensor."""
+    tile = tensor.table.grid.tile(index)
+    return _read_tile(tensor, index)[0].view(np.int8).reshape(tile.rows, tile.cols)
+
+
 def read_tile_bytes(tensor: StoredTensor, index: int) -> bytes:
     """Returns the elements of one tile, row-major, as `read_tensor_bytes` would give them for the whole tensor."""
-    table = tensor.table
-    tile = table.grid.tile(index)
-    first, last = index * table.planes, (index + 1) * table.planes
-    slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
-    planes = [tensor.decode_chunk(chunk, slots, first) for chunk in range(first, last)]
     if isinstance(tensor.record, Int8Tensor):
         assert tensor.scales is not None
-        codes = planes[0].view(np.int8).reshape(tile.rows, tile.cols)
-        values = dequantize(codes, scales_for_tile(tensor.record, tensor.scales, tile))
-        return bits_from_float32(values, tensor.record.dtype).tobytes()
-    return _joined(tensor, planes)
+        scales = scales_for_tile(tensor.record, tensor.scales, tensor.table.grid.tile(index))
+        return bits_from_float32(dequantize(read_tile_codes(tensor, index), scales), tensor.record.dtype).tobytes()
+    return _joined(tensor, _read_tile(tensor, index))
+
+
+def _read_tile(tensor: StoredTensor, index: int) -> list[NDArray[np.uint8]]:
+    """Decodes one tile; returns its symbols, row-major, one array per plane."""
+    first, last = index * tensor.table.planes, (index + 1) * tensor.table.planes
+    slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
+    return [tensor.decode_chunk(chunk, slots, first) for chunk in range(first, last)]
 
 
 def read_tensor_bytes(container: Container, name: str) -> bytes:

@@ -1,5 +1,17 @@
-"""A name or a folder -> local files. The only room that talks to the network."""
+"""A name or a folder -> local files, and back. The only room that talks to the network."""
 
+from codecllm.hub.remote import RemoteContainer, open_remote
 from codecllm.hub.resolve import ModelFiles, resolve
+from codecllm.hub.upload import BaseModel, Upload, check_login, read_base_model, upload_container
 
-__all__ = ["ModelFiles", "resolve"]
+__all__ = [
+    "BaseModel",
+    "ModelFiles",
+    "RemoteContainer",
+    "Upload",
+    "check_login",
+    "open_remote",
+    "read_base_model",
+    "resolve",
+    "upload_container",
+]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from codecllm.formats.errors import HubError, UnsafeSourceError, UsageError
+from codecllm.formats import limits
+from codecllm.formats.errors import HubError, LimitError, NotAContainerError, UnsafeSourceError, UsageError
+from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.hub.failures import one_line_errors
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -27,6 +28,11 @@ _SIDE_PATTERNS = [
 ]
 _SUBFOLDER_WEIGHTS = ["*/*.safetensors", "*/*.safetensors.index.json"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MODEL_FILES = frozenset({"config.json", "generation_config.json"})
+
+Kind = Literal["source", "container", "model", "manifest"]
+"""What is wanted of a repository: a plain model to convert; or of a container all that it lists, what a model is loaded from,
+or the manifest alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +56,26 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
-    kind: Literal["source", "container"] = "container",
+    kind: Kind = "container",
 ) -> ModelFiles:
     """Returns the local files of a model, downloading them where needed.
+
+    Of a container only files that its manifest lists are fetched. A download that was interrupted goes on where it stopped:
+    files that are complete are not fetched again, and a connection that breaks is resumed inside the file.
 
     Args:
         name_or_path: a local folder, or a Hub id (`user/name`). A folder that exists wins.
         revision: branch, tag or commit; for a Hub id only.
         token: Hub token, True for the saved one, False for none, None for the default.
         cache_dir: the Hub cache to use instead of the default one.
-        kind: `source` leaves out weight files that only duplicate the safetensors; `container` takes all that it lists.
+        kind: what is wanted: `source` leaves out weight files that only duplicate the safetensors, `container` is all that the
+            manifest lists, `model` the shards and configs, `manifest` the manifest.
 
     Raises:
         UsageError: neither a folder nor a Hub id, or a revision for a folder.
         HubError: the repository could not be reached, found or read.
+        NotAContainerError: a container is wanted, and the repository has no manifest.
+        FormatError: its manifest is not valid.
         UnsafeSourceError: the repository's weights are pickles only.
     """
     folder = Path(name_or_path)
@@ -72,10 +84,22 @@ def resolve(
             raise UsageError("a revision goes with a Hub id, not with a local folder", got=revision)
         return _local(folder)
     name = os.fspath(name_or_path)
+    check_repo_id(name)
+    with one_line_errors(name, revision):
+        if kind == "source":
+            return _download_source(name, revision, token, cache_dir)
+        return _download_container(name, revision, token, cache_dir, kind)
+
+
+def check_repo_id(name: str) -> None:
+    """Raises UsageError where `name` cannot be a Hub id."""
     if not _REPO_ID.fullmatch(name) or ".." in name or "--" in name:
         raise UsageError("no such folder, and not a Hub id (user/name)", file=name)
-    with _one_line_errors(name, revision):
-        return _download(name, revision, token, cache_dir, kind)
+
+
+def listed_names(manifest: Manifest) -> list[str]:
+    """Returns the names of all files of a container but the manifest: shards, then side files."""
+    return [record.name for record in (*manifest.shards, *manifest.files)]
 
 
 def _local(folder: Path) -> ModelFiles:
@@ -87,29 +111,53 @@ def _local(folder: Path) -> ModelFiles:
     return ModelFiles(folder)
 
 
-def _download(repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, kind: str) -> ModelFiles:
-    from huggingface_hub import snapshot_download
-
-    def fetch(weights: str, commit: str | None) -> Path:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=commit or revision,
-                token=token,
-                cache_dir=cache_dir,
-                allow_patterns=[weights, *_SIDE_PATTERNS],
-                ignore_patterns=_SUBFOLDER_WEIGHTS,
-                library_name="codecllm",
-            )
-        )
-
-    folder = fetch("model*.safetensors", None)
+def _download_container(
+    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, kind: Kind
+) -> ModelFiles:
+    """Fetches the manifest, and of its commit what the manifest lists."""
+    folder = _snapshot(repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"])  # both are needed in any case
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
-    if kind == "source" and not any(folder.glob("*.safetensors")):
-        folder = fetch("*.safetensors", commit)
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise NotAContainerError(f"the repository holds no {MANIFEST_NAME}", file=repo)
+    if kind != "manifest":
+        if path.stat().st_size > limits.MANIFEST_BYTES:
+            raise LimitError("manifest is too long", file=MANIFEST_NAME, got=path.stat().st_size)
+        manifest = parse_manifest(path.read_bytes())
+        names = listed_names(manifest) if kind == "container" else _model_names(manifest)
+        folder = _snapshot(repo, commit or revision, token, cache_dir, [MANIFEST_NAME, *names])
+    return ModelFiles(folder, repo, commit)
+
+
+def _model_names(manifest: Manifest) -> list[str]:
+    return [name for name in listed_names(manifest) if name.endswith(".safetensors") or name in _MODEL_FILES]
+
+
+def _download_source(repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None) -> ModelFiles:
+    folder = _snapshot(repo, revision, token, cache_dir, ["model*.safetensors", *_SIDE_PATTERNS])
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else None
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(repo, commit or revision, token, cache_dir, ["*.safetensors", *_SIDE_PATTERNS])
         if not any(folder.glob("*.safetensors")):
             _refuse_pickles(repo, commit or revision, token)
     return ModelFiles(folder, repo, commit)
+
+
+def _snapshot(
+    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, patterns: list[str]
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        repo,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        allow_patterns=patterns,
+        ignore_patterns=_SUBFOLDER_WEIGHTS,
+        library_name="codecllm",
+    )
+    return Path(folder)
 
 
 def _refuse_pickles(repo: str, revision: str | None, token: str | bool | None) -> None:
@@ -122,37 +170,3 @@ def _refuse_pickles(repo: str, revision: str | None, token: str | bool | None) -
             "the repository's weights are pickles, which run code when they are opened", file=repo, got=pickles[0]
         )
     raise HubError("the repository holds no safetensors weights", file=repo)
-
-
-@contextmanager
-def _one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turns the Hub client's exceptions into one HubError that says what to do."""
-    from huggingface_hub import errors
-
-    at = f" at revision {revision!r}" if revision else ""
-    explanations: list[tuple[tuple[type[BaseException], ...], Callable[[Any], str]]] = [
-        (
-            (errors.GatedRepoError,),
-            lambda _: "gated: ask for access on the Hub, then log in ('hf auth login' or HF_TOKEN)",
-        ),
-        ((errors.RepositoryNotFoundError,), lambda _: "not found on the Hub (or private: log in, or set HF_TOKEN)"),
-        ((errors.RevisionNotFoundError,), lambda _: f"no such revision: {revision!r}"),
-        (
-            (errors.OfflineModeIsEnabled,),
-            lambda _: f"not in the local cache{at}, and offline mode is on (HF_HUB_OFFLINE)",
-        ),
-        ((errors.LocalEntryNotFoundError,), lambda _: f"not in the local cache{at}, and the Hub cannot be reached"),
-        ((errors.HFValidationError,), lambda exc: f"not a Hub id: {exc}"),
-        ((errors.HfHubHTTPError,), lambda exc: f"the Hub answered with an error: {str(exc).splitlines()[0]}"),
-    ]
-    try:
-        yield
-    except (HubError, UnsafeSourceError):
-        raise
-    except Exception as exc:
-        for classes, explain in explanations:
-            if isinstance(exc, classes):
-                raise HubError(explain(exc), file=repo) from exc
-        if isinstance(exc, (ConnectionError, TimeoutError)) or type(exc).__module__.split(".")[0].startswith("http"):
-            raise HubError(f"the Hub cannot be reached ({type(exc).__name__})", file=repo) from exc
-        raise

@@ -135,5 +135,6 @@ def _container_folder(checkpoint_files: list[str]) -> Path:
     if not (folder / MANIFEST_NAME).exists():
         files = resolve(folder)
         if files.repo is not None:
-            return resolve(files.repo, revision=files.commit).folder
+            cache = folder.resolve().parents[2]
+            return resolve(files.repo, revision=files.commit, cache_dir=cache, kind="model").folder
     return folder

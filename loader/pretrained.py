@@ -99,7 +99,7 @@ def from_pretrained(
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
     if resident not in get_args(Resident):
         raise UsageError("no such resident", got=repr(resident), expected=" or ".join(get_args(Resident)))
-    files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+    files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     with Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container, DecodePool(workers) as pool:
         config = _read_config(container, resident)
         with metered(progress, container.manifest.source.tensor_bytes) as meter:

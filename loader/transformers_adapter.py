@@ -248,6 +248,23 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
     dispatch_model(model, device_map=device_map, offload_dir=offload_folder, offload_buffers=True)
 
 
+def linear_modules(folder: Path) -> list[str]:
+    """Returns the names of the nn.Linear modules of the model that a folder's config names; no weights are read or made.
+
+    Raises:
+        UnsupportedEnvironmentError: this transformers cannot read the config, or has no such class.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as exc:
+        reason = " ".join(str(exc).split())[:200]
+        raise UnsupportedEnvironmentError(f"transformers cannot read the config: {reason}", file="config.json") from exc
+    strip_quantization(config)
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
 def tied_parameters(model: Any) -> dict[str, str]:
     """Returns the model's own table: name of a parameter -> name of the parameter that it is tied to."""
     tied: dict[str, str] = model.all_tied_weights_keys

@@ -21,6 +21,8 @@ def render_report(report: Report, console: Console) -> None:
             console.print(f"           ... and {len(stage.findings) - FINDINGS_SHOWN} more; --json lists all", highlight=False)
     for warning in report.warnings:
         console.print(f"warning    {escape(warning)}", style="yellow", highlight=False)
+    if report.commit:
+        console.print(f"hub        {escape(report.container)} @ {report.commit}", highlight=False)
     if report.manifest_sha256:
         console.print(f"manifest   sha256 {report.manifest_sha256}", highlight=False)
     ran = [stage.name for stage in report.stages if stage.verdict is Verdict.OK]

@@ -78,6 +78,7 @@ class Report:
         manifest_sha256: of the manifest that was checked, or None where there is none.
         stages: in the order in which they ran.
         warnings: what deserves a look and is no fault.
+        commit: commit of the Hub repository that was checked, or None for a folder of one's own.
     """
 
     container: str
@@ -85,6 +86,7 @@ class Report:
     manifest_sha256: str | None = None
     stages: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    commit: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -104,6 +106,7 @@ class Report:
         """Returns the report as JSON values."""
         return {
             "container": self.container,
+            "commit": self.commit,
             "level": self.level,
             "ok": self.ok,
             "exit_code": self.exit_code,

@@ -29,6 +29,8 @@ def verify(
     workers: int | None = None,
     expected_manifest_sha256: str | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Checks a container. Nothing is written and nothing is repaired.
@@ -46,6 +48,8 @@ def verify(
         workers: threads; None takes one per core.
         expected_manifest_sha256: fail for any other manifest.
         revision: branch, tag or commit of a Hub id.
+        token: Hub token.
+        cache_dir: Hub cache.
         progress: called with a name, bytes done and bytes in all.
 
     Returns:
@@ -60,8 +64,8 @@ def verify(
         raise UsageError("no such level", got=repr(level), expected=", ".join(LEVELS))
     if level != "full" and (source is not None or require_baseline):
         raise UsageError("comparing with the source or requiring a baseline needs level full", got=level)
-    files = resolve(name_or_path, revision=revision)
-    report = Report(str(name_or_path), level)
+    files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+    report = Report(str(name_or_path), level, commit=files.commit)
     threads = workers or max(1, len(os.sched_getaffinity(0)))
     pinned = expected_manifest_sha256
     with _stage(report, "structure") as stage, Container(files.folder, expected_manifest_sha256=pinned) as container:

@@ -17,7 +17,7 @@ from codecllm.cli import parse_size
 from codecllm.formats.errors import UsageError
 from tests import tampering
 
-COMMANDS = ("convert", "verify", "info", "export", "generate")
+COMMANDS = ("convert", "push", "verify", "info", "export", "generate")
 
 
 def run(*arguments, cwd=None):
@@ -165,6 +165,24 @@ def test_signals_leave_nothing_behind(tmp_path, number, code):
     assert child.returncode == code, stderr
     assert "Traceback" not in stderr
     assert not out.exists()
+
+
+def test_a_signal_inside_a_lock_is_still_that_signal(container, monkeypatch, capsys):
+    """Raised where a condition waits, the signal's exception makes the lock's own exit fail with a RuntimeError."""
+    from codecllm import cli
+
+    def interrupted(*args, **kwargs):
+        try:
+            raise cli._StopError(signal.SIGTERM)
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr("codecllm.info.describe", interrupted)
+    monkeypatch.setattr(sys, "argv", ["codecllm", "info", str(container)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
 def test_sizes():

@@ -1,0 +1,191 @@
+"""Parts of a Hub repository's files, read by range requests: what can be said of a container without downloading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from codecllm.formats import limits
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.container import check_shard_header
+from codecllm.formats.errors import HubError, LayoutError, LimitError, NotAContainerError, TruncatedError
+from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.formats.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
+from codecllm.hub.failures import one_line_errors
+from codecllm.hub.resolve import check_repo_id, listed_names
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_NAMES_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteEntry:
+    """What the Hub says of a file.
+
+    Attributes:
+        size: its size in bytes.
+        sha256: of its content, where the Hub keeps it as a large file; else None.
+    """
+
+    size: int
+    sha256: str | None
+
+
+class RemoteRepository:
+    """A Hub repository at one commit, read by range requests.
+
+    Attributes:
+        name: `user/name`.
+        commit: the commit that the revision led to, 40 hex digits.
+        transferred_bytes: bytes of file content received so far.
+    """
+
+    def __init__(self, name: str, *, revision: str | None = None, token: str | bool | None = None) -> None:
+        """Asks the Hub for the commit.
+
+        Raises:
+            UsageError: not a Hub id.
+            HubError: the repository cannot be reached, found or read.
+        """
+        from huggingface_hub import HfApi
+
+        check_repo_id(name)
+        self.name = name
+        self.transferred_bytes = 0
+        self._token = token
+        self._api = HfApi(library_name="codecllm", token=token)
+        with one_line_errors(name, revision):
+            self.commit = str(self._api.model_info(name, revision=revision).sha)
+
+    def entries(self, names: list[str]) -> dict[str, RemoteEntry]:
+        """Returns what the Hub says of the files that are there.
+
+        Raises:
+            HubError: the Hub cannot be asked.
+        """
+        with one_line_errors(self.name):
+            return read_entries(self._api, self.name, names, self.commit)
+
+    def read(self, file: str, offset: int, length: int) -> bytes:
+        """Reads exactly `length` bytes at `offset`; no more are transferred than the server sends ahead.
+
+        Raises:
+            HubError: the Hub cannot be asked, or does not serve ranges.
+            TruncatedError: the file ends before.
+        """
+        if not length:
+            return b""
+        from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not re-exported
+
+        headers = build_hf_headers(token=self._token, library_name="codecllm")
+        headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+        data = bytearray()
+        with one_line_errors(self.name):
+            url = hf_hub_url(self.name, file, revision=self.commit)
+            with get_session().stream("GET", url, headers=headers) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206 and offset:
+                    raise HubError("the Hub serves no ranges of this file", file=file, got=response.status_code)
+                for block in response.iter_raw():
+                    data += block
+                    self.transferred_bytes += len(block)
+                    if len(data) >= length:
+                        break
+        if len(data) < length:
+            raise TruncatedError("file ends early", file=file, byte=offset + len(data), expected=offset + length)
+        return bytes(data[:length])
+
+
+def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict[str, RemoteEntry]:
+    """Returns what the Hub says of those of the named files that are there. Raises the client's own exceptions."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = {}
+    for first in range(0, len(names), _NAMES_AT_ONCE):
+        for file in api.get_paths_info(repo, names[first : first + _NAMES_AT_ONCE], revision=revision):
+            if isinstance(file, RepoFile):
+                entries[file.path] = RemoteEntry(file.size, file.lfs.sha256 if file.lfs is not None else None)
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteContainer:
+    """A container on the Hub, of which the manifest and the shards' headers were read and compared.
+
+    Attributes:
+        repository: where it is.
+        manifest: its manifest.
+        manifest_sha256: sha256 of the manifest's bytes.
+        manifest_bytes: their number.
+        headers: the header of every shard, in order; each has its checksum and holds what the manifest says.
+        large_files: how many listed files have a sha256 on the Hub, each the one in the manifest.
+    """
+
+    repository: RemoteRepository
+    manifest: Manifest
+    manifest_sha256: str
+    manifest_bytes: int
+    headers: list[ShardHeader]
+    large_files: int
+
+
+def open_remote(name: str, *, revision: str | None = None, token: str | bool | None = None) -> RemoteContainer:
+    """Reads manifest and shard headers of a container on the Hub; no weights are transferred.
+
+    Sizes of all listed files, and the sha256 of those that the Hub keeps as large files, are compared with the manifest.
+
+    Raises:
+        UsageError: not a Hub id.
+        HubError: the repository cannot be reached, found or read.
+        NotAContainerError: it has no manifest.
+        FormatError: the manifest is not valid, or a file or header is not what it says.
+    """
+    repository = RemoteRepository(name, revision=revision, token=token)
+    entry = repository.entries([MANIFEST_NAME]).get(MANIFEST_NAME)
+    if entry is None:
+        raise NotAContainerError(f"the repository holds no {MANIFEST_NAME}", file=name)
+    if entry.size > limits.MANIFEST_BYTES:
+        raise LimitError("manifest is too long", file=MANIFEST_NAME, got=entry.size)
+    data = repository.read(MANIFEST_NAME, 0, entry.size)
+    manifest = parse_manifest(data)
+    large_files = compare_entries(manifest, repository.entries(listed_names(manifest)))
+    headers = [_read_header(repository, shard.name, shard.bytes) for shard in manifest.shards]
+    for number, header in enumerate(headers):
+        check_shard_header(manifest, number, header)
+    return RemoteContainer(repository, manifest, sha256_hex(data), len(data), headers, large_files)
+
+
+def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
+    """Compares what the Hub says of its files with what the manifest says.
+
+    Returns:
+        The number of files whose sha256 the Hub knows, and which is the manifest's.
+
+    Raises:
+        TruncatedError: a listed file is missing.
+        LayoutError: one has another size, or content.
+    """
+    known = 0
+    for record in (*manifest.shards, *manifest.files):
+        entry = entries.get(record.name)
+        if entry is None:
+            raise TruncatedError("file is missing on the Hub", file=record.name)
+        if entry.size != record.bytes:
+            raise LayoutError("file on the Hub has another size", file=record.name, got=entry.size, expected=record.bytes)
+        if entry.sha256 not in (None, record.sha256):
+            raise LayoutError(
+                "file on the Hub differs from the manifest: sha256", file=record.name, got=entry.sha256, expected=record.sha256
+            )
+        known += entry.sha256 is not None
+    return known
+
+
+def _read_header(repository: RemoteRepository, name: str, file_bytes: int) -> ShardHeader:
+    prefix = repository.read(name, 0, PREFIX_BYTES)
+    size = int.from_bytes(prefix, "little")
+    if size > min(file_bytes - PREFIX_BYTES, limits.HEADER_BYTES):
+        raise LimitError("header is too long", file=name, got=size)
+    return parse_header(prefix + repository.read(name, PREFIX_BYTES, size), file_bytes=file_bytes, file=name)

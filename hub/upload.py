@@ -1,0 +1,171 @@
+"""Puts a container's files into a Hub repository: only what the manifest lists, the manifest itself and the model card."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codecllm.formats.errors import HubError, UsageError
+from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
+from codecllm.hub.failures import one_line_errors
+from codecllm.hub.remote import RemoteRepository, compare_entries, read_entries
+from codecllm.hub.resolve import check_repo_id, listed_names
+
+CARD_NAME = "README.md"
+_CARD_BYTES = 1 << 20
+_REPLACED = ["*.safetensors", INDEX_NAME, MANIFEST_NAME, BASELINE_NAME]
+"""Files of an earlier upload that go when the new one does not bring them: a shard left over would be an error to readers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A finished upload.
+
+    Attributes:
+        url: of the repository.
+        commit: the commit that holds the container.
+        revision: what leads to it: a branch, or `refs/pr/N`.
+        pull_request: URL of the pull request, or None.
+        card: whether README.md was sent; False where the repository has one that somebody wrote.
+    """
+
+    url: str
+    commit: str
+    revision: str
+    pull_request: str | None
+    card: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """What the Hub says of the model that a container was made from.
+
+    Attributes:
+        repo: its repository.
+        card: the fields of its card that a derived card repeats: license, license_name, license_link, language, pipeline_tag.
+        gated: whether access to it must be asked for.
+    """
+
+    repo: str
+    card: dict[str, Any]
+    gated: bool
+
+
+def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
+    """Asks the Hub for a model's licence and access conditions.
+
+    Raises:
+        UsageError: not a Hub id.
+        HubError: it cannot be reached or found.
+    """
+    from huggingface_hub import HfApi
+
+    check_repo_id(repo)
+    with one_line_errors(repo):
+        info = HfApi(library_name="codecllm", token=token).model_info(repo)
+    data = info.card_data.to_dict() if info.card_data is not None else {}  # type: ignore[no-untyped-call]
+    names = ("license", "license_name", "license_link", "language")
+    card = {name: data[name] for name in names if data.get(name)}
+    if info.pipeline_tag:
+        card["pipeline_tag"] = info.pipeline_tag
+    return BaseModel(repo, card, bool(info.gated))
+
+
+def check_login(repo: str, *, token: str | bool | None = None) -> None:
+    """Makes sure, before long work begins, that a repository can be named so and that the Hub knows the token.
+
+    Raises:
+        UsageError: not `user/name`.
+        HubError: there is no token, the Hub does not know it, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    check_repo_id(repo)
+    if "/" not in repo:
+        raise UsageError("a repository needs its owner: user/name", got=repo)
+    with one_line_errors(repo):
+        HfApi(library_name="codecllm", token=token).whoami()
+
+
+def upload_container(
+    folder: Path,
+    manifest: Manifest,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str,
+    card_marker: str,
+    token: str | bool | None = None,
+) -> Upload:
+    """Makes the repository where there is none and uploads a container into it.
+
+    An upload that was interrupted goes on when it is started again: files that had arrived are not sent a second time. What
+    arrived is compared with the manifest in the end.
+
+    Args:
+        folder: the container.
+        manifest: its manifest, verified.
+        repo: `user/name`.
+        private: the repository must be private: a new one is made so, one that exists must be so already.
+        revision: branch to commit to, made from `main` where it does not exist; None: `main`.
+        create_pr: open a pull request against `main`.
+        message: the commit's first line.
+        card_marker: text that marks a README.md as made by codecllm: such a one does not replace one on the Hub that lacks it.
+        token: Hub token.
+
+    Raises:
+        UsageError: the repository exists and is public, though `private` is asked for; nothing was uploaded.
+        HubError: the Hub cannot be reached, or refuses.
+        FormatError: what arrived is not what the manifest says.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="codecllm", token=token)
+    with one_line_errors(repo, revision):
+        url = str(api.create_repo(repo, private=private or None, exist_ok=True))
+        if private and not api.model_info(repo).private:
+            raise UsageError("the repository exists and is public: --private cannot hide it", file=repo)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        names = [MANIFEST_NAME, *listed_names(manifest)]
+        card = _is_own_card(folder, card_marker) or not _has_own_card(repo, revision, token, card_marker)
+        commit = _upload(api, folder, [*names, CARD_NAME] if card else names, repo, revision, create_pr, message)
+        pull_request = commit.pr_url if create_pr else None
+        reached = str(commit.pr_revision) if pull_request else revision or "main"
+        compare_entries(manifest, read_entries(api, repo, listed_names(manifest), reached))
+    return Upload(url, str(commit.oid), reached, pull_request, card)
+
+
+def _is_own_card(folder: Path, marker: str) -> bool:
+    path = folder / CARD_NAME
+    return path.exists() and marker not in path.read_text(errors="replace")
+
+
+def _has_own_card(repo: str, revision: str | None, token: str | bool | None, marker: str) -> bool:
+    remote = RemoteRepository(repo, revision=revision, token=token)
+    entry = remote.entries([CARD_NAME]).get(CARD_NAME)
+    if entry is None or not entry.size:
+        return False
+    return marker.encode() not in remote.read(CARD_NAME, 0, min(entry.size, _CARD_BYTES))
+
+
+def _upload(api: Any, folder: Path, names: list[str], repo: str, revision: str | None, create_pr: bool, message: str) -> Any:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # remarks on the card's metadata
+            return api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=message,
+                allow_patterns=names,
+                delete_patterns=_REPLACED,
+            )
+    except ValueError as exc:
+        if isinstance(exc, OSError):  # an answer of the Hub that is also a ValueError: `one_line_errors` knows it
+            raise
+        raise HubError(f"the Hub refuses the upload: {' '.join(str(exc).split())}", file=repo) from exc

@@ -1,0 +1,85 @@
+"""What goes wrong between here and the Hub: one line, an exit code, no traceback; the same facts with --json."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from codecllm.publishing import push
+
+REPO = "user/tiny"
+UNREACHABLE = "http://127.0.0.1:9"
+
+CASES = {
+    "gated": ({"token": "hf_reader"}, "gated: ask for access"),
+    "gated, not logged in": ({"token": None}, "gated: ask for access"),
+    "missing": ({"repo": "user/absent"}, "not found on the Hub"),
+    "private": ({"token": "hf_reader", "repo": "user/hidden"}, "not found on the Hub (or private: log in"),
+    "wrong token": ({"token": "hf_wrong"}, "the Hub refuses the token"),
+    "no such revision": ({"revision": "v9"}, "no such revision: 'v9'"),
+    "offline": ({"HF_HUB_OFFLINE": "1"}, "not in the local cache, and offline mode is on"),
+    "unreachable": ({"HF_ENDPOINT": UNREACHABLE}, "the Hub cannot be reached"),
+    "no container": ({"repo": "user/plain"}, "holds no codecllm.json"),
+}
+
+
+@pytest.fixture
+def repositories(hub, container):
+    push(container, REPO, level="structure")
+    push(container, "user/hidden", level="structure", private=True)
+    hub.add_repo("user/plain", {"config.json": b"{}"})
+    hub.repos[REPO].gated = True
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_line(repositories, run, command, case):
+    options, words = CASES[case]
+    options = dict(options)
+    more = ["--revision", options.pop("revision")] if "revision" in options else []
+    done = run(command, options.pop("repo", REPO), *more, cache="empty", **options)
+    assert done.returncode == (1 if case == "no container" else 4), done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
+
+
+def test_the_same_facts_as_json(repositories, run):
+    done = run("info", "user/absent", "--json")
+    facts = json.loads(done.stdout)
+    assert (facts["error"], facts["file"], facts["exit_code"]) == ("HubError", "user/absent", 4)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"token": None}, "no Hub token: log in"),
+        ({"token": "hf_wrong"}, "the Hub refuses the token"),
+        ({"token": "hf_reader"}, "the token may not do this"),
+        ({"HF_ENDPOINT": UNREACHABLE}, "the Hub cannot be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, "offline mode is on"),
+    ],
+)
+def test_push_fails_in_one_line(container, run, options, words):
+    done = run("push", container, "user/new", "--level", "structure", "-q", **options)
+    assert done.returncode == 4
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert words in lines[0]
+
+
+def test_approved_users_read_gated_repositories(repositories, hub, run):
+    hub.approved.add("reader")
+    assert run("verify", REPO, "--level", "checksums", token="hf_reader").returncode == 0
+    hub.repos[REPO].gated = False
+    assert run("info", REPO, token=None).returncode == 0
+
+
+def test_what_was_fetched_once_works_offline(repositories, run):
+    assert run("verify", REPO, "--level", "checksums").returncode == 0
+    for command in (["verify", REPO, "--level", "checksums"], ["info", REPO]):
+        assert run(*command, HF_HUB_OFFLINE="1").returncode == 0
+    assert run("verify", REPO, "--level", "checksums", HF_ENDPOINT=UNREACHABLE).returncode == 0

@@ -1,0 +1,99 @@
+"""The export loaded by transformers with the compressed-tensors package: the same logits as the container's own."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import codecllm
+from codecllm.api import export
+from codecllm.converter import convert
+from codecllm.formats.errors import NotAContainerError, UsageError
+from tests.integration import tiny_models
+
+TOKENS = torch.arange(1, 33)[None]
+
+
+@pytest.fixture
+def package():
+    pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed (extra 'test')")
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(input_ids=TOKENS).logits.float()
+
+
+def load(folder, dtype, **options):
+    with warnings.catch_warnings(action="ignore"):  # transformers: an option given beside the model's own block
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "packed"),
+    [
+        ("llama", torch.bfloat16, 14),
+        ("llama_untied", torch.float16, 15),
+        ("qwen3", torch.bfloat16, 15),
+        ("gemma3", torch.bfloat16, 14),
+    ],
+)
+def test_dequantized_at_load_it_is_bit_for_bit_ours(package, tiny, container, tmp_path, name, dtype, packed):
+    from transformers import CompressedTensorsConfig
+
+    export(container(name, "int8"), tmp_path / "packed", format="compressed-tensors")
+    theirs = load(tmp_path / "packed", dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
+    ours = codecllm.from_pretrained(container(name, "int8"), dtype=dtype)
+    assert torch.equal(logits(theirs), logits(ours))
+    weights = ours.state_dict()
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    index = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    modules = {key for key, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(modules - set(index["ignore"])) == packed
+
+
+def test_experts_are_ours_before_their_rounding(package, tiny, container, tmp_path):
+    """The package leaves experts in float32: exactly code * scale, which we round to bfloat16."""
+    from transformers import CompressedTensorsConfig
+
+    export(container("qwen3_moe", "int8"), tmp_path / "packed", format="compressed-tensors")
+    theirs = load(tmp_path / "packed", torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True))
+    ours = codecllm.from_pretrained(container("qwen3_moe", "int8"), dtype=torch.bfloat16)
+    weights = ours.state_dict()
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value.to(torch.bfloat16), weights[key]), key
+    largest = float(logits(ours).abs().max())
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=2**-7 * largest)
+
+
+def test_kept_packed_it_is_ours_where_the_dtype_holds_the_scales(package, tmp_path):
+    """Kept packed, the package holds the scales in the model's dtype: exactly in float32, rounded in bfloat16."""
+    source = tiny_models.llama(tmp_path / "source", dtype=torch.float32)
+    convert(source, tmp_path / "out", include=("*",))
+    export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors")
+    theirs = load(tmp_path / "packed", torch.float32)
+    assert theirs.model.layers[0].mlp.up_proj.weight_packed.dtype == torch.int32
+    ours = logits(codecllm.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    torch.testing.assert_close(logits(theirs), ours, rtol=0, atol=1e-6)
+    rounded = logits(load(tmp_path / "packed", torch.bfloat16))
+    ours = logits(codecllm.from_pretrained(tmp_path / "out", dtype=torch.bfloat16))
+    torch.testing.assert_close(rounded, ours, rtol=2**-7, atol=2**-7 * float(ours.abs().max()))
+
+
+def test_without_linear_int8_weights_there_is_nothing_to_export(container, tmp_path):
+    with pytest.raises(UsageError, match="no int8 tensor"):
+        export(container("gpt2", "int8"), tmp_path / "packed", format="compressed-tensors")
+    with pytest.raises(UsageError, match="this container is lossless"):
+        export(container("llama", "lossless"), tmp_path / "packed", format="compressed-tensors")
+    with pytest.raises(UsageError, match="Q8_0 keeps its scales as float16"):
+        export(container("llama", "int8"), tmp_path / "packed", format="gguf")
+    with pytest.raises(UsageError, match="no such format"):
+        export(container("llama", "int8"), tmp_path / "packed", format="onnx")
+    with pytest.raises(NotAContainerError):
+        export(tmp_path, tmp_path / "packed", format="gguf")
+    assert not (tmp_path / "packed").exists()
