@@ -15,8 +15,8 @@ from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor, Tensor
 def describe(folder: str | Path) -> dict[str, Any]:
     """Returns the figures of a container as JSON values.
 
-    `stored_bytes` of a tensor counts payload, side tensors and scales, not its share of headers and manifest; those are in
-    the totals.
+    `stored_bytes` of a tensor counts its chunks, scales and frequency tables, not its share of headers and manifest; those are
+    in the totals.
     """
     with Container(folder) as container:
         manifest = container.manifest
@@ -73,7 +73,7 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         row["stored_bytes"], row["entropy_bits"] = record.source_bytes, 8 * record.source_bytes
     else:
         row["codec"] = "+".join(dict.fromkeys(plane.codec for plane in record.planes))
-        row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes)
+        row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes) + (record.tables_bytes or 0)
         row["entropy_bits"] = sum(plane.entropy_bits for plane in record.planes)
     if isinstance(record, Int8Tensor):
         scales = 4 * record.shape[record.channel_axis]

@@ -17,7 +17,7 @@ from codecllm.formats.container import Container, PlainTensor, StoredTensor
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, Int8Tensor, TensorRecord, shard_name
-from codecllm.formats.reference import read_tensor_bytes, read_tile_bytes
+from codecllm.formats.reference import read_tensor_bytes, read_tiles_bytes, tiles_at_once
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
 
 
@@ -104,13 +104,15 @@ def _write_shard(
 
 
 def _parts(executor: ThreadPoolExecutor, window: int, container: Container, name: str) -> Iterator[bytes]:
-    """Yields a tensor's bytes in order; tile by tile where tiles follow the source's order, else at once."""
+    """Yields a tensor's bytes in order; by runs of tiles where tiles follow the source's order, else at once."""
     tensor = container.tensor(name)
     if isinstance(tensor, PlainTensor) or not tensor.table.grid.in_source_order:
         yield read_tensor_bytes(container, name)
         return
     stored: StoredTensor = tensor
-    yield from ordered(executor, lambda tile: read_tile_bytes(stored, tile), range(len(stored.table.grid)), window)
+    count, step = len(stored.table.grid), tiles_at_once(stored)
+    runs = (range(first, min(first + step, count)) for first in range(0, count, step))
+    yield from ordered(executor, lambda tiles: read_tiles_bytes(stored, tiles), runs, window if step == 1 else 1)
 
 
 def _check_digest(container: Container, name: str, got: str) -> None:

@@ -45,6 +45,17 @@ from codecllm.formats.tiling import Grid, channel_matrix, last_axis_matrix
 SIDE_SUFFIXES = {"shape": "_shape", "chunks": "_chunks", "scale": "_scale", "tables": "_tables"}
 
 
+Decoded = NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError
+"""What became of a chunk: its symbols, or why there are none."""
+
+
+def sound(decoded: Decoded) -> NDArray[np.uint8]:
+    """Returns the symbols of a chunk, or raises its error."""
+    if isinstance(decoded, FormatError):
+        raise decoded
+    return decoded
+
+
 class ReadsAt(Protocol):
     """What a tensor's bytes are read from: an open file, or memory."""
 
@@ -141,13 +152,9 @@ class StoredTensor:
             DecodeError: the verified bytes do not decode to the declared symbols.
         """
         (decoded,) = self.decode_run(chunk, chunk + 1, slots, first)
-        if isinstance(decoded, FormatError):
-            raise decoded
-        return decoded
+        return sound(decoded)
 
-    def decode_run(
-        self, begin: int, end: int, slots: memoryview, first: int
-    ) -> Iterator[NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError]:
+    def decode_run(self, begin: int, end: int, slots: memoryview, first: int) -> Iterator[Decoded]:
         """Verifies and decodes chunks [begin, end), one after another; those of codec `rans` all together at the start.
 
         Args:
@@ -177,12 +184,10 @@ class StoredTensor:
                 continue
             yield symbols
 
-    def _decode_rans(
-        self, begin: int, end: int, slots: memoryview, first: int
-    ) -> dict[int, NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError]:
+    def _decode_rans(self, begin: int, end: int, slots: memoryview, first: int) -> dict[int, Decoded]:
         """Verifies and decodes the chunks of [begin, end) that use codec `rans`; returns symbols or error of each."""
         assert self.tables is not None
-        results: dict[int, NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError] = {}
+        results: dict[int, Decoded] = {}
         coded: dict[int, rans.Coded] = {}
         for chunk in range(begin, end):
             record = self.table.chunks[chunk]
