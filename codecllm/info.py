@@ -28,6 +28,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
             "format_version": manifest.format_version,
             "writer": manifest.writer,
             "scheme": manifest.options.scheme,
+            "codec": manifest.options.codec or "zstd",
             "source": manifest.source.model_dump(),
             "source_dtypes": _dtype_bytes(manifest.tensors),
             "manifest_sha256": container.manifest_sha256,
@@ -103,7 +104,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
     source = facts["source"]
     origin = f"{source['repo']} @ {source['commit']}" if source["repo"] else "a local folder"
     dtypes = ", ".join(f"{name} {size:,} B" for name, size in facts["source_dtypes"].items())
-    console.print(f"\nformat {facts['format_version']}, scheme {facts['scheme']}, from {origin}", highlight=False)
+    console.print(f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}", highlight=False)
     console.print(f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})", highlight=False)
     console.print(
         f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest",
