@@ -104,7 +104,9 @@ def render(facts: dict[str, Any], console: Console) -> None:
     source = facts["source"]
     origin = f"{source['repo']} @ {source['commit']}" if source["repo"] else "a local folder"
     dtypes = ", ".join(f"{name} {size:,} B" for name, size in facts["source_dtypes"].items())
-    console.print(f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}", highlight=False)
+    console.print(
+        f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}", highlight=False
+    )
     console.print(f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})", highlight=False)
     console.print(
         f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest",

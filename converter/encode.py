@@ -24,6 +24,7 @@ from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, slot_bytes
 from codecllm.formats.codecs import CODEC_IDS, CODECS, RANS_ID, rans
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
+from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
 from codecllm.formats.schemes.int8 import channel_scales
@@ -264,7 +265,7 @@ def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]]) -> tuple[WaitingChun
     counts = np.array([[np.bincount(symbols, minlength=256) for symbols in planes] for planes in planes_of], np.int64)
     tables: list[FrequencyTable | None] = [fit_table(plane) for plane in counts.sum(axis=0)]
     worth = [
-        _shrinks(-(-coded_bits(table, chunk) // 8) + rans.STATE_BYTES, int(chunk.sum()))
+        _shrinks(-(-coded_bits(table, chunk) // 8) + STATE_BYTES, int(chunk.sum()))
         for tile in counts
         for table, chunk in zip(tables, tile, strict=True)
         if table is not None
@@ -275,7 +276,7 @@ def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]]) -> tuple[WaitingChun
 
 
 def finish_blocks(blocks: list[EncodedBlock]) -> list[EncodedBlock]:
-    """Packs the waiting chunks of blocks, all of them together: `rans` is slow chunk by chunk. Changes nothing in other blocks."""
+    """Packs the waiting chunks of blocks, all of them together: `rans` is slow chunk by chunk. Other blocks stay as they are."""
     uncoded = [
         (block, chunk, rans.Uncoded(block.waiting.symbols[chunk], table))
         for block in blocks

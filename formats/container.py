@@ -367,7 +367,7 @@ class Container:
             expected[record.name] = ("U8", None)
             expected[record.name + "_shape"] = ("I64", [len(record.shape)])
             expected[record.name + "_chunks"] = ("U8", None)
-            if record.xxh3.tables is not None:
+            if record.tables_bytes is not None:
                 expected[record.name + "_tables"] = ("U8", [record.tables_bytes])
             if isinstance(record, Int8Tensor):
                 rows, cols = tensor_matrix(record)
@@ -389,9 +389,7 @@ class Container:
         _check_xxh3(data, checksum, file.name, entry.name, entry.start)
         return data
 
-    def _read_tables(
-        self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable
-    ) -> GroupTables | None:
+    def _read_tables(self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable) -> GroupTables | None:
         if record.xxh3.tables is None:
             return None
         data = self._read_side(file, header, record, "tables", record.xxh3.tables)

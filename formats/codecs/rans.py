@@ -101,7 +101,7 @@ def _runs(lengths: list[int]) -> list[_Run]:
 def _distinct(tables: Sequence[FrequencyTable]) -> tuple[list[FrequencyTable], NDArray[np.intp]]:
     """Returns the different tables of a batch and each chunk's place among them."""
     places: dict[int, int] = {}
-    distinct = []
+    distinct: list[FrequencyTable] = []
     for table in tables:
         if id(table) not in places:
             places[id(table)] = len(distinct)
@@ -236,7 +236,9 @@ def _encode_batch(chunks: list[Uncoded]) -> list[bytes]:
             own.append(words)
         lanes.resume(run.idle)
     states = lanes.states.reshape(count, LANES).astype("<u4")
-    return [own.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes() for own, words in zip(states, pieces, strict=True)]
+    return [
+        own.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes() for own, words in zip(states, pieces, strict=True)
+    ]
 
 
 class _EncodingLanes:

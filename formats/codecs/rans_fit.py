@@ -1,7 +1,7 @@
-"""Fits a frequency table to counted symbols: how a writer chooses precision and frequencies. In integers, so everywhere the same.
+"""Fits a frequency table to counted symbols: how a writer chooses precision and frequencies. In integers: everywhere the same.
 
 A symbol of frequency f under precision n costs n - log2(f) bits. Frequencies begin at the counts' share, rounded down and at
-least 1; what is then left over or owed goes, one unit at a time, to the symbol that gains most or from the one that loses least.
+least 1; what is then left over or owed goes, unit by unit, to the symbol that gains most or from the one that loses least.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION, Fre
 _COST_BITS = 16  # costs are counted in units of 2^-16 bit
 _LOG2 = np.rint(np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)).astype(np.int64)
 _TOLERANCE = (1 << _COST_BITS) // 256
-"""A lower precision is taken where it costs at most 1/256 bit per symbol more than the highest: its decoding table is smaller."""
+"""A lower precision is taken where it costs at most 1/256 bit per symbol more than the highest: its table is smaller."""
 
 
 def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:

@@ -65,7 +65,9 @@ def _rare(precision):
 
 def test_every_kind_of_chunk_has_the_bits_of_the_reference():
     uniform = np.random.default_rng(1).integers(0, 256, 500).astype(np.uint8)
-    cases = [(_symbols(length, sigma, length), None) for length, sigma in ((1, 9), (31, 2), (32, 30), (33, 30), (64, 1), (999, 30))]
+    cases = [
+        (_symbols(length, sigma, length), None) for length, sigma in ((1, 9), (31, 2), (32, 30), (33, 30), (64, 1), (999, 30))
+    ]
     cases += [(np.full(100, 128, np.uint8), None), (uniform, fit_table(np.ones(256, np.int64)))]
     cases += [(uniform, _rare(precision)) for precision in (12, 13, 14)]
     symbols = [symbols for symbols, _ in cases]
@@ -92,7 +94,14 @@ def test_damaged_chunks_end_in_a_fault_and_write_nothing_else():
     symbols = _symbols(100, 20, 1)
     table = fit_table(np.bincount(symbols, minlength=256))
     good = rans_reference.encode(symbols.tobytes(), table)
-    damaged = [bytes(len(good)), b"\xff" * len(good), good[:128], good[:-2], good + bytes(2), good[:128] + bytes(len(good) - 128)]
+    damaged = [
+        bytes(len(good)),
+        b"\xff" * len(good),
+        good[:128],
+        good[:-2],
+        good + bytes(2),
+        good[:128] + bytes(len(good) - 128),
+    ]
     for _ in range(40):
         position = int(rng.integers(8 * len(good)))
         one = bytearray(good)

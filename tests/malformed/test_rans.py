@@ -69,7 +69,9 @@ def _resize(name, change):
     def damage(folder):
         rewrite_shard(folder, edit)
         record = name.removesuffix("_tables")
-        tampering.reseal(folder, lambda document: _record(document, record).update(tables_bytes=_tables_bytes(document, record) + change))
+        tampering.reseal(
+            folder, lambda document: _record(document, record).update(tables_bytes=_tables_bytes(document, record) + change)
+        )
 
     return damage
 

@@ -136,7 +136,9 @@ def test_chunks_of_another_size(change):
     assert _both((stored + bytes(64))[: len(stored) + change], len(symbols), table) is None
 
 
-@pytest.mark.parametrize("stored", [b"", bytes(2), bytes(126), bytes(127), bytes(128), bytes(129), b"\xff" * 128, b"\xff" * 900])
+@pytest.mark.parametrize(
+    "stored", [b"", bytes(2), bytes(126), bytes(127), bytes(128), bytes(129), b"\xff" * 128, b"\xff" * 900]
+)
 def test_bytes_that_no_encoder_makes(stored):
     table = fit_table(_counts(_gaussian(3000, 6)))
     for raw_bytes in (1, 33, 1000):
@@ -229,4 +231,6 @@ def test_sizes_stay_near_the_entropy_of_the_group(bits, chunk, allowed):
     stored = rans.encode_chunks([rans.Uncoded(part, table) for part in symbols.reshape(-1, chunk)])
     total = sum(-(-len(data) // 16) * 16 for data in stored) + len(pack_table(table)) + 2
     assert 8 * total / symbols.size < counted_entropy_bits(counts) / symbols.size + allowed
-    assert abs(coded_bits(table, counts) / 8 - sum(len(data) - 128 for data in stored)) < 0.003 * symbols.size / 8 + 128 * len(stored)
+    assert abs(coded_bits(table, counts) / 8 - sum(len(data) - 128 for data in stored)) < 0.003 * symbols.size / 8 + 128 * len(
+        stored
+    )
