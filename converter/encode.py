@@ -276,7 +276,7 @@ def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]]) -> tuple[WaitingChun
 
 
 def finish_blocks(blocks: list[EncodedBlock]) -> list[EncodedBlock]:
-    """Packs the waiting chunks of blocks, all of them together: `rans` is slow chunk by chunk. Other blocks stay as they are."""
+    """Packs the waiting chunks of blocks, all of them together: `rans` is slow one by one. Other blocks stay as they are."""
     uncoded = [
         (block, chunk, rans.Uncoded(block.waiting.symbols[chunk], table))
         for block in blocks

@@ -44,7 +44,7 @@ def export(
         container: the container's folder.
         out: folder to make; absent or empty.
         max_shard_bytes: no weight file is longer, unless one tensor is.
-        workers: decoding threads; None takes one per core.
+        workers: decoding threads; None takes one per core, or more where the codec gains by it.
         progress: called with a tensor's name, bytes done and bytes in all.
 
     Raises:
@@ -52,11 +52,12 @@ def export(
         OutputExistsError: `out` is not empty.
         OSError: writing failed.
     """
-    threads = ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes).threads()
+    ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes).threads()  # refuses what cannot be
     with Container(container) as opened, Staging(out, force=False) as staging:
         placed = _place(opened.manifest.tensors, max_shard_bytes)
         names = ["model.safetensors"] if len(placed) == 1 else [shard_name(n + 1, len(placed)) for n in range(len(placed))]
         done, total = 0, sum(record.source_bytes for record in opened.manifest.tensors)
+        threads = opened.decoding_threads(workers)
         with ThreadPoolExecutor(threads, thread_name_prefix="codecllm-export") as executor:
             for name, records in zip(names, placed, strict=True):
                 for tensor, count in _write_shard(executor, 2 * threads, opened, staging.folder / name, records):
@@ -112,7 +113,7 @@ def _parts(executor: ThreadPoolExecutor, window: int, container: Container, name
     stored: StoredTensor = tensor
     count, step = len(stored.table.grid), tiles_at_once(stored)
     runs = (range(first, min(first + step, count)) for first in range(0, count, step))
-    yield from ordered(executor, lambda tiles: read_tiles_bytes(stored, tiles), runs, window if step == 1 else 1)
+    yield from ordered(executor, lambda tiles: read_tiles_bytes(stored, tiles), runs, window)
 
 
 def _check_digest(container: Container, name: str, got: str) -> None:

@@ -9,7 +9,6 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.codecs import rans
 from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile, sound
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import DecodeError
@@ -17,6 +16,8 @@ from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize
 from codecllm.formats.schemes.lossless import join_planes
+
+_RANS_SYMBOLS = 1 << 20
 
 
 def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
@@ -34,11 +35,11 @@ def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
 
 
 def tiles_at_once(tensor: StoredTensor) -> int:
-    """Returns how many tiles to read and decode together: one, or with codec `rans`, which needs company, many."""
+    """Returns how many tiles to read and decode together: one, or with codec `rans`, which needs company, a million."""
     if tensor.tables is None:
         return 1
     grid = tensor.table.grid
-    return max(1, rans.BATCH_SYMBOLS // (min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+    return max(1, _RANS_SYMBOLS // (min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
 
 
 def _decoded_tiles(tensor: StoredTensor, tiles: range) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from codecllm.formats.codecs import rans
 from codecllm.formats.container import StoredTensor, scales_for_tile, sound
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import DecodeError
@@ -56,10 +55,9 @@ class Workspace:
 
 
 def tiles_per_job(tensor: StoredTensor) -> int:
-    """Returns how many tiles make a job: about `JOB_SYMBOLS` elements, or with codec `rans` what it decodes at once."""
+    """Returns how many tiles make a job: about `JOB_SYMBOLS` elements."""
     grid = tensor.table.grid
-    symbols = JOB_SYMBOLS if tensor.tables is None else rans.BATCH_SYMBOLS
-    return max(1, symbols // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+    return max(1, JOB_SYMBOLS // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
 
 
 def plan_jobs(tensor: StoredTensor) -> list[range]:

@@ -75,7 +75,7 @@ def from_pretrained(
         resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and scales stay, each weight is
             dequantized where it is multiplied; the results are the same, memory is about half of bf16's. `compressed`: payloads
             stay coded as in the files, and each weight is decoded just before it is used; the results are the same.
-        workers: decoding threads; None takes one per core.
+        workers: decoding threads; None takes one per core, or more where the codec gains by it.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         hf_kwargs: further arguments of transformers' `from_pretrained`, for example `attn_implementation`.
 
@@ -95,7 +95,10 @@ def from_pretrained(
     if resident not in get_args(Resident):
         raise UsageError("no such resident", got=repr(resident), expected=" or ".join(get_args(Resident)))
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
-    with Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container, DecodePool(workers) as pool:
+    with (
+        Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container,
+        DecodePool(container.decoding_threads(workers)) as pool,
+    ):
         config = _read_config(container, resident)
         load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers)
         model = load.run(resident, {"device_map": device_map, **hf_kwargs})

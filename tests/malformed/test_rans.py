@@ -66,12 +66,12 @@ def _resize(name, change):
         held = held[:change] if change < 0 else held + bytes(change)
         tensors[name] = (dtype, [len(held)], held)
 
+    def count(document):
+        _record(document, name.removesuffix("_tables"))["tables_bytes"] += change
+
     def damage(folder):
         rewrite_shard(folder, edit)
-        record = name.removesuffix("_tables")
-        tampering.reseal(
-            folder, lambda document: _record(document, record).update(tables_bytes=_tables_bytes(document, record) + change)
-        )
+        tampering.reseal(folder, count)
 
     return damage
 
@@ -118,10 +118,6 @@ def _codec(name, chunk, codec):
 
 def _record(document, name):
     return next(record for record in document["tensors"] if record["name"] == name)
-
-
-def _tables_bytes(document, name):
-    return _record(document, name)["tables_bytes"]
 
 
 def _manifest(edit):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -163,6 +166,52 @@ def test_one_damaged_chunk_leaves_its_neighbours_alone():
     assert [isinstance(result, DecodeError) for result in results] == [False, True, True, False]
     assert np.array_equal(results[0], chunks[0])
     assert np.array_equal(results[3], chunks[3])
+
+
+def test_threads_that_wait_are_served_together(monkeypatch):
+    """One thread holds the turn; the requests of all others become a single batch, and each gets its own results."""
+    table = fit_table(_counts(_gaussian(3000, 6)) + 1)
+    chunks = [_gaussian(300 + number, 6, number) for number in range(6)]
+    stored = [rans_reference.encode(chunk.tobytes(), table) for chunk in chunks]
+    stored[4] = stored[4][:-2]
+    batches, results = [], {}
+    decode = rans._decode_batch
+    monkeypatch.setattr(rans, "_decode_batch", lambda batch: (batches.append(len(batch)), decode(batch))[1])
+
+    def work(number):
+        results[number] = rans.decode_chunks([rans.Coded(stored[number], len(chunks[number]), table)] * 2)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    with rans._TURN:
+        for thread in threads:
+            thread.start()
+        while len(rans._WAITING) < 6:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert batches == [12]
+    for number, (first, second) in results.items():
+        if number == 4:
+            assert isinstance(first, DecodeError)
+            assert isinstance(second, DecodeError)
+        else:
+            assert np.array_equal(first, chunks[number])
+            assert np.array_equal(second, chunks[number])
+
+
+def test_a_failure_reaches_every_thread_and_the_next_call_works(monkeypatch):
+    table = fit_table(_counts(_gaussian(3000, 6)))
+    symbols = _gaussian(3000, 6)
+    chunk = rans.Coded(rans_reference.encode(symbols.tobytes(), table), 3000, table)
+
+    def fail(batch):
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rans, "_decode_batch", fail)
+        with pytest.raises(MemoryError, match="no memory"):
+            rans.decode_chunks([chunk])
+    assert np.array_equal(rans.decode_chunks([chunk])[0], symbols)
 
 
 @pytest.mark.parametrize("name", KINDS)
