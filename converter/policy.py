@@ -9,8 +9,8 @@ from typing import Literal
 
 from codecllm.converter.source import SourceTensor
 from codecllm.formats.codecs import CodecName
-from codecllm.formats.codecs.rans_table import MAX_TABLE_BYTES
 from codecllm.formats.dtypes import INT8_SOURCES
+from codecllm.formats.rans_groups import max_tables_bytes
 from codecllm.formats.tiling import ChannelKind, Grid, channel_matrix, default_grid, last_axis_matrix
 
 Scheme = Literal["int8", "lossless"]
@@ -82,7 +82,7 @@ class TensorPlan:
         chunks = len(grid) * planes
         side = 64 + 8 * len(self.source.shape) + 16 * chunks + (4 * self.channels if self.scheme == "int8" else 0)
         if self.codec == "rans":
-            side += 16 + chunks * (2 + MAX_TABLE_BYTES)  # no more tables than chunks
+            side += max_tables_bytes(chunks)
         return self.source.entry.elements * planes + 16 * chunks + side
 
 

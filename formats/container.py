@@ -38,7 +38,7 @@ from codecllm.formats.manifest import (
     RawTensor,
     parse_manifest,
 )
-from codecllm.formats.rans_groups import GroupTables, parse_group_tables
+from codecllm.formats.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
 from codecllm.formats.safetensors_header import ShardHeader, read_header
 from codecllm.formats.schemes.int8 import check_codes, check_scales
 from codecllm.formats.tiling import Grid, channel_matrix, last_axis_matrix
@@ -400,6 +400,9 @@ class Container:
     def _read_tables(self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable) -> GroupTables | None:
         if record.xxh3.tables is None:
             return None
+        got, most = header.tensors[record.name + SIDE_SUFFIXES["tables"]].bytes, max_tables_bytes(len(chunks.records))
+        if got > most:
+            raise LayoutError("rans tables are too large", file=file.name, tensor=record.name, got=got, expected=f"<= {most}")
         data = self._read_side(file, header, record, "tables", record.xxh3.tables)
         return parse_group_tables(data, chunks=chunks, file=file.name, tensor=record.name)
 

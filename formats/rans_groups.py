@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from codecllm.formats.chunk_table import ChunkTable
 from codecllm.formats.codecs import RANS_ID
-from codecllm.formats.codecs.rans_table import FrequencyTable, parse_table
+from codecllm.formats.codecs.rans_table import MAX_TABLE_BYTES, FrequencyTable, parse_table
 from codecllm.formats.errors import LayoutError, NotAContainerError, SchemaError, UnsupportedVersionError
 from codecllm.formats.tiling import Grid
 
@@ -70,6 +70,11 @@ class GroupTables:
 def tile_groups(grid: Grid, group_rows: int, group_cols: int) -> Grid:
     """Returns the groups of a grid's tiles: rectangles of group_rows x group_cols tiles, smaller at the far edges."""
     return Grid(grid.down, grid.across, group_rows, group_cols)
+
+
+def max_tables_bytes(chunks: int) -> int:
+    """Returns the most bytes that the tables of `chunks` chunks may take: no group has less than one tile."""
+    return HEADER.itemsize + chunks * (SIZE.itemsize + MAX_TABLE_BYTES)
 
 
 def pack_group_tables(groups: Grid, planes: int, tables: list[bytes]) -> bytes:

@@ -144,6 +144,7 @@ FLAWS = {
     "no columns": (_set("q_tables", 12, bytes(4)), LayoutError, "no extent"),
     "a byte more": (_resize("q_tables", 1), LayoutError, "wrong size"),
     "a byte less": (_resize("q_tables", -1), LayoutError, "wrong size"),
+    "larger than any": (_resize("q_tables", 600), LayoutError, "too large"),
     "size too large": (_set("q_tables", SIZES, b"\xff\xff"), LayoutError, "wrong size"),
     "no table": (_set("l_tables", SIZES, bytes(4)), LayoutError, "wrong size"),
     "precision": (_set("q_tables", TABLE, b"\x0f"), DecodeError, "precision"),
