@@ -12,12 +12,12 @@ from codecllm.formats import manifest as manifest_module
 from codecllm.formats.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, slot_bytes
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.codecs.rans_reference import LANES, LOWER, STATE_BYTES
-from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION
+from codecllm.formats.codecs.rans_table import MAX_PRECISION, MAX_TABLE_BYTES, MIN_PRECISION
 from codecllm.formats.codecs.zstd import _PARAMETERS
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.rans_groups import HEADER as RANS_HEADER
 from codecllm.formats.rans_groups import MAGIC as RANS_MAGIC
-from codecllm.formats.rans_groups import SIZE, TABLES_VERSION
+from codecllm.formats.rans_groups import SIZE, TABLES_VERSION, max_tables_bytes
 from codecllm.formats.schemes.int8 import MAX_CODE, MAX_SCALE, MIN_SCALE
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 from tests.unit.formats.spec_example import SPEC, embed
@@ -107,6 +107,8 @@ def test_rans():
     assert f"The stored bytes are {LANES} states of 4 bytes" in TEXT
     assert f"at least {STATE_BYTES}." in TEXT
     assert f"MUST be at least {LOWER}\n" in TEXT
+    assert f"at most {MAX_TABLE_BYTES} bytes" in TEXT
+    assert max_tables_bytes(1000) == 16 + 547 * 1000
     assert {f"`{name}`" for name in manifest_module.KNOWN_FEATURES} == {"`rans`"}
 
 
