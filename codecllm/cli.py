@@ -49,6 +49,13 @@ class SchemeName(StrEnum):
     lossless = "lossless"
 
 
+class CodecName(StrEnum):
+    """Values of --codec."""
+
+    zstd = "zstd"
+    rans = "rans"
+
+
 class NonFiniteName(StrEnum):
     """Values of --non-finite."""
 
@@ -113,6 +120,9 @@ def convert(
     scheme: Annotated[
         SchemeName, typer.Option(help="int8: one scale per output channel. lossless: every bit.")
     ] = SchemeName.int8,
+    codec: Annotated[
+        CodecName, typer.Option(help="zstd: fast everywhere. rans: smaller, made for GPUs, slow to decode on a CPU.")
+    ] = CodecName.zstd,
     include: Annotated[list[str] | None, typer.Option(help="Quantize tensors matching this glob too. May be repeated.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Do not quantize tensors matching this glob. May be repeated.")
@@ -154,6 +164,7 @@ def convert(
         check_login(push_to)
     options: dict[str, Any] = {
         "scheme": scheme.value,
+        "codec": codec.value,
         "include": tuple(include or ()),
         "exclude": tuple(exclude or ()),
         "non_finite": non_finite.value,
@@ -519,6 +530,7 @@ def _conversion_facts(done: Any) -> dict[str, Any]:
     return {
         "out": str(report.out),
         "scheme": report.manifest.options.scheme,
+        "codec": report.manifest.options.codec or "zstd",
         "source_bytes": report.manifest.source.tensor_bytes,
         "container_bytes": report.stored_bytes,
         "ratio": report.ratio,

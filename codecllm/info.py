@@ -52,8 +52,8 @@ def describe_name(name: str, *, revision: str | None = None, token: str | bool |
 def describe_manifest(manifest: Manifest, manifest_sha256: str, manifest_bytes: int) -> dict[str, Any]:
     """Returns what a manifest says as JSON values.
 
-    `stored_bytes` of a tensor counts payload, side tensors and scales, not its share of headers and manifest; those are in
-    the totals.
+    `stored_bytes` of a tensor counts its chunks, scales and frequency tables, not its share of headers and manifest; those are
+    in the totals.
     """
     tensors = [_describe_tensor(record) for record in manifest.tensors]
     weights = sum(record.elements for record in manifest.tensors if not isinstance(record, AliasTensor))
@@ -63,6 +63,7 @@ def describe_manifest(manifest: Manifest, manifest_sha256: str, manifest_bytes: 
         "format_version": manifest.format_version,
         "writer": manifest.writer,
         "scheme": manifest.options.scheme,
+        "codec": manifest.options.codec or "zstd",
         "source": manifest.source.model_dump(),
         "source_dtypes": _dtype_bytes(manifest.tensors),
         "manifest_sha256": manifest_sha256,
@@ -108,7 +109,7 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         row["stored_bytes"], row["entropy_bits"] = record.source_bytes, 8 * record.source_bytes
     else:
         row["codec"] = "+".join(dict.fromkeys(plane.codec for plane in record.planes))
-        row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes)
+        row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes) + (record.tables_bytes or 0)
         row["entropy_bits"] = sum(plane.entropy_bits for plane in record.planes)
     if isinstance(record, Int8Tensor):
         scales = 4 * record.shape[record.channel_axis]
@@ -138,7 +139,9 @@ def render(facts: dict[str, Any], console: Console) -> None:
     source = facts["source"]
     origin = f"{source['repo']} @ {source['commit']}" if source["repo"] else "a local folder"
     dtypes = ", ".join(f"{name} {size:,} B" for name, size in facts["source_dtypes"].items())
-    console.print(f"\nformat {facts['format_version']}, scheme {facts['scheme']}, from {origin}", highlight=False)
+    console.print(
+        f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}", highlight=False
+    )
     console.print(f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})", highlight=False)
     console.print(
         f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest",

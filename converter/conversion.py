@@ -23,6 +23,7 @@ from codecllm.converter.staging import Staging
 from codecllm.converter.tensor_writer import NonFinite, StoredRecord, TensorWriter
 from codecllm.formats import FORMAT_VERSION, WRITER_VERSION
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3_hex
+from codecllm.formats.codecs import CodecName, rans
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import UsageError
 from codecllm.formats.files import SafeFile
@@ -30,7 +31,6 @@ from codecllm.formats.manifest import (
     INDEX_NAME,
     AliasTensor,
     FileRecord,
-    Int8Tensor,
     Manifest,
     Options,
     ShardRecord,
@@ -38,6 +38,8 @@ from codecllm.formats.manifest import (
     TensorRecord,
     pack_manifest,
     shard_name,
+    side_names,
+    uses_rans,
 )
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
 
@@ -55,6 +57,7 @@ class ConvertOptions:
 
     Attributes:
         scheme: `int8` (per output channel) or `lossless`.
+        codec: `zstd`, or `rans`: smaller, made for decoding on a GPU, slow to decode on a CPU.
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win.
         non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
@@ -66,6 +69,7 @@ class ConvertOptions:
     """
 
     scheme: Scheme = "int8"
+    codec: CodecName = "zstd"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     non_finite: NonFinite = "error"
@@ -193,7 +197,7 @@ def convert(source: str | Path, out: str | Path, *, progress: Progress | None = 
 def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
     """Decides scheme, alias and shard of every tensor of an opened source."""
     plans = [
-        plan_tensor(tensor, options.scheme, options.include, options.exclude, model.model_type)
+        plan_tensor(tensor, options.scheme, options.include, options.exclude, model.model_type, options.codec)
         for tensor in model.tensors.values()
     ]
     aliases = find_aliases(plans)
@@ -288,6 +292,8 @@ def _planned(plans: list[TensorPlan]) -> list[PlannedTensor]:
             planned.append(PlannedTensor(source.name + "_scale", DTYPES["F32"], (plan.channels,), 0))
         planned.append(PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0))
         planned.append(PlannedTensor(source.name + "_chunks", DTYPES["U8"], (bound,), 0))
+        if plan.codec == "rans":
+            planned.append(PlannedTensor(source.name + "_tables", DTYPES["U8"], (bound,), 0))
     return planned
 
 
@@ -309,12 +315,7 @@ def _write_side_files(
         files.append(write_listed(folder, "config.json", pack_config(model.config, scheme)))
     weight_map = {}
     for record in records:
-        names = [record.name]
-        if record.scheme != "raw":
-            names += [record.name + suffix for suffix in ("_shape", "_chunks")]
-        if isinstance(record, Int8Tensor):
-            names.append(record.name + "_scale")
-        weight_map.update(dict.fromkeys(names, shards[record.shard].name))
+        weight_map.update(dict.fromkeys([record.name, *side_names(record)], shards[record.shard].name))
     parameters = sum(record.elements for record in records)
     files.append(write_listed(folder, INDEX_NAME, pack_index(weight_map, sum(s.bytes for s in shards), parameters)))
     return sorted(files, key=lambda record: record.name)
@@ -335,11 +336,12 @@ def _build_manifest(
     return Manifest(
         format="codecllm",
         format_version=FORMAT_VERSION,
-        required_features=[],
+        required_features=[rans.NAME] if uses_rans(records) else [],
         writer=_writer_versions(),
         source=Source(repo=options.repo, commit=options.commit, tensor_bytes=model.tensor_bytes),
         options=Options(
             scheme=options.scheme,
+            codec="rans" if options.codec == "rans" else None,
             include=list(options.include),
             exclude=list(options.exclude),
             non_finite=options.non_finite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,11 @@ from codecllm.converter.quantize import (
 )
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, slot_bytes
-from codecllm.formats.codecs import CODEC_IDS, CODECS
-from codecllm.formats.entropy import estimated_entropy_bits
+from codecllm.formats.codecs import CODEC_IDS, CODECS, RANS_ID, rans
+from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
+from codecllm.formats.codecs.rans_reference import STATE_BYTES
+from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
+from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.tiling import Grid
 
@@ -66,6 +69,8 @@ class EncodedBlock:
         absmax: float32 [rows] of an int8 block whose scales were found here, else None.
         worst_error: worst absolute error (int8).
         problem: why int8 cannot represent this block (`non_finite` or `tiny_scale`), or None. Then nothing else is valid.
+        tables: packed frequency table of each plane (codec `rans`), empty where no chunk of the block uses one.
+        waiting: what `finish_blocks` still has to pack (codec `rans`); slots, records and tables are empty until then.
     """
 
     slots: list[Any]
@@ -75,6 +80,23 @@ class EncodedBlock:
     absmax: NDArray[np.float32] | None = None
     worst_error: float = 0.0
     problem: str | None = None
+    tables: list[bytes] = field(default_factory=list)
+    waiting: WaitingChunks | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingChunks:
+    """The chunks of a block before they are packed by `rans`.
+
+    Attributes:
+        symbols: uint8 [n] per chunk, in order.
+        tables: per plane the table for its chunks, or None where coding does not shrink any of them.
+        worth: per chunk whether it is expected to shrink.
+    """
+
+    symbols: list[NDArray[np.uint8]]
+    tables: list[FrequencyTable | None]
+    worth: list[bool]
 
 
 def needs_scale_pass(plan: TensorPlan) -> bool:
@@ -85,10 +107,11 @@ def needs_scale_pass(plan: TensorPlan) -> bool:
 def blocks_of(plan: TensorPlan) -> Iterator[Block]:
     """Cuts a coded tensor's tiles into blocks of about 1 Mi elements: whole rows, or pieces of one row where rows are huge."""
     grid = plan.grid
-    if grid.across > 1 and grid.cols > ONE_PASS_COLUMNS:
-        yield from _pieces_of_rows(grid)
+    tile_rows, tile_cols = block_extent(grid)
+    if tile_cols < grid.across:
+        yield from _pieces_of_rows(grid, tile_cols)
         return
-    rows = max(grid.tile_rows, BLOCK_ELEMENTS // max(grid.cols, 1) // grid.tile_rows * grid.tile_rows)
+    rows = tile_rows * grid.tile_rows
     for row in range(0, grid.rows, rows):
         count = min(rows, grid.rows - row)
         first = row // grid.tile_rows * grid.across
@@ -96,8 +119,14 @@ def blocks_of(plan: TensorPlan) -> Iterator[Block]:
         yield Block(first, last, row, 0, count, grid.cols)
 
 
-def _pieces_of_rows(grid: Grid) -> Iterator[Block]:
-    step = max(1, BLOCK_ELEMENTS // grid.tile_cols)
+def block_extent(grid: Grid) -> tuple[int, int]:
+    """Returns how many tiles a block has one above the other and side by side. A block's chunks share their `rans` tables."""
+    if grid.across > 1 and grid.cols > ONE_PASS_COLUMNS:
+        return 1, min(grid.across, max(1, BLOCK_ELEMENTS // grid.tile_cols))
+    return max(1, BLOCK_ELEMENTS // max(grid.cols, 1) // grid.tile_rows), max(1, grid.across)
+
+
+def _pieces_of_rows(grid: Grid, step: int) -> Iterator[Block]:
     for row in range(grid.rows):
         for tile in range(0, grid.across, step):
             last = min(tile + step, grid.across)
@@ -154,7 +183,12 @@ def encode_block(plan: TensorPlan, block: Block, scales: NDArray[np.float32] | N
         return _encode_int8(plan, block, words, scales)
     flat = words.reshape(-1)
     tiles = _tile_slices(plan.grid, block)
-    slots, records, entropy = _pack_chunks(split_planes(flat[part], plan.source.dtype) for part in tiles)
+    planes = (split_planes(flat[part], plan.source.dtype) for part in tiles)
+    if plan.codec == "rans":
+        # A plane of an 8-bit type is the read buffer itself, which this thread's next block overwrites.
+        waiting, entropy = _prepare_rans([[np.array(plane) for plane in part] for part in planes])
+        return EncodedBlock([], np.empty(0, RECORD), flat.tobytes(), entropy, waiting=waiting)
+    slots, records, entropy = _pack_chunks(planes)
     return EncodedBlock(slots, records, flat.tobytes(), entropy)
 
 
@@ -175,7 +209,11 @@ def _encode_int8(plan: TensorPlan, block: Block, words: Words, scales: NDArray[n
     codes = np.empty(words.shape, np.int8)
     worst = quantize_block(words, dtype, factors, codes)
     flat = codes.reshape(-1).view(np.uint8)
-    slots, records, entropy = _pack_chunks([flat[part]] for part in _tile_slices(plan.grid, block))
+    planes = ([flat[part]] for part in _tile_slices(plan.grid, block))
+    if plan.codec == "rans":
+        waiting, entropy = _prepare_rans(list(planes))
+        return EncodedBlock([], np.empty(0, RECORD), flat, entropy, absmax, worst, waiting=waiting)
+    slots, records, entropy = _pack_chunks(planes)
     return EncodedBlock(slots, records, flat, entropy, absmax, worst)
 
 
@@ -207,9 +245,61 @@ def _pack_chunks(
 
 def _pack_chunk(symbols: NDArray[np.uint8]) -> tuple[Any, int, int]:
     """Returns a chunk's slot, its stored bytes without padding, and the codec's id."""
-    stored: Any = _ZSTD.encode(symbols)
-    codec = _ZSTD.codec_id
-    if len(stored) >= symbols.size - symbols.size // _MIN_GAIN:
+    return _slot(symbols, _ZSTD.encode(symbols), _ZSTD.codec_id)
+
+
+def _slot(symbols: NDArray[np.uint8], stored: bytes | None, codec: int) -> tuple[bytes, int, int]:
+    """Returns slot, stored bytes and codec of a chunk that was packed into `stored`, or could not be (None)."""
+    if stored is None or not _shrinks(len(stored), symbols.size):
         stored, codec = symbols.tobytes(), _RAW_ID
     size = len(stored)
     return stored.ljust(slot_bytes(size), b"\0"), size, codec
+
+
+def _shrinks(stored_bytes: int, raw_bytes: int) -> bool:
+    return stored_bytes < raw_bytes - raw_bytes // _MIN_GAIN
+
+
+def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]]) -> tuple[WaitingChunks, list[float]]:
+    """Fits the tables of a block; returns its chunks, ready to be packed, and the entropy of each plane, per chunk, summed."""
+    counts = np.array([[np.bincount(symbols, minlength=256) for symbols in planes] for planes in planes_of], np.int64)
+    tables: list[FrequencyTable | None] = [fit_table(plane) for plane in counts.sum(axis=0)]
+    worth = [
+        _shrinks(-(-coded_bits(table, chunk) // 8) + STATE_BYTES, int(chunk.sum()))
+        for tile in counts
+        for table, chunk in zip(tables, tile, strict=True)
+        if table is not None
+    ]
+    tables = [table if any(worth[plane :: len(tables)]) else None for plane, table in enumerate(tables)]
+    entropy = [sum(counted_entropy_bits(chunk) for chunk in plane) for plane in counts.transpose(1, 0, 2)]
+    return WaitingChunks([symbols for planes in planes_of for symbols in planes], tables, worth), entropy
+
+
+def finish_blocks(blocks: list[EncodedBlock]) -> list[EncodedBlock]:
+    """Packs the waiting chunks of blocks, all of them together: `rans` is slow one by one. Other blocks stay as they are."""
+    uncoded = [
+        (block, chunk, rans.Uncoded(block.waiting.symbols[chunk], table))
+        for block in blocks
+        if block.waiting is not None
+        for chunk in range(len(block.waiting.symbols))
+        if block.waiting.worth[chunk] and (table := _table_of(block.waiting, chunk)) is not None
+    ]
+    packed = rans.encode_chunks([chunk for _, _, chunk in uncoded])
+    stored = {(id(block), chunk): data for (block, chunk, _), data in zip(uncoded, packed, strict=True)}
+    return [block if block.waiting is None else _finished(block, block.waiting, stored) for block in blocks]
+
+
+def _table_of(waiting: WaitingChunks, chunk: int) -> FrequencyTable | None:
+    return waiting.tables[chunk % len(waiting.tables)]
+
+
+def _finished(block: EncodedBlock, waiting: WaitingChunks, stored: dict[tuple[int, int], bytes]) -> EncodedBlock:
+    slots, fields = [], []
+    for chunk, symbols in enumerate(waiting.symbols):
+        slot, stored_bytes, codec = _slot(symbols, stored.get((id(block), chunk)), RANS_ID)
+        slots.append(slot)
+        fields.append((stored_bytes, codec, (0, 0, 0), xxh3(slot)))
+    records = np.array(fields, RECORD)
+    used = (records["codec"].reshape(-1, len(waiting.tables)) == RANS_ID).any(axis=0).tolist()
+    tables = [pack_table(table) if table and use else b"" for table, use in zip(waiting.tables, used, strict=True)]
+    return replace(block, slots=slots, records=records, tables=tables, waiting=None)

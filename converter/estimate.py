@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
-from codecllm.converter.encode import Block, blocks_of, encode_block, needs_scale_pass, scan_block
+from codecllm.converter.encode import Block, blocks_of, encode_block, finish_blocks, needs_scale_pass, scan_block
 from codecllm.converter.policy import TensorPlan, plan_lossless
 from codecllm.converter.source import SourceModel
 from codecllm.formats.schemes.int8 import channel_scales
@@ -85,7 +85,7 @@ def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
     if plan.scheme != "raw":
         coded = _sample_stored_bytes(plan)
         if coded is None:
-            return _estimate_tensor(plan_lossless(source, "int8 cannot represent it"))
+            return _estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec))
         size, note = (coded, note) if coded < size else (size, f"{plan.scheme} does not shrink it")
     scheme = plan.scheme if size < source.entry.bytes or plan.scheme == "raw" else "raw"
     overhead = (_HEADER_BYTES if scheme != "raw" else _HEADER_BYTES // 4) + _MANIFEST_BYTES
@@ -119,4 +119,5 @@ def _encode_sample(plan: TensorPlan, block: Block) -> int | None:
     encoded = encode_block(plan, block, scales)
     if encoded.problem is not None:
         return None
-    return sum(len(slot) for slot in encoded.slots) + 16 * len(encoded.records)
+    (encoded,) = finish_blocks([encoded])
+    return sum(len(part) for part in (*encoded.slots, *encoded.tables)) + 16 * len(encoded.records)

@@ -21,7 +21,7 @@ from codecllm.formats.container import Container, PlainTensor, StoredTensor
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, Int8Tensor, TensorRecord, shard_name
-from codecllm.formats.reference import read_codes, read_tensor_bytes, read_tile_bytes, read_tile_codes
+from codecllm.formats.reference import read_codes, read_tensor_bytes, read_tiles_bytes, read_tiles_codes, tiles_at_once
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
 
 
@@ -50,7 +50,7 @@ def export(
         out: folder to make; absent or empty.
         layout: tensors to write as packed int8 (`compressed_tensors.plan_layout`); None writes all of them plainly.
         max_shard_bytes: no weight file is longer, unless one tensor is.
-        workers: decoding threads; None takes one per core.
+        workers: decoding threads; None takes one per core, or more where the codec gains by it.
         progress: called with a tensor's name, bytes done and bytes in all.
 
     Raises:
@@ -58,13 +58,14 @@ def export(
         OutputExistsError: `out` is not empty.
         OSError: writing failed.
     """
-    threads = ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes).threads()
+    ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes).threads()  # refuses what cannot be
     with Container(container) as opened, Staging(out, force=False) as staging:
         packed = layout.packed if layout is not None else frozenset()
         placed = _place(opened.manifest.tensors, max_shard_bytes)
         names = ["model.safetensors"] if len(placed) == 1 else [shard_name(n + 1, len(placed)) for n in range(len(placed))]
         sizes = {record.name: _written_bytes(record, packed) for record in opened.manifest.tensors}
         done, total = 0, sum(sizes.values())
+        threads = opened.decoding_threads(workers)
         with ThreadPoolExecutor(threads, thread_name_prefix="codecllm-export") as executor:
             for name, records in zip(names, placed, strict=True):
                 for tensor, count in _write_shard(executor, 2 * threads, opened, staging.folder / name, records, packed):
@@ -167,17 +168,23 @@ def _codes(executor: ThreadPoolExecutor, window: int, tensor: StoredTensor) -> I
     if grid.tile_cols < grid.cols:
         yield read_codes(tensor)
         return
-    yield from ordered(executor, lambda tile: read_tile_codes(tensor, tile), range(len(grid)), window)
+    yield from ordered(executor, lambda tiles: np.concatenate(read_tiles_codes(tensor, tiles)), _runs(tensor), window)
 
 
 def _parts(executor: ThreadPoolExecutor, window: int, container: Container, name: str) -> Iterator[bytes]:
-    """Yields a tensor's bytes in order; tile by tile where tiles follow the source's order, else at once."""
+    """Yields a tensor's bytes in order; by runs of tiles where tiles follow the source's order, else at once."""
     tensor = container.tensor(name)
     if isinstance(tensor, PlainTensor) or not tensor.table.grid.in_source_order:
         yield read_tensor_bytes(container, name)
         return
     stored: StoredTensor = tensor
-    yield from ordered(executor, lambda tile: read_tile_bytes(stored, tile), range(len(stored.table.grid)), window)
+    yield from ordered(executor, lambda tiles: read_tiles_bytes(stored, tiles), _runs(stored), window)
+
+
+def _runs(tensor: StoredTensor) -> list[range]:
+    """Cuts a tensor's tiles into runs that are decoded together."""
+    count, step = len(tensor.table.grid), tiles_at_once(tensor)
+    return [range(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def _check_digest(container: Container, name: str, got: str) -> None:

@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from codecllm.converter.source import SourceTensor
+from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import INT8_SOURCES
+from codecllm.formats.rans_groups import max_tables_bytes
 from codecllm.formats.tiling import ChannelKind, Grid, channel_matrix, default_grid, last_axis_matrix
 
 Scheme = Literal["int8", "lossless"]
@@ -46,6 +48,7 @@ class TensorPlan:
         axis: output channel's dimension (int8).
         kind: whether each row or each column of the matrix view has a scale (int8).
         fallback: why the scheme is not the one asked for, or None.
+        codec: how its chunks are packed where that shrinks them.
     """
 
     source: SourceTensor
@@ -53,6 +56,7 @@ class TensorPlan:
     axis: int = 0
     kind: ChannelKind = "row"
     fallback: str | None = None
+    codec: CodecName = "zstd"
 
     @property
     def grid(self) -> Grid:
@@ -77,11 +81,18 @@ class TensorPlan:
         planes = 1 if self.scheme == "int8" else self.source.dtype.planes
         chunks = len(grid) * planes
         side = 64 + 8 * len(self.source.shape) + 16 * chunks + (4 * self.channels if self.scheme == "int8" else 0)
+        if self.codec == "rans":
+            side += max_tables_bytes(chunks)
         return self.source.entry.elements * planes + 16 * chunks + side
 
 
 def plan_tensor(
-    tensor: SourceTensor, scheme: Scheme, include: Sequence[str], exclude: Sequence[str], model_type: str
+    tensor: SourceTensor,
+    scheme: Scheme,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    model_type: str,
+    codec: CodecName = "zstd",
 ) -> TensorPlan:
     """Decides a tensor's scheme.
 
@@ -91,20 +102,21 @@ def plan_tensor(
         include: glob patterns of names to quantize beside the default ones (any float matrix, of any size).
         exclude: glob patterns of names not to quantize; they win.
         model_type: the config's, for the channel axis.
+        codec: how chunks are packed.
     """
     if not _can_be_coded(tensor):
         return TensorPlan(tensor, "raw")
     if scheme == "int8" and _is_quantized(tensor, include, exclude):
         axis, kind = channel_axis(tensor.name, tensor.shape, model_type)
-        return TensorPlan(tensor, "int8", axis, kind)
-    return plan_lossless(tensor, None)
+        return TensorPlan(tensor, "int8", axis, kind, codec=codec)
+    return plan_lossless(tensor, None, codec)
 
 
-def plan_lossless(tensor: SourceTensor, fallback: str | None) -> TensorPlan:
+def plan_lossless(tensor: SourceTensor, fallback: str | None, codec: CodecName) -> TensorPlan:
     """Returns the plan that keeps every bit: `lossless` where planes exist and the size is worth it, else `raw`."""
     if not _can_be_coded(tensor) or tensor.dtype.planes == 0 or tensor.entry.bytes < MIN_CODED_BYTES:
         return TensorPlan(tensor, "raw", fallback=fallback)
-    return TensorPlan(tensor, "lossless", fallback=fallback)
+    return TensorPlan(tensor, "lossless", fallback=fallback, codec=codec)
 
 
 def channel_axis(name: str, shape: tuple[int, ...], model_type: str) -> tuple[int, ChannelKind]:

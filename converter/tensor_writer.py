@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from codecllm.converter.encode import (
     Block,
     EncodedBlock,
+    block_extent,
     blocks_of,
     count_block,
     encode_block,
+    finish_blocks,
     needs_scale_pass,
     scan_block,
 )
@@ -27,10 +29,11 @@ from codecllm.converter.policy import TensorPlan, plan_lossless
 from codecllm.converter.quantize import has_tiny_scale
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.chunk_table import pack_chunk_table
-from codecllm.formats.codecs import CODEC_NAMES
+from codecllm.formats.codecs import CODEC_NAMES, rans
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.manifest import Int8Tensor, LosslessTensor, PlaneRecord, RawTensor, SideChecksums
+from codecllm.formats.rans_groups import pack_group_tables, tile_groups
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.shard_writer import ShardWriter
 
@@ -72,10 +75,35 @@ def ordered(executor: Executor, work: Callable[[Item], Result], items: Iterable[
         yield pending.popleft().result()
 
 
+def packed_together(executor: Executor, blocks: Iterator[EncodedBlock]) -> Iterator[EncodedBlock]:
+    """Packs chunks that wait for `rans` in batches of many blocks, of one tensor or several; yields the blocks in order.
+
+    One batch is packed while the next is gathered. What a block becomes does not depend on its batch.
+    """
+    pending: deque[Future[list[EncodedBlock]]] = deque()
+    batch: list[EncodedBlock] = []
+    symbols = 0
+    for block in blocks:
+        if block.waiting is None and not batch and not pending:
+            yield block
+            continue
+        batch.append(block)
+        symbols += sum(chunk.size for chunk in block.waiting.symbols) if block.waiting is not None else 0
+        if symbols >= rans.BATCH_SYMBOLS:
+            pending.append(executor.submit(finish_blocks, batch))
+            batch, symbols = [], 0
+        if len(pending) > 1:
+            yield from pending.popleft().result()
+    for done in pending:
+        yield from done.result()
+    yield from finish_blocks(batch)
+
+
 class TensorWriter:
     """Encodes planned tensors on an executor and appends them to shards.
 
-    Blocks of the next tensors are encoded while the current one is written. Memory: `window` encoded blocks.
+    Blocks of the next tensors are encoded while the current one is written. Memory: `window` encoded blocks, and for codec
+    `rans` three batches of them.
     """
 
     def __init__(self, executor: Executor, window: int, non_finite: NonFinite, on_bytes: Callable[[str, int], None]) -> None:
@@ -102,7 +130,7 @@ class TensorWriter:
         """
         coded = (self._job(plan) for plan in plans if plan.scheme != "raw")
         work = ((job, block) for job in coded if job.problem is None for block in job.blocks)
-        results = ordered(self._executor, _encode, work, self._window)
+        results = packed_together(self._executor, ordered(self._executor, _encode, work, self._window))
         for plan in plans:
             if plan.scheme == "raw":
                 yield self._write_raw(plan, shard, number)
@@ -132,12 +160,12 @@ class TensorWriter:
         """Writes losslessly what int8 cannot represent."""
         if problem == "non_finite" and self._non_finite == "error":
             raise self._non_finite_error(plan)
-        kept = plan_lossless(plan.source, _REASONS[problem])
+        kept = plan_lossless(plan.source, _REASONS[problem], plan.codec)
         if kept.scheme == "raw":
             return self._write_raw(kept, shard, number)
         job = _Job(kept, list(blocks_of(kept)))
         encoded = ordered(self._executor, _encode, ((job, block) for block in job.blocks), self._window)
-        return self._write_job(job, encoded, shard, number, shard.mark())
+        return self._write_job(job, packed_together(self._executor, encoded), shard, number, shard.mark())
 
     def _job(self, plan: TensorPlan) -> _Job:
         """Returns the tensor's job; the first call finds its scales, if they must be known before its first block."""
@@ -167,6 +195,7 @@ class TensorWriter:
         plan = job.plan
         digest = hashlib.sha256()
         records, entropy, absmax, worst = [], np.zeros(plan.source.dtype.planes), [], 0.0
+        tables: list[bytes] = []
         for block, part in zip(job.blocks, encoded, strict=True):
             if part.problem is not None:
                 raise _CannotQuantizeError(part.problem)
@@ -174,6 +203,7 @@ class TensorWriter:
                 shard.write(slot)
             digest.update(part.digested)
             records.append(part.records)
+            tables += part.tables
             entropy[: len(part.entropy_bits)] += part.entropy_bits
             worst = max(worst, part.worst_error)
             if part.absmax is not None:
@@ -182,7 +212,7 @@ class TensorWriter:
         scales = job.scales if job.scales is not None or not absmax else channel_scales(np.concatenate(absmax))
         if scales is not None:
             digest.update(scales.astype("<f4"))
-        return _finish_coded(plan, shard, number, np.concatenate(records), entropy, scales, worst, digest.hexdigest())
+        return _finish_coded(plan, shard, number, np.concatenate(records), entropy, scales, tables, worst, digest.hexdigest())
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> RawTensor:
         source = plan.source
@@ -233,6 +263,7 @@ def _finish_coded(
     records: NDArray[Any],
     entropy: NDArray[np.float64],
     scales: NDArray[np.float32] | None,
+    tables: list[bytes],
     worst: float,
     digest: str,
 ) -> LosslessTensor | Int8Tensor:
@@ -246,10 +277,14 @@ def _finish_coded(
         shard.add(source.name + "_scale", "F32", scales.shape, scales.astype("<f4"))
     shard.add(source.name + "_shape", "I64", shape.shape, shape)
     shard.add(source.name + "_chunks", "U8", (len(table),), table)
+    group_tables = pack_group_tables(tile_groups(grid, *block_extent(grid)), planes, tables) if any(tables) else None
+    if group_tables is not None:
+        shard.add(source.name + "_tables", "U8", (len(group_tables),), group_tables)
     side = SideChecksums(
         shape=xxh3_hex(shape),
         chunks=xxh3_hex(table),
         scale=None if scales is None else xxh3_hex(scales.astype("<f4")),
+        tables=None if group_tables is None else xxh3_hex(group_tables),
     )
     common: dict[str, Any] = {
         "name": source.name,
@@ -258,6 +293,7 @@ def _finish_coded(
         "shard": number,
         "tile": [grid.tile_rows, grid.tile_cols],
         "planes": _plane_records(records.reshape(-1, planes), source.entry.elements, entropy),
+        "tables_bytes": None if group_tables is None else len(group_tables),
         "digest": digest,
         "xxh3": side,
     }

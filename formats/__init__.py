@@ -1,6 +1,6 @@
 """Bytes <-> records: the container format, without torch, network or knowledge of models. See SPEC.md."""
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 
 WRITER_VERSION = "0.1.0"
 """Version of the package; stands in every manifest. The format's version is a number of its own."""

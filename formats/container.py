@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +16,11 @@ from numpy.typing import NDArray
 from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3, xxh3_hex
 from codecllm.formats.chunk_table import ChunkTable, parse_chunk_table
-from codecllm.formats.codecs import CODECS
+from codecllm.formats.codecs import CODECS, RANS_ID, rans
 from codecllm.formats.errors import (
     ChecksumError,
     DecodeError,
+    FormatError,
     LayoutError,
     LimitError,
     NotAContainerError,
@@ -35,11 +38,23 @@ from codecllm.formats.manifest import (
     RawTensor,
     parse_manifest,
 )
+from codecllm.formats.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
 from codecllm.formats.safetensors_header import ShardHeader, read_header
 from codecllm.formats.schemes.int8 import check_codes, check_scales
 from codecllm.formats.tiling import Grid, channel_matrix, last_axis_matrix
 
-SIDE_SUFFIXES = {"shape": "_shape", "chunks": "_chunks", "scale": "_scale"}
+SIDE_SUFFIXES = {"shape": "_shape", "chunks": "_chunks", "scale": "_scale", "tables": "_tables"}
+
+
+Decoded = NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError
+"""What became of a chunk: its symbols, or why there are none."""
+
+
+def sound(decoded: Decoded) -> NDArray[np.uint8]:
+    """Returns the symbols of a chunk, or raises its error."""
+    if isinstance(decoded, FormatError):
+        raise decoded
+    return decoded
 
 
 class ReadsAt(Protocol):
@@ -82,6 +97,7 @@ class StoredTensor:
         offset: where the payload begins in the shard.
         table: its chunks.
         scales: float32 [channels] for `int8`, else None.
+        tables: frequency tables, where chunks use codec `rans`, else None.
     """
 
     record: CodedTensor
@@ -89,6 +105,7 @@ class StoredTensor:
     offset: int
     table: ChunkTable
     scales: NDArray[np.float32] | None
+    tables: GroupTables | None = None
 
     def slots_bytes(self, first: int, last: int) -> int:
         """Size of the slots of chunks [first, last)."""
@@ -135,15 +152,54 @@ class StoredTensor:
             ChecksumError, SchemaError: see `stored_chunk`.
             DecodeError: the verified bytes do not decode to the declared symbols.
         """
-        stored = self.stored_chunk(chunk, slots, first)
-        record = self.table.chunks[chunk]
-        try:
-            symbols = np.frombuffer(CODECS[record.codec].decode(stored, record.raw_bytes), np.uint8)
-            if self.scales is not None:
-                check_codes(symbols.view(np.int8))
-        except DecodeError as exc:
-            raise exc.located(**self._place(chunk)) from exc
-        return symbols
+        (decoded,) = self.decode_run(chunk, chunk + 1, slots, first)
+        return sound(decoded)
+
+    def decode_run(self, begin: int, end: int, slots: memoryview, first: int) -> Iterator[Decoded]:
+        """Verifies and decodes chunks [begin, end), one after another; those of codec `rans` all together at the start.
+
+        Args:
+            begin: number of the first chunk.
+            end: number behind the last chunk.
+            slots: slots of consecutive chunks, as `read_slots` returned them.
+            first: number of the chunk with which `slots` begins.
+
+        Yields:
+            Per chunk what `decode_chunk` returns, or the error that it raises.
+        """
+        together = self._decode_rans(begin, end, slots, first) if self.tables is not None else {}
+        for chunk in range(begin, end):
+            record = self.table.chunks[chunk]
+            try:
+                if record.codec == RANS_ID:
+                    symbols = together.pop(chunk)
+                    if isinstance(symbols, FormatError):
+                        raise symbols
+                else:
+                    stored = self.stored_chunk(chunk, slots, first)
+                    symbols = np.frombuffer(CODECS[record.codec].decode(stored, record.raw_bytes), np.uint8)
+                if self.scales is not None:
+                    check_codes(symbols.view(np.int8))
+            except (ChecksumError, SchemaError, DecodeError) as exc:
+                yield exc.located(**self._place(chunk))
+                continue
+            yield symbols
+
+    def _decode_rans(self, begin: int, end: int, slots: memoryview, first: int) -> dict[int, Decoded]:
+        """Verifies and decodes the chunks of [begin, end) that use codec `rans`; returns symbols or error of each."""
+        assert self.tables is not None
+        results: dict[int, Decoded] = {}
+        coded: dict[int, rans.Coded] = {}
+        for chunk in range(begin, end):
+            record = self.table.chunks[chunk]
+            if record.codec != RANS_ID:
+                continue
+            try:
+                table = self.tables.table(*divmod(chunk, self.table.planes))
+                coded[chunk] = rans.Coded(self.stored_chunk(chunk, slots, first), record.raw_bytes, table)
+            except (ChecksumError, SchemaError, DecodeError) as exc:
+                results[chunk] = exc
+        return results | dict(zip(coded, rans.decode_chunks(list(coded.values())), strict=True))
 
     def _place(self, chunk: int) -> dict[str, Any]:
         byte = self.offset + int(self.table.offsets[chunk])
@@ -205,6 +261,13 @@ class Container:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def decoding_threads(self, workers: int | None) -> int:
+        """Returns how many threads should decode: `workers`, or where that is None one per core, and for `rans` 16 at least."""
+        if workers is not None:
+            return workers
+        cores = max(1, len(os.sched_getaffinity(0)))
+        return max(cores, rans.THREADS) if rans.NAME in self.manifest.required_features else cores
 
     @property
     def stored_bytes(self) -> int:
@@ -282,7 +345,8 @@ class Container:
         if np.frombuffer(shape, "<i8").tolist() != record.shape:
             raise LayoutError("stored shape differs from the manifest", file=file.name, tensor=record.name)
         scales = self._read_scales(file, header, record) if isinstance(record, Int8Tensor) else None
-        return StoredTensor(record, file, entry.start, table, scales)
+        tables = self._read_tables(file, header, record, table)
+        return StoredTensor(record, file, entry.start, table, scales, tables)
 
     def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         record = self.manifest.shards[number]
@@ -303,6 +367,15 @@ class Container:
         data = file.read(entry.start, entry.bytes)
         _check_xxh3(data, checksum, file.name, entry.name, entry.start)
         return data
+
+    def _read_tables(self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable) -> GroupTables | None:
+        if record.xxh3.tables is None:
+            return None
+        got, most = header.tensors[record.name + SIDE_SUFFIXES["tables"]].bytes, max_tables_bytes(len(chunks.records))
+        if got > most:
+            raise LayoutError("rans tables are too large", file=file.name, tensor=record.name, got=got, expected=f"<= {most}")
+        data = self._read_side(file, header, record, "tables", record.xxh3.tables)
+        return parse_group_tables(data, chunks=chunks, file=file.name, tensor=record.name)
 
     def _read_scales(self, file: SafeFile, header: ShardHeader, record: Int8Tensor) -> NDArray[np.float32]:
         assert record.xxh3.scale is not None
@@ -335,6 +408,8 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
         expected[record.name] = ("U8", None)
         expected[record.name + "_shape"] = ("I64", [len(record.shape)])
         expected[record.name + "_chunks"] = ("U8", None)
+        if record.tables_bytes is not None:
+            expected[record.name + "_tables"] = ("U8", [record.tables_bytes])
         if isinstance(record, Int8Tensor):
             rows, cols = tensor_matrix(record)
             expected[record.name + "_scale"] = ("F32", [rows if record.channel_kind == "row" else cols])
@@ -376,9 +451,19 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
             got=str(table.grid),
             expected=str(expected),
         )
+    _check_rans_planes(record, table, file)
     stored = table.records["stored_bytes"].reshape(-1, table.planes).sum(axis=0, dtype=np.int64).tolist()
     if stored != [plane.stored_bytes for plane in record.planes]:
         raise LayoutError("chunk table and manifest disagree on stored bytes", file=file, tensor=record.name, got=stored)
+
+
+def _check_rans_planes(record: CodedTensor, table: ChunkTable, file: str) -> None:
+    """Refuses a chunk of codec `rans` in a plane for which the manifest does not announce it."""
+    announced = np.array([plane.codec == rans.NAME for plane in record.planes])
+    wrong = (table.records["codec"].reshape(-1, table.planes) == RANS_ID) & ~announced
+    if wrong.any():
+        chunk = int(wrong.reshape(-1).argmax())
+        raise LayoutError("chunk uses codec 'rans', its plane does not", file=file, tensor=record.name, chunk=chunk)
 
 
 def _check_size(file: SafeFile, record: FileRecord) -> None:

@@ -13,8 +13,12 @@ _EXACT_UP_TO = 1 << 14
 
 def entropy_bits(symbols: NDArray[np.uint8]) -> float:
     """Returns `n * H` of uint8 [n] symbols in bits, H being the entropy of their own frequencies (0 for an empty array)."""
-    counts = np.bincount(symbols, minlength=256)
-    return _total_bits(counts[counts > 0], symbols.size)
+    return counted_entropy_bits(np.bincount(symbols, minlength=256))
+
+
+def counted_entropy_bits(counts: NDArray[np.int64]) -> float:
+    """Returns `entropy_bits` of symbols that occur int64 [256] `counts` times."""
+    return _total_bits(counts[counts > 0], int(counts.sum()))
 
 
 def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from codecllm.formats import FORMAT_VERSION, limits
 from codecllm.formats.checksums import sha256_hex
-from codecllm.formats.codecs import CODEC_IDS
+from codecllm.formats.codecs import CODEC_IDS, rans
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.errors import (
     ChecksumError,
@@ -35,7 +36,9 @@ UNLISTED_NAMES = frozenset({"README.md", ".gitattributes"})
 """Files of a container's folder that are never listed or checked: the Hub rewrites them."""
 
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-KNOWN_FEATURES: frozenset[str] = frozenset()
+KNOWN_FEATURES: frozenset[str] = frozenset({rans.NAME})
+"""Names that `required_features` may hold."""
+
 _SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
 
@@ -77,11 +80,12 @@ class PlaneRecord(_Record):
 
 
 class SideChecksums(_Record):
-    """xxh3-64 of the side tensors as stored; `scale` for `int8` only."""
+    """xxh3-64 of the side tensors as stored; `scale` for `int8` only, `tables` where a chunk uses codec `rans`."""
 
     shape: Xxh3
     chunks: Xxh3
     scale: Xxh3 | None = None
+    tables: Xxh3 | None = None
 
 
 class _Tensor(_Record):
@@ -114,19 +118,23 @@ class RawTensor(_Tensor):
 
 
 class LosslessTensor(_Tensor):
-    """A tensor stored as byte planes. `digest` is the sha256 of the source's bytes."""
+    """A tensor stored as byte planes. `digest` is the sha256 of the source's bytes, `tables_bytes` the size of `X_tables`."""
 
     scheme: Literal["lossless"]
     shard: Count
     tile: Annotated[list[Annotated[int, Field(ge=1, le=2**32 - 1)]], Field(min_length=2, max_length=2)]
     planes: Annotated[list[PlaneRecord], Field(min_length=1, max_length=limits.PLANES)]
+    tables_bytes: Count | None = None
     digest: Sha256
     xxh3: SideChecksums
     fallback: str | None = None
 
 
 class Int8Tensor(_Tensor):
-    """A quantized tensor. `digest` is the sha256 of the codes in source order followed by the float32 scales."""
+    """A quantized tensor. `digest` is the sha256 of the codes in source order followed by the float32 scales.
+
+    `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`.
+    """
 
     scheme: Literal["int8"]
     shard: Count
@@ -134,6 +142,7 @@ class Int8Tensor(_Tensor):
     channel_kind: Literal["row", "column"]
     tile: Annotated[list[Annotated[int, Field(ge=1, le=2**32 - 1)]], Field(min_length=2, max_length=2)]
     planes: Annotated[list[PlaneRecord], Field(min_length=1, max_length=1)]
+    tables_bytes: Count | None = None
     scale_range: Annotated[list[float], Field(min_length=2, max_length=2)]
     worst_error: Annotated[float, Field(ge=0)]
     digest: Sha256
@@ -160,9 +169,13 @@ class Source(_Record):
 
 
 class Options(_Record):
-    """What the conversion was asked for; with the same source and writer these give the same bytes."""
+    """What the conversion was asked for; with the same source and writer these give the same bytes.
+
+    `codec` is absent where it is `zstd`, the only one of format 1.0.
+    """
 
     scheme: Literal["int8", "lossless"]
+    codec: Literal["rans"] | None = None
     include: list[str]
     exclude: list[str]
     non_finite: Literal["error", "lossless"]
@@ -185,6 +198,7 @@ class Manifest(_Record):
     @model_validator(mode="after")
     def _check_links(self) -> Manifest:
         _check_file_names(self)
+        _check_features(self)
         _check_tensors(self)
         return self
 
@@ -198,7 +212,9 @@ def pack_manifest(manifest: Manifest) -> bytes:
     document = manifest.model_dump(mode="json", exclude_none=False)
     parts = []
     for key, value in document.items():
-        if key in ("shards", "files", "tensors"):
+        if key == "options":
+            parts.append(f"{_dump(key)}:{_dump(_without_none(value))}")
+        elif key in ("shards", "files", "tensors"):
             body = ",\n".join(_dump(_without_none(item)) for item in value)
             parts.append(f"{_dump(key)}:[\n{body}\n]" if value else f"{_dump(key)}:[]")
         else:
@@ -299,6 +315,16 @@ def shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
+def _check_features(manifest: Manifest) -> None:
+    if uses_rans(manifest.tensors) and rans.NAME not in manifest.required_features:
+        raise SchemaError(f"codec {rans.NAME!r} is used but not listed in required_features", file=MANIFEST_NAME)
+
+
+def uses_rans(records: Iterable[TensorRecord]) -> bool:
+    """Whether a tensor has frequency tables, which only readers that know the feature `rans` understand."""
+    return any(isinstance(record, CodedTensor) and record.xxh3.tables is not None for record in records)
+
+
 def _check_tensors(manifest: Manifest) -> None:
     records = {record.name: record for record in manifest.tensors}
     normal = {unicodedata.normalize("NFC", name) for name in records}
@@ -332,7 +358,12 @@ def side_names(record: TensorRecord) -> list[str]:
     """Returns the names under which a coded tensor's side data are stored; none for a plain one or an alias."""
     if isinstance(record, RawTensor | AliasTensor):
         return []
-    return [record.name + suffix for suffix in ("_shape", "_chunks", *(["_scale"] if isinstance(record, Int8Tensor) else []))]
+    suffixes = ["_shape", "_chunks"]
+    if isinstance(record, Int8Tensor):
+        suffixes.append("_scale")
+    if record.xxh3.tables is not None:
+        suffixes.append("_tables")
+    return [record.name + suffix for suffix in suffixes]
 
 
 def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
@@ -344,6 +375,9 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
         raise SchemaError("scheme does not fit dtype and shape", got=f"{record.scheme} of {record.dtype}", **where)
     if isinstance(record, Int8Tensor) != (record.xxh3.scale is not None):
         raise SchemaError("checksum of the scales is missing or too many", **where)
+    has_tables = {any(plane.codec == rans.NAME for plane in record.planes), record.xxh3.tables is not None}
+    if has_tables != {record.tables_bytes is not None}:
+        raise SchemaError("rans tables are missing or too many", **where)
     if isinstance(record, Int8Tensor):
         last = len(record.shape) - 1
         if record.channel_axis > last or (record.channel_kind == "column" and record.channel_axis != last):

@@ -17,8 +17,7 @@ from codecllm.formats.container import StoredTensor
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
-from codecllm.formats.tiling import Tile
-from codecllm.loader.decode import JOB_SYMBOLS, Workspace, read_tiles, write_tile
+from codecllm.loader.decode import Workspace, read_tiles, tiles_per_job, write_tile
 from codecllm.loader.memory import empty_tensor
 from codecllm.loader.pool import DecodePool, Job
 from codecllm.loader.torch_tensors import DTYPE_NAMES, TORCH_DTYPES, words_of
@@ -117,7 +116,7 @@ class CompressedTensor:
             FormatError: the payload was damaged in memory.
         """
         grid, jobs, row = self.stored.table.grid, list[Job](), 0
-        step = max(1, JOB_SYMBOLS // max(1, grid.tile_rows * grid.cols))
+        step = max(1, tiles_per_job(self.stored) // max(1, grid.across))
         for first in range(0, len(bands), step):
             part = bands[first : first + step]
             rows = sum(self._height(band) for band in part)
@@ -190,18 +189,29 @@ class CompressedTensor:
         words = words_of(out, *out.shape) if TORCH_DTYPES[native] == dtype and native in ("BF16", "F16", "F32") else None
         if isinstance(record, Int8Tensor) and words is None:
             native = "F32"
-        for band in bands:
-            for tile, planes in read_tiles(self.stored, range(band * across, (band + 1) * across), workspace):
-                place = Tile(row, tile.col, tile.rows, tile.cols)
-                columns = slice(place.col, place.col + place.cols)
+        for run in _consecutive(bands):
+            tiles = range(run.start * across, run.stop * across)
+            origin = row - run.start * self.stored.table.grid.tile_rows
+            for tile, planes in read_tiles(self.stored, tiles, workspace):
+                rows = slice(origin + tile.row, origin + tile.row + tile.rows)
+                columns = slice(tile.col, tile.col + tile.cols)
                 if words is not None:
-                    write_tile(self.stored, tile, planes, words[row : row + tile.rows, columns], native, workspace)
+                    write_tile(self.stored, tile, planes, words[rows, columns], native, workspace)
                 else:
                     own = empty_tensor((tile.rows, tile.cols), TORCH_DTYPES[native])
                     view = words_of(own, tile.rows, tile.cols).view(word_dtype(DTYPES[native]))
                     write_tile(self.stored, tile, planes, view, native, workspace)
-                    out[row : row + tile.rows, columns].copy_(own)
-            row += self._height(band)
+                    out[rows, columns].copy_(own)
+            row += sum(self._height(band) for band in run)
+
+
+def _consecutive(bands: list[int]) -> Iterator[range]:
+    """Cuts a list of bands into runs of consecutive ones, each of which lies in one piece."""
+    start = 0
+    for end in range(1, len(bands) + 1):
+        if end == len(bands) or bands[end] != bands[end - 1] + 1:
+            yield range(bands[start], bands[end - 1] + 1)
+            start = end
 
 
 class _FrozenCompressed(torch.autograd.Function):

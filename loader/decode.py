@@ -7,13 +7,14 @@ one numpy or torch call over a whole tile, which releases the interpreter's lock
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from codecllm.formats.container import StoredTensor, scales_for_tile
+from codecllm.formats.container import StoredTensor, scales_for_tile, sound
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.manifest import Int8Tensor
@@ -53,10 +54,15 @@ class Workspace:
         return held[: rows * cols].reshape(rows, cols)
 
 
-def plan_jobs(tensor: StoredTensor, job_symbols: int = JOB_SYMBOLS) -> list[range]:
-    """Cuts a tensor's tiles into runs of about `job_symbols` elements; each run is one read and one job."""
+def tiles_per_job(tensor: StoredTensor) -> int:
+    """Returns how many tiles make a job: about `JOB_SYMBOLS` elements."""
     grid = tensor.table.grid
-    step = max(1, job_symbols // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+    return max(1, JOB_SYMBOLS // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+
+
+def plan_jobs(tensor: StoredTensor) -> list[range]:
+    """Cuts a tensor's tiles into runs of `tiles_per_job`; each run is one read and one job."""
+    grid, step = tensor.table.grid, tiles_per_job(tensor)
     return [range(first, min(first + step, len(grid))) for first in range(0, len(grid), step)]
 
 
@@ -79,15 +85,10 @@ def read_tiles(tensor: StoredTensor, tiles: range, workspace: Workspace) -> Iter
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     slots = tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
+    decoded = tensor.decode_run(first, last, slots, first)
     for index in tiles:
         tile = tensor.table.grid.tile(index)
-        yield (
-            tile,
-            [
-                tensor.decode_chunk(index * planes + plane, slots, first).reshape(tile.rows, tile.cols)
-                for plane in range(planes)
-            ],
-        )
+        yield tile, [sound(symbols).reshape(tile.rows, tile.cols) for symbols in islice(decoded, planes)]
 
 
 def decode_tiles(tensor: StoredTensor, tiles: range, out: NDArray[Any], target: str, workspace: Workspace) -> None:

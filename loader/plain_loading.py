@@ -43,7 +43,7 @@ class PlainLoad:
             FormatError: the container is damaged.
         """
         self._container = Container(_container_folder(checkpoint_files))
-        self._pool = DecodePool()
+        self._pool = DecodePool(self._container.decoding_threads(None))
         self._reader = TensorReader(self._container, self._pool)
         self._names: dict[str, str] = {}
         try:

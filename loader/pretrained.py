@@ -78,7 +78,7 @@ def from_pretrained(
             bf16's bytes; products are those of dense or, with another kernel, within its rounding (`int8_matmul.int8_linear`).
             `compressed`: payloads stay coded as in the files and each weight is decoded just before it is used: least memory,
             the bits of dense, and the time of decoding the whole model for every forward pass.
-        workers: decoding threads; None takes one per core.
+        workers: decoding threads; None takes one per core, or more where the codec gains by it.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;
             None leaves it to transformers' own bar.
@@ -100,7 +100,10 @@ def from_pretrained(
     if resident not in get_args(Resident):
         raise UsageError("no such resident", got=repr(resident), expected=" or ".join(get_args(Resident)))
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
-    with Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container, DecodePool(workers) as pool:
+    with (
+        Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container,
+        DecodePool(container.decoding_threads(workers)) as pool,
+    ):
         config = _read_config(container, resident)
         with metered(progress, container.manifest.source.tensor_bytes) as meter:
             load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers, meter)

@@ -142,7 +142,7 @@ class ResidentCompressed(Residency):
             raise UsageError("resident='compressed' needs coded tensors; this container holds none")
         super().__init__(records, state_dict)
         self._container = container
-        self._decoder = SharedDecoder(workers)
+        self._decoder = SharedDecoder(container.decoding_threads(workers))
         self._meter = meter
         self._payloads: dict[str, CompressedTensor] = {}
 

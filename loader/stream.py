@@ -31,7 +31,7 @@ def stream_tensors(container: Container, *, dtype: torch.dtype | None = None, wo
     Args:
         container: an opened container.
         dtype: dtype of float tensors; None keeps each tensor's source dtype. Integers and booleans keep theirs.
-        workers: decoding threads; None takes one per core.
+        workers: decoding threads; None takes one per core, or more where the codec gains by it.
 
     Yields:
         The tensor's record and the tensor, on the CPU. It is the caller's; the stream keeps no reference.
@@ -40,7 +40,7 @@ def stream_tensors(container: Container, *, dtype: torch.dtype | None = None, wo
         FormatError: something is damaged. Tensors yielded before are whole and were checked.
         UsageError: `workers` is not positive.
     """
-    with DecodePool(workers) as pool, closing(RecycledMemory(KEEP_BYTES)) as memory:
+    with DecodePool(container.decoding_threads(workers)) as pool, closing(RecycledMemory(KEEP_BYTES)) as memory:
         flight: _Flight = deque()
         for source in file_order(container):
             is_float = torch_is_float(source.record.dtype)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from codecllm.formats.errors import ChecksumError, CodecLLMError, DecodeError, F
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.tiling import Tile
-from codecllm.loader.decode import CODES, JOB_SYMBOLS, Workspace, write_tile
+from codecllm.loader.decode import CODES, Workspace, tiles_per_job, write_tile
 from codecllm.verifier.integrity import Progress, in_order, stored_names
 from codecllm.verifier.report import Stage
 
@@ -98,7 +99,7 @@ def blocks_in_source_order(tensor: StoredTensor, scan: Scan) -> Iterator[Block]:
     grid, workspace, output = tensor.table.grid, Workspace(), Workspace()
     size = word_dtype(DTYPES[tensor.record.dtype]) if not isinstance(tensor.record, Int8Tensor) else np.dtype(np.uint8)
     if grid.in_source_order:
-        step = max(1, JOB_SYMBOLS // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+        step = tiles_per_job(tensor)
         for first in range(0, len(grid), step):
             for tile, planes in _decoded(tensor, range(first, min(first + step, len(grid))), scan, workspace):
                 out = output.scratch(tile.rows, tile.cols, size)
@@ -123,13 +124,12 @@ def _decoded(
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     slots = tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
+    run = tensor.decode_run(first, last, slots, first)
     for index in tiles:
         tile, decoded = tensor.table.grid.tile(index), []
-        for plane in range(planes):
-            try:
-                symbols = tensor.decode_chunk(index * planes + plane, slots, first)
-            except FormatError as exc:
-                scan.faults.append(exc)
+        for plane, symbols in enumerate(islice(run, planes)):
+            if isinstance(symbols, FormatError):
+                scan.faults.append(symbols)
                 continue
             scan.chunks += 1
             scan.entropy_bits[plane] += estimated_entropy_bits(symbols)

@@ -77,6 +77,7 @@ def verify(
         with _stage(report, "checksums") as stage:
             check_checksums(container, stage, threads, progress)
         if level == "full":
+            threads = container.decoding_threads(workers or None)
             _check_contents(container, report, source, baseline or require_baseline, require_baseline, threads, progress)
     return report
 

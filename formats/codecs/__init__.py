@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from codecllm.formats.codecs import rans
 from codecllm.formats.codecs.raw import RawCodec
 from codecllm.formats.codecs.zstd import ZstdCodec
 
 
 class Codec(Protocol):
-    """One way to pack a plane's symbols; objects are stateless and may be shared between threads.
+    """One way to pack a plane's symbols, chunk by chunk; objects are stateless and may be shared between threads.
 
     Attributes:
         codec_id: number in chunk records. Two codecs share an id only if each reads the other's output.
@@ -27,5 +28,11 @@ class Codec(Protocol):
 
 
 CODECS: dict[int, Codec] = {codec.codec_id: codec for codec in (RawCodec(), ZstdCodec())}
-CODEC_NAMES: dict[int, str] = {codec_id: codec.name for codec_id, codec in CODECS.items()}
-CODEC_IDS: dict[str, int] = {codec.name: codec_id for codec_id, codec in CODECS.items()}
+"""Codecs whose chunks decode by themselves. A chunk of `rans` needs the table of its group: see `codecs.rans`."""
+
+RANS_ID = rans.CODEC_ID
+CODEC_NAMES: dict[int, str] = {codec_id: codec.name for codec_id, codec in CODECS.items()} | {RANS_ID: rans.NAME}
+CODEC_IDS: dict[str, int] = {name: codec_id for codec_id, name in CODEC_NAMES.items()}
+
+CodecName = Literal["zstd", "rans"]
+"""Codecs that a writer can be asked for; either stores a chunk `raw` where it does not shrink."""

@@ -56,7 +56,20 @@ def test_root_help_lists_the_commands_and_exit_codes():
     done = run("--help")
     assert all(command in done.stdout for command in COMMANDS)
     assert "Exit codes" in done.stdout
-    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.0\n", run("--version").stdout)
+    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.1\n", run("--version").stdout)
+
+
+def test_codec_rans(container, source, tmp_path):
+    done = run("convert", source, tmp_path / "c", "--no-baseline", "--codec", "rans", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["codec"] == "rans"
+    info, other = (json.loads(run("info", folder, "--json").stdout) for folder in (tmp_path / "c", container))
+    assert (info["codec"], other["codec"]) == ("rans", "zstd")
+    assert info["container_bytes"] < other["container_bytes"]
+    assert {row["codec"] for row in info["tensors"]} == {"rans", None}
+    assert run("verify", tmp_path / "c", "--source", source, "--no-baseline").returncode == 0
+    predicted = json.loads(run("convert", source, tmp_path / "d", "--codec", "rans", "--dry-run", "--json").stdout)
+    assert abs(predicted["stored_bytes"] / info["container_bytes"] - 1) < 0.01
 
 
 def test_convert_verify_info_export(container, source, tmp_path):

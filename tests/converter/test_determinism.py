@@ -31,16 +31,17 @@ def _bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])
-def test_same_bytes_from_any_number_of_workers_and_any_folder(tmp_path, source, scheme):
+def test_same_bytes_from_any_number_of_workers_and_any_folder(tmp_path, source, scheme, codec):
     results = []
     for workers in (1, 2, 8):
         out = tmp_path / f"out{workers}"
-        convert(source, out, scheme=scheme, workers=workers, max_shard_bytes=2_000_000)
+        convert(source, out, scheme=scheme, codec=codec, workers=workers, max_shard_bytes=2_000_000)
         results.append(_bytes(out))
     moved = tmp_path / "elsewhere" / "copy"
     shutil.copytree(source, moved)
-    convert(moved, tmp_path / "moved", scheme=scheme, max_shard_bytes=2_000_000)
+    convert(moved, tmp_path / "moved", scheme=scheme, codec=codec, max_shard_bytes=2_000_000)
     results.append(_bytes(tmp_path / "moved"))
     assert len(results[0]) > 4
     assert all(result == results[0] for result in results)

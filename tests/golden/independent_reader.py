@@ -32,6 +32,7 @@ def read_container(folder: Path) -> dict[str, bytes]:
     assert manifest["manifest_sha256"] == hashlib.sha256(data[:place]).hexdigest()
     assert data[place:] == b'"manifest_sha256":"%s"}\n' % manifest["manifest_sha256"].encode()
     assert manifest["format_version"].split(".")[0] == "1"
+    assert set(manifest["required_features"]) <= {"rans"}
     for record in manifest["files"] + manifest["shards"]:
         content = (folder / record["name"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (record["bytes"], record["sha256"])
@@ -64,7 +65,7 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
     for side, checksum in record["xxh3"].items():
         assert _xxh3(shard[f"{name}_{side}"]) == checksum
     assert list(struct.unpack(f"<{len(record['shape'])}q", shard[name + "_shape"])) == record["shape"]
-    rows, cols, planes = _read_planes(record, shard[name + "_chunks"], payload)
+    rows, cols, planes = _read_planes(record, shard[name + "_chunks"], payload, shard.get(name + "_tables", b""))
     if record["scheme"] == "lossless":
         assert (rows, cols) == (prod(record["shape"][:-1]), record["shape"][-1])
         data = _join(planes, record["dtype"])
@@ -75,15 +76,17 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
     return _dequantize(record, rows, cols, planes[0], struct.unpack(f"<{len(scales) // 4}f", scales))
 
 
-def _read_planes(record: dict[str, Any], table: bytes, payload: bytes) -> tuple[int, int, list[bytes]]:
+def _read_planes(record: dict[str, Any], table: bytes, payload: bytes, group_tables: bytes) -> tuple[int, int, list[bytes]]:
     """[5] Returns the matrix and one row-major stream of symbols per plane."""
     magic, version, count, reserved, rows, cols, tile_rows, tile_cols = struct.unpack_from("<4sBBHQQII", table)
     assert (magic, version, reserved, count) == (b"CLCT", 1, 0, len(record["planes"]))
     assert [tile_rows, tile_cols] == record["tile"]
     planes = [bytearray(rows * cols) for _ in range(count)]
+    frequencies = _group_tables(group_tables, count, -(-rows // tile_rows), -(-cols // tile_cols)) if group_tables else {}
+    used = set()
     chunk, position = 0, 0
     for row, height, col, width in _tiles(rows, cols, tile_rows, tile_cols):
-        for plane in planes:
+        for number, plane in enumerate(planes):
             stored_bytes, codec, reserved, checksum = struct.unpack_from("<IB3sQ", table, 32 + 16 * chunk)
             slot = payload[position : position + (stored_bytes + 15) // 16 * 16]
             assert xxhash.xxh3_64_intdigest(slot) == checksum
@@ -92,13 +95,78 @@ def _read_planes(record: dict[str, Any], table: bytes, payload: bytes) -> tuple[
             symbols = slot[:stored_bytes]
             if codec == 1:  # [6]
                 symbols = zstandard.ZstdDecompressor().decompress(symbols, allow_extra_data=False)
+            if codec == 2:  # [6.1]
+                place = (row // tile_rows, col // tile_cols, number)
+                used.add(id(frequencies[place]))
+                symbols = _decode_rans(symbols, height * width, frequencies[place])
             assert len(symbols) == height * width
             for line in range(height):
                 start = (row + line) * cols + col
                 plane[start : start + width] = symbols[line * width : (line + 1) * width]
             chunk, position = chunk + 1, position + len(slot)
     assert (len(table), len(payload)) == (32 + 16 * chunk, position)
+    assert used == {id(f) for f in frequencies.values()}
     return rows, cols, [bytes(plane) for plane in planes]
+
+
+def _group_tables(data: bytes, planes: int, down: int, across: int) -> dict[tuple[int, int, int], list[int]]:
+    """[6.1] X_tables: returns the frequencies for each (i, j, plane) of the grid of tiles that has any."""
+    magic, version, count, reserved, group_rows, group_cols = struct.unpack_from("<4sBBHII", data)
+    assert (magic, version, reserved, count) == (b"CLRT", 1, 0, planes)
+    groups_across = -(-across // group_cols)
+    groups = -(-down // group_rows) * groups_across
+    sizes = struct.unpack_from(f"<{groups * planes}H", data, 16)
+    position, tables = 16 + 2 * len(sizes), []
+    for size in sizes:
+        tables.append(_frequencies(data[position : position + size]) if size else None)
+        position += size
+    assert position == len(data)
+    found = {}
+    for i in range(down):
+        for j in range(across):
+            for plane in range(planes):
+                table = tables[(i // group_rows * groups_across + j // group_cols) * planes + plane]
+                if table is not None:
+                    found[i, j, plane] = table
+    return found
+
+
+def _frequencies(table: bytes) -> list[int]:
+    """[6.1] Frequency table: 256 frequencies, which add up to a power of two."""
+    frequencies, position = [0] * 256, 33
+    for symbol in range(256):
+        if table[1 + symbol // 8] >> (symbol % 8) & 1:
+            value, position = table[position], position + 1
+            if value & 128:
+                value, position = (value & 127) + (table[position] << 7), position + 1
+            frequencies[symbol] = value + 1
+    assert position == len(table)
+    assert 12 <= table[0] <= 14
+    assert sum(frequencies) == 1 << table[0]
+    return frequencies
+
+
+def _decode_rans(stored: bytes, raw_bytes: int, f: list[int]) -> bytes:
+    """[6.1] Chunk."""
+    symbol_of = [s for s in range(256) for _ in range(f[s])]
+    start = [symbol_of.index(s) if f[s] else 0 for s in range(256)]
+    total = len(symbol_of)
+    words = (len(stored) - 128) // 2
+    x, word = list(struct.unpack_from("<32I", stored)), struct.unpack_from(f"<{words}H", stored, 128)
+    assert len(stored) == 128 + 2 * words
+    assert min(x) >= 65536
+    read, symbols = 0, bytearray()
+    for n in range(raw_bytes):
+        lane = n % 32
+        k = x[lane] % total
+        s = symbol_of[k]
+        symbols.append(s)
+        x[lane] = f[s] * (x[lane] // total) + k - start[s]
+        if x[lane] < 65536:
+            x[lane] = x[lane] * 65536 + word[read]
+            read += 1
+    assert (read, x) == (words, [65536] * 32)
+    return bytes(symbols)
 
 
 def _tiles(rows: int, cols: int, tile_rows: int, tile_cols: int) -> Iterator[tuple[int, int, int, int]]:

@@ -27,16 +27,20 @@ def _small(kind):
     if kind == "lossless":
         coarse = bf16(rng.standard_normal((32, 64))) & 0xFFF0  # both planes are coded, and the shard stays small
         return {"l": ("BF16", coarse)}, "lossless", ()
-    return {"q": ("F32", (rng.standard_normal((8, 96)) ** 3).astype(np.float32))}, "int8", ("*",)
+    rows = 24 if kind == "rans" else 8
+    return {"q": ("F32", (rng.standard_normal((rows, 96)) ** 3).astype(np.float32))}, "int8", ("*",)
 
 
-@pytest.fixture(scope="module", params=["plain", "lossless", "int8"])
+@pytest.fixture(scope="module", params=["plain", "lossless", "int8", "rans"])
 def tiny(request, tmp_path_factory):
     base = tmp_path_factory.mktemp("flips")
     tensors, scheme, include = _small(request.param)
-    convert(write_source(base / "source", tensors, {"model_type": "none"}), base / "c", scheme=scheme, include=include)
-    schemes = {record.scheme for record in parse_manifest((base / "c" / MANIFEST_NAME).read_bytes()).tensors}
-    assert schemes == {"raw" if request.param == "plain" else request.param}
+    codec = "rans" if request.param == "rans" else "zstd"
+    source = write_source(base / "source", tensors, {"model_type": "none"})
+    convert(source, base / "c", scheme=scheme, codec=codec, include=include)
+    manifest = parse_manifest((base / "c" / MANIFEST_NAME).read_bytes())
+    assert {record.scheme for record in manifest.tensors} == {"raw" if request.param == "plain" else scheme}
+    assert manifest.required_features == (["rans"] if request.param == "rans" else [])
     return base / "c"
 
 

@@ -120,7 +120,7 @@ FLAWS = {
     "byte order mark": (_text(lambda data: b"\xef\xbb\xbf" + data), NotAContainerError, "not JSON"),
     "utf-16": (_text(lambda data: data.decode().encode("utf-16")), NotAContainerError, "not JSON"),
     "an array": (_text(lambda data: b"[" + data + b"]"), NotAContainerError, "not JSON"),
-    "one byte changed": (_text(lambda data: data.replace(b"1.0", b"1.1", 1)), ChecksumError, "seal"),
+    "one byte changed": (_text(lambda data: data.replace(b"1.1", b"1.2", 1)), ChecksumError, "seal"),
     "crlf": (_text(lambda data: data.replace(b"\n", b"\r\n")), TruncatedError, "seal"),
     "seal of another": (_text(lambda data: data[:-67] + b"0" * 64 + data[-3:]), ChecksumError, "seal"),
     "not utf-8": (_sealed(b'"digest"', b'"dig\xff"'), SchemaError, "UTF-8"),

@@ -11,7 +11,8 @@ import numpy as np
 from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex, xxh3_hex
 from codecllm.formats.chunk_table import HEADER, RECORD
-from codecllm.formats.codecs import CODECS
+from codecllm.formats.codecs import CODECS, RANS_ID, rans, rans_reference
+from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.safetensors_header import PREFIX_BYTES
 from tests.sources import write_source
@@ -43,7 +44,21 @@ def vectors() -> str:
         lines.append(f"codec {codec_id} ({codec.name}): stored_bytes {len(stored)}, xxh3 of the slot {xxh3_hex(slot)}")
         lines.append(f"  stored {stored.hex()}" if codec_id else "  stored 07 x 64")
     lines.append(f"sha256 of the symbols {sha256_hex(symbols)}")
-    return "```\n" + "\n".join(lines) + "\n```"
+    return "```\n" + "\n".join([*lines, *_rans_vector()]) + "\n```"
+
+
+def _rans_vector() -> list[str]:
+    table = FrequencyTable(12, np.zeros(256, np.int64))
+    table.frequencies[[1, 2, 3]] = 2048, 1024, 1024
+    symbols = bytes([1, 2, 3, 1]) * 160
+    stored = rans_reference.encode(symbols, table)
+    return [
+        "",
+        f"codec {RANS_ID} ({rans.NAME}): symbols 01020301 x 160, f[1] 2048, f[2] 1024, f[3] 1024, precision 12",
+        f"  table {pack_table(table).hex()}",
+        f"  stored_bytes {len(stored)}, xxh3 of the slot {xxh3_hex(stored)}",
+        *(f"  stored {stored[start : start + 32].hex()}" for start in range(0, len(stored), 32)),
+    ]
 
 
 def embed(text: str) -> str:

@@ -71,7 +71,7 @@ FLAWS = {
     "stored 0": (32, bytes(4), LayoutError, "stored_bytes", 0),
     "stored 2^32 - 1": (48, b"\xff" * 4, LayoutError, "stored_bytes", 1),
     "stored one slot more": (48, b"\x11", LayoutError, "add up", None),
-    "codec 2": (36, b"\2", UnsupportedVersionError, "codec id", 0),
+    "codec 3": (36, b"\3", UnsupportedVersionError, "codec id", 0),
     "codec 128": (52, b"\x80", UnsupportedVersionError, "codec id", 1),
     "codec raw of another size": (36, b"\0", LayoutError, "stored_bytes", 0),
     "record reserved": (55, b"\1", SchemaError, "reserved", 1),

@@ -10,9 +10,14 @@ import pytest
 from codecllm.formats import FORMAT_VERSION, errors, limits
 from codecllm.formats import manifest as manifest_module
 from codecllm.formats.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, slot_bytes
-from codecllm.formats.codecs import CODECS
+from codecllm.formats.codecs import CODEC_NAMES
+from codecllm.formats.codecs.rans_reference import LANES, LOWER, STATE_BYTES
+from codecllm.formats.codecs.rans_table import MAX_PRECISION, MAX_TABLE_BYTES, MIN_PRECISION
 from codecllm.formats.codecs.zstd import _PARAMETERS
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
+from codecllm.formats.rans_groups import HEADER as RANS_HEADER
+from codecllm.formats.rans_groups import MAGIC as RANS_MAGIC
+from codecllm.formats.rans_groups import SIZE, TABLES_VERSION, max_tables_bytes
 from codecllm.formats.schemes.int8 import MAX_CODE, MAX_SCALE, MIN_SCALE
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 from tests.unit.formats.spec_example import SPEC, embed
@@ -73,7 +78,8 @@ def test_slots_and_tiles():
 
 def test_codecs():
     (rows,) = _tables("6. Codecs")
-    assert {int(number): name for number, name, _ in rows} == {number: codec.name for number, codec in CODECS.items()}
+    assert {int(number): name for number, name, _ in rows} == CODEC_NAMES
+    assert f"Ids {max(CODEC_NAMES) + 1} to 127 are reserved" in TEXT
     assert f"MUST NOT exceed {limits.ZSTD_WINDOW_BYTES} bytes" in TEXT
     stated = {name: int(value) for name, value in re.findall(r"(\w+(?:Log|Match|Length)) (\d+)", TEXT)}
     assert stated == {
@@ -84,6 +90,26 @@ def test_codecs():
         "minMatch": _PARAMETERS.min_match,
         "targetLength": _PARAMETERS.target_length,
     }
+
+
+def test_rans():
+    table, header = _tables("6.1 rans")
+    assert table[0][3] == f"{MIN_PRECISION} to {MAX_PRECISION}"
+    assert [row[2] for row in table] == ["precision", "present", "frequencies"]
+    assert [row[3] for row in header] == list(RANS_HEADER.names)
+    for offset, size, kind, name, *_ in header:
+        field, place = RANS_HEADER.fields[name]
+        assert (int(offset), int(size)) == (place, field.itemsize)
+        assert kind == "bytes" or np.dtype({"u8": "u1", "u16": "<u2", "u32": "<u4"}[kind]) == field
+    assert header[0][4].strip("`") == RANS_MAGIC.decode()
+    assert int(header[1][4]) == TABLES_VERSION
+    assert f"header of {RANS_HEADER.itemsize} bytes, one u{8 * SIZE.itemsize} per group" in TEXT
+    assert f"The stored bytes are {LANES} states of 4 bytes" in TEXT
+    assert f"at least {STATE_BYTES}." in TEXT
+    assert f"MUST be at least {LOWER}\n" in TEXT
+    assert f"at most {MAX_TABLE_BYTES} bytes" in TEXT
+    assert max_tables_bytes(1000) == 16 + 547 * 1000
+    assert {f"`{name}`" for name in manifest_module.KNOWN_FEATURES} == {"`rans`"}
 
 
 def test_dtypes():

@@ -1,0 +1,74 @@
+"""Fits a frequency table to counted symbols: how a writer chooses precision and frequencies. In integers: everywhere the same.
+
+A symbol of frequency f under precision n costs n - log2(f) bits. Frequencies begin at the counts' share, rounded down and at
+least 1; what is then left over or owed goes, unit by unit, to the symbol that gains most or from the one that loses least.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION, FrequencyTable
+
+_COST_BITS = 16  # costs are counted in units of 2^-16 bit
+_LOG2 = np.rint(np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)).astype(np.int64)
+_TOLERANCE = (1 << _COST_BITS) // 256
+"""A lower precision is taken where it costs at most 1/256 bit per symbol more than the highest: its table is smaller."""
+
+
+def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:
+    """Returns the table for symbols that occur int64 [256] `counts` times, at least one of them."""
+    counts = counts.astype(np.int64, copy=False)
+    tables = [FrequencyTable(n, fit_frequencies(counts, n)) for n in range(MIN_PRECISION, MAX_PRECISION + 1)]
+    costs = [_cost(table, counts) for table in tables]
+    enough = costs[-1] + _TOLERANCE * int(counts.sum())
+    return next(table for table, cost in zip(tables, costs, strict=True) if cost <= enough)
+
+
+def coded_bits(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
+    """Returns the bits, rounded down, that symbols which occur int64 [256] `counts` times cost; all must be in the table."""
+    return _cost(table, counts) >> _COST_BITS
+
+
+def _cost(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
+    used = np.flatnonzero(counts)
+    price = (table.precision << _COST_BITS) - _LOG2[table.frequencies[used]]
+    return int((counts[used] * price).sum())
+
+
+def fit_frequencies(counts: NDArray[np.int64], precision: int) -> NDArray[np.int64]:
+    """Returns int64 [256] frequencies that add up to 2^precision, at least 1 for every symbol that occurs."""
+    total = 1 << precision
+    shares = counts * total // int(counts.sum())
+    frequencies = np.where(counts > 0, np.maximum(shares, 1), 0)
+    missing = total - int(frequencies.sum())
+    if missing > 0:
+        _move(frequencies, counts, missing, 1)
+    elif missing < 0:
+        _move(frequencies, counts, -missing, -1)
+    return frequencies
+
+
+def _move(frequencies: NDArray[np.int64], counts: NDArray[np.int64], units: int, step: int) -> None:
+    """Adds `step` (1 or -1) to a frequency `units` times, each time where it costs least; ties go to the smaller symbol."""
+    heap = [
+        entry for symbol in np.flatnonzero(counts).tolist() if (entry := _offer(frequencies, counts, symbol, step)) is not None
+    ]
+    heapq.heapify(heap)
+    for _ in range(units):
+        _, symbol = heapq.heappop(heap)
+        frequencies[symbol] += step
+        entry = _offer(frequencies, counts, symbol, step)
+        if entry is not None:
+            heapq.heappush(heap, entry)
+
+
+def _offer(frequencies: NDArray[np.int64], counts: NDArray[np.int64], symbol: int, step: int) -> tuple[int, int] | None:
+    """Returns (cost of the step, symbol), or None where the frequency would become 0."""
+    now = int(frequencies[symbol])
+    if now + step < 1:
+        return None
+    return int(counts[symbol]) * int(_LOG2[now] - _LOG2[now + step]), symbol

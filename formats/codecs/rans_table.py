@@ -1,0 +1,82 @@
+"""Frequency tables of codec `rans`: which symbols a group of chunks uses and how often, as packed in `X_tables` (SPEC.md 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats.errors import DecodeError
+
+MIN_PRECISION = 12
+MAX_PRECISION = 14
+_BITMAP_BYTES = 32
+_HEAD_BYTES = 1 + _BITMAP_BYTES
+_CONTINUED = 0x80
+MAX_TABLE_BYTES = _HEAD_BYTES + 2 * 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrequencyTable:
+    """The static model that a group of chunks shares.
+
+    Attributes:
+        precision: frequencies add up to 2^precision; 12 to 14.
+        frequencies: int64 [256], 0 where a symbol does not occur.
+    """
+
+    precision: int
+    frequencies: NDArray[np.int64]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """int64 [256]: where each symbol's slots begin; the slots of symbol s are [starts[s], starts[s] + frequencies[s])."""
+        return np.cumsum(self.frequencies) - self.frequencies
+
+
+def pack_table(table: FrequencyTable) -> bytes:
+    """Returns the bytes of a table: precision, bitmap of symbols, then frequency - 1 of each in one or two bytes."""
+    present = table.frequencies > 0
+    packed = bytearray([table.precision])
+    packed += np.packbits(present, bitorder="little").tobytes()
+    for frequency in table.frequencies[present].tolist():
+        low, high = (frequency - 1) & 0x7F, (frequency - 1) >> 7
+        packed += bytes([low | _CONTINUED, high] if high else [low])
+    return bytes(packed)
+
+
+def parse_table(data: Any) -> FrequencyTable:
+    """Reads a table, all of `data` (bytes-like).
+
+    Raises:
+        DecodeError: it does not follow SPEC.md 6.
+    """
+    packed = bytes(data)
+    if len(packed) < _HEAD_BYTES:
+        raise DecodeError("rans table is shorter than its head", got=len(packed), expected=_HEAD_BYTES)
+    precision = packed[0]
+    if not MIN_PRECISION <= precision <= MAX_PRECISION:
+        raise DecodeError("precision of rans table", got=precision, expected=f"{MIN_PRECISION} to {MAX_PRECISION}")
+    present = np.unpackbits(np.frombuffer(packed, np.uint8, _BITMAP_BYTES, 1), bitorder="little").astype(bool)
+    frequencies = np.zeros(256, np.int64)
+    frequencies[present] = _read_frequencies(packed[_HEAD_BYTES:], int(present.sum()))
+    total = int(frequencies.sum())
+    if total != 1 << precision:
+        raise DecodeError("frequencies of rans table do not add up", got=total, expected=1 << precision)
+    return FrequencyTable(precision, frequencies)
+
+
+def _read_frequencies(data: bytes, count: int) -> list[int]:
+    frequencies, position = [], 0
+    for _ in range(count):
+        piece = data[position : position + 2]
+        if not piece or (piece[0] & _CONTINUED and (len(piece) < 2 or not 0 < piece[1] < _CONTINUED)):
+            raise DecodeError("frequency of rans table is cut off or malformed", got=piece.hex())
+        wide = bool(piece[0] & _CONTINUED)
+        frequencies.append(((piece[0] & 0x7F) | (piece[1] << 7 if wide else 0)) + 1)
+        position += 2 if wide else 1
+    if position != len(data):
+        raise DecodeError("rans table has a wrong size", got=len(data), expected=position)
+    return frequencies

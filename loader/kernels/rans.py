@@ -1,0 +1,241 @@
+"""Decodes `rans` chunks on a GPU: one warp a chunk, one lane of the warp a lane of the code (SPEC.md 6).
+
+What an attacker may have written is only the chunks' states and words: sizes and places are checked on the host, tables were
+parsed there, and every word that is read is compared with the number of words of its chunk. Whatever the bytes are, a chunk
+takes as many steps as it has symbols and writes no byte but its own; what is wrong with it ends in its fault word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+
+from codecllm.formats.codecs.rans_reference import STATE_BYTES
+from codecllm.formats.codecs.rans_table import FrequencyTable
+from codecllm.formats.errors import DecodeError
+
+FAULT_NONE = 0
+FAULT_STATE = 1
+"""A state is smaller than 2^16 at the start."""
+FAULT_WORDS = 2
+"""Words are missing or left over."""
+FAULT_END = 3
+"""A lane does not end in its initial state."""
+
+_FAULTS = {
+    FAULT_STATE: "state of a lane is too small",
+    FAULT_WORDS: "words of rans chunk are missing or left over",
+    FAULT_END: "a lane of rans chunk does not end in its initial state",
+}
+_ALIGNMENT = 16
+_FILL_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTables:
+    """Frequency tables in device memory, ready for decoding.
+
+    Attributes:
+        symbols: uint8 [tables, slots]: the symbol of each slot; slots is 2^p for the largest precision p among them.
+        ranges: int32 [tables, 256]: per symbol frequency | start << 16.
+        precisions: int32 [tables].
+    """
+
+    symbols: torch.Tensor
+    ranges: torch.Tensor
+    precisions: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RansChunks:
+    """Which chunks to decode; every size and place was checked when it was made.
+
+    Attributes:
+        fields: int64 [chunks, 5], contiguous: where the slot begins in the stored bytes, its number of words, its number of
+            symbols, where they go in the arena, the number of its table.
+        stored_bytes: least size of the stored bytes.
+        arena_bytes: least size of the arena.
+        tables: least number of tables.
+    """
+
+    fields: torch.Tensor
+    stored_bytes: int
+    arena_bytes: int
+    tables: int
+
+    def to(self, device: torch.device) -> RansChunks:
+        """Returns a copy on `device`; from pinned memory the copy is asynchronous."""
+        return RansChunks(self.fields.to(device, non_blocking=True), self.stored_bytes, self.arena_bytes, self.tables)
+
+
+def describe_chunks(
+    slots: NDArray[np.int64],
+    stored_bytes: NDArray[np.int64],
+    raw_bytes: NDArray[np.int64],
+    places: NDArray[np.int64],
+    tables: NDArray[np.int64],
+) -> RansChunks:
+    """Checks and gathers what the kernel needs to know of each chunk; all arguments int64 [chunks], on the host.
+
+    Args:
+        slots: where each chunk's slot begins in the stored bytes, multiples of 16.
+        stored_bytes: stored bytes of each chunk, as its record says.
+        raw_bytes: symbols of each chunk.
+        places: where its symbols go in the arena.
+        tables: number of its table.
+
+    Raises:
+        DecodeError: a chunk has a size that no encoder gives; `chunk` counts within the arguments.
+        ValueError: a place is negative or not aligned: a mistake of the caller.
+    """
+    wrong = (stored_bytes < STATE_BYTES) | (stored_bytes % 2 != 0)
+    if wrong.any():
+        chunk = int(wrong.argmax())
+        raise DecodeError("rans chunk has an impossible size", chunk=chunk, got=int(stored_bytes[chunk]))
+    fields = np.stack([slots, (stored_bytes - STATE_BYTES) // 2, raw_bytes, places, tables], axis=1).astype(np.int64)
+    if fields.size and (fields.min() < 0 or (slots % _ALIGNMENT).any()):
+        raise ValueError("a place is negative or not aligned")
+    return RansChunks(
+        torch.from_numpy(np.ascontiguousarray(fields)),
+        int((slots + stored_bytes).max(initial=0)),
+        int((places + raw_bytes).max(initial=0)),
+        int(tables.max(initial=-1)) + 1,
+    )
+
+
+def expand_tables(tables: Sequence[FrequencyTable], device: torch.device) -> DeviceTables:
+    """Copies parsed tables to a device, 1 KiB each, and expands them there to 4 to 16 KiB."""
+    slots = 1 << max((table.precision for table in tables), default=0)
+    ranges = np.stack([table.frequencies | table.starts << 16 for table in tables]) if tables else np.zeros((0, 256))
+    on_device = torch.from_numpy(ranges.astype(np.int32)).to(device)
+    precisions = torch.tensor([table.precision for table in tables], dtype=torch.int32).to(device)
+    symbols = torch.zeros(len(tables), slots, dtype=torch.uint8, device=device)
+    if tables:
+        _fill_kernel[(len(tables), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
+    return DeviceTables(symbols, on_device, precisions)
+
+
+def decode_rans(
+    stored: torch.Tensor, chunks: RansChunks, tables: DeviceTables, arena: torch.Tensor, faults: torch.Tensor
+) -> None:
+    """Decodes chunks into the arena: the bits of `formats.codecs.rans_reference.decode`.
+
+    Nothing is synchronized. Symbols of a chunk whose fault word is not FAULT_NONE must not be used.
+
+    In a step a warp reads a byte of `tables.symbols` and a word of `tables.ranges` per lane, which the first-level cache
+    should hold, and the next few of the chunk's words, and writes 32 bytes in a row. From device memory each symbol takes its
+    stored bits and one byte written: the floor is (1 + bits / 8) bytes a symbol over the memory bandwidth. The other floor is
+    instructions: compiled for sm_90 a step has 38, and an SM issues at most four a cycle.
+
+    Args:
+        stored: uint8 [n], n a multiple of 4, on the device, 16-byte aligned: slots as they lie in payloads.
+        chunks: what to decode, on the device.
+        tables: their tables.
+        arena: uint8 [m], on the device; receives each chunk's symbols.
+        faults: int32 [chunks], on the device; receives a fault word per chunk.
+
+    Raises:
+        ValueError: a tensor is smaller than `chunks` says, or not contiguous: a mistake of the caller.
+    """
+    count = chunks.fields.shape[0]
+    enough = (
+        stored.numel() >= chunks.stored_bytes
+        and arena.numel() >= chunks.arena_bytes
+        and tables.precisions.numel() >= chunks.tables
+        and faults.numel() >= count
+    )
+    if not enough or not all(tensor.is_contiguous() for tensor in (stored, arena, faults, chunks.fields)):
+        raise ValueError("a tensor is too small for these chunks or not contiguous")
+    if count:
+        slots = tables.symbols.shape[1]
+        words = (stored.view(torch.int32), stored.view(torch.int16))
+        _decode_kernel[(count,)](
+            *words, chunks.fields, tables.symbols, tables.ranges, tables.precisions, arena, faults, slots, num_warps=1
+        )
+
+
+def fault_error(fault: int) -> DecodeError:
+    """Returns the error for a fault word other than FAULT_NONE."""
+    return DecodeError(_FAULTS.get(fault, f"unknown fault {fault} of rans decoder"))
+
+
+@triton.jit
+def _fill_kernel(ranges, symbols, slots, BLOCK: tl.constexpr):
+    table = tl.program_id(0)
+    symbol = tl.program_id(1)
+    packed = tl.load(ranges + table * 256 + symbol)
+    start = packed >> 16
+    end = start + (packed & 0xFFFF)
+    for first in range(start, end, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        place = table.to(tl.int64) * slots + slot
+        tl.store(symbols + place, (symbol + tl.zeros_like(slot)).to(tl.uint8), mask=(slot < end) & (slot < slots))
+
+
+@triton.jit
+def _step(states, symbols, ranges, precision):
+    """Decodes one symbol in every lane; returns symbols uint8 [32] and states uint32 [32], those below 2^16 due for a word."""
+    slot = states & ((1 << precision) - 1).to(tl.uint32)
+    symbol = tl.load(symbols + slot)
+    packed = tl.load(ranges + symbol).to(tl.uint32, bitcast=True)
+    states = (packed & 0xFFFF) * (states >> precision.to(tl.uint32)) + slot - (packed >> 16)
+    return symbol, states
+
+
+@triton.jit
+def _ones(bits):
+    """Counts the bits that are set in each uint32; compilers know this form and use the instruction for it."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return (bits * 0x01010101) >> 24
+
+
+@triton.jit
+def _refill(states, position, needs, words, count, lane):
+    """Gives each lane that needs one the next word, in the lanes' order; returns states and the number of words read so far.
+
+    The lanes' needs, one bit each, are added up: a vote. Below a lane's own bit stand those that come before it.
+    """
+    own = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
+    vote = tl.sum(tl.where(needs, own, 0).to(tl.uint32), axis=0)
+    place = position + _ones(vote & (own - 1)).to(tl.int32)
+    word = tl.load(words + place, mask=needs & (place < count), other=0).to(tl.uint32) & 0xFFFF
+    return tl.where(needs, (states << 16) | word, states), position + _ones(vote).to(tl.int32)
+
+
+@triton.jit
+def _decode_kernel(as_int32, as_int16, fields, symbols, ranges, precisions, arena, faults, slots):
+    chunk = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 32)
+    begin = tl.multiple_of(tl.load(fields + chunk * 5), 16)
+    count = tl.load(fields + chunk * 5 + 1).to(tl.int32)
+    length = tl.load(fields + chunk * 5 + 2).to(tl.int32)
+    out = arena + tl.load(fields + chunk * 5 + 3)
+    table = tl.load(fields + chunk * 5 + 4)
+    symbols += table * slots
+    ranges += table * 256
+    precision = tl.load(precisions + table)
+    words = as_int16 + (begin // 2 + 64)
+    states = tl.load(as_int32 + begin // 4 + lane).to(tl.uint32, bitcast=True)
+    small = tl.max((states < 65536).to(tl.int32), axis=0)
+    position = 0
+    whole = length // 32 * 32
+    for index in range(0, whole, 32):
+        symbol, states = _step(states, symbols, ranges, precision)
+        tl.store(out + index + lane, symbol)
+        states, position = _refill(states, position, states < 65536, words, count, lane)
+    active = whole + lane < length
+    symbol, following = _step(states, symbols, ranges, precision)
+    tl.store(out + whole + lane, symbol, mask=active)
+    following, position = _refill(following, position, active & (following < 65536), words, count, lane)
+    states = tl.where(active, following, states)
+    open_lanes = tl.max((states != 65536).to(tl.int32), axis=0)
+    fault = tl.where(small > 0, 1, tl.where(position != count, 2, tl.where(open_lanes > 0, 3, 0)))
+    tl.store(faults + chunk, fault)
