@@ -12,4 +12,6 @@
 from __future__ import annotations
 
 from codecllm.verifier.diagnosis.causes import Cause
+from codecllm.verifier.diagnosis.diagnosis import DiagnoseOptions, diagnose
 
+__all__ = ["Cause", "DiagnoseOptions", "diagnose"]

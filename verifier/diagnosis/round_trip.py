@@ -82,11 +82,13 @@ def check_round_trip(
         "versions": versions(),
         "written_by": container.manifest.writer,
     }
+    right = [isinstance(one.record, Int8Tensor) for one in examined.values() if not one.faults and not one.differs]
     quantized = sum(isinstance(one.record, Int8Tensor) for one in examined.values())
+    wrong = {finding.error.message.split("'")[1] for finding in stage.findings if finding.error.message.startswith("back end")}
     stage.summary = (
-        f"{quantized} int8 tensors hold what the source quantizes to, {len(examined) - quantized} others are bit for bit the source's; "
-        f"{chunks:,} chunks encoded and decoded again ({same:,} to the stored bytes); "
-        f"{', '.join(one['name'] for one in compared)} = reference"
+        f"{sum(right)} of {quantized} int8 tensors hold what the source quantizes to, {len(right) - sum(right)} of "
+        f"{len(examined) - quantized} others are the source's bit for bit; {chunks:,} chunks encoded and decoded again "
+        f"({same:,} to the stored bytes); equal to the reference: {', '.join(b.name for b in back_ends if b.name not in wrong) or 'none'}"
     )
 
 
