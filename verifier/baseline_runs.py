@@ -126,9 +126,7 @@ def compare_with_record(
         _compare_along_record(model, baseline.greedy, stage)
 
 
-def _compare_tokens(
-    model: Any, prompts: list[GreedyPrompt], stage: Stage, spoken: dict[tuple[int, ...], list[int]]
-) -> None:
+def _compare_tokens(model: Any, prompts: list[GreedyPrompt], stage: Stage, spoken: dict[tuple[int, ...], list[int]]) -> None:
     for number, prompt in enumerate(prompts):
         said = spoken.get(tuple(prompt.tokens))
         got = said if said is not None else output.greedy_tokens(model, output.PromptTokens(prompt.text, prompt.tokens))

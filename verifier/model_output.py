@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ class PromptCoder:
         except Exception:  # transformers raises whatever its many tokenizer classes happen to raise
             self._tokenizer = None
 
-    def prompts(self) -> list[PromptTokens]:
-        """Returns the fixed prompts; a prompt whose ids leave the model's vocabulary is replaced by fixed ids."""
-        return [PromptTokens(text, self._prompt_tokens(text, number)) for number, text in enumerate(PROMPTS)]
+    def prompts(self, texts: Sequence[str] = PROMPTS) -> list[PromptTokens]:
+        """Returns prompts (the fixed ones) as tokens; one whose ids leave the model's vocabulary is replaced by fixed ids."""
+        return [PromptTokens(text, self._prompt_tokens(text, number)) for number, text in enumerate(texts)]
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, or none without a tokenizer or where they leave the model's vocabulary."""

@@ -44,7 +44,9 @@ def present_back_ends() -> list[BackEnd]:
     zstd = ".".join(map(str, zstandard.ZSTD_VERSION))
     found = [
         BackEnd("cpu", f"libzstd {zstd}", lambda tensor: True, _decode_cpu),
-        BackEnd("int8 modules", f"torch {torch.__version__}", _by_rows, lambda tensor, index: _decode_torch(tensor, index, "cpu")),
+        BackEnd(
+            "int8 modules", f"torch {torch.__version__}", _by_rows, lambda tensor, index: _decode_torch(tensor, index, "cpu")
+        ),
     ]
     if torch.cuda.is_available():
         name = f"torch {torch.__version__}, {torch.cuda.get_device_name()}"

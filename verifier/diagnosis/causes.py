@@ -43,7 +43,9 @@ class Cause(StrEnum):
 
 
 _CONVERT = "Convert the source again, or fetch the container anew and pin its manifest's sha256."
-_WRITER = "The writer of this container is at fault: convert again with this version, and report the writer that the manifest names."
+_WRITER = (
+    "The writer of this container is at fault: convert again with this version, and report the writer that the manifest names."
+)
 _LOADER = "The container is right and the loading code is at fault: load it with this version of codecllm and no other patches."
 
 ADVICE: dict[Cause, tuple[str, str]] = {
@@ -79,8 +81,14 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "The weights themselves are not numbers: no compressor can help.",
         "Repair the source: train or download it again, then convert.",
     ),
-    Cause.BACK_END: ("A decode back end of this machine gives other bits than the reference.", "Use decoder cpu; update its library."),
-    Cause.LOAD_FAILED: ("The container's bytes are right, but no model came of them.", "See the error; check config and library versions."),
+    Cause.BACK_END: (
+        "A decode back end of this machine gives other bits than the reference.",
+        "Use decoder cpu; update its library.",
+    ),
+    Cause.LOAD_FAILED: (
+        "The container's bytes are right, but no model came of them.",
+        "See the error; check config and library versions.",
+    ),
     Cause.NOT_REPLACED: ("A layer does not hold the container's weight.", _LOADER),
     Cause.REPLACED_TWICE: ("A layer was replaced, or its scales applied, more than once.", _LOADER),
     Cause.SCALE_AXIS: ("Codes and scales are right, but each scale was applied along the other axis.", _LOADER),
@@ -106,30 +114,40 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "Container, loader and modules are right: the quantization itself costs this model too much.",
         "Keep the tensors with the largest errors lossless (--exclude), or use --scheme lossless.",
     ),
-    Cause.TEXT_DIFFERS: ("Every weight is right and the text is another one.", "Compare library versions and devices of the two runs."),
+    Cause.TEXT_DIFFERS: (
+        "Every weight is right and the text is another one.",
+        "Compare library versions and devices of the two runs.",
+    ),
 }
 
 
 def conclude(report: Report) -> str:
-    """Returns one paragraph: what is wrong, where, and what to do, from the first stage that failed."""
-    stage = next((stage for stage in report.stages if stage.verdict is Verdict.FAILED), None)
-    if stage is None:
+    """Returns one paragraph: what is wrong, where, and what to do, from the finding that explains the report."""
+    explained = explaining(report)
+    if explained is None:
         skipped = [f"{stage.name} ({stage.summary})" for stage in report.stages if stage.verdict is Verdict.SKIPPED]
         tail = f" Not looked at: {'; '.join(skipped)}." if skipped else ""
         return f"No fault found: what was looked at is what the source, the container and the format ask for.{tail}"
-    finding = leading_finding(stage)
+    stage, finding = explained
     cause = Cause(finding.cause) if finding.cause is not None else Cause.DAMAGED
     meaning, advice = ADVICE[cause]
-    later = [other.name for other in report.stages if other is not stage and other.verdict is Verdict.FAILED]
-    more = len(stage.findings) - 1
     parts = [f"{cause.value.capitalize()}, found by stage '{stage.name}': {finding.error}.", meaning, advice]
+    more = len(stage.findings) - 1
     if more:
         parts.append(f"The stage has {more} more finding{'s' * (more != 1)}.")
+    later = [repr(other.name) for other in report.stages if other is not stage and other.verdict is Verdict.FAILED]
     if later:
-        parts.append(f"What {' and '.join(repr(name) for name in later)} found follows from it, or waits behind it.")
+        parts.append(f"What {' and '.join(later)} found belongs to it, follows from it, or waits behind it.")
     return " ".join(parts)
 
 
-def leading_finding(stage: Stage) -> Finding:
-    """Returns the finding that explains a failed stage: the first one with a cause, else the first one."""
-    return next((finding for finding in stage.findings if finding.cause is not None), stage.findings[0])
+def explaining(report: Report) -> tuple[Stage, Finding] | None:
+    """Returns the finding that explains a report and its stage: the first one with a cause, else the first one; None if none.
+
+    `structure` and `checksums` say that bytes are wrong; `round trip`, where it got that far, says how.
+    """
+    failed = [stage for stage in report.stages if stage.verdict is Verdict.FAILED]
+    if not failed:
+        return None
+    named = [(stage, finding) for stage in failed for finding in stage.findings if finding.cause is not None]
+    return named[0] if named else (failed[0], failed[0].findings[0])

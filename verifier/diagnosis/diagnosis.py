@@ -35,6 +35,7 @@ class DiagnoseOptions:
     Attributes:
         resident: how the loaded model keeps its weights while it runs; the weights of every residency are compared.
         first_layers: run text with only the first so many layers from the container and the others from the source.
+        prompts: what both models continue; None takes the fixed prompts of the baseline.
         text: text for the perplexity; None takes the built-in one.
         workers: threads; None takes one per core.
         expected_manifest_sha256: accept no other manifest.
@@ -46,6 +47,7 @@ class DiagnoseOptions:
 
     resident: Resident = "dense"
     first_layers: int | None = None
+    prompts: Sequence[str] | None = None
     text: str | None = None
     workers: int | None = None
     expected_manifest_sha256: str | None = None
@@ -156,9 +158,7 @@ class _Diagnosis:
         back_ends = present_back_ends() if self._options.back_ends is None else self._options.back_ends
         with _stage(self._report, "round trip") as stage:
             self._examined = examine_all(self._container, self._source, self._threads, self._progress)
-            check_round_trip(
-                self._container, self._source, self._commit, self._examined, back_ends, stage, self._threads
-            )
+            check_round_trip(self._container, self._source, self._commit, self._examined, back_ends, stage, self._threads)
         with _stage(self._report, "quantized") as stage:
             check_quantization(self._container, self._examined, stage)
 

@@ -139,7 +139,9 @@ def examine(container: Container, name: str, source: SourceTensor) -> Examinatio
     try:
         if (record.dtype, tuple(record.shape)) != (source.dtype.name, source.shape):
             got, expected = f"{source.dtype.name} {list(source.shape)}", f"{record.dtype} {record.shape}"
-            raise ModelMismatchError("type of the source's tensor is not the container's", tensor=name, got=got, expected=expected)
+            raise ModelMismatchError(
+                "type of the source's tensor is not the container's", tensor=name, got=got, expected=expected
+            )
         if isinstance(record, Int8Tensor):
             _find_scales(container, record, source, result)
         tensor = container.tensor(name)
@@ -299,9 +301,7 @@ def _encode_again(tensor: StoredTensor, index: int, planes: list[NDArray[np.uint
         flat = np.ascontiguousarray(symbols).reshape(-1)
         encoded = codec.encode(flat)
         if bytes(codec.decode(encoded, flat.size)) != flat.tobytes():
-            raise DecodeError(
-                f"codec {codec.name} does not give back what it encoded", tensor=tensor.record.name, chunk=chunk
-            )
+            raise DecodeError(f"codec {codec.name} does not give back what it encoded", tensor=tensor.record.name, chunk=chunk)
         slots = tensor.read_slots(chunk, chunk + 1, bytearray(tensor.slots_bytes(chunk, chunk + 1)))
         result.chunks += 1
         result.same_bytes += bytes(encoded) == bytes(slots[: place.stored_bytes])

@@ -100,6 +100,16 @@ def compare_layers(source: Run, reference: Run, loaded: Run) -> list[dict[str, A
     return rows
 
 
+def suspects(reference: Run, loaded: Run, dtype: torch.dtype) -> list[str]:
+    """Returns the layers to look into: the first whose bits differ, and the first that differs by more than `TOLERANCES`.
+
+    Residual connections dilute what a module does wrong, so the first difference of all is looked into, however small.
+    """
+    different = (name for name in loaded.outputs if _departs(reference.outputs.get(name), loaded.outputs[name], 0.0))
+    found = [next(different, None), first_departure(reference, loaded, dtype)]
+    return list(dict.fromkeys(name for name in found if name is not None))
+
+
 def first_departure(reference: Run, loaded: Run, dtype: torch.dtype) -> str | None:
     """Returns the first module whose output in the loaded model is not the reference's, within `TOLERANCES`; None if none."""
     limit = TOLERANCES.get(dtype, 1e-4)
@@ -108,8 +118,8 @@ def first_departure(reference: Run, loaded: Run, dtype: torch.dtype) -> str | No
 
 def name_departure(
     reference: Any, loaded: Any, tokens: list[int], layer: str, explained: bool, stage: Stage
-) -> dict[str, Any]:
-    """Runs both models again, inside the first layer that departs, and names module and channel.
+) -> dict[str, Any] | None:
+    """Runs both models again, inside a layer that may depart, and names module and channel.
 
     Args:
         reference: the right model.
@@ -120,12 +130,13 @@ def name_departure(
         stage: receives the finding.
 
     Returns:
-        Where it is, as JSON values.
+        Where it is, as JSON values; None where no module of the layer departs by more than `TOLERANCES`.
     """
-    module = reference.get_submodule(layer)
-    names = [f"{layer}.{name}" if name else layer for name, _ in module.named_modules()]
+    names = [f"{layer}.{name}" if name else layer for name, _ in reference.get_submodule(layer).named_modules()]
     right, found = run_model(reference, tokens, names), run_model(loaded, tokens, names)
-    name = first_departure(right, found, loaded.dtype) or layer
+    name = first_departure(right, found, loaded.dtype)
+    if name is None:
+        return None
     a, b = right.outputs[name], found.outputs[name]
     channel, share, error = worst_channel(a, b)
     order = _channel_order(a, b)
@@ -138,8 +149,7 @@ def name_departure(
         text += f"; {describe_order(order, head_size(loaded.config))}".replace("rows", "channels")
     if explained:
         text += "; an earlier stage names the weight behind it"
-    error_found = ModelMismatchError(text)
-    stage.fail(error_found, cause=cause, channel=channel, module=name)
+    stage.fail(ModelMismatchError(text), cause=cause, channel=channel, module=name)
     return {"layer": layer, "module": name, "channel": channel, "channels_off": share, "relative_error": error}
 
 

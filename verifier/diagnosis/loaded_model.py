@@ -103,7 +103,9 @@ def _expected_modules(against: Comparison, names: dict[str, str], resident: str)
         owners = [member.removesuffix(".weight") for member in group if member.endswith(".weight")]
         if by_row and len(record.shape) == 2 and len(owners) == len(group) and owners:
             modules = [against.reference.get_submodule(owner) for owner in owners]
-            if all(type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None) for module in modules):
+            if all(
+                type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None) for module in modules
+            ):
                 expected.update(owners)
     return expected
 
@@ -118,7 +120,9 @@ def _check_replaced(model: Any, resident: str, expected: set[str], replaced: dic
             _fail(stage, name, Cause.REPLACED_TWICE, f"{what}: replaced twice")
         elif not isinstance(present.get(name), kind):
             got = type(present[name]).__name__ if name in present else "nothing"
-            _fail(stage, name, Cause.NOT_REPLACED, f"resident {resident!r} replaces this module", got=got, expected=kind.__name__)
+            _fail(
+                stage, name, Cause.NOT_REPLACED, f"resident {resident!r} replaces this module", got=got, expected=kind.__name__
+            )
     for name in sorted(replaced.keys() - expected):
         if not any(name.startswith(f"{other}.") for other in expected):
             _fail(stage, name, Cause.REPLACED_TWICE, f"resident {resident!r} does not replace this module, and it was replaced")
@@ -151,6 +155,7 @@ def _check_scale(name: str, module: Int8Weight, stage: Stage) -> None:
 
 def _check_ties(model: Any, reference: Any, stage: Stage) -> None:
     """Checks that parameters share memory where the right model's do, and only there."""
+
     def groups(which: Any) -> dict[str, int]:
         return {name: _memory(which, name) for name, _ in reference.named_parameters(remove_duplicate=False)}
 

@@ -101,10 +101,11 @@ class ModelStages:
             self._why_not = "the loaded model cannot be run"
             stage.fail(ModelMismatchError(f"the loaded model cannot be run: {_one_line(exc)}"), cause=Cause.COMPUTATION)
             return
-        departed = layers.first_departure(reference, loaded, self._model.dtype)
-        if departed is not None:
-            place = layers.name_departure(self._reference, self._model, tokens, departed, explained, stage)
-            stage.facts["first_departure"] = place
+        for layer in layers.suspects(reference, loaded, self._model.dtype):
+            place = layers.name_departure(self._reference, self._model, tokens, layer, explained, stage)
+            if place is not None:
+                stage.facts["first_departure"] = place
+                break
         self._reference = None
         gc.collect()
         self._compare_with_source(reference, loaded, tokens, names, stage)
@@ -116,7 +117,7 @@ class ModelStages:
             return
         own = output.PromptCoder(self._container.folder, self._model.config)
         text.check_tokenizers(self._coder, own, (self._source.folder, self._container.folder), stage)
-        script = text.write_script(self._coder, self._options.text)
+        script = text.write_script(self._coder, self._options.prompts, self._options.text)
         source = text.listen(self._plain, script)
         count = self._options.first_layers
         speaker = layers.first_layers_of(self._plain, self._model, count) if count is not None else nullcontext(self._model)

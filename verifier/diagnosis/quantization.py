@@ -97,10 +97,14 @@ def ratio_account(container: Container, examined: dict[str, Examination]) -> dic
     headers = stored - payload - scales - plain
     weights = max(1, sum(one.elements for one in examined.values()))
     whole_bits = min(max(0.0, prefix - entropy), max(0.0, payload - entropy))
-    single = sum(8 * one.per_tensor.stored_bytes + 32 if one.per_tensor is not None else 8 * one.held.stored_bytes for one in coded)
+    single = sum(
+        8 * one.per_tensor.stored_bytes + 32 if one.per_tensor is not None else 8 * one.held.stored_bytes for one in coded
+    )
     energy = sum(one.energy for one in coded)
     held, together = (
-        math.sqrt(sum(getattr(one, name).squared_error for one in coded if one.per_tensor is not None) / energy) if energy else 0.0
+        math.sqrt(sum(getattr(one, name).squared_error for one in coded if one.per_tensor is not None) / energy)
+        if energy
+        else 0.0
         for name in ("held", "per_tensor")
     )
     bits = {

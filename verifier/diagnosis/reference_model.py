@@ -77,7 +77,11 @@ def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tenso
     if isinstance(tensor, PlainTensor):
         own = torch_dtype(tensor.record.dtype, name)
         data = tensor.read()
-        return torch.frombuffer(data, dtype=own).reshape(tensor.record.shape) if data else torch.empty(tensor.record.shape, dtype=own)
+        return (
+            torch.frombuffer(data, dtype=own).reshape(tensor.record.shape)
+            if data
+            else torch.empty(tensor.record.shape, dtype=own)
+        )
     record, grid = tensor.record, tensor.table.grid
     int8 = isinstance(record, Int8Tensor)
     target = _target(dtype) if int8 else record.dtype

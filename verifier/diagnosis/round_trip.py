@@ -148,7 +148,9 @@ def _judge(
     most = 2 * foreign > len(explained) and 2 * len(differing) > len(compared)
     if other_commit or most:
         told = f"; converted from commit {recorded}, compared with {commit}" if other_commit else ""
-        text = f"{len(differing)} of {len(compared)} tensors are not those of this source{told}; the first: {explained[0][1].text}"
+        text = (
+            f"{len(differing)} of {len(compared)} tensors are not those of this source{told}; the first: {explained[0][1].text}"
+        )
         own = "agrees" if _agrees_with_itself(container, differing[0].name) else "does not even agree"
         error = DecodeError(f"{text}; the container {own} with its own digest there", tensor=differing[0].name)
         stage.fail(error, cause=Cause.OTHER_REVISION, channel=explained[0][1].channel)
@@ -194,9 +196,7 @@ def _agrees_with_itself(container: Container, name: str) -> bool:
     return not scan_tensor(container, record.alias_of if isinstance(record, AliasTensor) else name).faults
 
 
-def _compare_back_ends(
-    container: Container, back_ends: Sequence[BackEnd], stage: Stage, workers: int
-) -> list[dict[str, Any]]:
+def _compare_back_ends(container: Container, back_ends: Sequence[BackEnd], stage: Stage, workers: int) -> list[dict[str, Any]]:
     """Compares every tile of every coded tensor under every back end with the reference; returns what was compared."""
     counts = dict.fromkeys((one.name for one in back_ends), 0)
     names = [name for name in stored_names(container) if not isinstance(container.records[name], RawTensor)]
@@ -268,5 +268,3 @@ def shift_of(found: Any, expected: Any) -> int | None:
         if np.array_equal(a[:_SAMPLE], b[:_SAMPLE]) and np.array_equal(a, b):
             return shift
     return None
-
-

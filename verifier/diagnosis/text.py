@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,15 @@ WINDOW_TOKENS = 512
 MAX_KL, MIN_TOP1 = 0.1, 0.9
 """Mean divergence in nats above which, together with a top-1 agreement below, precision itself is called the fault."""
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 @dataclass(slots=True)
@@ -56,10 +65,10 @@ class Script:
     text: list[int]
 
 
-def write_script(coder: output.PromptCoder, text: str | None) -> Script:
-    """Returns the fixed prompts and a text (None: the built-in one) as tokens."""
+def write_script(coder: output.PromptCoder, prompts: Sequence[str] | None, text: str | None) -> Script:
+    """Returns prompts (None: the fixed ones of the baseline) and a text (None: the built-in one) as tokens."""
     tokens = coder.encode(SAMPLE_TEXT if text is None else text)
-    return Script(coder.prompts(), tokens[:PERPLEXITY_TOKENS])
+    return Script(coder.prompts(prompts or PROMPTS), tokens[:PERPLEXITY_TOKENS])
 
 
 def listen(model: Any, script: Script, along: Spoken | None = None) -> Spoken:
@@ -104,7 +113,9 @@ def kl_per_position(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.nansum(p.exp() * (p - q), -1).where(torch.isfinite(base).all(-1) & torch.isfinite(other).all(-1), torch.nan)
 
 
-def check_tokenizers(source: output.PromptCoder, container: output.PromptCoder, folders: tuple[Path, Path], stage: Stage) -> None:
+def check_tokenizers(
+    source: output.PromptCoder, container: output.PromptCoder, folders: tuple[Path, Path], stage: Stage
+) -> None:
     """Compares what the tokenizers of source and container make of the same texts."""
     texts = [*PROMPTS, SAMPLE_TEXT]
     for text in texts:
@@ -115,7 +126,9 @@ def check_tokenizers(source: output.PromptCoder, container: output.PromptCoder, 
             which = "container" if theirs else "source"
             raise_text = f"the {which} has no usable tokenizer, the other one has"
         elif theirs == ours:
-            raise_text = f"the same tokens are another text: {container.decode(theirs)[:40]!r} for {source.decode(theirs)[:40]!r}"
+            raise_text = (
+                f"the same tokens are another text: {container.decode(theirs)[:40]!r} for {source.decode(theirs)[:40]!r}"
+            )
         else:
             place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
             raise_text = f"{text[:30]!r} becomes other tokens from token {place} on"
@@ -127,7 +140,12 @@ def check_tokenizers(source: output.PromptCoder, container: output.PromptCoder, 
 
 
 def compare_text(
-    script: Script, source: Spoken, loaded: Spoken, coders: tuple[output.PromptCoder, output.PromptCoder], lossless: bool, stage: Stage
+    script: Script,
+    source: Spoken,
+    loaded: Spoken,
+    coders: tuple[output.PromptCoder, output.PromptCoder],
+    lossless: bool,
+    stage: Stage,
 ) -> None:
     """Compares what both models said.
 
@@ -185,49 +203,73 @@ def _tail(text: str) -> int:
 def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> None:
     if lost:
         stage.fail(BaselineError(f"logits are NaN or infinite at {lost} positions"), cause=Cause.PRECISION)
+    far = facts["mean_kl"] is None or (facts["mean_kl"] > MAX_KL and facts["top1"] < MIN_TOP1)
     for number, row in enumerate(facts["prompts"]):
-        if row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:
+        if far and row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:
             text = (
-                f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} undecodable bytes in the loaded model's text "
-                f"(shown as {UNDECODABLE}), {row['undecodable_in_source']} in the source's; first differing token {row['first_differing_token']}"
+                f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} undecodable bytes in the loaded model's "
+                f"text (shown as {UNDECODABLE}), {row['undecodable_in_source']} in the source's; first differing token "
+                f"{row['first_differing_token']}"
             )
             stage.fail(BaselineError(text), cause=Cause.UNDECODABLE)
     different = [number for number, row in enumerate(facts["prompts"]) if row["first_differing_token"] is not None]
     if lossless and (different or facts["mean_kl"]):
-        place = f"prompt {different[0]} from token {facts['prompts'][different[0]]['first_differing_token']} on" if different else "the logits"
-        error = BaselineError(f"the container is lossless and says something else than its source: {place}", got=f"mean KL {facts['mean_kl']:.2e}")
+        place = (
+            f"prompt {different[0]} from token {facts['prompts'][different[0]]['first_differing_token']} on"
+            if different
+            else "the logits"
+        )
+        error = BaselineError(
+            f"the container is lossless and says something else than its source: {place}", got=f"mean KL {facts['mean_kl']:.2e}"
+        )
         stage.fail(error, cause=Cause.TEXT_DIFFERS)
-    elif facts["mean_kl"] is not None and facts["mean_kl"] > MAX_KL and facts["top1"] < MIN_TOP1:
+    elif far and facts["mean_kl"] is not None:
         text = f"mean KL {facts['mean_kl']:.3f} nats, top-1 agreement {facts['top1']:.1%} against the source"
         stage.fail(BaselineError(text, expected=f"at most {MAX_KL} nats or at least {MIN_TOP1:.0%}"), cause=Cause.PRECISION)
 
 
 def _compare_outputs(source: Spoken, loaded: Spoken, lossless: bool, stage: Stage) -> None:
     """Compares the first outputs of models that do not generate."""
-    cosines = [float(torch.nn.functional.cosine_similarity(a.double().reshape(-1), b.double().reshape(-1), 0)) for a, b in zip(source.logits, loaded.logits, strict=True)]
+    cosines = [
+        float(torch.nn.functional.cosine_similarity(a.double().reshape(-1), b.double().reshape(-1), 0))
+        for a, b in zip(source.logits, loaded.logits, strict=True)
+    ]
     same = all(torch.equal(a, b) for a, b in zip(source.logits, loaded.logits, strict=True))
     worst = min(cosines)
     stage.facts |= {"cosines": [_plain(value) for value in cosines], "same_outputs": same}
-    stage.summary = f"the model does not generate; smallest cosine of its output to the source's on {len(cosines)} prompts: {worst:.6f}"
+    stage.summary = (
+        f"the model does not generate; smallest cosine of its output to the source's on {len(cosines)} prompts: {worst:.6f}"
+    )
     if lossless and not same:
-        stage.fail(BaselineError("the container is lossless and its model's output is not the source's", got=worst), cause=Cause.TEXT_DIFFERS)
+        stage.fail(
+            BaselineError("the container is lossless and its model's output is not the source's", got=worst),
+            cause=Cause.TEXT_DIFFERS,
+        )
     elif not worst > MIN_TOP1:
-        stage.fail(BaselineError("output is far from the source's: cosine", got=worst, expected=f"above {MIN_TOP1}"), cause=Cause.PRECISION)
+        stage.fail(
+            BaselineError("output is far from the source's: cosine", got=worst, expected=f"above {MIN_TOP1}"),
+            cause=Cause.PRECISION,
+        )
 
 
 def _summary(facts: dict[str, Any]) -> str:
     same = sum(row["first_differing_token"] is None for row in facts["prompts"])
     kl = "not finite" if facts["mean_kl"] is None else f"{facts['mean_kl']:.2e} nats"
-    text = f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per token, top-1 {facts['top1']:.1%}"
+    text = (
+        f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per token, top-1 {facts['top1']:.1%}"
+    )
     if facts["perplexity_of_source"] is not None and facts["perplexity_of_loaded"] is not None:
         text += f"; perplexity {facts['perplexity_of_source']:.3f} -> {facts['perplexity_of_loaded']:.3f} on {facts['text_tokens']} tokens"
-    return text
+    bad = [sum(row[f"undecodable_in_{which}"] for row in facts["prompts"]) for which in ("source", "loaded")]
+    return f"{text}; {bad[1]} undecodable bytes in its text, {bad[0]} in the source's" if any(bad) else text
 
 
 def _other_file(folders: tuple[Path, Path]) -> str | None:
     """Returns the first tokenizer file that differs between two folders."""
     for name in _TOKENIZER_FILES:
-        digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() if (folder / name).exists() else None for folder in folders]
+        digests = [
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() if (folder / name).exists() else None for folder in folders
+        ]
         if digests[0] != digests[1]:
             return name
     return None

@@ -104,7 +104,9 @@ def _from_scales(suspect: Suspect) -> Explanation | None:
 def _is(suspect: Suspect, values: torch.Tensor) -> bool:
     """Whether a candidate [rows, cols] is the weight that was found, NaN equal to NaN."""
     candidate = values.to(suspect.found.dtype).reshape(suspect.found.shape)
-    return torch.equal(candidate, suspect.found) or bool(torch.isclose(candidate, suspect.found, rtol=0, atol=0, equal_nan=True).all())
+    return torch.equal(candidate, suspect.found) or bool(
+        torch.isclose(candidate, suspect.found, rtol=0, atol=0, equal_nan=True).all()
+    )
 
 
 def _copied(suspect: Suspect) -> Explanation | None:
@@ -113,7 +115,11 @@ def _copied(suspect: Suspect) -> Explanation | None:
     other = suspect.others(suspect.found)
     if other is not None:
         return Explanation(Cause.WRONG_TENSOR, f"the weight is that of {other!r}")
-    if suspect.found.ndim == 2 and suspect.found.shape[0] == suspect.found.shape[1] and same_bits(suspect.found.T, suspect.right):
+    if (
+        suspect.found.ndim == 2
+        and suspect.found.shape[0] == suspect.found.shape[1]
+        and same_bits(suspect.found.T, suspect.right)
+    ):
         return Explanation(Cause.TRANSPOSED, "the weight is the transposed one")
     return None
 
@@ -122,7 +128,9 @@ def _moved(suspect: Suspect) -> Explanation | None:
     found, right = _words(suspect.found), _words(suspect.right)
     shift = shift_of(found, right)
     if shift is not None:
-        return Explanation(Cause.SHIFTED, f"the weight is a shifted buffer: each element is the one {shift:+d} elements away", 0)
+        return Explanation(
+            Cause.SHIFTED, f"the weight is a shifted buffer: each element is the one {shift:+d} elements away", 0
+        )
     if suspect.found.ndim < 2:
         return None
     cols = suspect.found.shape[-1]
