@@ -1,4 +1,4 @@
-"""Plots as inline SVG: no script, no font, no network. Colours come from CSS variables, so light and dark are the page's matter."""
+"""Plots as inline SVG: no script, no font, no network. Colours come from the page's CSS, for light and for dark."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def _drawn(one: Series, labels: Sequence[str], low: float, high: float, log: boo
         if one.kind == "bars":
             base = _y(low, low, high)
             parts.append(
-                f'<rect class="b{one.colour}" x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{max(0.0, base - y):.1f}">{title}</rect>'
+                f'<rect class="b{one.colour}" x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" '
+                f'height="{max(0.0, base - y):.1f}">{title}</rect>'
             )
         else:
             radius = 3 if len(labels) < 80 else 2

@@ -69,14 +69,15 @@ def explain(tensor: StoredTensor, source: SourceTensor, examined: Examination, h
     scales_explain = counts.fit_stored == counts.elements
     first = int(wrong[0])
     if codes_fit and sorted(stored[wrong].tolist()) == sorted(expected[wrong].tolist()):
-        text = f"channels {_listed(wrong)} have each other's scales: channel {first} has {stored[first]:.6g}, not {expected[first]:.6g}"
+        values = f"channel {first} has {stored[first]:.6g}, not {expected[first]:.6g}"
+        text = f"channels {_listed(wrong)} have each other's scales: {values}"
         return Explanation(Cause.SWAPPED_SCALES, text, first)
     narrow = _narrower(stored, expected)
     if narrow is not None:
         text = f"{len(wrong)} scales went through {narrow}: channel {first} has {stored[first]:.9g}, not {expected[first]:.9g}"
         return Explanation(Cause.ROUNDED_SCALES, text, first)
     if scales_explain and _is_per_tensor(stored, examined):
-        return _per_tensor(source, tensor, examined)
+        return _per_tensor(examined)
     if codes_fit or scales_explain:
         return _step(stored, expected, wrong, codes_fit)
     order = permutation(counts.found_rows, counts.expected_rows)
@@ -164,14 +165,15 @@ def _is_per_tensor(stored: NDArray[np.float32], examined: Examination) -> bool:
     return len(stored) > 1 and bool((stored == whole[0]).all())
 
 
-def _per_tensor(source: SourceTensor, tensor: StoredTensor, examined: Examination) -> Explanation:
+def _per_tensor(examined: Examination) -> Explanation:
     assert examined.absmax is not None and examined.scales is not None
     outlier = int(examined.absmax.argmax())
     largest = np.rint(examined.absmax / examined.absmax.max() * MAX_CODE)
+    weight, usual = float(examined.absmax[outlier]), max(float(np.median(examined.absmax)), 1e-38)
     text = (
-        f"all {len(examined.absmax)} channels share the scale of channel {outlier}, whose largest weight {examined.absmax[outlier]:.6g} "
-        f"is {examined.absmax[outlier] / max(float(np.median(examined.absmax)), 1e-38):.1f} times the median channel's: half of the channels "
-        f"use codes up to {np.median(largest):.0f} of {MAX_CODE}"
+        f"all {len(examined.absmax)} channels share the scale of channel {outlier}, whose largest weight {weight:.6g} is "
+        f"{weight / usual:.1f} times the median channel's: half of the channels use codes up to {np.median(largest):.0f} "
+        f"of {MAX_CODE}"
     )
     return Explanation(Cause.PER_TENSOR_SCALE, text, outlier)
 

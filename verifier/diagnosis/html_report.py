@@ -15,14 +15,16 @@ FINDINGS_SHOWN = 100
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2430; --soft: #5c6675; --line: #d9dee6; --panel: #f5f7fa;
   --c1: #2563a8; --c2: #c2571a; --c3: #3a7d44; --c4: #8a4fa3; --ok: #2e7d32; --failed: #b3261e; --skipped: #8a6d00; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181f; --ink: #e3e8ef; --soft: #9aa5b5; --line: #323b49; --panel: #1c222c;
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #14181f; --ink: #e3e8ef; --soft: #9aa5b5; --line: #323b49; --panel: #1c222c;
   --c1: #6fa8e6; --c2: #f0955a; --c3: #7cc488; --c4: #c795dc; --ok: #7cc488; --failed: #ff8a80; --skipped: #e0c060; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
 .where, .note { color: var(--soft); } .where { overflow-wrap: anywhere; }
-.conclusion { border-left: 4px solid var(--tone); background: var(--panel); padding: .8rem 1rem; margin: 1rem 0; overflow-wrap: anywhere; }
+.conclusion { border-left: 4px solid var(--tone); background: var(--panel); padding: .8rem 1rem; margin: 1rem 0;
+  overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; } .wide { overflow-x: auto; }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -68,7 +70,8 @@ def render_html(report: Report) -> str:
     title = escape(f"codecllm diagnosis: {Path(report.container).name}")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
     policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    return f'<!doctype html><html lang="en"><head>{head}{policy}<style>{_STYLE}</style></head><body>{"".join(body)}</body></html>\n'
+    content = f"<head>{head}{policy}<style>{_STYLE}</style></head><body>{''.join(body)}</body>"
+    return f'<!doctype html><html lang="en">{content}</html>\n'
 
 
 def _stages(report: Report) -> str:
@@ -82,7 +85,8 @@ def _stage_row(stage: Stage) -> str:
     shown += f"<li>... and {more} more (--json lists all)</li>" if more > 0 else ""
     listed = f"<ul>{shown}</ul>" if shown else ""
     word = stage.verdict.value if stage.verdict is not Verdict.FAILED else "FAILED"
-    return f'<tr><td>{escape(stage.name)}</td><td class="{stage.verdict.value}">{word}</td><td class="text">{escape(stage.summary)}{listed}</td></tr>'
+    verdict = f'<td class="{stage.verdict.value}">{word}</td>'
+    return f'<tr><td>{escape(stage.name)}</td>{verdict}<td class="text">{escape(stage.summary)}{listed}</td></tr>'
 
 
 def _ratio(facts: dict[str, Any]) -> str:
@@ -90,19 +94,22 @@ def _ratio(facts: dict[str, Any]) -> str:
         return ""
     bits = facts["bits"]
     rows = "".join(
-        f'<tr><td>{escape(name.replace("_", " "))}</td><td class="n">{value:.4f}</td><td class="n">{value / facts["bits_per_weight"]:.2%}</td></tr>'
+        f'<tr><td>{escape(name.replace("_", " "))}</td><td class="n">{value:.4f}</td>'
+        f'<td class="n">{value / facts["bits_per_weight"]:.2%}</td></tr>'
         for name, value in bits.items()
     )
     total = f'<tr><td>in all</td><td class="n">{facts["bits_per_weight"]:.4f}</td><td class="n">100%</td></tr>'
     words = (
-        f"The ratio is {facts['ratio']:.4f}x. With a perfect coder of single symbols it would be {facts['ratio_at_entropy']:.4f}x: "
-        f"entropy, scales and headers explain {facts['explained_by_entropy']:.2%} of the stored bytes. "
+        f"The ratio is {facts['ratio']:.4f}x. With a perfect coder of single symbols it would be "
+        f"{facts['ratio_at_entropy']:.4f}x: entropy, "
+        f"scales and headers explain {facts['explained_by_entropy']:.2%} of the stored bytes. "
     )
     if facts["relative_error_per_tensor_scale"]:
         times = facts["relative_error_per_tensor_scale"] / max(facts["relative_error"], 1e-30)
         words += (
-            f"One scale per tensor, packed by the same coder, would give {facts['ratio_per_tensor_scale']:.4f}x at {times:.2f} times "
-            f"the error ({facts['relative_error_per_tensor_scale']:.2e} instead of {facts['relative_error']:.2e})."
+            f"One scale per tensor, packed by the same coder, would give {facts['ratio_per_tensor_scale']:.4f}x at "
+            f"{times:.2f} times the error "
+            f"({facts['relative_error_per_tensor_scale']:.2e} instead of {facts['relative_error']:.2e})."
         )
     head = '<tr><th>part</th><th class="n">bits per weight</th><th class="n">share</th></tr>'
     return f"<h2>Why the ratio is what it is</h2><p>{words}</p><table>{head}{rows}{total}</table>"
@@ -124,9 +131,10 @@ def _tensors(facts: dict[str, Any]) -> str:
     )  # fmt: skip
     page = f"<h2>Bits per weight against the entropy bound</h2>{size}"
     if any(single):
+        own = [one["relative_error"] if other else None for one, other in zip(held, single, strict=True)]
         error = chart(
             [
-                Series("one scale per channel", [one["relative_error"] if other else None for one, other in zip(held, single, strict=True)], 1, "dots"),
+                Series("one scale per channel", own, 1, "dots"),
                 Series("one scale per tensor", [one["relative_error"] if one else None for one in single], 2, "dots"),
             ],
             names, y="relative error", x="tensor", log=True,
@@ -175,7 +183,8 @@ def _scale_table(rows: list[dict[str, Any]]) -> str:
         if "per_tensor" in row:
             cells = [cell for which in ("per_channel", "per_tensor") for cell in _choice_cells(row[which])]
             body += f"<tr><td>{escape(row['name'])}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
-    return f'<details><summary>Every tensor, side by side</summary><div class="wide"><table>{top}<tr><th>tensor</th>{head}</tr>{body}</table></div></details>'
+    table = f"<table>{top}<tr><th>tensor</th>{head}</tr>{body}</table>"
+    return f'<details><summary>Every tensor, side by side</summary><div class="wide">{table}</div></details>'
 
 
 def _choice_cells(one: dict[str, Any]) -> list[str]:
@@ -245,7 +254,8 @@ def _text(facts: dict[str, Any]) -> str:
     if not prompts:
         return ""
     rows = "".join(
-        f'<tr><td class="text">{escape(row["prompt"])}</td><td class="text">{escape(row["source"])}</td><td class="text">{escape(row["loaded"])}</td>'
+        f'<tr><td class="text">{escape(row["prompt"])}</td><td class="text">{escape(row["source"])}</td>'
+        f'<td class="text">{escape(row["loaded"])}</td>'
         f'<td class="n">{"same" if row["first_differing_token"] is None else row["first_differing_token"]}</td></tr>'
         for row in prompts
     )
@@ -263,7 +273,7 @@ def _versions(facts: dict[str, Any]) -> str:
         return ""
     ours, theirs = facts["versions"], facts["written_by"]
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(str(ours.get(name, '')))}</td><td>{escape(str(theirs.get(name, '')))}</td></tr>"
+        f"<tr><td>{escape(name)}</td><td>{escape(ours.get(name, ''))}</td><td>{escape(theirs.get(name, ''))}</td></tr>"
         for name in sorted(ours.keys() | theirs.keys())
     )
     return f"<h2>Versions</h2><table><tr><th>library</th><th>here</th><th>writer of the container</th></tr>{rows}</table>"

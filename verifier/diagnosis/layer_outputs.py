@@ -232,7 +232,8 @@ def _forward(model: Any, tokens: list[int]) -> torch.Tensor:
         inputs["decoder_input_ids"] = torch.cat([torch.tensor([[start or 0]], device=model.device), ids[:, :15]], 1)
     output = model(**inputs)
     logits = output.logits if getattr(output, "logits", None) is not None else next(iter(output.values()))
-    return logits.detach()[0].to("cpu", torch.float32)
+    result: torch.Tensor = logits.detach()[0].to("cpu", torch.float32)
+    return result
 
 
 @contextmanager

@@ -116,7 +116,8 @@ def _check_replaced(model: Any, resident: str, expected: set[str], replaced: dic
     for name in sorted(expected):
         inside = [other for other in replaced if other.startswith(f"{name}.")]
         if inside:
-            what = f"module is {type(present[name]).__name__} around {', '.join(type(replaced[other]).__name__ for other in inside)}"
+            kinds = ", ".join(type(replaced[other]).__name__ for other in inside)
+            what = f"module is {type(present[name]).__name__} around {kinds}"
             _fail(stage, name, Cause.REPLACED_TWICE, f"{what}: replaced twice")
         elif not isinstance(present.get(name), kind):
             got = type(present[name]).__name__ if name in present else "nothing"

@@ -6,8 +6,6 @@ import gc
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-
 from codecllm.converter.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, UsageError
@@ -20,7 +18,7 @@ from codecllm.verifier.baseline_runs import compare_with_record
 from codecllm.verifier.diagnosis import layer_outputs as layers
 from codecllm.verifier.diagnosis import text
 from codecllm.verifier.diagnosis.causes import Cause
-from codecllm.verifier.diagnosis.diagnosis import RESIDENTS, DiagnoseOptions
+from codecllm.verifier.diagnosis.diagnosis import RESIDENTS, DiagnoseOptions, Resident
 from codecllm.verifier.diagnosis.examination import Examination
 from codecllm.verifier.diagnosis.loaded_model import Comparison, check_loaded_model
 from codecllm.verifier.diagnosis.reference_model import build_model, reference_tensors, requantized_tensors
@@ -156,7 +154,7 @@ class ModelStages:
         """Drops the models."""
         self._model = self._reference = self._plain = None
 
-    def _load(self, resident: str, stage: Stage) -> Any:
+    def _load(self, resident: Resident, stage: Stage) -> Any:
         """Returns the loaded model, or None where this residency does not apply or loading failed."""
         load = self._options.load or from_pretrained
         try:

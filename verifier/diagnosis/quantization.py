@@ -1,4 +1,4 @@
-"""Stage 2: what the quantization costs, tensor by tensor: one scale per channel against one per tensor, and why the ratio is what it is."""
+"""Stage 2: what quantization costs, tensor by tensor: one scale per channel against one per tensor, and where the bits go."""
 
 from __future__ import annotations
 
@@ -171,14 +171,14 @@ def _summary(account: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
     bits = account["bits"]
     coder = bits["whole_bit_code_lengths"] + bits["rest_of_the_coder"]
     text = (
-        f"{account['ratio']:.4f}x, {account['bits_per_weight']:.3f} bits per weight: {bits['entropy']:.3f} entropy of the symbols, "
+        f"{account['ratio']:.4f}x, {account['bits_per_weight']:.3f} bits per weight: {bits['entropy']:.3f} entropy, "
         f"{coder:.3f} coder ({bits['whole_bit_code_lengths']:.3f} of it whole-bit code lengths), {bits['scales']:.3f} scales, "
         f"{bits['plain_tensors'] + bits['headers']:.3f} plain tensors and headers"
     )
     if any("per_tensor" in row for row in tensors):
         times = account["relative_error_per_tensor_scale"] / max(account["relative_error"], 1e-30)
         text += (
-            f"; relative error {account['relative_error']:.2e}. One scale per tensor: {account['ratio_per_tensor_scale']:.4f}x at "
-            f"{times:.2f} times the error"
+            f"; relative error {account['relative_error']:.2e}. One scale per tensor: "
+            f"{account['ratio_per_tensor_scale']:.4f}x at {times:.2f} times the error"
         )
     return text

@@ -56,10 +56,10 @@ def scale_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def text_table(prompts: list[dict[str, Any]]) -> Table:
-    """Returns what source and loaded model say, side by side."""
+def text_table(prompts: list[dict[str, Any]], sides: tuple[str, str] = ("source", "loaded")) -> Table:
+    """Returns what two models say, side by side under the names of `sides`."""
     table = Table(title="Text", box=None)
-    for name in ("prompt", "source", "loaded", "differs from token"):
+    for name in ("prompt", *sides, "differs from token"):
         table.add_column(name, overflow="fold")
     for row in prompts:
         first = row["first_differing_token"]

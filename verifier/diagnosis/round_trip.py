@@ -1,4 +1,4 @@
-"""Stage 1: the source, quantized and encoded again by the reference, against the container; every back end against the reference."""
+"""Stage 1: the source, quantized and encoded again by the reference, against the container; and every decode back end."""
 
 from __future__ import annotations
 
@@ -85,10 +85,11 @@ def check_round_trip(
     right = [isinstance(one.record, Int8Tensor) for one in examined.values() if not one.faults and not one.differs]
     quantized = sum(isinstance(one.record, Int8Tensor) for one in examined.values())
     wrong = {finding.error.message.split("'")[1] for finding in stage.findings if finding.error.message.startswith("back end")}
+    equal = ", ".join(one.name for one in back_ends if one.name not in wrong) or "none"
     stage.summary = (
         f"{sum(right)} of {quantized} int8 tensors hold what the source quantizes to, {len(right) - sum(right)} of "
         f"{len(examined) - quantized} others are the source's bit for bit; {chunks:,} chunks encoded and decoded again "
-        f"({same:,} to the stored bytes); equal to the reference: {', '.join(b.name for b in back_ends if b.name not in wrong) or 'none'}"
+        f"({same:,} to the stored bytes); equal to the reference: {equal}"
     )
 
 
@@ -105,7 +106,7 @@ def versions() -> dict[str, str]:
         "codecllm": WRITER_VERSION,
         "numpy": np.__version__,
         "zstandard": zstandard.__version__,
-        "libzstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
+        "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
         "xxhash": xxhash.VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -18,7 +18,7 @@ _ATTENTION = re.compile(r"(^|[._])(q|k|v|qkv|kv|query|key|value|c_attn|query_key
 def row_digests(matrix: NDArray[Any]) -> list[int]:
     """Returns a digest of each row of a matrix [rows, cols]."""
     whole = np.ascontiguousarray(matrix)
-    return [xxh3(row) for row in whole]
+    return [xxh3(memoryview(row)) for row in whole]
 
 
 def permutation(found: Sequence[int], expected: Sequence[int]) -> NDArray[np.int64] | None:
@@ -48,9 +48,9 @@ def is_attention(name: str) -> bool:
 
 def head_size(config: Any) -> int | None:
     """Returns the width of an attention head from a config (a dict or an object of transformers), or None."""
-    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
-    size, width = get("head_dim"), get("hidden_size") or get("n_embd")
-    heads = get("num_attention_heads") or get("n_head")
+    facts: dict[str, Any] = config if isinstance(config, dict) else dict(vars(config))
+    size, width = facts.get("head_dim"), facts.get("hidden_size") or facts.get("n_embd")
+    heads = facts.get("num_attention_heads") or facts.get("n_head")
     if isinstance(size, int) and size > 0:
         return size
     return width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else None

@@ -53,7 +53,7 @@ class Spoken:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean negative log-likelihood, or None without a text."""
+        """Exponential of the mean negative log-likelihood, or None without a text."""
         return math.exp(min(700.0, sum(self.nll) / len(self.nll))) if self.nll else None
 
 
@@ -93,7 +93,7 @@ def listen(model: Any, script: Script, along: Spoken | None = None) -> Spoken:
 
 
 def negative_log_likelihood(model: Any, tokens: list[int]) -> list[float]:
-    """Returns the negative log-likelihood in nats of tokens[1:], in windows that fit the model; each window's first is left out."""
+    """Returns the negative log-likelihood in nats of tokens, in windows that fit the model; each window's first is left out."""
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or WINDOW_TOKENS)
     window, values = min(WINDOW_TOKENS, longest), list[float]()
     for first in range(0, len(tokens) - 1, window):
@@ -207,8 +207,8 @@ def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> No
     for number, row in enumerate(facts["prompts"]):
         if far and row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:
             text = (
-                f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} undecodable bytes in the loaded model's "
-                f"text (shown as {UNDECODABLE}), {row['undecodable_in_source']} in the source's; first differing token "
+                f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} undecodable bytes in the loaded "
+                f"model's text (shown as {UNDECODABLE}), {row['undecodable_in_source']} in the source's; first differing token "
                 f"{row['first_differing_token']}"
             )
             stage.fail(BaselineError(text), cause=Cause.UNDECODABLE)
@@ -259,7 +259,8 @@ def _summary(facts: dict[str, Any]) -> str:
         f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per token, top-1 {facts['top1']:.1%}"
     )
     if facts["perplexity_of_source"] is not None and facts["perplexity_of_loaded"] is not None:
-        text += f"; perplexity {facts['perplexity_of_source']:.3f} -> {facts['perplexity_of_loaded']:.3f} on {facts['text_tokens']} tokens"
+        perplexities = f"{facts['perplexity_of_source']:.3f} -> {facts['perplexity_of_loaded']:.3f}"
+        text += f"; perplexity {perplexities} on {facts['text_tokens']} tokens"
     bad = [sum(row[f"undecodable_in_{which}"] for row in facts["prompts"]) for which in ("source", "loaded")]
     return f"{text}; {bad[1]} undecodable bytes in its text, {bad[0]} in the source's" if any(bad) else text
 

@@ -85,7 +85,8 @@ def _from_scales(suspect: Suspect) -> Explanation | None:
             lost = ~torch.isfinite(through.reshape(-1))
             if lost.any():
                 channel = int(lost.nonzero()[0])
-                text = f"{int(lost.sum())} scales overflow {narrow}: channel {channel} has scale {float(flat[channel]):.6g}, which becomes infinite"
+                value = float(flat[channel])
+                text = f"{int(lost.sum())} scales overflow {narrow}: that of channel {channel}, {value:.6g}, becomes infinite"
                 return Explanation(Cause.SCALE_OVERFLOW, text, channel)
             return Explanation(Cause.ROUNDED_SCALES, f"scales went through {narrow}", first)
     if along.shape[int(by_row)] == codes.shape[int(by_row)] and _is(suspect, codes * along):
@@ -178,7 +179,8 @@ def _any_difference(suspect: Suspect) -> Explanation:
         text = f"the weight has nothing to do with the container's (correlation {correlation:+.3f}): it was never loaded"
         return Explanation(Cause.NOT_REPLACED, text)
     relative = float((found - right).norm() / right.norm().clamp_min(1e-300))
-    text = f"{share:.2%} of the elements differ, first in channel {channel}; relative error {relative:.3e}, correlation {correlation:.4f}"
+    figures = f"relative error {relative:.3e}, correlation {correlation:.4f}"
+    text = f"{share:.2%} of the elements differ, first in channel {channel}; {figures}"
     return Explanation(Cause.WRONG_WEIGHT, text, channel)
 
 
