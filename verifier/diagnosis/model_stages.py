@@ -21,8 +21,17 @@ from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.diagnosis import RESIDENTS, DiagnoseOptions, Resident
 from codecllm.verifier.diagnosis.examination import Examination
 from codecllm.verifier.diagnosis.loaded_model import Comparison, check_loaded_model
-from codecllm.verifier.diagnosis.reference_model import build_model, reference_tensors, requantized_tensors
+from codecllm.verifier.diagnosis.reference_model import (
+    build_model,
+    parameters_of_config,
+    reference_tensors,
+    requantized_tensors,
+)
 from codecllm.verifier.report import Stage
+
+
+TOO_LARGE = 2
+"""A model with so many times the container's weights is not built."""
 
 
 class ModelStages:
@@ -44,6 +53,8 @@ class ModelStages:
 
     def check_loaded(self, stage: Stage) -> None:
         """Loads the container in every residency and compares each with the reference; keeps the chosen one."""
+        if self._is_too_large(stage):
+            return
         order = [resident for resident in RESIDENTS if resident != self._options.resident] + [self._options.resident]
         facts, words = [], []
         for resident in order:
@@ -153,6 +164,22 @@ class ModelStages:
     def close(self) -> None:
         """Drops the models."""
         self._model = self._reference = self._plain = None
+
+    def _is_too_large(self, stage: Stage) -> bool:
+        """Whether the config's model is much larger than what the container holds: loading would make up the rest in memory."""
+        held = sum(record.elements for record in self._container.manifest.tensors)
+        try:
+            wanted = parameters_of_config(self._container)
+        except Exception:  # no such class, or a config that it does not take: loading says so
+            return False
+        if wanted <= TOO_LARGE * held:
+            return False
+        self._why_not = "no model was loaded"
+        error = ModelMismatchError(
+            "the config describes a larger model: parameters", got=held, expected=wanted, file="config.json"
+        )
+        stage.fail(error, cause=Cause.LOAD_FAILED)
+        return True
 
     def _load(self, resident: Resident, stage: Stage) -> Any:
         """Returns the loaded model, or None where this residency does not apply or loading failed."""

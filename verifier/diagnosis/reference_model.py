@@ -72,6 +72,17 @@ def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: t
     return model.eval()
 
 
+def parameters_of_config(container: Container) -> int:
+    """Returns how many parameters the config's model has; it is built without data, so a wrong config costs no memory."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(container.folder, trust_remote_code=False)
+    adapter.strip_quantization(config)
+    with torch.device("meta"):
+        model = adapter.model_class(config)(config)
+    return sum(value.numel() for value in model.parameters())
+
+
 def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tensor:
     tensor = container.tensor(name)
     if isinstance(tensor, PlainTensor):
