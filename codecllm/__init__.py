@@ -3,6 +3,7 @@
     import codecllm
     codecllm.convert("HuggingFaceTB/SmolLM2-135M-Instruct", "out/")
     codecllm.verify("out/")
+    codecllm.diagnose("out/", "HuggingFaceTB/SmolLM2-135M-Instruct")
     model = codecllm.from_pretrained("out/")
 
 Importing this module is light: torch and transformers are imported when a model is loaded.
@@ -20,11 +21,24 @@ if TYPE_CHECKING:
     from codecllm.api import export as export
     from codecllm.loader import from_pretrained as from_pretrained
     from codecllm.verifier import verify as verify
+    from codecllm.verifier.diagnosis import diagnose as diagnose
+    from codecllm.verifier.model_comparison import compare_models as compare_models
 
-__all__ = ["FORMAT_VERSION", "__version__", "convert", "export", "from_pretrained", "verify"]
+__all__ = [
+    "FORMAT_VERSION",
+    "__version__",
+    "compare_models",
+    "convert",
+    "diagnose",
+    "export",
+    "from_pretrained",
+    "verify",
+]
 
 _HOMES = {
+    "compare_models": "codecllm.verifier.model_comparison",
     "convert": "codecllm.api",
+    "diagnose": "codecllm.verifier.diagnosis",
     "export": "codecllm.api",
     "from_pretrained": "codecllm.loader",
     "verify": "codecllm.verifier",

@@ -89,7 +89,7 @@ def test_conversion_needs_neither_torch_nor_transformers(tmp_path):
 
 
 def test_importing_the_front_door_is_light():
-    done = _run("import codecllm, codecllm.formats, codecllm.hub, codecllm.converter, codecllm.verifier")
+    done = _run("import codecllm, codecllm.formats, codecllm.hub, codecllm.converter, codecllm.verifier, codecllm.verifier.diagnosis")
     assert done.returncode == 0, done.stderr
 
 

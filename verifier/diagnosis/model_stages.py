@@ -29,7 +29,6 @@ from codecllm.verifier.diagnosis.reference_model import (
 )
 from codecllm.verifier.report import Stage
 
-
 TOO_LARGE = 2
 """A model with so many times the container's weights is not built."""
 
