@@ -304,6 +304,11 @@ def scaled_output(model: Any, folder: Path) -> None:
     module.register_forward_hook(hook)
 
 
+def negated_logits(model: Any, folder: Path) -> None:
+    """Computes the output layer with the wrong sign."""
+    model.lm_head.register_forward_hook(lambda module, inputs, output: -output)
+
+
 def untied(model: Any, folder: Path) -> None:
     """Gives the output layer memory of its own."""
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())

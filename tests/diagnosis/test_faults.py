@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import codecllm
 from codecllm.converter import convert
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.verifier.diagnosis import Cause, diagnose
@@ -268,6 +269,17 @@ def test_first_layers_separates_a_broken_layer(clean, source):
     assert bisect[0]["value"] == 0
     assert values[2] > 20 * values[1]
     assert bisect[2]["value"] > 20 * bisect[1]["value"]
+
+
+def test_a_baseline_that_is_not_met(tmp_path, source):
+    codecllm.convert(source, tmp_path / "out", include=("*",), baseline=True)
+    report = diagnose(tmp_path / "out", source, load=faults.loading(faults.negated_logits, only="dense"))
+    assert _found(report, "layers", Cause.COMPUTATION).module == "lm_head"
+    stage = report.stage("baseline")
+    assert stage.findings
+    assert "as recorded" not in stage.summary
+    assert {finding.cause for finding in stage.findings} == {Cause.TEXT_DIFFERS}
+    assert diagnose(tmp_path / "out", source).exit_code == 0
 
 
 def test_manifest_of_the_library_is_int8(clean):

@@ -158,6 +158,8 @@ class ModelStages:
             raise
         except CodecLLMError as exc:
             stage.fail(exc)
+        if len(stage.findings) > before:
+            stage.summary = f"{len(baseline.greedy) + len(baseline.hidden)} recorded prompts"
         stage.findings[before:] = [type(one)(one.error, Cause.TEXT_DIFFERS) for one in stage.findings[before:]]
 
     def close(self) -> None:
