@@ -3,6 +3,7 @@
     import codecllm
     codecllm.convert("HuggingFaceTB/SmolLM2-135M-Instruct", "out/")
     codecllm.verify("out/")
+    codecllm.diagnose("out/", "HuggingFaceTB/SmolLM2-135M-Instruct")
     model = codecllm.from_pretrained("out/")
 
 Importing this module is light: torch and transformers are imported when a model is loaded.
@@ -21,11 +22,25 @@ if TYPE_CHECKING:
     from codecllm.loader import from_pretrained as from_pretrained
     from codecllm.publishing import push as push
     from codecllm.verifier import verify as verify
+    from codecllm.verifier.diagnosis import diagnose as diagnose
+    from codecllm.verifier.model_comparison import compare_models as compare_models
 
-__all__ = ["FORMAT_VERSION", "__version__", "convert", "export", "from_pretrained", "push", "verify"]
+__all__ = [
+    "FORMAT_VERSION",
+    "__version__",
+    "compare_models",
+    "convert",
+    "diagnose",
+    "export",
+    "from_pretrained",
+    "push",
+    "verify",
+]
 
 _HOMES = {
+    "compare_models": "codecllm.verifier.model_comparison",
     "convert": "codecllm.api",
+    "diagnose": "codecllm.verifier.diagnosis",
     "export": "codecllm.api",
     "from_pretrained": "codecllm.loader",
     "push": "codecllm.publishing",

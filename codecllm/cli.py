@@ -273,6 +273,20 @@ def verify(
     manifest_sha256: Annotated[
         str | None, typer.Option(help="Accept only the manifest with this sha256: pins every byte.")
     ] = None,
+    diagnose: Annotated[
+        bool,
+        typer.Option("--diagnose", help="Say why the output is wrong: stage by stage, then one paragraph. Needs the source."),
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--report", help="Write the diagnosis as one HTML file with plots.", metavar="FILE")
+    ] = None,
+    first_layers: Annotated[
+        int | None,
+        typer.Option(help="Diagnose with only the first N layers from the container, the others from the source.", min=0),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file for the diagnosis' perplexity instead of the built-in one.")
+    ] = None,
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,
@@ -280,13 +294,21 @@ def verify(
 ) -> None:
     """Check a container: structure, checksums, decoding, ratio, and the output of the loaded model.
 
-    One verdict line per stage; every damaged chunk is listed. Exit code 0 only when all hold.
+    One verdict line per stage; every damaged chunk is listed. Exit code 0 only when all hold. With [bold]--diagnose[/bold]:
+    round trip, quantization, loaded model, layer outputs and text against the source, and what is wrong, where, and what to do.
 
     Example: [bold]codecllm verify out/ --source HuggingFaceTB/SmolLM2-135M-Instruct[/bold]
     """
     from codecllm.verifier import render_report
     from codecllm.verifier import verify as run
 
+    if diagnose:
+        if level is not LevelName.full or require_baseline or not baseline:
+            raise UsageError("--diagnose runs its own stages: it takes no --level, --require-baseline or --no-baseline")
+        options = {"first_layers": first_layers, "revision": revision, "expected_manifest_sha256": manifest_sha256}
+        _diagnose(out, source, html, text, {**options, "workers": workers}, as_json, quiet)
+    if html is not None or first_layers is not None or text is not None:
+        raise UsageError("--report, --first-layers and --text go with --diagnose")
     with _progress("verifying", not (quiet or as_json)) as advance:
         report = run(
             out,
@@ -304,6 +326,50 @@ def verify(
     else:
         render_report(report, _out)
     raise typer.Exit(report.exit_code)
+
+
+def _diagnose(
+    out: str, source: str | None, html: Path | None, text: Path | None, options: dict[str, Any], as_json: bool, quiet: bool
+) -> None:
+    """Runs a diagnosis, writes and prints its report, and exits with its code."""
+    from codecllm.verifier.diagnosis import diagnose, render_diagnosis, write_html
+
+    words = None if text is None else text.read_text(encoding="utf-8", errors="replace")
+    with _progress("diagnosing", not (quiet or as_json)) as advance:
+        report = diagnose(out, source, text=words, progress=advance, **options)
+    if html is not None:
+        write_html(report, html)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        render_diagnosis(report, _out)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Container or plain model: a folder or a Hub id.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The one to compare with it.")],
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Run both and compare logits and text.")] = True,
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Compare two containers or models: every tensor, then logits, then text.
+
+    Exit code 0 when they are the same model bit for bit, 1 when anything differs.
+
+    Example: [bold]codecllm compare out-int8/ out-lossless/[/bold]
+    """
+    from codecllm.verifier.model_comparison import compare_models, render_comparison
+
+    with _progress("comparing", not (quiet or as_json)) as advance:
+        found = compare_models(a, b, run=run, workers=workers, progress=advance)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        render_comparison(found, _out)
+    raise typer.Exit(0 if found["same"] else 1)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 
 import numpy as np
@@ -35,6 +36,27 @@ def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
     counts = counts[counts > 0]
     bias = (len(counts) - 1) / (2 * math.log(2)) * (1 / sample.size - 1 / symbols.size)
     return min(8.0, _total_bits(counts, sample.size) / sample.size + bias) * symbols.size
+
+
+def prefix_code_bits(counts: NDArray[np.int64]) -> int:
+    """Returns the bits that the best code of whole bits per symbol needs for symbols of the given counts (Huffman 1952).
+
+    What a Huffman coder pays above the entropy without being at fault; an arithmetic coder or ANS does not pay it. The lengths
+    themselves, and limits on them, are not counted. A single distinct symbol needs nothing.
+    """
+    heap = counts[counts > 0].tolist()
+    heapq.heapify(heap)
+    bits = 0
+    while len(heap) > 1:
+        merged = heapq.heappop(heap) + heapq.heappop(heap)
+        bits += merged
+        heapq.heappush(heap, merged)
+    return bits
+
+
+def counts_entropy_bits(counts: NDArray[np.int64]) -> float:
+    """Returns `n * H` in bits of symbols of the given counts, n being their sum."""
+    return _total_bits(counts[counts > 0], int(counts.sum()))
 
 
 def _total_bits(counts: NDArray[np.int64], total: int) -> float:

@@ -27,7 +27,7 @@ _BYTES_PER_SECOND = 4e9
 """Weights that one core-pair's memory delivers while a model generates one token after another: a cautious guess."""
 
 _FORWARDS = 8 * (32 + 3) * 2
-_MEMORY_FACTOR = 1.3
+MEMORY_FACTOR = 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +178,8 @@ def _obstacle(container: Container, required: bool) -> str | None:
     if required:
         return None
     size = container.manifest.source.tensor_bytes
-    available = _available_memory()
-    if size * _MEMORY_FACTOR > available:
+    available = available_memory()
+    if size * MEMORY_FACTOR > available:
         return f"the model needs {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free (--baseline insists)"
     seconds = size * _FORWARDS / _BYTES_PER_SECOND
     if seconds > MAX_SECONDS:
@@ -187,7 +187,7 @@ def _obstacle(container: Container, required: bool) -> str | None:
     return None
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Returns the bytes of memory that can be allocated without swapping; a large number where that is unknown."""
     try:
         with open("/proc/meminfo") as file:

@@ -102,8 +102,16 @@ def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
     )
 
 
-def compare_with_record(model: Any, baseline: Baseline, stage: Stage) -> None:
+def compare_with_record(
+    model: Any, baseline: Baseline, stage: Stage, spoken: dict[tuple[int, ...], list[int]] | None = None
+) -> None:
     """Runs the recorded prompts on a loaded model and compares; see `baseline.check_baseline`.
+
+    Args:
+        model: the loaded model.
+        baseline: the record.
+        stage: receives findings and figures.
+        spoken: greedy continuations that this very model gave already, by the prompt's tokens; they are not run again.
 
     Raises:
         BaselineError: the output differs.
@@ -113,14 +121,15 @@ def compare_with_record(model: Any, baseline: Baseline, stage: Stage) -> None:
     if baseline.kind == "hidden":
         _compare_hidden(model, baseline.hidden, same_place, stage)
     elif same_place:
-        _compare_tokens(model, baseline.greedy, stage)
+        _compare_tokens(model, baseline.greedy, stage, spoken or {})
     else:
         _compare_along_record(model, baseline.greedy, stage)
 
 
-def _compare_tokens(model: Any, prompts: list[GreedyPrompt], stage: Stage) -> None:
+def _compare_tokens(model: Any, prompts: list[GreedyPrompt], stage: Stage, spoken: dict[tuple[int, ...], list[int]]) -> None:
     for number, prompt in enumerate(prompts):
-        got = output.greedy_tokens(model, output.PromptTokens(prompt.text, prompt.tokens))
+        said = spoken.get(tuple(prompt.tokens))
+        got = said if said is not None else output.greedy_tokens(model, output.PromptTokens(prompt.text, prompt.tokens))
         if got != prompt.converted.tokens:
             place = next((i for i, (a, b) in enumerate(zip(got, prompt.converted.tokens, strict=False)) if a != b), len(got))
             stage.fail(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,25 @@ class PromptCoder:
         except Exception:  # transformers raises whatever its many tokenizer classes happen to raise
             self._tokenizer = None
 
-    def prompts(self) -> list[PromptTokens]:
-        """Returns the fixed prompts; a prompt whose ids leave the model's vocabulary is replaced by fixed ids."""
-        return [PromptTokens(text, self._encode(text, number)) for number, text in enumerate(PROMPTS)]
+    def prompts(self, texts: Sequence[str] = PROMPTS) -> list[PromptTokens]:
+        """Returns prompts (the fixed ones) as tokens; one whose ids leave the model's vocabulary is replaced by fixed ids."""
+        return [PromptTokens(text, self._prompt_tokens(text, number)) for number, text in enumerate(texts)]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a text, or none without a tokenizer or where they leave the model's vocabulary."""
+        if self._tokenizer is None:
+            return []
+        tokens = [int(token) for token in self._tokenizer(text)["input_ids"]]
+        return tokens if not self._vocabulary or max(tokens, default=0) < self._vocabulary else []
 
     def decode(self, tokens: list[int]) -> str:
         """Returns the text of tokens, or an empty string without a tokenizer."""
         return "" if self._tokenizer is None else str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _encode(self, text: str, number: int) -> list[int]:
-        if self._tokenizer is not None:
-            tokens = [int(token) for token in self._tokenizer(text)["input_ids"]]
-            if tokens and (not self._vocabulary or max(tokens) < self._vocabulary):
-                return tokens
+    def _prompt_tokens(self, text: str, number: int) -> list[int]:
+        tokens = self.encode(text)
+        if tokens:
+            return tokens
         vocabulary = max(2, self._vocabulary)
         return [(7919 * (number + 1) * (position + 1)) % vocabulary for position in range(8 + number)]
 

@@ -25,6 +25,8 @@ def render_report(report: Report, console: Console) -> None:
         console.print(f"hub        {escape(report.container)} @ {report.commit}", highlight=False)
     if report.manifest_sha256:
         console.print(f"manifest   sha256 {report.manifest_sha256}", highlight=False)
+    if report.conclusion is not None:
+        console.print(f"\n{escape(report.conclusion)}\n", highlight=False)
     ran = [stage.name for stage in report.stages if stage.verdict is Verdict.OK]
     if report.ok:
         console.print(f"[bold green]verified[/]: {', '.join(ran)}", highlight=False)

@@ -26,16 +26,24 @@ class Finding:
 
     Attributes:
         error: the error that describes it.
+        cause: name of the cause, where a diagnosis found one (`diagnosis.causes.Cause`).
+        channel: the output channel concerned, where there is one.
+        module: the module or layer concerned, where there is one.
     """
 
     error: CodecLLMError
+    cause: str | None = None
+    channel: int | None = None
+    module: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns class, message, place, and the whole line, as JSON values."""
         error = self.error
         facts = {name: getattr(error, name) for name in _PLACE}
         plain = {name: value if isinstance(value, int | str | None) else str(value) for name, value in facts.items()}
-        return {"error": type(error).__name__, "message": error.message, **plain, "text": str(error)}
+        found = {"cause": self.cause, "channel": self.channel, "module": self.module}
+        known = {name: value for name, value in found.items() if value is not None}
+        return {"error": type(error).__name__, "message": error.message, **plain, **known, "text": str(error)}
 
 
 @dataclass(slots=True)
@@ -63,9 +71,11 @@ class Stage:
             return Verdict.FAILED
         return Verdict.SKIPPED if self.skipped else Verdict.OK
 
-    def fail(self, error: CodecLLMError) -> None:
+    def fail(
+        self, error: CodecLLMError, *, cause: str | None = None, channel: int | None = None, module: str | None = None
+    ) -> None:
         """Adds a fault."""
-        self.findings.append(Finding(error))
+        self.findings.append(Finding(error, cause, channel, module))
 
 
 @dataclass(slots=True)
@@ -79,6 +89,7 @@ class Report:
         stages: in the order in which they ran.
         warnings: what deserves a look and is no fault.
         commit: commit of the Hub repository that was checked, or None for a folder of one's own.
+        conclusion: one paragraph: what is wrong, where, and what to do; only a diagnosis has one.
     """
 
     container: str
@@ -87,6 +98,7 @@ class Report:
     stages: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     commit: str | None = None
+    conclusion: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -122,6 +134,7 @@ class Report:
                 for stage in self.stages
             ],
             "warnings": self.warnings,
+            **({} if self.conclusion is None else {"conclusion": self.conclusion}),
         }
 
     def to_json(self) -> str:

@@ -17,7 +17,7 @@ from codecllm.cli import parse_size
 from codecllm.formats.errors import UsageError
 from tests import tampering
 
-COMMANDS = ("convert", "push", "verify", "info", "export", "generate")
+COMMANDS = ("convert", "push", "verify", "compare", "eval", "info", "export", "generate")
 
 
 def run(*arguments, cwd=None):
@@ -86,6 +86,26 @@ def test_convert_verify_info_export(container, source, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
+def test_diagnose_and_compare(container, source, tmp_path):
+    """The model of these tests cannot be built: the stages that need none still say what there is to say."""
+    page = tmp_path / "page.html"
+    done = run("verify", container, "--source", source, "--diagnose", "--report", page)
+    assert "round trip ok      4 of 4 int8 tensors" in done.stdout, done.stderr
+    assert "loaded     FAILED" in done.stdout
+    assert done.returncode == 1
+    assert "layer.3.weight" in page.read_text()
+    report = json.loads(run("verify", container, "--source", source, "--diagnose", "--json").stdout)
+    assert report["conclusion"].startswith("Model does not load")
+    assert run("verify", container, "--diagnose").returncode == 2
+    assert run("compare", container, container, "--no-run").returncode == 0
+    done = run("compare", source, container, "--no-run", "--json")
+    assert done.returncode == 1
+    found = {row["name"]: row for row in json.loads(done.stdout)["tensors"]}
+    assert found["norm"]["same"]
+    assert 0 < found["layer.0.weight"]["relative_error"] < 0.02
+    assert "4 of 5 tensors differ" in run("compare", source, container, "--no-run").stdout
+
+
 def test_convert_json_and_existing_output(source, tmp_path):
     done = run("convert", source, tmp_path / "c", "--no-baseline", "--json")
     report = json.loads(done.stdout)
@@ -119,6 +139,9 @@ def test_dry_run_writes_nothing_and_predicts(source, container, tmp_path):
         (["info", "/no/such/container"], 2, "no such folder"),
         (["export", "SOURCE", "out"], 1, "codecllm.json"),
         (["generate", "SOURCE", "Hello"], 1, "codecllm.json"),
+        (["compare", "SOURCE", "/no/such/model"], 2, "no such folder"),
+        (["verify", "SOURCE", "--report", "page.html"], 2, "--diagnose"),
+        (["verify", "SOURCE", "--diagnose", "--no-baseline"], 2, "--diagnose"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )

@@ -17,8 +17,12 @@ from codecllm.formats.manifest import Int8Tensor, RawTensor
 from codecllm.formats.reference import read_symbols, read_tensor_bytes
 from codecllm.loader.transformers_adapter import load_plain
 from codecllm.verifier import verify
+from codecllm.verifier.diagnosis import Cause, diagnose
+from codecllm.verifier.diagnosis.causes import explaining
 from codecllm.verifier.evaluation import evaluate
 from demo import models
+from tests import tampering
+from tests.diagnosis import faults
 
 pytestmark = pytest.mark.model
 PROMPT = "The capital of France is"
@@ -164,3 +168,29 @@ def _chunk_entropy(container, records):
             counts = np.bincount(symbols[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols].reshape(-1))
             bits += sum(-n * math.log2(n / tile.symbols) for n in counts.tolist() if n)
     return bits
+
+
+def test_diagnosis_of_smollm2(tmp_path):
+    """A clean container has no finding, and entropy, scales and headers explain its ratio to within 1 %."""
+    codecllm.convert(models.smollm2(), tmp_path / "out", baseline=True)
+    report = diagnose(tmp_path / "out", models.smollm2(), prompts=[PROMPT])
+    assert report.exit_code == 0, report.conclusion
+    assert not any(stage.findings for stage in report.stages)
+    facts = report.stage("quantized").facts
+    assert 0.99 < facts["explained_by_entropy"] < 1
+    assert 0.995 < facts["explained"] < 1
+    assert facts["ratio_per_tensor_scale"] > 2.9
+    assert facts["relative_error_per_tensor_scale"] > 3 * facts["relative_error"]
+    assert report.stage("text").facts["prompts"][0]["loaded"].startswith(" Paris.")
+    assert report.stage("baseline").facts["tokens"] == 256
+    assert all(row["off_reference"] == 0 for row in report.stage("layers").facts["layers"])
+
+
+def test_a_coarse_step_in_one_layer_of_smollm2_is_found(smollm2, tmp_path):
+    name = "model.layers.11.mlp.down_proj.weight"
+    folder = tampering.copy_of(smollm2 / "int8", tmp_path / "c")
+    faults.requantize(folder, models.smollm2(), name, lambda scales: scales * np.float32(10))
+    report = diagnose(folder, models.smollm2(), prompts=[PROMPT])
+    stage, finding = explaining(report)
+    assert (stage.name, finding.cause, finding.error.tensor) == ("round trip", Cause.COARSE_STEP, name)
+    assert report.stage("layers").facts["first_departure"]["module"] == name.removesuffix(".weight")

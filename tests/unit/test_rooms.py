@@ -89,7 +89,8 @@ def test_conversion_needs_neither_torch_nor_transformers(tmp_path):
 
 
 def test_importing_the_front_door_is_light():
-    done = _run("import codecllm, codecllm.formats, codecllm.hub, codecllm.converter, codecllm.verifier")
+    rooms = ("formats", "hub", "converter", "verifier", "verifier.diagnosis")
+    done = _run("import codecllm\n" + "\n".join(f"import codecllm.{room}" for room in rooms))
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,199 @@
+"""`diagnose`: runs the stages in order and ends with one paragraph that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from codecllm.converter.source import SourceModel
+from codecllm.formats.container import Container
+from codecllm.formats.errors import CodecLLMError, ModelMismatchError, UsageError
+from codecllm.hub import resolve
+from codecllm.verifier.baseline import MEMORY_FACTOR, available_memory
+from codecllm.verifier.diagnosis.causes import Cause, conclude
+from codecllm.verifier.diagnosis.examination import Examination
+from codecllm.verifier.integrity import Progress, check_checksums, check_structure
+from codecllm.verifier.report import Report, Stage, Verdict
+
+if TYPE_CHECKING:
+    from codecllm.verifier.diagnosis.back_ends import BackEnd
+
+Resident = Literal["dense", "int8", "compressed"]
+RESIDENTS: tuple[Resident, ...] = ("dense", "int8", "compressed")
+MODELS_IN_MEMORY = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiagnoseOptions:
+    """What a diagnosis may be told.
+
+    Attributes:
+        resident: how the loaded model keeps its weights while it runs; the weights of every residency are compared.
+        first_layers: run text with only the first so many layers from the container and the others from the source.
+        prompts: what both models continue; None takes the fixed prompts of the baseline.
+        text: text for the perplexity; None takes the built-in one.
+        workers: threads; None takes one per core.
+        expected_manifest_sha256: accept no other manifest.
+        revision: branch, tag or commit of a Hub id.
+        load: loads the container, as `codecllm.loader.from_pretrained` (the default) does; called with the folder and
+            `resident`. Give your own to find what is wrong with it.
+        back_ends: decode back ends to compare; None takes those of this machine.
+    """
+
+    resident: Resident = "dense"
+    first_layers: int | None = None
+    prompts: Sequence[str] | None = None
+    text: str | None = None
+    workers: int | None = None
+    expected_manifest_sha256: str | None = None
+    revision: str | None = None
+    load: Callable[..., Any] | None = None
+    back_ends: Sequence[BackEnd] | None = None
+
+
+def diagnose(
+    name_or_path: str | Path, source: str | Path | None = None, *, progress: Progress | None = None, **options: Any
+) -> Report:
+    """Says why a container's output is wrong, or that nothing is.
+
+    Stages: `structure`, `checksums`, `round trip`, `quantized`, `loaded`, `layers`, `text`, `baseline`. The paragraph at the
+    end explains the first that fails; later ones still give their figures where the container can be loaded. Nothing is
+    written. Stages 1 and 2 hold a few tiles per thread, the others two models.
+
+    Args:
+        name_or_path: container folder or Hub id.
+        source: the model it was made from, a folder or Hub id; None takes the one that the manifest names.
+        progress: called with a name, bytes done and bytes in all.
+        options: fields of `DiagnoseOptions`.
+
+    Returns:
+        The report, with its conclusion. Faults are in the report, never raised.
+
+    Raises:
+        UsageError: there is no source, or an option makes no sense.
+        HubError: a repository cannot be reached, found or read.
+        SourceError: `source` is not a model.
+    """
+    chosen = DiagnoseOptions(**options)
+    if chosen.resident not in RESIDENTS:
+        raise UsageError("no such resident", got=repr(chosen.resident), expected=" or ".join(RESIDENTS))
+    if chosen.first_layers is not None and chosen.first_layers < 0:
+        raise UsageError("first_layers must not be negative", got=chosen.first_layers)
+    files = resolve(name_or_path, revision=chosen.revision)
+    report = Report(str(name_or_path), "diagnosis")
+    pinned = chosen.expected_manifest_sha256
+    with _stage(report, "structure") as stage, Container(files.folder, expected_manifest_sha256=pinned) as container:
+        report.manifest_sha256 = container.manifest_sha256
+        check_structure(container, stage, report.warnings)
+    if report.manifest_sha256 is not None:
+        with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:
+            model_files = _source_files(source, container)
+            with SourceModel(model_files.folder) as model:
+                _Diagnosis(report, container, model, model_files.commit, chosen, progress).run()
+    report.conclusion = conclude(report)
+    return report
+
+
+def _source_files(source: str | Path | None, container: Container) -> Any:
+    if source is not None:
+        return resolve(source, kind="source")
+    recorded = container.manifest.source
+    if recorded.repo is None:
+        raise UsageError("a diagnosis needs the source: give --source (this container was made from a local folder)")
+    return resolve(recorded.repo, revision=recorded.commit, kind="source")
+
+
+class _Diagnosis:
+    """One diagnosis in progress."""
+
+    def __init__(
+        self,
+        report: Report,
+        container: Container,
+        source: SourceModel,
+        commit: str | None,
+        options: DiagnoseOptions,
+        progress: Progress | None,
+    ) -> None:
+        self._report, self._container, self._source, self._commit = report, container, source, commit
+        self._options, self._progress = options, progress
+        self._threads = options.workers or max(1, len(os.sched_getaffinity(0)))
+        self._examined: dict[str, Examination] = {}
+
+    def run(self) -> None:
+        """Runs every stage that makes sense."""
+        with _stage(self._report, "checksums") as stage:
+            check_checksums(self._container, stage, self._threads, self._progress)
+        self._examine()
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            for name in ("loaded", "layers", "text", "baseline"):
+                with _stage(self._report, name) as stage:
+                    _skip(stage, obstacle)
+            return
+        from codecllm.verifier.diagnosis.model_stages import ModelStages
+
+        stages = ModelStages(self._container, self._source, self._examined, self._options)
+        with _stage(self._report, "loaded") as stage:
+            stages.check_loaded(stage)
+        with _stage(self._report, "layers") as stage:
+            stages.check_layers(stage, explained=not self._report.ok)
+        with _stage(self._report, "text") as stage:
+            stages.check_text(stage)
+        with _stage(self._report, "baseline") as stage:
+            stages.check_baseline(stage)
+        stages.close()
+        gc.collect()
+
+    def _examine(self) -> None:
+        from codecllm.verifier.diagnosis.back_ends import present_back_ends
+        from codecllm.verifier.diagnosis.quantization import check_quantization
+        from codecllm.verifier.diagnosis.round_trip import check_round_trip, examine_all
+
+        back_ends = present_back_ends() if self._options.back_ends is None else self._options.back_ends
+        with _stage(self._report, "round trip") as stage:
+            self._examined = examine_all(self._container, self._source, self._threads, self._progress)
+            check_round_trip(self._container, self._source, self._commit, self._examined, back_ends, stage, self._threads)
+        with _stage(self._report, "quantized") as stage:
+            check_quantization(self._container, self._examined, stage)
+
+    def _obstacle(self) -> str | None:
+        """Returns why no model is loaded, or None."""
+        if any(one.faults for one in self._examined.values()):
+            return "a damaged container is not loaded"
+        if self._source.tensors.keys() != self._container.records.keys():
+            return "source and container are different models"
+        if self._container.manifest.file("config.json") is None:
+            return "the container has no config.json: no model can be built"
+        needed, available = int(MODELS_IN_MEMORY * MEMORY_FACTOR * self._source.tensor_bytes), available_memory()
+        if needed > available:
+            return f"two models need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free"
+        return None
+
+
+@contextmanager
+def _stage(report: Report, name: str) -> Iterator[Stage]:
+    """Adds a stage; an error that ends it becomes its last finding. Its figures stay in its line when it fails."""
+    stage = Stage(name)
+    report.stages.append(stage)
+    try:
+        yield stage
+    except CodecLLMError as exc:
+        stage.fail(exc, cause=_cause_of(exc))
+    if stage.verdict is Verdict.FAILED:
+        count = len(stage.findings)
+        stage.summary = f"{count} finding{'s' * (count != 1)}" + (f"; {stage.summary}" if stage.summary else "")
+
+
+def _cause_of(error: CodecLLMError) -> Cause:
+    return Cause.LOAD_FAILED if isinstance(error, ModelMismatchError) else Cause.DAMAGED
+
+
+def _skip(stage: Stage, reason: str) -> None:
+    stage.skipped = True
+    stage.summary = reason

@@ -1,0 +1,307 @@
+"""Everything that stages 1 and 2 know about a tensor, from two passes over its source and one over its chunks, tile by tile.
+
+Memory is a few copies of one tile per thread, whatever the tensor's size. The arithmetic is that of the slow reference in
+`formats.schemes`; no code of converter or loader that computes a code or a weight is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.converter.source import SourceTensor
+from codecllm.formats.codecs import CODEC_IDS, CODECS
+from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
+from codecllm.formats.errors import CodecLLMError, DecodeError, FormatError, ModelMismatchError
+from codecllm.formats.float_bits import float32_from_bits
+from codecllm.formats.manifest import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
+from codecllm.formats.schemes.int8 import channel_scales, dequantize, quantize
+from codecllm.formats.schemes.lossless import join_planes, word_dtype
+from codecllm.formats.tiling import Grid, Tile, last_axis_matrix
+
+Place = tuple[int, int]
+"""Row and column of the tensor's matrix."""
+
+FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-14
+"""Largest and smallest normal float16: a scale outside is lost where it goes through that type."""
+
+_PLAIN_STEP_BYTES = 4 << 20
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one choice of scales makes of a tensor.
+
+    Attributes:
+        squared_error: sum of (w - code * scale)^2.
+        worst_error: largest |w - code * scale|.
+        histogram: int64 [256]: how often each code occurs; index is code + 128.
+        entropy_bits: order-0 entropy of each chunk's codes, summed, in bits, from all symbols.
+        prefix_bits: what a code of whole bits per symbol needs at least, per chunk, summed.
+        stored_bytes: size of the chunks as the container's codec packs them.
+    """
+
+    squared_error: float = 0.0
+    worst_error: float = 0.0
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    entropy_bits: float = 0.0
+    prefix_bits: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def codes_in_use(self) -> int:
+        """Number of distinct codes."""
+        return int(np.count_nonzero(self.histogram))
+
+    def add_errors(self, errors: NDArray[np.float32]) -> None:
+        """Counts a tile's errors."""
+        self.squared_error += float(np.square(errors).sum(dtype=np.float64))
+        self.worst_error = max(self.worst_error, float(np.abs(errors).max(initial=0.0)))
+
+    def add_codes(self, codes: NDArray[np.int8], stored_bytes: int) -> None:
+        """Counts a chunk's codes."""
+        counts = np.bincount(codes.reshape(-1).view(np.uint8), minlength=256)
+        self.histogram += np.roll(counts, 128)
+        self.entropy_bits += counts_entropy_bits(counts)
+        self.prefix_bits += prefix_code_bits(counts)
+        self.stored_bytes += stored_bytes
+
+
+@dataclass(slots=True)
+class Examination:
+    """What was found out about one tensor.
+
+    Attributes:
+        name: the tensor's.
+        record: manifest record of the tensor that holds the bytes (an alias's target).
+        elements: number of elements.
+        chunks: chunks that were decoded.
+        same_bytes: chunks whose symbols, encoded again on this machine, give the stored bytes.
+        energy: sum of w^2 of the source's finite weights (int8).
+        held: what the container holds (int8: codes; lossless: the first plane's symbols are not errors, only sizes count).
+        per_tensor: what one scale for the whole tensor would give (int8).
+        scales: the scales that the source asks for, float32 [channels] (int8).
+        stored_scales: those that the container holds, as far as they could be read (int8).
+        absmax: float32 [channels]: largest magnitudes of the source's channels (int8).
+        not_finite: channel (int8) or row (others) -> number of NaN and infinite weights in the source.
+        differing: elements whose symbols differ from those of the source.
+        first: where the first of them is.
+        faults: damage that kept symbols from being compared.
+    """
+
+    name: str
+    record: RawTensor | LosslessTensor | Int8Tensor
+    elements: int
+    chunks: int = 0
+    same_bytes: int = 0
+    energy: float = 0.0
+    held: Choice = field(default_factory=Choice)
+    per_tensor: Choice | None = None
+    scales: NDArray[np.float32] | None = None
+    stored_scales: NDArray[np.float32] | None = None
+    absmax: NDArray[np.float32] | None = None
+    not_finite: dict[int, int] = field(default_factory=dict)
+    differing: int = 0
+    first: Place | None = None
+    faults: list[CodecLLMError] = field(default_factory=list)
+
+    @property
+    def wrong_scales(self) -> NDArray[np.int64]:
+        """Channels whose stored scale is not the one that the source asks for."""
+        if self.scales is None or self.stored_scales is None:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(self.scales != self.stored_scales)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the container holds anything but what the source gives."""
+        return self.differing > 0 or len(self.wrong_scales) > 0
+
+
+def stored_record(container: Container, name: str) -> RawTensor | LosslessTensor | Int8Tensor:
+    """Returns the record of a tensor that has bytes of its own: an alias's target, or the tensor itself."""
+    record = container.records[name]
+    target = container.records[record.alias_of] if isinstance(record, AliasTensor) else record
+    assert not isinstance(target, AliasTensor)
+    return target
+
+
+def examine(container: Container, name: str, source: SourceTensor) -> Examination:
+    """Examines one tensor; damage becomes `faults`."""
+    record = stored_record(container, name)
+    result = Examination(name, record, record.elements)
+    try:
+        if (record.dtype, tuple(record.shape)) != (source.dtype.name, source.shape):
+            got, expected = f"{source.dtype.name} {list(source.shape)}", f"{record.dtype} {record.shape}"
+            raise ModelMismatchError(
+                "type of the source's tensor is not the container's", tensor=name, got=got, expected=expected
+            )
+        if isinstance(record, Int8Tensor):
+            _find_scales(container, record, source, result)
+        tensor = container.tensor(name)
+        if isinstance(tensor, PlainTensor):
+            _examine_plain(tensor, source, result)
+        elif isinstance(tensor.record, Int8Tensor):
+            _examine_int8(tensor, source, result)
+        else:
+            _examine_lossless(tensor, source, result)
+    except CodecLLMError as exc:
+        result.faults.append(exc)
+    return result
+
+
+def read_tile(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.unsignedinteger]:
+    """Reads a tile of the source's matrix as unsigned words [tile.rows, tile.cols]."""
+    start = tile.row * grid.cols + tile.col
+    if tile.cols == grid.cols or tile.rows == 1:
+        return source.read_elements(start, start + tile.symbols).reshape(tile.rows, tile.cols)
+    rows = [source.read_elements(start + row * grid.cols, start + row * grid.cols + tile.cols) for row in range(tile.rows)]
+    return np.stack(rows)
+
+
+def read_weights(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.float32]:
+    """Reads a tile of an int8 tensor's source as float32 [tile.rows, tile.cols]."""
+    return float32_from_bits(read_tile(source, grid, tile), source.dtype.name)
+
+
+def decoded_tiles(tensor: StoredTensor, faults: list[CodecLLMError]) -> Iterator[tuple[int, Tile, list[NDArray[np.uint8]]]]:
+    """Yields number, place and decoded planes [rows, cols] of each tile; a damaged tile is left out and becomes a fault."""
+    planes = tensor.table.planes
+    for index, tile in enumerate(tensor.table.grid):
+        first, last = index * planes, (index + 1) * planes
+        slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
+        decoded = []
+        for chunk in range(first, last):
+            try:
+                decoded.append(tensor.decode_chunk(chunk, slots, first).reshape(tile.rows, tile.cols))
+            except FormatError as exc:
+                faults.append(exc)
+        if len(decoded) == planes:
+            yield index, tile, decoded
+
+
+def place_of(tensor: StoredTensor, row: int, col: int) -> tuple[int, int]:
+    """Returns chunk number, and byte in the shard, of the chunk that holds an element of the matrix."""
+    grid = tensor.table.grid
+    chunk = (row // grid.tile_rows * grid.across + col // grid.tile_cols) * tensor.table.planes
+    return chunk, tensor.offset + int(tensor.table.offsets[chunk])
+
+
+def _find_scales(container: Container, record: Int8Tensor, source: SourceTensor, result: Examination) -> None:
+    """First pass over the source: the largest magnitude of each channel, and the scales as stored, valid or not."""
+    file, header = container.shard(record.shard)
+    entry = header.tensors[record.name + "_scale"]
+    result.stored_scales = np.frombuffer(file.read(entry.start, entry.bytes), "<f4").astype(np.float32)
+    by_row = record.channel_kind == "row"
+    rows = len(result.stored_scales) if by_row else record.elements // max(1, len(result.stored_scales))
+    grid = Grid(rows, record.elements // max(1, rows), *record.tile)
+    absmax = np.zeros(len(result.stored_scales), np.float32)
+    for tile in grid:
+        weights = read_weights(source, grid, tile)
+        largest = np.abs(weights).max(axis=1 if by_row else 0)
+        channels = slice(tile.row, tile.row + tile.rows) if by_row else slice(tile.col, tile.col + tile.cols)
+        if not np.isfinite(largest).all():
+            _count_not_finite(result, weights if by_row else weights.T, channels.start)
+            largest = np.where(np.isfinite(largest), largest, 0)
+        absmax[channels] = np.maximum(absmax[channels], largest)
+    result.absmax, result.scales = absmax, channel_scales(absmax)
+
+
+def _count_not_finite(result: Examination, channels: NDArray[np.floating], first: int) -> None:
+    counts = np.count_nonzero(~np.isfinite(channels), axis=1)
+    for channel in np.flatnonzero(counts).tolist():
+        result.not_finite[first + channel] = result.not_finite.get(first + channel, 0) + int(counts[channel])
+
+
+def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examination) -> None:
+    assert tensor.scales is not None and result.scales is not None and result.absmax is not None
+    scales_of = partial(scales_for_tile, tensor.record)
+    whole = channel_scales(result.absmax.max(keepdims=True))
+    per_tensor = result.per_tensor = Choice()
+    for index, tile, planes in decoded_tiles(tensor, result.faults):
+        codes, weights = planes[0].view(np.int8), read_weights(source, tensor.table.grid, tile)
+        if result.not_finite:
+            weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
+        result.energy += float(np.square(weights, dtype=np.float64).sum())
+        expected = quantize(weights, scales_of(result.scales, tile))
+        _note_difference(result, tile, codes != expected)
+        result.held.add_errors(weights - dequantize(codes, scales_of(tensor.scales, tile)))
+        result.held.add_codes(codes, tensor.table.chunks[index].stored_bytes)
+        _encode_again(tensor, index, planes, result)
+        together = quantize(weights, whole)
+        per_tensor.add_errors(weights - dequantize(together, whole))
+        per_tensor.add_codes(together, _packed_bytes(tensor, together))
+
+
+def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.int8]) -> int:
+    """Returns the size of other codes under the tensor's codec, or raw where that is smaller."""
+    main = tensor.record.planes[0].codec
+    codec = CODECS[CODEC_IDS[main if main != "raw" else "zstd"]]
+    return min(codes.size, len(codec.encode(np.ascontiguousarray(codes).reshape(-1).view(np.uint8))))
+
+
+def _examine_lossless(tensor: StoredTensor, source: SourceTensor, result: Examination) -> None:
+    dtype = DTYPES[tensor.record.dtype]
+    for index, tile, planes in decoded_tiles(tensor, result.faults):
+        words = read_tile(source, tensor.table.grid, tile)
+        if dtype.name in ("BF16", "F16", "F32", "F64"):
+            values = words.view(np.float64) if dtype.name == "F64" else float32_from_bits(words, dtype.name)
+            if not np.isfinite(values).all():
+                _count_not_finite(result, values, tile.row)
+        joined = join_planes([plane.reshape(-1) for plane in planes], dtype).reshape(tile.rows, tile.cols)
+        _note_difference(result, tile, joined != words)
+        _encode_again(tensor, index, planes, result)
+        for plane, symbols in enumerate(planes):
+            counts = np.bincount(symbols.reshape(-1), minlength=256)
+            chunk = tensor.table.chunks[index * len(planes) + plane]
+            result.held.entropy_bits += counts_entropy_bits(counts)
+            result.held.prefix_bits += prefix_code_bits(counts)
+            result.held.stored_bytes += chunk.stored_bytes
+
+
+def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examination) -> None:
+    size, record = tensor.record.source_bytes, tensor.record
+    for first in range(0, size, _PLAIN_STEP_BYTES):
+        count = min(_PLAIN_STEP_BYTES, size - first)
+        stored, theirs = tensor.file.read(tensor.offset + first, count), source.read_bytes(first, first + count)
+        if record.dtype in ("BF16", "F16", "F32", "F64"):
+            words = np.frombuffer(theirs, word_dtype(DTYPES[record.dtype]))
+            values = words.view(np.float64) if record.dtype == "F64" else float32_from_bits(words, record.dtype)
+            if not np.isfinite(values).all():
+                cols = last_axis_matrix(tuple(record.shape))[1] if len(record.shape) > 1 else 1
+                for place in np.flatnonzero(~np.isfinite(values)).tolist():
+                    row = (first // words.itemsize + place) // cols
+                    result.not_finite[row] = result.not_finite.get(row, 0) + 1
+        if stored != theirs:
+            bad = np.frombuffer(stored, np.uint8) != np.frombuffer(theirs, np.uint8)
+            result.first = result.first or (0, (first + int(bad.argmax())) // max(1, DTYPES[record.dtype].bits // 8))
+            result.differing += int(np.count_nonzero(bad))
+    result.held.stored_bytes, result.held.entropy_bits, result.held.prefix_bits = size, 8.0 * size, 8 * size
+
+
+def _note_difference(result: Examination, tile: Tile, bad: NDArray[np.bool_]) -> None:
+    if bad.any():
+        result.differing += int(np.count_nonzero(bad))
+        if result.first is None:
+            row, col = np.unravel_index(int(bad.argmax()), bad.shape)
+            result.first = (tile.row + int(row), tile.col + int(col))
+
+
+def _encode_again(tensor: StoredTensor, index: int, planes: list[NDArray[np.uint8]], result: Examination) -> None:
+    """Encodes and decodes a tile's symbols on this machine; raises DecodeError where they do not come back."""
+    for plane, symbols in enumerate(planes):
+        chunk = index * len(planes) + plane
+        place, codec = tensor.table.chunks[chunk], CODECS[tensor.table.chunks[chunk].codec]
+        flat = np.ascontiguousarray(symbols).reshape(-1)
+        encoded = codec.encode(flat)
+        if bytes(codec.decode(encoded, flat.size)) != flat.tobytes():
+            raise DecodeError(f"codec {codec.name} does not give back what it encoded", tensor=tensor.record.name, chunk=chunk)
+        slots = tensor.read_slots(chunk, chunk + 1, bytearray(tensor.slots_bytes(chunk, chunk + 1)))
+        result.chunks += 1
+        result.same_bytes += bytes(encoded) == bytes(slots[: place.stored_bytes])

@@ -1,0 +1,321 @@
+"""`compare`: two containers or plain models, tensor by tensor, then by logits, then by text."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from codecllm.converter.source import SourceModel
+from codecllm.formats.container import Container, PlainTensor
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import CodecLLMError, UsageError
+from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
+from codecllm.formats.manifest import MANIFEST_NAME, Int8Tensor
+from codecllm.formats.schemes.int8 import dequantize
+from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.hub import resolve
+from codecllm.verifier.baseline import MEMORY_FACTOR, available_memory
+from codecllm.verifier.integrity import Progress, in_order
+
+ROWS_SHOWN = 20
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What one side says of a tensor: dtype, shape and scheme (`source` where the model is a plain one)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    scheme: str
+
+
+class Side:
+    """One of the two models, whose tensors are read block by block as the bits of their source dtype.
+
+    Attributes:
+        name: as it was given.
+        folder: where its files are.
+        tensors: what it holds.
+    """
+
+    def __init__(self, name: str | Path) -> None:
+        """Opens a container or a plain model.
+
+        Raises:
+            CodecLLMError: it is neither, or cannot be read.
+        """
+        self.name, self.folder = str(name), _folder(name)
+        self._container: Container | None = None
+        self._source: SourceModel | None = None
+        if (self.folder / MANIFEST_NAME).exists():
+            self._container = Container(self.folder)
+            records = self._container.records.values()
+            self.tensors = {one.name: Described(one.dtype, tuple(one.shape), one.scheme) for one in records}
+            self.stored_bytes = self._container.stored_bytes
+        else:
+            self._source = SourceModel(self.folder)
+            held = self._source.tensors.values()
+            self.tensors = {one.name: Described(one.dtype.name, one.shape, "source") for one in held}
+            self.stored_bytes = self._source.tensor_bytes
+
+    @property
+    def is_container(self) -> bool:
+        """Whether it is a container."""
+        return self._container is not None
+
+    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        """Yields a tensor's elements, row-major, as flat arrays of unsigned words (bytes for types below a byte).
+
+        An int8 tensor is dequantized: fl32(code * scale), rounded once to its dtype.
+
+        Raises:
+            FormatError: the tensor is damaged.
+        """
+        if self._source is not None:
+            entry = self._source.tensors[name].entry
+            for first in range(0, entry.bytes, 8 * _BLOCK_ELEMENTS):
+                last = min(first + 8 * _BLOCK_ELEMENTS, entry.bytes)
+                yield np.frombuffer(self._source.tensors[name].read_bytes(first, last), _words(entry.dtype.name))
+            return
+        assert self._container is not None
+        yield from _decoded_blocks(self._container, name)
+
+    def load(self) -> Any:
+        """Returns the model, ready to run, on the CPU."""
+        from codecllm.loader import from_pretrained
+        from codecllm.loader.transformers_adapter import load_plain, without_progress_bars
+
+        with without_progress_bars():
+            return from_pretrained(self.folder) if self.is_container else load_plain(self.folder).eval()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for opened in (self._container, self._source):
+            if opened is not None:
+                opened.close()
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def compare_models(
+    a: str | Path, b: str | Path, *, run: bool = True, workers: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Compares two containers or plain models.
+
+    Args:
+        a: folder or Hub id; errors and divergences are relative to it.
+        b: folder or Hub id.
+        run: also run both on fixed prompts, where they fit in memory.
+        workers: threads; None takes one per core.
+        progress: called with a tensor's name, bytes done and bytes in all.
+
+    Returns:
+        JSON values: `same` (every tensor has the same bits), `tensors` (per name: `same`, `relative_error`, `worst_error`,
+        `differing`, schemes), `only_in_a`, `only_in_b`, `stored_bytes`, and with `run` `outputs` (see `text.compare_text`) or
+        `not_run`, the reason why not.
+
+    Raises:
+        CodecLLMError: one of them is neither a container nor a model, or is damaged.
+    """
+    with ExitStack() as stack:
+        left, right = stack.enter_context(Side(a)), stack.enter_context(Side(b))
+        common = [name for name in left.tensors if name in right.tensors]
+        if not common:
+            raise UsageError("the two models share no tensor", got=f"{a}, {b}")
+        rows, done = [], 0
+        total = sum(math.prod(left.tensors[name].shape) for name in common)
+        threads = workers or max(1, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(threads) as pool:
+            for name, row in in_order(pool, common, lambda name: compare_tensors(left, right, name)):
+                rows.append(row)
+                done += math.prod(left.tensors[name].shape)
+                if progress is not None:
+                    progress(name, done, total)
+        only_a = [name for name in left.tensors if name not in right.tensors]
+        only_b = [name for name in right.tensors if name not in left.tensors]
+        found: dict[str, Any] = {
+            "a": left.name,
+            "b": right.name,
+            "same": not only_a and not only_b and all(row["same"] for row in rows),
+            "only_in_a": only_a,
+            "only_in_b": only_b,
+            "stored_bytes": [left.stored_bytes, right.stored_bytes],
+            "tensors": rows,
+        }
+        if run:
+            found |= _run(left, right, found["same"])
+    return found
+
+
+def compare_tensors(a: Side, b: Side, name: str) -> dict[str, Any]:
+    """Returns what differs between two tensors of one name, as JSON values; errors relative to `a`'s root mean square."""
+    left, right = a.tensors[name], b.tensors[name]
+    row: dict[str, Any] = {"name": name, "shape": list(left.shape), "dtype": left.dtype, "schemes": [left.scheme, right.scheme]}
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        other = {"other_dtype": right.dtype, "other_shape": list(right.shape)}
+        return {**row, **other, "same": False, "differing": None, "relative_error": None, "worst_error": None}
+    differing, energy, error, worst = 0, 0.0, 0.0, 0.0
+    for x, y in aligned(a.blocks(name), b.blocks(name)):
+        bad = x != y
+        differing += int(np.count_nonzero(bad))
+        values = _values(x, left.dtype)
+        if values is not None:
+            finite = np.where(np.isfinite(values), values, 0.0)
+            energy += float(np.square(finite).sum())
+        if bad.any() and values is not None:
+            others = _values(y, left.dtype)
+            assert others is not None
+            with np.errstate(invalid="ignore"):
+                gap = np.abs(values[bad] - others[bad])
+            gap = np.where(np.isnan(gap), np.inf, gap)
+            error, worst = error + float(np.square(gap).sum()), max(worst, float(gap.max()))
+    known = _values(np.empty(0, _words(left.dtype)), left.dtype) is not None
+    relative = math.sqrt(error / energy) if energy and math.isfinite(error) else (0.0 if not error else None)
+    return {
+        **row,
+        "same": differing == 0,
+        "differing": differing,
+        "relative_error": relative if known else None,
+        "worst_error": (worst if math.isfinite(worst) else None) if known else None,
+    }
+
+
+def aligned(a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Cuts two streams of flat arrays, equally long in all, into pairs of equal length."""
+    left = right = np.empty(0)
+    while True:
+        if not left.size:
+            left = next(a, left[:0])
+        if not right.size:
+            right = next(b, right[:0])
+        size = min(left.size, right.size)
+        if size == 0:
+            assert left.size == right.size == 0, "streams of different lengths"
+            return
+        yield left[:size], right[:size]
+        left, right = left[size:], right[size:]
+
+
+def render_comparison(found: dict[str, Any], console: Console) -> None:
+    """Prints a comparison: the tensors that differ most, then logits and text."""
+    different = [row for row in found["tensors"] if not row["same"]]
+    worst = sorted(different, key=lambda row: -(math.inf if row["relative_error"] is None else row["relative_error"]))
+    if worst:
+        table = Table(title=f"{len(worst)} of {len(found['tensors'])} tensors differ", box=None)
+        for name in ("tensor", "schemes", "differing", "relative error", "worst"):
+            table.add_column(name, justify="left" if name in ("tensor", "schemes") else "right", overflow="fold")
+        for row in worst[:ROWS_SHOWN]:
+            table.add_row(escape(row["name"]), " / ".join(row["schemes"]), *_cells(row))
+        console.print(table)
+    for side in ("a", "b"):
+        for name in found[f"only_in_{side}"]:
+            console.print(f"only in {escape(found[side])}: {escape(name)}", highlight=False)
+    sizes = " and ".join(f"{size:,}" for size in found["stored_bytes"])
+    same = len(found["tensors"]) - len(different)
+    console.print(f"tensors    {same} of {len(found['tensors'])} have the same bits; {sizes} bytes stored", highlight=False)
+    if "outputs" in found:
+        from codecllm.verifier.diagnosis.rendering import text_table
+
+        if found["outputs"].get("prompts"):
+            console.print(text_table(found["outputs"]["prompts"], ("A", "B")))
+        console.print(f"outputs    {escape(found['outputs']['summary'])}", highlight=False)
+    elif "not_run" in found:
+        console.print(f"outputs    not compared: {escape(found['not_run'])}", highlight=False)
+    console.print("[bold green]the same model, bit for bit[/]" if found["same"] else "[bold]different[/]", highlight=False)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if row["differing"] is None:
+        return [f"{row['dtype']} {row['shape']} / {row['other_dtype']} {row['other_shape']}", "", ""]
+    figures = (row["relative_error"], row["worst_error"])
+    return [f"{row['differing']:,}", *("-" if value is None else f"{value:.3e}" for value in figures)]
+
+
+def _folder(name: str | Path) -> Path:
+    """Finds the files; a Hub id is taken for a container first, whose files include those of a plain model."""
+    return resolve(name).folder
+
+
+def _decoded_blocks(container: Container, name: str) -> Iterator[NDArray[Any]]:
+    from codecllm.verifier.decoding import Scan, blocks_in_source_order
+
+    tensor = container.tensor(name)
+    if isinstance(tensor, PlainTensor):
+        yield np.frombuffer(tensor.read(), _words(tensor.record.dtype))
+        return
+    scan = Scan(entropy_bits=[0.0] * tensor.table.planes)
+    for tile, elements in blocks_in_source_order(tensor, scan):
+        if isinstance(tensor.record, Int8Tensor):
+            from codecllm.formats.container import scales_for_tile
+
+            assert tensor.scales is not None
+            values = dequantize(elements.view(np.int8), scales_for_tile(tensor.record, tensor.scales, tile))
+            yield bits_from_float32(values, tensor.record.dtype).reshape(-1)
+        else:
+            yield np.array(elements).reshape(-1)
+    if scan.faults:
+        raise scan.faults[0]
+
+
+def _words(dtype: str) -> np.dtype[Any]:
+    bits = DTYPES[dtype].bits
+    return word_dtype(DTYPES[dtype]) if bits in (8, 16, 32, 64) else np.dtype(np.uint8)
+
+
+def _values(words: NDArray[Any], dtype: str) -> NDArray[np.float64] | None:
+    """Returns the values of floats and integers as float64, None for types that have no such reading here."""
+    if dtype in ("BF16", "F16", "F32"):
+        return float32_from_bits(words, dtype).astype(np.float64)
+    if dtype == "F64":
+        return words.view(np.float64)
+    if dtype in ("I8", "I16", "I32", "I64"):
+        return words.view(f"<i{words.itemsize}").astype(np.float64)
+    return words.astype(np.float64) if dtype in ("U8", "U16", "U32", "U64", "BOOL") else None
+
+
+def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
+    """Runs both models on the fixed prompts; the source of divergences is `left`."""
+    needed = int(2 * MEMORY_FACTOR * sum(_tensor_bytes(side) for side in (left, right)) / 2)
+    if needed > available_memory():
+        return {"not_run": f"two models need {needed / 2**30:.1f} GiB, {available_memory() / 2**30:.1f} GiB are free"}
+    from codecllm.verifier import model_output as output
+    from codecllm.verifier.diagnosis import text
+    from codecllm.verifier.report import Stage
+
+    try:
+        first, second = left.load(), right.load()
+        coders = (output.PromptCoder(left.folder, first.config), output.PromptCoder(right.folder, second.config))
+        script = text.write_script(coders[0], None, None)
+        base = text.listen(first, script)
+        other = text.listen(second, script, base)
+    except CodecLLMError:
+        raise
+    except Exception as exc:  # whatever a model class raises when it is run on plain text
+        return {"not_run": f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"}
+    stage = Stage("outputs")
+    text.check_tokenizers(*coders, (left.folder, right.folder), stage)
+    text.compare_text(script, base, other, coders, same, stage)
+    faults = [str(finding.error) for finding in stage.findings]
+    return {"outputs": {**stage.facts, "summary": stage.summary, "findings": faults}}
+
+
+def _tensor_bytes(side: Side) -> int:
+    return sum(math.prod(one.shape) * DTYPES[one.dtype].bits // 8 for one in side.tensors.values() if one.scheme != "alias")
