@@ -11,12 +11,14 @@ import torch
 from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.loader.device.feed import DeviceFeeds, Wanted, concrete
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter
 from codecllm.loader.torch_tensors import (
     DTYPE_NAMES,
     announce_reads,
     fill,
+    names_in_file_order,
     open_scales,
     start_filling,
     start_filling_codes,
@@ -25,6 +27,7 @@ from codecllm.loader.torch_tensors import (
 
 Part = Literal["weight", "codes", "scale"]
 SCALE_SUFFIX = "_scale"
+CPU = torch.device("cpu")
 
 
 class TensorReader:
@@ -36,14 +39,17 @@ class TensorReader:
         first_error: the first exception that a read raised, or None.
     """
 
-    def __init__(self, container: Container, pool: DecodePool, meter: Meter | None = None) -> None:
-        """Reads from `container` with the threads of `pool`, counting what was read in `meter`."""
+    def __init__(
+        self, container: Container, pool: DecodePool, meter: Meter | None = None, feeds: DeviceFeeds | None = None
+    ) -> None:
+        """Reads from `container` with the threads of `pool`, counting what was read in `meter`; `feeds` serve devices."""
         self._container = container
         self._pool = pool
         self._meter = meter
+        self._feeds = feeds
         self._lock = threading.Lock()
         self._shared_locks: dict[str, threading.Lock] = {}
-        self._shared: dict[tuple[str, Part, torch.dtype | None], torch.Tensor] = {}
+        self._shared: dict[tuple[str, Part, torch.dtype | None, torch.device], torch.Tensor] = {}
         self.first_error: BaseException | None = None
         for record in container.manifest.tensors:
             if isinstance(record, AliasTensor):
@@ -54,13 +60,14 @@ class TensorReader:
         with self._lock:
             self._shared_locks.setdefault(name, threading.Lock())
 
-    def read(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
+    def read(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device = CPU) -> torch.Tensor:
         """Decodes a stored tensor.
 
         Args:
             name: a tensor that is no alias.
             part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel.
             dtype: dtype of `weight`; ignored otherwise.
+            device: where it is to lie.
 
         Raises:
             FormatError: the tensor is damaged. `first_error` keeps the first one.
@@ -68,20 +75,22 @@ class TensorReader:
         try:
             lock = self._shared_locks.get(name)
             if lock is None:
-                return self._decode(name, part, dtype)
+                return self._decode(name, part, dtype, device)
             with lock:
-                key = (name, part, dtype if part == "weight" else None)
+                key = (name, part, dtype if part == "weight" else None, device)
                 if key not in self._shared:
-                    self._shared[key] = self._decode(name, part, dtype)
+                    self._shared[key] = self._decode(name, part, dtype, device)
                 return self._shared[key]
         except BaseException as exc:
             with self._lock:
                 self.first_error = self.first_error or exc
             raise
 
-    def _decode(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
+    def _decode(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
         if part == "scale":
-            return open_scales(self._container, name)
+            return open_scales(self._container, name).to(device)
+        if self._feeds is not None and self._feeds.serves(device):
+            return self._feeds.feed(device).take(name, part, dtype if part == "weight" else None)
         source = self._container.tensor(name)
         announce_reads(source)
         if part == "codes":
@@ -91,7 +100,7 @@ class TensorReader:
             tensor = fill(self._pool, start_filling(source, dtype))
         if self._meter is not None:
             self._meter.add(name, source.record.source_bytes)
-        return tensor
+        return tensor.to(device)
 
 
 class LazyTensor:
@@ -164,13 +173,26 @@ class LazyTensor:
             error = ModelMismatchError("dtype", tensor=self.name, got=self._source_dtype, expected=wanted)
             self._reader.first_error = self._reader.first_error or error
             raise error
-        tensor = self._reader.read(self._stored_name, self._part, wanted)
-        return tensor if device is None else tensor.to(device)
+        return self._reader.read(
+            self._stored_name, self._part, wanted, CPU if device is None else concrete(torch.device(device))
+        )
+
+    def wanted(self) -> Wanted | None:
+        """Returns what `to` reads where it is asked for no other dtype; None for a scale, which is read with the side data."""
+        if self._part == "scale":
+            return None
+        return self._stored_name, self._part, self.dtype if self._part == "weight" else None
 
 
 def lazy_state_dict(reader: TensorReader, container: Container, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """Returns every tensor of a container, aliases included, as a lazy weight."""
     return {record.name: LazyTensor(reader, record, "weight", dtype) for record in container.manifest.tensors}
+
+
+def in_file_order(state_dict: dict[str, LazyTensor], container: Container) -> list[Wanted]:
+    """Returns what loading a whole state dict reads, each tensor once, in the order in which the files hold it."""
+    wanted = {key[0]: key for key in (lazy.wanted() for lazy in state_dict.values()) if key is not None}
+    return [wanted[name] for name in names_in_file_order(container) if name in wanted]
 
 
 def main_dtype(container: Container) -> torch.dtype:

@@ -171,10 +171,13 @@ def announce_reads(source: PlainTensor | StoredTensor, tiles: range | None = Non
         os.posix_fadvise(source.file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
-def file_order(container: Container) -> Iterator[PlainTensor | StoredTensor]:
-    """Opens every stored tensor of a container, in the order in which the shards hold them; aliases are left out."""
+def names_in_file_order(container: Container) -> Iterator[str]:
+    """Yields the name of every stored tensor of a container, in the order in which the shards hold them, aliases left out."""
     for number in range(len(container.manifest.shards)):
         _, header = container.shard(number)
-        for name in header.tensors:
-            if name in container.records:
-                yield container.tensor(name)
+        yield from (name for name in header.tensors if name in container.records)
+
+
+def file_order(container: Container) -> Iterator[PlainTensor | StoredTensor]:
+    """Opens every stored tensor of a container in that order."""
+    return map(container.tensor, names_in_file_order(container))

@@ -1,0 +1,60 @@
+"""From a piece's symbols in the arena to elements of the final tensor: one kernel a piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from codecllm.formats.container import StoredTensor
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.manifest import CodedTensor, Int8Tensor
+from codecllm.formats.tiling import Grid
+from codecllm.loader.torch_tensors import TORCH_DTYPES
+
+_FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+_ASSEMBLED = frozenset({"BF16", "F16", "F32"})
+
+
+def finishes_on_device(record: CodedTensor) -> bool:
+    """Whether there are kernels for a tensor's symbols; otherwise the CPU decodes it."""
+    return isinstance(record, Int8Tensor) or record.dtype in _ASSEMBLED
+
+
+def finish_bands(
+    source: StoredTensor, rows: tuple[int, int], planes: list[torch.Tensor], scales: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Queues the kernel that writes the elements of whole bands of tiles, on the current stream.
+
+    Args:
+        source: the tensor.
+        rows: first row and number of rows.
+        planes: uint8 [rows * columns] per plane on the device, in the order of the tiles.
+        scales: of an `int8` tensor that is to be dequantized: float32, one per row of these, or one per column.
+        out: [rows, columns], contiguous; int8 receives codes.
+    """
+    from codecllm.loader.kernels.assemble import assemble_lossless
+    from codecllm.loader.kernels.dequantize import dequantize_int8, untile_codes
+
+    whole = source.table.grid
+    grid = Grid(rows[1], whole.cols, whole.tile_rows, whole.tile_cols)
+    if isinstance(source.record, Int8Tensor):
+        if out.dtype == torch.int8:
+            untile_codes(planes[0], grid, out)
+        else:
+            assert scales is not None
+            with _as_dtype(out, out.dtype if out.dtype in _FLOATS else torch.float32) as target:
+                dequantize_int8(planes[0], None, grid, scales, None, None, source.record.channel_kind, target)
+    else:
+        with _as_dtype(out, TORCH_DTYPES[source.record.dtype]) as target:
+            assemble_lossless(planes, grid, DTYPES[source.record.dtype], target)
+
+
+@contextmanager
+def _as_dtype(out: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yields `out`, or memory of another dtype that is cast into it at the end."""
+    target = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
+    yield target
+    if target is not out:
+        out.copy_(target)
