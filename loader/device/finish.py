@@ -14,12 +14,13 @@ from codecllm.formats.tiling import Grid
 from codecllm.loader.torch_tensors import TORCH_DTYPES
 
 _FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
-_ASSEMBLED = frozenset({"BF16", "F16", "F32"})
 
 
 def finishes_on_device(record: CodedTensor) -> bool:
-    """Whether there are kernels for a tensor's symbols; otherwise the CPU decodes it."""
-    return isinstance(record, Int8Tensor) or record.dtype in _ASSEMBLED
+    """Whether there are kernels for a tensor's symbols; otherwise the CPU decodes it. Needs Triton."""
+    from codecllm.loader.kernels.assemble import can_assemble
+
+    return isinstance(record, Int8Tensor) or can_assemble(DTYPES[record.dtype])
 
 
 def finish_bands(

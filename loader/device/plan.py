@@ -146,8 +146,7 @@ def cut(request: Request, container: Container, codecs: DeviceCodecs) -> Iterato
 def _coded_pieces(request: Request, source: StoredTensor, own: torch.dtype, codecs: DeviceCodecs) -> Iterator[Piece]:
     record, grid = source.record, source.table.grid
     dtype = torch.int8 if request.part == "codes" else request.dtype or own
-    on_device = finishes_on_device(record) and all(map(codecs.decodes, set(source.table.records["codec"].tolist())))
-    staged = None if on_device else host_dtype(source, request.part, dtype)
+    staged = None if decodes_on_device(source, codecs) else host_dtype(source, request.part, dtype)
     for bands in _runs_of_bands(source):
         symbols = band_rows(source, bands)[1] * grid.cols
         ends = _ends(source, bands)
@@ -167,6 +166,12 @@ def _plain_pieces(request: Request, source: PlainTensor, own: torch.dtype) -> It
     for first in range(0, max(1, elements), step):
         run = range(first, min(first + step, elements))
         yield Piece(request, source, shape, dtype, own, run, len(run) * own.itemsize, 0, run.stop == elements)
+
+
+def decodes_on_device(source: StoredTensor, codecs: DeviceCodecs) -> bool:
+    """Whether a tensor's chunks are decoded, and its elements made, on the device."""
+    used = set(source.table.records["codec"].tolist())
+    return codecs.kernels and all(map(codecs.decodes, used)) and finishes_on_device(source.record)
 
 
 def host_dtype(source: StoredTensor, part: Part, dtype: torch.dtype) -> torch.dtype:
