@@ -51,8 +51,8 @@ class Streams(Protocol):
     def follow(self, stream: Any) -> None:
         """Lets later work of `stream` wait for all work of the calling thread's current stream."""
 
-    def lead(self, stream: Any) -> None:
-        """Lets later work of the calling thread's current stream wait for all work of `stream`."""
+    def current(self) -> Any:
+        """The calling thread's current stream."""
 
     def pinned(self, size: int) -> torch.Tensor:
         """Returns uninitialised uint8 [size] on the host, from which copies are asynchronous."""
@@ -95,11 +95,11 @@ class DeviceStreams:
 
     def follow(self, stream: Any) -> None:
         """See `Streams`."""
-        stream.wait_stream(self._module.current_stream(self.device))
+        stream.wait_stream(self.current())
 
-    def lead(self, stream: Any) -> None:
+    def current(self) -> Any:
         """See `Streams`."""
-        self._module.current_stream(self.device).wait_stream(stream)
+        return self._module.current_stream(self.device)
 
     def pinned(self, size: int) -> torch.Tensor:
         """See `Streams`."""
@@ -155,8 +155,9 @@ class HostStreams:
     def follow(self, stream: Any) -> None:
         """See `Streams`."""
 
-    def lead(self, stream: Any) -> None:
+    def current(self) -> Any:
         """See `Streams`."""
+        return None
 
     def pinned(self, size: int) -> torch.Tensor:
         """See `Streams`."""

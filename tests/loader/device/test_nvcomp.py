@@ -27,7 +27,7 @@ def test_a_missing_library_is_one_line():
 
 
 def test_a_library_without_the_functions_is_refused():
-    with pytest.raises(UnsupportedEnvironmentError, match="nvCOMP cannot be loaded: .*nvcompGetProperties"):
+    with pytest.raises(UnsupportedEnvironmentError, match=r"nvCOMP cannot be loaded: .*nvcompGetProperties"):
         Nvcomp(Path("libc.so.6"))
 
 
