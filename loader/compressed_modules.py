@@ -223,7 +223,7 @@ class _FrozenCompressed(torch.autograd.Function):
         return matrix._product(inputs, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         matrix, to_inputs = ctx.matrix, None
         if ctx.needs_input_grad[0]:
@@ -253,7 +253,7 @@ class CompressedWeight(nn.Module):
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
