@@ -82,16 +82,28 @@ def read_tiles(tensor: StoredTensor, tiles: range, workspace: Workspace) -> Iter
     Raises:
         FormatError: a chunk is damaged; it was not given to a decoder.
     """
+    return tiles_of(tensor, tiles, read_run(tensor, tiles, workspace))
+
+
+def read_run(tensor: StoredTensor, tiles: range, workspace: Workspace) -> memoryview:
+    """Reads the slots of a run of tiles with one read; unchecked, valid until the workspace is used again."""
+    first, last = tiles.start * tensor.table.planes, tiles.stop * tensor.table.planes
+    return tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
+
+
+def tiles_of(tensor: StoredTensor, tiles: range, slots: memoryview) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
+    """Verifies and decodes a run of tiles whose slots lie in memory; yields and raises as `read_tiles`."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
-    slots = tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
     decoded = tensor.decode_run(first, last, slots, first)
     for index in tiles:
         tile = tensor.table.grid.tile(index)
         yield tile, [sound(symbols).reshape(tile.rows, tile.cols) for symbols in islice(decoded, planes)]
 
 
-def decode_tiles(tensor: StoredTensor, tiles: range, out: NDArray[Any], target: str, workspace: Workspace) -> None:
+def decode_tiles(
+    tensor: StoredTensor, tiles: range, out: NDArray[Any], target: str, slots: memoryview, workspace: Workspace
+) -> None:
     """Decodes a run of tiles into the matrix of a whole tensor.
 
     Args:
@@ -99,12 +111,13 @@ def decode_tiles(tensor: StoredTensor, tiles: range, out: NDArray[Any], target: 
         tiles: numbers of the tiles.
         out: unsigned words [rows, cols] of the grid, of the target's size, C order; the tiles' rectangles are written.
         target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once) or `CODES`; for `lossless` its own dtype.
+        slots: the tiles' slots, as they were read.
         workspace: the calling thread's.
 
     Raises:
         FormatError: a chunk is damaged. Tiles before it were written.
     """
-    for tile, planes in read_tiles(tensor, tiles, workspace):
+    for tile, planes in tiles_of(tensor, tiles, slots):
         place = out[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
         write_tile(tensor, tile, planes, place, target, workspace)
 

@@ -120,7 +120,7 @@ class _FrozenInt8(torch.autograd.Function):
         return _product(inputs, codes, scale, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, scale = ctx.saved_tensors
         rows, cols = codes.shape

@@ -49,7 +49,7 @@ class Int8Weight(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """As usual, but a cast leaves the scales in float32 and sets the dtype of `weight`."""
         scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             device = self.weight_scale.device
             self.weight_scale = torch.empty_like(scale, device=device) if device.type == "meta" else scale.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,7 +23,7 @@ from codecllm.loader.device.feed import DeviceFeeds, refuse_without_device, sole
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter, OnProgress, metered
 from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
-from codecllm.loader.state_dict import TensorReader, in_file_order, lazy_state_dict, main_dtype
+from codecllm.loader.state_dict import CPU, TensorReader, lazy_state_dict, main_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,8 +118,8 @@ def from_pretrained(
         with (
             metered(progress, container.manifest.source.tensor_bytes) as meter,
             DeviceFeeds(container, pool, decoder, meter) as feeds,
+            closing(_Load(container, pool, config, wanted, workers, meter, feeds, device_map)) as load,
         ):
-            load = _Load(container, pool, config, wanted, workers, meter, feeds)
             model = load.run(resident, {"device_map": device_map, **hf_kwargs})
         _read_generation_config(container, model)
     model.name_or_path = model.config._name_or_path = str(name_or_path)
@@ -137,23 +138,30 @@ class _Load:
         workers: int | None,
         meter: Meter,
         feeds: DeviceFeeds,
+        device_map: Any,
     ) -> None:
         self._container = container
         self._config = config
         self._dtype = dtype
         self._workers = workers
         self._meter = meter
-        self._feeds = feeds
-        self._reader = TensorReader(container, pool, meter, feeds)
+        needed = container.manifest.source.tensor_bytes * max(1, dtype.itemsize // 2)
+        device = sole_device(device_map, needed)
+        self._feed = feeds.feed(device) if device is not None else None
+        self._reader = TensorReader(container, pool, meter, feeds, device or CPU)
         self._state_dict = lazy_state_dict(self._reader, container, dtype)
+
+    def close(self) -> None:
+        """Ends what is still being read."""
+        self._reader.close()
 
     def run(self, resident: Resident, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         """Builds the model class and loads the weights; see `from_pretrained`."""
-        needed = self._container.manifest.source.tensor_bytes * max(1, self._dtype.itemsize // 2)
-        device = sole_device(hf_kwargs.get("device_map"), needed)
-        if device is not None:
-            self._feeds.decode_ahead(device, lambda: in_file_order(self._state_dict, self._container))
-        model = self._build(hf_kwargs) if resident == "dense" else self._run_resident(self._plan(resident), hf_kwargs)
+        if resident == "dense":
+            self._reader.expect(value.wanted for value in self._state_dict.values())
+            model = self._build(hf_kwargs)
+        else:
+            model = self._run_resident(self._plan(resident), hf_kwargs)
         self._check_materialized(model)
         _separate_untied(model)
         return model
@@ -178,7 +186,7 @@ class _Load:
     def _plan(self, resident: Resident) -> Residency:
         if resident == "int8":
             return ResidentInt8(self._container, self._reader, self._state_dict)
-        return ResidentCompressed(self._container, self._state_dict, self._workers, self._meter)
+        return ResidentCompressed(self._container, self._reader, self._state_dict, self._workers, self._meter)
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)

@@ -88,18 +88,6 @@ class DeviceFeeds:
         self._make_streams, self._types = make_streams, types
         self._feeds: dict[torch.device, DeviceFeed] = {}
         self._lock = threading.Lock()
-        self._sole: torch.device | None = None
-        self._ahead: Callable[[], Iterable[Wanted]] | None = None
-
-    def decode_ahead(self, device: torch.device, wanted: Callable[[], Iterable[Wanted]]) -> None:
-        """Lets the first request for `device` start the decoding of all that `wanted` then returns.
-
-        Raises:
-            UnsupportedEnvironmentError, UsageError: see `choose_codecs`.
-        """
-        device = concrete(device)
-        choose_codecs(self._decoder, device, self._container)
-        self._sole, self._ahead = device, wanted
 
     def serves(self, device: torch.device) -> bool:
         """Whether tensors for a device come through a feed."""
@@ -113,8 +101,6 @@ class DeviceFeeds:
                 codecs = choose_codecs(self._decoder, device, self._container)
                 made = DeviceFeed(self._container, self._pool, self._make_streams(device), codecs, self._meter)
                 self._feeds[device] = made
-                if device == self._sole and self._ahead is not None:
-                    made.expect(self._ahead())
             return self._feeds[device]
 
     def close(self) -> None:

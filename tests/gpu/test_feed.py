@@ -14,7 +14,7 @@ from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.streams import DeviceStreams
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.stream import stream_tensors
-from codecllm.loader.torch_tensors import names_in_file_order, torch_dtype
+from codecllm.loader.torch_tensors import file_order, torch_dtype
 from tests import tampering
 from tests.malformed.builders import fix_chunks, make_container, rewrite_shard
 
@@ -44,7 +44,7 @@ def test_every_tensor_has_the_bits_of_the_cpu_path(large, gpu, codecs, scheme, c
     with Container(folder) as container:
         expected = {record.name: tensor for record, tensor in stream_tensors(container)}
     with _feed(folder, gpu, codecs if where == "device" else NOTHING) as (container, feed):
-        names = list(names_in_file_order(container))
+        names = list(file_order(container))
         wanted = {name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names}
         feed.expect(wanted.values())
         assert [name for name in names if not _same(feed.take(*wanted[name]), expected[name])] == []

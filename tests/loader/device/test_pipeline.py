@@ -17,7 +17,7 @@ from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.loader.device import pipeline, plan
 from codecllm.loader.device.codecs import NOTHING
 from codecllm.loader.pool import DecodePool
-from codecllm.loader.torch_tensors import fill, names_in_file_order, start_filling, torch_dtype
+from codecllm.loader.torch_tensors import file_order, fill, start_filling, torch_dtype
 from tests import tampering
 from tests.loader.device.machine import KERNELS_ONLY, NvcompOfTheHost, feed_of, with_nvcomp
 from tests.malformed.builders import fix_chunks, make_container, rewrite_shard, split_shard
@@ -78,7 +78,7 @@ def rans_container(tmp_path_factory):
 def _take_all(folder, codecs):
     """Takes every tensor as its own dtype, decoded ahead, and compares it with the reference."""
     with feed_of(folder, codecs) as (container, feed):
-        names = list(names_in_file_order(container))
+        names = list(file_order(container))
         wanted = {name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names}
         feed.expect(wanted.values())
         for name in reversed(names):
