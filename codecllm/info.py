@@ -64,6 +64,8 @@ def describe_manifest(manifest: Manifest, manifest_sha256: str, manifest_bytes: 
         "writer": manifest.writer,
         "scheme": manifest.options.scheme,
         "codec": manifest.options.codec or "zstd",
+        "options": manifest.options.model_dump(exclude_none=True),
+        "calibration": manifest.calibration and manifest.calibration.model_dump(exclude_none=True),
         "source": manifest.source.model_dump(),
         "source_dtypes": _dtype_bytes(manifest.tensors),
         "manifest_sha256": manifest_sha256,
@@ -100,6 +102,10 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         "entropy_bits_per_weight": 0.0,
         "worst_error": None,
         "scale_range": None,
+        "rounding": None,
+        "worst_steps": None,
+        "wide": False,
+        "column_scales": False,
         "alias_of": record.alias_of if isinstance(record, AliasTensor) else None,
         "fallback": getattr(record, "fallback", None),
     }
@@ -112,13 +118,12 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes) + (record.tables_bytes or 0)
         row["entropy_bits"] = sum(plane.entropy_bits for plane in record.planes)
     if isinstance(record, Int8Tensor):
-        scales = 4 * record.shape[record.channel_axis]
-        if record.channel_kind == "row":
-            for dim in record.shape[: record.channel_axis]:
-                scales *= dim
+        scales = 4 * record.scale_words
         row["stored_bytes"] += scales
         row["entropy_bits"] += 8 * scales
         row["worst_error"], row["scale_range"] = record.worst_error, record.scale_range
+        row |= {"rounding": record.rounding, "worst_steps": record.worst_steps, "wide": record.wide}
+        row["column_scales"] = record.xxh3.col_scale is not None
     elements = max(1, record.elements)
     row["bits_per_weight"] = 8 * row["stored_bytes"] / elements
     row["entropy_bits_per_weight"] = row["entropy_bits"] / elements

@@ -60,6 +60,8 @@ class PackedLayout:
 def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayout:
     """Decides which tensors are written packed: int8 weights [out, in] of linear modules that share them with no other tensor.
 
+    Tensors with scales for their columns, or with codes beyond 8 bits, are written plainly.
+
     Experts that the checkpoint holds one by one are written packed too, though the model class may fuse them: the library's
     loaders expect all of a model's experts in one form.
 
@@ -84,6 +86,11 @@ def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayo
         and record.name not in shared
         and (record.name.removesuffix(_SUFFIX) in linear or _EXPERT in record.name)
     }
+    if not packed and any(map(_is_beyond_channels, manifest.tensors)):
+        raise UsageError(
+            "compressed-tensors' int8 has one scale per output channel and codes of 8 bits; the tensors of this container have "
+            "scales for their columns or wider codes: --format safetensors writes them dequantized"
+        )
     if not packed:
         raise UsageError("no int8 tensor of this container is the weight of a linear module: nothing to export packed")
     plain = linear - {name.removesuffix(_SUFFIX) for name in packed}
@@ -114,4 +121,10 @@ def _is_channel_int8(record: TensorRecord) -> bool:
         and len(record.shape) == 2
         and (record.channel_axis, record.channel_kind) == (0, "row")
         and record.name.endswith(_SUFFIX)
+        and not _is_beyond_channels(record)
     )
+
+
+def _is_beyond_channels(record: TensorRecord) -> bool:
+    """Whether a tensor's codes or scales are more than one signed byte per weight and one scale per channel."""
+    return isinstance(record, Int8Tensor) and (record.wide or record.xxh3.col_scale is not None)

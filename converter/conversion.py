@@ -20,31 +20,32 @@ from codecllm.converter.policy import Scheme, TensorPlan, plan_tensor
 from codecllm.converter.side_files import copy_side_files, pack_config, pack_index, write_listed
 from codecllm.converter.source import SourceModel
 from codecllm.converter.staging import Staging
+from codecllm.converter.steps import StepsProvider
 from codecllm.converter.tensor_writer import NonFinite, StoredRecord, TensorWriter
-from codecllm.formats import FORMAT_VERSION, WRITER_VERSION
+from codecllm.formats import BASE_VERSION, FORMAT_VERSION, WRITER_VERSION
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3_hex
-from codecllm.formats.codecs import CodecName, rans
+from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import UsageError
 from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest import (
     INDEX_NAME,
     AliasTensor,
+    Calibration,
     FileRecord,
     Manifest,
     Options,
     ShardRecord,
     Source,
     TensorRecord,
+    features_of,
     pack_manifest,
     shard_name,
     side_names,
-    uses_rans,
 )
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-_SHARD_METADATA = {"format": "pt", "codecllm.format_version": FORMAT_VERSION}
 _SPARE_BYTES = 64 << 20
 
 Progress = Callable[[str, int, int], None]
@@ -66,6 +67,9 @@ class ConvertOptions:
         force: replace a container that is in the way.
         repo: Hub repository the source came from, recorded in the manifest.
         commit: its commit, 40 hex digits.
+        steps: chooses the steps of each int8 tensor; None takes them from the largest weight of each channel.
+        bits, ratio, calibrate, refine: what `steps` was asked for, recorded in the manifest and otherwise without effect.
+        calibration: the text from which `steps` learned, recorded in the manifest.
     """
 
     scheme: Scheme = "int8"
@@ -78,6 +82,18 @@ class ConvertOptions:
     force: bool = False
     repo: str | None = None
     commit: str | None = None
+    steps: StepsProvider | None = None
+    bits: float | None = None
+    ratio: float | None = None
+    calibrate: str | None = None
+    refine: bool | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def format_version(self) -> str:
+        """The lowest version of the format (above 1.0) that says what may be written: 1.2 where steps are chosen."""
+        new = (self.steps, self.bits, self.ratio, self.calibrate, self.refine, self.calibration)
+        return BASE_VERSION if all(value is None for value in new) else FORMAT_VERSION
 
     def threads(self) -> int:
         """Returns the number of encoding threads.
@@ -197,7 +213,15 @@ def convert(source: str | Path, out: str | Path, *, progress: Progress | None = 
 def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
     """Decides scheme, alias and shard of every tensor of an opened source."""
     plans = [
-        plan_tensor(tensor, options.scheme, options.include, options.exclude, model.model_type, options.codec)
+        plan_tensor(
+            tensor,
+            options.scheme,
+            options.include,
+            options.exclude,
+            model.model_type,
+            options.codec,
+            steppable=options.steps is not None,
+        )
         for tensor in model.tensors.values()
     ]
     aliases = find_aliases(plans)
@@ -247,11 +271,11 @@ def _write(
 
     executor = ThreadPoolExecutor(threads, thread_name_prefix="codecllm-encode")
     try:
-        writer = TensorWriter(executor, 2 * threads + 2, options.non_finite, on_bytes)
+        writer = TensorWriter(executor, 2 * threads + 2, options.non_finite, on_bytes, options.steps)
         records, shards = [], []
         for number, plans in enumerate(plan.shards):
             path = folder / shard_name(number + 1, len(plan.shards))
-            written, head, size = _write_shard(writer, plans, path, number)
+            written, head, size = _write_shard(writer, plans, path, number, options.format_version)
             records += written
             digest = executor.submit(_hash_file, folder, path.name)
             shards.append((path.name, head, size, digest))
@@ -261,14 +285,14 @@ def _write(
         ]
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-    files = _write_side_files(model, plan, records, shard_records, options.scheme, folder)
+    files = _write_side_files(model, records, shard_records, options, folder)
     return _build_manifest(model, plan, options, records, shard_records, files)
 
 
 def _write_shard(
-    writer: TensorWriter, plans: list[TensorPlan], path: Path, number: int
+    writer: TensorWriter, plans: list[TensorPlan], path: Path, number: int, version: str
 ) -> tuple[list[StoredRecord], bytes, int]:
-    shard = ShardWriter(path, _planned(plans), _SHARD_METADATA)
+    shard = ShardWriter(path, _planned(plans), {"format": "pt", "codecllm.format_version": version})
     try:
         records = list(writer.write_all(plans, shard, number))
         head, size = shard.finish()
@@ -290,6 +314,9 @@ def _planned(plans: list[TensorPlan]) -> list[PlannedTensor]:
         planned.append(PlannedTensor(source.name, DTYPES["U8"], (bound,), bound))
         if plan.scheme == "int8":
             planned.append(PlannedTensor(source.name + "_scale", DTYPES["F32"], (plan.channels,), 0))
+        if plan.steppable:
+            planned.append(PlannedTensor(source.name + "_col_scale", DTYPES["F32"], (plan.matrix[1],), 0))
+            planned.append(PlannedTensor(source.name + "_col_order", DTYPES["I32"], (plan.matrix[1],), 0))
         planned.append(PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0))
         planned.append(PlannedTensor(source.name + "_chunks", DTYPES["U8"], (bound,), 0))
         if plan.codec == "rans":
@@ -304,15 +331,14 @@ def _hash_file(folder: Path, name: str) -> str:
 
 def _write_side_files(
     model: SourceModel,
-    plan: Plan,
     records: list[StoredRecord],
     shards: list[ShardRecord],
-    scheme: str,
+    options: ConvertOptions,
     folder: Path,
 ) -> list[FileRecord]:
     files = copy_side_files(model.folder, folder)
     if model.config is not None:
-        files.append(write_listed(folder, "config.json", pack_config(model.config, scheme)))
+        files.append(write_listed(folder, "config.json", pack_config(model.config, options.scheme, options.format_version)))
     weight_map = {}
     for record in records:
         weight_map.update(dict.fromkeys([record.name, *side_names(record)], shards[record.shard].name))
@@ -333,20 +359,26 @@ def _build_manifest(
     for name, target in plan.aliases.items():
         stored = by_name[target]
         by_name[name] = AliasTensor(name=name, dtype=stored.dtype, shape=stored.shape, scheme="alias", alias_of=target)
+    asked = Options(
+        scheme=options.scheme,
+        codec="rans" if options.codec == "rans" else None,
+        bits=options.bits,
+        ratio=options.ratio,
+        calibrate=options.calibrate,
+        refine=options.refine,
+        include=list(options.include),
+        exclude=list(options.exclude),
+        non_finite=options.non_finite,
+        max_shard_bytes=options.max_shard_bytes,
+    )
     return Manifest(
         format="codecllm",
-        format_version=FORMAT_VERSION,
-        required_features=[rans.NAME] if uses_rans(records) else [],
+        format_version=options.format_version,
+        required_features=features_of(records, asked, options.calibration),
         writer=_writer_versions(),
         source=Source(repo=options.repo, commit=options.commit, tensor_bytes=model.tensor_bytes),
-        options=Options(
-            scheme=options.scheme,
-            codec="rans" if options.codec == "rans" else None,
-            include=list(options.include),
-            exclude=list(options.exclude),
-            non_finite=options.non_finite,
-            max_shard_bytes=options.max_shard_bytes,
-        ),
+        options=asked,
+        calibration=options.calibration,
         shards=shards,
         files=files,
         tensors=[by_name[name] for name in model.tensors],

@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from codecllm.converter.planes import split_planes
 from codecllm.converter.policy import TensorPlan
 from codecllm.converter.quantize import (
+    Quantized,
     RowScales,
     Words,
     column_absmax,
     count_non_finite,
     quantize_block,
+    quantize_steps,
     row_absmax,
 )
+from codecllm.converter.steps import Steps
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, slot_bytes
 from codecllm.formats.codecs import CODEC_IDS, CODECS, RANS_ID, rans
@@ -27,7 +30,8 @@ from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
-from codecllm.formats.schemes.int8 import channel_scales
+from codecllm.formats.errors import UsageError
+from codecllm.formats.schemes.int8 import MAX_CODE, MAX_WIDE_CODE, MIN_WIDE_CODE, channel_scales, split_codes
 from codecllm.formats.tiling import Grid
 
 BLOCK_ELEMENTS = 1 << 20
@@ -68,8 +72,12 @@ class EncodedBlock:
         entropy_bits: estimate per plane.
         absmax: float32 [rows] of an int8 block whose scales were found here, else None.
         worst_error: worst absolute error (int8).
-        problem: why int8 cannot represent this block (`non_finite` or `tiny_scale`), or None. Then nothing else is valid.
-        tables: packed frequency table of each plane (codec `rans`), empty where no chunk of the block uses one.
+        worst_steps: worst error in steps (int8 under given steps).
+        problem: why int8 cannot represent this block (`non_finite`, `tiny_scale`, `codes`), or not in one plane (`wide`), or
+            None. If there is one, nothing else is valid.
+        wide: whether the block's codes are in two planes, though its plan does not say so: it is all of its tensor.
+        tables: packed frequency table of each plane and, under given steps, of each tile side by side (codec `rans`), empty
+            where no chunk of the block uses one.
         waiting: what `finish_blocks` still has to pack (codec `rans`); slots, records and tables are empty until then.
     """
 
@@ -79,7 +87,9 @@ class EncodedBlock:
     entropy_bits: list[float]
     absmax: NDArray[np.float32] | None = None
     worst_error: float = 0.0
+    worst_steps: float = 0.0
     problem: str | None = None
+    wide: bool = False
     tables: list[bytes] = field(default_factory=list)
     waiting: WaitingChunks | None = None
 
@@ -90,7 +100,8 @@ class WaitingChunks:
 
     Attributes:
         symbols: uint8 [n] per chunk, in order.
-        tables: per plane the table for its chunks, or None where coding does not shrink any of them.
+        tables: the table for each plane's chunks (under given steps: of each tile side by side), or None where coding does not
+            shrink any of them. Chunk k has table k modulo their number.
         worth: per chunk whether it is expected to shrink.
     """
 
@@ -101,7 +112,7 @@ class WaitingChunks:
 
 def needs_scale_pass(plan: TensorPlan) -> bool:
     """Whether the scales of an int8 tensor must be known before its first block is quantized."""
-    return plan.scheme == "int8" and (plan.kind == "column" or plan.grid.cols > ONE_PASS_COLUMNS)
+    return plan.scheme == "int8" and plan.steps is None and (plan.kind == "column" or plan.grid.cols > ONE_PASS_COLUMNS)
 
 
 def blocks_of(plan: TensorPlan) -> Iterator[Block]:
@@ -124,6 +135,12 @@ def block_extent(grid: Grid) -> tuple[int, int]:
     if grid.across > 1 and grid.cols > ONE_PASS_COLUMNS:
         return 1, min(grid.across, max(1, BLOCK_ELEMENTS // grid.tile_cols))
     return max(1, BLOCK_ELEMENTS // max(grid.cols, 1) // grid.tile_rows), max(1, grid.across)
+
+
+def group_extent(plan: TensorPlan) -> tuple[int, int]:
+    """Returns how many tiles share a `rans` table one above the other and side by side: a block's, or its like columns'."""
+    down, across = block_extent(plan.grid)
+    return down, across if plan.steps is None else 1
 
 
 def _pieces_of_rows(grid: Grid, step: int) -> Iterator[Block]:
@@ -179,6 +196,8 @@ def encode_block(plan: TensorPlan, block: Block, scales: NDArray[np.float32] | N
         scales: float32 [channels] of the whole tensor where they are known already; None finds them here, per row.
     """
     words = _read_block(plan, block)
+    if plan.steps is not None:
+        return _encode_steps(plan, plan.steps, block, words)
     if plan.scheme == "int8":
         return _encode_int8(plan, block, words, scales)
     flat = words.reshape(-1)
@@ -215,6 +234,62 @@ def _encode_int8(plan: TensorPlan, block: Block, words: Words, scales: NDArray[n
         return EncodedBlock([], np.empty(0, RECORD), flat, entropy, absmax, worst, waiting=waiting)
     slots, records, entropy = _pack_chunks(planes)
     return EncodedBlock(slots, records, flat, entropy, absmax, worst)
+
+
+def _encode_steps(plan: TensorPlan, steps: Steps, block: Block, words: Words) -> EncodedBlock:
+    """Quantizes a block under given steps and packs it tile by tile, like columns together."""
+    factors = None if steps.col_scale is None else steps.col_scale[None, :]
+    rows = steps.row_scale[None, :] if plan.kind == "column" else steps.row_scale[block.row : block.row + block.rows, None]
+    if steps.codes is None:
+        codes = np.empty(words.shape, np.int16)
+    else:
+        codes = steps.codes(block.row, block.row + block.rows)
+        if codes.shape != words.shape or codes.dtype != np.int16:
+            got, expected = f"{codes.dtype} {list(codes.shape)}", f"int16 {list(words.shape)}"
+            raise UsageError("refined codes have a wrong type or shape", tensor=plan.source.name, got=got, expected=expected)
+    found = quantize_steps(words, plan.source.dtype.name, (rows, factors), codes, steps.codes is not None)
+    problem = _problem(found, plan, block)
+    if problem is not None:
+        return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
+    wide = plan.wide or max(-found.lowest, found.highest) > MAX_CODE
+    groups = _column_tiles(plan.grid, steps, block, codes, wide)
+    digested = codes.astype("<i2" if wide else np.int8).reshape(-1).view(np.uint8)
+    facts: dict[str, Any] = {"worst_error": found.worst_error, "worst_steps": found.worst_steps, "wide": wide and not plan.wide}
+    planes = 2 if wide else 1
+    if plan.codec == "rans":
+        waiting, parts = _prepare_rans(list(groups))
+        return EncodedBlock([], np.empty(0, RECORD), digested, _per_plane(parts, planes), waiting=waiting, **facts)
+    slots, records, parts = _pack_chunks(groups)
+    return EncodedBlock(slots, records, digested, _per_plane(parts, planes), **facts)
+
+
+def _problem(found: Quantized, plan: TensorPlan, block: Block) -> str | None:
+    """Returns why the codes of a block cannot be packed as the plan says."""
+    if not found.finite:
+        return "non_finite"
+    if not (found.lowest >= MIN_WIDE_CODE and found.highest <= MAX_WIDE_CODE):
+        return "codes"
+    narrow = found.lowest >= -MAX_CODE and found.highest <= MAX_CODE
+    return None if narrow or plan.wide or block.last - block.first == len(plan.grid) else "wide"
+
+
+def _column_tiles(
+    grid: Grid, steps: Steps, block: Block, codes: NDArray[np.int16], wide: bool
+) -> Iterator[list[NDArray[np.uint8]]]:
+    """Yields, for each row of tiles of a block, the planes of its tiles one after another, columns in the stored order."""
+    for row in range(0, block.rows, grid.tile_rows):
+        band, planes = codes[row : row + grid.tile_rows], []
+        for col in range(0, grid.cols, grid.tile_cols):
+            cols = slice(col, col + grid.tile_cols)
+            tile = band[:, cols] if steps.col_order is None else band.take(steps.col_order[cols], axis=1, mode="clip")
+            parts = split_codes(tile) if wide else (tile.astype(np.int8),)
+            planes += [part.reshape(-1).view(np.uint8) for part in parts]
+        yield planes
+
+
+def _per_plane(parts: list[float], planes: int) -> list[float]:
+    """Adds up figures of the tiles side by side, plane by plane."""
+    return [sum(parts[plane::planes]) for plane in range(planes)]
 
 
 def _tile_slices(grid: Grid, block: Block) -> list[slice]:

@@ -1,17 +1,31 @@
-"""Predicts a conversion's size without writing: a few tiles of every tensor are encoded, the rest is extrapolated."""
+"""Predicts a conversion's size without writing: a few tiles of every tensor are encoded, the rest is extrapolated.
+
+`sample_steps` is what a search for steps needs: the exact size of some rows of a tensor under steps that it may try.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
-from codecllm.converter.encode import Block, blocks_of, encode_block, finish_blocks, needs_scale_pass, scan_block
+from codecllm.converter.encode import (
+    Block,
+    EncodedBlock,
+    blocks_of,
+    encode_block,
+    finish_blocks,
+    needs_scale_pass,
+    scan_block,
+)
 from codecllm.converter.policy import TensorPlan, plan_lossless
 from codecllm.converter.source import SourceModel
+from codecllm.converter.steps import Steps, check
+from codecllm.formats.errors import UsageError
 from codecllm.formats.schemes.int8 import channel_scales
 
 _SAMPLED_BLOCKS = 2
@@ -67,7 +81,7 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
     options = options or ConvertOptions()
     with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
         plan = plan_conversion(model, options)
-        stored = {item.name: item for item in executor.map(_estimate_tensor, plan.tensors)}
+        stored = {item.name: item for item in executor.map(_estimate_tensor, _stepped(plan.tensors, options))}
         tensors = []
         for name, tensor in model.tensors.items():
             alias = plan.aliases.get(name)
@@ -77,6 +91,70 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
             size = tensor.entry.bytes
             tensors.append(TensorEstimate(name, tensor.dtype.name, tensor.shape, "alias", size, 0, f"same bytes as {alias}"))
         return Estimate(tensors, plan.warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSize:
+    """Exact size of some rows of an int8 tensor under given steps.
+
+    Attributes:
+        elements: weights in these rows.
+        stored_bits: bits of their chunks, padding, chunk records and `rans` tables; scales and the rest: `side_bits`.
+        wide: whether their codes need two planes.
+    """
+
+    elements: int
+    stored_bits: int
+    wide: bool
+
+
+def sample_steps(plan: TensorPlan, steps: Steps, first: int = 0, last: int | None = None, *, wide: bool = False) -> SampledSize:
+    """Quantizes and packs rows of a tensor as a conversion with these steps would, in the calling thread.
+
+    Args:
+        plan: the tensor's, as `plan_conversion` gives it, of scheme `int8`.
+        steps: the steps to try; not checked against the format's limits (`steps.check`).
+        first: first block of rows; blocks are the units in which a conversion works (`blocks`).
+        last: block behind the last one; None takes one block.
+        wide: whether to use two planes though one may do.
+
+    Raises:
+        UsageError: weights are not finite, or some lie too many steps from zero.
+    """
+    chosen = replace(plan, steps=steps, wide=wide or steps.wide)
+    own = list(blocks_of(chosen))[first : first + 1 if last is None else last]
+    encoded = [encode_block(chosen, block, None) for block in own]
+    problems = {one.problem for one in encoded if one.problem is not None}
+    if problems == {"wide"}:
+        return sample_steps(plan, steps, first, last, wide=True)
+    if problems:
+        raise UsageError(f"these steps cannot quantize the tensor ({', '.join(sorted(problems))})", tensor=plan.source.name)
+    bits = 8 * sum(map(_encoded_bytes, finish_blocks(encoded)))
+    return SampledSize(sum(block.rows * block.cols for block in own), bits, chosen.wide or any(one.wide for one in encoded))
+
+
+def blocks(plan: TensorPlan, steps: Steps) -> int:
+    """Returns how many blocks of rows a conversion makes of a tensor with these steps."""
+    return len(list(blocks_of(replace(plan, steps=steps))))
+
+
+def side_bits(plan: TensorPlan, steps: Steps) -> int:
+    """Returns the bits of a tensor that `sample_steps` leaves out: scales, order, shape, its part of header and manifest."""
+    columns = plan.matrix[1] * ((steps.col_scale is not None) + (steps.col_order is not None))
+    return 32 * (plan.channels + columns) + 8 * (32 + 8 * len(plan.source.shape) + _HEADER_BYTES + _MANIFEST_BYTES)
+
+
+def _stepped(plans: list[TensorPlan], options: ConvertOptions) -> Iterator[TensorPlan]:
+    """Gives tensors the steps that a conversion would give them."""
+    for plan in plans:
+        steps = options.steps(plan) if options.steps is not None and plan.steppable else None
+        if steps is not None:
+            check(steps, plan)
+        yield plan if steps is None else replace(plan, steps=steps)
+
+
+def _encoded_bytes(encoded: EncodedBlock) -> int:
+    return sum(len(part) for part in (*encoded.slots, *encoded.tables)) + 16 * len(encoded.records)
 
 
 def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
@@ -104,6 +182,8 @@ def _sample_stored_bytes(plan: TensorPlan) -> int | None:
         stored += encoded
         elements += block.rows * block.cols
     side = 64 + (4 * plan.channels if plan.scheme == "int8" else 0)
+    if plan.steps is not None and plan.steps.col_scale is not None:
+        side += 4 * plan.matrix[1] * (1 if plan.steps.col_order is None else 2)
     return stored * plan.source.entry.elements // max(1, elements) + side
 
 
@@ -117,7 +197,9 @@ def _encode_sample(plan: TensorPlan, block: Block) -> int | None:
         start = block.col if plan.kind == "column" else block.row
         scales[start : start + len(found.absmax)] = channel_scales(found.absmax)
     encoded = encode_block(plan, block, scales)
+    if encoded.problem == "wide":
+        encoded = encode_block(replace(plan, wide=True), block, scales)
     if encoded.problem is not None:
         return None
     (encoded,) = finish_blocks([encoded])
-    return sum(len(part) for part in (*encoded.slots, *encoded.tables)) + 16 * len(encoded.records)
+    return _encoded_bytes(encoded)

@@ -21,7 +21,7 @@ from codecllm.formats.container import Container, PlainTensor, StoredTensor
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, Int8Tensor, TensorRecord, shard_name
-from codecllm.formats.reference import read_codes, read_tensor_bytes, read_tiles_bytes, read_tiles_codes, tiles_at_once
+from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
 
 
@@ -162,29 +162,23 @@ def _write_packed(
     yield shard.add(shape.name, "I64", shape.max_shape, np.array(record.shape, "<i8").tobytes())
 
 
-def _codes(executor: ThreadPoolExecutor, window: int, tensor: StoredTensor) -> Iterator[NDArray[np.int8]]:
-    """Yields whole rows of a tensor's codes in order; at once where its tiles do not hold whole rows."""
+def _codes(executor: ThreadPoolExecutor, window: int, tensor: StoredTensor) -> Iterator[NDArray[np.signedinteger]]:
+    """Yields whole rows of a tensor's codes in order; at once where its rows are cut into tiles."""
     grid = tensor.table.grid
-    if grid.tile_cols < grid.cols:
+    if grid.tile_cols < grid.cols and tensor.tiles_together == 1:
         yield read_codes(tensor)
         return
-    yield from ordered(executor, lambda tiles: np.concatenate(read_tiles_codes(tensor, tiles)), _runs(tensor), window)
+    yield from ordered(executor, lambda tiles: np.concatenate(read_run_codes(tensor, tiles)), runs(tensor), window)
 
 
 def _parts(executor: ThreadPoolExecutor, window: int, container: Container, name: str) -> Iterator[bytes]:
-    """Yields a tensor's bytes in order; by runs of tiles where tiles follow the source's order, else at once."""
+    """Yields a tensor's bytes in order, by runs of tiles."""
     tensor = container.tensor(name)
-    if isinstance(tensor, PlainTensor) or not tensor.table.grid.in_source_order:
-        yield read_tensor_bytes(container, name)
+    if isinstance(tensor, PlainTensor):
+        yield bytes(tensor.read())
         return
     stored: StoredTensor = tensor
-    yield from ordered(executor, lambda tiles: read_tiles_bytes(stored, tiles), _runs(stored), window)
-
-
-def _runs(tensor: StoredTensor) -> list[range]:
-    """Cuts a tensor's tiles into runs that are decoded together."""
-    count, step = len(tensor.table.grid), tiles_at_once(tensor)
-    return [range(first, min(first + step, count)) for first in range(0, count, step)]
+    yield from ordered(executor, lambda tiles: read_run_bytes(stored, tiles), runs(stored), window)
 
 
 def _check_digest(container: Container, name: str, got: str) -> None:

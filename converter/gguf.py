@@ -20,6 +20,11 @@ def refuse(container: Container) -> None:
     """
     if container.manifest.options.scheme != "int8":
         raise UsageError(f"GGUF's Q8_0 is not {container.manifest.options.scheme}: {_WAY_ROUND}")
+    if any(isinstance(record, Int8Tensor) and record.xxh3.col_scale is not None for record in container.manifest.tensors):
+        raise UsageError(
+            "GGUF's Q8_0 has one scale for 32 weights of a row, and this container has scales for their columns too: "
+            f"{_WAY_ROUND}"
+        )
     scales = _all_scales(container)
     if not scales.size:
         raise UsageError(f"the container holds no int8 tensor: {_WAY_ROUND}")

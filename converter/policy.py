@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from codecllm.converter.source import SourceTensor
+from codecllm.converter.steps import Steps, grid_of, max_tiles
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import INT8_SOURCES
 from codecllm.formats.rans_groups import max_tables_bytes
@@ -49,6 +50,9 @@ class TensorPlan:
         kind: whether each row or each column of the matrix view has a scale (int8).
         fallback: why the scheme is not the one asked for, or None.
         codec: how its chunks are packed where that shrinks them.
+        steppable: whether somebody may choose its steps (int8): room is kept for what they may need.
+        steps: those that were chosen, or None.
+        wide: whether its codes have 16 bits (int8).
     """
 
     source: SourceTensor
@@ -57,19 +61,31 @@ class TensorPlan:
     kind: ChannelKind = "row"
     fallback: str | None = None
     codec: CodecName = "zstd"
+    steppable: bool = False
+    steps: Steps | None = None
+    wide: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix as which a coded tensor is seen."""
+        if self.scheme == "int8":
+            return channel_matrix(self.source.shape, self.axis, self.kind)
+        return last_axis_matrix(self.source.shape)
 
     @property
     def grid(self) -> Grid:
         """The tiles of a coded tensor."""
-        shape = self.source.shape
-        if self.scheme == "int8":
-            return default_grid(*channel_matrix(shape, self.axis, self.kind))
-        return default_grid(*last_axis_matrix(shape))
+        return default_grid(*self.matrix) if self.steps is None else grid_of(self.steps, *self.matrix)
+
+    @property
+    def planes(self) -> int:
+        """Planes of a coded tensor."""
+        return (2 if self.wide else 1) if self.scheme == "int8" else self.source.dtype.planes
 
     @property
     def channels(self) -> int:
         """Number of scales (int8)."""
-        rows, cols = channel_matrix(self.source.shape, self.axis, self.kind)
+        rows, cols = self.matrix
         return rows if self.kind == "row" else cols
 
     @property
@@ -77,10 +93,11 @@ class TensorPlan:
         """Upper bound of the tensor's bytes in a shard, side data included, fallbacks not."""
         if self.scheme == "raw":
             return self.source.entry.bytes
-        grid = self.grid
-        planes = 1 if self.scheme == "int8" else self.source.dtype.planes
-        chunks = len(grid) * planes
-        side = 64 + 8 * len(self.source.shape) + 16 * chunks + (4 * self.channels if self.scheme == "int8" else 0)
+        planes, tiles, scales = self.planes, len(self.grid), self.channels if self.scheme == "int8" else 0
+        if self.steppable:
+            planes, tiles, scales = 2, max(tiles, max_tiles(*self.matrix)), scales + 2 * self.matrix[1]
+        chunks = tiles * planes
+        side = 64 + 8 * len(self.source.shape) + 16 * chunks + 4 * scales
         if self.codec == "rans":
             side += max_tables_bytes(chunks)
         return self.source.entry.elements * planes + 16 * chunks + side
@@ -93,6 +110,7 @@ def plan_tensor(
     exclude: Sequence[str],
     model_type: str,
     codec: CodecName = "zstd",
+    steppable: bool = False,
 ) -> TensorPlan:
     """Decides a tensor's scheme.
 
@@ -103,12 +121,13 @@ def plan_tensor(
         exclude: glob patterns of names not to quantize; they win.
         model_type: the config's, for the channel axis.
         codec: how chunks are packed.
+        steppable: whether somebody may choose the steps of int8 tensors.
     """
     if not _can_be_coded(tensor):
         return TensorPlan(tensor, "raw")
     if scheme == "int8" and _is_quantized(tensor, include, exclude):
         axis, kind = channel_axis(tensor.name, tensor.shape, model_type)
-        return TensorPlan(tensor, "int8", axis, kind, codec=codec)
+        return TensorPlan(tensor, "int8", axis, kind, codec=codec, steppable=steppable)
     return plan_lossless(tensor, None, codec)
 
 

@@ -6,13 +6,14 @@ the reference's bit for bit: the same single division, rounding to even, and cas
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.schemes.int8 import MIN_SCALE
+from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE, MIN_WIDE_CODE
 
 _SUB_ELEMENTS = 1 << 16
 _MAGNITUDE = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
@@ -50,6 +51,7 @@ class _Scratch(threading.local):
             self.quotient = np.empty(elements, np.float32)
             self.rounded = np.empty(elements, np.float32)
             self.words = np.empty(elements, np.uint32)
+            self.steps = np.empty(elements, np.float32)
             self.elements = elements
 
 
@@ -115,6 +117,73 @@ def quantize_block(words: Words, dtype: str, scales: NDArray[np.float32], codes:
         np.subtract(quotient, rounded, out=quotient)
         worst = max(worst, _worst(quotient, scale))
     return worst
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What quantizing a block under given steps came to.
+
+    Attributes:
+        finite: whether no weight is NaN or infinite; nothing else is valid if one is.
+        lowest, highest: the extreme codes; if one passes the format's range nothing behind them is valid.
+        worst_error: largest |w - code * step|, in float32.
+        worst_steps: the same in steps.
+    """
+
+    finite: bool
+    lowest: float = 0.0
+    highest: float = 0.0
+    worst_error: float = 0.0
+    worst_steps: float = 0.0
+
+
+def quantize_steps(
+    words: Words,
+    dtype: str,
+    scales: tuple[NDArray[np.float32], NDArray[np.float32] | None],
+    codes: NDArray[np.int16],
+    given: bool,
+) -> Quantized:
+    """Quantizes a block of rows under steps, or measures the codes that somebody gives for it.
+
+    Args:
+        words: unsigned [rows, cols], bit patterns of BF16, F16 or F32 weights.
+        dtype: which of them.
+        scales: float32 [rows, 1] or [1, cols], and the factors of the columns [1, cols] or None.
+        codes: int16 [rows, cols], receives the codes unless they are `given`.
+        given: whether `codes` holds them already.
+    """
+    rows, cols = words.shape
+    step = max(1, _SUB_ELEMENTS // cols)
+    _SCRATCH.reserve(min(rows, step) * cols)
+    lowest = highest = worst_error = worst_steps = 0.0
+    for row in range(0, rows, step):
+        block, held = words[row : row + step], codes[row : row + step]
+        own = scales[0] if scales[0].shape[0] == 1 else scales[0][row : row + step]
+        quotient, rounded, sizes = (
+            buffer[: block.size].reshape(block.shape) for buffer in (_SCRATCH.quotient, _SCRATCH.rounded, _SCRATCH.steps)
+        )
+        steps = own if scales[1] is None else np.multiply(own, scales[1], out=sizes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.divide(_as_float32(block, dtype, quotient), steps, out=quotient)
+        if given:
+            np.copyto(rounded, held)
+        else:
+            np.rint(quotient, out=rounded)
+        least, most = float(rounded.min()), float(rounded.max())
+        lowest, highest = min(lowest, least), max(highest, most)
+        if not (least >= MIN_WIDE_CODE and most <= MAX_WIDE_CODE):
+            return Quantized(not count_non_finite(block, dtype).any(), lowest, highest)
+        if not given:
+            np.copyto(held, rounded, casting="unsafe")
+        np.subtract(quotient, rounded, out=quotient)
+        np.abs(quotient, out=quotient)
+        worst_steps = max(worst_steps, float(quotient.max()))
+        np.multiply(quotient, steps, out=quotient)
+        worst_error = max(worst_error, float(quotient.max()))
+    if not math.isfinite(worst_steps):  # codes were given for weights that are no numbers
+        return Quantized(finite=False)
+    return Quantized(True, lowest, highest, worst_error, worst_steps)
 
 
 def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:

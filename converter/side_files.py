@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from codecllm.formats import FORMAT_VERSION, limits
+from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import LimitError
 from codecllm.formats.files import SafeFile
@@ -86,9 +86,9 @@ def write_listed(folder: Path, name: str, data: bytes) -> FileRecord:
     return FileRecord(name=name, bytes=len(data), sha256=sha256_hex(data))
 
 
-def pack_config(config: dict[str, Any], scheme: str) -> bytes:
+def pack_config(config: dict[str, Any], scheme: str, version: str) -> bytes:
     """Returns the source's config with the block by which loaders know the weights, and refuse them without codecllm."""
-    block = {"quant_method": "codecllm", "format_version": FORMAT_VERSION, "scheme": scheme}
+    block = {"quant_method": "codecllm", "format_version": version, "scheme": scheme}
     return (json.dumps({**config, "quantization_config": block}, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -15,21 +15,24 @@ import xxhash
 from numpy.typing import NDArray
 
 from codecllm.converter.encode import (
+    ONE_PASS_COLUMNS,
     Block,
     EncodedBlock,
-    block_extent,
     blocks_of,
     count_block,
     encode_block,
     finish_blocks,
+    group_extent,
     needs_scale_pass,
     scan_block,
 )
 from codecllm.converter.policy import TensorPlan, plan_lossless
 from codecllm.converter.quantize import has_tiny_scale
+from codecllm.converter.steps import StepsProvider, check
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.chunk_table import pack_chunk_table
 from codecllm.formats.codecs import CODEC_NAMES, rans
+from codecllm.formats.columns import ORDER
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.manifest import Int8Tensor, LosslessTensor, PlaneRecord, RawTensor, SideChecksums
@@ -47,11 +50,12 @@ _ENTRY_BYTES = 384  # about what the header spends on side tensors: less gain th
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
     "non_finite": "int8: weights are NaN or infinite",
+    "codes": "int8: weights lie too many steps from zero",
 }
 
 
 class _CannotQuantizeError(Exception):
-    """Inside this module: the tensor under way cannot be int8; `args[0]` is the problem."""
+    """Inside this module: the tensor under way cannot be int8, or not in one plane; `args[0]` is the problem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,14 @@ class TensorWriter:
     `rans` three batches of them.
     """
 
-    def __init__(self, executor: Executor, window: int, non_finite: NonFinite, on_bytes: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        window: int,
+        non_finite: NonFinite,
+        on_bytes: Callable[[str, int], None],
+        steps: StepsProvider | None = None,
+    ) -> None:
         """Keeps what every shard needs.
 
         Args:
@@ -114,11 +125,13 @@ class TensorWriter:
             window: blocks in flight or waiting to be written.
             non_finite: what becomes of an int8 tensor with NaN or infinite weights.
             on_bytes: called with a tensor's name and the source bytes just done.
+            steps: chooses the steps of int8 tensors; asked once for each, in the order in which they are written.
         """
         self._executor = executor
         self._window = window
         self._non_finite = non_finite
         self._on_bytes = on_bytes
+        self._steps = steps
         self._jobs: dict[str, _Job] = {}
 
     def write_all(self, plans: list[TensorPlan], shard: ShardWriter, number: int) -> Iterator[StoredRecord]:
@@ -157,10 +170,10 @@ class TensorWriter:
         return record
 
     def _write_instead(self, plan: TensorPlan, problem: str, shard: ShardWriter, number: int) -> StoredRecord:
-        """Writes losslessly what int8 cannot represent."""
+        """Writes losslessly what int8 cannot represent, and in two planes what one cannot hold."""
         if problem == "non_finite" and self._non_finite == "error":
             raise self._non_finite_error(plan)
-        kept = plan_lossless(plan.source, _REASONS[problem], plan.codec)
+        kept = replace(plan, wide=True) if problem == "wide" else plan_lossless(plan.source, _REASONS[problem], plan.codec)
         if kept.scheme == "raw":
             return self._write_raw(kept, shard, number)
         job = _Job(kept, list(blocks_of(kept)))
@@ -171,8 +184,19 @@ class TensorWriter:
         """Returns the tensor's job; the first call finds its scales, if they must be known before its first block."""
         name = plan.source.name
         if name not in self._jobs:
+            plan = self._stepped(plan)
             self._jobs[name] = self._scan(plan) if needs_scale_pass(plan) else _Job(plan, list(blocks_of(plan)))
         return self._jobs[name]
+
+    def _stepped(self, plan: TensorPlan) -> TensorPlan:
+        """Asks for the steps of an int8 tensor. Rows too long to be held whole keep those of their largest weights."""
+        if self._steps is None or not plan.steppable or plan.matrix[1] > ONE_PASS_COLUMNS:
+            return plan
+        steps = self._steps(plan)
+        if steps is None:
+            return plan
+        check(steps, plan)
+        return replace(plan, steps=steps, wide=steps.wide)
 
     def _scan(self, plan: TensorPlan) -> _Job:
         blocks = list(blocks_of(plan))
@@ -194,7 +218,7 @@ class TensorWriter:
     ) -> LosslessTensor | Int8Tensor:
         plan = job.plan
         digest = hashlib.sha256()
-        records, entropy, absmax, worst = [], np.zeros(plan.source.dtype.planes), [], 0.0
+        records, entropy, absmax, worst = [], np.zeros(max(2, plan.source.dtype.planes)), [], [0.0, 0.0]
         tables: list[bytes] = []
         for block, part in zip(job.blocks, encoded, strict=True):
             if part.problem is not None:
@@ -205,14 +229,18 @@ class TensorWriter:
             records.append(part.records)
             tables += part.tables
             entropy[: len(part.entropy_bits)] += part.entropy_bits
-            worst = max(worst, part.worst_error)
+            worst = [max(worst[0], part.worst_error), max(worst[1], part.worst_steps)]
+            plan = replace(plan, wide=True) if part.wide else plan
             if part.absmax is not None:
                 absmax.append(part.absmax)
             self._on_bytes(plan.source.name, block.rows * block.cols * plan.source.dtype.itemsize)
         scales = job.scales if job.scales is not None or not absmax else channel_scales(np.concatenate(absmax))
-        if scales is not None:
-            digest.update(scales.astype("<f4"))
-        return _finish_coded(plan, shard, number, np.concatenate(records), entropy, scales, tables, worst, digest.hexdigest())
+        if plan.steps is not None:
+            scales = plan.steps.row_scale
+        sides = _scale_sides(plan, scales)
+        for data in (sides[side] for side in ("scale", "col_scale") if side in sides):
+            digest.update(data)
+        return _finish_coded(plan, shard, number, np.concatenate(records), entropy, sides, tables, worst, digest.hexdigest())
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> RawTensor:
         source = plan.source
@@ -256,15 +284,27 @@ def _encode(item: tuple[_Job, Block]) -> EncodedBlock:
     return encode_block(job.plan, block, job.scales)
 
 
+def _scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
+    """Returns the side tensors that say what a code is worth, by suffix; none for a lossless tensor."""
+    if scales is None:
+        return {}
+    sides: dict[str, NDArray[Any]] = {"scale": scales.astype("<f4")}
+    if plan.steps is not None and plan.steps.col_scale is not None:
+        sides["col_scale"] = plan.steps.col_scale.astype("<f4")
+        if plan.steps.col_order is not None:
+            sides["col_order"] = np.asarray(plan.steps.col_order).astype(ORDER)
+    return sides
+
+
 def _finish_coded(
     plan: TensorPlan,
     shard: ShardWriter,
     number: int,
     records: NDArray[Any],
     entropy: NDArray[np.float64],
-    scales: NDArray[np.float32] | None,
+    scales: dict[str, NDArray[Any]],
     tables: list[bytes],
-    worst: float,
+    worst: list[float],
     digest: str,
 ) -> LosslessTensor | Int8Tensor:
     """Closes the payload, adds the side tensors and returns the tensor's manifest record."""
@@ -273,17 +313,17 @@ def _finish_coded(
     table = pack_chunk_table(grid, planes, records)
     shape = np.array(source.shape, "<i8")
     shard.end_tensor(source.name, "U8", (_payload_bytes(records),))
-    if scales is not None:
-        shard.add(source.name + "_scale", "F32", scales.shape, scales.astype("<f4"))
+    for side, values in scales.items():
+        shard.add(f"{source.name}_{side}", "I32" if side == "col_order" else "F32", values.shape, values)
     shard.add(source.name + "_shape", "I64", shape.shape, shape)
     shard.add(source.name + "_chunks", "U8", (len(table),), table)
-    group_tables = pack_group_tables(tile_groups(grid, *block_extent(grid)), planes, tables) if any(tables) else None
+    group_tables = pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables) if any(tables) else None
     if group_tables is not None:
         shard.add(source.name + "_tables", "U8", (len(group_tables),), group_tables)
     side = SideChecksums(
         shape=xxh3_hex(shape),
         chunks=xxh3_hex(table),
-        scale=None if scales is None else xxh3_hex(scales.astype("<f4")),
+        **{side: xxh3_hex(values) for side, values in scales.items()},
         tables=None if group_tables is None else xxh3_hex(group_tables),
     )
     common: dict[str, Any] = {
@@ -297,14 +337,16 @@ def _finish_coded(
         "digest": digest,
         "xxh3": side,
     }
-    if scales is None:
+    if plan.scheme == "lossless":
         return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)
     return Int8Tensor(
         scheme="int8",
         channel_axis=plan.axis,
         channel_kind=plan.kind,
-        scale_range=[_short(scales.min()), _short(scales.max())],
-        worst_error=_short(worst),
+        scale_range=[_short(scales["scale"].min()), _short(scales["scale"].max())],
+        worst_error=_short(worst[0]),
+        rounding=None if plan.steps is None else plan.steps.rounding,
+        worst_steps=None if plan.steps is None else _short(worst[1]),
         **common,
     )
 

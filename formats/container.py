@@ -17,6 +17,7 @@ from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3, xxh3_hex
 from codecllm.formats.chunk_table import ChunkTable, parse_chunk_table
 from codecllm.formats.codecs import CODECS, RANS_ID, rans
+from codecllm.formats.columns import Columns, parse_columns
 from codecllm.formats.errors import (
     ChecksumError,
     DecodeError,
@@ -40,11 +41,8 @@ from codecllm.formats.manifest import (
 )
 from codecllm.formats.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
 from codecllm.formats.safetensors_header import ShardHeader, read_header
-from codecllm.formats.schemes.int8 import check_codes, check_scales
-from codecllm.formats.tiling import Grid, channel_matrix, last_axis_matrix
-
-SIDE_SUFFIXES = {"shape": "_shape", "chunks": "_chunks", "scale": "_scale", "tables": "_tables"}
-
+from codecllm.formats.schemes.int8 import check_codes, check_steps, step_sizes
+from codecllm.formats.tiling import Grid, Tile, channel_matrix, last_axis_matrix
 
 Decoded = NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError
 """What became of a chunk: its symbols, or why there are none."""
@@ -98,6 +96,7 @@ class StoredTensor:
         table: its chunks.
         scales: float32 [channels] for `int8`, else None.
         tables: frequency tables, where chunks use codec `rans`, else None.
+        columns: scales and order of the columns of an `int8` tensor that has them, else None.
     """
 
     record: CodedTensor
@@ -106,6 +105,29 @@ class StoredTensor:
     table: ChunkTable
     scales: NDArray[np.float32] | None
     tables: GroupTables | None = None
+    columns: Columns | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is an `int8` tensor whose codes have 16 bits, in two planes."""
+        return self.scales is not None and self.table.planes == 2
+
+    @property
+    def tiles_together(self) -> int:
+        """Tiles that give whole rows in the source's order only together: a row of tiles, or 1 where each tile does so."""
+        permuted = self.columns is not None and self.columns.order is not None
+        return 1 if self.table.grid.in_source_order and not permuted else self.table.grid.across
+
+    def part(self, tile: int) -> Tile:
+        """Returns the rectangle of the source's matrix that `tiles_together` tiles from `tile` on hold."""
+        found = self.table.grid.tile(tile)
+        return found if self.tiles_together == 1 else Tile(found.row, 0, found.rows, self.table.grid.cols)
+
+    def in_order(self, part: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Returns symbols [rows, cols] of whole rows, given with the columns as they are stored, in the source's order."""
+        if self.columns is None or self.columns.places is None:
+            return part
+        return part.take(self.columns.places, axis=1, mode="clip")
 
     def slots_bytes(self, first: int, last: int) -> int:
         """Size of the slots of chunks [first, last)."""
@@ -178,8 +200,8 @@ class StoredTensor:
                 else:
                     stored = self.stored_chunk(chunk, slots, first)
                     symbols = np.frombuffer(CODECS[record.codec].decode(stored, record.raw_bytes), np.uint8)
-                if self.scales is not None:
-                    check_codes(symbols.view(np.int8))
+                if self.scales is not None and (chunk + 1) % self.table.planes == 0:
+                    check_codes(symbols.view(np.int8))  # of a wide tensor only the high plane is bounded
             except (ChecksumError, SchemaError, DecodeError) as exc:
                 yield exc.located(**self.place(chunk))
                 continue
@@ -345,9 +367,9 @@ class Container:
         shape = self._read_side(file, header, record, "shape", record.xxh3.shape)
         if np.frombuffer(shape, "<i8").tolist() != record.shape:
             raise LayoutError("stored shape differs from the manifest", file=file.name, tensor=record.name)
-        scales = self._read_scales(file, header, record) if isinstance(record, Int8Tensor) else None
+        scales, columns = self._read_scales(file, header, record) if isinstance(record, Int8Tensor) else (None, None)
         tables = self._read_tables(file, header, record, table)
-        return StoredTensor(record, file, entry.start, table, scales, tables)
+        return StoredTensor(record, file, entry.start, table, scales, tables, columns)
 
     def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         record = self.manifest.shards[number]
@@ -364,7 +386,7 @@ class Container:
         return file, header
 
     def _read_side(self, file: SafeFile, header: ShardHeader, record: CodedTensor, side: str, checksum: str) -> bytes:
-        entry = header.tensors[record.name + SIDE_SUFFIXES[side]]
+        entry = header.tensors[f"{record.name}_{side}"]
         data = file.read(entry.start, entry.bytes)
         _check_xxh3(data, checksum, file.name, entry.name, entry.start)
         return data
@@ -372,21 +394,30 @@ class Container:
     def _read_tables(self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable) -> GroupTables | None:
         if record.xxh3.tables is None:
             return None
-        got, most = header.tensors[record.name + SIDE_SUFFIXES["tables"]].bytes, max_tables_bytes(len(chunks.records))
+        got, most = header.tensors[record.name + "_tables"].bytes, max_tables_bytes(len(chunks.records))
         if got > most:
             raise LayoutError("rans tables are too large", file=file.name, tensor=record.name, got=got, expected=f"<= {most}")
         data = self._read_side(file, header, record, "tables", record.xxh3.tables)
         return parse_group_tables(data, chunks=chunks, file=file.name, tensor=record.name)
 
-    def _read_scales(self, file: SafeFile, header: ShardHeader, record: Int8Tensor) -> NDArray[np.float32]:
+    def _read_scales(
+        self, file: SafeFile, header: ShardHeader, record: Int8Tensor
+    ) -> tuple[NDArray[np.float32], Columns | None]:
         assert record.xxh3.scale is not None
         data = self._read_side(file, header, record, "scale", record.xxh3.scale)
         scales = np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+        columns = None
+        if record.xxh3.col_scale is not None:
+            data = self._read_side(file, header, record, "col_scale", record.xxh3.col_scale)
+            order = None
+            if record.xxh3.col_order is not None:
+                order = self._read_side(file, header, record, "col_order", record.xxh3.col_order)
+            columns = parse_columns(data, order, file=file.name, tensor=record.name)
         try:
-            check_scales(scales)
+            check_steps(scales, columns.scales if columns is not None else None, record.wide)
         except DecodeError as exc:
             raise exc.located(file=file.name, tensor=record.name) from exc
-        return scales
+        return scales, columns
 
 
 def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> None:
@@ -414,6 +445,10 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
         if isinstance(record, Int8Tensor):
             rows, cols = tensor_matrix(record)
             expected[record.name + "_scale"] = ("F32", [rows if record.channel_kind == "row" else cols])
+            if record.xxh3.col_scale is not None:
+                expected[record.name + "_col_scale"] = ("F32", [cols])
+            if record.xxh3.col_order is not None:
+                expected[record.name + "_col_order"] = ("I32", [cols])
     for name, (dtype, shape) in expected.items():
         if name not in found:
             raise LayoutError("shard lacks a tensor that the manifest places there", file=file, tensor=name)
@@ -434,8 +469,20 @@ def tensor_matrix(record: CodedTensor) -> tuple[int, int]:
     return last_axis_matrix(shape)
 
 
-def scales_for_tile(record: CodedTensor, scales: NDArray[np.float32], tile: Any) -> NDArray[np.float32]:
-    """Returns the scales of a tile, shaped to broadcast against its codes: [rows, 1] or [1, cols]."""
+def tile_steps(tensor: StoredTensor, tile: Tile) -> NDArray[np.float32]:
+    """Returns the steps of a tile whose columns stand in the source's order, to broadcast against its codes.
+
+    Float32 [rows, 1] or [1, cols]; [rows, cols] where columns have scales.
+    """
+    assert tensor.scales is not None
+    if tensor.columns is None:
+        return scales_for_tile(tensor.record, tensor.scales, tile)
+    rows, cols = slice(tile.row, tile.row + tile.rows), slice(tile.col, tile.col + tile.cols)
+    return step_sizes(tensor.scales[rows], tensor.columns.scales[cols])
+
+
+def scales_for_tile(record: CodedTensor, scales: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:
+    """Returns the scales of a tile's channels, shaped to broadcast against its codes: [rows, 1] or [1, cols]."""
     if isinstance(record, Int8Tensor) and record.channel_kind == "column":
         return scales[None, tile.col : tile.col + tile.cols]
     return scales[tile.row : tile.row + tile.rows, None]

@@ -28,6 +28,7 @@ from codecllm.formats.files import describe_foreign, is_safe_name
 from codecllm.formats.safetensors_header import check_name, check_shape
 from codecllm.formats.schemes import SCHEMES
 from codecllm.formats.strict_json import parse_json_object
+from codecllm.formats.tiling import channel_matrix
 
 MANIFEST_NAME = "codecllm.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -36,8 +37,14 @@ UNLISTED_NAMES = frozenset({"README.md", ".gitattributes"})
 """Files of a container's folder that are never listed or checked: the Hub rewrites them."""
 
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-KNOWN_FEATURES: frozenset[str] = frozenset({rans.NAME})
+STEPS, COL_SCALE, WIDE = "steps", "col_scale", "wide"
+"""Features of format 1.2: recorded rounding and rate options, scales for columns, codes in two planes."""
+
+KNOWN_FEATURES: frozenset[str] = frozenset({rans.NAME, STEPS, COL_SCALE, WIDE})
 """Names that `required_features` may hold."""
+
+NEAREST = "nearest"
+"""The rounding under which every element is as near to its source as its step allows."""
 
 _SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
@@ -80,11 +87,13 @@ class PlaneRecord(_Record):
 
 
 class SideChecksums(_Record):
-    """xxh3-64 of the side tensors as stored; `scale` for `int8` only, `tables` where a chunk uses codec `rans`."""
+    """xxh3-64 of the side tensors as stored; `scale` and `col_` for `int8` only, `tables` where a chunk uses codec `rans`."""
 
     shape: Xxh3
     chunks: Xxh3
     scale: Xxh3 | None = None
+    col_scale: Xxh3 | None = None
+    col_order: Xxh3 | None = None
     tables: Xxh3 | None = None
 
 
@@ -133,7 +142,8 @@ class LosslessTensor(_Tensor):
 class Int8Tensor(_Tensor):
     """A quantized tensor. `digest` is the sha256 of the codes in source order followed by the float32 scales.
 
-    `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`.
+    `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`. `rounding` and `worst_steps`, the largest
+    |w - code * step| in steps, are absent where scales follow from the largest weights and codes are the nearest ones.
     """
 
     scheme: Literal["int8"]
@@ -141,12 +151,26 @@ class Int8Tensor(_Tensor):
     channel_axis: Annotated[int, Field(ge=0, lt=limits.RANK)]
     channel_kind: Literal["row", "column"]
     tile: Annotated[list[Annotated[int, Field(ge=1, le=2**32 - 1)]], Field(min_length=2, max_length=2)]
-    planes: Annotated[list[PlaneRecord], Field(min_length=1, max_length=1)]
+    planes: Annotated[list[PlaneRecord], Field(min_length=1, max_length=2)]
     tables_bytes: Count | None = None
     scale_range: Annotated[list[float], Field(min_length=2, max_length=2)]
     worst_error: Annotated[float, Field(ge=0)]
+    rounding: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] | None = None
+    worst_steps: Annotated[float, Field(ge=0)] | None = None
     digest: Sha256
     xxh3: SideChecksums
+
+    @property
+    def wide(self) -> bool:
+        """Whether codes have 16 bits, in two planes."""
+        return len(self.planes) == 2
+
+    @property
+    def scale_words(self) -> int:
+        """Number of words of 32 bits that the scales and the order of columns take."""
+        rows, cols = channel_matrix(tuple(self.shape), self.channel_axis, self.channel_kind)
+        columns = (self.xxh3.col_scale is not None) + (self.xxh3.col_order is not None)
+        return (rows if self.channel_kind == "row" else cols) + columns * cols
 
 
 class AliasTensor(_Tensor):
@@ -171,15 +195,32 @@ class Source(_Record):
 class Options(_Record):
     """What the conversion was asked for; with the same source and writer these give the same bytes.
 
-    `codec` is absent where it is `zstd`, the only one of format 1.0.
+    `codec` is absent where it is `zstd`, the only one of format 1.0. `bits` (per weight) or `ratio`, `calibrate` and `refine`
+    are what chose the steps, where something did.
     """
 
     scheme: Literal["int8", "lossless"]
     codec: Literal["rans"] | None = None
+    bits: Annotated[float, Field(gt=0, le=64)] | None = None
+    ratio: Annotated[float, Field(gt=0)] | None = None
+    calibrate: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    refine: bool | None = None
     include: list[str]
     exclude: list[str]
     non_finite: Literal["error", "lossless"]
     max_shard_bytes: Count
+
+
+class Calibration(_Record):
+    """The text whose activations chose the steps: its kind, its number of tokens and the sha256 of their ids as int64.
+
+    `seed` is absent where nothing was drawn at random. `sha256` covers the ids, little-endian, sequence by sequence.
+    """
+
+    kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    tokens: Count
+    seed: Count | None = None
+    sha256: Sha256
 
 
 class Manifest(_Record):
@@ -191,6 +232,7 @@ class Manifest(_Record):
     writer: dict[str, str]
     source: Source
     options: Options
+    calibration: Calibration | None = None
     shards: Annotated[list[ShardRecord], Field(max_length=limits.SHARDS)]
     files: Annotated[list[FileRecord], Field(max_length=limits.FILES)]
     tensors: Annotated[list[TensorRecord], Field(max_length=limits.TENSORS)]
@@ -212,7 +254,9 @@ def pack_manifest(manifest: Manifest) -> bytes:
     document = manifest.model_dump(mode="json", exclude_none=False)
     parts = []
     for key, value in document.items():
-        if key == "options":
+        if key == "calibration" and value is None:
+            continue
+        if key in ("options", "calibration"):
             parts.append(f"{_dump(key)}:{_dump(_without_none(value))}")
         elif key in ("shards", "files", "tensors"):
             body = ",\n".join(_dump(_without_none(item)) for item in value)
@@ -316,13 +360,23 @@ def shard_name(number: int, count: int) -> str:
 
 
 def _check_features(manifest: Manifest) -> None:
-    if uses_rans(manifest.tensors) and rans.NAME not in manifest.required_features:
-        raise SchemaError(f"codec {rans.NAME!r} is used but not listed in required_features", file=MANIFEST_NAME)
+    for name in features_of(manifest.tensors, manifest.options, manifest.calibration):
+        if name not in manifest.required_features:
+            raise SchemaError(f"feature {name!r} is used but not listed in required_features", file=MANIFEST_NAME)
 
 
-def uses_rans(records: Iterable[TensorRecord]) -> bool:
-    """Whether a tensor has frequency tables, which only readers that know the feature `rans` understand."""
-    return any(isinstance(record, CodedTensor) and record.xxh3.tables is not None for record in records)
+def features_of(records: Iterable[TensorRecord], options: Options, calibration: Calibration | None) -> list[str]:
+    """Returns what a container's reader must know beyond format 1.0, by name, in a fixed order."""
+    used = {rans.NAME: False, STEPS: calibration is not None, COL_SCALE: False, WIDE: False}
+    used[STEPS] |= any(value is not None for value in (options.bits, options.ratio, options.calibrate, options.refine))
+    for record in records:
+        if isinstance(record, CodedTensor):
+            used[rans.NAME] |= record.xxh3.tables is not None
+        if isinstance(record, Int8Tensor):
+            used[STEPS] |= record.rounding is not None
+            used[COL_SCALE] |= record.xxh3.col_scale is not None
+            used[WIDE] |= record.wide
+    return [name for name, use in used.items() if use]
 
 
 def _check_tensors(manifest: Manifest) -> None:
@@ -330,10 +384,12 @@ def _check_tensors(manifest: Manifest) -> None:
     normal = {unicodedata.normalize("NFC", name) for name in records}
     if not len(records) == len(normal) == len(manifest.tensors):
         raise SchemaError("a tensor name stands twice", file=MANIFEST_NAME)
+    seen = set(records)
     for record in manifest.tensors:
         for name in side_names(record):
-            if name in records:
-                raise SchemaError("name of a side tensor is also a tensor's", file=MANIFEST_NAME, tensor=name)
+            if name in seen:
+                raise SchemaError("name of a side tensor is also another tensor's", file=MANIFEST_NAME, tensor=name)
+            seen.add(name)
     for record in manifest.tensors:
         check_name(record.name, MANIFEST_NAME)
         check_shape(record.shape, MANIFEST_NAME, record.name)
@@ -358,23 +414,23 @@ def side_names(record: TensorRecord) -> list[str]:
     """Returns the names under which a coded tensor's side data are stored; none for a plain one or an alias."""
     if isinstance(record, RawTensor | AliasTensor):
         return []
-    suffixes = ["_shape", "_chunks"]
-    if isinstance(record, Int8Tensor):
-        suffixes.append("_scale")
-    if record.xxh3.tables is not None:
-        suffixes.append("_tables")
-    return [record.name + suffix for suffix in suffixes]
+    return [f"{record.name}_{side}" for side in SideChecksums.model_fields if getattr(record.xxh3, side) is not None]
 
 
 def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
     dtype = DTYPES[record.dtype]
     planes = dtype.planes
     if isinstance(record, Int8Tensor):
-        planes = 1 if record.dtype in INT8_SOURCES else 0
+        planes = len(record.planes) if record.dtype in INT8_SOURCES else 0
     if len(record.shape) < 2 or record.elements == 0 or planes == 0 or len(record.planes) != planes:
         raise SchemaError("scheme does not fit dtype and shape", got=f"{record.scheme} of {record.dtype}", **where)
     if isinstance(record, Int8Tensor) != (record.xxh3.scale is not None):
         raise SchemaError("checksum of the scales is missing or too many", **where)
+    by_column = record.xxh3.col_scale is not None
+    if (by_column and not (isinstance(record, Int8Tensor) and record.channel_kind == "row")) or (
+        record.xxh3.col_order is not None and not by_column
+    ):
+        raise SchemaError("scales or order of columns do not fit the tensor", **where)
     has_tables = {any(plane.codec == rans.NAME for plane in record.planes), record.xxh3.tables is not None}
     if has_tables != {record.tables_bytes is not None}:
         raise SchemaError("rans tables are missing or too many", **where)
@@ -383,6 +439,10 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
         if record.channel_axis > last or (record.channel_kind == "column" and record.channel_axis != last):
             got = f"axis {record.channel_axis} ({record.channel_kind}) of {record.shape}"
             raise SchemaError("channel axis does not fit the shape", got=got, **where)
+        if (record.rounding is None) != (record.worst_steps is None) or (
+            record.rounding is None and (by_column or record.wide)
+        ):
+            raise SchemaError("rounding and its worst error are not both recorded", **where)
     for plane in record.planes:
         if plane.codec not in CODEC_IDS:
             raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)

@@ -9,82 +9,129 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile, sound
+from codecllm.formats.container import Container, PlainTensor, StoredTensor, sound, tile_steps
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
-from codecllm.formats.schemes.int8 import dequantize
+from codecllm.formats.schemes.int8 import dequantize, join_codes
 from codecllm.formats.schemes.lossless import join_planes
+from codecllm.formats.tiling import Tile
 
 _RANS_SYMBOLS = 1 << 20
 
 
 def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
-    """Decodes all chunks of a tensor; returns one uint8 [rows, cols] matrix of symbols per plane."""
+    """Decodes all chunks of a tensor; returns one uint8 [rows, cols] matrix of symbols per plane, columns as in the source."""
     grid, planes = tensor.table.grid, tensor.table.planes
     matrices = [np.empty((grid.rows, grid.cols), np.uint8) for _ in range(planes)]
-    step = tiles_at_once(tensor)
-    for start in range(0, len(grid), step):
-        for index, decoded in _decoded_tiles(tensor, range(start, min(start + step, len(grid)))):
-            tile = grid.tile(index)
+    for tiles in runs(tensor):
+        for part, decoded in _decoded_parts(tensor, tiles):
             for matrix, symbols in zip(matrices, decoded, strict=True):
-                place = matrix[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
-                place[...] = symbols.reshape(tile.rows, tile.cols)
+                matrix[part.row : part.row + part.rows, part.col : part.col + part.cols] = symbols
     return matrices
 
 
-def tiles_at_once(tensor: StoredTensor) -> int:
-    """Returns how many tiles to read and decode together: one, or with codec `rans`, which needs company, a million."""
-    if tensor.tables is None:
-        return 1
-    grid = tensor.table.grid
-    return max(1, _RANS_SYMBOLS // (min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+def runs(tensor: StoredTensor) -> list[range]:
+    """Cuts a tensor's tiles into runs to be read and decoded together, each of whole rows in the source's order.
+
+    A run is one tile or row of tiles; with codec `rans`, which needs company, about a million elements.
+    """
+    grid, together = tensor.table.grid, tensor.tiles_together
+    step = together
+    if tensor.tables is not None:
+        tiles = _RANS_SYMBOLS // (min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols))
+        step = max(1, tiles // together) * together
+    return [range(first, min(first + step, len(grid))) for first in range(0, len(grid), step)]
 
 
-def _decoded_tiles(tensor: StoredTensor, tiles: range) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
-    """Reads a run of tiles with one read; yields the number of each and its planes, uint8 [tile rows * tile columns]."""
-    planes = tensor.table.planes
+def _decoded_parts(tensor: StoredTensor, tiles: range) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
+    """Reads a run of tiles with one read; yields each rectangle of the source and its planes, uint8 [rows, cols]."""
+    planes, together = tensor.table.planes, tensor.tiles_together
     first, last = tiles.start * planes, tiles.stop * planes
     slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
     decoded = tensor.decode_run(first, last, slots, first)
-    for index in tiles:
-        yield index, [sound(symbols) for symbols in islice(decoded, planes)]
+    for start in range(tiles.start, tiles.stop, together):
+        chunks = [sound(symbols) for symbols in islice(decoded, planes * together)]
+        yield tensor.part(start), join_chunks(tensor, start, chunks)
 
 
-def read_codes(tensor: StoredTensor) -> NDArray[np.int8]:
-    """Returns the int8 [rows, cols] codes of an `int8` tensor."""
-    return read_symbols(tensor)[0].view(np.int8)
+def join_chunks(tensor: StoredTensor, start: int, chunks: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """Returns the planes, uint8 [rows, cols] as in the source, of the `tiles_together` tiles from `start` on.
+
+    Args:
+        tensor: the tensor.
+        start: number of the first tile.
+        chunks: the symbols of these tiles' chunks in order, flat.
+    """
+    part, planes = tensor.part(start), tensor.table.planes
+    stored = [np.empty((part.rows, part.cols), np.uint8) for _ in range(planes)]
+    for number, symbols in enumerate(chunks):
+        tile = tensor.table.grid.tile(start + number // planes)
+        left = tile.col - part.col
+        stored[number % planes][:, left : left + tile.cols] = symbols.reshape(tile.rows, tile.cols)
+    return [_in_order(tensor, plane) for plane in stored]
 
 
-def read_tiles_codes(tensor: StoredTensor, tiles: range) -> list[NDArray[np.int8]]:
-    """Returns the int8 [tile rows, tile cols] codes of a run of tiles of an `int8` tensor."""
+def _in_order(tensor: StoredTensor, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Puts the columns back where the source has them."""
+    if tensor.columns is None or tensor.columns.order is None:
+        return stored
+    source = np.empty_like(stored)
+    source[:, tensor.columns.order] = stored
+    return source
+
+
+def _codes(planes: list[NDArray[np.uint8]]) -> NDArray[np.signedinteger]:
+    low = planes[0].view(np.int8)
+    return low if len(planes) == 1 else join_codes(low, planes[1].view(np.int8))
+
+
+def read_codes(tensor: StoredTensor) -> NDArray[np.signedinteger]:
+    """Returns the [rows, cols] codes of an `int8` tensor: int8, or int16 where it is wide."""
+    return _codes(read_symbols(tensor))
+
+
+def read_run_codes(tensor: StoredTensor, tiles: range) -> list[NDArray[np.signedinteger]]:
+    """Returns the codes [rows, cols] of a run of tiles of an `int8` tensor, part by part; see `runs`."""
+    return [_codes(planes) for _, planes in _decoded_parts(tensor, tiles)]
+
+
+def read_run_bytes(tensor: StoredTensor, tiles: range) -> bytes:
+    """Returns the elements of a run of tiles (see `runs`), part by part, each row-major."""
+    return b"".join(_part_bytes(tensor, part, planes) for part, planes in _decoded_parts(tensor, tiles))
+
+
+def read_rows(tensor: StoredTensor, first: int, last: int) -> bytes:
+    """Returns rows [first, last) of a tensor's matrix, row-major, decoding only the tiles that hold them."""
     grid = tensor.table.grid
-    return [
-        planes[0].view(np.int8).reshape(grid.tile(index).rows, grid.tile(index).cols)
-        for index, planes in _decoded_tiles(tensor, tiles)
-    ]
+    begin, end = first // grid.tile_rows, -(-last // grid.tile_rows)
+    row_bytes = grid.cols * DTYPES[tensor.record.dtype].itemsize
+    found = bytearray()
+    for band in range(begin, end):
+        rows = np.empty((grid.tile(band * grid.across).rows, row_bytes), np.uint8)
+        for start in range(band * grid.across, (band + 1) * grid.across, tensor.tiles_together):
+            part = tensor.part(start)
+            data = read_run_bytes(tensor, range(start, start + tensor.tiles_together))
+            width = len(data) // part.rows
+            left = part.col * width // part.cols
+            rows[:, left : left + width] = np.frombuffer(data, np.uint8).reshape(part.rows, width)
+        found += rows.tobytes()
+    start = (first - begin * grid.tile_rows) * row_bytes
+    return bytes(found[start : start + (last - first) * row_bytes])
 
 
-def read_tiles_bytes(tensor: StoredTensor, tiles: range) -> bytes:
-    """Returns the elements of a run of tiles, tile by tile, each row-major."""
-    return b"".join(_tile_bytes(tensor, index, planes) for index, planes in _decoded_tiles(tensor, tiles))
-
-
-def _tile_bytes(tensor: StoredTensor, index: int, planes: list[NDArray[np.uint8]]) -> bytes:
-    tile = tensor.table.grid.tile(index)
+def _part_bytes(tensor: StoredTensor, part: Tile, planes: list[NDArray[np.uint8]]) -> bytes:
     if isinstance(tensor.record, Int8Tensor):
-        assert tensor.scales is not None
-        codes = planes[0].view(np.int8).reshape(tile.rows, tile.cols)
-        values = dequantize(codes, scales_for_tile(tensor.record, tensor.scales, tile))
+        values = dequantize(_codes(planes), tile_steps(tensor, part))
         return bits_from_float32(values, tensor.record.dtype).tobytes()
-    return _joined(tensor, planes)
+    return _joined(tensor, [plane.reshape(-1) for plane in planes])
 
 
 def read_tensor_bytes(container: Container, name: str) -> bytes:
     """Returns a tensor's elements in its source dtype, row-major, little-endian.
 
-    A `lossless` or plain tensor comes back bit for bit. An `int8` tensor is dequantized: fl32(code * scale), rounded once.
+    A `lossless` or plain tensor comes back bit for bit. An `int8` tensor is dequantized: fl32(code * step), rounded once.
 
     Raises:
         FormatError: something is damaged; nothing is returned.
@@ -92,11 +139,8 @@ def read_tensor_bytes(container: Container, name: str) -> bytes:
     tensor = container.tensor(name)
     if isinstance(tensor, PlainTensor):
         return bytes(tensor.read())
-    if isinstance(tensor.record, Int8Tensor):
-        assert tensor.scales is not None
-        scales = tensor.scales[None, :] if tensor.record.channel_kind == "column" else tensor.scales[:, None]
-        return bits_from_float32(dequantize(read_codes(tensor), scales), tensor.record.dtype).tobytes()
-    return _joined(tensor, [matrix.reshape(-1) for matrix in read_symbols(tensor)])
+    grid = tensor.table.grid
+    return _part_bytes(tensor, Tile(0, 0, grid.rows, grid.cols), read_symbols(tensor))
 
 
 def _joined(tensor: StoredTensor, planes: list[NDArray[np.uint8]]) -> bytes:
@@ -109,12 +153,20 @@ def _joined(tensor: StoredTensor, planes: list[NDArray[np.uint8]]) -> bytes:
 def tensor_digest(container: Container, name: str) -> str:
     """Recomputes the digest that the manifest records: what was decoded, not what is stored.
 
-    `int8`: sha256 of the codes in source order, then the float32 scales, little-endian. Others: sha256 of the source's bytes.
+    `int8`: sha256 of the codes in source order, then the scales of the channels and those of the columns, if any, all
+    little-endian. Others: sha256 of the source's bytes.
     """
     tensor = container.tensor(name)
     if isinstance(tensor, StoredTensor) and isinstance(tensor.record, Int8Tensor):
-        assert tensor.scales is not None
-        digest = hashlib.sha256(read_codes(tensor).tobytes())
-        digest.update(tensor.scales.astype("<f4").tobytes())
+        codes = read_codes(tensor)
+        digest = hashlib.sha256(codes.astype(f"<i{codes.itemsize}").tobytes())
+        digest.update(scales_bytes(tensor))
         return digest.hexdigest()
     return hashlib.sha256(read_tensor_bytes(container, name)).hexdigest()
+
+
+def scales_bytes(tensor: StoredTensor) -> bytes:
+    """Returns the scales of an `int8` tensor as its digest covers them: the channels', then the columns'."""
+    assert tensor.scales is not None
+    columns = b"" if tensor.columns is None else tensor.columns.scales.astype("<f4").tobytes()
+    return tensor.scales.astype("<f4").tobytes() + columns

@@ -26,8 +26,8 @@ JOB_SYMBOLS = 1 << 20
 BLOCK_ELEMENTS = 1 << 18
 """Most elements whose intermediate values are held at once, whatever the container's tile size."""
 
-CODES = "I8"
-"""Target that asks for the int8 codes of an `int8` tensor instead of its weights."""
+CODES, WIDE_CODES = "I8", "I16"
+"""Targets that ask for the codes of an `int8` tensor instead of its weights: int8, or int16 of a wide one."""
 
 _TORCH_ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -37,7 +37,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._slots = bytearray()
-        self._scratch: dict[np.dtype[Any], NDArray[Any]] = {}
+        self._scratch: dict[tuple[np.dtype[Any], int], NDArray[Any]] = {}
 
     def slots(self, size: int) -> bytearray:
         """Returns a buffer of at least `size` bytes with unspecified content."""
@@ -45,19 +45,20 @@ class Workspace:
             self._slots = bytearray(size)
         return self._slots
 
-    def scratch(self, rows: int, cols: int, dtype: Any) -> NDArray[Any]:
-        """Returns a C-ordered array [rows, cols] with unspecified content; the next call with that dtype reuses it."""
-        key = np.dtype(dtype)
+    def scratch(self, rows: int, cols: int, dtype: Any, slot: int = 0) -> NDArray[Any]:
+        """Returns a C-ordered array [rows, cols] with unspecified content; the next call with that dtype and slot reuses it."""
+        key = (np.dtype(dtype), slot)
         held = self._scratch.get(key)
         if held is None or held.size < rows * cols:
-            held = self._scratch[key] = np.empty(max(rows * cols, 1 << 17), key)
+            held = self._scratch[key] = np.empty(max(rows * cols, 1 << 17), key[0])
         return held[: rows * cols].reshape(rows, cols)
 
 
 def tiles_per_job(tensor: StoredTensor) -> int:
-    """Returns how many tiles make a job: about `JOB_SYMBOLS` elements."""
-    grid = tensor.table.grid
-    return max(1, JOB_SYMBOLS // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)))
+    """Returns how many tiles make a job: about `JOB_SYMBOLS` elements, and whole `tiles_together`."""
+    grid, together = tensor.table.grid, tensor.tiles_together
+    tiles = JOB_SYMBOLS // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols))
+    return max(1, tiles // together) * together
 
 
 def plan_jobs(tensor: StoredTensor) -> list[range]:
@@ -74,15 +75,21 @@ def payload_span(tensor: StoredTensor, tiles: range) -> tuple[int, int]:
 
 
 def read_tiles(tensor: StoredTensor, tiles: range, workspace: Workspace) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
-    """Reads a run of tiles with one read; yields each with its verified, decoded planes.
+    """Reads a run of tiles with one read; yields each rectangle of the source with its verified, decoded planes.
+
+    Args:
+        tensor: the tensor.
+        tiles: numbers of the tiles; where they give the source's rows only together (`tiles_together`), all of each row.
+        workspace: the calling thread's.
 
     Yields:
-        The tile, and per plane uint8 [tile.rows, tile.cols] symbols, read-only, valid until the next step.
+        The rectangle (a tile, or whole rows), and per plane its uint8 [rows, cols] symbols, columns in the source's order;
+        read-only, valid until the next step.
 
     Raises:
         FormatError: a chunk is damaged; it was not given to a decoder.
     """
-    return tiles_of(tensor, tiles, read_run(tensor, tiles, workspace))
+    return tiles_of(tensor, tiles, read_run(tensor, tiles, workspace), workspace)
 
 
 def read_run(tensor: StoredTensor, tiles: range, workspace: Workspace) -> memoryview:
@@ -91,14 +98,30 @@ def read_run(tensor: StoredTensor, tiles: range, workspace: Workspace) -> memory
     return tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
 
 
-def tiles_of(tensor: StoredTensor, tiles: range, slots: memoryview) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
+def tiles_of(
+    tensor: StoredTensor, tiles: range, slots: memoryview, workspace: Workspace
+) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
     """Verifies and decodes a run of tiles whose slots lie in memory; yields and raises as `read_tiles`."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
-    decoded = tensor.decode_run(first, last, slots, first)
-    for index in tiles:
+    decoded = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))
+    for start in range(tiles.start, tiles.stop, tensor.tiles_together):
+        yield tensor.part(start), join_tiles(tensor, start, decoded, workspace)
+
+
+def join_tiles(
+    tensor: StoredTensor, start: int, decoded: Iterator[NDArray[np.uint8]], workspace: Workspace
+) -> list[NDArray[np.uint8]]:
+    """Takes the symbols of `tiles_together` tiles from `start` on; returns planes [rows, cols] in the source's order."""
+    planes, part = tensor.table.planes, tensor.part(start)
+    if tensor.tiles_together == 1:
+        return [symbols.reshape(part.rows, part.cols) for symbols in islice(decoded, planes)]
+    stored = [workspace.scratch(part.rows, part.cols, np.uint8, plane) for plane in range(planes)]
+    for index in range(start, start + tensor.tiles_together):
         tile = tensor.table.grid.tile(index)
-        yield tile, [sound(symbols).reshape(tile.rows, tile.cols) for symbols in islice(decoded, planes)]
+        for plane, symbols in zip(stored, islice(decoded, planes), strict=True):
+            plane[:, tile.col : tile.col + tile.cols] = symbols.reshape(tile.rows, tile.cols)
+    return [tensor.in_order(plane) for plane in stored]
 
 
 def decode_tiles(
@@ -110,14 +133,15 @@ def decode_tiles(
         tensor: the tensor.
         tiles: numbers of the tiles.
         out: unsigned words [rows, cols] of the grid, of the target's size, C order; the tiles' rectangles are written.
-        target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once) or `CODES`; for `lossless` its own dtype.
+        target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once), `CODES` or, where it is wide, `WIDE_CODES`;
+            for `lossless` its own dtype.
         slots: the tiles' slots, as they were read.
         workspace: the calling thread's.
 
     Raises:
         FormatError: a chunk is damaged. Tiles before it were written.
     """
-    for tile, planes in tiles_of(tensor, tiles, slots):
+    for tile, planes in tiles_of(tensor, tiles, slots, workspace):
         place = out[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
         write_tile(tensor, tile, planes, place, target, workspace)
 
@@ -130,7 +154,7 @@ def write_tile(
     target: str,
     workspace: Workspace,
 ) -> None:
-    """Turns a tile's planes into elements: `out` is unsigned words [tile.rows, tile.cols], of any strides.
+    """Turns planes, as `read_tiles` yields them, into elements: `out` is unsigned words [tile.rows, tile.cols], of any strides.
 
     Raises:
         DecodeError: a boolean is neither 0 nor 1.
@@ -140,31 +164,53 @@ def write_tile(
         if not isinstance(tensor.record, Int8Tensor):
             join_planes(parts, DTYPES[tensor.record.dtype], out[rows, cols], workspace)
             continue
-        codes = parts[0].view(np.int8)
-        if target == CODES:
-            np.copyto(out[rows, cols].view(np.int8), codes)
+        codes = [part.view(np.int8) for part in parts]
+        if target in (CODES, WIDE_CODES):
+            _write_codes(codes, out[rows, cols])
             continue
-        assert tensor.scales is not None
-        scales = scales_for_tile(tensor.record, tensor.scales, tile)
-        scales = scales[:, cols] if scales.shape[0] == 1 and tile.cols == scales.shape[1] else scales[rows]
-        dequantize(codes, scales, out[rows, cols], target, workspace)
+        dequantize(codes, _steps(tensor, tile, rows, cols, workspace), out[rows, cols], target, workspace)
+
+
+def _write_codes(codes: list[NDArray[np.int8]], out: NDArray[Any]) -> None:
+    """Writes codes of one plane into int8 words, of two into int16 words."""
+    target = out.view(f"i{out.itemsize}")
+    np.copyto(target, codes[-1])
+    if len(codes) == 2:
+        np.left_shift(target, 8, out=target)
+        np.add(target, codes[0], out=target)
+
+
+def _steps(tensor: StoredTensor, tile: Tile, rows: slice, cols: slice, workspace: Workspace) -> NDArray[np.float32]:
+    """Returns the steps of a block of a tile, to broadcast against its codes."""
+    assert tensor.scales is not None
+    scales = scales_for_tile(tensor.record, tensor.scales, tile)
+    own = scales[:, cols] if scales.shape[0] == 1 and tile.cols == scales.shape[1] else scales[rows]
+    if tensor.columns is None:
+        return own
+    factors = tensor.columns.scales[tile.col + cols.start : tile.col + cols.stop]
+    steps = workspace.scratch(len(own), len(factors), np.float32, 1)
+    return np.multiply(own, factors[None, :], out=steps)
 
 
 def dequantize(
-    codes: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[Any], target: str, workspace: Workspace
+    codes: list[NDArray[np.int8]], steps: NDArray[np.float32], out: NDArray[Any], target: str, workspace: Workspace
 ) -> None:
-    """Writes fl32(code * scale), rounded once (ties to even) to `target`.
+    """Writes fl32(code * step), rounded once (ties to even) to `target`.
 
     Args:
-        codes: int8 [rows, cols].
-        scales: float32, broadcasts against `codes`.
+        codes: int8 [rows, cols]: the codes, or the low and the high part of wide ones.
+        steps: float32, broadcasts against `codes`.
         out: unsigned words [rows, cols] of the target's size; receives bit patterns.
         target: `BF16`, `F16` or `F32`.
         workspace: the calling thread's.
     """
-    values = out.view(np.float32) if target == "F32" else workspace.scratch(codes.shape[0], codes.shape[1], np.float32)
-    np.copyto(values, codes)
-    np.multiply(values, scales, out=values)
+    low, *high = codes
+    values = out.view(np.float32) if target == "F32" else workspace.scratch(low.shape[0], low.shape[1], np.float32)
+    np.copyto(values, high[0] if high else low)
+    if high:  # exact: sixteen bits fit a float32
+        np.multiply(values, np.float32(256), out=values)
+        np.add(values, low, out=values)
+    np.multiply(values, steps, out=values)
     if target != "F32":
         # torch rounds float32 four to twenty times as fast as numpy; tests compare all ties with the reference.
         torch.from_numpy(out).view(_TORCH_ROUNDED[target]).copy_(torch.from_numpy(values))

@@ -27,13 +27,16 @@ HAS_PACKED_KERNEL = hasattr(torch, "_weight_int8pack_mm") and torch.backends.cpu
 """Whether torch has the kernel of `packed`, in a form that is fast on this CPU."""
 
 
-def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns cast(fl32(code * scale)): the very bits that dense loading puts into memory.
+def dequantize_rows(
+    codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, col_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns cast(fl32(code * step)): the very bits that dense loading puts into memory.
 
     Args:
         codes: int8 [rows, cols].
         scale: float32 [rows].
         dtype: dtype of the result.
+        col_scale: float32 [cols], or None: a step is fl32(scale * col_scale), or the scale of its row.
 
     Returns:
         `dtype` [rows, cols].
@@ -43,7 +46,8 @@ def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
     step = max(1, DEQUANTIZE_ELEMENTS // max(1, cols))
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        out[block] = codes[block].to(torch.float32).mul_(scale[block, None])
+        steps = scale[block, None] if col_scale is None else scale[block, None] * col_scale
+        out[block] = codes[block].to(torch.float32).mul_(steps)
     return out
 
 

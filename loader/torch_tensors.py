@@ -199,7 +199,7 @@ def _decode_cast(
     source: StoredTensor, tiles: range, out: torch.Tensor, target: str, slots: memoryview, workspace: Workspace
 ) -> None:
     """Decodes tiles to `target` and casts each into its place in `out` [rows, cols]."""
-    for tile, planes in tiles_of(source, tiles, slots):
+    for tile, planes in tiles_of(source, tiles, slots, workspace):
         words = np.empty((tile.rows, tile.cols), word_dtype(DTYPES[target]))
         write_tile(source, tile, planes, words, target, workspace)
         values = torch.from_numpy(words.view(np.uint8)).view(TORCH_DTYPES[target])

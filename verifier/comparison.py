@@ -9,23 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceModel, SourceTensor
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile
+from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
 from codecllm.formats.float_bits import float32_from_bits
-from codecllm.formats.manifest import AliasTensor, Int8Tensor
+from codecllm.formats.manifest import NEAREST, AliasTensor, Int8Tensor, TensorRecord
 from codecllm.formats.tiling import Tile
 from codecllm.verifier.decoding import Scan, blocks_in_source_order
 from codecllm.verifier.integrity import Progress, in_order
 from codecllm.verifier.report import Stage
 
-ERROR_SLACK = 1 + 2.0**-15
-"""An int8 element may be off by scale / 2 times this: half a step, and the float32 roundings of scale and quotient."""
+ERROR_SLACK = 2.0**-15
+"""What the float32 roundings of scale and quotient may add to an error, in half steps, for codes of 8 bits."""
+
+WIDE_SLACK = 2.0**-22
+"""The same for each unit of a code beyond 8 bits."""
 
 _PLAIN_STEP_BYTES = 4 << 20
 
 
 def check_source(container: Container, source: SourceModel, stage: Stage, workers: int, progress: Progress | None) -> None:
-    """Compares every tensor with the source: bit for bit, or within half a step where it was quantized.
+    """Compares every tensor with the source: bit for bit, or within half a step where it was quantized to the nearest.
+
+    Where codes were rounded otherwise, no element may be farther off than the manifest says.
 
     Names, dtypes and shapes must be the same; an alias is compared with the source's tensor of its own name.
     """
@@ -35,19 +40,26 @@ def check_source(container: Container, source: SourceModel, stage: Stage, worker
         stage.fail(ModelMismatchError(f"{where} this tensor", tensor=name))
     names = [name for name in records if name in source.tensors]
     total, done = sum(source.tensors[name].entry.bytes for name in names), 0
-    worst = 0.0
+    worst, refined_worst = 0.0, 0.0
     with ThreadPoolExecutor(workers) as pool:
         for name, (faults, error) in in_order(pool, names, lambda name: compare_tensor(container, name, source.tensors[name])):
             done += source.tensors[name].entry.bytes
             if progress is not None:
                 progress(name, done, total)
-            worst = max(worst, error)
+            if is_refined(_stored(container, name)):
+                refined_worst = max(refined_worst, error)
+            else:
+                worst = max(worst, error)
             for fault in faults:
                 stage.fail(fault)
     quantized = sum(isinstance(_stored(container, name), Int8Tensor) for name in names)
-    stage.summary = f"{len(names) - quantized} tensors bit for bit, {quantized} int8 within half a step"
-    stage.summary += f" (worst {worst:.6f} of scale / 2)" if quantized else ""
+    refined = sum(is_refined(_stored(container, name)) for name in names)
+    stage.summary = f"{len(names) - quantized} tensors bit for bit, {quantized - refined} int8 within half a step"
+    stage.summary += f" (worst {worst:.6f} of scale / 2)" if quantized > refined else ""
+    stage.summary += f", {refined} rounded otherwise, as recorded (worst {refined_worst / 2:.3f} steps)" if refined else ""
     stage.facts = {"tensors": len(names), "quantized": quantized, "worst_error_in_half_steps": worst}
+    if refined:
+        stage.facts |= {"rounded_otherwise": refined, "their_worst_error_in_steps": refined_worst / 2}
 
 
 def compare_tensor(container: Container, name: str, source: SourceTensor) -> tuple[list[CodecLLMError], float]:
@@ -70,7 +82,12 @@ def compare_tensor(container: Container, name: str, source: SourceTensor) -> tup
         return [exc], 0.0
 
 
-def _stored(container: Container, name: str):  # type: ignore[no-untyped-def]
+def is_refined(record: TensorRecord) -> bool:
+    """Whether a tensor's codes need not be the nearest ones."""
+    return isinstance(record, Int8Tensor) and record.rounding not in (None, NEAREST)
+
+
+def _stored(container: Container, name: str) -> TensorRecord:
     record = container.records[name]
     return container.records[record.alias_of] if isinstance(record, AliasTensor) else record
 
@@ -86,14 +103,14 @@ def _compare_plain(tensor: PlainTensor, name: str, source: SourceTensor) -> list
 
 def _compare_coded(tensor: StoredTensor, name: str, source: SourceTensor) -> tuple[list[CodecLLMError], float]:
     scan = Scan(entropy_bits=[0.0] * tensor.table.planes)
-    compare = partial(_code_errors, tensor) if isinstance(tensor.record, Int8Tensor) else _word_errors
+    compare = partial(code_errors, tensor) if isinstance(tensor.record, Int8Tensor) else _word_errors
     worst, differing, first_bad = 0.0, 0, None
     for tile, elements in blocks_in_source_order(tensor, scan):
         start = tile.row * tensor.table.grid.cols + tile.col
         words = source.read_elements(start, start + tile.symbols).reshape(tile.rows, tile.cols)
-        errors = compare(tile, elements, words)
+        errors, allowed = compare(tile, elements, words)
         worst = max(worst, float(errors.max()))
-        bad = ~(errors <= ERROR_SLACK)
+        bad = ~(errors <= allowed)
         if bad.any():
             differing += int(bad.sum())
             if first_bad is None:
@@ -106,17 +123,22 @@ def _compare_coded(tensor: StoredTensor, name: str, source: SourceTensor) -> tup
     return faults, worst if isinstance(tensor.record, Int8Tensor) else 0.0
 
 
-def _word_errors(tile: Tile, elements: NDArray[np.generic], words: NDArray[np.unsignedinteger]) -> NDArray[np.float64]:
-    """Returns 0 where the bits are equal and infinity elsewhere."""
-    return np.where(elements == words, 0.0, np.inf)
+def _word_errors(
+    tile: Tile, elements: NDArray[np.generic], words: NDArray[np.unsignedinteger]
+) -> tuple[NDArray[np.float64], float]:
+    """Returns 0 where the bits are equal and infinity elsewhere, and what is allowed: 0."""
+    return np.where(elements == words, 0.0, np.inf), 0.0
 
 
-def _code_errors(
+def code_errors(
     tensor: StoredTensor, tile: Tile, elements: NDArray[np.generic], words: NDArray[np.unsignedinteger]
-) -> NDArray[np.float64]:
-    """Returns |w - code * scale| in units of scale / 2; the product of a code and a float32 is exact in float64."""
-    assert tensor.scales is not None
-    scales = scales_for_tile(tensor.record, tensor.scales, tile).astype(np.float64)
-    dtype = tensor.record.dtype
-    weights = words.view(np.float64) if dtype == "F64" else float32_from_bits(words, dtype).astype(np.float64)
-    return np.abs(weights - elements.astype(np.float64) * scales) / (scales / 2)
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns |w - code * step| in units of step / 2, and the most that it may be.
+
+    A code times a float32 is exact in float64.
+    """
+    assert isinstance(tensor.record, Int8Tensor)
+    record, steps, codes = tensor.record, tile_steps(tensor, tile).astype(np.float64), elements.astype(np.float64)
+    errors = np.abs(float32_from_bits(words, record.dtype).astype(np.float64) - codes * steps) / (steps / 2)
+    half_steps = 2 * (record.worst_steps or 0.0) if is_refined(record) else 1.0
+    return errors, half_steps + np.maximum(ERROR_SLACK, (np.abs(codes) + half_steps) * WIDE_SLACK)

@@ -16,9 +16,10 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import estimated_entropy_bits
 from codecllm.formats.errors import ChecksumError, CodecLLMError, DecodeError, FormatError
 from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.reference import scales_bytes
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.tiling import Tile
-from codecllm.loader.decode import CODES, Workspace, tiles_per_job, write_tile
+from codecllm.loader.decode import CODES, WIDE_CODES, Workspace, join_tiles, plan_jobs, write_tile
 from codecllm.verifier.integrity import Progress, in_order, stored_names
 from codecllm.verifier.report import Stage
 
@@ -73,7 +74,7 @@ def scan_tensor(container: Container, name: str) -> Scan:
                 digest.update(np.ascontiguousarray(elements))
             if isinstance(tensor.record, Int8Tensor):
                 assert tensor.scales is not None
-                digest.update(tensor.scales.astype("<f4").tobytes())
+                digest.update(scales_bytes(tensor))
                 _check_scale_range(tensor.record, tensor.scales)
         if not scan.faults and digest.hexdigest() != tensor.record.digest:
             error = ChecksumError(
@@ -93,57 +94,42 @@ def blocks_in_source_order(tensor: StoredTensor, scan: Scan) -> Iterator[Block]:
         scan: receives faults, chunks and entropy. A block with a damaged chunk is left out.
 
     Yields:
-        Where the block lies, and its elements [rows, cols]: int8 codes, or unsigned words of a lossless tensor's element
-        size. Valid until the next step.
+        Where the block lies, and its elements [rows, cols]: codes, int8 or (wide) int16, or unsigned words of a lossless
+        tensor's element size. Valid until the next step.
     """
-    grid, workspace, output = tensor.table.grid, Workspace(), Workspace()
-    size = word_dtype(DTYPES[tensor.record.dtype]) if not isinstance(tensor.record, Int8Tensor) else np.dtype(np.uint8)
-    if grid.in_source_order:
-        step = tiles_per_job(tensor)
-        for first in range(0, len(grid), step):
-            for tile, planes in _decoded(tensor, range(first, min(first + step, len(grid))), scan, workspace):
-                out = output.scratch(tile.rows, tile.cols, size)
-                write_tile(tensor, tile, planes, out, _target(tensor), workspace)
-                yield tile, _typed(tensor, out)
-        return
-    for band in range(grid.down):
-        tiles = range(band * grid.across, (band + 1) * grid.across)
-        rows, row = grid.tile(tiles.start).rows, band * grid.tile_rows
-        out, whole = np.empty((rows, grid.cols), size), 0
-        for tile, planes in _decoded(tensor, tiles, scan, workspace):
-            write_tile(tensor, tile, planes, out[:, tile.col : tile.col + tile.cols], _target(tensor), workspace)
-            whole += 1
-        if whole == len(tiles):
-            yield Tile(row, 0, rows, grid.cols), _typed(tensor, out)
+    workspace, output, target = Workspace(), Workspace(), _target(tensor)
+    for tiles in plan_jobs(tensor):
+        for part, planes in _decoded(tensor, tiles, scan, workspace):
+            out = output.scratch(part.rows, part.cols, word_dtype(DTYPES[target]))
+            write_tile(tensor, part, planes, out, target, workspace)
+            yield part, out.view(f"i{out.itemsize}") if tensor.scales is not None else out
 
 
 def _decoded(
     tensor: StoredTensor, tiles: range, scan: Scan, workspace: Workspace
 ) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
-    """Reads a run of tiles with one read and yields those of which every plane decodes; the others become faults."""
+    """Reads a run of tiles with one read; yields the parts of which every chunk decodes. The others become faults."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     slots = tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
     run = tensor.decode_run(first, last, slots, first)
-    for index in tiles:
-        tile, decoded = tensor.table.grid.tile(index), []
-        for plane, symbols in enumerate(islice(run, planes)):
+    for start in range(tiles.start, tiles.stop, tensor.tiles_together):
+        decoded = []
+        for chunk, symbols in enumerate(islice(run, planes * tensor.tiles_together)):
             if isinstance(symbols, FormatError):
                 scan.faults.append(symbols)
                 continue
             scan.chunks += 1
-            scan.entropy_bits[plane] += estimated_entropy_bits(symbols)
-            decoded.append(symbols.reshape(tile.rows, tile.cols))
-        if len(decoded) == planes:
-            yield tile, decoded
+            scan.entropy_bits[chunk % planes] += estimated_entropy_bits(symbols)
+            decoded.append(symbols)
+        if len(decoded) == planes * tensor.tiles_together:
+            yield tensor.part(start), join_tiles(tensor, start, iter(decoded), workspace)
 
 
 def _target(tensor: StoredTensor) -> str:
-    return CODES if isinstance(tensor.record, Int8Tensor) else tensor.record.dtype
-
-
-def _typed(tensor: StoredTensor, out: NDArray[np.generic]) -> NDArray[np.generic]:
-    return out.view(np.int8) if isinstance(tensor.record, Int8Tensor) else out
+    if isinstance(tensor.record, Int8Tensor):
+        return WIDE_CODES if tensor.wide else CODES
+    return tensor.record.dtype
 
 
 def _check_scale_range(record: Int8Tensor, scales: NDArray[np.float32]) -> None:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from codecllm.converter.source import SourceModel
-from codecllm.formats.container import Container, PlainTensor
+from codecllm.formats.container import Container, PlainTensor, tile_steps
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
@@ -264,10 +264,7 @@ def _decoded_blocks(container: Container, name: str) -> Iterator[NDArray[Any]]:
     scan = Scan(entropy_bits=[0.0] * tensor.table.planes)
     for tile, elements in blocks_in_source_order(tensor, scan):
         if isinstance(tensor.record, Int8Tensor):
-            from codecllm.formats.container import scales_for_tile
-
-            assert tensor.scales is not None
-            values = dequantize(elements.view(np.int8), scales_for_tile(tensor.record, tensor.scales, tile))
+            values = dequantize(elements, tile_steps(tensor, tile))
             yield bits_from_float32(values, tensor.record.dtype).reshape(-1)
         else:
             yield np.array(elements).reshape(-1)

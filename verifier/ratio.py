@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codecllm.formats.container import Container, tensor_matrix
+from codecllm.formats.container import Container
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor
 from codecllm.verifier.decoding import Scan
 from codecllm.verifier.report import Stage
@@ -24,7 +24,7 @@ def report_ratio(container: Container, stage: Stage, scans: dict[str, Scan]) -> 
             bound_bits += 8 * record.source_bytes
         else:
             bound_bits += sum(scan.entropy_bits)
-            bound_bits += 32 * _channels(record) if isinstance(record, Int8Tensor) else 0
+            bound_bits += 32 * record.scale_words if isinstance(record, Int8Tensor) else 0
     all_weights = sum(record.elements for record in manifest.tensors)
     facts = {
         "source_bytes": source,
@@ -42,11 +42,6 @@ def report_ratio(container: Container, stage: Stage, scans: dict[str, Scan]) -> 
         f"{facts['bits_per_weight']:.3f} bits per weight, all counted; "
         f"entropy bound {facts['entropy_bound_bits_per_weight']:.3f} ({facts['efficiency']:.1%} of what is stored)"
     )
-
-
-def _channels(record: Int8Tensor) -> int:
-    rows, cols = tensor_matrix(record)
-    return rows if record.channel_kind == "row" else cols
 
 
 def _dtypes(container: Container) -> str:

@@ -5,6 +5,9 @@
     w'      = cast(fl32(code * scale_c)), one rounding to the target type
 
 The semantics are those of channel-wise symmetric int8 in compressed-tensors, so nothing is lost in going there.
+
+Where a tensor has a scale for each column too, the step of element (r, c) is fl32(row_scale[r] * col_scale[c]) and takes the
+place of scale_c. Where it is wide, its codes have 16 bits in two planes: code = low + 256 * high.
 """
 
 from __future__ import annotations
@@ -21,6 +24,12 @@ MAX_SCALE = float.fromhex("0x1.020406p+121")
 MIN_SCALE = 2.0**-126
 """Smallest scale: below it float32 is subnormal, which GPUs flush to zero. Such tensors are stored `lossless`."""
 
+MIN_WIDE_CODE, MAX_WIDE_CODE = -128 - 127 * 256, 127 + 127 * 256
+"""Range of the codes of a wide tensor."""
+
+MAX_WIDE_STEP = 2.0**112
+"""Largest step of a wide tensor: any code times it is finite."""
+
 
 def channel_scales(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns float32 [channels] scales for the channels' largest magnitudes (float32 [channels], finite, >= 0)."""
@@ -30,27 +39,71 @@ def channel_scales(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
     return scales
 
 
-def quantize(weights: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.int8]:
-    """Returns int8 codes for finite float32 `weights`; `scales` must broadcast against them and hold no code beyond 127."""
-    return np.rint(np.divide(weights, scales, dtype=np.float32)).astype(np.int8)
+def quantize(
+    weights: NDArray[np.float32], scales: NDArray[np.float32], wide: bool = False
+) -> NDArray[np.int8] | NDArray[np.int16]:
+    """Returns the codes of finite float32 `weights`: int8, or int16 where `wide`. `scales` (steps) broadcast against them.
+
+    Codes beyond the range, which no conversion makes, come back as its ends.
+    """
+    lowest, highest, dtype = (MIN_WIDE_CODE, MAX_WIDE_CODE, np.int16) if wide else (-MAX_CODE, MAX_CODE, np.int8)
+    with np.errstate(over="ignore"):
+        quotients = np.divide(weights, scales, dtype=np.float32)
+    return np.clip(np.rint(quotients), lowest, highest).astype(dtype)
 
 
-def dequantize(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+def dequantize(codes: NDArray[np.signedinteger], scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns fl32(code * scale); `scales` float32 must broadcast against `codes`."""
     return np.multiply(codes.astype(np.float32), scales, dtype=np.float32)
 
 
+def step_sizes(row_scales: NDArray[np.float32], col_scales: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Returns fl32(row * col), float32 [rows, cols], or [rows, 1] where there are no column scales."""
+    if col_scales is None:
+        return row_scales[:, None]
+    return np.multiply(row_scales[:, None], col_scales[None, :], dtype=np.float32)
+
+
+def split_codes(codes: NDArray[np.int16]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """Returns the low and the high plane of int16 codes, int8 of the same shape: low is the code modulo 256, signed."""
+    low = codes.astype(np.int8)
+    return low, ((codes - low) >> 8).astype(np.int8)  # within int16 for every code of the range
+
+
+def join_codes(low: NDArray[np.int8], high: NDArray[np.int8]) -> NDArray[np.int16]:
+    """Returns low + 256 * high, int16 of the same shape."""
+    return low.astype(np.int16) + (high.astype(np.int16) << 8)
+
+
 def check_codes(codes: NDArray[np.int8]) -> None:
-    """Raises DecodeError where a code is -128, which no writer may produce."""
+    """Raises DecodeError where a code (of a wide tensor: its high part) is -128, which no writer may produce."""
     if codes.size and int(codes.min()) < -MAX_CODE:
         raise DecodeError("code -128 is not allowed", got=-128, expected=f"-{MAX_CODE} to {MAX_CODE}")
 
 
-def check_scales(scales: NDArray[np.float32]) -> None:
-    """Raises DecodeError where a scale is not in [MIN_SCALE, MAX_SCALE]."""
+def check_scales(scales: NDArray[np.float32], what: str = "channel") -> None:
+    """Raises DecodeError where a scale is not in [MIN_SCALE, MAX_SCALE]; `what` each belongs to."""
     bad = ~((scales >= np.float32(MIN_SCALE)) & (scales <= np.float32(MAX_SCALE)))
     if bad.any():
         channel = int(bad.argmax())
         raise DecodeError(
-            f"scale of channel {channel} is not allowed", got=scales[channel], expected=f"{MIN_SCALE} to {MAX_SCALE}"
+            f"scale of {what} {channel} is not allowed", got=scales[channel], expected=f"{MIN_SCALE} to {MAX_SCALE}"
         )
+
+
+def check_steps(row_scales: NDArray[np.float32], col_scales: NDArray[np.float32] | None, wide: bool) -> None:
+    """Checks all scales of a tensor, and that no step (product of a row's and a column's) is subnormal or too large.
+
+    Raises:
+        DecodeError: a scale is not in [MIN_SCALE, MAX_SCALE], or a step not in that range (wide: up to MAX_WIDE_STEP).
+    """
+    check_scales(row_scales)
+    largest = MAX_WIDE_STEP if wide else MAX_SCALE
+    if col_scales is not None:
+        check_scales(col_scales, "column")
+    factors = np.ones(1, np.float32) if col_scales is None else col_scales
+    with np.errstate(over="ignore", under="ignore"):
+        # Rounding is monotonic: the extreme steps are the products of the extreme scales.
+        lowest, highest = row_scales.min() * factors.min(), row_scales.max() * factors.max()
+    if not (lowest >= np.float32(MIN_SCALE) and highest <= np.float32(largest)):
+        raise DecodeError("a step is not allowed", got=f"{lowest} to {highest}", expected=f"{MIN_SCALE} to {largest}")

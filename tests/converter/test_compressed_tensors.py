@@ -11,7 +11,7 @@ from codecllm.converter.compressed_tensors import pack_codes, packed_columns, pl
 from codecllm.converter.export import export
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, UsageError
-from codecllm.formats.reference import read_codes, read_tensor_bytes, read_tiles_codes
+from codecllm.formats.reference import read_codes, read_run_codes, read_tensor_bytes
 from tests import sources, tampering
 
 RNG = np.random.default_rng(3)
@@ -94,7 +94,7 @@ def test_tiles_are_read_as_the_whole_is(container):
     with Container(container) as opened:
         tensor = opened.tensor("b.proj.weight")
         assert len(tensor.table.grid) > 1
-        tiles = read_tiles_codes(tensor, range(len(tensor.table.grid)))
+        tiles = read_run_codes(tensor, range(len(tensor.table.grid)))
         assert np.array_equal(np.concatenate(tiles), read_codes(tensor))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from codecllm.converter import convert
 from codecllm.converter.policy import channel_axis
-from codecllm.formats import FORMAT_VERSION
+from codecllm.formats import BASE_VERSION
 from tests.sources import bf16, write_source
 
 BIG, SMALL = (256, 256), (255, 256)
@@ -93,4 +93,4 @@ def test_config_is_the_sources_with_one_block_more(tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     block = written.pop("quantization_config")
     assert written == config
-    assert (block["quant_method"], block["format_version"], block["scheme"]) == ("codecllm", FORMAT_VERSION, "int8")
+    assert (block["quant_method"], block["format_version"], block["scheme"]) == ("codecllm", BASE_VERSION, "int8")

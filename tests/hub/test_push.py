@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import codecllm
-from codecllm.formats import FORMAT_VERSION
+from codecllm.formats import BASE_VERSION
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, HubError, LayoutError, NotAContainerError, UsageError
 from codecllm.hub.resolve import listed_names
@@ -194,7 +194,7 @@ def test_card_states_the_manifest(hub, container):
         f"| {facts['bits_per_weight']:.3f} |",
         f"{facts['entropy_bits_per_weight']:.3f} bits per weight",
         f"codecllm verify {REPO} \\\n  --manifest-sha256 {facts['manifest_sha256']}\n",
-        f"{FORMAT_VERSION}, written by codecllm",
+        f"{BASE_VERSION}, written by codecllm",
         "No output of the model was recorded",
         'codecllm.from_pretrained("user/tiny-codecllm-int8")',
     ):

@@ -28,7 +28,8 @@ class BackEnd:
         name: for people.
         version: of the library behind it.
         takes: whether it decodes tensors of this kind.
-        decode: decodes a tile (by its number) to unsigned words of the source's element size, row-major, flat.
+        decode: decodes the `tiles_together` tiles from a tile (by its number) on to unsigned words of the source's element
+            size, row-major, flat.
     """
 
     name: str
@@ -58,22 +59,24 @@ def present_back_ends() -> list[BackEnd]:
 
 def _decode_cpu(tensor: StoredTensor, index: int) -> NDArray[Any]:
     workspace = Workspace()
-    (tile, planes) = next(iter(read_tiles(tensor, range(index, index + 1), workspace)))
+    (tile, planes) = next(iter(read_tiles(tensor, range(index, index + tensor.tiles_together), workspace)))
     out = np.empty((tile.rows, tile.cols), word_dtype(DTYPES[tensor.record.dtype]))
     write_tile(tensor, tile, planes, out, tensor.record.dtype, workspace)
     return out.reshape(-1)
 
 
 def _by_rows(tensor: StoredTensor) -> bool:
-    return isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row"
+    return isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row" and not tensor.wide
 
 
 def _decode_torch(tensor: StoredTensor, index: int, device: str) -> NDArray[Any]:
     assert tensor.scales is not None
-    tile, planes = next(iter(read_tiles(tensor, range(index, index + 1), Workspace())))
+    tile, planes = next(iter(read_tiles(tensor, range(index, index + tensor.tiles_together), Workspace())))
     codes = torch.from_numpy(planes[0].view(np.int8).copy()).to(device)
-    scales = torch.from_numpy(scales_of_rows(tensor, tile)).to(device)
-    weights = dequantize_rows(codes, scales, TORCH_DTYPES[tensor.record.dtype]).cpu()
+    scales, factors = torch.from_numpy(scales_of_rows(tensor, tile)).to(device), None
+    if tensor.columns is not None:
+        factors = torch.from_numpy(tensor.columns.scales[tile.col : tile.col + tile.cols].copy()).to(device)
+    weights = dequantize_rows(codes, scales, TORCH_DTYPES[tensor.record.dtype], factors).cpu()
     words: NDArray[Any] = weights.view(-1).view(torch.uint8).numpy().view(word_dtype(DTYPES[tensor.record.dtype]))
     return words
 

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceTensor
-from codecllm.formats.container import StoredTensor, scales_for_tile
+from codecllm.formats.container import StoredTensor, tile_steps
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import MAX_CODE, channel_scales, quantize
 from codecllm.verifier.diagnosis.causes import Cause
-from codecllm.verifier.diagnosis.examination import Examination, decoded_tiles, read_weights
+from codecllm.verifier.diagnosis.examination import Examination, asked_steps, decoded_parts, read_weights
 from codecllm.verifier.diagnosis.rows import describe_order, is_attention, permutation, row_digests
 
 MAX_SHIFT = 64
@@ -91,8 +91,8 @@ def explain(tensor: StoredTensor, source: SourceTensor, examined: Examination, h
 
 def scale_fault(examined: Examination) -> Explanation | None:
     """Explains scales that the format forbids (a container with them cannot be opened), or returns None."""
-    stored, expected = examined.stored_scales, examined.scales
-    if stored is None or expected is None:
+    stored, expected, record = examined.stored_scales, examined.scales, examined.record
+    if stored is None or expected is None or (isinstance(record, Int8Tensor) and record.rounding is not None):
         return None
     bad = np.flatnonzero(~np.isfinite(stored))
     if not len(bad):
@@ -110,13 +110,11 @@ def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float3
     assert tensor.scales is not None
     counts, faults, grid = _Counts(), list[CodecLLMError](), tensor.table.grid
     by_row = isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row"
-    for _, tile, planes in decoded_tiles(tensor, faults):
-        codes, weights = planes[0].view(np.int8), read_weights(source, grid, tile)
+    for part in decoded_parts(tensor, faults):
+        codes, tile, weights = part.codes, part.place, read_weights(source, grid, part.place)
         weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
-        expected = quantize(weights, scales_for_tile(tensor.record, scales, tile))
-        with np.errstate(over="ignore"):
-            quotient = weights / scales_for_tile(tensor.record, tensor.scales, tile)
-        own = np.clip(np.rint(quotient), -MAX_CODE, MAX_CODE).astype(np.int8)
+        expected = quantize(weights, asked_steps(tensor, scales, tile), tensor.wide)
+        own = quantize(weights, tile_steps(tensor, tile), tensor.wide)
         counts.elements += codes.size
         counts.fit_expected += int(np.count_nonzero(codes == expected))
         counts.fit_stored += int(np.count_nonzero(codes == own))
@@ -127,7 +125,7 @@ def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float3
     return counts
 
 
-def _count_shifts(counts: _Counts, found: NDArray[np.int8], expected: NDArray[np.int8]) -> None:
+def _count_shifts(counts: _Counts, found: NDArray[np.signedinteger], expected: NDArray[np.signedinteger]) -> None:
     """Counts, for each offset, the elements of a chunk that stand at that offset from their place."""
     if found.size <= 2 * MAX_SHIFT:
         return

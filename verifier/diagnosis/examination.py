@@ -7,23 +7,24 @@ Memory is a few copies of one tile per thread, whatever the tensor's size. The a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceTensor
 from codecllm.formats.codecs import CODEC_IDS, CODECS
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile
+from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.errors import CodecLLMError, DecodeError, FormatError, ModelMismatchError
 from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
-from codecllm.formats.schemes.int8 import channel_scales, dequantize, quantize
+from codecllm.formats.reference import join_chunks
+from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
-from codecllm.formats.tiling import Grid, Tile, last_axis_matrix
+from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
+from codecllm.verifier.comparison import code_errors, is_refined
 
 Place = tuple[int, int]
 """Row and column of the tensor's matrix."""
@@ -41,7 +42,7 @@ class Choice:
     Attributes:
         squared_error: sum of (w - code * scale)^2.
         worst_error: largest |w - code * scale|.
-        histogram: int64 [256]: how often each code occurs; index is code + 128.
+        histogram: int64 [256]: how often each code occurs; index is code + 128, and 0 for all codes beyond 127.
         entropy_bits: order-0 entropy of each chunk's codes, summed, in bits, from all symbols.
         prefix_bits: what a code of whole bits per symbol needs at least, per chunk, summed.
         stored_bytes: size of the chunks as the container's codec packs them.
@@ -64,10 +65,14 @@ class Choice:
         self.squared_error += float(np.square(errors).sum(dtype=np.float64))
         self.worst_error = max(self.worst_error, float(np.abs(errors).max(initial=0.0)))
 
-    def add_codes(self, codes: NDArray[np.int8], stored_bytes: int) -> None:
-        """Counts a chunk's codes."""
-        counts = np.bincount(codes.reshape(-1).view(np.uint8), minlength=256)
-        self.histogram += np.roll(counts, 128)
+    def add_codes(self, codes: NDArray[np.signedinteger]) -> None:
+        """Counts codes."""
+        places = codes.astype(np.int64) + 128
+        self.histogram += np.bincount(np.where((places < 0) | (places > 255), 0, places).reshape(-1), minlength=256)
+
+    def add_chunk(self, symbols: NDArray[np.uint8], stored_bytes: int) -> None:
+        """Counts the symbols of a chunk, flat, and what they take."""
+        counts = np.bincount(symbols, minlength=256)
         self.entropy_bits += counts_entropy_bits(counts)
         self.prefix_bits += prefix_code_bits(counts)
         self.stored_bytes += stored_bytes
@@ -85,8 +90,8 @@ class Examination:
         same_bytes: chunks whose symbols, encoded again on this machine, give the stored bytes.
         energy: sum of w^2 of the source's finite weights (int8).
         held: what the container holds (int8: codes; lossless: the first plane's symbols are not errors, only sizes count).
-        per_tensor: what one scale for the whole tensor would give (int8).
-        scales: the scales that the source asks for, float32 [channels] (int8).
+        per_tensor: what one scale for the whole tensor would give (int8 with scales from the channels' largest weights).
+        scales: the scales that the source asks for, float32 [channels]; where steps were chosen, the stored ones (int8).
         stored_scales: those that the container holds, as far as they could be read (int8).
         absmax: float32 [channels]: largest magnitudes of the source's channels (int8).
         not_finite: channel (int8) or row (others) -> number of NaN and infinite weights in the source.
@@ -170,20 +175,43 @@ def read_weights(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.flo
     return float32_from_bits(read_tile(source, grid, tile), source.dtype.name)
 
 
-def decoded_tiles(tensor: StoredTensor, faults: list[CodecLLMError]) -> Iterator[tuple[int, Tile, list[NDArray[np.uint8]]]]:
-    """Yields number, place and decoded planes [rows, cols] of each tile; a damaged tile is left out and becomes a fault."""
-    planes = tensor.table.planes
-    for index, tile in enumerate(tensor.table.grid):
-        first, last = index * planes, (index + 1) * planes
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some tiles of a tensor that give a rectangle of the source.
+
+    Attributes:
+        place: the rectangle: a tile, or whole rows where tiles give the source's order only together.
+        planes: uint8 [rows, cols] per plane, columns in the source's order.
+        first: number of the first chunk.
+        chunks: symbols of the chunks, in order, as they are stored, flat.
+    """
+
+    place: Tile
+    planes: list[NDArray[np.uint8]]
+    first: int
+    chunks: list[NDArray[np.uint8]]
+
+    @property
+    def codes(self) -> NDArray[np.signedinteger]:
+        """The codes of an int8 tensor, [rows, cols]: int8, or int16 of a wide one."""
+        low = self.planes[0].view(np.int8)
+        return low if len(self.planes) == 1 else join_codes(low, self.planes[1].view(np.int8))
+
+
+def decoded_parts(tensor: StoredTensor, faults: list[CodecLLMError]) -> Iterator[Part]:
+    """Yields a tensor part by part; a part with a damaged chunk is left out, and the damage becomes a fault."""
+    planes, together = tensor.table.planes, tensor.tiles_together
+    for start in range(0, len(tensor.table.grid), together):
+        first, last = start * planes, (start + together) * planes
         slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
-        decoded = []
+        chunks = []
         for chunk in range(first, last):
             try:
-                decoded.append(tensor.decode_chunk(chunk, slots, first).reshape(tile.rows, tile.cols))
+                chunks.append(tensor.decode_chunk(chunk, slots, first))
             except FormatError as exc:
                 faults.append(exc)
-        if len(decoded) == planes:
-            yield index, tile, decoded
+        if len(chunks) == last - first:
+            yield Part(tensor.part(start), join_chunks(tensor, start, chunks), first, chunks)
 
 
 def place_of(tensor: StoredTensor, row: int, col: int) -> tuple[int, int]:
@@ -200,7 +228,7 @@ def _find_scales(container: Container, record: Int8Tensor, source: SourceTensor,
     result.stored_scales = np.frombuffer(file.read(entry.start, entry.bytes), "<f4").astype(np.float32)
     by_row = record.channel_kind == "row"
     rows = len(result.stored_scales) if by_row else record.elements // max(1, len(result.stored_scales))
-    grid = Grid(rows, record.elements // max(1, rows), *record.tile)
+    grid = default_grid(rows, record.elements // max(1, rows))
     absmax = np.zeros(len(result.stored_scales), np.float32)
     for tile in grid:
         weights = read_weights(source, grid, tile)
@@ -210,7 +238,8 @@ def _find_scales(container: Container, record: Int8Tensor, source: SourceTensor,
             _count_not_finite(result, weights if by_row else weights.T, channels.start)
             largest = np.where(np.isfinite(largest), largest, 0)
         absmax[channels] = np.maximum(absmax[channels], largest)
-    result.absmax, result.scales = absmax, channel_scales(absmax)
+    result.absmax = absmax
+    result.scales = channel_scales(absmax) if record.rounding is None else result.stored_scales
 
 
 def _count_not_finite(result: Examination, channels: NDArray[np.floating], first: int) -> None:
@@ -220,23 +249,34 @@ def _count_not_finite(result: Examination, channels: NDArray[np.floating], first
 
 
 def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examination) -> None:
-    assert tensor.scales is not None and result.scales is not None and result.absmax is not None
-    scales_of = partial(scales_for_tile, tensor.record)
-    whole = channel_scales(result.absmax.max(keepdims=True))
-    per_tensor = result.per_tensor = Choice()
-    for index, tile, planes in decoded_tiles(tensor, result.faults):
-        codes, weights = planes[0].view(np.int8), read_weights(source, tensor.table.grid, tile)
+    assert isinstance(tensor.record, Int8Tensor) and result.scales is not None and result.absmax is not None
+    record, whole = tensor.record, channel_scales(result.absmax.max(keepdims=True))
+    per_tensor = result.per_tensor = Choice() if record.rounding is None else None
+    for part in decoded_parts(tensor, result.faults):
+        codes, words = part.codes, read_tile(source, tensor.table.grid, part.place)
+        weights = float32_from_bits(words, record.dtype)
         if result.not_finite:
             weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
         result.energy += float(np.square(weights, dtype=np.float64).sum())
-        expected = quantize(weights, scales_of(result.scales, tile))
-        _note_difference(result, tile, codes != expected)
-        result.held.add_errors(weights - dequantize(codes, scales_of(tensor.scales, tile)))
-        result.held.add_codes(codes, tensor.table.chunks[index].stored_bytes)
-        _encode_again(tensor, index, planes, result)
-        together = quantize(weights, whole)
-        per_tensor.add_errors(weights - dequantize(together, whole))
-        per_tensor.add_codes(together, _packed_bytes(tensor, together))
+        if not is_refined(record):
+            steps = asked_steps(tensor, result.scales, part.place)
+            _note_difference(result, part.place, codes != quantize(weights, steps, tensor.wide))
+        else:
+            errors, allowed = code_errors(tensor, part.place, codes, words)
+            _note_difference(result, part.place, ~(errors <= allowed))
+        result.held.add_errors(weights - dequantize(codes, tile_steps(tensor, part.place)))
+        result.held.add_codes(codes)
+        _encode_again(tensor, part, result)
+        if per_tensor is not None:
+            together = quantize(weights, whole)
+            per_tensor.add_errors(weights - dequantize(together, whole))
+            per_tensor.add_codes(together)
+            per_tensor.add_chunk(together.reshape(-1).view(np.uint8), _packed_bytes(tensor, together))
+
+
+def asked_steps(tensor: StoredTensor, scales: NDArray[np.float32], place: Tile) -> NDArray[np.float32]:
+    """Returns the steps that a part would have under other scales of its channels, to broadcast against its codes."""
+    return tile_steps(replace(tensor, scales=scales), place)
 
 
 def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.int8]) -> int:
@@ -248,21 +288,16 @@ def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.int8]) -> int:
 
 def _examine_lossless(tensor: StoredTensor, source: SourceTensor, result: Examination) -> None:
     dtype = DTYPES[tensor.record.dtype]
-    for index, tile, planes in decoded_tiles(tensor, result.faults):
+    for part in decoded_parts(tensor, result.faults):
+        tile = part.place
         words = read_tile(source, tensor.table.grid, tile)
         if dtype.name in ("BF16", "F16", "F32", "F64"):
             values = words.view(np.float64) if dtype.name == "F64" else float32_from_bits(words, dtype.name)
             if not np.isfinite(values).all():
                 _count_not_finite(result, values, tile.row)
-        joined = join_planes([plane.reshape(-1) for plane in planes], dtype).reshape(tile.rows, tile.cols)
+        joined = join_planes([plane.reshape(-1) for plane in part.planes], dtype).reshape(tile.rows, tile.cols)
         _note_difference(result, tile, joined != words)
-        _encode_again(tensor, index, planes, result)
-        for plane, symbols in enumerate(planes):
-            counts = np.bincount(symbols.reshape(-1), minlength=256)
-            chunk = tensor.table.chunks[index * len(planes) + plane]
-            result.held.entropy_bits += counts_entropy_bits(counts)
-            result.held.prefix_bits += prefix_code_bits(counts)
-            result.held.stored_bytes += chunk.stored_bytes
+        _encode_again(tensor, part, result)
 
 
 def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examination) -> None:
@@ -293,14 +328,17 @@ def _note_difference(result: Examination, tile: Tile, bad: NDArray[np.bool_]) ->
             result.first = (tile.row + int(row), tile.col + int(col))
 
 
-def _encode_again(tensor: StoredTensor, index: int, planes: list[NDArray[np.uint8]], result: Examination) -> None:
-    """Encodes and decodes a tile's symbols on this machine; raises DecodeError where they do not come back."""
-    for plane, symbols in enumerate(planes):
-        chunk = index * len(planes) + plane
+def _encode_again(tensor: StoredTensor, part: Part, result: Examination) -> None:
+    """Counts the chunks of a part and encodes and decodes them on this machine.
+
+    Raises:
+        DecodeError: symbols do not come back.
+    """
+    for chunk, symbols in enumerate(part.chunks, part.first):
         place, codec = tensor.table.chunks[chunk], CODECS[tensor.table.chunks[chunk].codec]
-        flat = np.ascontiguousarray(symbols).reshape(-1)
-        encoded = codec.encode(flat)
-        if bytes(codec.decode(encoded, flat.size)) != flat.tobytes():
+        result.held.add_chunk(symbols, place.stored_bytes)
+        encoded = codec.encode(symbols)
+        if bytes(codec.decode(encoded, symbols.size)) != symbols.tobytes():
             raise DecodeError(f"codec {codec.name} does not give back what it encoded", tensor=tensor.record.name, chunk=chunk)
         slots = tensor.read_slots(chunk, chunk + 1, bytearray(tensor.slots_bytes(chunk, chunk + 1)))
         result.chunks += 1

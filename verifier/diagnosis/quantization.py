@@ -102,10 +102,8 @@ def ratio_account(container: Container, examined: dict[str, Examination]) -> dic
     )
     energy = sum(one.energy for one in coded)
     held, together = (
-        math.sqrt(sum(getattr(one, name).squared_error for one in coded if one.per_tensor is not None) / energy)
-        if energy
-        else 0.0
-        for name in ("held", "per_tensor")
+        math.sqrt(sum(choice.squared_error for choice in choices) / energy) if energy else 0.0
+        for choices in ([one.held for one in coded], [one.per_tensor or one.held for one in coded])
     )
     bits = {
         "entropy": entropy / weights,

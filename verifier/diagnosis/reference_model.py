@@ -13,16 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceModel, SourceTensor
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile
+from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
-from codecllm.formats.tiling import Tile, channel_matrix, default_grid
+from codecllm.formats.tiling import Tile, default_grid
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
-from codecllm.verifier.diagnosis.examination import Examination, decoded_tiles, read_weights, stored_record
+from codecllm.verifier.comparison import is_refined
+from codecllm.verifier.diagnosis.examination import Examination, asked_steps, decoded_parts, read_weights, stored_record
 
 _FLOATS = ("BF16", "F16", "F32")
 
@@ -43,12 +44,20 @@ def reference_tensors(container: Container, dtype: torch.dtype) -> dict[str, tor
 def requantized_tensors(
     container: Container, source: SourceModel, examined: dict[str, Examination], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Returns what the container would have to decode to: the source's tensors, quantized again where the container's are."""
+    """Returns what the container would have to decode to: the source's tensors, quantized again where the container's are.
+
+    A tensor whose codes are not the nearest ones is the container's own: its rounding cannot be repeated.
+    """
     made: dict[str, torch.Tensor] = {}
     for name in container.records:
         record, one, tensor = stored_record(container, name), examined[name], source.tensors[name]
         if isinstance(record, Int8Tensor) and one.scales is not None and not one.not_finite:
-            made[name] = _requantized(record, tensor, one.scales, dtype)
+            stored = container.tensor(name)
+            assert isinstance(stored, StoredTensor)
+            if not is_refined(record):
+                made[name] = _requantized(stored, tensor, one.scales, dtype)
+            else:  # no other rounding can be repeated without what chose it
+                made[name] = _decoded(container, record.name, dtype)
         else:
             made[name] = source_tensor(tensor)
     return made
@@ -98,41 +107,42 @@ def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tenso
     target = _target(dtype) if int8 else record.dtype
     words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))
     faults: list[Any] = []
-    for _, tile, planes in decoded_tiles(tensor, faults):
+    for part in decoded_parts(tensor, faults):
+        tile = part.place
         if int8:
-            assert tensor.scales is not None
-            values = dequantize(planes[0].view(np.int8), scales_for_tile(record, tensor.scales, tile))
-            _put(words, tile, bits_from_float32(values, target))
+            _put(words, tile, bits_from_float32(dequantize(part.codes, tile_steps(tensor, tile)), target))
         else:
-            joined = join_planes([plane.reshape(-1) for plane in planes], DTYPES[record.dtype])
+            joined = join_planes([plane.reshape(-1) for plane in part.planes], DTYPES[record.dtype])
             _put(words, tile, joined.reshape(tile.rows, tile.cols))
     if faults:
         raise faults[0]
     return _as_torch(words, target, record.shape, dtype if int8 else None)
 
 
-def _requantized(record: Int8Tensor, tensor: SourceTensor, scales: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
-    grid = default_grid(*channel_matrix(tuple(record.shape), record.channel_axis, record.channel_kind))
+def _requantized(stored: StoredTensor, tensor: SourceTensor, scales: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
+    grid = default_grid(stored.table.grid.rows, stored.table.grid.cols)
     target = _target(dtype)
     words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))
     for tile in grid:
-        own = scales_for_tile(record, scales, tile)
-        _put(words, tile, bits_from_float32(dequantize(quantize(read_weights(tensor, grid, tile), own), own), target))
-    return _as_torch(words, target, record.shape, dtype)
+        own = asked_steps(stored, scales, tile)
+        codes = quantize(read_weights(tensor, grid, tile), own, stored.wide)
+        _put(words, tile, bits_from_float32(dequantize(codes, own), target))
+    return _as_torch(words, target, stored.record.shape, dtype)
 
 
 def codes_and_scales(tensor: StoredTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns int8 [rows, cols] codes and float32 scales, [rows, 1] or [1, cols], of an int8 tensor."""
-    assert tensor.scales is not None and isinstance(tensor.record, Int8Tensor)
+    """Returns the codes of an int8 tensor [rows, cols], int8 or (wide) int16, and its steps.
+
+    Steps are float32 [rows, 1] or [1, cols], or [rows, cols] where columns have scales.
+    """
     grid = tensor.table.grid
-    codes = np.empty((grid.rows, grid.cols), np.int8)
+    codes = np.empty((grid.rows, grid.cols), np.int16 if tensor.wide else np.int8)
     faults: list[Any] = []
-    for _, tile, planes in decoded_tiles(tensor, faults):
-        _put(codes, tile, planes[0].view(np.int8))
+    for part in decoded_parts(tensor, faults):
+        _put(codes, part.place, part.codes)
     if faults:
         raise faults[0]
-    shape = (-1, 1) if tensor.record.channel_kind == "row" else (1, -1)
-    return torch.from_numpy(codes), torch.from_numpy(tensor.scales.copy()).reshape(shape)
+    return torch.from_numpy(codes), torch.from_numpy(tile_steps(tensor, Tile(0, 0, grid.rows, grid.cols)).copy())
 
 
 def _put(words: NDArray[Any], tile: Tile, values: NDArray[Any]) -> None:

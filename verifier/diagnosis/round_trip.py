@@ -13,8 +13,9 @@ from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor
-from codecllm.formats.reference import read_tiles_bytes
+from codecllm.formats.reference import read_run_bytes
 from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.verifier.comparison import is_refined
 from codecllm.verifier.diagnosis.back_ends import BackEnd
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.code_autopsy import Explanation, explain, scale_fault
@@ -85,9 +86,11 @@ def check_round_trip(
     right = [isinstance(one.record, Int8Tensor) for one in examined.values() if not one.faults and not one.differs]
     quantized = sum(isinstance(one.record, Int8Tensor) for one in examined.values())
     wrong = {finding.error.message.split("'")[1] for finding in stage.findings if finding.error.message.startswith("back end")}
+    refined = sum(is_refined(one.record) for one in examined.values())
+    bounded = f" ({refined} rounded otherwise: each code is within the recorded error, no more can be told)" if refined else ""
     equal = ", ".join(one.name for one in back_ends if one.name not in wrong) or "none"
     stage.summary = (
-        f"{sum(right)} of {quantized} int8 tensors hold what the source quantizes to, {len(right) - sum(right)} of "
+        f"{sum(right)} of {quantized} int8 tensors hold what the source quantizes to{bounded}, {len(right) - sum(right)} of "
         f"{len(examined) - quantized} others are the source's bit for bit; {chunks:,} chunks encoded and decoded again "
         f"({same:,} to the stored bytes); equal to the reference: {equal}"
     )
@@ -223,9 +226,9 @@ def _compare_back_ends(container: Container, back_ends: Sequence[BackEnd], stage
 def _compare_back_end(tensor: StoredTensor, back_end: BackEnd) -> tuple[int, DecodeError | None]:
     """Returns the number of tiles that agree before the first that does not, and the error that describes that one."""
     size = word_dtype(DTYPES[tensor.record.dtype])
-    for index in range(len(tensor.table.grid)):
+    for index in range(0, len(tensor.table.grid), tensor.tiles_together):
         try:
-            expected = np.frombuffer(read_tiles_bytes(tensor, range(index, index + 1)), size)
+            expected = np.frombuffer(read_run_bytes(tensor, range(index, index + tensor.tiles_together)), size)
         except CodecLLMError:
             return index, None  # damaged, and named already
         chunk = index * tensor.table.planes

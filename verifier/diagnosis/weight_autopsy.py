@@ -27,7 +27,7 @@ class Suspect:
         found: the loaded weight, on the CPU.
         right: what the container decodes to, of the same dtype.
         codes: int8 codes in the weight's shape as a matrix, where it is an int8 tensor of that very shape.
-        scales: float32 scales that broadcast against `codes`.
+        scales: float32 steps that broadcast against `codes`.
         source: the source's own weight, where there is one of that name.
         head: rows of an attention head, or None.
         others: gives the name of another parameter that holds exactly this weight, or None.
@@ -191,6 +191,6 @@ def _first_channel(suspect: Suspect) -> int | None:
     if not bad.any():
         return None
     cols = suspect.found.shape[-1] if suspect.found.ndim > 1 else 1
-    by_column = suspect.scales is not None and suspect.scales.shape[1] != 1
+    by_column = suspect.scales is not None and suspect.scales.shape[0] == 1 != suspect.scales.shape[1]
     first = int(bad.argmax())
     return first % cols if by_column else first // cols

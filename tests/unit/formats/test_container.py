@@ -15,7 +15,7 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, DecodeError, NotAContainerError, SchemaError, TruncatedError
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import MANIFEST_NAME, FileRecord
-from codecllm.formats.reference import read_codes, read_symbols, read_tensor_bytes, read_tiles_bytes, tensor_digest
+from codecllm.formats.reference import read_codes, read_run_bytes, read_symbols, read_tensor_bytes, tensor_digest
 from tests import tampering
 from tests.malformed.builders import SHARD, fix_chunks, make_container, rewrite_shard
 from tests.sources import bf16, write_source
@@ -86,7 +86,7 @@ def test_tiles_are_parts_of_the_tensor(tmp_path):
             for index in range(len(grid)):
                 tile = grid.tile(index)
                 part = whole[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
-                assert read_tiles_bytes(tensor, range(index, index + 1)) == part.tobytes()
+                assert read_run_bytes(tensor, range(index, index + 1)) == part.tobytes()
                 if tensor.scales is not None:
                     assert scales_for_tile(tensor.record, tensor.scales, tile).size in (tile.rows, tile.cols)
 

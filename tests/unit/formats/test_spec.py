@@ -18,7 +18,7 @@ from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.rans_groups import HEADER as RANS_HEADER
 from codecllm.formats.rans_groups import MAGIC as RANS_MAGIC
 from codecllm.formats.rans_groups import SIZE, TABLES_VERSION, max_tables_bytes
-from codecllm.formats.schemes.int8 import MAX_CODE, MAX_SCALE, MIN_SCALE
+from codecllm.formats.schemes.int8 import MAX_CODE, MAX_SCALE, MAX_WIDE_CODE, MAX_WIDE_STEP, MIN_SCALE, MIN_WIDE_CODE
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 from tests.unit.formats.spec_example import SPEC, embed
 
@@ -109,7 +109,11 @@ def test_rans():
     assert f"MUST be at least {LOWER}\n" in TEXT
     assert f"at most {MAX_TABLE_BYTES} bytes" in TEXT
     assert max_tables_bytes(1000) == 16 + 547 * 1000
-    assert {f"`{name}`" for name in manifest_module.KNOWN_FEATURES} == {"`rans`"}
+
+
+def test_features():
+    features = _tables("8. The manifest")[-1]
+    assert {name for name, _ in features} == manifest_module.KNOWN_FEATURES
 
 
 def test_dtypes():
@@ -126,6 +130,10 @@ def test_int8_constants():
     assert MIN_SCALE == 2.0**-126
     stated = set(re.findall(r"0x1\.[0-9a-f]+p\+\d+", TEXT))
     assert {float.fromhex(text) for text in stated} == {MAX_SCALE}
+    assert f"[{MIN_WIDE_CODE}, {MAX_WIDE_CODE}]" in TEXT
+    assert MAX_WIDE_STEP == 2.0**112
+    assert "2^112" in TEXT
+    assert np.isfinite(np.float32(MIN_WIDE_CODE) * np.float32(MAX_WIDE_STEP))
     largest = np.float32(MAX_SCALE)
     with np.errstate(over="ignore"):
         assert np.isfinite(np.float32(127) * largest)
@@ -133,7 +141,7 @@ def test_int8_constants():
 
 
 def test_manifest_fields():
-    top, schemes = _tables("8. The manifest")
+    top, schemes, _ = _tables("8. The manifest")
     fields = list(manifest_module.Manifest.model_fields)
     assert [row[0] for row in top] == [*fields, "manifest_sha256"]
     classes = {
@@ -148,7 +156,8 @@ def test_manifest_fields():
         assert own == {word for word in re.findall(r"\w+", text) if word in own}
         for field in own:
             assert field in text
-    for kind in (manifest_module.PlaneRecord, manifest_module.ShardRecord, manifest_module.FileRecord):
+    records = ("PlaneRecord", "ShardRecord", "FileRecord", "Options", "Calibration")
+    for kind in (getattr(manifest_module, name) for name in records):
         assert all(f"`{field}`" in TEXT for field in kind.model_fields)
 
 

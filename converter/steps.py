@@ -1,0 +1,115 @@
+"""Steps of an `int8` tensor chosen by somebody else: scales of rows and columns, order of columns, tiles, and refined codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats.columns import check_order
+from codecllm.formats.errors import FormatError, LayoutError, UsageError
+from codecllm.formats.manifest import NEAREST
+from codecllm.formats.schemes.int8 import check_steps
+from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, default_grid
+
+if TYPE_CHECKING:
+    from codecllm.converter.policy import TensorPlan
+
+COLUMN_GROUPS = 8
+"""Groups of like columns that a tensor's tiles have by default, where each can have enough symbols."""
+
+MIN_TILE_SYMBOLS = 1 << 16
+"""Symbols of a tile by default, where the tensor has so many: the code table of a smaller one costs too much."""
+
+_MIN_COLUMNS = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steps:
+    """How an `int8` tensor is quantized: code of (r, c) = rint(fl32(w / step)), step = fl32(row_scale[r] * col_scale[c]).
+
+    Rows and columns are those of the plan's `matrix`. For a plan of kind `column` (Conv1D), `row_scale` has one entry per
+    output channel, as always, and `col_scale` and `col_order` must be None.
+
+    Attributes:
+        row_scale: float32 [channels].
+        col_scale: float32 [cols] in the source's order, or None for 1 everywhere.
+        col_order: int [cols]: stored column j holds column order[j] of the source; only beside `col_scale`, or None.
+        tile: rows and columns of a tile of the stored matrix; None takes `column_tiles` or, without `col_scale`, whole rows.
+        rounding: `nearest`, or the name of what `codes` did.
+        codes: gives int16 [last - first, cols] for rows [first, last), columns in the source's order; called from several
+            threads, once or twice for each block of rows. None rounds to nearest.
+        wide: whether codes beyond 127 are to be expected. It only spares a second look at tensors of several blocks.
+    """
+
+    row_scale: NDArray[np.float32]
+    col_scale: NDArray[np.float32] | None = None
+    col_order: NDArray[np.integer[Any]] | None = None
+    tile: tuple[int, int] | None = None
+    rounding: str = NEAREST
+    codes: Callable[[int, int], NDArray[np.int16]] | None = None
+    wide: bool = False
+
+
+StepsProvider = Callable[["TensorPlan"], Steps | None]
+"""Chooses the steps of a tensor that is to become `int8`; None leaves it to the largest weight of each channel."""
+
+
+def column_tiles(rows: int, cols: int, groups: int = COLUMN_GROUPS) -> tuple[int, int]:
+    """Returns rows and columns of the tiles for a matrix whose like columns stand together.
+
+    Up to `groups` tiles side by side, at least 32 columns wide and of at least 65,536 symbols where the matrix is large enough,
+    and as many rows as 131,072 symbols allow.
+    """
+    fitting = max(1, min(groups, rows * cols // MIN_TILE_SYMBOLS, cols // _MIN_COLUMNS))
+    width = -(-cols // fitting)
+    return max(1, min(rows, DEFAULT_TILE_SYMBOLS // width)), width
+
+
+def grid_of(steps: Steps, rows: int, cols: int) -> Grid:
+    """Returns the tiles of a tensor with these steps."""
+    if steps.tile is not None:
+        return Grid(rows, cols, *steps.tile)
+    return default_grid(rows, cols) if steps.col_scale is None else Grid(rows, cols, *column_tiles(rows, cols))
+
+
+def max_tiles(rows: int, cols: int) -> int:
+    """Returns the most tiles that steps may ask for: one per 4096 symbols, and some for small or narrow matrices."""
+    return 64 + rows * cols // 4096 + 2 * (rows + cols) // 64
+
+
+def check(steps: Steps, plan: TensorPlan) -> None:
+    """Checks steps before anything is written.
+
+    Raises:
+        UsageError: they do not fit the tensor, or the format forbids them.
+    """
+    rows, cols = plan.matrix
+    where = {"file": plan.source.file.name, "tensor": plan.source.name}
+    _check_array("row_scale", steps.row_scale, plan.channels, where)
+    if plan.kind == "column" and not (steps.col_scale is None and steps.col_order is None):
+        raise UsageError("a tensor with a scale for each column has no second one and no order of columns", **where)
+    if steps.col_order is not None and steps.col_scale is None:
+        raise UsageError("an order of columns needs scales of columns", **where)
+    if steps.col_scale is not None:
+        _check_array("col_scale", steps.col_scale, cols, where)
+    try:
+        if steps.col_order is not None:
+            check_order(np.asarray(steps.col_order), cols)
+        check_steps(steps.row_scale, steps.col_scale, wide=False)
+        grid = grid_of(steps, rows, cols)
+        if len(grid) > max_tiles(rows, cols):
+            raise LayoutError("too many tiles", got=len(grid), expected=f"at most {max_tiles(rows, cols)}")
+    except FormatError as exc:
+        raise UsageError(f"steps: {exc}", **where) from exc
+    if (steps.codes is None) != (steps.rounding == NEAREST):
+        raise UsageError("rounding is 'nearest' if and only if no codes are given", got=steps.rounding, **where)
+
+
+def _check_array(name: str, values: NDArray[Any], size: int, where: dict[str, Any]) -> None:
+    if values.dtype != np.float32 or values.shape != (size,):
+        got = f"{values.dtype} {list(values.shape)}"
+        raise UsageError(f"{name} has a wrong type or shape", got=got, expected=f"float32 [{size}]", **where)
