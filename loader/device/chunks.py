@@ -41,14 +41,14 @@ class ChunkList:
         tensors: the tensor of each chunk, and its number there.
         columns: per tensor added int64 [5, n]: slot in the stored bytes, stored bytes, symbols, place in the arena, codec.
         table_of: per tensor added int64 [n]: number of the table in `tables`, 0 where the codec has none.
-        coded: per tensor added: whether its symbols are int8 codes.
+        codes: per tensor added bool [n]: whether a chunk's symbols are int8 codes, or the high parts of wide ones.
         tables: the tables, each once.
     """
 
     tensors: list[tuple[StoredTensor, int, int]] = field(default_factory=list)
     columns: list[NDArray[np.int64]] = field(default_factory=list)
     table_of: list[NDArray[np.int64]] = field(default_factory=list)
-    codes: list[bool] = field(default_factory=list)
+    codes: list[NDArray[np.bool_]] = field(default_factory=list)
     tables: list[FrequencyTable] = field(default_factory=list)
     _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -70,7 +70,8 @@ class ChunkList:
         slots = slot + table.offsets[first:last] - table.offsets[first]
         self.columns.append(np.stack([slots, records["stored_bytes"], raw, places, records["codec"]]).astype(np.int64))
         self.table_of.append(self._tables_of(source, first, records["codec"]))
-        self.codes.append(isinstance(source.record, Int8Tensor))
+        last_plane = np.arange(first + 1, last + 1) % count == 0
+        self.codes.append(last_plane & isinstance(source.record, Int8Tensor))
         self.tensors.append((source, first, last))
 
     def locate(self, index: int) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class ChunkWork:
         self._order = np.concatenate([rans, zstd])
         self._rans = self._describe_rans(rans, slots, stored, raw, places, tables)
         frames = [slots[zstd] + stored_address, stored[zstd], raw[zstd], places[zstd] + arena_address]
-        checked = np.flatnonzero(np.repeat(chunks.codes, [part.shape[1] for part in chunks.columns]))
+        checked = np.flatnonzero(np.concatenate(chunks.codes))
         self._counts = (len(rans), len(zstd), len(plain), len(checked))
         self._largest, self._total = int(raw[zstd].max(initial=0)), int(raw[zstd].sum())
         parts = [

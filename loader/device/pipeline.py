@@ -26,10 +26,9 @@ import torch
 from codecllm.formats.checksums import xxh3_stream
 from codecllm.formats.container import Container, PlainTensor, StoredTensor
 from codecllm.formats.errors import ChecksumError
-from codecllm.formats.manifest import Int8Tensor
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_places
 from codecllm.loader.device.codecs import DeviceCodecs
-from codecllm.loader.device.finish import finish_bands
+from codecllm.loader.device.finish import finish_bands, side_arrays
 from codecllm.loader.device.plan import ARENA_BYTES, SLOT_BYTES, Batch, Piece, Request, aligned, band_rows, cut
 from codecllm.loader.device.read import read_piece
 from codecllm.loader.device.streams import Event, Streams
@@ -315,11 +314,11 @@ class DevicePipeline:
             return
         assert self._arena is not None
         planes = [self._arena[place : place + rows * grid.cols] for place in self._planes(piece, symbols)]
-        scales = None
-        if isinstance(source.record, Int8Tensor):
-            count = grid.cols if source.record.channel_kind == "column" else rows
-            scales = staged[staged.numel() - 4 * count :].view(torch.float32)
-        finish_bands(source, (row, rows), planes, scales, target)
+        sides, end = [], staged.numel()
+        for side in reversed(side_arrays(source, (row, rows))):
+            end -= aligned(side.nbytes)
+            sides.append(staged[end : end + side.nbytes].view(torch.int32 if side.dtype.kind == "i" else torch.float32))
+        finish_bands(source, (row, rows), planes, sides[::-1], target)
 
     def _settle(self) -> None:
         """Waits for the oldest batch on the device, reads its faults and hands its tensors out.

@@ -15,7 +15,7 @@ from codecllm.formats.manifest import Int8Tensor
 from codecllm.loader.decode import CODES
 from codecllm.loader.device.chunks import WORDS_PER_CHUNK, chunks_of, plane_bytes
 from codecllm.loader.device.codecs import DeviceCodecs
-from codecllm.loader.device.finish import finishes_on_device
+from codecllm.loader.device.finish import finishes_on_device, side_arrays
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 
 PIECE_SYMBOLS = 8 << 20
@@ -156,7 +156,8 @@ def _coded_pieces(request: Request, source: StoredTensor, own: torch.dtype, code
             continue
         stored = aligned(source.slots_bytes(*chunks_of(source, bands)))
         arena = source.table.planes * plane_bytes(symbols)
-        yield Piece(request, source, shape, dtype, None, bands, stored + scales_bytes(source, bands), arena, ends)
+        sides = sum(aligned(side.nbytes) for side in side_arrays(source, band_rows(source, bands)))
+        yield Piece(request, source, shape, dtype, None, bands, stored + sides, arena, ends)
 
 
 def _plain_pieces(request: Request, source: PlainTensor, own: torch.dtype) -> Iterator[Piece]:
@@ -195,13 +196,6 @@ def band_rows(source: StoredTensor, bands: range) -> tuple[int, int]:
     grid = source.table.grid
     first = bands.start * grid.tile_rows
     return first, min(grid.rows, bands.stop * grid.tile_rows) - first
-
-
-def scales_bytes(source: StoredTensor, bands: range) -> int:
-    """Returns the size of the scales that bands of an `int8` tensor need: their rows', or all columns'; 0 for others."""
-    if not isinstance(source.record, Int8Tensor):
-        return 0
-    return 4 * (source.table.grid.cols if source.record.channel_kind == "column" else band_rows(source, bands)[1])
 
 
 def _runs_of_bands(source: StoredTensor) -> Iterator[range]:

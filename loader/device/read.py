@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from codecllm.formats.codecs.zstd import check_frame
 from codecllm.formats.container import PlainTensor, StoredTensor
 from codecllm.formats.errors import DecodeError, TruncatedError
-from codecllm.formats.manifest import Int8Tensor
 from codecllm.loader.decode import Workspace, read_tiles, write_tile
 from codecllm.loader.device.chunks import chunks_of
 from codecllm.loader.device.codecs import ZSTD_ID
+from codecllm.loader.device.finish import side_arrays
 from codecllm.loader.device.plan import Piece, aligned, band_rows, target_name
 from codecllm.loader.torch_tensors import words_of
 
@@ -38,7 +38,7 @@ def read_piece(piece: Piece, buffer: torch.Tensor, workspace: Workspace) -> None
 
 
 def _read_slots(source: StoredTensor, piece: Piece, buffer: NDArray[np.uint8]) -> None:
-    """Reads the slots of a piece's chunks, verifies each, and puts the scales behind them."""
+    """Reads the slots of a piece's chunks, verifies each, and puts side data behind them."""
     first, last = chunks_of(source, piece.bands)
     size = source.slots_bytes(first, last)
     slots = memoryview(buffer)[:size]
@@ -53,11 +53,11 @@ def _read_slots(source: StoredTensor, piece: Piece, buffer: NDArray[np.uint8]) -
                 check_frame(stored, record.raw_bytes)
             except DecodeError as exc:
                 raise exc.located(**source.place(chunk)) from None
-    if piece.staged is None and isinstance(source.record, Int8Tensor):
-        assert source.scales is not None
-        row, rows = band_rows(source, piece.bands)
-        scales = source.scales if source.record.channel_kind == "column" else source.scales[row : row + rows]
-        buffer[aligned(size) :].view(np.float32)[:] = scales
+    if piece.staged is None:
+        place = aligned(size)
+        for side in side_arrays(source, band_rows(source, piece.bands)):
+            buffer[place : place + side.nbytes].view(side.dtype)[:] = side
+            place += aligned(side.nbytes)
 
 
 def _decode(source: StoredTensor, piece: Piece, buffer: torch.Tensor, workspace: Workspace) -> None:

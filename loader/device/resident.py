@@ -1,8 +1,8 @@
-"""resident="compressed" on a device: payloads stay in its memory as they are stored, and layers are decoded just before they run.
+"""resident="compressed" on a device: payloads stay in its memory as they are stored, layers are decoded just before they run.
 
-All payloads lie in one buffer, so that one batch decodes the weights of a whole layer. There are two buffers for decoded weights:
-while one is multiplied, the other receives what comes next, on the decode stream. What comes next is learned from the first
-forward pass; anything else is decoded when it is asked for.
+All payloads lie in one buffer, so that one batch decodes the weights of a whole layer. There are two buffers for decoded
+weights: while one is multiplied, the other receives what comes next, on the decode stream. What comes next is learned from the
+first forward pass; anything else is decoded when it is asked for.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ class DeviceCompressedTensor(CompressedTensor):
     Attributes:
         decoder: what decodes it.
         slot: where its payload begins in the decoder's buffer.
-        scales: float32 [rows] or [columns] on the device for `int8`, else None.
+        sides: `side_arrays` of the whole matrix, on the device.
         blocks: the matrix in blocks of at most GROUP_ELEMENTS.
     """
 
     decoder: DeviceDecoder
     slot: int
-    scales: torch.Tensor | None
+    sides: list[torch.Tensor]
     blocks: list[Block] = field(default_factory=list)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -95,7 +95,7 @@ class DeviceCompressedTensor(CompressedTensor):
         return out
 
     def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns] on the device; decodes the tiles that hold them."""
+        """Returns rows (int64 [n], on the CPU) as `dtype` [n, columns] on the device; decodes the tiles that hold them."""
         grid, device = self.stored.table.grid, self.decoder.device
         out = torch.empty(len(rows), self.cols, dtype=dtype, device=device)
         bands = torch.div(rows, grid.tile_rows, rounding_mode="floor")
@@ -175,7 +175,7 @@ class DeviceDecoder:
                 verdict.work.raise_fault(status, self._tools)
 
     def weight(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
-        """Returns a block decoded, [rows, columns], valid for work of the calling thread's stream that is queued under the lock."""
+        """Returns a block decoded, [rows, columns], for work that is queued on the calling thread's stream under the lock."""
         number = self._group_of.get(block)
         if number is None:
             self._learn(block)
@@ -237,12 +237,11 @@ class DeviceDecoder:
             for block, planes, out in zip(group.blocks, group.planes, outs, strict=True):
                 source, symbols = block.tensor.stored, block.elements
                 row, rows = band_rows(source, block.bands)
-                scales = block.tensor.scales
+                sides = list(block.tensor.sides)
                 if isinstance(source.record, Int8Tensor) and source.record.channel_kind == "row":
-                    assert scales is not None
-                    scales = scales[row : row + rows]
+                    sides[0] = sides[0][row : row + rows]
                 arenas = [self._arena[place : place + symbols] for place in planes]
-                finish_bands(source, (row, rows), arenas, scales, out)
+                finish_bands(source, (row, rows), arenas, sides, out)
 
     def _launch(self, group: _Group) -> Verdict:
         """Queues the decoding of a group's chunks into the arena, on the decode stream."""

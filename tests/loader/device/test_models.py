@@ -28,15 +28,20 @@ def device(request, monkeypatch):
     return nvcomp
 
 
+def _without_device(folder, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "DeviceFeeds", DeviceFeeds)
+        patch.setattr(pretrained, "sole_device", lambda *_: None)
+        return from_pretrained(folder, **options)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])
 def test_dense_models_have_the_bits_of_the_cpu_path(container, name, scheme, device):
     folder = container(name, scheme)
     model = from_pretrained(folder)
     assert device.frames > 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "DeviceFeeds", DeviceFeeds)
-        expected = from_pretrained(folder)
+    expected = _without_device(folder)
     theirs, ours = expected.state_dict(), model.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(same_bits(theirs[key], ours[key]) for key in theirs)
@@ -46,9 +51,7 @@ def test_int8_models_get_their_codes_through_the_feed(container, device):
     folder = container("llama", "int8")
     model = from_pretrained(folder, resident="int8")
     assert device.frames > 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "DeviceFeeds", DeviceFeeds)
-        expected = from_pretrained(folder, resident="int8")
+    expected = _without_device(folder, resident="int8")
     assert torch.equal(logits(model), logits(expected))
 
 

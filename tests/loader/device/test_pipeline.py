@@ -10,6 +10,7 @@ import torch
 import zstandard
 
 from codecllm.converter import convert
+from codecllm.converter.steps import Steps
 from codecllm.formats.chunk_table import RECORD
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, DecodeError
@@ -17,7 +18,8 @@ from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.loader.device import pipeline, plan
 from codecllm.loader.device.codecs import NOTHING
 from codecllm.loader.pool import DecodePool
-from codecllm.loader.torch_tensors import file_order, fill, start_filling, torch_dtype
+from codecllm.loader.state_dict import TensorReader
+from codecllm.loader.torch_tensors import file_order, torch_dtype
 from tests import tampering
 from tests.loader.device.machine import KERNELS_ONLY, NvcompOfTheHost, feed_of, with_nvcomp
 from tests.malformed.builders import fix_chunks, make_container, rewrite_shard, split_shard
@@ -119,10 +121,26 @@ def test_other_dtypes_are_those_of_the_cpu_path(made):
     for scheme in ("int8", "lossless"):
         folder = made[scheme]
         with feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (container, feed), DecodePool(1) as pool:
+            reader = TensorReader(container, pool)
             for name in ("wide", "tall", "full", COLUMNS, "norm"):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-                    expected = fill(pool, start_filling(container.tensor(name), dtype))
-                    assert torch.equal(feed.take(name, "weight", dtype), expected), (name, dtype)
+                    assert torch.equal(feed.take(name, "weight", dtype), reader.read(name, "weight", dtype)), (name, dtype)
+            reader.close()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("codecs", [NOTHING, with_nvcomp(NvcompOfTheHost())], ids=["cpu", "nvcomp"])
+def test_scales_and_order_of_columns_and_wide_codes(tmp_path, codecs, wide):
+    rng = np.random.default_rng(7)
+    values = (rng.standard_normal((300, 200)) * np.geomspace(0.01, 1, 200)).astype(np.float32)
+    source = write_source(tmp_path / "source", {"w": ("F32", values), "v": ("BF16", bf16(values))}, {"model_type": "none"})
+    columns, order = np.geomspace(0.5, 2, 200).astype(np.float32), rng.permutation(200).astype(np.int32)
+    rows = np.abs(values / columns).max(axis=1).astype(np.float32) / (3000 if wide else 110)
+    steps = Steps(rows, columns, order, tile=(64, 50), wide=wide)
+    folder = convert(source, tmp_path / "out", scheme="int8", include=("*",), steps=lambda plan: steps).out
+    with Container(folder) as container:
+        assert container.tensor("w").wide is wide
+    _take_all(folder, codecs)
 
 
 def test_codes_and_payloads(made):
