@@ -186,7 +186,7 @@ class _Load:
     def _plan(self, resident: Resident) -> Residency:
         if resident == "int8":
             return ResidentInt8(self._container, self._reader, self._state_dict)
-        return ResidentCompressed(self._container, self._reader, self._state_dict, self._workers, self._meter)
+        return ResidentCompressed(self._container, self._reader, self._state_dict, self._workers, self._meter, self._feed)
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)

@@ -270,6 +270,8 @@ class DeviceTools:
 
         with self.streams.on(self.streams.side):
             expanded = expand_tables(tables, self.streams.device)
+        for part in (expanded.symbols, expanded.ranges, expanded.precisions):
+            self.streams.keep(part, self.streams.decode)
         return expanded, self.streams.record(self.streams.side)
 
     def decode_zstd(self, frames: ZstdFrames, sizes: torch.Tensor, statuses: torch.Tensor) -> None:

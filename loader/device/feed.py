@@ -18,6 +18,7 @@ from codecllm.loader.device.plan import Part, Request
 from codecllm.loader.device.streams import ACCELERATORS, DeviceStreams, Streams, is_accelerator
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter
+from codecllm.loader.torch_tensors import file_order
 
 Wanted = tuple[str, Part, torch.dtype | None]
 """Name of a stored tensor, what of it, and the dtype of a weight."""
@@ -55,6 +56,16 @@ class DeviceFeed:
             assert not isinstance(record, AliasTensor)
             self._meter.add(name, record.source_bytes)
         return tensor
+
+    def fill(self, places: dict[str, torch.Tensor]) -> None:
+        """Fills memory on the device (uint8 [payload bytes] each) with the checked payloads of tensors, by name.
+
+        Raises:
+            FormatError: one is damaged.
+        """
+        requests = [Request(name, "payload", None, out=places[name]) for name in file_order(self._container) if name in places]
+        for future in [self._pipeline.request(request) for request in requests]:
+            future.result()
 
     def close(self) -> None:
         """Ends the pipeline and drops tensors that nobody took."""
@@ -137,13 +148,9 @@ def sole_device(device_map: Any, needed_bytes: int) -> torch.device | None:
     if isinstance(device_map, dict):
         places = {str(place) for place in device_map.values()}
         device_map = next(iter(device_map.values())) if len(places) == 1 else None
-    if isinstance(device_map, int) and not isinstance(device_map, bool):
-        device_map = torch.device("cuda", device_map)
-    if not isinstance(device_map, str | torch.device) or str(device_map) in ("disk", "meta"):
-        return None
     try:
-        device = torch.device(device_map)
-    except RuntimeError:
+        device = torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
+    except (RuntimeError, TypeError):  # none, or "disk"
         return None
     if not is_accelerator(device) or not getattr(torch, device.type).is_available():
         return None

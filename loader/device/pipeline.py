@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -93,14 +93,14 @@ class _Issued:
     Attributes:
         finished: tensors that are whole once it is done.
         done: behind its last work, the copy of its status words included.
-        kept: device memory of other streams that must not be given away before.
+        verdict: how the decoding of its chunks went, on the device.
+        status: the same on the host, once it is done.
     """
 
     finished: list[Request]
     done: Event
     verdict: Verdict | None
     status: torch.Tensor | None
-    kept: list[Any] = field(default_factory=list)
 
 
 class DevicePipeline:
@@ -230,11 +230,10 @@ class DevicePipeline:
         streams.wait(streams.decode, reading.slot.copied)
         streams.follow(streams.decode)  # the memory of new tensors may have been another's on the caller's stream
         with streams.on(streams.decode):
-            verdict, kept = None, []
+            verdict = None
             if work is not None:
                 if tables is not None:
                     streams.wait(streams.decode, tables[1])
-                    kept.append(tables[0])
                 assert self._arena is not None
                 words = staged[batch.host_bytes :].view(torch.int64)
                 verdict = work.launch(words, staged, self._arena, self._tools, tables[0] if tables else None)
@@ -246,7 +245,7 @@ class DevicePipeline:
                 status.copy_(verdict.status, non_blocking=True)
         stage.decoded = streams.record(streams.decode)
         finished = [piece.request for piece, _, _ in batch.pieces if piece.ends]
-        self._issued.append(_Issued(finished, stage.decoded, verdict, status, kept))
+        self._issued.append(_Issued(finished, stage.decoded, verdict, status))
 
     def _check_plain(self, reading: _Reading) -> None:
         """Compares the checksums of plainly stored tensors, each over all of its pieces."""

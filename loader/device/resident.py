@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from codecllm.formats.container import StoredTensor
 from codecllm.formats.manifest import Int8Tensor
-from codecllm.loader.compressed_modules import CompressedTensor
+from codecllm.loader.compressed_modules import CodedMatrix
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_bytes, plane_places
 from codecllm.loader.device.codecs import DeviceCodecs
-from codecllm.loader.device.finish import finish_bands
+from codecllm.loader.device.feed import DeviceFeed
+from codecllm.loader.device.finish import finish_bands, side_arrays, to_device
 from codecllm.loader.device.plan import aligned, band_rows
 from codecllm.loader.device.streams import Event, Streams
 
@@ -70,7 +70,7 @@ class _Buffer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DeviceCompressedTensor(CompressedTensor):
+class DeviceCompressedTensor(CodedMatrix):
     """A matrix whose chunks lie in device memory as they are stored.
 
     Attributes:
@@ -84,6 +84,11 @@ class DeviceCompressedTensor(CompressedTensor):
     slot: int
     sides: list[torch.Tensor]
     blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The decoder's."""
+        return self.decoder.lock
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the whole matrix in memory of its own, on the device."""
@@ -114,7 +119,8 @@ class DeviceCompressedTensor(CompressedTensor):
                 out.index_copy_(0, chosen.to(device), decoded.index_select(0, source.to(device)))
         return out
 
-    def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields the matrix block by block, each in a buffer of the decoder. Hold `lock`."""
         for block in self.blocks:
             row, rows = band_rows(self.stored, block.bands)
             yield slice(row, row + rows), self.decoder.weight(block, dtype)
@@ -128,13 +134,13 @@ class DeviceDecoder:
         lock: held by whoever uses a decoded weight, from asking for it until its use is queued.
     """
 
-    def __init__(self, streams: Streams, codecs: DeviceCodecs, stored_bytes: int) -> None:
-        """Allocates `stored_bytes` for payloads."""
+    def __init__(self, streams: Streams, codecs: DeviceCodecs) -> None:
+        """Allocates nothing yet."""
         self.device = streams.device
         self.lock = threading.RLock()
         self._streams = streams
         self._tools = DeviceTools(streams, codecs)
-        self._payloads = torch.empty(stored_bytes, dtype=torch.uint8, device=self.device)
+        self._payloads = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._filled = 0
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._buffers = (_Buffer(), _Buffer())
@@ -143,33 +149,33 @@ class DeviceDecoder:
         self._groups: list[_Group] = []
         self._group_of: dict[Block, int] = {}
 
-    def reserve(self, source: StoredTensor) -> tuple[int, torch.Tensor]:
-        """Returns where a tensor's payload goes in the buffer, and that part of it."""
-        slot, size = self._filled, int(source.table.offsets[-1])
-        self._filled += size
-        return slot, self._payloads[slot : slot + size]
-
-    def hold(self, source: StoredTensor, slot: int) -> DeviceCompressedTensor:
-        """Returns the tensor whose payload lies, or will lie, at `slot`."""
-        scales = torch.from_numpy(source.scales.copy()).to(self.device) if source.scales is not None else None
-        tensor = DeviceCompressedTensor(source, self, slot, scales)
+    def hold(self, source: StoredTensor) -> DeviceCompressedTensor:
+        """Returns a tensor; its payload is to be brought by `load`."""
+        sides = to_device(side_arrays(source, (0, source.table.grid.rows)), self.device)
+        tensor = DeviceCompressedTensor(source, self, self._filled, sides)
+        self._filled += int(source.table.offsets[-1])
         grid = source.table.grid
         step = max(1, GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
         tensor.blocks.extend(Block(tensor, range(first, min(first + step, grid.down))) for first in range(0, grid.down, step))
         return tensor
 
-    def check(self, tensors: Sequence[DeviceCompressedTensor]) -> None:
-        """Decodes everything once and reads back how that went; later decoding is of the same bytes and is not read back.
+    def load(self, tensors: Sequence[DeviceCompressedTensor], feed: DeviceFeed) -> None:
+        """Brings the payloads of all tensors, and decodes everything once to see that it can be.
+
+        Later decoding is of the same bytes; how it went is not read back.
 
         Raises:
-            DecodeError: a chunk does not decode.
+            FormatError: a chunk is damaged or does not decode.
         """
+        self._payloads = torch.empty(self._filled, dtype=torch.uint8, device=self.device)
+        places = {}
+        for tensor in tensors:
+            source = tensor.stored
+            places[source.record.name] = self._payloads[tensor.slot : tensor.slot + int(source.table.offsets[-1])]
+        feed.fill(places)
         with self.lock:
-            verdicts = []
-            for group in _grouped([block for tensor in tensors for block in tensor.blocks]):
-                self._streams.follow(self._streams.decode)
-                verdicts.append(self._launch(group))
-            for verdict in verdicts:
+            groups = _grouped([block for tensor in tensors for block in tensor.blocks])
+            for verdict in [self._launch(group) for group in groups]:
                 with self._streams.on(self._streams.decode):
                     status = verdict.status.cpu().numpy()
                 verdict.work.raise_fault(status, self._tools)
@@ -214,6 +220,8 @@ class DeviceDecoder:
         """Queues the decoding of a group into a buffer, behind all that the calling thread's stream has queued."""
         size = sum(aligned(block.elements * dtype.itemsize) for block in group.blocks)
         if buffer.memory is None or buffer.memory.numel() < size:
+            if buffer.ready is not None:  # nobody may have waited for what was decoded ahead
+                self._streams.wait(self._streams.current(), buffer.ready)
             buffer.memory = None
             with torch.inference_mode(False):  # a later caller may be outside of it
                 buffer.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -271,7 +279,8 @@ class DeviceDecoder:
         group.arena = self._arena.data_ptr()
         group.work = ChunkWork(chunks, self._payloads.data_ptr(), group.arena)
         with torch.inference_mode(False):
-            group.words = torch.from_numpy(np.ascontiguousarray(group.work.words)).to(self.device)
+            group.words = torch.from_numpy(group.work.words).to(self.device)
+            self._streams.keep(group.words, self._streams.decode)
             group.tables = self._tools.expand(group.work.tables) if group.tables is None else group.tables
         self._streams.follow(self._streams.decode)
         if group.tables is not None:

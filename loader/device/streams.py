@@ -54,6 +54,9 @@ class Streams(Protocol):
     def current(self) -> Any:
         """The calling thread's current stream."""
 
+    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """Keeps a tensor's memory, once it is dropped, until work of `stream` queued before is done."""
+
     def pinned(self, size: int) -> torch.Tensor:
         """Returns uninitialised uint8 [size] on the host, from which copies are asynchronous."""
 
@@ -100,6 +103,10 @@ class DeviceStreams:
     def current(self) -> Any:
         """See `Streams`."""
         return self._module.current_stream(self.device)
+
+    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """See `Streams`."""
+        tensor.record_stream(stream)
 
     def pinned(self, size: int) -> torch.Tensor:
         """See `Streams`."""
@@ -158,6 +165,9 @@ class HostStreams:
     def current(self) -> Any:
         """See `Streams`."""
         return None
+
+    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """See `Streams`."""
 
     def pinned(self, size: int) -> torch.Tensor:
         """See `Streams`."""
