@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from codecllm.loader import from_pretrained
 from tests.integration import tiny_models
