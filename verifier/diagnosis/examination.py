@@ -24,7 +24,7 @@ from codecllm.formats.reference import join_chunks
 from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
-from codecllm.verifier.comparison import code_errors, is_refined
+from codecllm.verifier.rounding import code_errors, is_refined
 
 Place = tuple[int, int]
 """Row and column of the tensor's matrix."""
