@@ -108,7 +108,7 @@ class Int8Embedding(Int8Weight, nn.Embedding):
 def int8_twin(module: nn.Module, by_column: bool = False) -> Int8Linear | Int8Embedding | None:
     """Returns an uninitialised int8 module in place of a plain linear layer or embedding; None for anything else.
 
-    Subclasses are left alone: their forward may do more than a product or a look-up. `by_column` makes room for columns' scales.
+    Subclasses are left alone: they may do more than a product or a look-up. `by_column` makes room for scales of columns.
     """
     if type(module) is nn.Linear:
         return Int8Linear.from_linear(module, by_column)
