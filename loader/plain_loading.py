@@ -23,7 +23,7 @@ from codecllm.loader.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader
 
 CHUNKS_SUFFIX = "_chunks"
-COMPANIONS = ("_scale", "_shape", CHUNKS_SUFFIX)
+COMPANIONS = ("_scale", "_col_scale", "_col_order", "_shape", CHUNKS_SUFFIX, "_tables")
 
 
 class PlainLoad:

@@ -23,8 +23,8 @@ from codecllm.loader.torch_tensors import (
     torch_dtype,
 )
 
-Part = Literal["weight", "codes", "scale"]
-SCALE_SUFFIX = "_scale"
+Part = Literal["weight", "codes", "scale", "col_scale"]
+SCALE_SUFFIX, COL_SCALE_SUFFIX = "_scale", "_col_scale"
 
 
 class TensorReader:
@@ -59,7 +59,8 @@ class TensorReader:
 
         Args:
             name: a tensor that is no alias.
-            part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel.
+            part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel;
+                `col_scale`: float32, one per column.
             dtype: dtype of `weight`; ignored otherwise.
 
         Raises:
@@ -80,8 +81,8 @@ class TensorReader:
             raise
 
     def _decode(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
-        if part == "scale":
-            return open_scales(self._container, name)
+        if part in ("scale", "col_scale"):
+            return open_scales(self._container, name, of_columns=part == "col_scale")
         source = self._container.tensor(name)
         announce_reads(source)
         if part == "codes":
@@ -117,11 +118,11 @@ class LazyTensor:
         self._source_dtype = torch_dtype(record.dtype, record.name)
         is_float = self._source_dtype.is_floating_point and self._source_dtype.itemsize > 1
         weight_dtype = dtype if is_float else self._source_dtype
-        self.dtype = {"weight": weight_dtype, "codes": torch.int8, "scale": torch.float32}[part]
+        self.dtype = {"weight": weight_dtype, "codes": torch.int8}.get(part, torch.float32)
         self.shape = torch.Size(record.shape)
-        if part == "scale":
+        if part in ("scale", "col_scale"):
             assert isinstance(record, Int8Tensor | AliasTensor)
-            self.shape = torch.Size(record.shape[:1])
+            self.shape = torch.Size(record.shape[:1] if part == "scale" else record.shape[1:])
         self.ndim = len(self.shape)
         self.device = torch.device("cpu")
 
