@@ -442,7 +442,7 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
         if (record.rounding is None) != (record.worst_steps is None) or (
             record.rounding is None and (by_column or record.wide)
         ):
-            raise SchemaError("rounding and its worst error are not both recorded", **where)
+            raise SchemaError("rounding, its worst error, columns and planes do not fit each other", **where)
     for plane in record.planes:
         if plane.codec not in CODEC_IDS:
             raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)

@@ -115,7 +115,7 @@ def join_tiles(
     """Takes the symbols of `tiles_together` tiles from `start` on; returns planes [rows, cols] in the source's order."""
     planes, part = tensor.table.planes, tensor.part(start)
     if tensor.tiles_together == 1:
-        return [symbols.reshape(part.rows, part.cols) for symbols in islice(decoded, planes)]
+        return [tensor.in_order(symbols.reshape(part.rows, part.cols)) for symbols in islice(decoded, planes)]
     stored = [workspace.scratch(part.rows, part.cols, np.uint8, plane) for plane in range(planes)]
     for index in range(start, start + tensor.tiles_together):
         tile = tensor.table.grid.tile(index)

@@ -2,7 +2,8 @@
 
 `exact` dequantizes blocks of rows to the dtype of the inputs and multiplies as a plain linear layer would: where it runs, the
 results are those of dense loading. `packed` multiplies with the codes as they are: it reads half of bf16's bytes, which is what
-a product with few rows of inputs costs on a CPU, and rounds twice (the sum, then its product with the scale).
+a product with few rows of inputs costs on a CPU, and rounds twice (the sum, then its product with the scale). Scales of columns
+go into the inputs first, which are rounded once more by it.
 `python -m benchmarks.int8_matmul` compares them with a dense layer.
 """
 
@@ -51,46 +52,68 @@ def dequantize_rows(
     return out
 
 
-def int8_linear(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def int8_linear(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
 
     Against `exact`, `packed` differs by at most the rounding of the sum and of its product with the scale: 2^-8 of an output,
-    besides what another order of summation does. Gradients flow to `inputs` and `bias`; the dequantized weight is made anew for
-    them, not kept.
+    besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of the sum of
+    |input * weight| at most, and a tenth of that as a rule. Gradients flow to `inputs` and `bias`; the dequantized weight is
+    made anew for them, not kept.
 
     Args:
         inputs: float [..., in].
         codes: int8 [out, in].
         scale: float32 [out].
         bias: [out] or None.
+        col_scale: float32 [in] or None.
 
     Returns:
         [..., out], dtype of `inputs`.
     """
     if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
-        result: torch.Tensor = _FrozenInt8.apply(inputs, codes, scale, bias)
+        result: torch.Tensor = _FrozenInt8.apply(inputs, codes, scale, bias, col_scale)
         return result
-    return _product(inputs, codes, scale, bias)
+    return _product(inputs, codes, scale, bias, col_scale)
 
 
-def exact(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def exact(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """As `int8_linear`: dequantizes, then multiplies as a linear layer of the dense model."""
     rows, cols = codes.shape
     step = max(1, SCRATCH_ELEMENTS // max(1, cols))
     if rows <= step:
-        return functional.linear(inputs, dequantize_rows(codes, scale, inputs.dtype), bias)
+        return functional.linear(inputs, dequantize_rows(codes, scale, inputs.dtype, col_scale), bias)
     step = max(64, step // 64 * 64)
     parts = []
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        weight = dequantize_rows(codes[block], scale[block], inputs.dtype)
+        weight = dequantize_rows(codes[block], scale[block], inputs.dtype, col_scale)
         parts.append(functional.linear(inputs, weight, None if bias is None else bias[block]))
     return torch.cat(parts, dim=-1)
 
 
-def packed(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def packed(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """As `int8_linear`: multiplies bfloat16 inputs on the CPU with the codes, then scales in float32."""
     flat = inputs.reshape(-1, inputs.shape[-1])
+    if col_scale is not None:
+        flat = (flat * col_scale).to(inputs.dtype)
     # The kernel takes scales in bfloat16 only, which would move whole channels: it gets ones.
     sums = torch._weight_int8pack_mm(flat, codes, torch.ones(codes.shape[0], dtype=inputs.dtype))
     scaled = sums * scale if bias is None else torch.addcmul(bias.to(torch.float32), sums.to(torch.float32), scale)
@@ -110,30 +133,43 @@ def can_pack(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
     )
 
 
-def _product(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _product(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None,
+) -> torch.Tensor:
     kernel = packed if can_pack(inputs, codes) else exact
-    return kernel(inputs, codes, scale, bias)
+    return kernel(inputs, codes, scale, bias, col_scale)
 
 
 class _FrozenInt8(torch.autograd.Function):
     """The product, with gradients for all but the weight, which has none."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
-        ctx.save_for_backward(codes, scale)
-        return _product(inputs, codes, scale, bias)
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        col_scale: torch.Tensor | None,
+    ) -> Any:
+        ctx.save_for_backward(codes, scale, col_scale)
+        return _product(inputs, codes, scale, bias, col_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        codes, scale = ctx.saved_tensors
+        codes, scale, col_scale = ctx.saved_tensors
         rows, cols = codes.shape
         to_inputs = None
         if ctx.needs_input_grad[0]:
             step = max(1, SCRATCH_ELEMENTS // max(1, cols))
             for first in range(0, rows, step):
                 block = slice(first, first + step)
-                part = grad[..., block] @ dequantize_rows(codes[block], scale[block], grad.dtype)
+                part = grad[..., block] @ dequantize_rows(codes[block], scale[block], grad.dtype, col_scale)
                 to_inputs = part if to_inputs is None else to_inputs.add_(part)
         to_bias = grad.reshape(-1, rows).sum(0) if ctx.needs_input_grad[3] else None
-        return to_inputs, None, None, to_bias
+        return to_inputs, None, None, to_bias, None

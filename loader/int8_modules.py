@@ -21,11 +21,13 @@ class Int8Weight(nn.Module):
     Attributes:
         codes: int8 [rows, cols], once sealed.
         weight_scale: float32 [rows], whatever dtype the model is cast to.
+        weight_col_scale: float32 [cols] likewise, or None where columns have no scales.
         weight_dtype: dtype of `weight`; follows `model.to(dtype)`.
     """
 
     codes: torch.Tensor
     weight_scale: torch.Tensor
+    weight_col_scale: torch.Tensor | None
     weight_dtype: torch.dtype
 
     def seal(self) -> None:
@@ -37,23 +39,28 @@ class Int8Weight(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Dequantizes `weight` once the codes have replaced it."""
         if name == "weight" and "codes" in self._buffers:
-            return dequantize_rows(self.codes, self.weight_scale, self.weight_dtype)
+            return dequantize_rows(self.codes, self.weight_scale, self.weight_dtype, self.weight_col_scale)
         return super().__getattr__(name)
 
-    def _start(self, weight: torch.Tensor) -> None:
-        """Registers uninitialised codes and scales in place of a weight [rows, cols], on its device."""
+    def _start(self, weight: torch.Tensor, by_column: bool) -> None:
+        """Registers uninitialised codes and scales (those of columns too: `by_column`) in place of a weight, on its device."""
         self.weight_dtype = weight.dtype
         self.register_parameter("weight", nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False))
         self.register_buffer("weight_scale", torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device))
+        columns = torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device) if by_column else None
+        self.register_buffer("weight_col_scale", columns)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """As usual, but a cast leaves the scales in float32 and sets the dtype of `weight`."""
-        scale = self.weight_scale
+        before = {name: self._buffers[name] for name in ("weight_scale", "weight_col_scale")}
+        origin = self.weight_scale.device
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            device = self.weight_scale.device
-            self.weight_scale = torch.empty_like(scale, device=device) if device.type == "meta" else scale.to(device)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device)).dtype
+        for name, scale in before.items():
+            after = self._buffers[name]
+            if scale is not None and after is not None and after.dtype != torch.float32:
+                device = after.device
+                setattr(self, name, torch.empty_like(scale, device=device) if device.type == "meta" else scale.to(device))
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=origin)).dtype
         return self
 
 
@@ -61,50 +68,50 @@ class Int8Linear(Int8Weight, nn.Linear):
     """A linear layer that keeps int8 codes [out, in] and dequantizes where it multiplies."""
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> Int8Linear:
+    def from_linear(cls, linear: nn.Linear, by_column: bool = False) -> Int8Linear:
         """Returns an uninitialised twin of `linear` on its device; the bias is taken over."""
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
         twin.in_features, twin.out_features = linear.in_features, linear.out_features
-        twin._start(linear.weight)
+        twin._start(linear.weight, by_column)
         twin.register_parameter("bias", linear.bias)
         twin.train(linear.training)
         return twin
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps float [..., in] to [..., out] of the same dtype."""
-        return int8_linear(inputs, self.codes, self.weight_scale, self.bias)
+        return int8_linear(inputs, self.codes, self.weight_scale, self.bias, self.weight_col_scale)
 
 
 class Int8Embedding(Int8Weight, nn.Embedding):
     """An embedding that keeps int8 codes [vocabulary, width] and dequantizes the rows that it looks up."""
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
+    def from_embedding(cls, embedding: nn.Embedding, by_column: bool = False) -> Int8Embedding:
         """Returns an uninitialised twin of `embedding` on its device."""
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"):
             setattr(twin, name, getattr(embedding, name))
         twin.scale_grad_by_freq, twin.sparse = embedding.scale_grad_by_freq, embedding.sparse
-        twin._start(embedding.weight)
+        twin._start(embedding.weight, by_column)
         twin.train(embedding.training)
         return twin
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Maps integer [...] to `weight_dtype` [..., width]."""
         rows = ids.reshape(-1)
-        vectors = dequantize_rows(self.codes[rows], self.weight_scale[rows], self.weight_dtype)
+        vectors = dequantize_rows(self.codes[rows], self.weight_scale[rows], self.weight_dtype, self.weight_col_scale)
         return vectors.view(*ids.shape, self.embedding_dim)
 
 
-def int8_twin(module: nn.Module) -> Int8Linear | Int8Embedding | None:
+def int8_twin(module: nn.Module, by_column: bool = False) -> Int8Linear | Int8Embedding | None:
     """Returns an uninitialised int8 module in place of a plain linear layer or embedding; None for anything else.
 
-    Subclasses are left alone: their forward may do more than a product or a look-up.
+    Subclasses are left alone: they may do more than a product or a look-up. `by_column` makes room for scales of columns.
     """
     if type(module) is nn.Linear:
-        return Int8Linear.from_linear(module)
+        return Int8Linear.from_linear(module, by_column)
     if type(module) is nn.Embedding and module.max_norm is None:
-        return Int8Embedding.from_embedding(module)
+        return Int8Embedding.from_embedding(module, by_column)
     return None

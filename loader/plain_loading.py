@@ -24,7 +24,7 @@ from codecllm.loader.state_dict import TensorReader
 from codecllm.loader.torch_tensors import is_model_float
 
 CHUNKS_SUFFIX = "_chunks"
-COMPANIONS = ("_scale", "_shape", CHUNKS_SUFFIX)
+COMPANIONS = ("_scale", "_col_scale", "_col_order", "_shape", CHUNKS_SUFFIX, "_tables")
 
 
 class PlainLoad:

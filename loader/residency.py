@@ -17,7 +17,7 @@ from codecllm.loader.device.plan import decodes_on_device
 from codecllm.loader.device.resident import DeviceCompressedTensor, DeviceDecoder
 from codecllm.loader.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.progress import Meter
-from codecllm.loader.state_dict import SCALE_SUFFIX, LazyTensor, TensorReader
+from codecllm.loader.state_dict import COL_SCALE_SUFFIX, SCALE_SUFFIX, LazyTensor, TensorReader
 
 
 class Residency:
@@ -85,7 +85,7 @@ class Residency:
 
 
 class ResidentInt8(Residency):
-    """resident="int8": codes and scales stay in memory."""
+    """resident="int8": codes and scales stay in memory. Wide tensors, whose codes have 16 bits, are loaded dense."""
 
     def __init__(self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]) -> None:
         """Collects the int8 tensors.
@@ -94,9 +94,11 @@ class ResidentInt8(Residency):
             UsageError: the container holds none.
         """
         stored = {name: stored_record(container, name) for name in container.records}
-        records: dict[str, CodedTensor] = {name: record for name, record in stored.items() if isinstance(record, Int8Tensor)}
+        records: dict[str, CodedTensor] = {
+            name: record for name, record in stored.items() if isinstance(record, Int8Tensor) and not record.wide
+        }
         if not records:
-            raise UsageError("resident='int8' needs an int8 container; this one holds no int8 tensor")
+            raise UsageError("resident='int8' needs an int8 container; this one holds no int8 tensor whose codes fit 8 bits")
         super().__init__(records, reader, state_dict)
 
     def finish(self, model: nn.Module) -> None:
@@ -108,7 +110,8 @@ class ResidentInt8(Residency):
         modules = set(self.modules)
         for name, module in model.named_modules():
             if isinstance(module, Int8Weight):
-                complete = module.weight.dtype == torch.int8 and module.weight_scale.dtype == torch.float32
+                scales = [scale for scale in (module.weight_scale, module.weight_col_scale) if scale is not None]
+                complete = module.weight.dtype == torch.int8 and all(scale.dtype == torch.float32 for scale in scales)
                 if name not in modules or not complete:
                     raise ModelMismatchError("int8 module is incomplete", tensor=f"{name}.weight")
             elif getattr(getattr(module, "weight", None), "dtype", None) == torch.int8:
@@ -118,7 +121,7 @@ class ResidentInt8(Residency):
                 module.seal()
 
     def _twin(self, module: nn.Module, record: CodedTensor) -> nn.Module | None:
-        return int8_twin(module)
+        return int8_twin(module, record.xxh3.col_scale is not None)
 
     def _redirect(
         self, name: str, own_prefix: str, record: CodedTensor, group: list[str], tied: dict[str, str], dtype: torch.dtype
@@ -128,6 +131,9 @@ class ResidentInt8(Residency):
         self._reader.share(record.name)
         for member in group:
             self._state_dict[own_prefix + member + SCALE_SUFFIX] = LazyTensor(self._reader, record, "scale", dtype)
+            if record.xxh3.col_scale is not None:
+                columns = LazyTensor(self._reader, record, "col_scale", dtype)
+                self._state_dict[own_prefix + member + COL_SCALE_SUFFIX] = columns
 
 
 class ResidentCompressed(Residency):

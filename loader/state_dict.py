@@ -30,8 +30,8 @@ from codecllm.loader.torch_tensors import (
     torch_dtype,
 )
 
-Part = Literal["weight", "codes", "scale"]
-SCALE_SUFFIX = "_scale"
+Part = Literal["weight", "codes", "scale", "col_scale"]
+SCALE_SUFFIX, COL_SCALE_SUFFIX = "_scale", "_col_scale"
 CPU = torch.device("cpu")
 
 Wanted = tuple[str, Part, torch.dtype | None]
@@ -96,7 +96,7 @@ class TensorReader:
         For another device it starts with the first request: until then transformers may be taking memory there for itself.
         """
         place = {name: number for number, name in enumerate(file_order(self._container))}
-        unique = {(name, part): self._dtype(name, part, dtype) for name, part, dtype in wanted if part != "scale"}
+        unique = {(name, part): self._dtype(name, part, dtype) for name, part, dtype in wanted if part in ("weight", "codes")}
         keys = sorted(unique, key=lambda key: place[key[0]])
         if self._feeds is not None and self._feeds.serves(self._device):
             self._waiting = [(name, part, unique[name, part]) for name, part in keys]
@@ -109,7 +109,8 @@ class TensorReader:
 
         Args:
             name: a tensor that is no alias.
-            part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel.
+            part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel;
+                `col_scale`: float32, one per column.
             dtype: dtype of `weight`; ignored otherwise.
             device: where it is to lie.
 
@@ -135,9 +136,9 @@ class TensorReader:
         return self._ahead.take(Request((name, "payload"), filling.tensor.nbytes, lambda: filling))
 
     def _take(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
-        if part == "scale":
-            held = self._scales.pop(name, None)
-            return (held if held is not None else open_scales(self._container, name)).to(device)
+        if part in ("scale", "col_scale"):
+            held = self._scales.pop(name, None) if part == "scale" else None
+            return (held if held is not None else open_scales(self._container, name, of_columns=part == "col_scale")).to(device)
         dtype = self._dtype(name, part, dtype)
         if self._feeds is not None and self._feeds.serves(device):
             feed = self._feeds.feed(device)
@@ -192,11 +193,11 @@ class LazyTensor:
         self._source_dtype = torch_dtype(record.dtype, record.name)
         is_float = self._source_dtype.is_floating_point and self._source_dtype.itemsize > 1
         weight_dtype = dtype if is_float else self._source_dtype
-        self.dtype = {"weight": weight_dtype, "codes": torch.int8, "scale": torch.float32}[part]
+        self.dtype = {"weight": weight_dtype, "codes": torch.int8}.get(part, torch.float32)
         self.shape = torch.Size(record.shape)
-        if part == "scale":
+        if part in ("scale", "col_scale"):
             assert isinstance(record, Int8Tensor | AliasTensor)
-            self.shape = torch.Size(record.shape[:1])
+            self.shape = torch.Size(record.shape[:1] if part == "scale" else record.shape[1:])
         self.ndim = len(self.shape)
         self.device = torch.device("cpu")
 

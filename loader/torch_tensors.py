@@ -161,11 +161,14 @@ def start_keeping(source: StoredTensor) -> Filling:
     return Filling(out, runs)
 
 
-def open_scales(container: Container, name: str) -> torch.Tensor:
-    """Returns the float32 [channels] scales of an `int8` tensor, a copy of its own."""
+def open_scales(container: Container, name: str, of_columns: bool = False) -> torch.Tensor:
+    """Returns the scales of an `int8` tensor, float32 [channels], or those of its columns [cols]; a copy of its own."""
     source = container.tensor(name)
     assert isinstance(source, StoredTensor) and source.scales is not None
-    return torch.from_numpy(source.scales.copy())
+    if not of_columns:
+        return torch.from_numpy(source.scales.copy())
+    assert source.columns is not None
+    return torch.from_numpy(source.columns.scales.copy())
 
 
 def _plain_run(source: PlainTensor, out: torch.Tensor) -> Run:

@@ -9,20 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceModel, SourceTensor
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
+from codecllm.formats.container import Container, PlainTensor, StoredTensor
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
-from codecllm.formats.float_bits import float32_from_bits
-from codecllm.formats.manifest import NEAREST, AliasTensor, Int8Tensor, TensorRecord
+from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
 from codecllm.formats.tiling import Tile
 from codecllm.verifier.decoding import Scan, blocks_in_source_order
 from codecllm.verifier.integrity import Progress, in_order
 from codecllm.verifier.report import Stage
-
-ERROR_SLACK = 2.0**-15
-"""What the float32 roundings of scale and quotient may add to an error, in half steps, for codes of 8 bits."""
-
-WIDE_SLACK = 2.0**-22
-"""The same for each unit of a code beyond 8 bits."""
+from codecllm.verifier.rounding import code_errors, is_refined
 
 _PLAIN_STEP_BYTES = 4 << 20
 
@@ -82,11 +76,6 @@ def compare_tensor(container: Container, name: str, source: SourceTensor) -> tup
         return [exc], 0.0
 
 
-def is_refined(record: TensorRecord) -> bool:
-    """Whether a tensor's codes need not be the nearest ones."""
-    return isinstance(record, Int8Tensor) and record.rounding not in (None, NEAREST)
-
-
 def _stored(container: Container, name: str) -> TensorRecord:
     record = container.records[name]
     return container.records[record.alias_of] if isinstance(record, AliasTensor) else record
@@ -128,17 +117,3 @@ def _word_errors(
 ) -> tuple[NDArray[np.float64], float]:
     """Returns 0 where the bits are equal and infinity elsewhere, and what is allowed: 0."""
     return np.where(elements == words, 0.0, np.inf), 0.0
-
-
-def code_errors(
-    tensor: StoredTensor, tile: Tile, elements: NDArray[np.generic], words: NDArray[np.unsignedinteger]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns |w - code * step| in units of step / 2, and the most that it may be.
-
-    A code times a float32 is exact in float64.
-    """
-    assert isinstance(tensor.record, Int8Tensor)
-    record, steps, codes = tensor.record, tile_steps(tensor, tile).astype(np.float64), elements.astype(np.float64)
-    errors = np.abs(float32_from_bits(words, record.dtype).astype(np.float64) - codes * steps) / (steps / 2)
-    half_steps = 2 * (record.worst_steps or 0.0) if is_refined(record) else 1.0
-    return errors, half_steps + np.maximum(ERROR_SLACK, (np.abs(codes) + half_steps) * WIDE_SLACK)

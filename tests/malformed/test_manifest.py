@@ -186,7 +186,7 @@ FLAWS = {
     "int8 with two planes": (
         _edit(lambda d: d["tensors"][Q]["planes"].append(d["tensors"][Q]["planes"][0])),
         SchemaError,
-        "planes",
+        "'wide' is used",
     ),
     "int8 without elements": (_set("tensors", Q, "shape", [0, 80]), SchemaError, "does not fit"),
     "side tensor as a tensor of its own": (_edit(_side_tensor_twice), SchemaError, "side tensor"),

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceTensor
-from codecllm.formats.codecs import CODEC_IDS, CODECS
+from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, rans
+from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
+from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
@@ -24,7 +26,7 @@ from codecllm.formats.reference import join_chunks
 from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
-from codecllm.verifier.comparison import code_errors, is_refined
+from codecllm.verifier.rounding import code_errors, is_refined
 
 Place = tuple[int, int]
 """Row and column of the tensor's matrix."""
@@ -281,9 +283,26 @@ def asked_steps(tensor: StoredTensor, scales: NDArray[np.float32], place: Tile) 
 
 def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.int8]) -> int:
     """Returns the size of other codes under the tensor's codec, or raw where that is smaller."""
-    main = tensor.record.planes[0].codec
-    codec = CODECS[CODEC_IDS[main if main != "raw" else "zstd"]]
-    return min(codes.size, len(codec.encode(np.ascontiguousarray(codes).reshape(-1).view(np.uint8))))
+    main, symbols = tensor.record.planes[0].codec, np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
+    if main == rans.NAME:
+        counts = np.bincount(symbols, minlength=256)
+        return min(codes.size, STATE_BYTES + coded_bits(fit_table(counts), counts) // 8)
+    return min(codes.size, len(CODECS[CODEC_IDS["zstd"]].encode(symbols)))
+
+
+def _there_and_back(tensor: StoredTensor, chunk: int, symbols: NDArray[np.uint8]) -> tuple[bytes, bytes]:
+    """Returns a chunk's symbols encoded with its codec (and frequency table), and that decoded again."""
+    codec = tensor.table.chunks[chunk].codec
+    if codec != RANS_ID:
+        encoded = bytes(CODECS[codec].encode(symbols))
+        return encoded, bytes(CODECS[codec].decode(encoded, symbols.size))
+    assert tensor.tables is not None
+    table = tensor.tables.table(*divmod(chunk, tensor.table.planes))
+    (encoded,) = rans.encode_chunks([rans.Uncoded(symbols, table)])
+    (decoded,) = rans.decode_chunks([rans.Coded(encoded, symbols.size, table)])
+    if isinstance(decoded, DecodeError):
+        raise decoded.located(tensor=tensor.record.name, chunk=chunk)
+    return encoded, decoded.tobytes()
 
 
 def _examine_lossless(tensor: StoredTensor, source: SourceTensor, result: Examination) -> None:
@@ -335,11 +354,12 @@ def _encode_again(tensor: StoredTensor, part: Part, result: Examination) -> None
         DecodeError: symbols do not come back.
     """
     for chunk, symbols in enumerate(part.chunks, part.first):
-        place, codec = tensor.table.chunks[chunk], CODECS[tensor.table.chunks[chunk].codec]
+        place = tensor.table.chunks[chunk]
         result.held.add_chunk(symbols, place.stored_bytes)
-        encoded = codec.encode(symbols)
-        if bytes(codec.decode(encoded, symbols.size)) != symbols.tobytes():
-            raise DecodeError(f"codec {codec.name} does not give back what it encoded", tensor=tensor.record.name, chunk=chunk)
+        encoded, decoded = _there_and_back(tensor, chunk, symbols)
+        if decoded != symbols.tobytes():
+            name = CODEC_NAMES[place.codec]
+            raise DecodeError(f"codec {name} does not give back what it encoded", tensor=tensor.record.name, chunk=chunk)
         slots = tensor.read_slots(chunk, chunk + 1, bytearray(tensor.slots_bytes(chunk, chunk + 1)))
         result.chunks += 1
         result.same_bytes += bytes(encoded) == bytes(slots[: place.stored_bytes])

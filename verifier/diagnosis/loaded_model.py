@@ -97,7 +97,7 @@ def _expected_modules(against: Comparison, names: dict[str, str], resident: str)
     for name, tensor in names.items():
         record = stored_record(against.container, tensor)
         by_row = not isinstance(record, Int8Tensor) or (record.channel_kind == "row" and record.channel_axis == 0)
-        if isinstance(record, RawTensor) or (resident == "int8" and not isinstance(record, Int8Tensor)):
+        if isinstance(record, RawTensor) or (resident == "int8" and not (isinstance(record, Int8Tensor) and not record.wide)):
             continue
         group = groups[parameters[name].data_ptr()] if name in parameters else []
         owners = [member.removesuffix(".weight") for member in group if member.endswith(".weight")]
@@ -149,6 +149,13 @@ def _check_scale(name: str, module: Int8Weight, stage: Stage) -> None:
         channel = int((~torch.isfinite(scale.reshape(-1))).nonzero()[0])
         text = f"scale of channel {channel} is {float(scale.reshape(-1)[channel])}, in {scale.dtype}"
         _fail(stage, name, Cause.SCALE_OVERFLOW, text, channel=channel)
+    columns = module.weight_col_scale
+    if columns is not None:
+        facts += [
+            ("dtype of the scales of columns", columns.dtype, torch.float32, Cause.ROUNDED_SCALES),
+            ("shape of the scales of columns", list(columns.shape), [codes.shape[1]], Cause.SCALE_AXIS),
+            ("device of the scales of columns", columns.device, codes.device, Cause.WRONG_SCALE),
+        ]
     for what, got, expected, cause in facts:
         if got != expected:
             _fail(stage, name, cause, what, got=got, expected=expected)

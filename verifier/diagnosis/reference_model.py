@@ -22,8 +22,8 @@ from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.tiling import Tile, default_grid
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
-from codecllm.verifier.comparison import is_refined
 from codecllm.verifier.diagnosis.examination import Examination, asked_steps, decoded_parts, read_weights, stored_record
+from codecllm.verifier.rounding import is_refined
 
 _FLOATS = ("BF16", "F16", "F32")
 

@@ -15,7 +15,6 @@ from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchErr
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor
 from codecllm.formats.reference import read_run_bytes
 from codecllm.formats.schemes.lossless import word_dtype
-from codecllm.verifier.comparison import is_refined
 from codecllm.verifier.diagnosis.back_ends import BackEnd
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.code_autopsy import Explanation, explain, scale_fault
@@ -23,6 +22,7 @@ from codecllm.verifier.diagnosis.examination import Examination, examine, place_
 from codecllm.verifier.diagnosis.rows import head_size
 from codecllm.verifier.integrity import Progress, in_order, stored_names
 from codecllm.verifier.report import Stage
+from codecllm.verifier.rounding import is_refined
 
 MAX_AUTOPSIES = 12
 """Tensors of which a difference is explained one by one; with more of them the explanation is common to all."""

@@ -1,0 +1,36 @@
+"""How far the codes of an int8 tensor may lie from its source: half a step, or what its record says."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats.container import StoredTensor, tile_steps
+from codecllm.formats.float_bits import float32_from_bits
+from codecllm.formats.manifest import NEAREST, Int8Tensor, TensorRecord
+from codecllm.formats.tiling import Tile
+
+ERROR_SLACK = 2.0**-15
+"""What the float32 roundings of scale and quotient may add to an error, in half steps, for codes of 8 bits."""
+
+WIDE_SLACK = 2.0**-22
+"""The same for each unit of a code beyond 8 bits."""
+
+
+def is_refined(record: TensorRecord) -> bool:
+    """Whether a tensor's codes need not be the nearest ones."""
+    return isinstance(record, Int8Tensor) and record.rounding not in (None, NEAREST)
+
+
+def code_errors(
+    tensor: StoredTensor, tile: Tile, elements: NDArray[np.generic], words: NDArray[np.unsignedinteger]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns |w - code * step| in units of step / 2, and the most that it may be.
+
+    A code times a float32 is exact in float64.
+    """
+    assert isinstance(tensor.record, Int8Tensor)
+    record, steps, codes = tensor.record, tile_steps(tensor, tile).astype(np.float64), elements.astype(np.float64)
+    errors = np.abs(float32_from_bits(words, record.dtype).astype(np.float64) - codes * steps) / (steps / 2)
+    half_steps = 2 * (record.worst_steps or 0.0) if is_refined(record) else 1.0
+    return errors, half_steps + np.maximum(ERROR_SLACK, (np.abs(codes) + half_steps) * WIDE_SLACK)
