@@ -3,7 +3,7 @@
 `exact` dequantizes blocks of rows to the dtype of the inputs and multiplies as a plain linear layer would: where it runs, the
 results are those of dense loading. `packed` multiplies with the codes as they are: it reads half of bf16's bytes, which is what
 a product with few rows of inputs costs on a CPU, and rounds twice (the sum, then its product with the scale). `fused` does the
-same on a GPU by kernels of our own and rounds once. Scales of columns go into the inputs first, which are rounded once more by it.
+same on a GPU by kernels of our own, and rounds once. Scales of columns go into the inputs first, which rounds these once more.
 `python -m benchmarks.int8_matmul` compares them with a dense layer.
 """
 
@@ -65,8 +65,8 @@ def int8_linear(
 ) -> torch.Tensor:
     """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
 
-    Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its product with the scale: 2^-8 of an output,
-    besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of the sum of
+    Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its product with the scale: 2^-8 of
+    an output, besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of the sum of
     |input * weight| at most, and a tenth of that as a rule. Gradients flow to `inputs` and `bias`; the dequantized weight is
     made anew for them, not kept.
 
