@@ -20,7 +20,7 @@ from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.loader.decode import Workspace, read_tiles, tiles_per_job, write_tile
 from codecllm.loader.memory import empty_tensor
 from codecllm.loader.pool import DecodePool, Job
-from codecllm.loader.torch_tensors import DTYPE_NAMES, TORCH_DTYPES, words_of
+from codecllm.loader.torch_tensors import DTYPE_NAMES, TORCH_DTYPES, Filling, start_keeping, words_of
 
 SCRATCH_ELEMENTS = 1 << 25
 """Most elements of a weight that are decoded at once; a larger one (a vocabulary) is multiplied in bands of rows."""
@@ -29,9 +29,9 @@ SCRATCH_ELEMENTS = 1 << 25
 class InMemoryFile:
     """A payload in memory that is read by offset like the shard it came from."""
 
-    def __init__(self, name: str, payload: bytearray) -> None:
+    def __init__(self, name: str, payload: memoryview) -> None:
         self.name = name
-        self._payload = memoryview(payload)
+        self._payload = payload
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` from `offset`."""
@@ -50,19 +50,11 @@ class SharedDecoder:
         self.lock = threading.RLock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def load(self, source: StoredTensor) -> CompressedTensor:
-        """Reads a tensor's payload into memory and checks every chunk.
-
-        Raises:
-            FormatError: it is damaged.
-        """
-        payload = bytearray(int(source.table.offsets[-1]))
-        source.file.read_into(source.offset, memoryview(payload))
-        held = replace(source, file=InMemoryFile(source.file.name, payload), offset=0)
-        slots = memoryview(payload)
-        for chunk in range(len(source.table.chunks)):
-            held.stored_chunk(chunk, slots[source.table.chunks[chunk].begin :], chunk)
-        return CompressedTensor(held, self)
+    def hold(self, source: StoredTensor) -> tuple[CompressedTensor, Filling]:
+        """Returns the tensor with memory for its payload, and what fills it; use the tensor only once it is filled."""
+        filling = start_keeping(source)
+        file = InMemoryFile(source.file.name, memoryview(filling.tensor.numpy()))
+        return CompressedTensor(replace(source, file=file, offset=0), self), filling
 
     def scratch(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns uninitialised memory [rows, cols]; the next call gives the same. Hold `lock`."""

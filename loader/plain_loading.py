@@ -21,6 +21,7 @@ from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, RawTensor
 from codecllm.hub import resolve
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader
+from codecllm.loader.torch_tensors import is_model_float
 
 CHUNKS_SUFFIX = "_chunks"
 COMPANIONS = ("_scale", "_col_scale", "_col_order", "_shape", CHUNKS_SUFFIX, "_tables")
@@ -55,8 +56,13 @@ class PlainLoad:
 
     def close(self) -> None:
         """Ends the threads and closes the files."""
+        self._reader.close()
         self._pool.close()
         self._container.close()
+
+    def expect(self, dtype: torch.dtype) -> None:
+        """Starts to decode every coded tensor, floats as `dtype`, before transformers comes to it."""
+        self._reader.expect((name, "weight", self._wanted(name, dtype)) for name in self._names.values())
 
     def decode(self, collected: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Turns collected stored tensors into decoded ones.
@@ -109,8 +115,10 @@ class PlainLoad:
         name = self._names.get(xxh3_hex(table.cpu().numpy()))
         if name is None:
             raise SchemaError("chunk table is not one of this container's", file=str(self._container.folder))
-        is_float = self._container.records[name].dtype in ("BF16", "F16", "F32", "F64")
-        return self._reader.read(name, "weight", dtype if is_float else None).to(stored.device)
+        return self._reader.read(name, "weight", self._wanted(name, dtype)).to(stored.device)
+
+    def _wanted(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
+        return dtype if is_model_float(self._container.records[name].dtype) else None
 
     def _check_plain(self) -> None:
         for number in range(len(self._container.manifest.shards)):

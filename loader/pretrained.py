@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -107,7 +108,8 @@ def from_pretrained(
         config = _read_config(container, resident)
         with metered(progress, container.manifest.source.tensor_bytes) as meter:
             load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers, meter)
-            model = load.run(resident, {"device_map": device_map, **hf_kwargs})
+            with closing(load):
+                model = load.run(resident, {"device_map": device_map, **hf_kwargs})
         _read_generation_config(container, model)
     model.name_or_path = model.config._name_or_path = str(name_or_path)
     return model
@@ -133,9 +135,17 @@ class _Load:
         self._reader = TensorReader(container, pool, meter)
         self._state_dict = lazy_state_dict(self._reader, container, dtype)
 
+    def close(self) -> None:
+        """Ends what is still being read."""
+        self._reader.close()
+
     def run(self, resident: Resident, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         """Builds the model class and loads the weights; see `from_pretrained`."""
-        model = self._build(hf_kwargs) if resident == "dense" else self._run_resident(self._plan(resident), hf_kwargs)
+        if resident == "dense":
+            self._reader.expect(value.wanted for value in self._state_dict.values())
+            model = self._build(hf_kwargs)
+        else:
+            model = self._run_resident(self._plan(resident), hf_kwargs)
         self._check_materialized(model)
         _separate_untied(model)
         return model
@@ -160,7 +170,7 @@ class _Load:
     def _plan(self, resident: Resident) -> Residency:
         if resident == "int8":
             return ResidentInt8(self._container, self._reader, self._state_dict)
-        return ResidentCompressed(self._container, self._state_dict, self._workers, self._meter)
+        return ResidentCompressed(self._container, self._reader, self._state_dict, self._workers, self._meter)
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 import torch
 from torch import nn
@@ -26,14 +27,15 @@ class Residency:
         modules: names of the modules that were replaced.
     """
 
-    def __init__(self, records: dict[str, CodedTensor], state_dict: dict[str, LazyTensor]) -> None:
+    def __init__(self, records: dict[str, CodedTensor], reader: TensorReader, state_dict: dict[str, LazyTensor]) -> None:
         """Keeps the candidates, by every name that the container has for them, and the state dict to be changed."""
         self._records = records
+        self._reader = reader
         self._state_dict = state_dict
         self.modules: list[str] = []
 
     def prepare(self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype) -> None:
-        """Replaces modules of the empty model and changes what the state dict yields for them.
+        """Replaces modules of the empty model, changes what the state dict yields for them, and starts to read it.
 
         Args:
             model: the model on the meta device.
@@ -51,6 +53,7 @@ class Residency:
             if all(parameters.get(member) == tuple(record.shape) for member in group) and self._swap(model, record, group):
                 own_prefix = name.removesuffix(target) if name.endswith(target) else ""
                 self._redirect(name, own_prefix, record, group, tied, dtype)
+        self._reader.expect(value.wanted for value in self._state_dict.values())
 
     def finish(self, model: nn.Module) -> None:
         """Verifies the replaced modules and ends their loading; see the subclasses."""
@@ -93,8 +96,7 @@ class ResidentInt8(Residency):
         }
         if not records:
             raise UsageError("resident='int8' needs an int8 container; this one holds no int8 tensor whose codes fit 8 bits")
-        super().__init__(records, state_dict)
-        self._reader = reader
+        super().__init__(records, reader, state_dict)
 
     def finish(self, model: nn.Module) -> None:
         """Verifies that each replaced module, and no other, got its codes and scales, and ends their loading.
@@ -134,7 +136,14 @@ class ResidentInt8(Residency):
 class ResidentCompressed(Residency):
     """resident="compressed": payloads stay coded in memory and are decoded where they are used."""
 
-    def __init__(self, container: Container, state_dict: dict[str, LazyTensor], workers: int | None, meter: Meter) -> None:
+    def __init__(
+        self,
+        container: Container,
+        reader: TensorReader,
+        state_dict: dict[str, LazyTensor],
+        workers: int | None,
+        meter: Meter,
+    ) -> None:
         """Collects the coded tensors; `workers` threads stay with the model to decode them.
 
         Raises:
@@ -146,18 +155,23 @@ class ResidentCompressed(Residency):
         }
         if not records:
             raise UsageError("resident='compressed' needs coded tensors; this container holds none")
-        super().__init__(records, state_dict)
+        super().__init__(records, reader, state_dict)
         self._container = container
         self._decoder = SharedDecoder(container.decoding_threads(workers))
         self._meter = meter
         self._payloads: dict[str, CompressedTensor] = {}
+        self._checked: list[tuple[CodedTensor, Future[torch.Tensor]]] = []
 
     def finish(self, model: nn.Module) -> None:
-        """Verifies that every module that was replaced is still in its place.
+        """Waits until all payloads are read and checked; verifies that every module that was replaced is still in its place.
 
         Raises:
-            ModelMismatchError: one is not.
+            FormatError: a payload is damaged.
+            ModelMismatchError: a module was replaced again.
         """
+        for record, checked in self._checked:
+            checked.result()
+            self._meter.add(record.name, record.source_bytes)
         for name in self.modules:
             if not isinstance(model.get_submodule(name), CompressedWeight):
                 raise ModelMismatchError("compressed module was replaced again", tensor=f"{name}.weight")
@@ -169,8 +183,8 @@ class ResidentCompressed(Residency):
         if record.name not in self._payloads:
             source = self._container.tensor(record.name)
             assert isinstance(source, StoredTensor)
-            self._payloads[record.name] = self._decoder.load(source)
-            self._meter.add(record.name, record.source_bytes)
+            self._payloads[record.name], filling = self._decoder.hold(source)
+            self._checked.append((record, self._reader.keep(record.name, filling)))
         return self._payloads[record.name]
 
     def _redirect(

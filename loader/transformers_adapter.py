@@ -134,6 +134,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             self._load = PlainLoad(checkpoint_files or [])
             weakref.finalize(self, self._load.close)  # where the load fails midway
+            self._load.expect(dtype or model.dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._load is not None:
