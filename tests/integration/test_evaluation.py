@@ -5,17 +5,19 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from codecllm import cli
 from codecllm.converter import convert
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ModelMismatchError, UnsupportedEnvironmentError, UsageError
+from codecllm.formats.errors import ModelMismatchError, SourceError, UnsupportedEnvironmentError, UsageError
+from codecllm.formats.manifest import side_names
 from codecllm.loader import from_pretrained
 from codecllm.loader.transformers_adapter import load_plain
 from codecllm.verifier.evaluation import evaluate, sample_text
-from codecllm.verifier.evaluation.candidates import find_candidate
+from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME, find_candidate
 from codecllm.verifier.evaluation.plot import check_plot
 from tests import tampering
 from tests.integration import tiny_models
@@ -71,19 +73,40 @@ def test_a_model_beside_itself_and_its_lossless_container_is_no_distance(base, t
         assert (score.mean_kl, score.kl_99, score.top1) == (0, 0, 1)
 
 
-def test_bits_count_everything_that_is_stored_for_a_tensor(base, converted):
+def test_bits_count_everything_that_is_stored(base, converted):
     bits = find_candidate(converted).bits()
-    data = 0
-    with Container(converted) as opened:
-        for number in range(len(opened.manifest.shards)):
-            _, header = opened.shard(number)
-            data += sum(entry.end - entry.start for entry in header.tensors.values())
-    assert bits.stored == 8 * data
+    files = [*converted.glob("*.safetensors"), converted / "codecllm.json"]
+    assert bits.stored == 8 * sum(file.stat().st_size for file in files)
     plain = find_candidate(base).bits()
+    assert plain.stored == 8 * (base / "model.safetensors").stat().st_size
     assert plain.weights == bits.weights == sum(p.numel() for p in load_plain(base).parameters())
-    assert plain.per_weight == plain.per_layer_weight == 16
     norms, vocabulary = 5 * 64, 512 * 64
     assert plain.layer_weights == bits.layer_weights == plain.weights - norms - vocabulary
+    with Container(converted) as opened:
+        header_bytes = len(opened.shard(0)[1].raw)
+        payload = sum(
+            opened.shard(0)[1].tensors[name].bytes
+            for record in opened.manifest.tensors
+            if ".layers." in record.name and len(record.shape) == 2
+            for name in (record.name, *side_names(record))
+        )
+    described = header_bytes + (converted / "codecllm.json").stat().st_size
+    assert payload + 0.7 * described < bits.layer_stored / 8 < payload + described
+
+
+def test_a_dequantized_folder_has_the_bits_that_it_states(base, tmp_path):
+    folder = tampering.copy_of(base, tmp_path / "dequantized")
+    names = load_file(base / "model.safetensors").keys()
+    stated = {name: 1000 if ".layers." in name else 500 for name in names}
+    (folder / STORED_BITS_NAME).write_text(json.dumps(stated))
+    found = find_candidate(folder)
+    assert (found.kind, found.bits().stored) == ("dequantized", sum(stated.values()))
+    assert found.bits().layer_stored == 1000 * sum(".layers." in name and "norm" not in name for name in names)
+    assert found.bits().weights == find_candidate(base).bits().weights
+    for wrong in ({**stated, "more": 1}, {**stated, next(iter(names)): "many"}, [], {**stated, next(iter(names)): True}):
+        (folder / STORED_BITS_NAME).write_text(json.dumps(wrong))
+        with pytest.raises(SourceError, match=r"stored_bits\.json"):
+            found.bits()
 
 
 def test_other_vocabularies_and_other_kinds_of_models_are_errors(base, tiny, tmp_path):

@@ -26,7 +26,7 @@ class Score:
 
     Attributes:
         name: as it was given.
-        kind: `container`, `folder` or `gguf`.
+        kind: `container`, `folder`, `dequantized` (a folder that states the bits of what it was made from) or `gguf`.
         bits_per_weight: stored bits of all tensors / weights.
         layer_bits_per_weight: the same over the matrices inside the layers.
         stored_bytes: bytes of all tensors.
