@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from codecllm.loader import from_pretrained
 from codecllm.loader.transformers_adapter import load_plain
 from codecllm.verifier.evaluation import evaluate, sample_text
 from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME, find_candidate
+from codecllm.verifier.evaluation.divergence import Base
 from codecllm.verifier.evaluation.plot import check_plot
 from tests import tampering
 from tests.integration import tiny_models
@@ -160,9 +162,46 @@ def test_command(base, converted, tmp_path, capsys):
 
 
 def test_plot(base, converted, tmp_path):
-    pytest.importorskip("matplotlib", reason="plots are an extra: pip install codecllm[plot]")
+    matplotlib = pytest.importorskip("matplotlib", reason="plots are an extra: pip install codecllm[plot]")
     from codecllm.verifier.evaluation.plot import draw
 
-    result = evaluate(base, [converted], text=TEXT, max_tokens=40)
-    draw(result, tmp_path / "kl.svg")
-    assert "KL(base" in (tmp_path / "kl.svg").read_text() or (tmp_path / "kl.svg").stat().st_size > 5000
+    result = evaluate(base, [converted, base], text=TEXT, max_tokens=40)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        draw(result, tmp_path / "kl.svg")
+    drawn = (tmp_path / "kl.svg").read_text()
+    for label in (
+        "KL(base || candidate) per token, nats (39 tokens)",
+        converted.name,
+        f"{base.name} (0)",
+        "container",
+        "folder",
+    ):
+        assert f">{label}</text>" in drawn
+
+
+def test_the_layers_of_the_base_run_once_for_all_candidates(base, converted):
+    model, other = load_plain(base, torch.float32), from_pretrained(converted, dtype=torch.float32)
+    runs = []
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    reading = Base(model, [int(word[1:]) for word in TEXT.split()], 32)
+    assert reading.compare(other).kl == reading.compare(other).kl
+    assert len(runs) == 5
+
+
+def test_a_base_that_does_more_than_its_head_runs_whole_each_time(base, converted):
+    class Capped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def get_output_embeddings(self):
+            return self.model.lm_head
+
+        def forward(self, **inputs):
+            return SimpleNamespace(logits=5 * torch.tanh(self.model(**inputs).logits / 5))
+
+    capped, other = Capped(load_plain(base, torch.float32)), Capped(from_pretrained(converted, dtype=torch.float32))
+    reading = Base(capped, [int(word[1:]) for word in TEXT.split()], 64)
+    first, second = reading.compare(other), reading.compare(other)
+    assert first.kl == second.kl
+    assert first.base_nll == second.base_nll
