@@ -99,7 +99,7 @@ class Base:
         return seen
 
     def _logits(self, number: int) -> torch.Tensor:
-        """Returns the logits of a window, [tokens - 1, vocabulary]; the second time from what entered the head the first time."""
+        """Returns the logits of a window, [tokens - 1, vocabulary]; from the second time on by the head alone."""
         ids, head = self._windows[number], self._model.get_output_embeddings()
         if number < len(self._entering):
             again: torch.Tensor = head(self._entering[number])
