@@ -482,7 +482,7 @@ def evaluate(
 ) -> None:
     """Measure how far models are from their base: KL divergence per token, top-1 agreement, perplexity, beside their bits.
 
-    All compute in the same dtype, so that only their weights differ. Bits count everything stored for a tensor.
+    All compute in the same dtype, so that only their weights differ. Bits count all stored for weights, headers too.
 
     Example: [bold]codecllm eval HuggingFaceTB/SmolLM2-135M-Instruct out/ other-Q4_K_M.gguf --plot kl.png[/bold]
     """

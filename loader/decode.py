@@ -210,7 +210,7 @@ def dequantize(
     if high:  # exact: sixteen bits fit a float32
         np.multiply(values, np.float32(256), out=values)
         np.add(values, low, out=values)
-    # torch multiplies rows by their scales twice as fast as numpy and rounds float32 four to twenty times as fast; tests
+    # torch multiplies rows by their steps twice as fast as numpy and rounds float32 four to twenty times as fast; tests
     # compare all ties with the reference.
     products = torch.from_numpy(values).mul_(torch.from_numpy(steps if steps.flags.writeable else steps.copy()))
     if target != "F32":

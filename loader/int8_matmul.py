@@ -66,9 +66,9 @@ def int8_linear(
     """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
 
     Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its product with the scale: 2^-8 of
-    an output, besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of the sum of
-    |input * weight| at most, and a tenth of that as a rule. Gradients flow to `inputs` and `bias`; the dequantized weight is
-    made anew for them, not kept.
+    an output, besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of
+    the sum of |input * weight| at most, and a tenth of that as a rule. Gradients flow to `inputs` and `bias`; the dequantized
+    weight is made anew for them, not kept.
 
     Args:
         inputs: float [..., in].

@@ -228,8 +228,15 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
 
 def load_gguf(path: Path, dtype: torch.dtype) -> Any:
     """Loads a GGUF file into the class that its metadata name, every tensor dequantized to `dtype`."""
-    with silenced():
-        return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
+    try:
+        with silenced():
+            return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    finally:
+        reader.tqdm = bar
 
 
 def spreads(device_map: Any) -> bool:
