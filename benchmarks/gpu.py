@@ -1,9 +1,13 @@
 """`python -m benchmarks.gpu`: the GPU path on this machine: right or wrong, and how fast against what the machine can do.
 
-Needs torch, Triton and what the loader needs; the package has to be importable as `codecllm`. Where nothing can be installed,
-copy it beside: `python -m pip install --no-deps --no-build-isolation --target /tmp/site .`, then from the root of the
-repository `PYTHONPATH=/tmp/site:. python -m benchmarks.gpu --out /tmp/gpu.json`. Without a GPU `--rehearse` runs all of it on small sizes
-under Triton's interpreter (TRITON_INTERPRET=1); its times mean nothing.
+Needs torch, Triton and what the loader needs. Where nothing can be installed, put a copy beside the repository and run from its
+root:
+
+    python -m pip install --no-deps --no-build-isolation --target /tmp/site .
+    PYTHONPATH=/tmp/site:. python -m benchmarks.gpu --out /tmp/gpu.json
+
+Without a GPU `TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse` runs all of it on small sizes under Triton's interpreter;
+its times mean nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ def run_section(name: str, machine: Machine) -> dict[str, Any]:
 
 def _figure(row: Row) -> str:
     if isinstance(row.value, bool):
-        return "same bits" if row.value else "WRONG"
+        return "right" if row.value else "WRONG"
     return f"{row.value:.3g} {row.unit}"
 
 

@@ -88,9 +88,8 @@ def _products(machine: Machine, ways) -> Iterator[Row]:  # type: ignore[no-untyp
                 except Exception as exc:  # a way that this device cannot take is a result
                     yield Row(f"int8 {rows} x {cols}, {tokens} tokens, {way}", 0.0, "x", f"failed: {exc!r}"[:200])
                     continue
-                speed = (
-                    f"{moved / ours / 1e9:.0f} GB/s" if tokens <= 64 else f"{2e-12 * tokens * rows * cols / ours:.0f} TFLOP/s"
-                )
+                rate = 2e-12 * tokens * rows * cols / ours
+                speed = f"{moved / ours / 1e9:.0f} GB/s" if tokens <= 64 else f"{rate:.0f} TFLOP/s"
                 measured = {"seconds": ours, "dense_seconds": dense, "way": str(way)}
                 note = f"{ours * 1e6:.1f} us, {speed}; dense {dense * 1e6:.1f} us"
                 yield Row(f"int8 {rows} x {cols}, {tokens} tokens, {way}", dense / ours, "x", note, measured)

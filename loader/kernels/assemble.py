@@ -1,4 +1,4 @@
-"""Puts the byte planes of scheme `lossless` together again: integers only, the bits of `formats.schemes.lossless.join_planes`."""
+"""Puts the byte planes of scheme `lossless` together again, in integers: the bits of `formats.schemes.lossless.join_planes`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns the codes of scheme `int8` into weights: the bits of `formats.schemes.int8.dequantize`, rounded once as `float_bits`."""
+"""Turns the codes of scheme `int8` into weights: the bits of `formats.schemes.int8.dequantize`, rounded as in `float_bits`."""
 
 from __future__ import annotations
 
@@ -175,10 +175,7 @@ def _dequantize_kernel(
         else:
             step = tl.load(col_scale + col + along, mask=along < breadth, other=0.0)
         value = value * step
-        if ROUNDS:
-            word = round_to_bfloat16(value)
-        else:
-            word = value.to(out.dtype.element_ty)
+        word = round_to_bfloat16(value) if ROUNDS else value.to(out.dtype.element_ty)
     else:
         word = code
     tl.store(out + (row * cols + col) + down * cols + along, word, mask=inside)

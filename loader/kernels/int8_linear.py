@@ -1,9 +1,9 @@
 """Products with int8 weights on a GPU: y = x @ (codes * scale).T + bias, and which of three ways computes it.
 
-A few tokens cost the bytes of the weight: `_rows_kernel` multiplies in float32 registers, `_tiles_kernel` with matrix units; both
-read codes once, one byte a weight, and apply a row's scale once, to its sum. int8 is exact in bfloat16, float16 and float32, so
-beside dense layers they differ only in the order of summation and in rounding once where a dense weight was rounded
-before: |y - exact| <= 2^-8 |y| (one rounding to bfloat16; 2^-11 for float16) + K * 2^-24 * sum |x| |w|. Many tokens cost
+A few tokens cost the bytes of the weight: `_rows_kernel` multiplies in float32 registers, `_tiles_kernel` with matrix units.
+Both read codes once, one byte a weight, and apply a row's scale once, to its sum. int8 is exact in bfloat16, float16 and
+float32, so no weight is rounded, as a dense layer's are; what is left is the order of summation and the rounding of the
+result: |y - exact| <= 2^-8 |y| (one rounding to bfloat16; 2^-11 for float16) + K * 2^-24 * sum |x| |w|. Many tokens cost
 arithmetic: `panels` dequantizes rows into scratch that stays in the second-level cache and leaves the product to cuBLAS: its
 weights are the dense ones, bit for bit.
 """
@@ -26,7 +26,7 @@ _MAGIC_VALUE = tl.constexpr(8388736.0)
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Setting of `_rows_kernel`, which takes one token: rows of the weight per program (1, 2 or 4), bytes of each that a step reads, warps."""
+    """Setting of `_rows_kernel`, for one token: rows of the weight per program (1, 2, 4), bytes of each per step, warps."""
 
     rows: int
     bytes: int = 2048
@@ -89,9 +89,8 @@ def int8_linear(
     """
     rows, cols = codes.shape
     if inputs.dtype not in (torch.bfloat16, torch.float16) or inputs.shape[-1] != cols or scale.shape != (rows,):
-        raise ValueError(
-            f"{inputs.dtype} {list(inputs.shape)} does not fit codes {list(codes.shape)}, scale {list(scale.shape)}"
-        )
+        got = f"{inputs.dtype} {list(inputs.shape)}"
+        raise ValueError(f"{got} does not fit codes {list(codes.shape)} and scale {list(scale.shape)}")
     if codes.dtype != torch.int8 or not codes.is_contiguous() or scale.dtype != torch.float32:
         raise ValueError("codes are not contiguous int8, or the scale is not float32")
     flat = inputs.reshape(-1, cols).contiguous()

@@ -1,7 +1,7 @@
 """How the kernels that turn symbols into elements cut their work: blocks of one tile each, so that no element needs a division.
 
-Symbols of a plane lie in the order of the tiles: tile (i, j) of a `Grid` begins at i * tile_rows * cols + height * j * tile_cols,
-where height is the number of its rows, and stands there row by row. Elements lie row by row.
+Symbols of a plane lie in the order of the tiles: tile (i, j) of a `Grid` begins at i * tile_rows * cols + height * j *
+tile_cols, where height is the number of its rows, and stands there row by row. Elements lie row by row.
 """
 
 from __future__ import annotations
