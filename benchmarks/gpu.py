@@ -29,6 +29,7 @@ from benchmarks.device.checks import checks
 from benchmarks.device.copies import copies
 from benchmarks.device.entropy_coding import decoders
 from benchmarks.device.machine import Machine, Row
+from benchmarks.device.models import generating, loading
 from benchmarks.device.products import products, tuning
 
 SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
@@ -36,6 +37,8 @@ SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
     "copies": copies,
     "decoders": decoders,
     "products": products,
+    "loading": loading,
+    "generating": generating,
     "tuning": tuning,
 }
 _ON_DEMAND = frozenset({"tuning"})
