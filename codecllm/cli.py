@@ -130,6 +130,10 @@ def convert(
     non_finite: Annotated[
         NonFiniteName, typer.Option(help="NaN or infinite weights under int8: stop, or keep such tensors lossless.")
     ] = NonFiniteName.error,
+    chunk_kib: Annotated[
+        int,
+        typer.Option(min=4, max=1024, help="KiB of symbols in a chunk; small ones suit GPUs and cost some size."),
+    ] = 128,
     max_shard_size: Annotated[str, typer.Option(help="No shard is longer: bytes, or with kB, MB, GB, KiB, MiB, GiB.")] = "5GB",
     workers: Workers = None,
     baseline: Annotated[
@@ -168,6 +172,7 @@ def convert(
         "include": tuple(include or ()),
         "exclude": tuple(exclude or ()),
         "non_finite": non_finite.value,
+        "chunk_kib": chunk_kib,
         "max_shard_bytes": parse_size(max_shard_size),
         "workers": workers,
         "force": force,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -66,18 +67,16 @@ class SharedDecoder:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CompressedTensor:
-    """A matrix whose chunks lie in memory as they are stored.
+class CodedMatrix(ABC):
+    """A matrix that is decoded when it is used.
 
     Attributes:
-        stored: the tensor, reading from memory.
-        decoder: what decodes it.
+        stored: the tensor.
     """
 
     stored: StoredTensor
-    decoder: SharedDecoder
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedTensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns itself: it never changes."""
         return self
 
@@ -90,6 +89,58 @@ class CompressedTensor:
     def cols(self) -> int:
         """Columns of the matrix."""
         return self.stored.table.grid.cols
+
+    @property
+    @abstractmethod
+    def lock(self) -> threading.RLock:
+        """Held from decoding to the end of its use."""
+
+    @abstractmethod
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields the matrix in blocks of rows, each valid until the next. Hold `lock`."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the whole matrix in memory of its own."""
+
+    @abstractmethod
+    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns]; decodes only the tiles that hold them."""
+
+    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`.
+
+        Gradients flow to `inputs` and `bias`; the weight is decoded once more for them, not kept.
+        """
+        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
+            result: torch.Tensor = _FrozenCompressed.apply(inputs, self, bias)
+            return result
+        return self._product(inputs, bias)
+
+    def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        with self.lock:
+            parts = [
+                functional.linear(inputs, weight.to(inputs.device), None if bias is None else bias[rows])
+                for rows, weight in self.weights(inputs.dtype)
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedTensor(CodedMatrix):
+    """A matrix whose chunks lie in the host's memory as they are stored.
+
+    Attributes:
+        stored: the tensor, reading from memory.
+        decoder: what decodes it.
+    """
+
+    decoder: SharedDecoder
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The decoder's: one weight at a time lies in its scratch."""
+        return self.decoder.lock
 
     @property
     def bands(self) -> int:
@@ -122,25 +173,7 @@ class CompressedTensor:
         self.decode_bands(list(range(self.bands)), dtype, out)
         return out
 
-    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`.
-
-        Gradients flow to `inputs` and `bias`; the weight is decoded once more for them, not kept.
-        """
-        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
-            result: torch.Tensor = _FrozenCompressed.apply(inputs, self, bias)
-            return result
-        return self._product(inputs, bias)
-
-    def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        with self.decoder.lock:
-            parts = [
-                functional.linear(inputs, weight.to(inputs.device), None if bias is None else bias[rows])
-                for rows, weight in self._weights(inputs.dtype)
-            ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields the matrix in blocks of rows, each in the scratch. Hold `lock`."""
         grid = self.stored.table.grid
         step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
@@ -210,7 +243,7 @@ class _FrozenCompressed(torch.autograd.Function):
     """The product with a compressed matrix, with gradients for inputs and bias."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, matrix: CompressedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, matrix: CodedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.matrix = matrix
         return matrix._product(inputs, bias)
 
@@ -219,8 +252,8 @@ class _FrozenCompressed(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         matrix, to_inputs = ctx.matrix, None
         if ctx.needs_input_grad[0]:
-            with matrix.decoder.lock:
-                for rows, weight in matrix._weights(grad.dtype):
+            with matrix.lock:
+                for rows, weight in matrix.weights(grad.dtype):
                     part = grad[..., rows] @ weight.to(grad.device)
                     to_inputs = part if to_inputs is None else to_inputs.add_(part)
         to_bias = grad.reshape(-1, matrix.rows).sum(0) if ctx.needs_input_grad[2] else None
@@ -235,7 +268,7 @@ class CompressedWeight(nn.Module):
         weight_dtype: dtype of `weight`, which is decoded anew each time; follows `model.to(dtype)`.
     """
 
-    tensor: CompressedTensor
+    tensor: CodedMatrix
     weight_dtype: torch.dtype
 
     def __getattr__(self, name: str) -> Any:
@@ -269,7 +302,7 @@ class CompressedEmbedding(CompressedWeight, nn.Embedding):
         return vectors.to(ids.device).view(*ids.shape, self.embedding_dim)
 
 
-def compressed_twin(module: nn.Module, payload: Callable[[], CompressedTensor]) -> CompressedWeight | None:
+def compressed_twin(module: nn.Module, payload: Callable[[], CodedMatrix]) -> CompressedWeight | None:
     """Returns a compressed module in place of a plain linear layer or embedding; None for anything else.
 
     Args:

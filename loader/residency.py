@@ -11,7 +11,10 @@ from torch import nn
 from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest import AliasTensor, CodedTensor, Int8Tensor, LosslessTensor, RawTensor
-from codecllm.loader.compressed_modules import CompressedTensor, CompressedWeight, SharedDecoder, compressed_twin
+from codecllm.loader.compressed_modules import CodedMatrix, CompressedWeight, SharedDecoder, compressed_twin
+from codecllm.loader.device.feed import DeviceFeed
+from codecllm.loader.device.plan import decodes_on_device
+from codecllm.loader.device.resident import DeviceCompressedTensor, DeviceDecoder
 from codecllm.loader.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.progress import Meter
 from codecllm.loader.state_dict import COL_SCALE_SUFFIX, SCALE_SUFFIX, LazyTensor, TensorReader
@@ -143,8 +146,11 @@ class ResidentCompressed(Residency):
         state_dict: dict[str, LazyTensor],
         workers: int | None,
         meter: Meter,
+        feed: DeviceFeed | None = None,
     ) -> None:
         """Collects the coded tensors; `workers` threads stay with the model to decode them.
+
+        What the device of `feed` can decode stays in its memory and is decoded there.
 
         Raises:
             UsageError: the container holds none.
@@ -159,8 +165,23 @@ class ResidentCompressed(Residency):
         self._container = container
         self._decoder = SharedDecoder(container.decoding_threads(workers))
         self._meter = meter
-        self._payloads: dict[str, CompressedTensor] = {}
+        self._payloads: dict[str, CodedMatrix] = {}
         self._checked: list[tuple[CodedTensor, Future[torch.Tensor]]] = []
+        self._feed = feed
+        self._device = DeviceDecoder(feed.streams, feed.codecs) if feed is not None else None
+        self._on_device: list[DeviceCompressedTensor] = []
+
+    def prepare(self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype) -> None:
+        """See `Residency.prepare`; payloads for a device are brought there at once.
+
+        Raises:
+            FormatError: one is damaged or does not decode.
+        """
+        super().prepare(model, prefix, tied, dtype)
+        if self._device is not None and self._feed is not None and self._on_device:
+            self._device.load(self._on_device, self._feed)
+            for tensor in self._on_device:
+                self._meter.add(tensor.stored.record.name, tensor.stored.record.source_bytes)
 
     def finish(self, model: nn.Module) -> None:
         """Waits until all payloads are read and checked; verifies that every module that was replaced is still in its place.
@@ -179,10 +200,15 @@ class ResidentCompressed(Residency):
     def _twin(self, module: nn.Module, record: CodedTensor) -> nn.Module | None:
         return compressed_twin(module, lambda: self._payload(record))
 
-    def _payload(self, record: CodedTensor) -> CompressedTensor:
+    def _payload(self, record: CodedTensor) -> CodedMatrix:
         if record.name not in self._payloads:
             source = self._container.tensor(record.name)
             assert isinstance(source, StoredTensor)
+            if self._device is not None and self._feed is not None and decodes_on_device(source, self._feed.codecs):
+                held = self._device.hold(source)
+                self._on_device.append(held)
+                self._payloads[record.name] = held
+                return held
             self._payloads[record.name], filling = self._decoder.hold(source)
             self._checked.append((record, self._reader.keep(record.name, filling)))
         return self._payloads[record.name]

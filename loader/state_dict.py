@@ -13,6 +13,7 @@ import torch
 from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.loader.device.feed import DeviceFeeds, concrete
 from codecllm.loader.memory import SlabMemory
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter
@@ -31,6 +32,7 @@ from codecllm.loader.torch_tensors import (
 
 Part = Literal["weight", "codes", "scale", "col_scale"]
 SCALE_SUFFIX, COL_SCALE_SUFFIX = "_scale", "_col_scale"
+CPU = torch.device("cpu")
 
 Wanted = tuple[str, Part, torch.dtype | None]
 """Name of a stored tensor, what of it, and as which dtype."""
@@ -46,9 +48,26 @@ class TensorReader:
         first_error: the first exception that a read raised, or None.
     """
 
-    def __init__(self, container: Container, pool: DecodePool, meter: Meter | None = None) -> None:
-        """Reads from `container`, decodes with the threads of `pool`, and counts what was read in `meter`."""
+    def __init__(
+        self,
+        container: Container,
+        pool: DecodePool,
+        meter: Meter | None = None,
+        feeds: DeviceFeeds | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        """Prepares reading.
+
+        Args:
+            container: where tensors are stored.
+            pool: decodes on the CPU, and reads for devices.
+            meter: counts what was read.
+            feeds: where tensors for other devices come from; None: decoded on the CPU and then moved.
+            device: where what `expect` is told of will be asked for.
+        """
         self._container = container
+        self._feeds, self._device = feeds, device
+        self._waiting: list[tuple[str, Literal["weight", "codes"], torch.dtype]] = []
         self._ahead = ReadAhead(pool)
         self._memory = SlabMemory()
         self._meter = meter
@@ -56,7 +75,7 @@ class TensorReader:
         self._expected: dict[tuple[str, Part], torch.dtype] = {}
         self._scales: dict[str, torch.Tensor] = {}
         self._shared_locks: dict[str, threading.Lock] = {}
-        self._shared: dict[tuple[str, Part, torch.dtype | None], torch.Tensor] = {}
+        self._shared: dict[tuple[str, Part, torch.dtype | None, torch.device], torch.Tensor] = {}
         self.first_error: BaseException | None = None
         for record in container.manifest.tensors:
             if isinstance(record, AliasTensor):
@@ -72,14 +91,20 @@ class TensorReader:
             self._shared_locks.setdefault(name, threading.Lock())
 
     def expect(self, wanted: Iterable[Wanted]) -> None:
-        """Starts to decode what will be asked for, in the order of the files; call once. See `read` for the arguments."""
+        """Starts to decode what will be asked for, in the order of the files; call once. See `read` for the arguments.
+
+        For another device it starts with the first request: until then transformers may be taking memory there for itself.
+        """
         place = {name: number for number, name in enumerate(file_order(self._container))}
-        unique = {(name, part): dtype for name, part, dtype in wanted if part != "scale"}
-        self._expected = {key: self._dtype(*key, dtype) for key, dtype in unique.items()}
-        keys = sorted(self._expected, key=lambda key: place[key[0]])
+        unique = {(name, part): self._dtype(name, part, dtype) for name, part, dtype in wanted if part in ("weight", "codes")}
+        keys = sorted(unique, key=lambda key: place[key[0]])
+        if self._feeds is not None and self._feeds.serves(self._device):
+            self._waiting = [(name, part, unique[name, part]) for name, part in keys]
+            return
+        self._expected = {(name, part): dtype for (name, part), dtype in unique.items()}
         self._ahead.expect([self._request(name, part, self._expected[name, part]) for name, part in keys])
 
-    def read(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
+    def read(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device = CPU) -> torch.Tensor:
         """Decodes a stored tensor.
 
         Args:
@@ -87,6 +112,7 @@ class TensorReader:
             part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel;
                 `col_scale`: float32, one per column.
             dtype: dtype of `weight`; ignored otherwise.
+            device: where it is to lie.
 
         Raises:
             FormatError: the tensor is damaged. `first_error` keeps the first one.
@@ -94,11 +120,11 @@ class TensorReader:
         try:
             lock = self._shared_locks.get(name)
             if lock is None:
-                return self._take(name, part, dtype)
+                return self._take(name, part, dtype, device)
             with lock:
-                key = (name, part, dtype if part == "weight" else None)
+                key = (name, part, dtype if part == "weight" else None, device)
                 if key not in self._shared:
-                    self._shared[key] = self._take(name, part, dtype)
+                    self._shared[key] = self._take(name, part, dtype, device)
                 return self._shared[key]
         except BaseException as exc:
             with self._lock:
@@ -109,19 +135,24 @@ class TensorReader:
         """Reads the payload of a tensor into memory where it stays; returns what receives it once it is checked."""
         return self._ahead.take(Request((name, "payload"), filling.tensor.nbytes, lambda: filling))
 
-    def _take(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
-        if part == "col_scale":
-            return open_scales(self._container, name, of_columns=True)
-        if part == "scale":
-            held = self._scales.pop(name, None)
-            return held if held is not None else open_scales(self._container, name)
+    def _take(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+        if part in ("scale", "col_scale"):
+            held = self._scales.pop(name, None) if part == "scale" else None
+            return (held if held is not None else open_scales(self._container, name, of_columns=part == "col_scale")).to(device)
         dtype = self._dtype(name, part, dtype)
+        if self._feeds is not None and self._feeds.serves(device):
+            feed = self._feeds.feed(device)
+            if device == self._device:
+                with self._lock:
+                    waiting, self._waiting = self._waiting, []
+                    feed.expect(waiting)
+            return feed.take(name, part, dtype)
         if self._expected.get((name, part), dtype) != dtype:
             self._ahead.drop((name, part))
         tensor = self._ahead.take(self._request(name, part, dtype)).result()
         if self._meter is not None:
             self._meter.add(name, self._container.records[name].source_bytes)
-        return tensor
+        return tensor.to(device)
 
     def _dtype(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.dtype:
         return torch.int8 if part == "codes" else dtype or torch_dtype(self._container.records[name].dtype, name)
@@ -214,8 +245,8 @@ class LazyTensor:
             error = ModelMismatchError("dtype", tensor=self.name, got=self._source_dtype, expected=wanted)
             self._reader.first_error = self._reader.first_error or error
             raise error
-        tensor = self._reader.read(self._stored_name, self._part, wanted)
-        return tensor if device is None else tensor.to(device)
+        place = CPU if device is None else concrete(torch.device(device))
+        return self._reader.read(self._stored_name, self._part, wanted, place)
 
 
 def lazy_state_dict(reader: TensorReader, container: Container, dtype: torch.dtype) -> dict[str, LazyTensor]:
