@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from codecllm.formats.container import StoredTensor
+from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.loader.compressed_modules import CodedMatrix
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_bytes, plane_places
@@ -182,6 +183,7 @@ class DeviceDecoder:
 
     def weight(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
         """Returns a block decoded, [rows, columns], for work that is queued on the calling thread's stream under the lock."""
+        self._refuse_capture()
         number = self._group_of.get(block)
         if number is None:
             self._learn(block)
@@ -203,9 +205,14 @@ class DeviceDecoder:
 
     def decode(self, blocks: list[Block], outs: list[torch.Tensor]) -> None:
         """Decodes blocks into `outs`, [rows, columns] each; the calling thread's stream waits for it. Hold `lock`."""
+        self._refuse_capture()
         self._streams.follow(self._streams.decode)
         self._decode(_Group(blocks), outs)
         self._streams.wait(self._streams.current(), self._streams.record(self._streams.decode))
+
+    def _refuse_capture(self) -> None:
+        if self._streams.capturing():  # what lies in a buffer would not be what this class believes
+            raise UnsupportedEnvironmentError("resident='compressed' decodes ahead and cannot be recorded in a CUDA graph")
 
     def _learn(self, block: Block) -> None:
         """Notes the order in which blocks are asked for; when the first comes again, the order is known."""

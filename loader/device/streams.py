@@ -54,6 +54,9 @@ class Streams(Protocol):
     def current(self) -> Any:
         """The calling thread's current stream."""
 
+    def capturing(self) -> bool:
+        """Whether the calling thread's current stream records a graph instead of working."""
+
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """Keeps a tensor's memory, once it is dropped, until work of `stream` queued before is done."""
 
@@ -103,6 +106,10 @@ class DeviceStreams:
     def current(self) -> Any:
         """See `Streams`."""
         return self._module.current_stream(self.device)
+
+    def capturing(self) -> bool:
+        """See `Streams`."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """See `Streams`."""
@@ -165,6 +172,10 @@ class HostStreams:
     def current(self) -> Any:
         """See `Streams`."""
         return None
+
+    def capturing(self) -> bool:
+        """See `Streams`."""
+        return False
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """See `Streams`."""
