@@ -1,10 +1,10 @@
 """`python -m benchmarks.gpu`: the GPU path on this machine: right or wrong, and how fast against what the machine can do.
 
 Needs torch, Triton and what the loader needs. Where nothing can be installed, put a copy beside the repository and run from its
-root:
+root (`-P` keeps the folder `codecllm` there from hiding the copy):
 
     python -m pip install --no-deps --no-build-isolation --target /tmp/site .
-    PYTHONPATH=/tmp/site:. python -m benchmarks.gpu --out /tmp/gpu.json
+    PYTHONPATH=/tmp/site:$PWD python -P -m benchmarks.gpu --out /tmp/gpu.json
 
 Without a GPU `TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse` runs all of it on small sizes under Triton's interpreter;
 its times mean nothing.
@@ -27,7 +27,8 @@ from rich.table import Table
 
 from benchmarks.device.checks import checks
 from benchmarks.device.copies import copies
-from benchmarks.device.entropy_coding import decoders
+from benchmarks.device.elements import elements
+from benchmarks.device.entropy_coding import decoders, zstd_decoders
 from benchmarks.device.machine import Machine, Row
 from benchmarks.device.models import generating, loading
 from benchmarks.device.products import products, tuning
@@ -36,6 +37,8 @@ SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
     "checks": checks,
     "copies": copies,
     "decoders": decoders,
+    "zstd": zstd_decoders,
+    "elements": elements,
     "products": products,
     "loading": loading,
     "generating": generating,

@@ -136,7 +136,7 @@ class TensorReader:
         return self._ahead.take(Request((name, "payload"), filling.tensor.nbytes, lambda: filling))
 
     def _take(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
-        if part in ("scale", "col_scale"):
+        if part == "scale" or part == "col_scale":
             held = self._scales.pop(name, None) if part == "scale" else None
             return (held if held is not None else open_scales(self._container, name, of_columns=part == "col_scale")).to(device)
         dtype = self._dtype(name, part, dtype)

@@ -190,12 +190,11 @@ def _plain_run(source: PlainTensor, out: torch.Tensor) -> Run:
 
 def _coded_runs(source: StoredTensor, out: torch.Tensor, target: str, cast: bool) -> list[Run]:
     grid = source.table.grid
-    decode: Callable[..., None]
     if cast:
-        decode, filled = _decode_cast, out.view(grid.rows, grid.cols)
-    else:
-        decode, filled = decode_tiles, words_of(out, grid.rows, grid.cols)
-    return [Run(source, tiles, partial(decode, source, tiles, filled, target)) for tiles in plan_jobs(source)]
+        matrix = out.view(grid.rows, grid.cols)
+        return [Run(source, tiles, partial(_decode_cast, source, tiles, matrix, target)) for tiles in plan_jobs(source)]
+    words = words_of(out, grid.rows, grid.cols)
+    return [Run(source, tiles, partial(decode_tiles, source, tiles, words, target)) for tiles in plan_jobs(source)]
 
 
 def _decode_cast(

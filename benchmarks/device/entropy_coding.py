@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 
 from benchmarks.device.machine import Machine, Row
 from codecllm.formats.chunk_table import slot_bytes
-from codecllm.formats.codecs import rans
+from codecllm.formats.codecs import CODEC_IDS, CODECS, rans
 from codecllm.formats.codecs.rans_fit import fit_table
 from codecllm.formats.entropy import entropy_bits
+from codecllm.loader.device.nvcomp import Nvcomp, ZstdFrames, open_nvcomp
 from codecllm.loader.kernels.rans import decode_rans, describe_chunks, expand_tables
 
 CHUNKS_KIB = (16, 32, 64, 128, 256)
@@ -117,3 +119,50 @@ def decoders(machine: Machine) -> Iterator[Row]:
     for mib in (8, 32, 128, 1024) if not machine.small else ():
         rate, sound = decode_copies(machine, coded, max(1, (mib << 20) // unique))
         yield Row(f"rans, int8, {mib} MiB at once", rate, "GB/s", f"{len(coded.raw) * mib // 8} chunks", {"sound": sound})
+
+
+def zstd_decoders(machine: Machine) -> Iterator[Row]:
+    """Measures nvCOMP with the frames that containers hold, at each size of chunks and of batches."""
+    if machine.rehearses:
+        return
+    library = open_nvcomp(machine.device)
+    unique = 8 << 20
+    kinds = {"int8": gaussian_symbols(33.0, unique), "bf16 exponents": exponent_symbols(unique)}
+    for name, symbols in kinds.items():
+        for kib in CHUNKS_KIB:
+            for mib in (512,) if kib != 64 else (32, 128, 512, 1024):
+                yield _nvcomp_row(machine, library, name, symbols, kib, mib)
+
+
+def _nvcomp_row(machine: Machine, library: Nvcomp, name: str, symbols: NDArray[np.uint8], kib: int, mib: int) -> Row:
+    copies = (mib << 20) // len(symbols)
+    parts = [symbols[start : start + (kib << 10)] for start in range(0, len(symbols), kib << 10)]
+    frames = [CODECS[CODEC_IDS["zstd"]].encode(part) for part in parts]
+    spans = np.array([slot_bytes(len(frame)) for frame in frames], np.int64)
+    payload = b"".join(bytes(frame).ljust(int(span), b"\0") for frame, span in zip(frames, spans, strict=True))
+    stored = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(machine.device).repeat(copies)
+    arena = torch.full((copies, len(symbols)), 0xA5, dtype=torch.uint8, device=machine.device)
+    shift = np.arange(copies, dtype=np.int64)[:, None]
+    raw = np.array([len(part) for part in parts], np.int64)
+    words = np.stack(
+        [
+            (stored.data_ptr() + (np.cumsum(spans) - spans)[None] + shift * len(payload)).reshape(-1),
+            np.tile(np.array([len(frame) for frame in frames], np.int64), copies),
+            np.tile(raw, copies),
+            (arena.data_ptr() + (np.cumsum(raw) - raw)[None] + shift * len(symbols)).reshape(-1),
+        ]
+    )
+    there = torch.from_numpy(words).to(machine.device)
+    count = words.shape[1]
+    places = [there.data_ptr() + 8 * count * number for number in range(4)]
+    batch = ZstdFrames(*places, count, int(raw.max()), arena.numel())
+    temp = torch.empty(library.temp_bytes(count, int(raw.max()), arena.numel()), dtype=torch.uint8, device=machine.device)
+    sizes = torch.zeros(count, dtype=torch.int64, device=machine.device)
+    statuses = torch.full((count,), -1, dtype=torch.int32, device=machine.device)
+    stream = torch.cuda.current_stream().cuda_stream
+    work = partial(library.decode, batch, temp, sizes.data_ptr(), statuses.data_ptr(), stream)
+    seconds = machine.seconds([work], graph=False)
+    sound = not bool(statuses.any()) and bool((arena == torch.from_numpy(symbols).to(machine.device)).all())
+    bits = 8 * len(payload) / len(symbols)
+    note = f"{bits:.2f} bits stored, {count} chunks, temp {temp.numel() >> 20} MiB, {'same bits' if sound else 'WRONG BITS'}"
+    return Row(f"nvCOMP zstd, {name}, {kib} KiB chunks, {mib} MiB at once", arena.numel() / seconds / 1e9, "GB/s", note)

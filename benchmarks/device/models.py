@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,34 +33,38 @@ class Made:
     """A source and its containers.
 
     Attributes:
+        held: what removes the folder.
         source: folder of the bf16 checkpoint.
         containers: by scheme and codec.
+        seconds: that their conversion took.
         weights: number of all weights.
         used: number of those that a token's forward pass reads.
         whole_weights, whole_used: the same of all 32 layers.
     """
 
+    held: TemporaryDirectory[str]
     source: Path
     containers: dict[tuple[str, str], Path]
+    seconds: dict[tuple[str, str], float]
     weights: int
     used: int
     whole_weights: int
     whole_used: int
 
 
-@contextmanager
-def made_models(machine: Machine) -> Iterator[Made]:
-    """Makes a source and its containers in a temporary folder."""
-    folder = Path(tempfile.mkdtemp(prefix="codecllm-gpu-"))
-    try:
-        source, counts = _write_source(machine, folder / "source")
-        containers = {}
-        for scheme, codec in CONTAINERS:
-            containers[scheme, codec] = folder / f"{scheme}-{codec}"
-            convert(source, containers[scheme, codec], scheme=scheme, codec=codec)
-        yield Made(source, containers, *counts)
-    finally:
-        shutil.rmtree(folder)
+@cache
+def made_models(machine: Machine) -> Made:
+    """Makes a source and its containers in a temporary folder, which goes when the program ends; once for all sections."""
+    held = TemporaryDirectory(prefix="codecllm-gpu-")
+    folder = Path(held.name)
+    source, counts = _write_source(machine, folder / "source")
+    containers, seconds = {}, {}
+    for scheme, codec in CONTAINERS:
+        containers[scheme, codec] = folder / f"{scheme}-{codec}"
+        started = time.perf_counter()
+        convert(source, containers[scheme, codec], scheme=scheme, codec=codec)
+        seconds[scheme, codec] = time.perf_counter() - started
+    return Made(held, source, containers, seconds, *counts)
 
 
 def _write_source(machine: Machine, folder: Path) -> tuple[Path, tuple[int, int, int, int]]:
@@ -140,25 +143,27 @@ def _copy_seconds(machine: Machine, size: int) -> float:
 
 def loading(machine: Machine) -> Iterator[Row]:
     """Seconds to load, files in the page cache, beside plain transformers; and what reading and copying take alone."""
-    with made_models(machine) as made:
-        scale = made.whole_weights / made.weights
-        plain = min(_seconds(machine, lambda: _plain(machine, made.source))[0] for _ in range(3))
-        note = f"{made.weights / 1e9:.2f}e9 weights; {plain * scale:.2f} s for 8B at this rate"
-        yield Row("load, plain transformers, bf16", plain, "s", note)
-        size = sum(path.stat().st_size for path in made.source.glob("*.safetensors"))
-        yield Row("copy alone, bf16", _copy_seconds(machine, size), "s", f"{size / 1e9:.2f} GB")
-        for (scheme, codec), folder in made.containers.items():
-            stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            read = min(_seconds(machine, lambda folder=folder: _read(folder))[0] for _ in range(2))
-            yield Row(
-                f"read and check alone, {scheme} {codec}", read, "s", f"{stored / 1e9:.2f} GB, {stored / read / 1e9:.1f} GB/s"
-            )
-            yield Row(f"copy alone, {scheme} {codec}", _copy_seconds(machine, stored), "s", "")
-            for resident in ("dense", "int8", "compressed") if scheme == "int8" else ("dense", "compressed"):
-                for decoder in ("auto", "cpu") if resident == "dense" and not machine.rehearses else ("auto",):
-                    taken = min(_seconds(machine, partial(_ours, machine, folder, resident, decoder))[0] for _ in range(2))
-                    note = f"{plain / taken:.2f}x as fast as plain; {taken * scale:.2f} s for 8B at this rate"
-                    yield Row(f"load {resident}, {scheme} {codec}, decoder {decoder}", taken, "s", note)
+    made = made_models(machine)
+    scale = made.whole_weights / made.weights
+    plain = min(_seconds(machine, lambda: _plain(machine, made.source))[0] for _ in range(3))
+    note = f"{made.weights / 1e9:.2f}e9 weights; {plain * scale:.2f} s for 8B at this rate"
+    yield Row("load, plain transformers, bf16", plain, "s", note)
+    size = sum(path.stat().st_size for path in made.source.glob("*.safetensors"))
+    yield Row("copy alone, bf16", _copy_seconds(machine, size), "s", f"{size / 1e9:.2f} GB")
+    for (scheme, codec), folder in made.containers.items():
+        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        read = min(_seconds(machine, lambda folder=folder: _read(folder))[0] for _ in range(2))
+        yield Row(
+            f"read and check alone, {scheme} {codec}", read, "s", f"{stored / 1e9:.2f} GB, {stored / read / 1e9:.1f} GB/s"
+        )
+        converted = made.seconds[scheme, codec]
+        yield Row(f"convert, {scheme} {codec}", converted, "s", f"{size / 1e9 / converted:.2f} GB of source a second")
+        yield Row(f"copy alone, {scheme} {codec}", _copy_seconds(machine, stored), "s", "")
+        for resident in ("dense", "int8", "compressed") if scheme == "int8" else ("dense", "compressed"):
+            for decoder in ("auto", "cpu") if resident == "dense" and not machine.rehearses else ("auto",):
+                taken = min(_seconds(machine, partial(_ours, machine, folder, resident, decoder))[0] for _ in range(2))
+                note = f"{plain / taken:.2f}x as fast as plain; {taken * scale:.2f} s for 8B at this rate"
+                yield Row(f"load {resident}, {scheme} {codec}, decoder {decoder}", taken, "s", note)
 
 
 def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") -> Any:
@@ -168,25 +173,25 @@ def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") 
 
 def generating(machine: Machine) -> Iterator[Row]:
     """Seconds of one token's forward pass in each form of residency, against dense; and that the tokens are dense's."""
-    with made_models(machine) as made:
-        kinds = [("lossless", "zstd", "dense"), ("int8", "rans", "dense"), ("int8", "rans", "int8")]
-        kinds += [("int8", "zstd", "compressed"), ("int8", "rans", "compressed"), ("lossless", "rans", "compressed")]
-        scale = made.whole_used / made.used
-        first: float | None = None
-        tokens: dict[str, list[int]] = {}
-        for scheme, codec, resident in kinds:
-            try:
-                model = _ours(machine, made.containers[scheme, codec], resident)
-                taken, how, found = _token_seconds(machine, model)
-            except Exception as exc:
-                yield Row(f"token, {resident}, {scheme} {codec}", False, note=f"failed: {exc!r}"[:300])
-                continue
-            first = first or taken
-            alike = tokens.setdefault(scheme, found) == found
-            note = f"{how}; {first / taken:.2f}x as fast as dense bf16; {1 / (taken * scale):.1f} tokens/s for 8B at this rate"
-            measured = {"tokens_alike": alike, "memory": _held(machine)}
-            yield Row(f"token, {resident}, {scheme} {codec}", 1 / taken, "tokens/s", f"{note}; same tokens: {alike}", measured)
-            del model
+    made = made_models(machine)
+    kinds = [("lossless", "zstd", "dense"), ("int8", "rans", "dense"), ("int8", "rans", "int8")]
+    kinds += [("int8", "zstd", "compressed"), ("int8", "rans", "compressed"), ("lossless", "rans", "compressed")]
+    scale = made.whole_used / made.used
+    first: float | None = None
+    tokens: dict[str, list[int]] = {}
+    for scheme, codec, resident in kinds:
+        try:
+            model = _ours(machine, made.containers[scheme, codec], resident)
+            taken, how, found = _token_seconds(machine, model)
+        except Exception as exc:
+            yield Row(f"token, {resident}, {scheme} {codec}", False, note=f"failed: {exc!r}"[:300])
+            continue
+        first = first or taken
+        alike = tokens.setdefault(scheme, found) == found
+        note = f"{how}; {first / taken:.2f}x as fast as dense bf16; {1 / (taken * scale):.1f} tokens/s for 8B at this rate"
+        measured = {"tokens_alike": alike, "memory": _held(machine)}
+        yield Row(f"token, {resident}, {scheme} {codec}", 1 / taken, "tokens/s", f"{note}; same tokens: {alike}", measured)
+        del model
 
 
 def _held(machine: Machine) -> int:
