@@ -32,7 +32,7 @@ def make_steps(plan: TensorPlan, factor: float = 0.1, *, columns: bool = True, *
         axis = 0 if plan.kind == "column" else 1
         return Steps(_scales(weights, axis, factor), **fields)  # type: ignore[arg-type]
     col_scale = np.exp(rng.standard_normal(weights.shape[1]) * 0.5).astype(np.float32)
-    scaled = weights / col_scale
+    scaled = (weights / col_scale).astype(np.float64)
     order = np.argsort(np.square(scaled).mean(axis=0), kind="stable")
     return Steps(_scales(scaled, 1, factor), col_scale, order, **fields)  # type: ignore[arg-type]
 
