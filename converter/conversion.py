@@ -26,7 +26,7 @@ from codecllm.formats import BASE_VERSION, FORMAT_VERSION, WRITER_VERSION
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import SourceError, UsageError
 from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest import (
     INDEX_NAME,
@@ -224,12 +224,22 @@ def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
         )
         for tensor in model.tensors.values()
     ]
+    _check_side_names(plans)
     aliases = find_aliases(plans)
     warnings = [] if model.config is not None else ["the source has no config.json: it cannot be loaded as a model"]
     for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
         warnings += [f"{option} {pattern!r} matches no tensor" for pattern in _unmatched(patterns, model)]
     stored = [plan for plan in plans if plan.source.name not in aliases]
     return Plan(_place(stored, options.max_shard_bytes), aliases, warnings)
+
+
+def _check_side_names(plans: list[TensorPlan]) -> None:
+    """Refuses `X` beside `X_col`: the scales of the columns of one would have the name of the other's own scales."""
+    names = {plan.source.name for plan in plans if plan.scheme == "int8"}
+    for plan in plans:
+        if plan.steppable and f"{plan.source.name}_col" in names:
+            text = f"its side tensor {plan.source.name}_col_scale would also be that of another tensor; --exclude one of them"
+            raise SourceError(text, file=plan.source.file.name, tensor=plan.source.name)
 
 
 def _unmatched(patterns: Sequence[str], model: SourceModel) -> list[str]:

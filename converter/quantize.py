@@ -178,11 +178,12 @@ def quantize_steps(
             np.copyto(held, rounded, casting="unsafe")
         np.subtract(quotient, rounded, out=quotient)
         np.abs(quotient, out=quotient)
-        worst_steps = max(worst_steps, float(quotient.max()))
+        farthest = float(quotient.max())
+        if not math.isfinite(farthest):  # codes were given for weights that are no numbers
+            return Quantized(finite=False)
+        worst_steps = max(worst_steps, farthest)
         np.multiply(quotient, steps, out=quotient)
         worst_error = max(worst_error, float(quotient.max()))
-    if not math.isfinite(worst_steps):  # codes were given for weights that are no numbers
-        return Quantized(finite=False)
     return Quantized(True, lowest, highest, worst_error, worst_steps)
 
 
