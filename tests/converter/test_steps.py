@@ -110,7 +110,8 @@ def test_a_wide_code_that_comes_late(tmp_path, codec):
     assert shards[0] == shards[1]
     with Container(tmp_path / "late") as container:
         high = container.records["w"].planes[1]
-        assert high.stored_bytes * 8 < 0.01 * high.raw_bytes
+        chunks = len(container.tensor("w").table.grid)
+        assert high.stored_bytes <= chunks * (129 if codec == "rans" else 23) + 64
         assert not container.records["x"].wide
         assert tensor_digest(container, "w") == container.records["w"].digest
 
