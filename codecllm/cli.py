@@ -130,6 +130,10 @@ def convert(
     non_finite: Annotated[
         NonFiniteName, typer.Option(help="NaN or infinite weights under int8: stop, or keep such tensors lossless.")
     ] = NonFiniteName.error,
+    chunk_kib: Annotated[
+        int,
+        typer.Option(min=4, max=1024, help="KiB of symbols in a chunk; small ones suit GPUs and cost some size."),
+    ] = 128,
     max_shard_size: Annotated[str, typer.Option(help="No shard is longer: bytes, or with kB, MB, GB, KiB, MiB, GiB.")] = "5GB",
     workers: Workers = None,
     baseline: Annotated[
@@ -168,6 +172,7 @@ def convert(
         "include": tuple(include or ()),
         "exclude": tuple(exclude or ()),
         "non_finite": non_finite.value,
+        "chunk_kib": chunk_kib,
         "max_shard_bytes": parse_size(max_shard_size),
         "workers": workers,
         "force": force,
@@ -467,6 +472,26 @@ def generate(
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else text)
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, which decoders work on this machine and why others do not, and test each of them.
+
+    Every decoder decodes a small model that is made here, and its bits are compared with the slow reference's. A decoder that
+    is not installed, or has no device, is no fault; one that gives other bits is, and the exit code is 1.
+
+    Example: [bold]codecllm doctor[/bold]
+    """
+    from codecllm.doctor import examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _print_examination(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
 @app.command("eval")
 def evaluate(
     base: Annotated[str, typer.Argument(help="The model that the others are compared with: folder, Hub id or container.")],
@@ -482,7 +507,7 @@ def evaluate(
 ) -> None:
     """Measure how far models are from their base: KL divergence per token, top-1 agreement, perplexity, beside their bits.
 
-    All compute in the same dtype, so that only their weights differ. Bits count everything stored for a tensor.
+    All compute in the same dtype, so that only their weights differ. Bits count all stored for weights, headers too.
 
     Example: [bold]codecllm eval HuggingFaceTB/SmolLM2-135M-Instruct out/ other-Q4_K_M.gguf --plot kl.png[/bold]
     """
@@ -607,6 +632,19 @@ def _conversion_facts(done: Any) -> dict[str, Any]:
         "warnings": report.warnings,
         "baseline": None if done.baseline is None else done.baseline.to_dict(),
     }
+
+
+def _print_examination(found: Any) -> None:
+    for name, installed in found.versions.items():
+        _out.print(f"{name:<24}{installed or 'not installed'}")
+    for name, facts in found.devices.items():
+        _out.print(f"{name:<24}{facts}")
+    _out.print()
+    colours = {"works": "green", "absent": "yellow", "wrong": "red"}
+    for finding in found.findings:
+        state = f"[{colours[finding.state]}]{finding.state:<8}[/]"
+        _out.print(f"{state}{finding.device + ': ' + finding.decoder:<24}", end="")
+        _out.print(finding.detail, markup=False)
 
 
 def _print_conversion(done: Any, as_json: bool) -> None:

@@ -44,12 +44,16 @@ from codecllm.formats.manifest import (
     side_names,
 )
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 _SPARE_BYTES = 64 << 20
 
 Progress = Callable[[str, int, int], None]
 """Called with a tensor's name, the source bytes done and the source bytes in all."""
+
+
+MIN_CHUNK_KIB, MAX_CHUNK_KIB = 4, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,8 @@ class ConvertOptions:
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win.
         non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
+        chunk_kib: most KiB of symbols in a chunk, 4 to 1024. Small chunks give a GPU more of them to decode at once, and cost a
+            little size: more checksums and, with zstd, more code tables.
         max_shard_bytes: no shard is longer, unless one tensor is.
         workers: encoding threads, 1 or more; None takes one per core. Does not change a byte of the output.
         force: replace a container that is in the way.
@@ -77,6 +83,7 @@ class ConvertOptions:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     non_finite: NonFinite = "error"
+    chunk_kib: int = DEFAULT_TILE_SYMBOLS >> 10
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     workers: int | None = None
     force: bool = False
@@ -99,8 +106,10 @@ class ConvertOptions:
         """Returns the number of encoding threads.
 
         Raises:
-            UsageError: `workers` or `max_shard_bytes` is not positive.
+            UsageError: `workers` or `max_shard_bytes` is not positive, or `chunk_kib` out of its range.
         """
+        if not MIN_CHUNK_KIB <= self.chunk_kib <= MAX_CHUNK_KIB:
+            raise UsageError("chunk_kib is out of range", got=self.chunk_kib, expected=f"{MIN_CHUNK_KIB} to {MAX_CHUNK_KIB}")
         if self.max_shard_bytes < 1:
             raise UsageError("max_shard_bytes must be positive", got=self.max_shard_bytes)
         if self.workers is None:
@@ -221,6 +230,7 @@ def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
             model.model_type,
             options.codec,
             steppable=options.steps is not None,
+            tile_symbols=options.chunk_kib << 10,
         )
         for tensor in model.tensors.values()
     ]

@@ -163,7 +163,7 @@ def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
     if plan.scheme != "raw":
         coded = _sample_stored_bytes(plan)
         if coded is None:
-            return _estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec))
+            return _estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec, plan.tile_symbols))
         size, note = (coded, note) if coded < size else (size, f"{plan.scheme} does not shrink it")
     scheme = plan.scheme if size < source.entry.bytes or plan.scheme == "raw" else "raw"
     overhead = (_HEADER_BYTES if scheme != "raw" else _HEADER_BYTES // 4) + _MANIFEST_BYTES

@@ -12,7 +12,7 @@ from codecllm.converter.steps import Steps, grid_of, max_tiles
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import INT8_SOURCES
 from codecllm.formats.rans_groups import max_tables_bytes
-from codecllm.formats.tiling import ChannelKind, Grid, channel_matrix, default_grid, last_axis_matrix
+from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, ChannelKind, Grid, channel_matrix, default_grid, last_axis_matrix
 
 Scheme = Literal["int8", "lossless"]
 
@@ -53,6 +53,7 @@ class TensorPlan:
         steppable: whether somebody may choose its steps (int8): room is kept for what they may need.
         steps: those that were chosen, or None.
         wide: whether its codes have 16 bits (int8).
+        tile_symbols: most elements of a tile of whole rows.
     """
 
     source: SourceTensor
@@ -64,6 +65,7 @@ class TensorPlan:
     steppable: bool = False
     steps: Steps | None = None
     wide: bool = False
+    tile_symbols: int = DEFAULT_TILE_SYMBOLS
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -75,7 +77,9 @@ class TensorPlan:
     @property
     def grid(self) -> Grid:
         """The tiles of a coded tensor."""
-        return default_grid(*self.matrix) if self.steps is None else grid_of(self.steps, *self.matrix)
+        if self.steps is None:
+            return default_grid(*self.matrix, self.tile_symbols)
+        return grid_of(self.steps, *self.matrix, self.tile_symbols)
 
     @property
     def planes(self) -> int:
@@ -111,6 +115,7 @@ def plan_tensor(
     model_type: str,
     codec: CodecName = "zstd",
     steppable: bool = False,
+    tile_symbols: int = DEFAULT_TILE_SYMBOLS,
 ) -> TensorPlan:
     """Decides a tensor's scheme.
 
@@ -122,20 +127,21 @@ def plan_tensor(
         model_type: the config's, for the channel axis.
         codec: how chunks are packed.
         steppable: whether somebody may choose the steps of int8 tensors.
+        tile_symbols: most elements of a tile of whole rows.
     """
     if not _can_be_coded(tensor):
         return TensorPlan(tensor, "raw")
     if scheme == "int8" and _is_quantized(tensor, include, exclude):
         axis, kind = channel_axis(tensor.name, tensor.shape, model_type)
-        return TensorPlan(tensor, "int8", axis, kind, codec=codec, steppable=steppable)
-    return plan_lossless(tensor, None, codec)
+        return TensorPlan(tensor, "int8", axis, kind, codec=codec, steppable=steppable, tile_symbols=tile_symbols)
+    return plan_lossless(tensor, None, codec, tile_symbols)
 
 
-def plan_lossless(tensor: SourceTensor, fallback: str | None, codec: CodecName) -> TensorPlan:
+def plan_lossless(tensor: SourceTensor, fallback: str | None, codec: CodecName, tile_symbols: int) -> TensorPlan:
     """Returns the plan that keeps every bit: `lossless` where planes exist and the size is worth it, else `raw`."""
     if not _can_be_coded(tensor) or tensor.dtype.planes == 0 or tensor.entry.bytes < MIN_CODED_BYTES:
         return TensorPlan(tensor, "raw", fallback=fallback)
-    return TensorPlan(tensor, "lossless", fallback=fallback, codec=codec)
+    return TensorPlan(tensor, "lossless", fallback=fallback, codec=codec, tile_symbols=tile_symbols)
 
 
 def channel_axis(name: str, shape: tuple[int, ...], model_type: str) -> tuple[int, ChannelKind]:

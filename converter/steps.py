@@ -58,22 +58,26 @@ StepsProvider = Callable[["TensorPlan"], Steps | None]
 """Chooses the steps of a tensor that is to become `int8`; None leaves it to the largest weight of each channel."""
 
 
-def column_tiles(rows: int, cols: int, groups: int = COLUMN_GROUPS) -> tuple[int, int]:
+def column_tiles(
+    rows: int, cols: int, groups: int = COLUMN_GROUPS, tile_symbols: int = DEFAULT_TILE_SYMBOLS
+) -> tuple[int, int]:
     """Returns rows and columns of the tiles for a matrix whose like columns stand together.
 
     Up to `groups` tiles side by side, at least 32 columns wide and of at least 65,536 symbols where the matrix is large enough,
-    and as many rows as 131,072 symbols allow.
+    and as many rows as `tile_symbols` symbols (131,072) allow.
     """
     fitting = max(1, min(groups, rows * cols // MIN_TILE_SYMBOLS, cols // _MIN_COLUMNS))
     width = -(-cols // fitting)
-    return max(1, min(rows, DEFAULT_TILE_SYMBOLS // width)), width
+    return max(1, min(rows, tile_symbols // width)), width
 
 
-def grid_of(steps: Steps, rows: int, cols: int) -> Grid:
+def grid_of(steps: Steps, rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS) -> Grid:
     """Returns the tiles of a tensor with these steps."""
     if steps.tile is not None:
         return Grid(rows, cols, *steps.tile)
-    return default_grid(rows, cols) if steps.col_scale is None else Grid(rows, cols, *column_tiles(rows, cols))
+    if steps.col_scale is None:
+        return default_grid(rows, cols, tile_symbols)
+    return Grid(rows, cols, *column_tiles(rows, cols, tile_symbols=tile_symbols))
 
 
 def max_tiles(rows: int, cols: int) -> int:

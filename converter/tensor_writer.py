@@ -173,7 +173,10 @@ class TensorWriter:
         """Writes losslessly what int8 cannot represent, and in two planes what one cannot hold."""
         if problem == "non_finite" and self._non_finite == "error":
             raise self._non_finite_error(plan)
-        kept = replace(plan, wide=True) if problem == "wide" else plan_lossless(plan.source, _REASONS[problem], plan.codec)
+        if problem == "wide":
+            kept = replace(plan, wide=True)
+        else:
+            kept = plan_lossless(plan.source, _REASONS[problem], plan.codec, plan.tile_symbols)
         if kept.scheme == "raw":
             return self._write_raw(kept, shard, number)
         job = _Job(kept, list(blocks_of(kept)))

@@ -22,6 +22,11 @@ def xxh3_hex(data: Any) -> str:
     return f"{xxh3(data):016x}"
 
 
+def xxh3_stream() -> Any:
+    """Returns a hasher for data that come in parts: `update(data)`, then `hexdigest()`, which is what `xxh3_hex` gives."""
+    return xxhash.xxh3_64()
+
+
 def sha256_hex(data: Any) -> str:
     """Returns the sha256 of a bytes-like object as 64 lower-case hex digits."""
     return hashlib.sha256(data).hexdigest()

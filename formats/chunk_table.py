@@ -28,6 +28,7 @@ HEADER = np.dtype(
         ("tile_cols", "<u4"),
     ]
 )
+_KNOWN_CODECS = np.isin(np.arange(256), list(CODEC_NAMES))
 RECORD = np.dtype([("stored_bytes", "<u4"), ("codec", "u1"), ("reserved", "u1", (3,)), ("xxh3", "<u8")])
 
 
@@ -138,7 +139,7 @@ def _check_records(records: NDArray[Any], raw_bytes: NDArray[np.int64], where: d
     if records["reserved"].any():
         chunk = int(records["reserved"].any(axis=1).argmax())
         raise SchemaError("reserved bytes of the chunk record are not zero", chunk=chunk, **where)
-    unknown = ~np.isin(records["codec"], list(CODEC_NAMES))
+    unknown = ~_KNOWN_CODECS[records["codec"]]
     if unknown.any():
         chunk = int(unknown.argmax())
         raise UnsupportedVersionError("unknown codec id", chunk=chunk, got=int(records["codec"][chunk]), **where)

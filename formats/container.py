@@ -159,9 +159,9 @@ class StoredTensor:
         got = xxh3(slot)
         if got != record.xxh3:
             error = ChecksumError("stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{record.xxh3:016x}")
-            raise error.located(**self._place(chunk))
+            raise error.located(**self.place(chunk))
         if any(slot[record.stored_bytes :]):
-            raise SchemaError("padding is not zero").located(**self._place(chunk))
+            raise SchemaError("padding is not zero").located(**self.place(chunk))
         return slot[: record.stored_bytes]
 
     def decode_chunk(self, chunk: int, slots: memoryview, first: int) -> NDArray[np.uint8]:
@@ -203,7 +203,7 @@ class StoredTensor:
                 if self.scales is not None and (chunk + 1) % self.table.planes == 0:
                     check_codes(symbols.view(np.int8))  # of a wide tensor only the high plane is bounded
             except (ChecksumError, SchemaError, DecodeError) as exc:
-                yield exc.located(**self._place(chunk))
+                yield exc.located(**self.place(chunk))
                 continue
             yield symbols
 
@@ -223,7 +223,8 @@ class StoredTensor:
                 results[chunk] = exc
         return results | dict(zip(coded, rans.decode_chunks(list(coded.values())), strict=True))
 
-    def _place(self, chunk: int) -> dict[str, Any]:
+    def place(self, chunk: int) -> dict[str, Any]:
+        """Returns file, tensor, chunk and byte of a chunk, for errors."""
         byte = self.offset + int(self.table.offsets[chunk])
         return {"file": self.file.name, "tensor": self.record.name, "chunk": chunk, "byte": byte}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.loader.decode import Workspace, read_tiles, tiles_per_job, write_tile
 from codecllm.loader.memory import empty_tensor
 from codecllm.loader.pool import DecodePool, Job
-from codecllm.loader.torch_tensors import DTYPE_NAMES, TORCH_DTYPES, words_of
+from codecllm.loader.torch_tensors import DTYPE_NAMES, TORCH_DTYPES, Filling, start_keeping, words_of
 
 SCRATCH_ELEMENTS = 1 << 25
 """Most elements of a weight that are decoded at once; a larger one (a vocabulary) is multiplied in bands of rows."""
@@ -29,9 +30,9 @@ SCRATCH_ELEMENTS = 1 << 25
 class InMemoryFile:
     """A payload in memory that is read by offset like the shard it came from."""
 
-    def __init__(self, name: str, payload: bytearray) -> None:
+    def __init__(self, name: str, payload: memoryview) -> None:
         self.name = name
-        self._payload = memoryview(payload)
+        self._payload = payload
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` from `offset`."""
@@ -50,19 +51,11 @@ class SharedDecoder:
         self.lock = threading.RLock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def load(self, source: StoredTensor) -> CompressedTensor:
-        """Reads a tensor's payload into memory and checks every chunk.
-
-        Raises:
-            FormatError: it is damaged.
-        """
-        payload = bytearray(int(source.table.offsets[-1]))
-        source.file.read_into(source.offset, memoryview(payload))
-        held = replace(source, file=InMemoryFile(source.file.name, payload), offset=0)
-        slots = memoryview(payload)
-        for chunk in range(len(source.table.chunks)):
-            held.stored_chunk(chunk, slots[source.table.chunks[chunk].begin :], chunk)
-        return CompressedTensor(held, self)
+    def hold(self, source: StoredTensor) -> tuple[CompressedTensor, Filling]:
+        """Returns the tensor with memory for its payload, and what fills it; use the tensor only once it is filled."""
+        filling = start_keeping(source)
+        file = InMemoryFile(source.file.name, memoryview(filling.tensor.numpy()))
+        return CompressedTensor(replace(source, file=file, offset=0), self), filling
 
     def scratch(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns uninitialised memory [rows, cols]; the next call gives the same. Hold `lock`."""
@@ -74,18 +67,16 @@ class SharedDecoder:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CompressedTensor:
-    """A matrix whose chunks lie in memory as they are stored.
+class CodedMatrix(ABC):
+    """A matrix that is decoded when it is used.
 
     Attributes:
-        stored: the tensor, reading from memory.
-        decoder: what decodes it.
+        stored: the tensor.
     """
 
     stored: StoredTensor
-    decoder: SharedDecoder
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedTensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns itself: it never changes."""
         return self
 
@@ -98,6 +89,58 @@ class CompressedTensor:
     def cols(self) -> int:
         """Columns of the matrix."""
         return self.stored.table.grid.cols
+
+    @property
+    @abstractmethod
+    def lock(self) -> threading.RLock:
+        """Held from decoding to the end of its use."""
+
+    @abstractmethod
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields the matrix in blocks of rows, each valid until the next. Hold `lock`."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the whole matrix in memory of its own."""
+
+    @abstractmethod
+    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns]; decodes only the tiles that hold them."""
+
+    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`.
+
+        Gradients flow to `inputs` and `bias`; the weight is decoded once more for them, not kept.
+        """
+        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
+            result: torch.Tensor = _FrozenCompressed.apply(inputs, self, bias)
+            return result
+        return self._product(inputs, bias)
+
+    def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        with self.lock:
+            parts = [
+                functional.linear(inputs, weight.to(inputs.device), None if bias is None else bias[rows])
+                for rows, weight in self.weights(inputs.dtype)
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedTensor(CodedMatrix):
+    """A matrix whose chunks lie in the host's memory as they are stored.
+
+    Attributes:
+        stored: the tensor, reading from memory.
+        decoder: what decodes it.
+    """
+
+    decoder: SharedDecoder
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The decoder's: one weight at a time lies in its scratch."""
+        return self.decoder.lock
 
     @property
     def bands(self) -> int:
@@ -130,25 +173,7 @@ class CompressedTensor:
         self.decode_bands(list(range(self.bands)), dtype, out)
         return out
 
-    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`.
-
-        Gradients flow to `inputs` and `bias`; the weight is decoded once more for them, not kept.
-        """
-        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
-            result: torch.Tensor = _FrozenCompressed.apply(inputs, self, bias)
-            return result
-        return self._product(inputs, bias)
-
-    def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        with self.decoder.lock:
-            parts = [
-                functional.linear(inputs, weight.to(inputs.device), None if bias is None else bias[rows])
-                for rows, weight in self._weights(inputs.dtype)
-            ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields the matrix in blocks of rows, each in the scratch. Hold `lock`."""
         grid = self.stored.table.grid
         step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
@@ -218,17 +243,17 @@ class _FrozenCompressed(torch.autograd.Function):
     """The product with a compressed matrix, with gradients for inputs and bias."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, matrix: CompressedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, matrix: CodedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.matrix = matrix
         return matrix._product(inputs, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         matrix, to_inputs = ctx.matrix, None
         if ctx.needs_input_grad[0]:
-            with matrix.decoder.lock:
-                for rows, weight in matrix._weights(grad.dtype):
+            with matrix.lock:
+                for rows, weight in matrix.weights(grad.dtype):
                     part = grad[..., rows] @ weight.to(grad.device)
                     to_inputs = part if to_inputs is None else to_inputs.add_(part)
         to_bias = grad.reshape(-1, matrix.rows).sum(0) if ctx.needs_input_grad[2] else None
@@ -243,7 +268,7 @@ class CompressedWeight(nn.Module):
         weight_dtype: dtype of `weight`, which is decoded anew each time; follows `model.to(dtype)`.
     """
 
-    tensor: CompressedTensor
+    tensor: CodedMatrix
     weight_dtype: torch.dtype
 
     def __getattr__(self, name: str) -> Any:
@@ -253,7 +278,7 @@ class CompressedWeight(nn.Module):
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
@@ -277,7 +302,7 @@ class CompressedEmbedding(CompressedWeight, nn.Embedding):
         return vectors.to(ids.device).view(*ids.shape, self.embedding_dim)
 
 
-def compressed_twin(module: nn.Module, payload: Callable[[], CompressedTensor]) -> CompressedWeight | None:
+def compressed_twin(module: nn.Module, payload: Callable[[], CodedMatrix]) -> CompressedWeight | None:
     """Returns a compressed module in place of a plain linear layer or embedding; None for anything else.
 
     Args:

@@ -2,18 +2,22 @@
 
 `exact` dequantizes blocks of rows to the dtype of the inputs and multiplies as a plain linear layer would: where it runs, the
 results are those of dense loading. `packed` multiplies with the codes as they are: it reads half of bf16's bytes, which is what
-a product with few rows of inputs costs on a CPU, and rounds twice (the sum, then its product with the scale). Scales of columns
-go into the inputs first, which are rounded once more by it.
+a product with few rows of inputs costs on a CPU, and rounds twice (the sum, then its product with the scale). `fused` does the
+same on a GPU by kernels of our own, and rounds once. Scales of columns go into the inputs first, which rounds these once more.
 `python -m benchmarks.int8_matmul` compares them with a dense layer.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from codecllm.loader.device.codecs import why_no_kernels
+from codecllm.loader.device.streams import is_accelerator
 
 DEQUANTIZE_ELEMENTS = 1 << 20
 """Elements dequantized at once: the float32 intermediate is 4 MiB."""
@@ -61,10 +65,10 @@ def int8_linear(
 ) -> torch.Tensor:
     """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
 
-    Against `exact`, `packed` differs by at most the rounding of the sum and of its product with the scale: 2^-8 of an output,
-    besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of the sum of
-    |input * weight| at most, and a tenth of that as a rule. Gradients flow to `inputs` and `bias`; the dequantized weight is
-    made anew for them, not kept.
+    Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its product with the scale: 2^-8 of
+    an output, besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of
+    the sum of |input * weight| at most, and a tenth of that as a rule. Gradients flow to `inputs` and `bias`; the dequantized
+    weight is made anew for them, not kept.
 
     Args:
         inputs: float [..., in].
@@ -120,6 +124,25 @@ def packed(
     return scaled.to(inputs.dtype).view(*inputs.shape[:-1], codes.shape[0])
 
 
+def fused(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `int8_linear`: multiplies bfloat16 or float16 inputs with the codes by our kernels for GPUs."""
+    from codecllm.loader.kernels import int8_linear as kernels
+
+    scaled = inputs if col_scale is None else (inputs * col_scale).to(inputs.dtype)
+    return kernels.int8_linear(scaled, codes, scale, bias)
+
+
+def can_fuse(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
+    """Whether `fused` can multiply these: inputs of 16 bits on a GPU for which Triton compiles."""
+    return inputs.dtype in (torch.bfloat16, torch.float16) and codes.is_contiguous() and _has_kernels(inputs.device)
+
+
 def can_pack(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
     """Whether `packed` can and should multiply these: few rows of bfloat16 on a CPU that has a fast kernel."""
     return (
@@ -140,8 +163,13 @@ def _product(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    kernel = packed if can_pack(inputs, codes) else exact
+    kernel = fused if can_fuse(inputs, codes) else packed if can_pack(inputs, codes) else exact
     return kernel(inputs, codes, scale, bias, col_scale)
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    return is_accelerator(device) and why_no_kernels(device) is None
 
 
 class _FrozenInt8(torch.autograd.Function):
@@ -160,7 +188,7 @@ class _FrozenInt8(torch.autograd.Function):
         return _product(inputs, codes, scale, bias, col_scale)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, scale, col_scale = ctx.saved_tensors
         rows, cols = codes.shape

@@ -54,7 +54,7 @@ class Int8Weight(nn.Module):
         """As usual, but a cast leaves the scales in float32 and sets the dtype of `weight`."""
         before = {name: self._buffers[name] for name in ("weight_scale", "weight_col_scale")}
         origin = self.weight_scale.device
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, scale in before.items():
             after = self._buffers[name]
             if scale is not None and after is not None and after.dtype != torch.float32:

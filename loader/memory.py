@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import deque
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 _ALIGNMENT = 64
 _NUMPY_ALLOCATES_BYTES = 4 << 20
+_SLAB_BYTES = 16 << 20
+_SLAB_TAKES_BYTES = 64 << 10
 
 
 def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -22,8 +25,32 @@ def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     size = math.prod(shape) * dtype.itemsize
     if size < _NUMPY_ALLOCATES_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return _typed(_allocate(size), size, dtype, shape)
+
+
+class SlabMemory:
+    """Gives tensors out; small ones lie together in slabs, which lets the kernel back them by huge pages too.
+
+    The memory of a slab is freed once none of its tensors is left.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slab = np.empty(0, np.uint8)
+
+    def empty_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As the function of that name. Every tensor has a storage of its own."""
+        size = math.prod(shape) * dtype.itemsize
+        if not _SLAB_TAKES_BYTES <= size < _NUMPY_ALLOCATES_BYTES:
+            return empty_tensor(shape, dtype)
+        rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
+        with self._lock:
+            if self._slab.size < rounded:
+                slab = _allocate(_SLAB_BYTES)
+                self._slab = slab[-slab.ctypes.data % _ALIGNMENT :]
+            memory, self._slab = self._slab[:size], self._slab[rounded:]
+        return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 class RecycledMemory:
@@ -42,7 +69,7 @@ class RecycledMemory:
         """As the function of that name."""
         size = math.prod(shape) * dtype.itemsize
         if size < _NUMPY_ALLOCATES_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         owner = self._take(size)
         memory = np.frombuffer(owner.data, np.uint8)
         # Runs once nothing refers to the memory any more: neither the tensor nor a view of it.

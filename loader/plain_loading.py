@@ -7,6 +7,7 @@ bytes are then read, checked and decoded from the container's own files.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from torch import nn
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.container import Container, PlainTensor
 from codecllm.formats.errors import ModelMismatchError, NotAContainerError, SchemaError
-from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, RawTensor
+from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, CodedTensor, RawTensor
 from codecllm.hub import resolve
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader
+from codecllm.loader.torch_tensors import is_model_float
 
-CHUNKS_SUFFIX = "_chunks"
-COMPANIONS = ("_scale", "_col_scale", "_col_order", "_shape", CHUNKS_SUFFIX, "_tables")
+_SIDES = ("chunks", "scale", "col_scale", "col_order")
+"""Side tensors that together say what a payload means."""
+
+COMPANIONS = ("_scale", "_col_scale", "_col_order", "_shape", "_chunks", "_tables")
 
 
 class PlainLoad:
@@ -45,18 +49,25 @@ class PlainLoad:
         self._container = Container(_container_folder(checkpoint_files))
         self._pool = DecodePool(self._container.decoding_threads(None))
         self._reader = TensorReader(self._container, self._pool)
-        self._names: dict[str, str] = {}
+        self._records: dict[str, list[CodedTensor]] = {}
         try:
             self._check_plain()
         except BaseException:
             self.close()
             raise
-        self.parameter_names = sorted({name.rpartition(".")[2] for name in self._names.values()})
+        names = [record.name for records in self._records.values() for record in records]
+        self.parameter_names = sorted({name.rpartition(".")[2] for name in names})
 
     def close(self) -> None:
         """Ends the threads and closes the files."""
+        self._reader.close()
         self._pool.close()
         self._container.close()
+
+    def expect(self, dtype: torch.dtype) -> None:
+        """Starts to decode every coded tensor, floats as `dtype`, before transformers comes to it."""
+        names = [record.name for records in self._records.values() for record in records]
+        self._reader.expect((name, "weight", self._wanted(name, dtype)) for name in names)
 
     def decode(self, collected: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Turns collected stored tensors into decoded ones.
@@ -75,8 +86,8 @@ class PlainLoad:
         for pattern, value in collected.items():
             if any(pattern.endswith(suffix) and pattern.removesuffix(suffix) in collected for suffix in COMPANIONS):
                 continue
-            tables = iter(_as_list(collected.get(pattern + CHUNKS_SUFFIX, [])))
-            done = [self._decode_one(tensor, tables, dtype) for tensor in _as_list(value)]
+            sides = {side: deque(_as_list(collected.get(f"{pattern}_{side}", []))) for side in _SIDES}
+            done = [self._decode_one(tensor, sides, dtype) for tensor in _as_list(value)]
             decoded[pattern] = done if isinstance(value, list) else done[0]
         return decoded
 
@@ -100,17 +111,29 @@ class PlainLoad:
                 value = self._reader.read(record.alias_of, "weight", parameter.dtype)
                 parameter.data = value.to(parameter.device, copy=True)
 
-    def _decode_one(self, stored: torch.Tensor, tables: Any, dtype: torch.dtype) -> torch.Tensor:
-        if stored.dtype != torch.uint8 or stored.ndim != 1:
-            return stored
-        table = next(tables, None)
-        if table is None:
-            return stored
-        name = self._names.get(xxh3_hex(table.cpu().numpy()))
-        if name is None:
-            raise SchemaError("chunk table is not one of this container's", file=str(self._container.folder))
-        is_float = self._container.records[name].dtype in ("BF16", "F16", "F32", "F64")
-        return self._reader.read(name, "weight", dtype if is_float else None).to(stored.device)
+    def _decode_one(self, stored: torch.Tensor, sides: dict[str, deque[torch.Tensor]], dtype: torch.dtype) -> torch.Tensor:
+        if stored.dtype != torch.uint8 or stored.ndim != 1 or not sides["chunks"]:
+            return stored.to(dtype) if stored.is_floating_point() else stored
+        name = self._identify(sides)
+        return self._reader.read(name, "weight", self._wanted(name, dtype)).to(stored.device)
+
+    def _identify(self, sides: dict[str, deque[torch.Tensor]]) -> str:
+        """Takes the side tensors of the next coded tensor from the queues; returns its name.
+
+        Tensors with equal chunks (a matrix and a multiple of it, as `int8`) differ in what stands beside them.
+        """
+        found = self._records.get(xxh3_hex(sides["chunks"][0].cpu().numpy()), [])
+        if len({_meaning(record) for record in found}) > 1:
+            heads = {side: xxh3_hex(queue[0].cpu().numpy()) for side, queue in sides.items() if queue}
+            found = [record for record in found if all(heads.get(side) == value for side, value in _meaning(record))]
+        if len({_meaning(record) for record in found}) != 1:
+            raise SchemaError("side data are not those of one tensor of this container", file=str(self._container.folder))
+        for side, _ in _meaning(found[0]):
+            sides[side].popleft()
+        return found[0].name
+
+    def _wanted(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
+        return dtype if is_model_float(self._container.records[name].dtype) else None
 
     def _check_plain(self) -> None:
         for number in range(len(self._container.manifest.shards)):
@@ -121,7 +144,12 @@ class PlainLoad:
                 assert isinstance(tensor, PlainTensor)
                 tensor.read()
             elif not isinstance(record, AliasTensor):
-                self._names[record.xxh3.chunks] = record.name
+                self._records.setdefault(record.xxh3.chunks, []).append(record)
+
+
+def _meaning(record: CodedTensor) -> tuple[tuple[str, str], ...]:
+    """Returns the side tensors that a record has, of those that say what its payload means, and their checksums."""
+    return tuple((side, value) for side in _SIDES if (value := getattr(record.xxh3, side)) is not None)
 
 
 def _as_list(value: Any) -> list[torch.Tensor]:

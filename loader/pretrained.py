@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,10 +18,12 @@ from codecllm.formats.errors import (
 )
 from codecllm.hub import resolve
 from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.device.codecs import Decoder
+from codecllm.loader.device.feed import DeviceFeeds, refuse_without_device, sole_device
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter, OnProgress, metered
 from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
-from codecllm.loader.state_dict import TensorReader, lazy_state_dict, main_dtype
+from codecllm.loader.state_dict import CPU, TensorReader, lazy_state_dict, main_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +60,7 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     resident: Resident = "dense",
+    decoder: Decoder = "auto",
     workers: int | None = None,
     expected_manifest_sha256: str | None = None,
     progress: bool | OnProgress | None = None,
@@ -78,7 +82,9 @@ def from_pretrained(
             bf16's bytes; products are those of dense or, with another kernel, within its rounding (`int8_matmul.int8_linear`).
             `compressed`: payloads stay coded as in the files and each weight is decoded just before it is used: least memory,
             the bits of dense, and the time of decoding the whole model for every forward pass.
-        workers: decoding threads; None takes one per core, or more where the codec gains by it.
+        decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there, as far as it can, else on the
+            CPU. `cpu`: on the CPU. `nvcomp`, `triton`: zstd by nvCOMP, `rans` by our kernel, or an error that says why not.
+        workers: threads that read and decode; None takes one per core, or more where the codec gains by it.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;
             None leaves it to transformers' own bar.
@@ -99,14 +105,21 @@ def from_pretrained(
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
     if resident not in get_args(Resident):
         raise UsageError("no such resident", got=repr(resident), expected=" or ".join(get_args(Resident)))
+    if decoder not in get_args(Decoder):
+        raise UsageError("no such decoder", got=repr(decoder), expected=" or ".join(get_args(Decoder)))
+    refuse_without_device(decoder, device_map)
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     with (
         Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container,
         DecodePool(container.decoding_threads(workers)) as pool,
     ):
         config = _read_config(container, resident)
-        with metered(progress, container.manifest.source.tensor_bytes) as meter:
-            load = _Load(container, pool, config, _wanted_dtype(dtype, config, container), workers, meter)
+        wanted = _wanted_dtype(dtype, config, container)
+        with (
+            metered(progress, container.manifest.source.tensor_bytes) as meter,
+            DeviceFeeds(container, pool, decoder, meter) as feeds,
+            closing(_Load(container, pool, config, wanted, workers, meter, feeds, device_map)) as load,
+        ):
             model = load.run(resident, {"device_map": device_map, **hf_kwargs})
         _read_generation_config(container, model)
     model.name_or_path = model.config._name_or_path = str(name_or_path)
@@ -124,18 +137,31 @@ class _Load:
         dtype: torch.dtype,
         workers: int | None,
         meter: Meter,
+        feeds: DeviceFeeds,
+        device_map: Any,
     ) -> None:
         self._container = container
         self._config = config
         self._dtype = dtype
         self._workers = workers
         self._meter = meter
-        self._reader = TensorReader(container, pool, meter)
+        needed = container.manifest.source.tensor_bytes * max(1, dtype.itemsize // 2)
+        device = sole_device(device_map, needed)
+        self._feed = feeds.feed(device) if device is not None else None
+        self._reader = TensorReader(container, pool, meter, feeds, device or CPU)
         self._state_dict = lazy_state_dict(self._reader, container, dtype)
+
+    def close(self) -> None:
+        """Ends what is still being read."""
+        self._reader.close()
 
     def run(self, resident: Resident, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         """Builds the model class and loads the weights; see `from_pretrained`."""
-        model = self._build(hf_kwargs) if resident == "dense" else self._run_resident(self._plan(resident), hf_kwargs)
+        if resident == "dense":
+            self._reader.expect(value.wanted for value in self._state_dict.values())
+            model = self._build(hf_kwargs)
+        else:
+            model = self._run_resident(self._plan(resident), hf_kwargs)
         self._check_materialized(model)
         _separate_untied(model)
         return model
@@ -160,7 +186,7 @@ class _Load:
     def _plan(self, resident: Resident) -> Residency:
         if resident == "int8":
             return ResidentInt8(self._container, self._reader, self._state_dict)
-        return ResidentCompressed(self._container, self._state_dict, self._workers, self._meter)
+        return ResidentCompressed(self._container, self._reader, self._state_dict, self._workers, self._meter, self._feed)
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)

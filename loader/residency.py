@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 import torch
 from torch import nn
@@ -10,7 +11,10 @@ from torch import nn
 from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest import AliasTensor, CodedTensor, Int8Tensor, LosslessTensor, RawTensor
-from codecllm.loader.compressed_modules import CompressedTensor, CompressedWeight, SharedDecoder, compressed_twin
+from codecllm.loader.compressed_modules import CodedMatrix, CompressedWeight, SharedDecoder, compressed_twin
+from codecllm.loader.device.feed import DeviceFeed
+from codecllm.loader.device.plan import decodes_on_device
+from codecllm.loader.device.resident import DeviceCompressedTensor, DeviceDecoder
 from codecllm.loader.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.progress import Meter
 from codecllm.loader.state_dict import COL_SCALE_SUFFIX, SCALE_SUFFIX, LazyTensor, TensorReader
@@ -26,14 +30,15 @@ class Residency:
         modules: names of the modules that were replaced.
     """
 
-    def __init__(self, records: dict[str, CodedTensor], state_dict: dict[str, LazyTensor]) -> None:
+    def __init__(self, records: dict[str, CodedTensor], reader: TensorReader, state_dict: dict[str, LazyTensor]) -> None:
         """Keeps the candidates, by every name that the container has for them, and the state dict to be changed."""
         self._records = records
+        self._reader = reader
         self._state_dict = state_dict
         self.modules: list[str] = []
 
     def prepare(self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype) -> None:
-        """Replaces modules of the empty model and changes what the state dict yields for them.
+        """Replaces modules of the empty model, changes what the state dict yields for them, and starts to read it.
 
         Args:
             model: the model on the meta device.
@@ -51,6 +56,7 @@ class Residency:
             if all(parameters.get(member) == tuple(record.shape) for member in group) and self._swap(model, record, group):
                 own_prefix = name.removesuffix(target) if name.endswith(target) else ""
                 self._redirect(name, own_prefix, record, group, tied, dtype)
+        self._reader.expect(value.wanted for value in self._state_dict.values())
 
     def finish(self, model: nn.Module) -> None:
         """Verifies the replaced modules and ends their loading; see the subclasses."""
@@ -93,8 +99,7 @@ class ResidentInt8(Residency):
         }
         if not records:
             raise UsageError("resident='int8' needs an int8 container; this one holds no int8 tensor whose codes fit 8 bits")
-        super().__init__(records, state_dict)
-        self._reader = reader
+        super().__init__(records, reader, state_dict)
 
     def finish(self, model: nn.Module) -> None:
         """Verifies that each replaced module, and no other, got its codes and scales, and ends their loading.
@@ -134,8 +139,18 @@ class ResidentInt8(Residency):
 class ResidentCompressed(Residency):
     """resident="compressed": payloads stay coded in memory and are decoded where they are used."""
 
-    def __init__(self, container: Container, state_dict: dict[str, LazyTensor], workers: int | None, meter: Meter) -> None:
+    def __init__(
+        self,
+        container: Container,
+        reader: TensorReader,
+        state_dict: dict[str, LazyTensor],
+        workers: int | None,
+        meter: Meter,
+        feed: DeviceFeed | None = None,
+    ) -> None:
         """Collects the coded tensors; `workers` threads stay with the model to decode them.
+
+        What the device of `feed` can decode stays in its memory and is decoded there.
 
         Raises:
             UsageError: the container holds none.
@@ -146,18 +161,38 @@ class ResidentCompressed(Residency):
         }
         if not records:
             raise UsageError("resident='compressed' needs coded tensors; this container holds none")
-        super().__init__(records, state_dict)
+        super().__init__(records, reader, state_dict)
         self._container = container
         self._decoder = SharedDecoder(container.decoding_threads(workers))
         self._meter = meter
-        self._payloads: dict[str, CompressedTensor] = {}
+        self._payloads: dict[str, CodedMatrix] = {}
+        self._checked: list[tuple[CodedTensor, Future[torch.Tensor]]] = []
+        self._feed = feed
+        self._device = DeviceDecoder(feed.streams, feed.codecs) if feed is not None else None
+        self._on_device: list[DeviceCompressedTensor] = []
 
-    def finish(self, model: nn.Module) -> None:
-        """Verifies that every module that was replaced is still in its place.
+    def prepare(self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype) -> None:
+        """See `Residency.prepare`; payloads for a device are brought there at once.
 
         Raises:
-            ModelMismatchError: one is not.
+            FormatError: one is damaged or does not decode.
         """
+        super().prepare(model, prefix, tied, dtype)
+        if self._device is not None and self._feed is not None and self._on_device:
+            self._device.load(self._on_device, self._feed)
+            for tensor in self._on_device:
+                self._meter.add(tensor.stored.record.name, tensor.stored.record.source_bytes)
+
+    def finish(self, model: nn.Module) -> None:
+        """Waits until all payloads are read and checked; verifies that every module that was replaced is still in its place.
+
+        Raises:
+            FormatError: a payload is damaged.
+            ModelMismatchError: a module was replaced again.
+        """
+        for record, checked in self._checked:
+            checked.result()
+            self._meter.add(record.name, record.source_bytes)
         for name in self.modules:
             if not isinstance(model.get_submodule(name), CompressedWeight):
                 raise ModelMismatchError("compressed module was replaced again", tensor=f"{name}.weight")
@@ -165,12 +200,17 @@ class ResidentCompressed(Residency):
     def _twin(self, module: nn.Module, record: CodedTensor) -> nn.Module | None:
         return compressed_twin(module, lambda: self._payload(record))
 
-    def _payload(self, record: CodedTensor) -> CompressedTensor:
+    def _payload(self, record: CodedTensor) -> CodedMatrix:
         if record.name not in self._payloads:
             source = self._container.tensor(record.name)
             assert isinstance(source, StoredTensor)
-            self._payloads[record.name] = self._decoder.load(source)
-            self._meter.add(record.name, record.source_bytes)
+            if self._device is not None and self._feed is not None and decodes_on_device(source, self._feed.codecs):
+                held = self._device.hold(source)
+                self._on_device.append(held)
+                self._payloads[record.name] = held
+                return held
+            self._payloads[record.name], filling = self._decoder.hold(source)
+            self._checked.append((record, self._reader.keep(record.name, filling)))
         return self._payloads[record.name]
 
     def _redirect(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
@@ -11,12 +13,17 @@ import torch
 from codecllm.formats.container import Container, StoredTensor
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.loader.device.feed import DeviceFeeds, concrete
+from codecllm.loader.memory import SlabMemory
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter
+from codecllm.loader.read_ahead import ReadAhead, Request
 from codecllm.loader.torch_tensors import (
     DTYPE_NAMES,
+    Filling,
     announce_reads,
-    fill,
+    file_order,
+    is_model_float,
     open_scales,
     start_filling,
     start_filling_codes,
@@ -25,36 +32,79 @@ from codecllm.loader.torch_tensors import (
 
 Part = Literal["weight", "codes", "scale", "col_scale"]
 SCALE_SUFFIX, COL_SCALE_SUFFIX = "_scale", "_col_scale"
+CPU = torch.device("cpu")
+
+Wanted = tuple[str, Part, torch.dtype | None]
+"""Name of a stored tensor, what of it, and as which dtype."""
 
 
 class TensorReader:
     """Decodes single tensors of a container on request, from any thread, and remembers the first failure.
 
-    Tensors that are asked for under several names (aliases, tied modules) are decoded once and share one storage.
+    Tensors that are asked for under several names (aliases, tied modules) are decoded once and share one storage. What `expect`
+    was told of is decoded before it is asked for.
 
     Attributes:
         first_error: the first exception that a read raised, or None.
     """
 
-    def __init__(self, container: Container, pool: DecodePool, meter: Meter | None = None) -> None:
-        """Reads from `container` with the threads of `pool`, counting what was read in `meter`."""
+    def __init__(
+        self,
+        container: Container,
+        pool: DecodePool,
+        meter: Meter | None = None,
+        feeds: DeviceFeeds | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        """Prepares reading.
+
+        Args:
+            container: where tensors are stored.
+            pool: decodes on the CPU, and reads for devices.
+            meter: counts what was read.
+            feeds: where tensors for other devices come from; None: decoded on the CPU and then moved.
+            device: where what `expect` is told of will be asked for.
+        """
         self._container = container
-        self._pool = pool
+        self._feeds, self._device = feeds, device
+        self._waiting: list[tuple[str, Literal["weight", "codes"], torch.dtype]] = []
+        self._ahead = ReadAhead(pool)
+        self._memory = SlabMemory()
         self._meter = meter
         self._lock = threading.Lock()
+        self._expected: dict[tuple[str, Part], torch.dtype] = {}
+        self._scales: dict[str, torch.Tensor] = {}
         self._shared_locks: dict[str, threading.Lock] = {}
-        self._shared: dict[tuple[str, Part, torch.dtype | None], torch.Tensor] = {}
+        self._shared: dict[tuple[str, Part, torch.dtype | None, torch.device], torch.Tensor] = {}
         self.first_error: BaseException | None = None
         for record in container.manifest.tensors:
             if isinstance(record, AliasTensor):
                 self.share(record.alias_of)
+
+    def close(self) -> None:
+        """Ends the reading ahead; whoever still waits for a tensor gets an error."""
+        self._ahead.close()
 
     def share(self, name: str) -> None:
         """Keeps the tensor `name` once it was decoded, so that later requests get the same storage."""
         with self._lock:
             self._shared_locks.setdefault(name, threading.Lock())
 
-    def read(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
+    def expect(self, wanted: Iterable[Wanted]) -> None:
+        """Starts to decode what will be asked for, in the order of the files; call once. See `read` for the arguments.
+
+        For another device it starts with the first request: until then transformers may be taking memory there for itself.
+        """
+        place = {name: number for number, name in enumerate(file_order(self._container))}
+        unique = {(name, part): self._dtype(name, part, dtype) for name, part, dtype in wanted if part in ("weight", "codes")}
+        keys = sorted(unique, key=lambda key: place[key[0]])
+        if self._feeds is not None and self._feeds.serves(self._device):
+            self._waiting = [(name, part, unique[name, part]) for name, part in keys]
+            return
+        self._expected = {(name, part): dtype for (name, part), dtype in unique.items()}
+        self._ahead.expect([self._request(name, part, self._expected[name, part]) for name, part in keys])
+
+    def read(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device = CPU) -> torch.Tensor:
         """Decodes a stored tensor.
 
         Args:
@@ -62,6 +112,7 @@ class TensorReader:
             part: `weight`: the elements as `dtype` (None: the source's). `codes`: int8. `scale`: float32, one per channel;
                 `col_scale`: float32, one per column.
             dtype: dtype of `weight`; ignored otherwise.
+            device: where it is to lie.
 
         Raises:
             FormatError: the tensor is damaged. `first_error` keeps the first one.
@@ -69,30 +120,54 @@ class TensorReader:
         try:
             lock = self._shared_locks.get(name)
             if lock is None:
-                return self._decode(name, part, dtype)
+                return self._take(name, part, dtype, device)
             with lock:
-                key = (name, part, dtype if part == "weight" else None)
+                key = (name, part, dtype if part == "weight" else None, device)
                 if key not in self._shared:
-                    self._shared[key] = self._decode(name, part, dtype)
+                    self._shared[key] = self._take(name, part, dtype, device)
                 return self._shared[key]
         except BaseException as exc:
             with self._lock:
                 self.first_error = self.first_error or exc
             raise
 
-    def _decode(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
-        if part in ("scale", "col_scale"):
-            return open_scales(self._container, name, of_columns=part == "col_scale")
-        source = self._container.tensor(name)
-        announce_reads(source)
-        if part == "codes":
-            assert isinstance(source, StoredTensor)
-            tensor = fill(self._pool, start_filling_codes(source))
-        else:
-            tensor = fill(self._pool, start_filling(source, dtype))
+    def keep(self, name: str, filling: Filling) -> Future[torch.Tensor]:
+        """Reads the payload of a tensor into memory where it stays; returns what receives it once it is checked."""
+        return self._ahead.take(Request((name, "payload"), filling.tensor.nbytes, lambda: filling))
+
+    def _take(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+        if part == "scale" or part == "col_scale":
+            held = self._scales.pop(name, None) if part == "scale" else None
+            return (held if held is not None else open_scales(self._container, name, of_columns=part == "col_scale")).to(device)
+        dtype = self._dtype(name, part, dtype)
+        if self._feeds is not None and self._feeds.serves(device):
+            feed = self._feeds.feed(device)
+            if device == self._device:
+                with self._lock:
+                    waiting, self._waiting = self._waiting, []
+                    feed.expect(waiting)
+            return feed.take(name, part, dtype)
+        if self._expected.get((name, part), dtype) != dtype:
+            self._ahead.drop((name, part))
+        tensor = self._ahead.take(self._request(name, part, dtype)).result()
         if self._meter is not None:
-            self._meter.add(name, source.record.source_bytes)
-        return tensor
+            self._meter.add(name, self._container.records[name].source_bytes)
+        return tensor.to(device)
+
+    def _dtype(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.dtype:
+        return torch.int8 if part == "codes" else dtype or torch_dtype(self._container.records[name].dtype, name)
+
+    def _request(self, name: str, part: Part, dtype: torch.dtype) -> Request:
+        def start() -> Filling:
+            source = self._container.tensor(name)
+            announce_reads(source)
+            if part == "weight":
+                return start_filling(source, dtype, self._memory.empty_tensor)
+            assert isinstance(source, StoredTensor) and source.scales is not None
+            self._scales[name] = torch.from_numpy(source.scales.copy())  # will be asked for next
+            return start_filling_codes(source, self._memory.empty_tensor)
+
+        return Request((name, part), self._container.records[name].elements * dtype.itemsize, start)
 
 
 class LazyTensor:
@@ -125,6 +200,11 @@ class LazyTensor:
             self.shape = torch.Size(record.shape[:1] if part == "scale" else record.shape[1:])
         self.ndim = len(self.shape)
         self.device = torch.device("cpu")
+
+    @property
+    def wanted(self) -> Wanted:
+        """What `to` without arguments reads: arguments of `TensorReader.expect`."""
+        return self._stored_name, self._part, self.dtype
 
     def get_shape(self) -> list[int]:
         """Dimensions, as a safetensors slice gives them."""
@@ -165,8 +245,8 @@ class LazyTensor:
             error = ModelMismatchError("dtype", tensor=self.name, got=self._source_dtype, expected=wanted)
             self._reader.first_error = self._reader.first_error or error
             raise error
-        tensor = self._reader.read(self._stored_name, self._part, wanted)
-        return tensor if device is None else tensor.to(device)
+        place = CPU if device is None else concrete(torch.device(device))
+        return self._reader.read(self._stored_name, self._part, wanted, place)
 
 
 def lazy_state_dict(reader: TensorReader, container: Container, dtype: torch.dtype) -> dict[str, LazyTensor]:
@@ -178,6 +258,6 @@ def main_dtype(container: Container) -> torch.dtype:
     """Returns the float dtype that most weights of the source have; float32 where it has none."""
     counts: Counter[str] = Counter()
     for record in container.manifest.tensors:
-        if record.dtype in ("BF16", "F16", "F32", "F64"):
+        if is_model_float(record.dtype):
             counts[record.dtype] += record.elements
     return torch_dtype(counts.most_common(1)[0][0]) if counts else torch.float32

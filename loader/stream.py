@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import closing
 
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import CodedTensor, RawTensor
+from codecllm.formats.manifest import AliasTensor, CodedTensor, RawTensor
 from codecllm.loader.memory import RecycledMemory
 from codecllm.loader.pool import DecodePool
-from codecllm.loader.torch_tensors import announce_reads, file_order, start_filling
+from codecllm.loader.read_ahead import ReadAhead, Request
+from codecllm.loader.torch_tensors import Filling, announce_reads, file_order, is_model_float, start_filling, torch_dtype
 
-JOBS_IN_FLIGHT = 32
-"""Jobs queued or done but not yet handed out: about 32 Mi elements."""
+AHEAD_BYTES = 64 << 20
+"""Bytes of tensors that are made ahead; the next tensor always is."""
 
 KEEP_BYTES = 256 << 20
 """Memory of dropped tensors that is kept for the next ones while the stream lasts."""
 
-Finished = tuple[RawTensor | CodedTensor, torch.Tensor]
-_Flight = deque[tuple[Future[None], Finished | None]]
 
-
-def stream_tensors(container: Container, *, dtype: torch.dtype | None = None, workers: int | None = None) -> Iterator[Finished]:
+def stream_tensors(
+    container: Container, *, dtype: torch.dtype | None = None, workers: int | None = None
+) -> Iterator[tuple[RawTensor | CodedTensor, torch.Tensor]]:
     """Yields every stored tensor of a container, decoded; aliases are left out.
 
     Args:
@@ -40,29 +38,26 @@ def stream_tensors(container: Container, *, dtype: torch.dtype | None = None, wo
         FormatError: something is damaged. Tensors yielded before are whole and were checked.
         UsageError: `workers` is not positive.
     """
-    with DecodePool(container.decoding_threads(workers)) as pool, closing(RecycledMemory(KEEP_BYTES)) as memory:
-        flight: _Flight = deque()
-        for source in file_order(container):
-            is_float = torch_is_float(source.record.dtype)
-            filling = start_filling(source, dtype if is_float else None, memory.empty_tensor)
-            announce_reads(source)
-            for number, job in enumerate(filling.jobs, 1):
-                if len(flight) == JOBS_IN_FLIGHT:
-                    yield from _settle(flight)
-                done = (source.record, filling.tensor) if number == len(filling.jobs) else None
-                flight.append((pool.submit(job), done))
-            del filling
-        while flight:
-            yield from _settle(flight)
+    with (
+        DecodePool(container.decoding_threads(workers)) as pool,
+        closing(RecycledMemory(KEEP_BYTES)) as memory,
+        ReadAhead(pool, AHEAD_BYTES) as ahead,
+    ):
+        requests = {name: _request(container, name, dtype, memory) for name in file_order(container)}
+        ahead.expect(requests.values())
+        for name in list(requests):
+            record = container.records[name]
+            assert not isinstance(record, AliasTensor)
+            yield record, ahead.take(requests.pop(name)).result()
 
 
-def torch_is_float(name: str) -> bool:
-    """Whether an element type of the container is a float that models compute with (not an 8-bit or smaller one)."""
-    return name in ("BF16", "F16", "F32", "F64")
+def _request(container: Container, name: str, dtype: torch.dtype | None, memory: RecycledMemory) -> Request:
+    record = container.records[name]
+    wanted = dtype if dtype is not None and is_model_float(record.dtype) else torch_dtype(record.dtype, name)
 
+    def start() -> Filling:
+        source = container.tensor(name)
+        announce_reads(source)
+        return start_filling(source, wanted, memory.empty_tensor)
 
-def _settle(flight: _Flight) -> Iterator[Finished]:
-    future, done = flight.popleft()
-    future.result()
-    if done is not None:
-        yield done
+    return Request(name, record.elements * wanted.itemsize, start)

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.container import Container, PlainTensor, StoredTensor
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError
+from codecllm.formats.errors import ChecksumError, TruncatedError, UnsupportedEnvironmentError
 from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
-from codecllm.loader.decode import CODES, Workspace, decode_tiles, payload_span, plan_jobs, read_tiles, write_tile
+from codecllm.loader.decode import CODES, Workspace, decode_tiles, payload_span, plan_jobs, tiles_of, write_tile
 from codecllm.loader.memory import empty_tensor
-from codecllm.loader.pool import DecodePool, Job
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -61,6 +60,11 @@ def torch_dtype(name: str, tensor: str | None = None) -> torch.dtype:
     return dtype
 
 
+def is_model_float(name: str) -> bool:
+    """Whether an element type of the container is a float that models compute with (not an 8-bit or smaller one)."""
+    return name in ("BF16", "F16", "F32", "F64")
+
+
 def words_of(tensor: torch.Tensor, rows: int, cols: int) -> NDArray[Any]:
     """Returns a contiguous tensor's memory as unsigned numpy words [rows, cols] of its element size."""
     flat = tensor.view(-1)
@@ -69,11 +73,46 @@ def words_of(tensor: torch.Tensor, rows: int, cols: int) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Part of a tensor under construction: bytes of a shard that lie together, and what is made of them.
+
+    Attributes:
+        source: the tensor in the container.
+        tiles: the tiles whose slots they are; None: the whole of a plain tensor.
+        decode: checks the bytes and puts what they mean into the tensor; raises FormatError where they are damaged.
+        place: where the bytes are to be read to; None: into any buffer, for they are not kept.
+    """
+
+    source: PlainTensor | StoredTensor
+    tiles: range | None
+    decode: Callable[[memoryview, Workspace], None]
+    place: memoryview | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that are read."""
+        return _span(self.source, self.tiles)[1]
+
+    def read(self, buffer: bytearray) -> memoryview:
+        """Reads the bytes, unchecked, into their place or the head of `buffer` (large enough); returns where they lie."""
+        offset, size = _span(self.source, self.tiles)
+        view = self.place if self.place is not None else memoryview(buffer)[:size]
+        try:
+            self.source.file.read_into(offset, view)
+        except TruncatedError as exc:
+            chunk = (
+                self.tiles.start * self.source.table.planes if isinstance(self.source, StoredTensor) and self.tiles else None
+            )
+            raise exc.located(tensor=self.source.record.name, chunk=chunk) from None
+        return view
+
+
+@dataclass(frozen=True, slots=True)
 class Filling:
-    """A tensor under construction: `tensor` is complete and valid once every job of `jobs` has run without an error."""
+    """A tensor under construction: `tensor` is complete and valid once every run of `runs` was decoded without an error."""
 
     tensor: torch.Tensor
-    jobs: list[Job]
+    runs: list[Run]
 
 
 def start_filling(
@@ -81,7 +120,7 @@ def start_filling(
     dtype: torch.dtype | None,
     allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = empty_tensor,
 ) -> Filling:
-    """Allocates a tensor and plans the jobs that fill it.
+    """Allocates a tensor and plans the runs that fill it.
 
     Args:
         source: the tensor in the container, side data already checked.
@@ -96,44 +135,30 @@ def start_filling(
     own = torch_dtype(record.dtype, record.name)
     out = allocate(tuple(record.shape), dtype or own)
     if isinstance(source, PlainTensor):
-        return Filling(out, [lambda workspace: read_plain(source, out)])
+        return Filling(out, [_plain_run(source, out)])
     native = DTYPE_NAMES.get(out.dtype, "")
     if not isinstance(record, Int8Tensor):
-        return Filling(out, _coded_jobs(source, out, record.dtype, cast=out.dtype != own))
-    return Filling(out, _coded_jobs(source, out, native if native in _INT8_TARGETS else "F32", native not in _INT8_TARGETS))
+        return Filling(out, _coded_runs(source, out, record.dtype, cast=out.dtype != own))
+    return Filling(out, _coded_runs(source, out, native if native in _INT8_TARGETS else "F32", native not in _INT8_TARGETS))
 
 
-def start_filling_codes(source: StoredTensor) -> Filling:
-    """Allocates an int8 tensor of the source's shape and plans the jobs that fill it with the codes."""
-    out = empty_tensor(tuple(source.record.shape), torch.int8)
-    return Filling(out, _coded_jobs(source, out, CODES, cast=False))
+def start_filling_codes(
+    source: StoredTensor, allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = empty_tensor
+) -> Filling:
+    """Allocates an int8 tensor of the source's shape and plans the runs that fill it with the codes."""
+    out = allocate(tuple(source.record.shape), torch.int8)
+    return Filling(out, _coded_runs(source, out, CODES, cast=False))
 
 
-def read_plain(source: PlainTensor, out: torch.Tensor) -> None:
-    """Reads a plainly stored tensor into `out` [shape], casting where the dtypes differ.
-
-    Raises:
-        ChecksumError: the bytes differ from the manifest.
-    """
-    own = torch_dtype(source.record.dtype, source.record.name)
-    target = out if out.dtype == own else empty_tensor(tuple(out.shape), own)
-    if out.numel() == 0:
-        source.read()
-        return
-    data = target.view(-1).view(torch.uint8).numpy()
-    source.file.read_into(source.offset, memoryview(data))
-    got = xxh3_hex(data)
-    if got != source.record.xxh3:
-        place: dict[str, Any] = {"file": source.file.name, "tensor": source.record.name, "byte": source.offset}
-        raise ChecksumError("stored bytes differ from the manifest: xxh3", got=got, expected=source.record.xxh3, **place)
-    if target is not out:
-        out.copy_(target)
-
-
-def fill(pool: DecodePool, filling: Filling) -> torch.Tensor:
-    """Runs all jobs of a filling and returns its tensor; raises what the first failing job raised."""
-    pool.run_all(filling.jobs)
-    return filling.tensor
+def start_keeping(source: StoredTensor) -> Filling:
+    """Allocates uint8 [payload bytes] and plans the runs that fill it with the payload as it is stored, every chunk checked."""
+    out = empty_tensor((int(source.table.offsets[-1]),), torch.uint8)
+    payload, runs = memoryview(out.numpy()), []
+    for tiles in plan_jobs(source):
+        offset, size = payload_span(source, tiles)
+        begin = offset - source.offset
+        runs.append(Run(source, tiles, partial(_check_chunks, source, tiles), payload[begin : begin + size]))
+    return Filling(out, runs)
 
 
 def open_scales(container: Container, name: str, of_columns: bool = False) -> torch.Tensor:
@@ -146,38 +171,67 @@ def open_scales(container: Container, name: str, of_columns: bool = False) -> to
     return torch.from_numpy(source.columns.scales.copy())
 
 
-def _coded_jobs(source: StoredTensor, out: torch.Tensor, target: str, cast: bool) -> list[Job]:
+def _plain_run(source: PlainTensor, out: torch.Tensor) -> Run:
+    own = torch_dtype(source.record.dtype, source.record.name)
+    target = out if out.dtype == own else empty_tensor(tuple(out.shape), own)
+    place = memoryview(target.view(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(bytearray())
+
+    def check(data: memoryview, workspace: Workspace) -> None:
+        got = xxh3_hex(data)
+        if got != source.record.xxh3:
+            where: dict[str, Any] = {"file": source.file.name, "tensor": source.record.name, "byte": source.offset}
+            expected = source.record.xxh3
+            raise ChecksumError("stored bytes differ from the manifest: xxh3", got=got, expected=expected, **where)
+        if target is not out:
+            out.copy_(target)
+
+    return Run(source, None, check, place)
+
+
+def _coded_runs(source: StoredTensor, out: torch.Tensor, target: str, cast: bool) -> list[Run]:
     grid = source.table.grid
     if cast:
         matrix = out.view(grid.rows, grid.cols)
-        return [partial(_decode_cast, source, tiles, matrix, target) for tiles in plan_jobs(source)]
+        return [Run(source, tiles, partial(_decode_cast, source, tiles, matrix, target)) for tiles in plan_jobs(source)]
     words = words_of(out, grid.rows, grid.cols)
-    return [partial(decode_tiles, source, tiles, words, target) for tiles in plan_jobs(source)]
+    return [Run(source, tiles, partial(decode_tiles, source, tiles, words, target)) for tiles in plan_jobs(source)]
 
 
-def _decode_cast(source: StoredTensor, tiles: range, out: torch.Tensor, target: str, workspace: Workspace) -> None:
+def _decode_cast(
+    source: StoredTensor, tiles: range, out: torch.Tensor, target: str, slots: memoryview, workspace: Workspace
+) -> None:
     """Decodes tiles to `target` and casts each into its place in `out` [rows, cols]."""
-    for tile, planes in read_tiles(source, tiles, workspace):
+    for tile, planes in tiles_of(source, tiles, slots, workspace):
         words = np.empty((tile.rows, tile.cols), word_dtype(DTYPES[target]))
         write_tile(source, tile, planes, words, target, workspace)
         values = torch.from_numpy(words.view(np.uint8)).view(TORCH_DTYPES[target])
         out[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols].copy_(values)
 
 
-def announce_reads(source: PlainTensor | StoredTensor, tiles: range | None = None) -> None:
-    """Asks the kernel to fetch what a tensor's next jobs will read, while earlier ones decode."""
+def _check_chunks(source: StoredTensor, tiles: range, slots: memoryview, workspace: Workspace) -> None:
+    first, last = tiles.start * source.table.planes, tiles.stop * source.table.planes
+    for chunk in range(first, last):
+        source.stored_chunk(chunk, slots, first)
+
+
+def _span(source: PlainTensor | StoredTensor, tiles: range | None) -> tuple[int, int]:
+    """Returns offset and size, in bytes of the shard, of some tiles of a tensor, or of all of it."""
     if isinstance(source, PlainTensor):
-        offset, size = source.offset, source.record.source_bytes
-    else:
-        offset, size = payload_span(source, tiles if tiles is not None else range(len(source.table.grid)))
+        return source.offset, source.record.source_bytes
+    return payload_span(source, tiles if tiles is not None else range(len(source.table.grid)))
+
+
+def announce_reads(source: PlainTensor | StoredTensor) -> None:
+    """Asks the kernel to fetch a tensor from its disk, while earlier ones are decoded."""
+    offset, size = _span(source, None)
     if size and isinstance(source.file, SafeFile) and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(source.file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
-def file_order(container: Container) -> Iterator[PlainTensor | StoredTensor]:
-    """Opens every stored tensor of a container, in the order in which the shards hold them; aliases are left out."""
+def file_order(container: Container) -> Iterator[str]:
+    """Yields the names of all stored tensors of a container in the order in which the shards hold them; no aliases."""
     for number in range(len(container.manifest.shards)):
         _, header = container.shard(number)
         for name in header.tensors:
             if name in container.records:
-                yield container.tensor(name)
+                yield name

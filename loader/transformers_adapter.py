@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.loader.plain_loading import COMPANIONS, PlainLoad
 
 try:
@@ -82,6 +82,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._plan = _plan.get()
         self._load: PlainLoad | None = None
+        self._model: weakref.ref[Any] | None = None
         quantization_config.dequantize = self._plan is None
 
     @property
@@ -102,13 +103,33 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
                 "use codecllm.loader.from_pretrained(name_or_path)"
             )
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Keeps transformers from rounding stored tensors, scales among them, before they are decoded."""
+        if any(isinstance(operation, DecodeOperation) for operation in getattr(converter, "operations", ())):
+            return None
+        wanted: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return wanted
+
     def get_load_operations(self) -> dict[str, Any]:
         """Returns the operation that transformers runs on the stored tensors of each parameter."""
         return {} if self._plan is not None else {"dequantize": DecodeOperation}
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` may write the model: int8 modules are not what any class of transformers reads."""
+        """Whether `save_pretrained` may write the model: coded modules are not what any class of transformers reads.
+
+        Raises:
+            UsageError: the model itself is to be written, not adapters on top of it.
+        """
+        model = self._model() if self._model is not None else None
+        if model is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            raise UsageError(
+                "save_pretrained cannot write a model whose weights stay coded in memory: copy the container's folder, or load "
+                "it with resident='dense', save that, and run `codecllm convert` on it"
+            )
         return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
 
     @property
     def is_trainable(self) -> bool:
@@ -134,6 +155,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             self._load = PlainLoad(checkpoint_files or [])
             weakref.finalize(self, self._load.close)  # where the load fails midway
+            self._load.expect(dtype or model.dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._load is not None:
@@ -145,6 +167,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             if hasattr(model, "_weight_conversions"):
                 del model._weight_conversions
         self._plan = self._load = None  # the model keeps its quantizer
+        self._model = weakref.ref(model)
         return model
 
 
@@ -227,8 +250,15 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
 
 def load_gguf(path: Path, dtype: torch.dtype) -> Any:
     """Loads a GGUF file into the class that its metadata name, every tensor dequantized to `dtype`."""
-    with silenced():
-        return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
+    try:
+        with silenced():
+            return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    finally:
+        reader.tqdm = bar
 
 
 def spreads(device_map: Any) -> bool:

@@ -60,17 +60,29 @@ class ZstdCodec:
         Raises:
             DecodeError: not exactly one standard frame of `raw_bytes` bytes, or the frame is damaged.
         """
-        if bytes(stored[:4]) != _MAGIC:
-            raise DecodeError("not a Zstandard frame", got=bytes(stored[:4]).hex())
+        check_frame(stored, raw_bytes)
         try:
-            parameters = zstandard.get_frame_parameters(stored)
-            if parameters.content_size != raw_bytes:
-                raise DecodeError("frame declares a wrong size", got=parameters.content_size, expected=raw_bytes)
-            if parameters.dict_id or parameters.window_size > limits.ZSTD_WINDOW_BYTES:
-                raise DecodeError("frame needs a dictionary or too large a window", got=parameters.window_size)
             decoded = _STATE.decompressor.decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as exc:
             raise DecodeError(f"Zstandard: {exc}") from exc
         if len(decoded) != raw_bytes:
             raise DecodeError("frame decodes to a wrong size", got=len(decoded), expected=raw_bytes)
         return decoded
+
+
+def check_frame(stored: Any, raw_bytes: int) -> None:
+    """Checks the header of a frame before a decoder sees it.
+
+    Raises:
+        DecodeError: it is not that of a standard frame of `raw_bytes` bytes, or asks for a dictionary or too large a window.
+    """
+    if bytes(stored[:4]) != _MAGIC:
+        raise DecodeError("not a Zstandard frame", got=bytes(stored[:4]).hex())
+    try:
+        parameters = zstandard.get_frame_parameters(stored)
+    except zstandard.ZstdError as exc:
+        raise DecodeError(f"Zstandard: {exc}") from exc
+    if parameters.content_size != raw_bytes:
+        raise DecodeError("frame declares a wrong size", got=parameters.content_size, expected=raw_bytes)
+    if parameters.dict_id or parameters.window_size > limits.ZSTD_WINDOW_BYTES:
+        raise DecodeError("frame needs a dictionary or too large a window", got=parameters.window_size)

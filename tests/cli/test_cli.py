@@ -17,7 +17,7 @@ from codecllm.cli import parse_size
 from codecllm.formats.errors import UsageError
 from tests import tampering
 
-COMMANDS = ("convert", "push", "verify", "compare", "eval", "info", "export", "generate")
+COMMANDS = ("convert", "push", "verify", "compare", "eval", "info", "export", "generate", "doctor")
 
 
 def run(*arguments, cwd=None):

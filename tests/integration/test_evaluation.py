@@ -2,20 +2,24 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from codecllm import cli
 from codecllm.converter import convert
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ModelMismatchError, UnsupportedEnvironmentError, UsageError
+from codecllm.formats.errors import ModelMismatchError, SourceError, UnsupportedEnvironmentError, UsageError
+from codecllm.formats.manifest import side_names
 from codecllm.loader import from_pretrained
 from codecllm.loader.transformers_adapter import load_plain
 from codecllm.verifier.evaluation import evaluate, sample_text
-from codecllm.verifier.evaluation.candidates import find_candidate
+from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME, find_candidate
+from codecllm.verifier.evaluation.divergence import Base
 from codecllm.verifier.evaluation.plot import check_plot
 from tests import tampering
 from tests.integration import tiny_models
@@ -71,19 +75,40 @@ def test_a_model_beside_itself_and_its_lossless_container_is_no_distance(base, t
         assert (score.mean_kl, score.kl_99, score.top1) == (0, 0, 1)
 
 
-def test_bits_count_everything_that_is_stored_for_a_tensor(base, converted):
+def test_bits_count_everything_that_is_stored(base, converted):
     bits = find_candidate(converted).bits()
-    data = 0
-    with Container(converted) as opened:
-        for number in range(len(opened.manifest.shards)):
-            _, header = opened.shard(number)
-            data += sum(entry.end - entry.start for entry in header.tensors.values())
-    assert bits.stored == 8 * data
+    files = [*converted.glob("*.safetensors"), converted / "codecllm.json"]
+    assert bits.stored == 8 * sum(file.stat().st_size for file in files)
     plain = find_candidate(base).bits()
+    assert plain.stored == 8 * (base / "model.safetensors").stat().st_size
     assert plain.weights == bits.weights == sum(p.numel() for p in load_plain(base).parameters())
-    assert plain.per_weight == plain.per_layer_weight == 16
     norms, vocabulary = 5 * 64, 512 * 64
     assert plain.layer_weights == bits.layer_weights == plain.weights - norms - vocabulary
+    with Container(converted) as opened:
+        header_bytes = len(opened.shard(0)[1].raw)
+        payload = sum(
+            opened.shard(0)[1].tensors[name].bytes
+            for record in opened.manifest.tensors
+            if ".layers." in record.name and len(record.shape) == 2
+            for name in (record.name, *side_names(record))
+        )
+    described = header_bytes + (converted / "codecllm.json").stat().st_size
+    assert payload + 0.7 * described < bits.layer_stored / 8 < payload + described
+
+
+def test_a_dequantized_folder_has_the_bits_that_it_states(base, tmp_path):
+    folder = tampering.copy_of(base, tmp_path / "dequantized")
+    names = load_file(base / "model.safetensors").keys()
+    stated = {name: 1000 if ".layers." in name else 500 for name in names}
+    (folder / STORED_BITS_NAME).write_text(json.dumps(stated))
+    found = find_candidate(folder)
+    assert (found.kind, found.bits().stored) == ("dequantized", sum(stated.values()))
+    assert found.bits().layer_stored == 1000 * sum(".layers." in name and "norm" not in name for name in names)
+    assert found.bits().weights == find_candidate(base).bits().weights
+    for wrong in ({**stated, "more": 1}, {**stated, next(iter(names)): "many"}, [], {**stated, next(iter(names)): True}):
+        (folder / STORED_BITS_NAME).write_text(json.dumps(wrong))
+        with pytest.raises(SourceError, match=r"stored_bits\.json"):
+            found.bits()
 
 
 def test_other_vocabularies_and_other_kinds_of_models_are_errors(base, tiny, tmp_path):
@@ -137,9 +162,46 @@ def test_command(base, converted, tmp_path, capsys):
 
 
 def test_plot(base, converted, tmp_path):
-    pytest.importorskip("matplotlib", reason="plots are an extra: pip install codecllm[plot]")
+    matplotlib = pytest.importorskip("matplotlib", reason="plots are an extra: pip install codecllm[plot]")
     from codecllm.verifier.evaluation.plot import draw
 
-    result = evaluate(base, [converted], text=TEXT, max_tokens=40)
-    draw(result, tmp_path / "kl.svg")
-    assert "KL(base" in (tmp_path / "kl.svg").read_text() or (tmp_path / "kl.svg").stat().st_size > 5000
+    result = evaluate(base, [converted, base], text=TEXT, max_tokens=40)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        draw(result, tmp_path / "kl.svg")
+    drawn = (tmp_path / "kl.svg").read_text()
+    for label in (
+        "KL(base || candidate) per token, nats (39 tokens)",
+        converted.name,
+        f"{base.name} (0)",
+        "container",
+        "folder",
+    ):
+        assert f">{label}</text>" in drawn
+
+
+def test_the_layers_of_the_base_run_once_for_all_candidates(base, converted):
+    model, other = load_plain(base, torch.float32), from_pretrained(converted, dtype=torch.float32)
+    runs = []
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    reading = Base(model, [int(word[1:]) for word in TEXT.split()], 32)
+    assert reading.compare(other).kl == reading.compare(other).kl
+    assert len(runs) == 5
+
+
+def test_a_base_that_does_more_than_its_head_runs_whole_each_time(base, converted):
+    class Capped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def get_output_embeddings(self):
+            return self.model.lm_head
+
+        def forward(self, **inputs):
+            return SimpleNamespace(logits=5 * torch.tanh(self.model(**inputs).logits / 5))
+
+    capped, other = Capped(load_plain(base, torch.float32)), Capped(from_pretrained(converted, dtype=torch.float32))
+    reading = Base(capped, [int(word[1:]) for word in TEXT.split()], 64)
+    first, second = reading.compare(other), reading.compare(other)
+    assert first.kl == second.kl
+    assert first.base_nll == second.base_nll

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from codecllm.loader import int8_matmul
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 1), (16, 32), (48, 96), (17, 33), (256, 160), (96, 64)]
 
 
@@ -50,6 +51,27 @@ def test_packed_is_within_two_roundings_of_the_exact_product(rows, cols, tokens,
     products = inputs.double() @ codes.double().T * scale.double()
     expected = products + bias.double() if biased else products
     assert ((got.double() - expected).abs() <= 2**-8 * (products.abs() + expected.abs()) + 1e-6).all()
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize(("rows", "cols", "tokens"), [(16, 64, 1), (33, 48, 3), (20, 17, 2)])
+def test_fused_is_within_its_roundings_of_the_exact_product(rows, cols, tokens, by_column):
+    """On a GPU where there is one, else under Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    inputs, codes, scale, bias = (tensor.to(DEVICE) for tensor in _operands(rows, cols, tokens, torch.bfloat16))
+    columns = torch.linspace(0.5, 2, cols, device=DEVICE) if by_column else None
+    got = int8_matmul.fused(inputs, codes, scale, bias, columns)
+    step = scale[:, None] if columns is None else scale[:, None] * columns
+    products = inputs.double() @ (codes * step.double()).T
+    magnitudes = inputs.double().abs() @ (codes * step.double()).abs().T
+    expected = products + bias.double()
+    bound = 2**-8 * (products.abs() + expected.abs() + magnitudes) + 1e-6
+    assert ((got.double() - expected).abs() <= bound).all()
+
+
+def test_the_cpu_is_never_given_the_kernels_of_a_gpu():
+    inputs, codes, _, _ = _operands(16, 64, 1, torch.bfloat16)
+    assert not int8_matmul.can_fuse(inputs, codes)
 
 
 @pytest.mark.parametrize(

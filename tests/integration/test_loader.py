@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import threading
 
@@ -253,7 +254,16 @@ def test_loading_leaves_threads_and_their_number_alone(container):
     assert [thread.name for thread in set(threading.enumerate()) - alive if thread.name.startswith("codecllm")] == []
 
 
-def test_int8_resident_model_refuses_to_be_saved_as_plain(tmp_path, container):
-    model = from_pretrained(container("llama", "int8"), resident="int8")
-    with pytest.raises(ValueError, match="serializ"):
-        model.save_pretrained(tmp_path / "plain")
+@pytest.mark.parametrize("resident", ["int8", "compressed"])
+def test_a_coded_model_refuses_to_be_saved_and_says_what_to_do(tmp_path, container, resident):
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises((UsageError, ValueError), match="codecllm convert" if one is model else "serializ"):
+            one.save_pretrained(tmp_path / "plain")
+    assert not list(tmp_path.glob("plain/*.safetensors"))
+
+
+def test_a_dense_model_is_saved_as_a_plain_one(tmp_path, container):
+    model = from_pretrained(container("llama", "int8"))
+    model.save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(load_plain(tmp_path / "plain")), logits(model))

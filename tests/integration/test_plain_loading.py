@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from codecllm.converter import convert
 from codecllm.formats.container import Container
@@ -82,6 +83,24 @@ def test_transformers_alone_fills_equal_but_untied_weights(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
+
+
+@newer
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_transformers_alone_tells_a_matrix_from_its_multiples(tiny, tmp_path, name):
+    """As int8 they have the same codes, chunk for chunk; only their scales differ."""
+    source = tampering.copy_of(tiny(name), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for key in ("up_proj.weight", "gate_proj.weight"):
+        alike = sorted(other for other in tensors if other.endswith(key))
+        assert len(alike) > 1
+        for number, other in enumerate(alike):
+            tensors[other] = tensors[alike[0]] * 2.0**-number
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "out", scheme="int8", include=("*",))
+    ours = from_pretrained(tmp_path / "out").state_dict()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(same_bits(ours[key], theirs[key]) for key in ours)
 
 
 _WITHOUT_CODECLLM = """

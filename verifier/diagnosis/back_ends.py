@@ -16,7 +16,7 @@ from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.tiling import Tile
 from codecllm.loader.decode import Workspace, read_tiles, write_tile
-from codecllm.loader.int8_modules import dequantize_rows
+from codecllm.loader.int8_matmul import dequantize_rows
 from codecllm.loader.torch_tensors import TORCH_DTYPES
 
 

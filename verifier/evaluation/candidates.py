@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.errors import SourceError, UnsupportedEnvironmentError, UsageError
-from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor
+from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, side_names
 from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
 from codecllm.loader import transformers_adapter as adapter
 
-Kind = Literal["container", "folder", "gguf"]
+Kind = Literal["container", "folder", "dequantized", "gguf"]
 
-_OUTER = ("embed", "lm_head", "wte", "wpe", "output", "classifier", "pooler")
-"""Parts of names of matrices that stand outside of the layers: vocabularies, positions, heads."""
+STORED_BITS_NAME = "stored_bits.json"
+"""In a plain folder whose weights were de-quantized from another format: a JSON object, tensor name -> bits that the format
+stores for it. It makes the folder a `dequantized` candidate, whose bits are these and not those of its own files."""
+
+_INNER = re.compile(r"\.\d+\.")
+"""What names of tensors inside the layers have: the layer's number. Vocabularies, positions and heads stand outside."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """What a model's tensors take where they are stored; headers and manifests are not counted.
+    """What a model's tensors take where they are stored, with the headers that describe them, padding and manifest.
+
+    A header's bytes are shared out evenly among its entries, and the manifest's among its records. Tokenizer, configuration and
+    the like are not counted.
 
     Attributes:
         stored: bits of all tensors.
@@ -84,15 +92,10 @@ class Candidate:
             FormatError: a container is damaged.
             SourceError: the files cannot be read.
         """
-        count = {"container": _container_tensors, "folder": _folder_tensors, "gguf": _gguf_tensors}[self.kind]
-        rows = list(count(self.path))
-        inner = [(bits, elements) for name, rank, bits, elements in rows if rank >= 2 and _is_inner(name)]
-        return Bits(
-            sum(bits for _, _, bits, _ in rows),
-            sum(elements for _, _, _, elements in rows),
-            sum(bits for bits, _ in inner),
-            sum(elements for _, elements in inner),
-        )
+        rows = list(_COUNTS[self.kind](self.path))
+        inner = [row for row in rows if row.rank >= 2 and _INNER.search(row.name)]
+        stored, layer_stored = (round(8 * sum(row.bytes for row in chosen)) for chosen in (rows, inner))
+        return Bits(stored, sum(row.elements for row in rows), layer_stored, sum(row.elements for row in inner))
 
 
 def find_candidate(name: str | Path) -> Candidate:
@@ -115,33 +118,33 @@ def find_candidate(name: str | Path) -> Candidate:
         return Candidate(str(name), "container", folder)
     if not (folder / "config.json").exists():
         raise UsageError("neither a container nor a model: no codecllm.json and no config.json", got=str(name))
-    return Candidate(str(name), "folder", folder)
+    return Candidate(str(name), "dequantized" if (folder / STORED_BITS_NAME).exists() else "folder", folder)
 
 
-def _is_inner(name: str) -> bool:
-    if name.startswith("blk."):  # GGUF's name of a layer: blk.0.attn_output.weight is inside
-        return True
-    return not any(part in name for part in _OUTER)
+class _Row(NamedTuple):
+    """A tensor: its name, rank, stored bytes with its share of what describes it, and elements."""
 
-
-_Row = tuple[str, int, int, int]
-"""Name, rank, stored bits, elements."""
+    name: str
+    rank: int
+    bytes: float
+    elements: int
 
 
 def _container_tensors(folder: Path) -> Iterator[_Row]:
     with Container(folder) as container:
-        sizes: dict[str, int] = {}
+        records = container.manifest.tensors
+        of_manifest = (folder / MANIFEST_NAME).stat().st_size / len(records)
+        sizes: dict[str, float] = {}
         for number in range(len(container.manifest.shards)):
             _, header = container.shard(number)
-            sizes |= {name: entry.end - entry.start for name, entry in header.tensors.items()}
-        for record in container.manifest.tensors:
+            of_header = len(header.raw) / max(1, len(header.tensors))
+            sizes |= {name: entry.bytes + of_header for name, entry in header.tensors.items()}
+        for record in records:
             if isinstance(record, AliasTensor):
+                yield _Row(record.name, 0, of_manifest, 0)
                 continue
-            stored = sizes.pop(record.name)
-            if isinstance(container.tensor(record.name), StoredTensor):
-                sides = [name for name in sizes if name.startswith(f"{record.name}_") and name not in container.records]
-                stored += sum(sizes[name] for name in sides)
-            yield record.name, len(record.shape), 8 * stored, record.elements
+            stored = sum(sizes[name] for name in (record.name, *side_names(record)))
+            yield _Row(record.name, len(record.shape), stored + of_manifest, record.elements)
 
 
 def _folder_tensors(folder: Path) -> Iterator[_Row]:
@@ -150,11 +153,25 @@ def _folder_tensors(folder: Path) -> Iterator[_Row]:
         raise SourceError("no safetensors files", file=str(folder))
     for path in files:
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        of_header = (8 + header_bytes) / max(1, len(header))
         for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                yield name, len(entry["shape"]), 8 * (end - begin), prod(entry["shape"])
+            begin, end = entry["data_offsets"]
+            yield _Row(name, len(entry["shape"]), end - begin + of_header, prod(entry["shape"]))
+
+
+def _dequantized_tensors(folder: Path) -> Iterator[_Row]:
+    bits = json.loads((folder / STORED_BITS_NAME).read_text(encoding="utf-8"))
+    rows = list(_folder_tensors(folder))
+    if not isinstance(bits, dict) or bits.keys() != {row.name for row in rows}:
+        raise SourceError("names other tensors than the folder holds", file=str(folder / STORED_BITS_NAME))
+    for row in rows:
+        if type(bits[row.name]) is not int or bits[row.name] < 0:
+            got, file = repr(bits[row.name]), str(folder / STORED_BITS_NAME)
+            raise SourceError("not a number of bits", file=file, tensor=row.name, got=got)
+        yield row._replace(bytes=bits[row.name] / 8)
 
 
 def _gguf_tensors(path: Path) -> Iterator[_Row]:
@@ -162,5 +179,15 @@ def _gguf_tensors(path: Path) -> Iterator[_Row]:
         from gguf import GGUFReader
     except ImportError as exc:
         raise UnsupportedEnvironmentError("GGUF files need the package gguf: pip install 'codecllm[gguf]'") from exc
-    for tensor in GGUFReader(path).tensors:
-        yield tensor.name, len(tensor.shape), 8 * int(tensor.n_bytes), int(tensor.n_elements)
+    reader = GGUFReader(path)
+    for tensor in reader.tensors:
+        described = sum(part.nbytes for part in tensor.field.parts) + -int(tensor.n_bytes) % reader.alignment
+        yield _Row(tensor.name, len(tensor.shape), int(tensor.n_bytes) + described, int(tensor.n_elements))
+
+
+_COUNTS = {
+    "container": _container_tensors,
+    "folder": _folder_tensors,
+    "dequantized": _dequantized_tensors,
+    "gguf": _gguf_tensors,
+}

@@ -1,6 +1,6 @@
-"""Two models on one text, window by window: KL divergence per token, top-1 agreement, perplexities.
+"""A base model and others on one text, window by window: KL divergence per token, top-1 agreement, perplexities.
 
-Logits of a window exist for a moment only; what is kept is one number per token.
+Logits of a window exist for a moment only; what is kept is one number per token and, of the base, what enters its head.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from codecllm.formats.errors import ModelMismatchError
 
-_ROWS = 64
-"""Positions whose distributions are compared at once, in float64."""
+_ROWS = 8
+"""Positions whose distributions are compared at once, in float64: few enough to stay in a processor's cache."""
 
 
 @dataclass(slots=True)
@@ -55,39 +55,66 @@ class Divergence:
         return _perplexity(self.base_nll), _perplexity(self.other_nll)
 
 
-def compare(
-    base: Any, other: Any, tokens: list[int], window: int, on_window: Callable[[int, int], None] | None = None
-) -> Divergence:
-    """Runs two causal models on a text.
+class Base:
+    """The model that others are compared with. Its layers run once over the text, however many others there are."""
 
-    Args:
-        base: model whose distribution is the reference.
-        other: model of the same vocabulary.
-        tokens: the text.
-        window: tokens that a model sees at once; the first of each window is only seen, not predicted.
-        on_window: called with the tokens done and all of them.
+    def __init__(self, model: Any, tokens: list[int], window: int) -> None:
+        """Cuts the text into windows.
 
-    Raises:
-        ModelMismatchError: the vocabularies differ, or a distribution is not finite.
-    """
-    seen = Divergence()
-    for first in range(0, len(tokens) - 1, window):
-        part = torch.tensor([tokens[first : first + window]])
-        if part.shape[1] < 2:
-            break
-        with torch.inference_mode():
-            ours, theirs = (model(input_ids=part, use_cache=False).logits[0, :-1] for model in (base, other))
-            if ours.shape != theirs.shape:
-                raise ModelMismatchError("vocabularies differ", got=theirs.shape[-1], expected=ours.shape[-1])
-            for row in range(0, len(ours), _ROWS):
-                block = slice(row, row + _ROWS)
-                _add(seen, ours[block], theirs[block], part[0, 1:][block])
-        if on_window is not None:
-            on_window(min(len(tokens), first + window), len(tokens))
-    if not all(map(math.isfinite, seen.kl)):
-        place = next(number for number, value in enumerate(seen.kl) if not math.isfinite(value))
-        raise ModelMismatchError(f"a distribution is not finite at token {place}")
-    return seen
+        Args:
+            model: causal language model whose distribution is the reference.
+            tokens: the text.
+            window: tokens that a model sees at once; the first of each window is only seen, not predicted.
+        """
+        parts = [tokens[first : first + window] for first in range(0, len(tokens), window)]
+        self._model = model
+        self._windows = [torch.tensor([part]) for part in parts if len(part) > 1]
+        self._entering: list[torch.Tensor] = []  # per window: float [1, tokens, hidden]
+
+    def compare(self, other: Any, on_window: Callable[[int, int], None] | None = None) -> Divergence:
+        """Runs another model of the same vocabulary on the text.
+
+        Args:
+            other: causal language model.
+            on_window: called with the tokens done and all of them.
+
+        Raises:
+            ModelMismatchError: the vocabularies differ, or a distribution is not finite.
+        """
+        seen, done, total = Divergence(), 0, sum(ids.shape[1] for ids in self._windows)
+        for number, ids in enumerate(self._windows):
+            with torch.inference_mode():
+                ours, theirs = self._logits(number), other(input_ids=ids, use_cache=False).logits[0, :-1]
+                if ours.shape != theirs.shape:
+                    raise ModelMismatchError("vocabularies differ", got=theirs.shape[-1], expected=ours.shape[-1])
+                for row in range(0, len(ours), _ROWS):
+                    block = slice(row, row + _ROWS)
+                    _add(seen, ours[block], theirs[block], ids[0, 1:][block])
+            done += ids.shape[1]
+            if on_window is not None:
+                on_window(done, total)
+        if not all(map(math.isfinite, seen.kl)):
+            place = next(number for number, value in enumerate(seen.kl) if not math.isfinite(value))
+            raise ModelMismatchError(f"a distribution is not finite at token {place}")
+        return seen
+
+    def _logits(self, number: int) -> torch.Tensor:
+        """Returns the logits of a window, [tokens - 1, vocabulary]; from the second time on by the head alone."""
+        ids, head = self._windows[number], self._model.get_output_embeddings()
+        if number < len(self._entering):
+            again: torch.Tensor = head(self._entering[number])
+            return again[0, :-1]
+        passed: list[torch.Tensor] = []
+        hook = None if head is None else head.register_forward_hook(lambda _, entering, out: passed.extend((*entering, out)))
+        try:
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        # A model that does more to its logits than its head does (caps, scales) runs whole each time.
+        if len(passed) == 2 and len(self._entering) == number and torch.equal(passed[1], logits):
+            self._entering.append(passed[0])
+        return logits[0, :-1]
 
 
 def _add(seen: Divergence, base: torch.Tensor, other: torch.Tensor, text: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from codecllm.formats.errors import UsageError
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
-from codecllm.verifier.evaluation.divergence import compare
+from codecllm.verifier.evaluation.divergence import Base
 
 OnToken = Callable[[str, int, int], None]
 """Called with a candidate's name, the tokens done and all of them."""
@@ -26,7 +26,7 @@ class Score:
 
     Attributes:
         name: as it was given.
-        kind: `container`, `folder` or `gguf`.
+        kind: `container`, `folder`, `dequantized` (a folder that states the bits of what it was made from) or `gguf`.
         bits_per_weight: stored bits of all tensors / weights.
         layer_bits_per_weight: the same over the matrices inside the layers.
         stored_bytes: bytes of all tensors.
@@ -114,11 +114,11 @@ def evaluate(
     reference = find_candidate(base)
     model = reference.load(dtype, workers)
     tokens = _tokens(reference, model, sample_text() if text is None else text)[:max_tokens]
-    window = min(window, _longest(model))
+    reading = Base(model, tokens, min(window, _longest(model)))
     scores, perplexity, predicted = [], math.nan, 0
     for candidate in found:
         loaded = candidate.load(dtype, workers)
-        seen = compare(model, loaded, tokens, window, _reporter(progress, candidate.name))
+        seen = reading.compare(loaded, _reporter(progress, candidate.name))
         del loaded
         perplexity, own = seen.perplexities
         predicted = len(seen.kl)

@@ -8,6 +8,8 @@ from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.verifier.evaluation.evaluate import Evaluation
 
 _SUFFIXES = (".png", ".svg", ".pdf")
+_MARKS = {"container": "o-", "gguf": "s", "dequantized": "D", "folder": "^"}
+"""How each kind is drawn."""
 
 
 def check_plot(path: Path) -> None:
@@ -26,22 +28,26 @@ def check_plot(path: Path) -> None:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Draws mean KL (logarithmic) against bits per weight of the layers, one mark per candidate."""
+    """Draws mean KL (logarithmic) against bits per weight of the layers: one mark per candidate, containers joined by a line.
+
+    A candidate without any distance has no place on a logarithmic axis; it stands below the others and its label says 0.
+    """
     check_plot(path)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    marks = {"container": "o", "gguf": "s", "folder": "^"}
-    for kind, mark in marks.items():
-        chosen = [score for score in evaluation.scores if score.kind == kind]
+    floor = min((score.mean_kl for score in evaluation.scores if score.mean_kl > 0), default=1.0) / 3
+    for kind, mark in _MARKS.items():
+        chosen = sorted((score for score in evaluation.scores if score.kind == kind), key=lambda s: s.layer_bits_per_weight)
+        places = [(score.layer_bits_per_weight, max(score.mean_kl, floor)) for score in chosen]
         if chosen:
-            xs, ys = [s.layer_bits_per_weight for s in chosen], [max(s.mean_kl, 1e-9) for s in chosen]
-            axes.plot(xs, ys, mark, label=kind)
-        for score in chosen:
-            place = (score.layer_bits_per_weight, max(score.mean_kl, 1e-9))
-            axes.annotate(Path(score.name).name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.plot(*zip(*places, strict=True), mark, label=kind, linewidth=0.8, markersize=5)
+        for score, place in zip(chosen, places, strict=True):
+            label = Path(score.name).name + ("" if score.mean_kl > 0 else " (0)")
+            axes.annotate(label, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_yscale("log")
+    axes.margins(x=0.12, y=0.08)
     axes.set_xlabel("bits per weight of the layers' matrices, everything counted")
     axes.set_ylabel(f"KL(base || candidate) per token, nats ({evaluation.tokens} tokens)")
     axes.grid(alpha=0.3, which="both")

@@ -1,0 +1,26 @@
+"""What the machine can do at best: copies from pinned memory and within the device, and one large product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.device.machine import Machine, Row
+
+
+def copies(machine: Machine) -> Iterator[Row]:
+    """Measures the two bandwidths and the rate that everything else is compared with."""
+    size = machine.size(1 << 30, 1 << 20)
+    device = machine.device
+    there = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    other = torch.empty_like(there)
+    here = torch.empty(size, dtype=torch.uint8, pin_memory=not machine.rehearses)
+    seconds = machine.seconds([lambda: other.copy_(there, non_blocking=True)])
+    yield Row("copy within the device", 2 * size / seconds / 1e9, "GB/s", "bytes read and written")
+    seconds = machine.seconds([lambda: there.copy_(here, non_blocking=True)])
+    yield Row("copy from pinned memory", size / seconds / 1e9, "GB/s", "")
+    side = machine.size(8192, 64)
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = machine.seconds([lambda: left @ right])
+    yield Row(f"bf16 product {side}^3", 2 * side**3 / seconds / 1e12, "TFLOP/s", "")

@@ -1,0 +1,49 @@
+"""How fast the kernels that make elements from symbols move their bytes: to be compared with a copy within the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.device.machine import Machine, Row
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.tiling import Grid, default_grid
+from codecllm.loader.kernels.assemble import assemble_lossless
+from codecllm.loader.kernels.dequantize import dequantize_int8, untile_codes
+
+_SHAPES = ((14336, 4096), (4096, 14336))
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def elements(machine: Machine) -> Iterator[Row]:
+    """GB/s of symbols read and elements written, for matrices that no cache holds; tiles of whole rows and narrow ones."""
+    for rows, cols in _SHAPES if not machine.small else ((20, 256),):
+        planes = [torch.randint(0, 256, (rows * cols,), dtype=torch.uint8, device=machine.device) for _ in range(4)]
+        row_scale, col_scale = (torch.rand(size, device=machine.device) + 0.5 for size in (rows, cols))
+        order = torch.randperm(cols, device=machine.device).to(torch.int32)
+        whole = default_grid(rows, cols)
+        narrow = Grid(rows, cols, min(rows, 512), max(1, cols // 16))
+        for name, dtype in _DTYPES.items():
+            out = torch.empty(rows, cols, dtype=dtype, device=machine.device)
+            own = planes[: DTYPES[name].planes]
+
+            def dequantize(high, grid, col_scale, order, out=out, low=planes[0], row_scale=row_scale) -> None:  # type: ignore[no-untyped-def]
+                dequantize_int8(low, high, grid, row_scale, col_scale, order, "row", out)
+
+            cases: list[tuple[str, int, Callable[[], None]]] = [
+                (f"assemble {name}", len(own), partial(assemble_lossless, own, whole, DTYPES[name], out)),
+                (f"dequantize to {name}", 1, partial(dequantize, None, whole, None, None)),
+                (f"dequantize to {name}, column scales", 1, partial(dequantize, None, narrow, col_scale, None)),
+                (f"dequantize to {name}, columns moved", 1, partial(dequantize, None, narrow, col_scale, order)),
+                (f"dequantize to {name}, wide", 2, partial(dequantize, planes[1], whole, col_scale, None)),
+            ]
+            if name == "BF16":
+                codes = torch.empty(rows, cols, dtype=torch.int8, device=machine.device)
+                cases.append(("codes", 1, partial(untile_codes, planes[0], narrow, codes)))
+            for what, read, work in cases:
+                seconds = machine.seconds([work])
+                written = 1 if what == "codes" else out.element_size()
+                rate = rows * cols * (read + written) / seconds / 1e9
+                yield Row(f"{what}, {rows} x {cols}", rate, "GB/s", f"{rows * cols / seconds / 1e9:.0f}e9 elements/s")

@@ -1,0 +1,223 @@
+"""Bits at equal quality beside llama.cpp, bitsandbytes and HQQ, on SmolLM2-135M with synthetic low bits (demo/models.py).
+
+Every tool quantizes the same linear layers; embeddings and norms stay as they are. One `codecllm eval` run per text scores all
+of them against the bf16 source. `--json` keeps every figure. docs/quality-peers.md says what they mean and what is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import llama_cpp, quantizers
+from benchmarks.rows import OUT
+from demo.models import smollm2_gguf, smollm2_realistic
+
+ROOT = OUT / "quality"
+SECOND_TEXT = Path(__file__).parent / "second_text.txt"
+BITS = (2.9, 3.3, 3.7, 4.1, 4.6, 5.2, 5.9, 6.8)
+CALIBRATION = (8, 128)
+"""Sequences that the model itself writes, and the tokens of each."""
+
+KINDS = {
+    "Q8_0": ("Q8_0", False),
+    "Q6_K": ("Q6_K", False),
+    "Q5_K_M": ("Q5_K_M", False),
+    "Q4_K_M": ("Q4_K_M", False),
+    "Q5_K": ("Q5_K_S", True),
+    "Q4_K": ("Q4_K_S", True),
+    "IQ4_XS": ("IQ4_XS", False),
+}
+"""Name in the table -> llama-quantize's name, and whether every matrix gets that one type (`--pure`)."""
+
+_GOALS = {"Q8_0": 17.0, "Q6_K": 17.0}
+_GOAL = 23.0
+"""Per cent of bits to save at equal KL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A peer on one text.
+
+    Attributes:
+        name: of the peer.
+        bits: stored bits per weight of the linear layers.
+        kl: mean KL per token, nats.
+        kl_99: 99th percentile.
+        top1: share of tokens with the same most likely successor.
+        ours: our bits at the same KL; None where it lies outside of what was measured.
+        goal: per cent of bits that were to be saved; None for those given an importance matrix.
+    """
+
+    name: str
+    bits: float
+    kl: float
+    kl_99: float
+    top1: float
+    ours: float | None
+    goal: float | None
+
+    @property
+    def saved(self) -> float | None:
+        """Per cent of the peer's bits."""
+        return None if self.ours is None else 100 * (1 - self.ours / self.bits)
+
+
+def calibration_text(base: Path, out: Path) -> Path:
+    """Writes what the model itself says after its first token, seeded; returns the file."""
+    if out.exists():
+        return out
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sequences, tokens = CALIBRATION
+    torch.manual_seed(0)
+    start = torch.full((sequences, 1), tokenizer.bos_token_id)
+    drawing: dict[str, Any] = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": tokenizer.eos_token_id}
+    ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=tokens, **drawing)
+    out.write_text("\n\n".join(tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)) + "\n", encoding="utf-8")
+    return out
+
+
+def make_llama_cpp(base: Path, calibration: Path) -> list[Path]:
+    """Quantizes with llama.cpp, without and with an importance matrix, rows as they are and joined; returns the candidates."""
+    tool = llama_cpp.LlamaCpp(llama_cpp.build(), smollm2_gguf())
+    plain, joined = ROOT / "bf16.gguf", ROOT / "joined.gguf"
+    importance = {plain: ROOT / "importance.gguf", joined: ROOT / "importance-joined.gguf"}
+    if not importance[joined].exists():
+        tool.write_model(base, plain)
+        tool.write_model(base, joined, joined=True)
+        tool.importance(plain, calibration, importance[plain], CALIBRATION[1])
+        llama_cpp.join_importance(importance[plain], importance[joined])
+    made = []
+    for name, (kind, pure) in KINDS.items():
+        for source in (plain, joined):
+            for informed in (False, True):
+                if name == "Q8_0" and (informed or source is joined):
+                    continue  # its blocks are of 32, and it has no use for importance
+                if name.endswith("_M") and source is joined:
+                    continue  # the mixtures are judged as users get them
+                title = name + ("-joined" if source is joined else "") + ("-imatrix" if informed else "")
+                file = ROOT / f"{title}.gguf"
+                if not file.exists():
+                    tool.quantize(source, file, kind, pure=pure, importance=importance[source] if informed else None)
+                    print(title, llama_cpp.stored_types(file), file=sys.stderr, flush=True)
+                folder = ROOT / title
+                if source is joined and not folder.exists():
+                    quantizers.write_dequantized(base, folder, llama_cpp.read_matrices(file, base))
+                made.append(folder if source is joined else file)
+    return made
+
+
+def make_others(base: Path) -> list[Path]:
+    """Quantizes with bitsandbytes and HQQ; returns the candidates."""
+    tools = {
+        "NF4": lambda: quantizers.nf4(double=False),
+        "NF4-double": lambda: quantizers.nf4(double=True),
+        "HQQ": lambda: quantizers.hqq(axis=1),
+        "HQQ-axis0": lambda: quantizers.hqq(axis=0),
+    }
+    for name, tool in tools.items():
+        if not (ROOT / name).exists():
+            quantize = tool()
+            layers = quantizers.linear_layers(base)
+            quantizers.write_dequantized(base, ROOT / name, {title: quantize(matrix) for title, matrix in layers.items()})
+    return [ROOT / name for name in tools]
+
+
+def make_ours(base: Path, calibration: str, options: list[str]) -> list[Path]:
+    """Converts at each rate; returns the containers."""
+    made = []
+    for bits in BITS:
+        out = ROOT / f"ours-{bits}"
+        if not (out / "codecllm.json").exists():
+            chosen = ["--bits", str(bits), "--calibrate", calibration, "--exclude", "*embed_tokens*", "--no-baseline"]
+            _run("codecllm", "convert", str(base), str(out), *chosen, *options)
+        made.append(out)
+    return made
+
+
+def table(evaluation: dict[str, Any]) -> list[Row]:
+    """Returns the peers of an evaluation, each with our bits at its KL, interpolated in log KL between our containers."""
+    scores = evaluation["scores"]
+    ours = sorted((s["mean_kl"], s["layer_bits_per_weight"]) for s in scores if s["kind"] == "container")
+    rows = []
+    for score in scores:
+        if score["kind"] != "container":
+            name = Path(score["name"]).name.removesuffix(".gguf")
+            figures = (score["layer_bits_per_weight"], score["mean_kl"], score["kl_99"], score["top1"])
+            goal = None if "imatrix" in name else _GOALS.get(name.removesuffix("-joined"), _GOAL)
+            rows.append(Row(name, *figures, _bits_at(ours, score["mean_kl"]), goal))
+    return rows
+
+
+def _bits_at(curve: list[tuple[float, float]], kl: float) -> float | None:
+    for (low_kl, more), (high_kl, fewer) in pairwise(curve):
+        if low_kl <= kl <= high_kl:
+            part = math.log(kl / low_kl) / math.log(high_kl / low_kl)
+            return more + part * (fewer - more)
+    return None
+
+
+def print_table(evaluation: dict[str, Any], rows: list[Row]) -> None:
+    """Prints Markdown: the peers, then our containers."""
+    print("\n| peer | bits | KL | 99 % | top-1 | ours at that KL | saved | goal |\n|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        saved = "" if row.saved is None else f"{row.saved:.1f} %"
+        goal = "" if row.goal is None else f"{row.goal:.0f} %"
+        if row.goal is not None and row.saved is not None:
+            goal += ", met" if row.saved >= row.goal else ", missed"
+        bits = "outside" if row.ours is None else f"{row.ours:.3f}"
+        print(f"| {row.name} | {row.bits:.3f} | {row.kl:.5f} | {row.kl_99:.4f} | {row.top1:.2%} | {bits} | {saved} | {goal} |")
+    print("\n| ours | bits | KL | 99 % | top-1 |\n|---|---|---|---|---|")
+    for score in evaluation["scores"]:
+        if score["kind"] == "container":
+            figures = f"{score['mean_kl']:.5f} | {score['kl_99']:.4f} | {score['top1']:.2%}"
+            print(f"| {Path(score['name']).name} | {score['layer_bits_per_weight']:.3f} | {figures} |")
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def main() -> None:
+    """Makes what is not there yet, evaluates, prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text at most")
+    parser.add_argument("--calibrate", help="what ours learns from; default: the text that the importance matrix is made from")
+    parser.add_argument("--convert-option", action="append", default=[], help="one more for codecllm convert; repeatable")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--plot", type=Path, help="draw KL against bits on the first text")
+    given = parser.parse_args()
+    ROOT.mkdir(parents=True, exist_ok=True)
+    base = smollm2_realistic()
+    calibration = calibration_text(base, ROOT / "calibration.txt")
+    candidates = make_llama_cpp(base, calibration) + make_others(base)
+    candidates += make_ours(base, given.calibrate or str(calibration), given.convert_option)
+    results = {}
+    for title, text in (("built-in", []), ("second", ["--text", str(SECOND_TEXT)])):
+        plot = ["--plot", str(given.plot)] if given.plot and not text else []
+        command = ["codecllm", "eval", str(base), *map(str, candidates), "--tokens", str(given.tokens), "--json", *text, *plot]
+        evaluation = json.loads(_run(*command))
+        rows = table(evaluation)
+        results[title] = {"evaluation": evaluation, "rows": [asdict(row) | {"saved": row.saved} for row in rows]}
+        print(f"\n{title} text, {evaluation['tokens']} tokens")
+        print_table(evaluation, rows)
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

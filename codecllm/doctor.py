@@ -1,0 +1,235 @@
+"""What is installed, which decoders work on this machine and why others do not, and whether each gives the right bits."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from codecllm import __version__
+from codecllm.converter import convert
+from codecllm.formats.codecs import CodecName
+from codecllm.formats.container import Container
+from codecllm.formats.errors import DecodeError
+from codecllm.formats.reference import read_tensor_bytes
+
+PACKAGES = (
+    "numpy",
+    "safetensors",
+    "zstandard",
+    "xxhash",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "huggingface-hub",
+    "nvidia-libnvcomp-cu12",
+    "nvidia-libnvcomp-cu13",
+)
+CODECS: tuple[CodecName, ...] = ("zstd", "rans")
+
+State = Literal["works", "absent", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One decoder on one device.
+
+    Attributes:
+        device: `cpu`, or a device as torch names it.
+        decoder: what decodes.
+        state: `works`: its self-test gave the bits of the reference. `absent`: it cannot run here. `wrong`: it failed the test.
+        detail: what was tested, or why not.
+    """
+
+    device: str
+    decoder: str
+    state: State
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What `examine` found.
+
+    Attributes:
+        versions: package or program -> version, None where it is not installed.
+        devices: accelerators, as torch names them -> model and memory.
+        findings: a decoder each.
+    """
+
+    versions: dict[str, str | None]
+    devices: dict[str, str]
+    findings: list[Finding]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no decoder that runs here is wrong."""
+        return all(finding.state != "wrong" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as JSON values."""
+        return {
+            "ok": self.ok,
+            "versions": self.versions,
+            "devices": self.devices,
+            "decoders": [asdict(finding) for finding in self.findings],
+        }
+
+
+def examine() -> Examination:
+    """Looks at the machine and tests every decoder on a small container of each codec, made here."""
+    devices = _devices()
+    with tempfile.TemporaryDirectory(prefix="codecllm-doctor-") as base, _containers(Path(base)) as containers:
+        findings = [_reference_finding(containers, codec) for codec in CODECS]
+        findings += _cpu_findings(containers)
+        for device in devices:
+            findings += _device_findings(containers, device)
+        if not devices:
+            findings += [Finding("gpu", decoder, "absent", _why_no_device()) for decoder in ("nvcomp", "triton")]
+    return Examination(_versions(), devices, findings)
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"codecllm": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if found["torch"] is not None:
+        import torch
+
+        found["CUDA of torch"] = torch.version.cuda
+        if torch.version.hip is not None:
+            found["ROCm of torch"] = torch.version.hip
+    return found
+
+
+def _why_no_device() -> str:
+    return "torch is not installed" if _versions()["torch"] is None else "torch finds no GPU"
+
+
+def _devices() -> dict[str, str]:
+    try:
+        import torch
+    except ImportError:
+        return {}
+    from codecllm.loader.device.streams import ACCELERATORS
+
+    found = {}
+    for kind in ACCELERATORS:
+        module = getattr(torch, kind, None)
+        for index in range(module.device_count() if module is not None and module.is_available() else 0):
+            facts = module.get_device_properties(index)
+            capability = f", compute capability {facts.major}.{facts.minor}" if kind == "cuda" else ""
+            found[f"{kind}:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB{capability}"
+    return found
+
+
+@contextmanager
+def _containers(base: Path) -> Iterator[dict[str, Path]]:
+    """Yields containers by codec: int8 by rows and by columns, lossless, and plain."""
+    rng = np.random.default_rng(0)
+    values = {"rows.weight": (400, 384), "h.0.attn.c_attn.weight": (200, 384), "kept": (300, 300)}
+    arrays = {name: (0.02 * rng.standard_normal(shape)).astype(np.float32) for name, shape in values.items()}
+    arrays["kept"][7, 7] = np.nan  # int8 cannot hold it: stored without loss
+    arrays["norm.weight"] = np.ones(300, np.float32)
+    source = base / "source"
+    source.mkdir()
+    save_file(arrays, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    yield {codec: convert(source, base / codec, codec=codec, non_finite="lossless", chunk_kib=16).out for codec in CODECS}
+
+
+def _finding(device: str, decoder: str, detail: str, test: Callable[[], None]) -> Finding:
+    try:
+        test()
+    except Exception as exc:
+        return Finding(device, decoder, "wrong", f"{detail}: {' '.join(str(exc).split())[:300] or type(exc).__name__}")
+    return Finding(device, decoder, "works", detail)
+
+
+def _reference_finding(containers: dict[str, Path], codec: str) -> Finding:
+    def test() -> None:
+        with Container(containers["zstd"]) as one, Container(containers[codec]) as other:
+            for name in one.records:
+                if read_tensor_bytes(one, name) != read_tensor_bytes(other, name):
+                    raise DecodeError("the codecs differ", tensor=name)
+
+    return _finding("cpu", f"reference, {codec}", "a small model converts, reads and checks", test)
+
+
+def _cpu_findings(containers: dict[str, Path]) -> list[Finding]:
+    try:
+        from codecllm.loader.stream import stream_tensors
+    except ImportError as exc:
+        return [Finding("cpu", "loader", "absent", str(exc))]
+
+    def test(codec: str) -> None:
+        with Container(containers[codec]) as container:
+            for record, tensor in stream_tensors(container):
+                _compare(container, record.name, tensor)
+
+    return [_finding("cpu", f"loader, {codec}", "same bits as the reference", partial(test, codec)) for codec in CODECS]
+
+
+def _device_findings(containers: dict[str, Path], name: str) -> list[Finding]:
+    import torch
+
+    from codecllm.loader.device.codecs import NOTHING, find_codecs
+
+    device = torch.device(name)
+    codecs = find_codecs(device)
+    findings = []
+    for codec in CODECS:
+        test = partial(_feed, containers[codec], device, NOTHING)
+        findings.append(_finding(name, f"cpu, {codec}", "decoded on the CPU; same bits as the reference", test))
+    library = f"nvCOMP {codecs.nvcomp.version} for CUDA {codecs.nvcomp.cuda}" if codecs.nvcomp is not None else "nvCOMP"
+    for decoder, codec, what in (
+        ("nvcomp", "zstd", f"zstd by {library}"),
+        ("triton", "rans", "rans and weights by our kernels"),
+    ):
+        if decoder in codecs.reasons:
+            findings.append(Finding(name, decoder, "absent", codecs.reasons[decoder]))
+        else:
+            test = partial(_feed, containers[codec], device, codecs)
+            findings.append(_finding(name, decoder, f"{what}; same bits as the reference", test))
+    return findings
+
+
+def _feed(folder: Path, device: Any, codecs: Any) -> None:
+    """Brings every tensor of a container to a device and compares it.
+
+    Raises:
+        DecodeError: it is not what the reference gives.
+    """
+    from codecllm.loader.device.feed import DeviceFeed
+    from codecllm.loader.device.streams import DeviceStreams
+    from codecllm.loader.pool import DecodePool
+    from codecllm.loader.torch_tensors import torch_dtype
+
+    with Container(folder) as container, DecodePool(2) as pool:
+        feed = DeviceFeed(container, pool, DeviceStreams(device), codecs, None)
+        try:
+            for name, record in container.records.items():
+                _compare(container, name, feed.take(name, "weight", torch_dtype(record.dtype)).cpu())
+        finally:
+            feed.close()
+
+
+def _compare(container: Container, name: str, tensor: Any) -> None:
+    import torch
+
+    got = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if got != read_tensor_bytes(container, name):
+        raise DecodeError("decoded to other bits than the reference", tensor=name)

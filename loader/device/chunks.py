@@ -1,0 +1,316 @@
+"""A batch of chunks that lie on a device as they are stored: described on the host, decoded there, their faults read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from codecllm.formats.codecs import RANS_ID
+from codecllm.formats.codecs.rans_table import FrequencyTable
+from codecllm.formats.container import StoredTensor
+from codecllm.formats.errors import DecodeError
+from codecllm.formats.manifest import Int8Tensor
+from codecllm.loader.device.codecs import RAW_ID, ZSTD_ID, DeviceCodecs
+from codecllm.loader.device.nvcomp import ZstdFrames
+from codecllm.loader.device.streams import Event, Streams
+
+if TYPE_CHECKING:
+    from codecllm.loader.kernels.rans import DeviceTables, RansChunks
+
+WORDS_PER_CHUNK = 8
+"""Most int64 that describe a chunk: 5 for `rans`, 4 for zstd, 3 for a raw one, and 3 more where its symbols are codes."""
+
+NO_FAULT = 0
+"""Fault word of a `rans` chunk that is whole, and status of a frame that is."""
+
+CODE_128 = 0x80
+"""The symbol that is no code: -128 as a byte."""
+
+_ARENA_ALIGNMENT = 16
+
+
+@dataclass(slots=True)
+class ChunkList:
+    """Chunks to be decoded, one column per fact, growing tensor by tensor.
+
+    Attributes:
+        tensors: the tensor of each chunk, and its number there.
+        columns: per tensor added int64 [5, n]: slot in the stored bytes, stored bytes, symbols, place in the arena, codec.
+        table_of: per tensor added int64 [n]: number of the table in `tables`, 0 where the codec has none.
+        codes: per tensor added bool [n]: whether a chunk's symbols are int8 codes, or the high parts of wide ones.
+        tables: the tables, each once.
+    """
+
+    tensors: list[tuple[StoredTensor, int, int]] = field(default_factory=list)
+    columns: list[NDArray[np.int64]] = field(default_factory=list)
+    table_of: list[NDArray[np.int64]] = field(default_factory=list)
+    codes: list[NDArray[np.bool_]] = field(default_factory=list)
+    tables: list[FrequencyTable] = field(default_factory=list)
+    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, source: StoredTensor, bands: range, slot: int, planes: list[int]) -> None:
+        """Adds all chunks of some bands of tiles.
+
+        Args:
+            source: their tensor.
+            bands: numbers of the bands.
+            slot: where the first chunk's slot lies in the stored bytes, a multiple of 16; the others follow as in the payload.
+            planes: where each plane's symbols go in the arena, in the order of the tiles.
+        """
+        first, last = chunks_of(source, bands)
+        table, count = source.table, source.table.planes
+        raw = np.array([chunk.raw_bytes for chunk in table.chunks[first:last]], np.int64)
+        in_plane = np.cumsum(raw[::count]) - raw[::count]
+        places = (in_plane[:, None] + np.array(planes, np.int64)[None, :]).reshape(-1)
+        records = table.records[first:last]
+        slots = slot + table.offsets[first:last] - table.offsets[first]
+        self.columns.append(np.stack([slots, records["stored_bytes"], raw, places, records["codec"]]).astype(np.int64))
+        self.table_of.append(self._tables_of(source, first, records["codec"]))
+        last_plane = np.arange(first + 1, last + 1) % count == 0
+        self.codes.append(last_plane & isinstance(source.record, Int8Tensor))
+        self.tensors.append((source, first, last))
+
+    def locate(self, index: int) -> dict[str, Any]:
+        """Returns file, tensor, chunk and byte of a chunk of the list."""
+        for source, first, last in self.tensors:
+            if index < last - first:
+                chunk = first + index
+                byte = source.offset + int(source.table.offsets[chunk])
+                return {"file": source.file.name, "tensor": source.record.name, "chunk": chunk, "byte": byte}
+            index -= last - first
+        raise IndexError(index)
+
+    def __len__(self) -> int:
+        return sum(column.shape[1] for column in self.columns)
+
+    def _tables_of(self, source: StoredTensor, first: int, codecs: NDArray[Any]) -> NDArray[np.int64]:
+        found = np.zeros(len(codecs), np.int64)
+        for index in np.flatnonzero(codecs == RANS_ID).tolist():
+            assert source.tables is not None
+            tile, plane = divmod(first + index, source.table.planes)
+            key = (id(source), source.tables.place(tile, plane))
+            if key not in self._numbers:
+                self._numbers[key] = len(self.tables)
+                self.tables.append(_parsed(source, tile, plane))
+            found[index] = self._numbers[key]
+        return found
+
+
+class ChunkWork:
+    """The described batch.
+
+    Attributes:
+        words: int64 [n] on the host: what the device has to know; the caller copies it there and gives it to `launch`.
+    """
+
+    def __init__(self, chunks: ChunkList, stored_address: int, arena_address: int) -> None:
+        """Sorts chunks by codec and describes each kind as its decoder wants it.
+
+        Args:
+            chunks: the chunks.
+            stored_address: where the stored bytes will lie in device memory.
+            arena_address: where the arena lies.
+
+        Raises:
+            DecodeError: a `rans` chunk has an impossible size.
+        """
+        self._chunks = chunks
+        slots, stored, raw, places, codecs = np.concatenate(chunks.columns, axis=1)
+        tables = np.concatenate(chunks.table_of)
+        self._raw = raw
+        rans, zstd, plain = (np.flatnonzero(codecs == codec) for codec in (RANS_ID, ZSTD_ID, RAW_ID))
+        self._order = np.concatenate([rans, zstd])
+        self._rans = self._describe_rans(rans, slots, stored, raw, places, tables)
+        frames = [slots[zstd] + stored_address, stored[zstd], raw[zstd], places[zstd] + arena_address]
+        checked = np.flatnonzero(np.concatenate(chunks.codes))
+        self._counts = (len(rans), len(zstd), len(plain), len(checked))
+        self._largest, self._total = int(raw[zstd].max(initial=0)), int(raw[zstd].sum())
+        parts = [
+            self._rans.fields.numpy().reshape(-1),
+            *frames,
+            np.stack([slots[plain], places[plain], raw[plain]], axis=1).reshape(-1),
+            np.stack([places[checked], raw[checked], checked], axis=1).reshape(-1),
+        ]
+        self._starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+        self.words: NDArray[np.int64] = np.concatenate(parts)
+
+    @property
+    def temp_bytes_for(self) -> tuple[int, int, int] | None:
+        """Arguments of `Nvcomp.temp_bytes`, or None where no chunk is zstd's."""
+        return (self._counts[1], self._largest, self._total) if self._counts[1] else None
+
+    @property
+    def tables(self) -> list[FrequencyTable]:
+        """The tables that `launch` needs, expanded on the device."""
+        return self._chunks.tables
+
+    def launch(
+        self, words: torch.Tensor, stored: torch.Tensor, arena: torch.Tensor, tools: DeviceTools, tables: DeviceTables | None
+    ) -> Verdict:
+        """Queues the decoding of all chunks on the current stream, which must be `tools.streams.decode` or a later one.
+
+        Args:
+            words: int64 [len(self.words)], on the device.
+            stored: uint8 [n], on the device, at the address given before.
+            arena: uint8 [m], on the device, likewise.
+            tools: the decoders.
+            tables: `tables`, expanded; None where there is none.
+
+        Returns:
+            What will tell how it went.
+        """
+        from codecllm.loader.kernels.place import find_forbidden, place_chunks
+        from codecllm.loader.kernels.rans import RansChunks, decode_rans
+
+        rans, zstd, plain, checked = self._counts
+        frames_at, raw_at, check_at = self._starts[1], self._starts[5], self._starts[6]
+        # First the decoded sizes of zstd's frames (int64), then a fault per decoded chunk and a flag per chunk (int32).
+        status = torch.zeros(zstd + (rans + zstd + len(self._chunks) + 1) // 2, dtype=torch.int64, device=arena.device)
+        faults = status[zstd:].view(torch.int32)
+        if rans:
+            assert tables is not None
+            fields = words[: rans * 5].view(rans, 5)
+            described = RansChunks(fields, self._rans.stored_bytes, self._rans.arena_bytes, self._rans.tables)
+            decode_rans(stored, described, tables, arena, faults[:rans])
+        if zstd:
+            address = words.data_ptr() + 8 * frames_at
+            step = 8 * zstd
+            frames = ZstdFrames(
+                address, address + step, address + 2 * step, address + 3 * step, zstd, self._largest, self._total
+            )
+            tools.decode_zstd(frames, status, faults[rans : rans + zstd])
+        if plain:
+            place_chunks(stored, words[raw_at : raw_at + 3 * plain].view(plain, 3), int(self._raw.max()), arena)
+        if checked:
+            fields = words[check_at : check_at + 3 * checked].view(checked, 3)
+            find_forbidden(arena, fields, int(self._raw.max()), CODE_128, faults[rans + zstd :])
+        return Verdict(self, status)
+
+    def raise_fault(self, status: NDArray[np.int64], tools: DeviceTools) -> None:
+        """Raises the error of the first chunk whose status says so.
+
+        Raises:
+            DecodeError: with file, tensor and chunk.
+        """
+        rans, zstd = self._counts[:2]
+        faults = status[zstd:].view(np.int32)
+        decoded, flags = faults[: rans + zstd], faults[rans + zstd : rans + zstd + len(self._chunks)]
+        bad = np.zeros(len(self._chunks), np.bool_)
+        wrong = decoded != NO_FAULT
+        wrong[rans:] |= status[:zstd] != self._raw[self._order[rans:]]
+        bad[self._order[wrong]] = True
+        bad |= flags != 0
+        if not bad.any():
+            return
+        index = int(bad.argmax())
+        raise self._fault(index, decoded, status, tools).located(**self._chunks.locate(index))
+
+    def _fault(self, index: int, decoded: NDArray[np.int32], status: NDArray[np.int64], tools: DeviceTools) -> DecodeError:
+        from codecllm.loader.kernels.rans import fault_error
+
+        rans = self._counts[0]
+        (position,) = np.flatnonzero(self._order == index)[:1].tolist() or [-1]
+        if 0 <= position < rans and decoded[position] != NO_FAULT:
+            return fault_error(int(decoded[position]))
+        if position >= rans:
+            if decoded[position] != NO_FAULT:
+                return DecodeError(tools.explain_zstd(int(decoded[position])))
+            got = int(status[position - rans])
+            if got != int(self._raw[index]):
+                return DecodeError("frame decodes to a wrong size", got=got, expected=int(self._raw[index]))
+        return DecodeError("code -128 is not allowed", got=-128, expected="-127 to 127")
+
+    def _describe_rans(self, rans: NDArray[np.int64], *columns: NDArray[np.int64]) -> RansChunks:
+        from codecllm.loader.kernels.rans import describe_chunks
+
+        try:
+            return describe_chunks(*(column[rans] for column in columns))
+        except DecodeError as exc:
+            place = self._chunks.locate(int(rans[exc.chunk or 0]))
+            exc.chunk = None
+            raise exc.located(**place) from None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """The outcome of a launch, still on the device.
+
+    Attributes:
+        work: what was launched.
+        status: int64 [n] on the device.
+    """
+
+    work: ChunkWork
+    status: torch.Tensor
+
+
+class DeviceTools:
+    """Decoders of a device with the scratch that they need.
+
+    Attributes:
+        streams: the device's.
+        codecs: what is decoded there.
+    """
+
+    def __init__(self, streams: Streams, codecs: DeviceCodecs) -> None:
+        """Allocates nothing yet."""
+        self.streams = streams
+        self.codecs = codecs
+        self._temp = torch.empty(0, dtype=torch.uint8)
+
+    def expand(self, tables: list[FrequencyTable]) -> tuple[DeviceTables, Event] | None:
+        """Copies tables to the device on the side stream, which has no other work that the host would wait for."""
+        if not tables:
+            return None
+        from codecllm.loader.kernels.rans import expand_tables
+
+        with self.streams.on(self.streams.side):
+            expanded = expand_tables(tables, self.streams.device)
+        for part in (expanded.symbols, expanded.ranges, expanded.precisions):
+            self.streams.keep(part, self.streams.decode)
+        return expanded, self.streams.record(self.streams.side)
+
+    def decode_zstd(self, frames: ZstdFrames, sizes: torch.Tensor, statuses: torch.Tensor) -> None:
+        """Queues the decoding of frames on the decode stream; see `Nvcomp.decode`."""
+        nvcomp = self.codecs.nvcomp
+        assert nvcomp is not None
+        needed = nvcomp.temp_bytes(frames.count, frames.largest, frames.symbols)
+        if self._temp.numel() < needed:
+            self._temp = torch.empty(needed, dtype=torch.uint8, device=self.streams.device)
+        stream = self.streams.handle(self.streams.decode)
+        nvcomp.decode(frames, self._temp, sizes.data_ptr(), statuses.data_ptr(), stream)
+
+    def explain_zstd(self, status: int) -> str:
+        """Returns nvCOMP's words for a status."""
+        assert self.codecs.nvcomp is not None
+        return self.codecs.nvcomp.explain(status)
+
+
+def chunks_of(source: StoredTensor, bands: range) -> tuple[int, int]:
+    """Returns the chunks [first, last) of bands of tiles."""
+    step = source.table.grid.across * source.table.planes
+    return bands.start * step, bands.stop * step
+
+
+def plane_places(source: StoredTensor, symbols: int, start: int) -> list[int]:
+    """Returns where planes of `symbols` bytes each lie in the arena from `start`, aligned."""
+    step = plane_bytes(symbols)
+    return [start + plane * step for plane in range(source.table.planes)]
+
+
+def plane_bytes(symbols: int) -> int:
+    """Returns what a plane takes in the arena."""
+    return -(-symbols // _ARENA_ALIGNMENT) * _ARENA_ALIGNMENT
+
+
+def _parsed(source: StoredTensor, tile: int, plane: int) -> FrequencyTable:
+    assert source.tables is not None
+    try:
+        return source.tables.table(tile, plane)
+    except DecodeError as exc:
+        chunk = tile * source.table.planes + plane
+        raise exc.located(file=source.file.name, tensor=source.record.name, chunk=chunk) from None

@@ -1,0 +1,121 @@
+"""Which decoders this machine has for a device, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, RANS_ID
+from codecllm.formats.container import Container
+from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.formats.manifest import AliasTensor, RawTensor
+from codecllm.loader.device.nvcomp import Nvcomp, open_nvcomp
+from codecllm.loader.device.streams import is_accelerator
+
+Decoder = Literal["auto", "cpu", "nvcomp", "triton"]
+"""Where chunks are decoded for a model on a GPU.
+
+auto: zstd by nvCOMP and `rans` by our kernel where they work, the rest on the CPU. cpu: everything on the CPU. nvcomp and
+triton: as auto, but an error where that one does not work here or has nothing to decode in this container.
+"""
+
+RAW_ID = CODEC_IDS["raw"]
+ZSTD_ID = CODEC_IDS["zstd"]
+_DECODES = {"nvcomp": ZSTD_ID, "triton": RANS_ID}
+MIN_TRITON_CAPABILITY = (7, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCodecs:
+    """What is decoded on a device; everything else is on the CPU.
+
+    Attributes:
+        kernels: whether our kernels run there: without them nothing is decoded there.
+        nvcomp: the library that decodes zstd there, or None.
+        rans: whether `rans` is decoded there.
+        reasons: decoder -> why it does not work here; only for those that do not.
+    """
+
+    kernels: bool
+    nvcomp: Nvcomp | None
+    rans: bool
+    reasons: dict[str, str]
+
+    def decodes(self, codec: int) -> bool:
+        """Whether chunks of a codec are decoded on the device."""
+        able = {RAW_ID: True, RANS_ID: self.rans, ZSTD_ID: self.nvcomp is not None}
+        return self.kernels and able.get(codec, False)
+
+
+NOTHING = DeviceCodecs(False, None, False, {})
+"""Everything is decoded on the CPU."""
+
+
+def find_codecs(device: torch.device) -> DeviceCodecs:
+    """Tries every decoder for a device; what does not work is in `reasons`."""
+    reasons: dict[str, str] = {}
+    without_kernels = why_no_kernels(device)
+    if without_kernels is not None:
+        reasons["triton"] = without_kernels
+        reasons["nvcomp"] = f"its output needs the kernels: {without_kernels}"
+        return DeviceCodecs(False, None, False, reasons)
+    nvcomp = None
+    try:
+        nvcomp = open_nvcomp(device)
+    except UnsupportedEnvironmentError as exc:
+        reasons["nvcomp"] = str(exc)
+    return DeviceCodecs(True, nvcomp, True, reasons)
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Returns why Triton's kernels cannot run on a device, or None where they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'codecllm[triton]'"
+    if is_accelerator(device) and not getattr(torch, device.type).is_available():
+        return f"torch finds no device of type {device.type}"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_TRITON_CAPABILITY:
+            return f"Triton needs compute capability 7.5 or more, this GPU has {'.'.join(map(str, capability))}"
+    if not is_accelerator(device):
+        return _why_not_interpreted()
+    return None
+
+
+def choose_codecs(decoder: Decoder, device: torch.device, container: Container) -> DeviceCodecs:
+    """Returns the decoders for a load.
+
+    Raises:
+        UnsupportedEnvironmentError: the decoder that was asked for by name does not work here.
+        UsageError: it has nothing to decode in this container.
+    """
+    if decoder == "cpu":
+        return NOTHING
+    found = find_codecs(device)
+    if decoder == "auto":
+        return found
+    reason = found.reasons.get(decoder)
+    if reason is not None:
+        raise UnsupportedEnvironmentError(f"decoder {decoder!r} does not work here: {reason}")
+    used = codecs_of(container)
+    if _DECODES[decoder] not in used:
+        names = ", ".join(sorted(CODEC_NAMES[codec] for codec in used)) or "none"
+        raise UsageError(
+            f"decoder {decoder!r} has nothing to decode", got=f"codecs {names}", expected=CODEC_NAMES[_DECODES[decoder]]
+        )
+    return found
+
+
+def codecs_of(container: Container) -> set[int]:
+    """Returns the ids of the codecs that a container's planes name in its manifest."""
+    coded = [record for record in container.manifest.tensors if not isinstance(record, RawTensor | AliasTensor)]
+    return {CODEC_IDS[plane.codec] for record in coded for plane in record.planes}
+
+
+def _why_not_interpreted() -> str | None:
+    from triton import knobs
+
+    return None if knobs.runtime.interpret else "there is no GPU"

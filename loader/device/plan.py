@@ -1,0 +1,217 @@
+"""What to load, cut into pieces that one thread reads, and pieces gathered into batches that one copy brings over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from codecllm.formats.container import Container, PlainTensor, StoredTensor
+from codecllm.formats.manifest import Int8Tensor
+from codecllm.loader.decode import CODES
+from codecllm.loader.device.chunks import WORDS_PER_CHUNK, chunks_of, plane_bytes
+from codecllm.loader.device.codecs import DeviceCodecs
+from codecllm.loader.device.finish import finishes_on_device, side_arrays
+from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
+
+PIECE_SYMBOLS = 8 << 20
+"""Symbols of a piece: about one read of 5 to 8 MiB, its checksums, and one kernel that finishes it."""
+
+SLOT_BYTES = 64 << 20
+"""Bytes of a batch in pinned memory, unless a single band of tiles is larger."""
+
+ARENA_BYTES = 128 << 20
+"""Bytes of a batch's decoded symbols, likewise: decoders want a thousand chunks at once."""
+
+ALIGNMENT = 256
+"""Alignment of pieces in pinned and device memory: any element type and any vector load."""
+
+Part = Literal["weight", "codes", "payload"]
+"""What of a tensor: its elements; the int8 codes; its chunks as they are stored, checked."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A tensor that is wanted on the device.
+
+    Attributes:
+        name: a stored tensor of the container, no alias.
+        part: what of it.
+        dtype: dtype of a weight; None keeps the source's.
+        done: receives the tensor, or the error.
+        out: the tensor once it was allocated.
+    """
+
+    name: str
+    part: Part
+    dtype: torch.dtype | None
+    done: Future[torch.Tensor] = field(default_factory=Future)
+    out: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Part of a tensor: what one thread reads, and one kernel or copy finishes.
+
+    Attributes:
+        request: the tensor.
+        source: where it is stored.
+        shape: dimensions of the whole tensor on the device.
+        dtype: its dtype there.
+        staged: dtype of the elements in the pinned buffer; None where stored chunks lie there, to be decoded on the device.
+        bands: bands of tiles of a coded tensor; elements of a plain one.
+        host_bytes: what the piece takes in the pinned buffer.
+        arena_bytes: what its symbols take on the device.
+        ends: whether it is the tensor's last.
+    """
+
+    request: Request
+    source: PlainTensor | StoredTensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    staged: torch.dtype | None
+    bands: range
+    host_bytes: int
+    arena_bytes: int
+    ends: bool
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Pieces that travel together.
+
+    Attributes:
+        pieces: each with where it lies in the pinned buffer and in the arena.
+        host_bytes: their bytes in the pinned buffer.
+        arena_bytes: their bytes in the arena.
+        chunks: how many chunks are decoded on the device.
+    """
+
+    pieces: list[tuple[Piece, int, int]] = field(default_factory=list)
+    host_bytes: int = 0
+    arena_bytes: int = 0
+    chunks: int = 0
+
+    def takes(self, piece: Piece) -> bool:
+        """Whether a piece fits; an empty batch takes any."""
+        return not self.pieces or (self.bytes_with(piece) <= SLOT_BYTES and self.arena_bytes + piece.arena_bytes <= ARENA_BYTES)
+
+    def add(self, piece: Piece) -> None:
+        """Adds a piece behind the others."""
+        self.pieces.append((piece, self.host_bytes, self.arena_bytes))
+        self.host_bytes += aligned(piece.host_bytes)
+        self.arena_bytes += aligned(piece.arena_bytes)
+        self.chunks += _chunks(piece)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes in the pinned buffer, the description of the chunks behind the pieces included."""
+        return self.host_bytes + 8 * WORDS_PER_CHUNK * self.chunks
+
+    def bytes_with(self, piece: Piece) -> int:
+        """`slot_bytes` once a piece is added."""
+        return self.slot_bytes + aligned(piece.host_bytes) + 8 * WORDS_PER_CHUNK * _chunks(piece)
+
+
+def aligned(size: int) -> int:
+    """Rounds a size up to `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def cut(request: Request, container: Container, codecs: DeviceCodecs) -> Iterator[Piece]:
+    """Opens a tensor and cuts it into pieces.
+
+    Raises:
+        FormatError: its side data are damaged.
+        UnsupportedEnvironmentError: torch lacks its dtype.
+    """
+    source = container.tensor(request.name)
+    own = torch_dtype(source.record.dtype, request.name)
+    if isinstance(source, PlainTensor):
+        yield from _plain_pieces(request, source, own)
+    elif request.part == "payload":
+        shape = (int(source.table.offsets[-1]),)
+        for bands in _runs_of_bands(source):
+            first, last = chunks_of(source, bands)
+            size = source.slots_bytes(first, last)
+            yield Piece(request, source, shape, torch.uint8, torch.uint8, bands, size, 0, _ends(source, bands))
+    else:
+        yield from _coded_pieces(request, source, own, codecs)
+
+
+def _coded_pieces(request: Request, source: StoredTensor, own: torch.dtype, codecs: DeviceCodecs) -> Iterator[Piece]:
+    record, grid = source.record, source.table.grid
+    dtype = torch.int8 if request.part == "codes" else request.dtype or own
+    staged = None if decodes_on_device(source, codecs) else host_dtype(source, request.part, dtype)
+    for bands in _runs_of_bands(source):
+        symbols = band_rows(source, bands)[1] * grid.cols
+        ends = _ends(source, bands)
+        shape = tuple(record.shape)
+        if staged is not None:
+            yield Piece(request, source, shape, dtype, staged, bands, symbols * staged.itemsize, 0, ends)
+            continue
+        stored = aligned(source.slots_bytes(*chunks_of(source, bands)))
+        arena = source.table.planes * plane_bytes(symbols)
+        sides = sum(aligned(side.nbytes) for side in side_arrays(source, band_rows(source, bands)))
+        yield Piece(request, source, shape, dtype, None, bands, stored + sides, arena, ends)
+
+
+def _plain_pieces(request: Request, source: PlainTensor, own: torch.dtype) -> Iterator[Piece]:
+    shape = tuple(source.record.shape)
+    elements, dtype = math.prod(shape), request.dtype or own
+    step = max(1, PIECE_SYMBOLS // own.itemsize)
+    for first in range(0, max(1, elements), step):
+        run = range(first, min(first + step, elements))
+        yield Piece(request, source, shape, dtype, own, run, len(run) * own.itemsize, 0, run.stop == elements)
+
+
+def decodes_on_device(source: StoredTensor, codecs: DeviceCodecs) -> bool:
+    """Whether a tensor's chunks are decoded, and its elements made, on the device."""
+    used = set(source.table.records["codec"].tolist())
+    return codecs.kernels and all(map(codecs.decodes, used)) and finishes_on_device(source.record)
+
+
+def host_dtype(source: StoredTensor, part: Part, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which the CPU writes the elements of a tensor that is wanted as `dtype`."""
+    if not isinstance(source.record, Int8Tensor):
+        return torch_dtype(source.record.dtype, source.record.name)
+    if part == "codes":
+        return torch.int8
+    return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
+
+
+def target_name(source: StoredTensor, part: Part, staged: torch.dtype) -> str:
+    """Returns `decode.write_tile`'s name of what the CPU writes."""
+    if not isinstance(source.record, Int8Tensor):
+        return source.record.dtype
+    return CODES if part == "codes" else DTYPE_NAMES[staged]
+
+
+def band_rows(source: StoredTensor, bands: range) -> tuple[int, int]:
+    """Returns the first row of bands of tiles and how many rows they have."""
+    grid = source.table.grid
+    first = bands.start * grid.tile_rows
+    return first, min(grid.rows, bands.stop * grid.tile_rows) - first
+
+
+def _runs_of_bands(source: StoredTensor) -> Iterator[range]:
+    """Cuts a tensor into runs of bands of about PIECE_SYMBOLS symbols, at least one band; one empty run for no elements."""
+    grid = source.table.grid
+    step = max(1, PIECE_SYMBOLS // max(1, source.table.planes * min(grid.tile_rows, grid.rows) * grid.cols))
+    for first in range(0, max(1, grid.down), step):
+        yield range(first, min(first + step, grid.down))
+
+
+def _ends(source: StoredTensor, bands: range) -> bool:
+    return bands.stop == source.table.grid.down
+
+
+def _chunks(piece: Piece) -> int:
+    if piece.staged is not None or not isinstance(piece.source, StoredTensor):
+        return 0
+    first, last = chunks_of(piece.source, piece.bands)
+    return last - first

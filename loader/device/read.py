@@ -1,0 +1,73 @@
+"""What a thread does for a piece: read it into pinned memory, compare every checksum, and where needed decode it there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from codecllm.formats.codecs.zstd import check_frame
+from codecllm.formats.container import PlainTensor, StoredTensor
+from codecllm.formats.errors import DecodeError, TruncatedError
+from codecllm.loader.decode import Workspace, read_tiles, write_tile
+from codecllm.loader.device.chunks import chunks_of
+from codecllm.loader.device.codecs import ZSTD_ID
+from codecllm.loader.device.finish import side_arrays
+from codecllm.loader.device.plan import Piece, aligned, band_rows, target_name
+from codecllm.loader.torch_tensors import words_of
+
+
+@torch.no_grad()
+def read_piece(piece: Piece, buffer: torch.Tensor, workspace: Workspace) -> None:
+    """Fills `buffer` (uint8 [piece.host_bytes], on the host) with what the device needs of a piece.
+
+    A plain tensor's checksum covers it as a whole and is compared by the caller.
+
+    Raises:
+        FormatError: the piece is damaged. Nothing of it may be used.
+    """
+    source = piece.source
+    if isinstance(source, PlainTensor):
+        if piece.bands:
+            begin = source.offset + piece.bands.start * buffer.numel() // len(piece.bands)
+            source.file.read_into(begin, memoryview(buffer.numpy()))
+    elif piece.staged is None or piece.request.part == "payload":
+        _read_slots(source, piece, buffer.numpy())
+    else:
+        _decode(source, piece, buffer, workspace)
+
+
+def _read_slots(source: StoredTensor, piece: Piece, buffer: NDArray[np.uint8]) -> None:
+    """Reads the slots of a piece's chunks, verifies each, and puts side data behind them."""
+    first, last = chunks_of(source, piece.bands)
+    size = source.slots_bytes(first, last)
+    slots = memoryview(buffer)[:size]
+    try:
+        source.file.read_into(source.offset + int(source.table.offsets[first]), slots)
+    except TruncatedError as exc:
+        raise exc.located(tensor=source.record.name, chunk=first) from None
+    for chunk in range(first, last):
+        stored, record = source.stored_chunk(chunk, slots, first), source.table.chunks[chunk]
+        if record.codec == ZSTD_ID:
+            try:
+                check_frame(stored, record.raw_bytes)
+            except DecodeError as exc:
+                raise exc.located(**source.place(chunk)) from None
+    if piece.staged is None:
+        place = aligned(size)
+        for side in side_arrays(source, band_rows(source, piece.bands)):
+            buffer[place : place + side.nbytes].view(side.dtype)[:] = side
+            place += aligned(side.nbytes)
+
+
+def _decode(source: StoredTensor, piece: Piece, buffer: torch.Tensor, workspace: Workspace) -> None:
+    """Decodes a piece on the CPU, to its elements in the order of the source."""
+    assert piece.staged is not None
+    grid = source.table.grid
+    row, rows = band_rows(source, piece.bands)
+    words = words_of(buffer.view(piece.staged), rows, grid.cols)
+    target = target_name(source, piece.request.part, piece.staged)
+    tiles = range(piece.bands.start * grid.across, piece.bands.stop * grid.across)
+    for tile, planes in read_tiles(source, tiles, workspace):
+        place = words[tile.row - row : tile.row - row + tile.rows, tile.col : tile.col + tile.cols]
+        write_tile(source, tile, planes, place, target, workspace)

@@ -1,0 +1,197 @@
+"""Streams, events and pinned memory of a device, and the same for the CPU, where all work is done when a call returns."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+ACCELERATORS = ("cuda", "xpu")
+"""Types of devices that the pipeline runs on; ROCm's are called cuda too."""
+
+
+class Event(Protocol):
+    """A point in the work of a stream."""
+
+    def query(self) -> bool:
+        """Whether the work before it is done."""
+
+    def synchronize(self) -> None:
+        """Waits until it is."""
+
+
+class Streams(Protocol):
+    """What the pipeline needs of a device.
+
+    Attributes:
+        device: where tensors lie.
+        copy: the stream that copies from pinned memory.
+        decode: the stream that decodes.
+        side: a stream without other work, for small copies that the host waits for.
+    """
+
+    device: torch.device
+    copy: Any
+    decode: Any
+    side: Any
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """Makes `stream` the calling thread's current one, and its device the current one."""
+
+    def here(self) -> AbstractContextManager[Any]:
+        """Makes the device the current one; its current stream stays."""
+
+    def record(self, stream: Any) -> Event:
+        """Returns an event behind all work queued on `stream` so far."""
+
+    def wait(self, stream: Any, event: Event) -> None:
+        """Lets later work of `stream` wait for the event; the host does not."""
+
+    def follow(self, stream: Any) -> None:
+        """Lets later work of `stream` wait for all work of the calling thread's current stream."""
+
+    def current(self) -> Any:
+        """The calling thread's current stream."""
+
+    def capturing(self) -> bool:
+        """Whether the calling thread's current stream records a graph instead of working."""
+
+    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """Keeps a tensor's memory, once it is dropped, until work of `stream` queued before is done."""
+
+    def pinned(self, size: int) -> torch.Tensor:
+        """Returns uninitialised uint8 [size] on the host, from which copies are asynchronous."""
+
+    def handle(self, stream: Any) -> int:
+        """The stream as a number, for libraries in C."""
+
+    def synchronize(self) -> None:
+        """Waits for all work of the three streams."""
+
+
+class DeviceStreams:
+    """Streams of one CUDA, ROCm or XPU device: torch spells them alike."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Makes the streams."""
+        self._module: Any = getattr(torch, device.type)
+        index = device.index if device.index is not None else self._module.current_device()
+        self.device = torch.device(device.type, index)
+        self.copy, self.decode, self.side = (self._module.Stream(self.device) for _ in range(3))
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """See `Streams`."""
+        context: AbstractContextManager[Any] = self._module.stream(stream)
+        return context
+
+    def here(self) -> AbstractContextManager[Any]:
+        """See `Streams`."""
+        context: AbstractContextManager[Any] = self._module.device(self.device)
+        return context
+
+    def record(self, stream: Any) -> Event:
+        """See `Streams`."""
+        event: Event = stream.record_event()
+        return event
+
+    def wait(self, stream: Any, event: Event) -> None:
+        """See `Streams`."""
+        stream.wait_event(event)
+
+    def follow(self, stream: Any) -> None:
+        """See `Streams`."""
+        stream.wait_stream(self.current())
+
+    def current(self) -> Any:
+        """See `Streams`."""
+        return self._module.current_stream(self.device)
+
+    def capturing(self) -> bool:
+        """See `Streams`."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """See `Streams`."""
+        tensor.record_stream(stream)
+
+    def pinned(self, size: int) -> torch.Tensor:
+        """See `Streams`."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def handle(self, stream: Any) -> int:
+        """See `Streams`."""
+        return int(stream.cuda_stream)
+
+    def synchronize(self) -> None:
+        """See `Streams`."""
+        for stream in (self.copy, self.decode, self.side):
+            stream.synchronize()
+
+
+class _Done:
+    """An event whose work is done."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class HostStreams:
+    """The same for the CPU, where every call has done its work when it returns.
+
+    With it the tests run the pipeline where there is no GPU (the kernels then run under Triton's interpreter). It shows that
+    the right bytes go to the right places; it cannot show that a wait is missing.
+    """
+
+    def __init__(self) -> None:
+        """There is nothing to make."""
+        self.device = torch.device("cpu")
+        self.copy = self.decode = self.side = None
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """See `Streams`."""
+        return nullcontext()
+
+    def here(self) -> AbstractContextManager[Any]:
+        """See `Streams`."""
+        return nullcontext()
+
+    def record(self, stream: Any) -> Event:
+        """See `Streams`."""
+        return _Done()
+
+    def wait(self, stream: Any, event: Event) -> None:
+        """See `Streams`."""
+
+    def follow(self, stream: Any) -> None:
+        """See `Streams`."""
+
+    def current(self) -> Any:
+        """See `Streams`."""
+        return None
+
+    def capturing(self) -> bool:
+        """See `Streams`."""
+        return False
+
+    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """See `Streams`."""
+
+    def pinned(self, size: int) -> torch.Tensor:
+        """See `Streams`."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    def handle(self, stream: Any) -> int:
+        """See `Streams`."""
+        return 0
+
+    def synchronize(self) -> None:
+        """See `Streams`."""
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether the pipeline runs on devices of this type."""
+    return device.type in ACCELERATORS

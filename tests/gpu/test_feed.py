@@ -1,0 +1,112 @@
+"""Tensors through the pipeline on a real device: the bits of the CPU path, bounded memory, errors that name the chunk."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import ChecksumError, DecodeError
+from codecllm.loader.device.codecs import NOTHING
+from codecllm.loader.device.feed import DeviceFeed
+from codecllm.loader.device.streams import DeviceStreams
+from codecllm.loader.pool import DecodePool
+from codecllm.loader.stream import stream_tensors
+from codecllm.loader.torch_tensors import file_order, torch_dtype
+from tests import tampering
+from tests.malformed.builders import fix_chunks, make_container, rewrite_shard
+
+CASES = [("int8", "zstd"), ("lossless", "zstd"), ("int8", "rans"), ("lossless", "rans")]
+
+
+@contextmanager
+def _feed(folder, gpu, codecs):
+    with Container(folder) as container, DecodePool(8) as pool:
+        feed = DeviceFeed(container, pool, DeviceStreams(gpu), codecs, None)
+        try:
+            yield container, feed
+        finally:
+            feed.close()
+
+
+def _same(ours, expected):
+    return ours.shape == expected.shape and torch.equal(
+        ours.cpu().contiguous().view(-1).view(torch.uint8), expected.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("where", ["device", "cpu"])
+@pytest.mark.parametrize(("scheme", "codec"), CASES)
+def test_every_tensor_has_the_bits_of_the_cpu_path(large, gpu, codecs, scheme, codec, where):
+    folder = large(scheme, codec)
+    with Container(folder) as container:
+        expected = {record.name: tensor for record, tensor in stream_tensors(container)}
+    with _feed(folder, gpu, codecs if where == "device" else NOTHING) as (container, feed):
+        names = list(file_order(container))
+        wanted = {name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names}
+        feed.expect(wanted.values())
+        assert [name for name in names if not _same(feed.take(*wanted[name]), expected[name])] == []
+
+
+@pytest.mark.parametrize(("scheme", "codec"), CASES)
+def test_twenty_loads_in_a_row_give_the_same_bits(large, gpu, codecs, scheme, codec):
+    """A wait that is missing shows itself only now and then; the caller's stream is kept busy with the same memory."""
+    folder = large(scheme, codec)
+    with Container(folder) as container:
+        expected = {r.name: t.to(gpu) for r, t in stream_tensors(container) if r.name.startswith("layers")}
+    for _ in range(20):
+        with _feed(folder, gpu, codecs) as (_, feed):
+            feed.expect([(name, "weight", torch.bfloat16) for name in expected])
+            for name, tensor in expected.items():
+                garbage = torch.full_like(tensor, float("nan"))
+                torch.matmul(garbage, garbage)
+                del garbage
+                assert torch.equal(feed.take(name, "weight", torch.bfloat16).view(torch.int16), tensor.view(torch.int16))
+
+
+def test_codes_of_int8(large, gpu, codecs):
+    with _feed(large("int8", "zstd"), gpu, codecs) as (_, on_device), _feed(large("int8", "zstd"), gpu, NOTHING) as (_, on_cpu):
+        for name in ("layers.0.weight", "odd", "h.0.attn.c_attn.weight"):
+            assert torch.equal(on_device.take(name, "codes", None), on_cpu.take(name, "codes", None))
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+def test_device_memory_beside_the_tensors_is_bounded(large, gpu, codecs, codec):
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with _feed(large("int8", codec), gpu, codecs) as (container, feed):
+        names = [name for name, record in container.records.items() if record.dtype == "BF16"]
+        feed.expect([(name, "weight", torch.bfloat16) for name in names])
+        tensors = [feed.take(name, "weight", torch.bfloat16) for name in names]
+        beside = torch.cuda.max_memory_allocated() - before - sum(tensor.nbytes for tensor in tensors)
+    assert beside <= (3 * 64 + 128 + (400 if codec == "zstd" else 32)) << 20, beside / 2**20
+
+
+@pytest.mark.usefixtures("nvcomp")
+def test_a_damaged_chunk_is_named(gpu, codecs, tmp_path):
+    folder = make_container(tmp_path)
+    path, byte = tampering.payload_place(folder, "l", 1)
+    tampering.flip_bit(path, byte + 3)
+    with _feed(folder, gpu, codecs) as (_, feed), pytest.raises(ChecksumError, match="'l' chunk 1"):
+        feed.take("l", "weight", torch.bfloat16)
+
+
+def test_corrupt_rans_words_end_in_an_error_that_names_the_chunk(gpu, codecs, tmp_path):
+    from codecllm.converter import convert
+
+    source = make_container(tmp_path).parent / "source"
+    convert(source, tmp_path / "rans", codec="rans", include=("*",), exclude=("l",))
+
+    def edit(tensors):
+        tensors["q"][2][300] ^= 1
+        fix_chunks(tensors, "q")
+
+    rewrite_shard(tmp_path / "rans", edit)
+    message = r"'q' chunk 0 at byte .*rans chunk"
+    with _feed(tmp_path / "rans", gpu, codecs) as (_, feed), pytest.raises(DecodeError, match=message):
+        feed.take("q", "weight", torch.bfloat16)
+    assert torch.ones(8, device=gpu).sum().item() == 8  # the device still answers

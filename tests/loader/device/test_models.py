@@ -1,0 +1,101 @@
+"""Whole models through the device's feed; the device is the CPU (see `machine`), so transformers is told nothing new."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError, UsageError
+from codecllm.loader import from_pretrained, pretrained
+from codecllm.loader.device import feed as feed_module
+from codecllm.loader.device import resident
+from codecllm.loader.device.feed import DeviceFeeds
+from codecllm.loader.device.resident import DeviceCompressedTensor
+from codecllm.loader.device.streams import HostStreams
+from tests import tampering
+from tests.integration.outputs import logits, same_bits
+from tests.loader.device.machine import CPU, NvcompOfTheHost, with_nvcomp
+
+
+@pytest.fixture(params=["ahead", "on request"])
+def device(request, monkeypatch):
+    """Lets `from_pretrained` take the CPU for a device with nvCOMP; returns the library, which counts its frames."""
+    nvcomp = NvcompOfTheHost()
+    feeds = partial(DeviceFeeds, make_streams=lambda _: HostStreams(), types=("cpu",))
+    monkeypatch.setattr(pretrained, "DeviceFeeds", feeds)
+    monkeypatch.setattr(pretrained, "sole_device", lambda *_: CPU if request.param == "ahead" else None)
+    monkeypatch.setattr(feed_module, "choose_codecs", lambda *_: with_nvcomp(nvcomp))
+    return nvcomp
+
+
+def _without_device(folder, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "DeviceFeeds", DeviceFeeds)
+        patch.setattr(pretrained, "sole_device", lambda *_: None)
+        return from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_dense_models_have_the_bits_of_the_cpu_path(container, name, scheme, device):
+    folder = container(name, scheme)
+    model = from_pretrained(folder)
+    assert device.frames > 0
+    expected = _without_device(folder)
+    theirs, ours = expected.state_dict(), model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(same_bits(theirs[key], ours[key]) for key in theirs)
+
+
+def test_int8_models_get_their_codes_through_the_feed(container, device):
+    folder = container("llama", "int8")
+    model = from_pretrained(folder, resident="int8")
+    assert device.frames > 0
+    expected = _without_device(folder, resident="int8")
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_a_damaged_chunk_ends_the_load_with_its_name(container, device, tmp_path):
+    folder = tampering.copy_of(container("llama", "lossless"), tmp_path / "copy")
+    name = "model.layers.1.mlp.up_proj.weight"
+    path, byte = tampering.payload_place(folder, name)
+    tampering.flip_bit(path, byte + 9)
+    with pytest.raises(ChecksumError, match=name):
+        from_pretrained(folder)
+
+
+def test_a_decoder_asked_for_by_name_must_work(container):
+    folder = container("llama", "lossless")
+    with pytest.raises(UsageError, match="no such decoder, got 'gpu'"):
+        from_pretrained(folder, decoder="gpu")
+    if torch.cuda.is_available():
+        with pytest.raises(UsageError, match=r"decoder 'nvcomp' decodes on a GPU, got device_map=None"):
+            from_pretrained(folder, decoder="nvcomp")
+    else:
+        with pytest.raises(UnsupportedEnvironmentError, match="decoder 'nvcomp' does not work here: torch finds no GPU"):
+            from_pretrained(folder, decoder="nvcomp", device_map="cuda:0")
+
+
+@pytest.mark.parametrize("device", ["ahead"], indirect=True)
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "int8"), ("gpt2", "lossless")])
+def test_compressed_models_give_the_logits_of_dense(container, name, scheme, device, monkeypatch):
+    monkeypatch.setattr(resident, "GROUP_ELEMENTS", 30_000)  # several blocks for the vocabulary, several groups for the rest
+    folder = container(name, scheme)
+    model = from_pretrained(folder, resident="compressed")
+    expected = logits(_without_device(folder))
+    assert isinstance(model.lm_head.tensor, DeviceCompressedTensor)
+    before = device.frames
+    for _ in range(3):  # unknown order, learned order, and once more
+        assert torch.equal(logits(model), expected)
+    assert device.frames > before
+
+
+@pytest.mark.parametrize("device", ["ahead"], indirect=True)
+def test_a_compressed_weight_can_be_had_and_copied(container, device):
+    folder = container("llama", "int8")
+    model = from_pretrained(folder, resident="compressed")
+    assert same_bits(model.lm_head.weight, _without_device(folder).lm_head.weight)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))

@@ -1,0 +1,183 @@
+"""The pipeline under every load, with runs that a test can hold up: order, bounds, faults, ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import TimeoutError as NotYet
+
+import pytest
+import torch
+
+from codecllm.formats.errors import ChecksumError
+from codecllm.loader import read_ahead
+from codecllm.loader.pool import DecodePool
+from codecllm.loader.read_ahead import BUFFERS_PER_WORKER, READERS, ReadAhead, Request
+from codecllm.loader.torch_tensors import Filling
+
+RUN_BYTES = 1000
+
+
+class _Bench:
+    """Tensors of four runs each; counts what happens and holds decoding up while `gate` is closed."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.gate.set()
+        self.lock = threading.Lock()
+        self.started, self.read, self.decoded = [], 0, 0
+
+    def request(self, name, size=RUN_BYTES, fails=None):
+        def start():
+            with self.lock:
+                self.started.append(name)
+            tensor = torch.zeros(4, dtype=torch.int64)
+            return Filling(tensor, [_Run(self, tensor, part, name, fails) for part in range(4)])
+
+        return Request(name, size, start)
+
+
+class _Run:
+    place, size = None, RUN_BYTES
+
+    def __init__(self, bench, tensor, part, name, fails):
+        self.bench, self.tensor, self.part, self.name, self.fails = bench, tensor, part, name, fails
+
+    def read(self, buffer):
+        if self.fails == "read":
+            raise ChecksumError("unreadable", tensor=str(self.name))
+        with self.bench.lock:
+            self.bench.read += 1
+        view = memoryview(buffer)[: self.size]
+        view[:] = bytes([self.name * 4 + self.part]) * self.size
+        return view
+
+    def decode(self, stored, workspace):
+        assert self.bench.gate.wait(20)
+        assert len(set(stored)) == 1, "another run's bytes came into this buffer"
+        if self.fails == "decode" and self.part == 1:
+            raise ChecksumError("damaged", tensor=str(self.name))
+        self.tensor[self.part] = stored[0]
+        with self.bench.lock:
+            self.bench.decoded += 1
+
+
+def _expected(name):
+    return torch.arange(name * 4, name * 4 + 4)
+
+
+def _settled(count):
+    """Waits until a count does not change any more; returns it."""
+    last = -1
+    while (now := count()) != last:
+        last = now
+        time.sleep(0.1)
+    return now
+
+
+@pytest.mark.parametrize("order", [range(30), reversed(range(30)), [*range(15, 30), *range(15)], [7, 3, 29, 0, *range(10, 20)]])
+@pytest.mark.parametrize("budget", [1, 3 * RUN_BYTES, 1 << 30])
+def test_tensors_are_taken_in_any_order_once_each(order, budget):
+    bench, order = _Bench(), list(order)
+    with DecodePool(2) as pool, ReadAhead(pool, budget) as ahead:
+        ahead.expect(bench.request(name) for name in range(30))
+        for name in order:
+            assert torch.equal(ahead.take(bench.request(name)).result(20), _expected(name))
+    assert len(bench.started) == len(set(bench.started))
+
+
+def test_tensors_are_begun_in_the_order_of_the_files(monkeypatch):
+    monkeypatch.setattr(read_ahead, "READERS", 1)
+    bench = _Bench()
+    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+        ahead.expect(bench.request(name) for name in range(40))
+        _settled(lambda: bench.decoded)
+    assert bench.started == list(range(40))
+
+
+def test_reading_follows_whoever_takes_in_another_order():
+    bench = _Bench()
+    with DecodePool(1) as pool, ReadAhead(pool, budget=1) as ahead:
+        ahead.expect(bench.request(name) for name in range(40))
+        _settled(lambda: bench.decoded)
+        for name in (20, 21, 22):
+            ahead.take(bench.request(name)).result(20)
+        ahead.take(bench.request(0)).result(20)
+        _settled(lambda: bench.decoded)
+    assert bench.started[-1] == 23
+
+
+def test_the_ring_bounds_what_is_read_and_not_decoded():
+    bench = _Bench()
+    bench.gate.clear()
+    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+        ahead.expect(bench.request(name) for name in range(30))
+        assert _settled(lambda: bench.read) == BUFFERS_PER_WORKER * 2 + READERS
+        bench.gate.set()
+        for name in range(30):
+            assert torch.equal(ahead.take(bench.request(name)).result(20), _expected(name))
+
+
+def test_the_budget_bounds_tensors_that_nobody_took():
+    bench = _Bench()
+    with DecodePool(2) as pool, ReadAhead(pool, budget=5 * RUN_BYTES) as ahead:
+        ahead.expect(bench.request(name) for name in range(30))
+        assert _settled(lambda: len(bench.started)) == 5
+        ahead.take(bench.request(2)).result(20)
+        assert _settled(lambda: len(bench.started)) == 6
+        ahead.drop(0)
+        assert _settled(lambda: len(bench.started)) == 7
+
+
+def test_a_tensor_larger_than_the_budget_is_made():
+    bench = _Bench()
+    with DecodePool(1) as pool, ReadAhead(pool, budget=10) as ahead:
+        ahead.expect([bench.request(0, size=1 << 40), bench.request(1)])
+        assert _settled(lambda: len(bench.started)) == 1
+        assert torch.equal(ahead.take(bench.request(0)).result(20), _expected(0))
+        assert torch.equal(ahead.take(bench.request(1)).result(20), _expected(1))
+
+
+@pytest.mark.parametrize("fails", ["read", "decode"])
+def test_a_damaged_tensor_fails_alone(fails):
+    bench = _Bench()
+    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+        ahead.expect(bench.request(name, fails=fails if name == 4 else None) for name in range(20))
+        for name in range(20):
+            made = ahead.take(bench.request(name))
+            if name == 4:
+                with pytest.raises(ChecksumError):
+                    made.result(20)
+            else:
+                assert torch.equal(made.result(20), _expected(name))
+
+
+def test_closing_lets_nobody_wait():
+    bench = _Bench()
+    bench.gate.clear()
+    with DecodePool(1) as pool:
+        ahead = ReadAhead(pool)
+        ahead.expect(bench.request(name) for name in range(30))
+        waiting = [ahead.take(bench.request(name)) for name in (0, 29, 31)]
+        with pytest.raises(NotYet):
+            waiting[0].result(0.1)
+        ahead.close()
+        bench.gate.set()
+        for made in [*waiting, ahead.take(bench.request(32))]:
+            with pytest.raises(RuntimeError, match="has ended"):
+                made.result(20)
+
+
+def test_an_expected_tensor_is_kept_by_its_taker_alone():
+    import gc
+    import weakref
+
+    bench = _Bench()
+    with DecodePool(1) as pool, ReadAhead(pool) as ahead:
+        ahead.expect([bench.request(0), bench.request(1)])
+        tensor = ahead.take(bench.request(0)).result(20)
+        gone = weakref.ref(tensor)
+        _settled(lambda: bench.decoded)
+        del tensor
+        gc.collect()
+        assert gone() is None
