@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codecllm.converter import convert
@@ -227,6 +227,7 @@ def test_another_order_is_found_by_the_digest(folder):
     assert "'s'" not in report.to_json()
 
 
+@settings(max_examples=80)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4),
     where=st.sampled_from(["q_col_scale", "q_col_order", "w_col_scale", "w_col_order", "w_chunks", "w"]),
