@@ -292,6 +292,12 @@ def verify(
     text: Annotated[
         Path | None, typer.Option(help="Text file for the diagnosis' perplexity instead of the built-in one.")
     ] = None,
+    resident: Annotated[
+        ResidentName | None,
+        typer.Option(
+            help="Diagnose the model that runs with its weights kept so (default dense); weights are compared in all."
+        ),
+    ] = None,
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,
@@ -310,10 +316,11 @@ def verify(
     if diagnose:
         if level is not LevelName.full or require_baseline or not baseline:
             raise UsageError("--diagnose runs its own stages: it takes no --level, --require-baseline or --no-baseline")
+        kept = ResidentName.dense if resident is None else resident
         options = {"first_layers": first_layers, "revision": revision, "expected_manifest_sha256": manifest_sha256}
-        _diagnose(out, source, html, text, {**options, "workers": workers}, as_json, quiet)
-    if html is not None or first_layers is not None or text is not None:
-        raise UsageError("--report, --first-layers and --text go with --diagnose")
+        _diagnose(out, source, html, text, {**options, "resident": kept.value, "workers": workers}, as_json, quiet)
+    if any(option is not None for option in (html, first_layers, text, resident)):
+        raise UsageError("--report, --first-layers, --text and --resident go with --diagnose")
     with _progress("verifying", not (quiet or as_json)) as advance:
         report = run(
             out,
@@ -339,7 +346,9 @@ def _diagnose(
     """Runs a diagnosis, writes and prints its report, and exits with its code."""
     from codecllm.verifier.diagnosis import diagnose, render_diagnosis, write_html
 
-    words = None if text is None else text.read_text(encoding="utf-8", errors="replace")
+    words = None if text is None else _read_text(text)
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise UsageError("--report names a file in a folder that exists", file=str(html))
     with _progress("diagnosing", not (quiet or as_json)) as advance:
         report = diagnose(out, source, text=words, progress=advance, **options)
     if html is not None:

@@ -13,12 +13,17 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from codecllm.formats import limits
 from codecllm.formats.errors import DecodeError
 
 _MAGIC = (0xFD2FB528).to_bytes(4, "little")
+HEAD_BYTES = 14
+"""Longest header of a frame without dictionary."""
+
 SPARSE_SHARE = 64
 """A nearly constant plane whose frame is longer than 1/64 of it is tried with strategy `lazy2` too."""
 
@@ -106,3 +111,28 @@ def check_frame(stored: Any, raw_bytes: int) -> None:
         raise DecodeError("frame declares a wrong size", got=parameters.content_size, expected=raw_bytes)
     if parameters.dict_id or parameters.window_size > limits.ZSTD_WINDOW_BYTES:
         raise DecodeError("frame needs a dictionary or too large a window", got=parameters.window_size)
+
+
+def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Returns bool [n]: whether `check_frame` certainly accepts a frame, seen from its first bytes; many frames at once.
+
+    Args:
+        heads: uint8 [n, HEAD_BYTES], the first bytes of each (of a shorter one, whatever follows it).
+        raw_bytes: int64 [n], the size that each has to declare.
+    """
+    descriptor = heads[:, 4]
+    single = (descriptor & 0x20) != 0
+    exponent, eighths = (heads[:, 5] >> 3).astype(np.int64), (heads[:, 5] & 7).astype(np.int64)
+    window = np.where(single, raw_bytes, (np.int64(8) + eighths) << (exponent + 7))
+    size_at = np.where(single, 5, 6)
+    size_bytes = np.choose(descriptor >> 6, [single.astype(np.int64), 2, 4, 8])
+    places = size_at[:, None] + np.arange(8)
+    digits = np.take_along_axis(heads, places, axis=1).astype(np.uint64)
+    digits[np.arange(8) >= size_bytes[:, None]] = 0
+    declared = (digits << (np.arange(8, dtype=np.uint64) * np.uint64(8))).sum(axis=1, dtype=np.uint64)
+    declared[size_bytes == 2] += np.uint64(256)
+    magic = (heads[:, :4] == np.frombuffer(_MAGIC, np.uint8)).all(axis=1)
+    simple = (descriptor & 0x1F) == 0  # no dictionary, no checksum, nothing reserved
+    fits = (declared == raw_bytes.astype(np.uint64)) & (window <= limits.ZSTD_WINDOW_BYTES) & (size_bytes > 0)
+    plain: NDArray[np.bool_] = magic & simple & fits
+    return plain

@@ -62,12 +62,21 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    """Memory for decoded weights, and what lies there."""
+    """Memory for decoded weights, and what lies there.
+
+    Attributes:
+        memory: the memory.
+        group: what was decoded into it, or None.
+        dtype: the dtype of that.
+        ready: behind the decoding.
+        used: by stream, behind the last use that was queued there.
+    """
 
     memory: torch.Tensor | None = None
     group: _Group | None = None
     dtype: torch.dtype | None = None
     ready: Event | None = None
+    used: dict[Any, Event] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +134,7 @@ class DeviceCompressedTensor(CodedMatrix):
         for block in self.blocks:
             row, rows = band_rows(self.stored, block.bands)
             yield slice(row, row + rows), self.decoder.weight(block, dtype)
+            self.decoder.used()
 
 
 class DeviceDecoder:
@@ -203,6 +213,11 @@ class DeviceDecoder:
                 self._fill(self._buffers[1 - self._current], self._groups[(number + 1) % len(self._groups)], dtype)
         return self._places(buffer, group, dtype)[group.blocks.index(block)]
 
+    def used(self) -> None:
+        """Notes that the calling thread's stream has queued its use of the weight that it got last. Hold `lock`."""
+        stream = self._streams.current()
+        self._buffers[self._current].used[stream] = self._streams.record(stream)
+
     def decode(self, blocks: list[Block], outs: list[torch.Tensor]) -> None:
         """Decodes blocks into `outs`, [rows, columns] each; the calling thread's stream waits for it. Hold `lock`."""
         self._refuse_capture()
@@ -224,15 +239,19 @@ class DeviceDecoder:
             self._order.append(block)
 
     def _fill(self, buffer: _Buffer, group: _Group, dtype: torch.dtype) -> None:
-        """Queues the decoding of a group into a buffer, behind all that the calling thread's stream has queued."""
+        """Queues the decoding of a group into a buffer, behind every use of what lies there."""
         size = sum(aligned(block.elements * dtype.itemsize) for block in group.blocks)
         if buffer.memory is None or buffer.memory.numel() < size:
-            if buffer.ready is not None:  # nobody may have waited for what was decoded ahead
-                self._streams.wait(self._streams.current(), buffer.ready)
+            self._streams.synchronize()  # nobody may have waited for what was decoded ahead
+            for event in buffer.used.values():
+                event.synchronize()
             buffer.memory = None
             with torch.inference_mode(False):  # a later caller may be outside of it
                 buffer.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
         buffer.group, buffer.dtype = group, dtype
+        for event in buffer.used.values():
+            self._streams.wait(self._streams.decode, event)
+        buffer.used.clear()
         self._streams.follow(self._streams.decode)
         self._decode(group, self._places(buffer, group, dtype))
         buffer.ready = self._streams.record(self._streams.decode)

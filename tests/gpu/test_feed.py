@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
+from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, DecodeError
 from codecllm.loader.device.codecs import NOTHING
@@ -17,6 +19,7 @@ from codecllm.loader.stream import stream_tensors
 from codecllm.loader.torch_tensors import file_order, torch_dtype
 from tests import tampering
 from tests.malformed.builders import fix_chunks, make_container, rewrite_shard
+from tests.sources import write_source
 
 CASES = [("int8", "zstd"), ("lossless", "zstd"), ("int8", "rans"), ("lossless", "rans")]
 
@@ -96,17 +99,17 @@ def test_a_damaged_chunk_is_named(gpu, codecs, tmp_path):
 
 
 def test_corrupt_rans_words_end_in_an_error_that_names_the_chunk(gpu, codecs, tmp_path):
-    from codecllm.converter import convert
-
-    source = make_container(tmp_path).parent / "source"
-    convert(source, tmp_path / "rans", codec="rans", include=("*",), exclude=("l",))
+    values = (np.random.default_rng(1).standard_normal((200, 300)) ** 3).astype(np.float32)
+    source = write_source(tmp_path / "source", {"q": ("F32", values)}, {"model_type": "none"})
+    folder = convert(source, tmp_path / "out", codec="rans", include=("*",)).out
 
     def edit(tensors):
-        tensors["q"][2][300] ^= 1
+        tensors["q"][2][1000] ^= 1
         fix_chunks(tensors, "q")
 
-    rewrite_shard(tmp_path / "rans", edit)
+    rewrite_shard(folder, edit)
     message = r"'q' chunk 0 at byte .*rans chunk"
-    with _feed(tmp_path / "rans", gpu, codecs) as (_, feed), pytest.raises(DecodeError, match=message):
-        feed.take("q", "weight", torch.bfloat16)
+    for where in (NOTHING, codecs):  # the CPU refuses it too
+        with _feed(folder, gpu, where) as (_, feed), pytest.raises(DecodeError, match=message):
+            feed.take("q", "weight", torch.bfloat16)
     assert torch.ones(8, device=gpu).sum().item() == 8  # the device still answers
