@@ -81,7 +81,7 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
     options = options or ConvertOptions()
     with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
         plan = plan_conversion(model, options)
-        stored = {item.name: item for item in executor.map(_estimate_tensor, _stepped(plan.tensors, options))}
+        stored = {item.name: item for item in executor.map(estimate_tensor, _stepped(plan.tensors, options))}
         tensors = []
         for name, tensor in model.tensors.items():
             alias = plan.aliases.get(name)
@@ -157,13 +157,14 @@ def _encoded_bytes(encoded: EncodedBlock) -> int:
     return sum(len(part) for part in (*encoded.slots, *encoded.tables)) + 16 * len(encoded.records)
 
 
-def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
+def estimate_tensor(plan: TensorPlan) -> TensorEstimate:
+    """Predicts the size of one tensor under its plan, from two of its blocks."""
     source = plan.source
     size, note = source.entry.bytes, plan.fallback
     if plan.scheme != "raw":
         coded = _sample_stored_bytes(plan)
         if coded is None:
-            return _estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec, plan.tile_symbols))
+            return estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec, plan.tile_symbols))
         size, note = (coded, note) if coded < size else (size, f"{plan.scheme} does not shrink it")
     scheme = plan.scheme if size < source.entry.bytes or plan.scheme == "raw" else "raw"
     overhead = (_HEADER_BYTES if scheme != "raw" else _HEADER_BYTES // 4) + _MANIFEST_BYTES
