@@ -58,7 +58,7 @@ def calibrate(folder: str | Path, kind: str, on_stage: Callable[[str], None] | N
     with SourceModel(folder) as source:
         known, elements, size = set(source.tensors), source.elements, source.tensor_bytes
     try:
-        with adapter.without_progress_bars():
+        with adapter.without_progress_bars(), adapter.silenced():
             if 4 * elements * _ROOM <= available_memory():
                 return _with_gradients(adapter.load_plain(folder, torch.float32), folder, kind, known, tell)
             if size * _ROOM <= available_memory():
@@ -75,12 +75,14 @@ def _with_gradients(model: Any, folder: Path, kind: str, known: set[str], tell: 
     if torch.cuda.is_available() and _weight_bytes(model) * _ROOM <= torch.cuda.mem_get_info()[0]:
         model = model.to("cuda")
     model.eval()
+    tell(f"calibrating: {'the model writes its own text' if kind == 'self' else f'text: {kind}'}")
+    tokens = own_text(model) if kind == "self" and _writes(model) else None
     notes = []
-    if kind == "self" and not _writes(model):
+    if kind == "self" and tokens is None:
         notes.append(f"{type(model).__name__} does not write text: calibrated on random tokens")
         kind = "random"
-    tell(f"calibrating: {'the model writes its own text' if kind == 'self' else f'text: {kind}'}")
-    tokens = _text(model, folder, kind)
+    if tokens is None:
+        tokens = _text(model, folder, kind)
     tell(f"calibrating: gradients on {tokens.numel()} tokens")
     sums = squared_gradients(model, tokens)
     return Calibrated(by_source(model, sums, known), record(_kind(kind), tokens), notes)
@@ -99,8 +101,6 @@ def _layer_by_layer(folder: Path, kind: str, known: set[str], tell: Callable[[st
 
 
 def _text(model: Any, folder: Path, kind: str) -> torch.Tensor:
-    if kind == "self":
-        return own_text(model)
     return random_text(model) if kind == "random" else file_text(model, folder, Path(kind))
 
 

@@ -19,19 +19,22 @@ LENGTH = 64
 SEED = 0
 
 
-def own_text(model: Any) -> torch.Tensor:
+def own_text(model: Any) -> torch.Tensor | None:
     """Samples sequences from a causal language model, one token after another, at temperature 1 from its start token.
 
     Returns:
-        int64 [SEQUENCES, LENGTH], on the CPU, without the start token.
+        int64 [SEQUENCES, LENGTH], on the CPU, without the start token; None where the model keeps no keys and values of past
+        tokens, so that writing would take too long.
     """
     generator = torch.Generator().manual_seed(SEED)
     current = torch.full((SEQUENCES, 1), _start_token(model.config), device=model.device)
     past, tokens = None, []
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode would leave tensors in the model's caches that no gradient may pass
         for _ in range(min(LENGTH, _longest(model) - 1)):
             output = model(input_ids=current, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            past = getattr(output, "past_key_values", None)
+            if past is None:
+                return None
             chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
             drawn = torch.multinomial(chances, 1, generator=generator)
             tokens.append(drawn)

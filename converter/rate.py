@@ -17,7 +17,7 @@ import numpy as np
 from codecllm.converter.allocation import Statistics
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
 from codecllm.converter.encode import ONE_PASS_COLUMNS
-from codecllm.converter.estimate import estimate_tensor, sample_steps, side_bits
+from codecllm.converter.estimate import estimate_tensor, frame_bits, sample_steps, side_bits
 from codecllm.converter.policy import TensorPlan
 from codecllm.converter.sampling import Sampled, sample
 from codecllm.converter.source import SourceModel
@@ -27,7 +27,9 @@ from codecllm.formats.errors import UsageError
 MIN_BITS, MAX_BITS = 2.0, 8.0
 """The rates that can be asked for, in bits per weight."""
 
-_TOLERANCE = 0.001
+_TOLERANCE, _GOAL, _MISSED = 0.001, 0.005, 0.03
+"""Shares of the rate: the search ends within the first, mentions more than the second, refuses more than the third."""
+
 _ROUNDS = 6
 _GAUSSIAN_BITS = 2.05  # entropy of a Gaussian in steps of its standard deviation, 0.5 * log2(2 * pi * e)
 
@@ -101,11 +103,11 @@ def fit(source: str | Path, options: ConvertOptions, target: Target, statistics:
         tensors = {held.plan.source.name: held for held in prepared if held is not None}
         if not tensors:
             raise UsageError("no tensor of this model is quantized: there is no rate to choose", file=str(source))
+        others = [plan for plan in plans if plan.source.name not in tensors]
         wanted = target.bits
         if wanted is None:
-            others = [plan for plan in plans if plan.source.name not in tensors]
             wanted = _bits_for_ratio(float(target.ratio or 0), model.tensor_bytes, others, tensors, executor)
-        return _search(list(tensors.values()), wanted, executor, _notes(tensors, statistics))
+        return _search(list(tensors.values()), wanted, frame_bits(others), executor, _notes(tensors, statistics))
 
 
 def _notes(tensors: dict[str, Sampled], statistics: Statistics) -> list[str]:
@@ -118,7 +120,7 @@ def _notes(tensors: dict[str, Sampled], statistics: Statistics) -> list[str]:
 def _bits_for_ratio(
     ratio: float, source_bytes: int, others: list[TensorPlan], tensors: dict[str, Sampled], executor: Executor
 ) -> float:
-    kept = sum(item.stored_bytes for item in executor.map(estimate_tensor, others))
+    kept = sum(item.stored_bytes for item in executor.map(estimate_tensor, others)) - frame_bits(others) / 8
     weights = sum(held.plan.source.entry.elements for held in tensors.values())
     bits = 8 * (source_bytes / ratio - kept) / weights
     if not MIN_BITS <= bits <= MAX_BITS:
@@ -127,30 +129,29 @@ def _bits_for_ratio(
     return bits
 
 
-def _search(tensors: list[Sampled], wanted: float, executor: Executor, notes: list[str]) -> Fitted:
+def _search(tensors: list[Sampled], wanted: float, frame: int, executor: Executor, notes: list[str]) -> Fitted:
     """Moves k until the predicted rate is the one wanted: halving the step costs one bit, or a little less at low rates."""
     elements = [held.plan.source.entry.elements for held in tensors]
     loose = _loose_factor(tensors, elements)
-    own = [held.spread - (0.0 if held.factors.absolute else math.log2(loose)) for held in tensors]
+    own = [held.spread + (0.0 if held.factors.absolute else -math.log2(loose)) for held in tensors]
     log_k = float(np.average(own, weights=elements)) + _GAUSSIAN_BITS - wanted
-    tried: list[tuple[float, float]] = []
-    wide: frozenset[str] = frozenset()
+    tried: list[tuple[float, float, frozenset[str]]] = []
     for _ in range(_ROUNDS):
         bits, wide = _measure(tensors, 2.0**log_k, loose, executor)
-        tried.append((log_k, bits))
+        bits += frame / sum(elements)
+        tried.append((log_k, bits, wide))
         if abs(bits / wanted - 1) < _TOLERANCE:
             break
         log_k += (bits - wanted) / _slope(tried)
-    best = min(tried, key=lambda pair: abs(pair[1] - wanted))
-    if abs(best[1] / wanted - 1) > 10 * _TOLERANCE:
-        raise UsageError("this rate cannot be reached", got=f"{best[1]:.3f} bits per weight", expected=f"{wanted:.3f}")
-    if best != tried[-1]:
-        _, wide = _measure(tensors, 2.0 ** best[0], loose, executor)
-    by_name = {held.plan.source.name: held for held in tensors}
-    return Fitted(best[1], notes, 2.0 ** best[0], loose, by_name, wide)
+    log_k, bits, wide = min(tried, key=lambda one: abs(one[1] - wanted))
+    if abs(bits / wanted - 1) > _MISSED:
+        raise UsageError("this rate cannot be reached", got=f"{bits:.3f} bits per weight", expected=f"{wanted:.3f}")
+    if abs(bits / wanted - 1) > _GOAL:
+        notes = [*notes, f"the nearest rate that was found is {bits:.3f} bits per weight"]
+    return Fitted(bits, notes, 2.0**log_k, loose, {held.plan.source.name: held for held in tensors}, wide)
 
 
-def _slope(tried: Sequence[tuple[float, float]]) -> float:
+def _slope(tried: Sequence[tuple[float, float, frozenset[str]]]) -> float:
     """Bits per halving of the step, from the last two trials."""
     if len(tried) < 2 or tried[-1][0] == tried[-2][0]:
         return 1.0
