@@ -68,6 +68,11 @@ class Factors:
     absolute: bool
     level: float
 
+    @property
+    def by_column(self) -> bool:
+        """Whether columns have factors."""
+        return bool((self.cols != 1).any())
+
 
 def factors_of(sensitivity: Sensitivity | None, rows: int, cols: int) -> Factors:
     """Returns the relative steps of a matrix of `rows` x `cols` weights; without a sensitivity every row's is its rms."""

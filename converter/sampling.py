@@ -13,6 +13,7 @@ from codecllm.converter.encode import blocks_of
 from codecllm.converter.policy import TensorPlan
 from codecllm.converter.quantize import as_float32
 from codecllm.converter.steps import Steps
+from codecllm.formats.columns import ORDER
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE
 
 _SAMPLED_BLOCKS = 2
@@ -28,7 +29,7 @@ class Sampled:
         plan: the tensor's.
         factors: relative steps but for the weights; of a plan of kind `column`, `factors.rows` are those of its columns.
         typical_rms: geometric mean of the channels' root mean squares.
-        order: int32 [cols]: columns from the narrowest codes to the widest; None for a plan of kind `column`.
+        order: int32 [cols]: columns from the narrowest codes to the widest; None where that is not worth its bits.
         blocks: numbers of the sampled blocks.
         sampled: float64 [channels], relative steps; 1 for rows outside of the sample.
         largest: float64 [channels]: largest |weight / column factor|; 0 for rows outside of the sample.
@@ -72,6 +73,8 @@ class Sampled:
     def _steps(self, channels: Floats, *, wide: bool) -> Steps:
         if self.plan.kind == "column":
             return Steps(np.maximum(channels, MIN_SCALE).astype(np.float32), wide=wide)
+        if not self.factors.by_column:
+            return Steps(np.maximum(channels, MIN_SCALE).astype(np.float32), wide=wide)
         cols = self.factors.cols.astype(np.float32)
         lowest = 2 * MIN_SCALE / min(1.0, float(cols.min()))
         return Steps(np.maximum(channels, lowest).astype(np.float32), cols, self.order, wide=wide)
@@ -90,7 +93,7 @@ def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
 def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
     rows, cols = plan.matrix
     factors = factors_of(sensitivity, rows, cols)
-    probe = Steps(np.ones(rows, np.float32), np.ones(cols, np.float32), np.arange(cols, dtype=np.int32))
+    probe = Steps(np.ones(rows, np.float32), np.ones(cols, np.float32) if factors.by_column else None)
     blocks = list(blocks_of(replace(plan, steps=probe)))
     chosen = range(len(blocks)) if len(blocks) <= _SAMPLED_BLOCKS else (len(blocks) // 3, 2 * len(blocks) // 3)
     runs = [(blocks[number].row, blocks[number].row + blocks[number].rows) for number in chosen]
@@ -109,7 +112,7 @@ def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled |
     steps = row_steps(factors, rms[taken], typical)
     sampled = np.ones(rows)
     sampled[taken] = steps
-    order = np.argsort(squares / factors.cols**2, kind="stable").astype(np.int32)
+    order = _order(squares / factors.cols**2, rows) if factors.by_column else None
     spread = _spread(rms[taken], steps)
     return Sampled(plan, factors, typical, order, tuple(chosen), sampled, largest, spread)
 
@@ -133,6 +136,18 @@ def _sample_columns(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sample
     count = len(list(blocks_of(replace(plan, steps=Steps(np.ones(cols, np.float32))))))
     chosen = tuple(range(count)) if count <= _SAMPLED_BLOCKS else (count // 3, 2 * count // 3)
     return Sampled(plan, factors, typical, None, chosen, sampled, largest, _spread(rms, sampled))
+
+
+def _order(squares: Floats, rows: int) -> NDArray[np.int32] | None:
+    """Returns columns by their squared codes, float64 [cols], where tables of like columns save more than an order takes.
+
+    A table for Gaussian columns of unlike variances costs half the log of the arithmetic over the geometric mean of these.
+    """
+    positive = squares[squares > 0]
+    saved = 0.5 * float(np.log2(positive.mean()) - np.log2(positive).mean()) if positive.size else 0.0
+    if saved * rows < 8 * ORDER.itemsize:
+        return None
+    return np.argsort(squares, kind="stable").astype(np.int32)
 
 
 def read_rows(plan: TensorPlan, first: int = 0, last: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
