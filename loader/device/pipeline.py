@@ -223,7 +223,7 @@ class DevicePipeline:
         stage = reading.stage
         staged = stage.claim(batch.slot_bytes, self._least, streams)
         work = self._describe(batch, staged, reading.memory)
-        tables = self._tools.expand(work.tables) if work is not None else None
+        tables = self._tools.expand(work) if work is not None else None
         with streams.on(streams.copy):
             staged.copy_(reading.memory, non_blocking=True)
         reading.slot.copied = streams.record(streams.copy)

@@ -125,14 +125,19 @@ def describe_chunks(
 
 def expand_tables(tables: Sequence[FrequencyTable], device: torch.device) -> DeviceTables:
     """Copies parsed tables to a device, 1 KiB each, and expands them there to 4 to 16 KiB."""
-    slots = 1 << max((table.precision for table in tables), default=0)
-    ranges = np.stack([table.frequencies | table.starts << 16 for table in tables]) if tables else np.zeros((0, 256))
+    frequencies = np.array([table.frequencies for table in tables], np.int64).reshape(len(tables), 256)
+    return expand_frequencies(np.array([table.precision for table in tables], np.int64), frequencies, device)
+
+
+def expand_frequencies(precisions: NDArray[np.int64], frequencies: NDArray[np.int64], device: torch.device) -> DeviceTables:
+    """As `expand_tables`, from what `rans_table.parse_tables` returns: int64 [tables] and int64 [tables, 256]."""
+    slots = 1 << int(precisions.max(initial=0))
+    ranges = frequencies | np.cumsum(frequencies, axis=1) - frequencies << 16
     on_device = torch.from_numpy(ranges.astype(np.int32)).to(device)
-    precisions = torch.tensor([table.precision for table in tables], dtype=torch.int32).to(device)
-    symbols = torch.zeros(len(tables), slots, dtype=torch.uint8, device=device)
-    if tables:
-        _fill_kernel[(len(tables), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
-    return DeviceTables(symbols, on_device, precisions)
+    symbols = torch.zeros(len(ranges), slots, dtype=torch.uint8, device=device)
+    if len(ranges):
+        _fill_kernel[(len(ranges), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
+    return DeviceTables(symbols, on_device, torch.from_numpy(precisions.astype(np.int32)).to(device))
 
 
 def decode_rans(
