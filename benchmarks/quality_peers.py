@@ -21,11 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import llama_cpp, quantizers
 from benchmarks.rows import OUT
+from codecllm.calibrator import calibrate
+from codecllm.converter import ConvertOptions, convert
+from codecllm.converter.rate import Target, fit
 from demo.models import smollm2_gguf, smollm2_realistic
 
 ROOT = OUT / "quality"
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
-BITS = (2.9, 3.3, 3.7, 4.1, 4.6, 5.2, 5.9, 6.8)
+BITS = (3.3, 4.1, 5.0, 5.9, 6.8)
 CALIBRATION = (8, 128)
 """Sequences that the model itself writes, and the tokens of each."""
 
@@ -134,15 +137,16 @@ def make_others(base: Path) -> list[Path]:
     return [ROOT / name for name in tools]
 
 
-def make_ours(base: Path, calibration: str, options: list[str]) -> list[Path]:
-    """Converts at each rate; returns the containers."""
-    made = []
-    for bits in BITS:
-        out = ROOT / f"ours-{bits}"
-        if not (out / "codecllm.json").exists():
-            chosen = ["--bits", str(bits), "--calibrate", calibration, "--exclude", "*embed_tokens*", "--no-baseline"]
-            _run("codecllm", "convert", str(base), str(out), *chosen, *options)
-        made.append(out)
+def make_ours(base: Path, calibration: str, codec: str) -> list[Path]:
+    """Converts at each rate after one calibration; returns the containers."""
+    made = [ROOT / f"ours-{bits:g}" for bits in BITS]
+    missing = [(bits, out) for bits, out in zip(BITS, made, strict=True) if not (out / "codecllm.json").exists()]
+    found = calibrate(base, calibration) if missing else None
+    kind = calibration if calibration == "self" else "file"
+    for bits, out in missing:
+        options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
+        steps = fit(base, ConvertOptions(**options), Target(bits=bits), found.statistics)
+        convert(base, out, steps=steps, bits=bits, calibrate=kind, calibration=found.record, **options)
     return made
 
 
@@ -196,8 +200,8 @@ def main() -> None:
     """Makes what is not there yet, evaluates, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048, help="of each text at most")
-    parser.add_argument("--calibrate", help="what ours learns from; default: the text that the importance matrix is made from")
-    parser.add_argument("--convert-option", action="append", default=[], help="one more for codecllm convert; repeatable")
+    parser.add_argument("--calibrate", help="`self` or a file; default: the text that the importance matrix is made from")
+    parser.add_argument("--codec", choices=("zstd", "rans"), default="zstd", help="of our containers")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw KL against bits on the first text")
     given = parser.parse_args()
@@ -205,7 +209,7 @@ def main() -> None:
     base = smollm2_realistic()
     calibration = calibration_text(base, ROOT / "calibration.txt")
     candidates = make_llama_cpp(base, calibration) + make_others(base)
-    candidates += make_ours(base, given.calibrate or str(calibration), given.convert_option)
+    candidates += make_ours(base, given.calibrate or str(calibration), given.codec)
     results = {}
     for title, text in (("built-in", []), ("second", ["--text", str(SECOND_TEXT)])):
         plot = ["--plot", str(given.plot)] if given.plot and not text else []

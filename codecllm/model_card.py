@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import BASELINE_NAME, Manifest
+from codecllm.formats.manifest import BASELINE_NAME, Int8Tensor, Manifest
 from codecllm.hub import BaseModel
 from codecllm.info import describe_manifest
 from codecllm.verifier.baseline_record import Baseline, parse_baseline
@@ -90,8 +90,11 @@ def _loading(container: Container, repo: str) -> str:
     lines += [f'model = codecllm.from_pretrained("{repo}")']
     lines += ["tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)"] if has_tokenizer else []
     text = "```python\n" + "\n".join(lines) + "\n```"
-    if container.manifest.options.scheme == "int8":
-        text += '\n\n`resident="int8"` keeps the codes in memory: half the bytes of bf16, the same logits.'
+    if any(isinstance(record, Int8Tensor) for record in container.manifest.tensors):
+        text += (
+            '\n\n`resident="int8"` keeps the codes in memory: half the bytes of bf16, the same weights, and products that '
+            "differ by the rounding of bf16 at most."
+        )
     return text
 
 

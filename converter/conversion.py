@@ -26,13 +26,15 @@ from codecllm.formats import BASE_VERSION, FORMAT_VERSION, WRITER_VERSION
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import SourceError, UsageError
 from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest import (
     INDEX_NAME,
     AliasTensor,
     Calibration,
     FileRecord,
+    Int8Tensor,
+    LosslessTensor,
     Manifest,
     Options,
     ShardRecord,
@@ -154,6 +156,19 @@ class ConversionReport:
         """All stored bits / weights."""
         return 8 * self.stored_bytes / max(1, self.weights)
 
+    @property
+    def quantized_bits_per_weight(self) -> float:
+        """All stored bits but the data of tensors that are not quantized / quantized weights; 0 where there are none."""
+        kept = quantized = 0
+        for record in self.manifest.tensors:
+            if isinstance(record, Int8Tensor):
+                quantized += record.elements
+            elif isinstance(record, LosslessTensor):
+                kept += sum(plane.stored_bytes for plane in record.planes)
+            elif not isinstance(record, AliasTensor):
+                kept += record.source_bytes
+        return 8 * (self.stored_bytes - kept) / quantized if quantized else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -234,12 +249,22 @@ def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
         )
         for tensor in model.tensors.values()
     ]
+    _check_side_names(plans)
     aliases = find_aliases(plans)
     warnings = [] if model.config is not None else ["the source has no config.json: it cannot be loaded as a model"]
     for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
         warnings += [f"{option} {pattern!r} matches no tensor" for pattern in _unmatched(patterns, model)]
     stored = [plan for plan in plans if plan.source.name not in aliases]
     return Plan(_place(stored, options.max_shard_bytes), aliases, warnings)
+
+
+def _check_side_names(plans: list[TensorPlan]) -> None:
+    """Refuses `X` beside `X_col`: the scales of the columns of one would have the name of the other's own scales."""
+    names = {plan.source.name for plan in plans if plan.scheme == "int8"}
+    for plan in plans:
+        if plan.steppable and f"{plan.source.name}_col" in names:
+            text = f"its side tensor {plan.source.name}_col_scale would also be that of another tensor; --exclude one of them"
+            raise SourceError(text, file=plan.source.file.name, tensor=plan.source.name)
 
 
 def _unmatched(patterns: Sequence[str], model: SourceModel) -> list[str]:

@@ -25,10 +25,11 @@ from codecllm.converter.quantize import (
 from codecllm.converter.steps import Steps
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, slot_bytes
-from codecllm.formats.codecs import CODEC_IDS, CODECS, RANS_ID, rans
+from codecllm.formats.codecs import CODEC_IDS, RANS_ID, rans
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
+from codecllm.formats.codecs.zstd import ZstdCodec
 from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
 from codecllm.formats.errors import UsageError
 from codecllm.formats.schemes.int8 import MAX_CODE, MAX_WIDE_CODE, MIN_WIDE_CODE, channel_scales, split_codes
@@ -38,7 +39,7 @@ BLOCK_ELEMENTS = 1 << 20
 ONE_PASS_COLUMNS = 1 << 22
 """Longest row whose scale is found while it is in memory; a longer one is read twice."""
 
-_ZSTD = CODECS[CODEC_IDS["zstd"]]
+_ZSTD = ZstdCodec()
 _RAW_ID = CODEC_IDS["raw"]
 _MIN_GAIN = 128  # a chunk is stored coded only if that saves 1/128: less is not worth the time of decoding it
 
@@ -259,7 +260,7 @@ def _encode_steps(plan: TensorPlan, steps: Steps, block: Block, words: Words) ->
     if plan.codec == "rans":
         waiting, parts = _prepare_rans(list(groups))
         return EncodedBlock([], np.empty(0, RECORD), digested, _per_plane(parts, planes), waiting=waiting, **facts)
-    slots, records, parts = _pack_chunks(groups)
+    slots, records, parts = _pack_chunks(groups, wide)
     return EncodedBlock(slots, records, digested, _per_plane(parts, planes), **facts)
 
 
@@ -303,24 +304,28 @@ def _tile_slices(grid: Grid, block: Block) -> list[slice]:
 
 
 def _pack_chunks(
-    planes_of: Iterable[list[NDArray[np.uint8]]],
+    planes_of: Iterable[list[NDArray[np.uint8]]], wide: bool = False
 ) -> tuple[list[Any], NDArray[Any], list[float]]:
-    """Packs the planes of consecutive tiles; returns slots, records and the entropy estimate of each plane."""
+    """Packs the planes of consecutive tiles; returns slots, records and the entropy estimate of each plane.
+
+    Every second plane is nearly constant where codes are `wide`.
+    """
     slots, fields = [], []
     entropy: list[float] = []
     for planes in planes_of:
         entropy = entropy or [0.0] * len(planes)
         for plane, symbols in enumerate(planes):
-            slot, stored_bytes, codec = _pack_chunk(symbols)
+            slot, stored_bytes, codec = _pack_chunk(symbols, sparse=wide and plane % 2 == 1)
             slots.append(slot)
             fields.append((stored_bytes, codec, (0, 0, 0), xxh3(slot)))
             entropy[plane] += estimated_entropy_bits(symbols)
     return slots, np.array(fields, RECORD), entropy
 
 
-def _pack_chunk(symbols: NDArray[np.uint8]) -> tuple[Any, int, int]:
+def _pack_chunk(symbols: NDArray[np.uint8], sparse: bool) -> tuple[Any, int, int]:
     """Returns a chunk's slot, its stored bytes without padding, and the codec's id."""
-    return _slot(symbols, _ZSTD.encode(symbols), _ZSTD.codec_id)
+    encode = _ZSTD.encode_sparse if sparse else _ZSTD.encode
+    return _slot(symbols, encode(symbols), _ZSTD.codec_id)
 
 
 def _slot(symbols: NDArray[np.uint8], stored: bytes | None, codec: int) -> tuple[bytes, int, int]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from codecllm.converter.policy import TensorPlan
 from codecllm.converter.steps import Steps
 from codecllm.formats.float_bits import float32_from_bits
+from codecllm.formats.schemes.int8 import quantize, step_sizes
+
+WIDE = "model.layers.1.mlp.up_proj.weight"
+"""The tensor that `mixed` makes wide."""
 
 
 def weights_of(plan: TensorPlan) -> np.ndarray:
@@ -32,7 +37,7 @@ def make_steps(plan: TensorPlan, factor: float = 0.1, *, columns: bool = True, *
         axis = 0 if plan.kind == "column" else 1
         return Steps(_scales(weights, axis, factor), **fields)  # type: ignore[arg-type]
     col_scale = np.exp(rng.standard_normal(weights.shape[1]) * 0.5).astype(np.float32)
-    scaled = weights / col_scale
+    scaled = (weights / col_scale).astype(np.float64)
     order = np.argsort(np.square(scaled).mean(axis=0), kind="stable")
     return Steps(_scales(scaled, 1, factor), col_scale, order, **fields)  # type: ignore[arg-type]
 
@@ -40,6 +45,21 @@ def make_steps(plan: TensorPlan, factor: float = 0.1, *, columns: bool = True, *
 def provider(factor: float = 0.1, **fields: object) -> Callable[[TensorPlan], Steps]:
     """Returns a provider that gives every tensor the steps of `make_steps`."""
     return lambda plan: make_steps(plan, factor, **fields)  # type: ignore[arg-type]
+
+
+def mixed(plan: TensorPlan) -> Steps:
+    """Returns steps for a tiny llama: one tensor wide, one refined, one without columns, the others as usual."""
+    name = plan.source.name
+    if name == WIDE:
+        return make_steps(plan, 0.012)
+    if name == "model.layers.0.self_attn.q_proj.weight":
+        return make_steps(plan, 0.1, columns=False)
+    steps = make_steps(plan, 0.1, tile=(24, 20) if "down" in name else None)
+    if name == "model.layers.0.mlp.up_proj.weight":
+        codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
+        codes[::2, ::3] += 1
+        return replace(steps, rounding="feedback", codes=lambda first, last: codes[first:last])
+    return steps
 
 
 def _scales(weights: np.ndarray, axis: int, factor: float) -> np.ndarray:

@@ -104,6 +104,51 @@ def continuation_logits(model: Any, prompt: PromptTokens, continuation: list[int
     return result
 
 
+def forced_logits(model: Any, tokens: list[int], steps: int) -> torch.Tensor:
+    """Returns the float32 logits [1, vocabulary] after the last token of a text, whose last `steps` go in one at a time.
+
+    This is the model's own generation, told what to say: whatever it keeps from token to token, it keeps here too. Of an
+    encoder and decoder the encoder is given all tokens and the decoder the last of them.
+
+    Args:
+        model: one that generates.
+        tokens: the text, longer than `steps`.
+        steps: how many tokens are generated, from 1.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    given, ids = model.generation_config, torch.tensor([tokens], device=model.device)
+    count, start = steps + 1, ids[:, :-steps]
+    told = [*tokens[len(tokens) - steps :], tokens[-1]]
+    plain = GenerationConfig(
+        max_new_tokens=count,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        bos_token_id=given.bos_token_id,
+        pad_token_id=given.pad_token_id,
+        decoder_start_token_id=given.decoder_start_token_id,
+    )
+    coder = model.config.is_encoder_decoder
+    first = 1 if coder else start.shape[1]
+
+    def say(so_far: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, told[so_far.shape[1] - first]] = 0
+        return forced
+
+    model.generation_config = plain
+    try:
+        shown = ids if coder else start
+        out = model.generate(
+            shown, attention_mask=torch.ones_like(shown), generation_config=plain, logits_processor=LogitsProcessorList([say])
+        )
+    finally:
+        model.generation_config = given
+    result: torch.Tensor = out.logits[-1].to("cpu", torch.float32)
+    return result
+
+
 def first_output(model: Any, prompt: PromptTokens) -> torch.Tensor:
     """Returns the first output of a model that does not generate (last hidden state, or logits), as float32."""
     with torch.inference_mode():

@@ -12,6 +12,8 @@ place of scale_c. Where it is wide, its codes have 16 bits in two planes: code =
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,17 +41,16 @@ def channel_scales(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
     return scales
 
 
-def quantize(
-    weights: NDArray[np.float32], scales: NDArray[np.float32], wide: bool = False
-) -> NDArray[np.int8] | NDArray[np.int16]:
+def quantize(weights: NDArray[np.float32], scales: NDArray[np.float32], wide: bool = False) -> NDArray[np.signedinteger[Any]]:
     """Returns the codes of finite float32 `weights`: int8, or int16 where `wide`. `scales` (steps) broadcast against them.
 
     Codes beyond the range, which no conversion makes, come back as its ends.
     """
-    lowest, highest, dtype = (MIN_WIDE_CODE, MAX_WIDE_CODE, np.int16) if wide else (-MAX_CODE, MAX_CODE, np.int8)
     with np.errstate(over="ignore"):
-        quotients = np.divide(weights, scales, dtype=np.float32)
-    return np.clip(np.rint(quotients), lowest, highest).astype(dtype)
+        nearest = np.rint(np.divide(weights, scales, dtype=np.float32))
+    if wide:
+        return np.clip(nearest, MIN_WIDE_CODE, MAX_WIDE_CODE).astype(np.int16)
+    return np.clip(nearest, -MAX_CODE, MAX_CODE).astype(np.int8)
 
 
 def dequantize(codes: NDArray[np.signedinteger], scales: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -51,6 +51,7 @@ def assemble_lossless(planes: Sequence[torch.Tensor], grid: Grid, dtype: DType, 
             *blocks.geometry,
             PLANES=dtype.planes,
             ROTATES=dtype.rotates,
+            ONE_TILE=blocks.one_tile,
             BLOCK_ROWS=blocks.block_rows,
             BLOCK_COLS=blocks.block_cols,
             num_warps=WARPS,
@@ -77,11 +78,12 @@ def _assemble_kernel(
     wide,
     PLANES: tl.constexpr,
     ROTATES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     place, width, row, col, height, breadth = find_block(
-        rows, cols, tile_rows, tile_cols, across, tall, wide, BLOCK_ROWS, BLOCK_COLS
+        rows, cols, tile_rows, tile_cols, across, tall, wide, ONE_TILE, BLOCK_ROWS, BLOCK_COLS
     )
     down = tl.arange(0, BLOCK_ROWS)[:, None]
     along = tl.arange(0, BLOCK_COLS)[None, :]

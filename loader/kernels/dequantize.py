@@ -9,7 +9,7 @@ import triton.language as tl
 from codecllm.formats.tiling import ChannelKind, Grid
 from codecllm.loader.kernels.tiles import WARPS, check_plane, cut_blocks, find_block
 
-_WORDS = {torch.bfloat16: torch.int16, torch.float16: torch.float16, torch.float32: torch.float32}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dequantize_int8(
@@ -49,11 +49,11 @@ def dequantize_int8(
             check_plane(plane, grid, out)
     channels = grid.rows if kind == "row" else grid.cols
     wanted = [(row_scale, channels), (col_scale, grid.cols), (col_order, grid.cols)]
-    if out.dtype not in _WORDS or any(tensor is not None and tensor.numel() != size for tensor, size in wanted):
+    if out.dtype not in _DTYPES or any(tensor is not None and tensor.numel() != size for tensor, size in wanted):
         raise ValueError(f"scales or output do not fit {grid}")
     if kind == "column" and col_scale is not None:
         raise ValueError("columns that are channels have one scale each")
-    _launch(low, high, grid, row_scale, col_scale, col_order, kind, out.view(_WORDS[out.dtype]), out.dtype == torch.bfloat16)
+    _launch(low, high, grid, row_scale, col_scale, col_order, kind, out)
 
 
 def untile_codes(low: torch.Tensor, grid: Grid, out: torch.Tensor, col_order: torch.Tensor | None = None) -> None:
@@ -65,7 +65,7 @@ def untile_codes(low: torch.Tensor, grid: Grid, out: torch.Tensor, col_order: to
     check_plane(low, grid, out)
     if out.dtype != torch.int8 or (col_order is not None and col_order.numel() != grid.cols):
         raise ValueError(f"output or order do not fit {grid}")
-    _launch(low, None, grid, None, None, col_order, "row", out, False)
+    _launch(low, None, grid, None, None, col_order, "row", out)
 
 
 def _launch(
@@ -76,8 +76,7 @@ def _launch(
     col_scale: torch.Tensor | None,
     col_order: torch.Tensor | None,
     kind: ChannelKind,
-    words: torch.Tensor,
-    rounds: bool,
+    out: torch.Tensor,
 ) -> None:
     if kind == "column":
         row_scale, col_scale = None, row_scale
@@ -89,13 +88,14 @@ def _launch(
     blocks = cut_blocks(grid, across_tiles=places is not None)
     if not blocks.count:
         return
+    rounds = out.dtype == torch.bfloat16 and not _rounds_bfloat16(out.device)
     _dequantize_kernel[(blocks.count,)](
         low,
         low if high is None else high,
         low if row_scale is None else row_scale,
         low if col_scale is None else col_scale,
         low if places is None else places,
-        words,
+        out.view(torch.int16) if rounds else out,
         *blocks.geometry,
         grid.tile_rows,
         grid.tile_cols,
@@ -104,18 +104,21 @@ def _launch(
         BY_COL=col_scale is not None,
         MOVED=places is not None,
         ROUNDS=rounds,
+        ONE_TILE=blocks.one_tile,
         BLOCK_ROWS=blocks.block_rows,
         BLOCK_COLS=blocks.block_cols,
         num_warps=WARPS,
     )
 
 
-@triton.jit
-def round_to_bfloat16(values):
-    """Rounds float32 to bfloat16, ties to even, and returns the bits as int16; not for NaN.
+def _rounds_bfloat16(device: torch.device) -> bool:
+    """Whether a conversion to bfloat16 rounds in hardware; Triton's interpreter, for one, cuts off instead."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
-    In integers, because that is the same everywhere: hardware, and Triton's interpreter, which cuts off instead.
-    """
+
+@triton.jit
+def _round_to_bfloat16(values):
+    """Rounds float32 to bfloat16 in integers, ties to even, and returns the bits as int16; not for NaN."""
     bits = values.to(tl.uint32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
@@ -142,11 +145,12 @@ def _dequantize_kernel(
     BY_COL: tl.constexpr,
     MOVED: tl.constexpr,
     ROUNDS: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     place, width, row, col, height, breadth = find_block(
-        rows, cols, tile_rows, tile_cols, across, tall, wide, BLOCK_ROWS, BLOCK_COLS
+        rows, cols, tile_rows, tile_cols, across, tall, wide, ONE_TILE, BLOCK_ROWS, BLOCK_COLS
     )
     down = tl.arange(0, BLOCK_ROWS)[:, None]
     along = tl.arange(0, BLOCK_COLS)[None, :]
@@ -175,7 +179,7 @@ def _dequantize_kernel(
         else:
             step = tl.load(col_scale + col + along, mask=along < breadth, other=0.0)
         value = value * step
-        word = round_to_bfloat16(value) if ROUNDS else value.to(out.dtype.element_ty)
+        word = _round_to_bfloat16(value) if ROUNDS else value.to(out.dtype.element_ty)
     else:
         word = code
     tl.store(out + (row * cols + col) + down * cols + along, word, mask=inside)

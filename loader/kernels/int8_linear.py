@@ -58,7 +58,7 @@ def choose_way(tokens: int, rows: int, cols: int) -> Way:
     """Returns how to multiply `tokens` inputs with a weight [rows, cols]: the one place where this is decided."""
     if cols % _ALIGNED == 0:
         if tokens == 1:
-            return Rows(4 if rows >= 2048 else 2)
+            return Rows(2)
         if tokens <= 16:
             return Tiles(32, 16, 256, 4, 4)
         if tokens <= 64:

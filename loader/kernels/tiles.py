@@ -15,9 +15,9 @@ import triton.language as tl
 from codecllm.formats.tiling import Grid
 
 BLOCK_ELEMENTS = 4096
-"""Elements of a block: 16 bytes of symbols per thread of eight warps, and one or two vectors of 16 bytes to write."""
+"""Elements of a block: two vectors of 16 bytes of symbols per thread of four warps."""
 
-WARPS = 8
+WARPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Blocks:
         tall, wide: blocks one above the other in a tile, and side by side.
         block_rows, block_cols: size of a block, powers of two.
         count: number of all blocks.
+        one_tile: whether the matrix is seen as one tile, so that fewer divisions find a block.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Blocks:
     block_rows: int
     block_cols: int
     count: int
+    one_tile: bool
 
     @property
     def geometry(self) -> tuple[int, ...]:
@@ -67,7 +69,8 @@ def cut_blocks(grid: Grid, *, as_line: bool = False, across_tiles: bool = False)
     block_rows = min(BLOCK_ELEMENTS // block_cols, triton.next_power_of_2(min(tile_rows, max(rows, 1))))
     tall, wide = -(-min(tile_rows, rows) // block_rows), -(-min(tile_cols, cols) // block_cols)
     down, across = -(-rows // tile_rows), -(-cols // tile_cols)
-    return Blocks(rows, cols, tile_rows, tile_cols, across, tall, wide, block_rows, block_cols, down * across * tall * wide)
+    count = down * across * tall * wide
+    return Blocks(rows, cols, tile_rows, tile_cols, across, tall, wide, block_rows, block_cols, count, down * across == 1)
 
 
 def check_plane(plane: torch.Tensor, grid: Grid, out: torch.Tensor) -> None:
@@ -79,7 +82,18 @@ def check_plane(plane: torch.Tensor, grid: Grid, out: torch.Tensor) -> None:
 
 
 @triton.jit
-def find_block(rows, cols, tile_rows, tile_cols, across, tall, wide, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def find_block(
+    rows,
+    cols,
+    tile_rows,
+    tile_cols,
+    across,
+    tall,
+    wide,
+    ONE_TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
     """Returns where this program's block lies.
 
     Returns:
@@ -91,6 +105,11 @@ def find_block(rows, cols, tile_rows, tile_cols, across, tall, wide, BLOCK_ROWS:
     program = tl.program_id(0)
     left = (program % wide).to(tl.int64) * BLOCK_COLS
     program = program // wide
+    if ONE_TILE:
+        top = program.to(tl.int64) * BLOCK_ROWS
+        height = tl.minimum(rows - top, BLOCK_ROWS).to(tl.int32)
+        breadth = tl.minimum(cols - left, BLOCK_COLS).to(tl.int32)
+        return top * cols + left, cols.to(tl.int32), top, left, height, breadth
     top = (program % tall).to(tl.int64) * BLOCK_ROWS
     program = program // tall
     tile_col = (program % across).to(tl.int64) * tile_cols

@@ -141,6 +141,8 @@ def test_dry_run_writes_nothing_and_predicts(source, container, tmp_path):
         (["generate", "SOURCE", "Hello"], 1, "codecllm.json"),
         (["compare", "SOURCE", "/no/such/model"], 2, "no such folder"),
         (["verify", "SOURCE", "--report", "page.html"], 2, "--diagnose"),
+        (["verify", "SOURCE", "--resident", "int8"], 2, "--diagnose"),
+        (["verify", "SOURCE", "--diagnose", "--report", "absent/page.html"], 2, "folder that exists"),
         (["verify", "SOURCE", "--diagnose", "--no-baseline"], 2, "--diagnose"),
         (["frobnicate"], 2, "frobnicate"),
     ],

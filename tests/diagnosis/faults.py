@@ -293,6 +293,37 @@ def stale_kv_layout(model: Any, folder: Path) -> None:
     module.register_forward_hook(lambda module, inputs, output: output[..., torch.arange(32).roll(16)])
 
 
+def stale_cache(model: Any, folder: Path) -> None:
+    """Leaves weights and code alone; what a prompt left in the cache lies with its heads in another order."""
+
+    def exchange(module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
+        cache = options["past_key_values"]
+        if cache is not None and cache.get_seq_length(1) and not hasattr(cache, "exchanged"):
+            layer, cache.exchanged = cache.layers[1], True
+            layer.keys, layer.values = layer.keys.flip(1), layer.values.flip(1)
+
+    model.get_submodule("model.layers.1.self_attn").register_forward_pre_hook(exchange, with_kwargs=True)
+
+
+def late_key_heads(model: Any, folder: Path) -> None:
+    """Writes the key of a token that comes alone with its heads in another order: the cache holds two layouts."""
+
+    def exchange(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output[..., torch.arange(32).roll(16)] if output.shape[1] == 1 else output
+
+    model.get_submodule(KEYS.removesuffix(".weight")).register_forward_hook(exchange)
+
+
+def keeps_source_weight(model: Any, folder: Path) -> None:
+    """Leaves a layer as it was in the source: the weight that `folder`'s codes were made from."""
+    put_weight(model, UP, torch.from_numpy(source_weights(folder.parent / "source", UP)))
+
+
+def attention_scaled(model: Any, folder: Path) -> None:
+    """Leaves every module alone and computes attention itself with another scale."""
+    model.get_submodule("model.layers.1.self_attn").scaling *= 30
+
+
 def scaled_output(model: Any, folder: Path) -> None:
     """Leaves the weights alone and computes one output channel wrongly."""
     module = model.get_submodule(UP.removesuffix(".weight"))

@@ -200,6 +200,36 @@ def test_weights_are_right_and_the_computation_is_not(clean, source, resident):
         assert "'model.layers.1'" in finding.error.message
 
 
+@pytest.mark.parametrize("resident", ["dense", "int8", "compressed"])
+def test_a_cache_whose_layout_is_stale(clean, source, resident):
+    """The whole prompt at once is right; only tokens that come one at a time meet the cache."""
+    order = Cause.CACHE if resident == "int8" else Cause.HEAD_ORDER  # the kernel for few rows rounds differently
+    for fault, cause, module in (
+        (faults.stale_cache, Cause.CACHE, "model.layers.1.self_attn"),
+        (faults.late_key_heads, order, faults.KEYS.removesuffix(".weight")),
+    ):
+        report = diagnose(clean, source, load=faults.loading(fault, only=resident), resident=resident, **FAST)
+        finding = _found(report, "layers", cause)
+        assert finding.module == module
+        assert "only where tokens come one at a time" in finding.error.message
+        assert all(row["off_reference"] < 1e-2 for row in report.stage("layers").facts["layers"])
+
+
+def test_what_attention_computes_itself_is_not_blamed_on_a_module_in_it(clean, source):
+    finding = _found(
+        diagnose(clean, source, load=faults.loading(faults.attention_scaled, only="dense"), **FAST), "layers", Cause.COMPUTATION
+    )
+    assert finding.module == "model.layers.1.self_attn"
+    assert "what 'model.layers.1.self_attn.o_proj' is given" in finding.error.message
+
+
+def test_a_layer_that_still_holds_the_source(tmp_path, source):
+    edited, out = _made_from(tmp_path, source, lambda tensors: None)
+    load = faults.loading(faults.keeps_source_weight, only="dense")
+    finding = _found(diagnose(out, edited, load=load, **FAST), "loaded", Cause.NOT_REPLACED, faults.UP)
+    assert "the source's own weight" in finding.error.message
+
+
 def test_a_decode_back_end_that_returns_a_shifted_buffer(clean, source):
     good = present_back_ends()[0]
 

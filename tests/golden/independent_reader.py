@@ -32,7 +32,7 @@ def read_container(folder: Path) -> dict[str, bytes]:
     assert manifest["manifest_sha256"] == hashlib.sha256(data[:place]).hexdigest()
     assert data[place:] == b'"manifest_sha256":"%s"}\n' % manifest["manifest_sha256"].encode()
     assert manifest["format_version"].split(".")[0] == "1"
-    assert set(manifest["required_features"]) <= {"rans"}
+    assert set(manifest["required_features"]) <= {"rans", "steps", "col_scale", "wide"}
     for record in manifest["files"] + manifest["shards"]:
         content = (folder / record["name"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (record["bytes"], record["sha256"])
@@ -71,9 +71,31 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
         data = _join(planes, record["dtype"])
         assert hashlib.sha256(data).hexdigest() == record["digest"]
         return data
-    scales = shard[name + "_scale"]
-    assert hashlib.sha256(planes[0] + scales).hexdigest() == record["digest"]
-    return _dequantize(record, rows, cols, planes[0], struct.unpack(f"<{len(scales) // 4}f", scales))
+    scales, factors = shard[name + "_scale"], shard.get(name + "_col_scale", b"")
+    if name + "_col_order" in shard:
+        planes = [_in_order(plane, cols, struct.unpack(f"<{cols}i", shard[name + "_col_order"])) for plane in planes]
+    codes = _codes(planes)
+    packed = struct.pack(f"<{len(codes)}{'b' if len(planes) == 1 else 'h'}", *codes)
+    assert hashlib.sha256(packed + scales + factors).hexdigest() == record["digest"]
+    columns = struct.unpack(f"<{cols}f", factors) if factors else None
+    return _dequantize(record, (rows, cols), codes, struct.unpack(f"<{len(scales) // 4}f", scales), columns)
+
+
+def _in_order(plane: bytes, cols: int, order: tuple[int, ...]) -> bytes:
+    """[7.3] Columns: stored column j is column order[j] of the source."""
+    assert sorted(order) == list(range(cols))
+    source = bytearray(len(plane))
+    for start in range(0, len(plane), cols):
+        for j, column in enumerate(order):
+            source[start + column] = plane[start + j]
+    return bytes(source)
+
+
+def _codes(planes: list[bytes]) -> list[int]:
+    """[7.3] Signed bytes, or low + 256 * high."""
+    low, *high = ([byte - 256 if byte > 127 else byte for byte in plane] for plane in planes)
+    assert -128 not in (high[0] if high else low)
+    return low if not high else [a + 256 * b for a, b in zip(low, high[0], strict=True)]
 
 
 def _read_planes(record: dict[str, Any], table: bytes, payload: bytes, group_tables: bytes) -> tuple[int, int, list[bytes]]:
@@ -186,17 +208,27 @@ def _join(planes: list[bytes], dtype: str) -> bytes:
     return bytes(data)
 
 
-def _dequantize(record: dict[str, Any], rows: int, cols: int, codes: bytes, scales: tuple[float, ...]) -> bytes:
-    """[7.3] One product rounded to float32, one rounding to the target, each in exact arithmetic."""
+def _dequantize(
+    record: dict[str, Any],
+    matrix: tuple[int, int],
+    codes: list[int],
+    scales: tuple[float, ...],
+    columns: tuple[float, ...] | None,
+) -> bytes:
+    """[7.3] Products rounded to float32, one rounding to the target, each in exact arithmetic."""
+    rows, cols = matrix
     axis, column = record["channel_axis"], record["channel_kind"] == "column"
     split = axis if column else axis + 1
     assert (rows, cols) == (prod(record["shape"][:split]), prod(record["shape"][split:]))
     assert len(scales) == (cols if column else rows)
-    known: dict[tuple[int, float], bytes] = {}
+    known: dict[tuple[int, Any], bytes] = {}
     data = bytearray()
-    for index, byte in enumerate(codes):
-        key = (byte - 256 if byte > 127 else byte, scales[index % cols if column else index // cols])
-        assert key[0] != -128
+    for index, code in enumerate(codes):
+        step: Any = scales[index % cols if column else index // cols]
+        if columns is not None:
+            step = _round(Fraction(step) * Fraction(columns[index % cols]), 24, -126)
+        assert Fraction(2) ** -126 <= step < Fraction(2) ** (112 if len(record["planes"]) == 2 else 122)
+        key = (code, step)
         if key not in known:
             known[key] = _cast(_round(key[0] * Fraction(key[1]), 24, -126), record["dtype"])
         data += known[key]
@@ -207,7 +239,7 @@ def _round(value: Fraction, precision: int, lowest: int) -> Fraction:
     """To `precision` bits, ties to even, exponents not below `lowest`."""
     if value == 0:
         return value
-    exponent = lowest
+    exponent = max(lowest, abs(value).numerator.bit_length() - value.denominator.bit_length() - 1)
     while abs(value) >= Fraction(2) ** (exponent + 1):
         exponent += 1
     quantum = Fraction(2) ** (exponent - precision + 1)

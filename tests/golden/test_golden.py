@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,16 @@ from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.manifest import KNOWN_FEATURES, NEAREST, Calibration
 from codecllm.formats.reference import read_tensor_bytes, tensor_digest
+from codecllm.formats.schemes.int8 import quantize, step_sizes
 from tests.golden import independent_reader
 from tests.golden.independent_reader import read_container
 from tests.sources import bf16, write_source
+from tests.stepped import make_steps, weights_of
 
 HERE = Path(__file__).parent
-VERSIONS = ["v1.0", "v1.1"]
+VERSIONS = ["v1.0", "v1.1", "v1.2"]
 NEWEST = HERE / VERSIONS[-1]
 
 
@@ -57,20 +61,60 @@ def _int8_tensors():
 def _make(folder):
     """Writes the golden containers. Only for a new format version: those of a released one are never made again.
 
-    v1.0 held what that version has, with codec `zstd`, and tied tensors in two shards; v1.1 holds what came after it.
+    v1.0 held what that version has, with codec `zstd`, and tied tensors in two shards; v1.1 codec `rans`, of lossless and int8
+    tensors; v1.2 holds what came after it.
     """
+    calibration = Calibration(kind="random", tokens=128, seed=0, sha256="0" * 64)
+    asked = {"bits": 5.0, "calibrate": "random", "refine": False, "calibration": calibration}
     sources = {
-        "lossless-rans": (_lossless_tensors() | _tensors_of_two_groups(), {}),
-        "int8-rans": (_int8_tensors(), {"include": ("*",)}),
+        "int8-columns": ("zstd", _column_steps(0.3), asked),
+        "int8-columns-wide": ("rans", _column_steps(0.012), {}),
     }
     expected = {}
-    for name, (tensors, options) in sources.items():
-        source = write_source(folder / "source" / name, tensors, {"model_type": "gpt2"})
-        convert(source, folder / name, scheme=name.removesuffix("-rans"), codec="rans", **options)
+    for name, (codec, steps, options) in sources.items():
+        source = write_source(folder / "source" / name, _column_tensors(), {"model_type": "gpt2"})
+        convert(source, folder / name, codec=codec, steps=steps, include=("*",), **options)
         with Container(folder / name) as container:
             expected[name] = {key: sha256_hex(read_tensor_bytes(container, key)) for key in container.records}
     shutil.rmtree(folder / "source")
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+def _column_tensors():
+    rng = np.random.default_rng(12)
+    plain = rng.standard_normal((40, 52)).astype(np.float32)
+    empty = plain.copy()
+    empty[7], empty[:, 11] = 0, 0
+    return {
+        "ordered": ("BF16", bf16(plain * np.exp(rng.standard_normal(52)))),
+        "tiles": ("F16", (plain * 3).astype(np.float16)),
+        "huge": ("F32", plain * np.float32(2.0**90)),
+        "zeros": ("F32", empty),
+        "absmax": ("F32", plain + 1),
+        "refined": ("BF16", bf16(plain * 2)),
+        "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((48, 36)) ** 3).astype(np.float32)),
+        "experts.down_proj": ("BF16", bf16(rng.standard_normal((3, 20, 50)) ** 3).reshape(3, 20, 50)),
+        "norm": ("F32", np.ones(16, np.float32)),
+    }
+
+
+def _column_steps(factor):
+    """Every kind of steps: with and without columns, order, tiles of their own, and codes that are not the nearest."""
+
+    def provide(plan):
+        name = plan.source.name
+        steps = make_steps(plan, factor, tile=(16, 24) if name in ("tiles", "experts.down_proj") else None)
+        if name == "absmax":
+            return None
+        if name == "tiles":
+            return replace(steps, col_order=None)
+        if name == "refined":
+            codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
+            codes[::3] += 1
+            return replace(steps, rounding="feedback", codes=lambda first, last: codes[first:last])
+        return steps
+
+    return provide
 
 
 def _tensors_of_two_groups():
@@ -122,10 +166,12 @@ def test_the_other_reader_shares_no_code():
 
 
 def test_golden_containers_hold_every_scheme_codec_and_dtype():
-    schemes, codecs, dtypes, kinds = set(), set(), set(), set()
+    schemes, codecs, dtypes, kinds, features, roundings = set(), set(), set(), set(), set(), set()
     for version, name in CONTAINERS:
         with Container(HERE / version / name) as container:
+            features |= set(container.manifest.required_features)
             for record in container.manifest.tensors:
+                roundings.add(getattr(record, "rounding", None))
                 schemes.add(record.scheme)
                 codecs |= {plane.codec for plane in getattr(record, "planes", [])}
                 dtypes |= {record.dtype} if record.scheme == "lossless" else set()
@@ -134,6 +180,8 @@ def test_golden_containers_hold_every_scheme_codec_and_dtype():
     assert codecs == {"raw", "zstd", "rans"}
     assert dtypes == {name for name, dtype in DTYPES.items() if dtype.planes}
     assert kinds == {"row", "column"}
+    assert features == KNOWN_FEATURES
+    assert roundings == {None, NEAREST, "feedback"}
 
 
 def test_golden_tensors_are_those_of_their_sources():

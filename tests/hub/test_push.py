@@ -202,6 +202,14 @@ def test_card_states_the_manifest(hub, container):
     assert "nats" not in text
 
 
+def test_card_offers_int8_in_memory_only_where_there_are_codes(hub, container, lossless):
+    push(container, REPO, level="structure")
+    assert 'resident="int8"' in card_of(hub).text
+    assert "the same logits" not in card_of(hub).text
+    push(lossless, "user/lossless", level="structure")
+    assert "resident=" not in card_of(hub, "user/lossless").text
+
+
 def test_card_states_the_baseline(hub, container):
     where = Environment(
         torch="2.13.0",

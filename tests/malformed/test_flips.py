@@ -18,6 +18,7 @@ from codecllm.formats.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
 from tests import tampering
 from tests.malformed.builders import SHARD, read_everything, read_tensors
 from tests.sources import bf16, write_source
+from tests.stepped import provider
 
 
 def _small(kind):
@@ -28,19 +29,23 @@ def _small(kind):
         coarse = bf16(rng.standard_normal((32, 64))) & 0xFFF0  # both planes are coded, and the shard stays small
         return {"l": ("BF16", coarse)}, "lossless", ()
     rows = 24 if kind == "rans" else 8
+    if kind == "columns":
+        return {"q": ("F32", rng.standard_normal((16, 32)).astype(np.float32))}, "int8", ("*",)
     return {"q": ("F32", (rng.standard_normal((rows, 96)) ** 3).astype(np.float32))}, "int8", ("*",)
 
 
-@pytest.fixture(scope="module", params=["plain", "lossless", "int8", "rans"])
+@pytest.fixture(scope="module", params=["plain", "lossless", "int8", "rans", "columns"])
 def tiny(request, tmp_path_factory):
     base = tmp_path_factory.mktemp("flips")
     tensors, scheme, include = _small(request.param)
     codec = "rans" if request.param == "rans" else "zstd"
     source = write_source(base / "source", tensors, {"model_type": "none"})
-    convert(source, base / "c", scheme=scheme, codec=codec, include=include)
+    steps = provider(0.015) if request.param == "columns" else None
+    convert(source, base / "c", scheme=scheme, codec=codec, include=include, steps=steps)
     manifest = parse_manifest((base / "c" / MANIFEST_NAME).read_bytes())
     assert {record.scheme for record in manifest.tensors} == {"raw" if request.param == "plain" else scheme}
-    assert manifest.required_features == (["rans"] if request.param == "rans" else [])
+    features = {"rans": ["rans"], "columns": ["steps", "col_scale", "wide"]}
+    assert manifest.required_features == features.get(request.param, [])
     return base / "c"
 
 

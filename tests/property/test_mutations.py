@@ -15,14 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codecllm.converter import convert
 from codecllm.formats.chunk_table import RECORD
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError
-from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.manifest import MANIFEST_NAME, Calibration
 from codecllm.formats.reference import read_tensor_bytes
 from tests import tampering
 from tests.malformed import builders
 from tests.malformed.builders import SHARD
+from tests.sources import write_source
+from tests.stepped import make_steps
 
 _INTERESTING = (
     *(None, True, False, 0, 1, -1, 2, 7, 8, 9, 16, 40, 64, 255, 2**31, 2**32, 2**48, 2**53, 2**53 + 1, 2**64, 0.0, 1.5, -0.0),
@@ -64,10 +67,8 @@ def _read(folder):
                 assert len(read_tensor_bytes(container, name)) == record.source_bytes
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A container that is changed and put back, and its files."""
-    folder = builders.make_container(tmp_path_factory.mktemp("mutations"))
+def _workplace(folder):
+    """Returns what puts a container back as it was, and returns its folder."""
     kept = {path: path.read_bytes() for path in (folder / MANIFEST_NAME, folder / SHARD)}
 
     def restore():
@@ -76,6 +77,31 @@ def workplace(tmp_path_factory):
         return folder
 
     return restore
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return _workplace(builders.make_container(tmp_path_factory.mktemp("mutations")))
+
+
+@pytest.fixture(scope="module")
+def columns(tmp_path_factory):
+    """Scales and order of columns, wide codes, and everything that a manifest may say of them."""
+    base = tmp_path_factory.mktemp("columns")
+    values = np.random.default_rng(3).standard_normal((40, 64)).astype(np.float32)
+    source = write_source(base / "source", {"q": ("F32", values), "w": ("F32", values * 2)}, {"model_type": "none"})
+    calibration = Calibration(kind="self", tokens=1, seed=0, sha256="0" * 64)
+    options = {"bits": 5, "ratio": 3.5, "calibrate": "self", "refine": True, "calibration": calibration}
+    factors = {"q": 0.3, "w": 0.015}
+    convert(source, base / "c", include=("*",), steps=lambda plan: make_steps(plan, factors[plan.source.name]), **options)
+    return _workplace(base / "c")
+
+
+@given(place=places, kind=kinds, value=values)
+def test_any_value_of_a_manifest_with_columns(columns, place, kind, value):
+    folder = columns()
+    tampering.reseal(folder, lambda document: _mutate(document, place, kind, value))
+    _read(folder)
 
 
 @given(place=places, kind=kinds, value=values)

@@ -36,6 +36,7 @@ class Cause(StrEnum):
     ON_META = "weight without data"
     WRONG_WEIGHT = "wrong weight"
     COMPUTATION = "computation differs"
+    CACHE = "stale cache of keys and values"
     WRONG_TOKENIZER = "wrong tokenizer"
     UNDECODABLE = "undecodable bytes in the text"
     PRECISION = "too little precision"
@@ -101,6 +102,10 @@ ADVICE: dict[Cause, tuple[str, str]] = {
     Cause.COMPUTATION: (
         "All weights are right, and this module computes something else from them.",
         "Look at the module's code, hooks and kernels; load without patches to compare.",
+    ),
+    Cause.CACHE: (
+        "All weights are right, as is a whole prompt at once; token by token, from the cache of keys and values, it is not.",
+        "Look at the layout in which the cache is written and read (heads, axes, positions, type); load without patches.",
     ),
     Cause.WRONG_TOKENIZER: (
         "Source and container turn the same text into different tokens: the weights never had a chance.",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 760, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34
+CHARACTER = 5.9
+"""Width of a character of the axis labels, about: labels are left out where they would touch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +22,36 @@ class Series:
         values: one per place; None where there is none.
         colour: number of the page's colour, from 1.
         kind: `line`, `dots` or `bars`.
+        stem: number of another series in the same chart to whose points these hang by a thin line, or None.
     """
 
     name: str
     values: Sequence[float | None]
     colour: int
     kind: str = "line"
+    stem: int | None = None
 
 
-def chart(series: Sequence[Series], labels: Sequence[str], *, y: str, x: str, log: bool = False, zero: bool = False) -> str:
+def chart(
+    series: Sequence[Series],
+    labels: Sequence[str],
+    *,
+    y: str,
+    x: str,
+    log: bool = False,
+    zero: bool = False,
+    marked: Collection[str] = (),
+) -> str:
     """Returns an SVG plot with axes, legend and a tooltip per point.
 
     Args:
         series: what to draw; each has as many values as there are labels.
-        labels: name of each place, for tooltips; the first and last are written below the axis.
+        labels: name of each place, for tooltips; as many as fit are written below the axis, the first and last always.
         y: title of the vertical axis.
         x: title of the horizontal axis.
         log: whether the vertical axis is logarithmic; values that are not positive then lie on its lower end.
         zero: whether the vertical axis begins at 0.
+        marked: labels of the places that findings name; they are shaded.
     """
     finite = [
         value for one in series for value in one.values if value is not None and math.isfinite(value) and (value > 0 or not log)
@@ -45,19 +59,27 @@ def chart(series: Sequence[Series], labels: Sequence[str], *, y: str, x: str, lo
     if not finite or not labels:
         return '<p class="note">Nothing to draw.</p>'
     low, high = _range(finite, log, zero)
-    parts = [*_grid(low, high, log), *_axis_labels(labels, x, y)]
+    parts = [*_marks(labels, marked), *_grid(low, high, log), *_axis_labels(labels, x, y)]
+    for one in series:
+        if one.stem is not None:
+            parts += _stems(one, series[one.stem], low, high, log)
     for one in series:
         parts += _drawn(one, labels, low, high, log)
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y)} by {escape(x)}">{"".join(parts)}</svg>'
     legend = "".join(f'<span class="key"><i class="b{one.colour}"></i>{escape(one.name)}</span>' for one in series)
+    if set(marked) & set(labels):
+        legend += '<span class="key"><i class="mark"></i>named by a finding</span>'
     return f"<figure>{svg}<figcaption>{legend}</figcaption></figure>"
 
 
 def _range(values: list[float], log: bool, zero: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
-        low, high = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        return float(low), float(max(high, low + 1))
+        low, high = math.log10(low), math.log10(high)
+        if high - low > 2:
+            return float(math.floor(low)), float(math.ceil(high))
+        pad = max(0.1, 0.25 - (high - low) / 2)
+        return low - pad, high + pad  # whole decades would leave most of the plot empty
     low = 0.0 if zero else low - 0.05 * (high - low or abs(high) or 1)
     return low, high + 0.05 * (high - low or 1)
 
@@ -66,7 +88,7 @@ def _grid(low: float, high: float, log: bool) -> list[str]:
     parts = []
     for tick in _ticks(low, high, log):
         place = _y(tick, low, high)
-        text = f"1e{tick:.0f}" if log else f"{tick:.4g}"
+        text = _power(tick) if log else f"{tick:.4g}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{text}</text>')
     return parts
@@ -75,7 +97,12 @@ def _grid(low: float, high: float, log: bool) -> list[str]:
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         step = max(1, round((high - low) / 6))
-        return [float(value) for value in range(int(low), int(high) + 1, step)]
+        if high - low > 2:
+            return [float(value) for value in range(int(low), int(high) + 1, step)]
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        factors = (1, 1.5, 2, 3, 5, 7) if high - low < 0.8 else (1, 2, 5)
+        values = (decade + math.log10(factor) for decade in decades for factor in factors)
+        return [value for value in values if low <= value <= high]
     raw = (high - low) / 5
     size = 10 ** math.floor(math.log10(raw))
     step_size = min((factor * size for factor in (1, 2, 5, 10)), key=lambda value: abs(value - raw))
@@ -83,14 +110,64 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     return [index * step_size for index in range(first, math.floor(high / step_size) + 1)]
 
 
+def _power(exponent: float) -> str:
+    """Returns 10^exponent as `2e-3`."""
+    mantissa, _, power = f"{10**exponent:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(power)}"
+
+
 def _axis_labels(labels: Sequence[str], x: str, y: str) -> list[str]:
     middle = (TOP + HEIGHT - BOTTOM) / 2
+    last = len(labels) - 1
+    parts = []
+    for index in _labelled(labels):
+        place, anchor = _x(index, len(labels)), "middle"
+        half = len(_tail(labels[index])) * CHARACTER / 2
+        if index == 0 and place - half < LEFT:
+            place, anchor = float(LEFT), "start"
+        elif index == last and place + half > WIDTH - RIGHT:
+            place, anchor = float(WIDTH - RIGHT), "end"
+        text = escape(_tail(labels[index]))
+        parts.append(f'<text class="tick" x="{place:.1f}" y="{HEIGHT - 18}" text-anchor="{anchor}">{text}</text>')
+    parts.append(
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
+    )
+    parts.append(f'<text class="axis" transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
+    return parts
+
+
+def _labelled(labels: Sequence[str]) -> list[int]:
+    """Returns the places whose labels are written: evenly spaced, as many as do not touch, the ends among them."""
+    last = len(labels) - 1
+    widest = max(len(_tail(label)) for label in labels) * CHARACTER + 14
+    fitting = max(2, min(9, 1 + int((WIDTH - LEFT - RIGHT) / (1.5 * widest))))  # those at the ends are pushed inwards by half
+    if last < 1:
+        return [0]
+    count = min(fitting, last + 1) - 1
+    return sorted({round(last * step / count) for step in range(count + 1)})
+
+
+def _marks(labels: Sequence[str], marked: Collection[str]) -> list[str]:
+    """Shades the places that findings name."""
+    width = min(28.0, max(4.0, (WIDTH - LEFT - RIGHT) / len(labels)))
     return [
-        f'<text class="tick" x="{LEFT}" y="{HEIGHT - 18}">{escape(_tail(labels[0]))}</text>',
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 18}" text-anchor="end">{escape(_tail(labels[-1]))}</text>',
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>',
-        f'<text class="axis" transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y)}</text>',
+        f'<rect class="mark" x="{_x(index, len(labels)) - width / 2:.1f}" y="{TOP}" width="{width:.1f}" '
+        f'height="{HEIGHT - TOP - BOTTOM}"/>'
+        for index, label in enumerate(labels)
+        if label in marked
     ]
+
+
+def _stems(one: Series, other: Series, low: float, high: float, log: bool) -> list[str]:
+    """Draws, at each place, a thin line from one series' point to the other's."""
+    parts = []
+    for index, pair in enumerate(zip(one.values, other.values, strict=True)):
+        a, b = (_level(value, low, log) for value in pair)
+        if a is not None and b is not None:
+            x = _x(index, len(one.values))
+            ends = f'y1="{_y(a, low, high):.1f}" y2="{_y(b, low, high):.1f}"'
+            parts.append(f'<line class="stem" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
+    return parts
 
 
 def _drawn(one: Series, labels: Sequence[str], low: float, high: float, log: bool) -> list[str]:

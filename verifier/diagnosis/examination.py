@@ -16,6 +16,7 @@ from codecllm.converter.source import SourceTensor
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, rans
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
+from codecllm.formats.codecs.zstd import ZstdCodec
 from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
@@ -281,8 +282,8 @@ def asked_steps(tensor: StoredTensor, scales: NDArray[np.float32], place: Tile) 
     return tile_steps(replace(tensor, scales=scales), place)
 
 
-def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.int8]) -> int:
-    """Returns the size of other codes under the tensor's codec, or raw where that is smaller."""
+def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.signedinteger]) -> int:
+    """Returns the size of other int8 codes under the tensor's codec, or raw where that is smaller."""
     main, symbols = tensor.record.planes[0].codec, np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
     if main == rans.NAME:
         counts = np.bincount(symbols, minlength=256)
@@ -294,7 +295,8 @@ def _there_and_back(tensor: StoredTensor, chunk: int, symbols: NDArray[np.uint8]
     """Returns a chunk's symbols encoded with its codec (and frequency table), and that decoded again."""
     codec = tensor.table.chunks[chunk].codec
     if codec != RANS_ID:
-        encoded = bytes(CODECS[codec].encode(symbols))
+        sparse = tensor.wide and chunk % 2 == 1 and codec == ZstdCodec.codec_id
+        encoded = bytes(ZstdCodec().encode_sparse(symbols) if sparse else CODECS[codec].encode(symbols))
         return encoded, bytes(CODECS[codec].decode(encoded, symbols.size))
     assert tensor.tables is not None
     table = tensor.tables.table(*divmod(chunk, tensor.table.planes))

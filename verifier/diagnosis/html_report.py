@@ -34,7 +34,9 @@ ul { margin: .3rem 0; padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
 figure { margin: .6rem 0; } svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .82rem; color: var(--soft); } .key { margin-right: 1.1rem; }
 .key i { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; border-radius: 2px; }
-.grid { stroke: var(--line); } .tick { fill: var(--soft); font-size: 11px; } .axis { fill: var(--soft); font-size: 12px; }
+.grid { stroke: var(--line); } .stem { stroke: var(--soft); stroke-width: 1; opacity: .6; }
+.mark { fill: var(--failed); background: var(--failed); opacity: .3; }
+ .tick { fill: var(--soft); font-size: 11px; } .axis { fill: var(--soft); font-size: 12px; }
 .l1 { stroke: var(--c1); } .l2 { stroke: var(--c2); } .l3 { stroke: var(--c3); } .l4 { stroke: var(--c4); }
 polyline { fill: none; stroke-width: 1.8; }
 .b1 { fill: var(--c1); background: var(--c1); } .b2 { fill: var(--c2); background: var(--c2); }
@@ -62,8 +64,8 @@ def render_html(report: Report) -> str:
         f'<p class="conclusion" style="--tone: var(--{tone})">{escape(report.conclusion or "")}</p>',
         _stages(report),
         _ratio(facts.get("quantized", {})),
-        _tensors(facts.get("quantized", {})),
-        _layers(facts.get("layers", {})),
+        _tensors(facts.get("quantized", {}), _named(report)),
+        _layers(facts.get("layers", {}), _named(report)),
         _text(facts.get("text", {})),
         _versions(facts.get("round trip", {})),
     ]
@@ -115,7 +117,16 @@ def _ratio(facts: dict[str, Any]) -> str:
     return f"<h2>Why the ratio is what it is</h2><p>{words}</p><table>{head}{rows}{total}</table>"
 
 
-def _tensors(facts: dict[str, Any]) -> str:
+def _named(report: Report) -> set[str]:
+    """Returns the tensors, modules and layers that findings name."""
+    found = [finding for stage in report.stages for finding in stage.findings]
+    names = {name for finding in found for name in (finding.error.tensor, finding.module) if name}
+    names |= {f"{finding.module}.weight" for finding in found if finding.module}
+    layers = {stage.facts["first_departure"]["layer"] for stage in report.stages if "first_departure" in stage.facts}
+    return names | layers
+
+
+def _tensors(facts: dict[str, Any], marked: set[str]) -> str:
     rows = facts.get("tensors", [])
     if not rows:
         return ""
@@ -123,11 +134,11 @@ def _tensors(facts: dict[str, Any]) -> str:
     held, single = [row["per_channel"] for row in rows], [row.get("per_tensor") for row in rows]
     size = chart(
         [
-            Series("stored, with scales", [one["bits_per_weight"] for one in held], 1, "dots"),
+            Series("stored, with scales", [one["bits_per_weight"] for one in held], 1, "dots", stem=1),
             Series("entropy bound of the symbols", [one["entropy_bits_per_weight"] for one in held], 3, "dots"),
             Series("one scale per tensor, stored", [one["bits_per_weight"] if one else None for one in single], 2, "dots"),
         ],
-        names, y="bits per weight", x="tensor",
+        names, y="bits per weight", x="tensor", marked=marked,
     )  # fmt: skip
     page = f"<h2>Bits per weight against the entropy bound</h2>{size}"
     if any(single):
@@ -137,7 +148,7 @@ def _tensors(facts: dict[str, Any]) -> str:
                 Series("one scale per channel", own, 1, "dots"),
                 Series("one scale per tensor", [one["relative_error"] if one else None for one in single], 2, "dots"),
             ],
-            names, y="relative error", x="tensor", log=True,
+            names, y="relative error", x="tensor", log=True, marked=marked,
         )  # fmt: skip
         page += f"<h2>Error of the weights</h2>{error}{_histogram(facts)}{_scale_table(rows)}"
     return page + _channels(facts)
@@ -213,7 +224,7 @@ def _channels(facts: dict[str, Any]) -> str:
     return f"<h2>Remarkable channels</h2><ul>{items}</ul>" if items else ""
 
 
-def _layers(facts: dict[str, Any]) -> str:
+def _layers(facts: dict[str, Any], marked: set[str]) -> str:
     rows = facts.get("layers", [])
     if not rows:
         return ""
@@ -224,11 +235,11 @@ def _layers(facts: dict[str, Any]) -> str:
             Series("what quantization alone costs", [row["relative_error_of_reference"] for row in rows], 3, "dots"),
             Series("loaded against reference", [row["off_reference"] or None for row in rows], 2),
         ],
-        names, y="relative error", x="layer", log=True,
+        names, y="relative error", x="layer", log=True, marked=marked,
     )  # fmt: skip
     apart = chart(
         [Series("1 - cosine, loaded against source", [max(0.0, 1 - row["cosine"]) or None for row in rows], 4)],
-        names, y="1 - cosine", x="layer", log=True,
+        names, y="1 - cosine", x="layer", log=True, marked=marked,
     )  # fmt: skip
     note = (
         '<p class="note">The reference is the model class with weights that the verifier quantized itself. Where no line '
@@ -237,12 +248,12 @@ def _layers(facts: dict[str, Any]) -> str:
     page = f"<h2>Outputs by layer</h2>{note}{drawn}<h2>Divergence by layer</h2>{apart}"
     steps = facts.get("bisect", [])
     if steps:
-        labels = [f"first {row['layers']} layers" for row in steps]
+        labels = [str(row["layers"]) for row in steps]
         grown = chart(
             [Series("KL(source || mixed) per token", [row["value"] for row in steps], 1)],
             labels,
             y="KL, nats",
-            x="layers taken from the container",
+            x="number of layers taken from the container",
             zero=True,
         )
         page += f"<h2>Source with its first layers from the container</h2>{grown}"

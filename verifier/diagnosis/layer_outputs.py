@@ -18,12 +18,19 @@ from torch import nn
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.rows import describe_order, head_size, is_attention
-from codecllm.verifier.model_output import generates
+from codecllm.verifier.model_output import forced_logits, generates
 from codecllm.verifier.report import Stage
+
+INPUT = " (input)"
+"""Ends the name under which a run keeps what a module is given, beside what it gives."""
 
 PROMPT_TOKENS = 48
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Largest relative difference between the same computation by two kernels; on one machine the bits are mostly the same."""
+
+CACHED_TOKENS, CACHED_SLACK = 6, 10.0
+"""So many tokens at the end of the prompt are run again, one at a time from the cache of keys and values. Of resident `int8`
+the kernel for few rows of inputs rounds in another order: its tolerances are so many times as large there."""
 
 BISECT_POINTS = 16
 
@@ -67,12 +74,19 @@ def main_layers(model: Any) -> tuple[str, nn.ModuleList] | None:
     return best
 
 
-def run_model(model: Any, tokens: list[int], names: list[str]) -> Run:
-    """Runs a prompt and keeps the outputs of some modules."""
-    outputs: dict[str, torch.Tensor] = {}
-    with _recording(model, names, outputs), torch.inference_mode():
-        logits = _forward(model, tokens)
-    return Run(outputs, logits)
+def run_model(model: Any, tokens: list[int], names: list[str], *, cached: int = 0) -> Run:
+    """Runs a prompt and keeps the outputs of some modules.
+
+    Args:
+        model: source, reference or loaded model.
+        tokens: the prompt.
+        names: of the modules whose outputs are kept; `name + INPUT` keeps what a module is given.
+        cached: so many tokens at the end go in one at a time, as in generation; the outputs are those of all of them.
+    """
+    calls: dict[str, list[torch.Tensor]] = {}
+    with _recording(model, names, calls, max(1, cached)), torch.inference_mode():
+        logits = forced_logits(model, tokens, cached) if cached else _forward(model, tokens)
+    return Run({name: _joined(values) for name, values in calls.items()}, logits)
 
 
 def compare_layers(source: Run, reference: Run, loaded: Run) -> list[dict[str, Any]]:
@@ -110,9 +124,9 @@ def suspects(reference: Run, loaded: Run, dtype: torch.dtype) -> list[str]:
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
-def first_departure(reference: Run, loaded: Run, dtype: torch.dtype) -> str | None:
+def first_departure(reference: Run, loaded: Run, dtype: torch.dtype, slack: float = 1.0) -> str | None:
     """Returns the first module whose output in the loaded model is not the reference's, within `TOLERANCES`; None if none."""
-    limit = TOLERANCES.get(dtype, 1e-4)
+    limit = slack * TOLERANCES.get(dtype, 1e-4)
     return next((name for name in loaded.outputs if _departs(reference.outputs.get(name), loaded.outputs[name], limit)), None)
 
 
@@ -132,24 +146,74 @@ def name_departure(
     Returns:
         Where it is, as JSON values; None where no module of the layer departs by more than `TOLERANCES`.
     """
-    names = [f"{layer}.{name}" if name else layer for name, _ in reference.get_submodule(layer).named_modules()]
+    names = _inside(reference, layer)
     right, found = run_model(reference, tokens, names), run_model(loaded, tokens, names)
-    name = first_departure(right, found, loaded.dtype)
-    if name is None:
+    key = first_departure(right, found, loaded.dtype)
+    if key is None:
         return None
-    a, b = right.outputs[name], found.outputs[name]
+    remark = "; an earlier stage names the weight behind it" if explained else ""
+    return _blame(key, (right, found), layer, (Cause.COMPUTATION, remark), head_size(loaded.config), stage)
+
+
+def name_cached_departure(
+    reference: Any, loaded: Any, tokens: list[int], count: int, slack: float, stage: Stage
+) -> dict[str, Any] | None:
+    """Runs the last tokens one at a time through both models, which agree on the whole prompt; names module and channel.
+
+    Args:
+        reference: the right model; it generates.
+        loaded: the loaded one.
+        tokens: the prompt.
+        count: how many of its tokens.
+        slack: how many times `TOLERANCES` are allowed.
+        stage: receives the finding.
+
+    Returns:
+        Where they first depart, as JSON values; None where they agree.
+    """
+    names = _inside(reference, "")
+    right = run_model(reference, tokens, names, cached=count)
+    try:
+        found = run_model(loaded, tokens, names, cached=count)
+    except Exception as exc:  # the reference can, so that this one must
+        reason = " ".join(str(exc).split())[:200]
+        text = f"the loaded model runs a prompt and cannot go on from it ({type(exc).__name__}: {reason})"
+        stage.fail(ModelMismatchError(text), cause=Cause.CACHE)
+        return None
+    key = first_departure(right, found, loaded.dtype, slack)
+    if key is None:
+        return None
+    layer = next((name for name in layer_names(reference) if f"{key}.".startswith(f"{name}.") or key == name + INPUT), "")
+    remark = "; only where tokens come one at a time, from the cache of keys and values"
+    return _blame(key, (right, found), layer, (Cause.CACHE, remark), head_size(loaded.config), stage)
+
+
+def _inside(model: Any, layer: str) -> list[str]:
+    """Returns the names under which a run keeps outputs and inputs of a layer (empty: the model) and all modules in it."""
+    outer = model.get_submodule(layer) if layer else model
+    names = [f"{layer}.{name}".strip(".") for name, _ in outer.named_modules()]
+    return [key for name in names if name for key in (name, name + INPUT)]
+
+
+def _blame(
+    key: str, runs: tuple[Run, Run], layer: str, words: tuple[Cause, str], head: int | None, stage: Stage
+) -> dict[str, Any]:
+    """Adds the finding for the first value that departs: a module's output, or its input, which its parent computed."""
+    name, (cause, remark) = key.removesuffix(INPUT), words
+    a, b = (run.outputs[key] for run in runs)
     channel, share, error = worst_channel(a, b)
-    order = _channel_order(a, b)
     lost = int((~torch.isfinite(b)).sum()) - int((~torch.isfinite(a)).sum())
-    what = f"{lost} outputs are NaN or infinite, first" if lost > 0 else f"{share:.1%} of the channels are off, worst"
-    text = f"first layer to depart is {layer!r}, in it {name!r}: {what} in channel {channel} (relative error {error:.3g})"
-    cause = Cause.COMPUTATION
+    what = f"{lost} values are NaN or infinite, first" if lost > 0 else f"{share:.1%} of the channels are off, worst"
+    where = f"in it {name!r}" if key == name else f"in it what {name!r} is given"
+    text = f"first layer to depart is {layer!r}, {where}: {what} in channel {channel} (relative error {error:.3g})"
+    if key != name and name != layer:
+        name = name.rpartition(".")[0]
+        text += f"; {name!r} computes that itself"
+    order = _channel_order(a, b)
     if order is not None:
         cause = Cause.HEAD_ORDER if _has_attention(name) else Cause.ROW_ORDER
-        text += f"; {describe_order(order, head_size(loaded.config))}".replace("rows", "channels")
-    if explained:
-        text += "; an earlier stage names the weight behind it"
-    stage.fail(ModelMismatchError(text), cause=cause, channel=channel, module=name)
+        text += f"; {describe_order(order, head)}".replace("row", "channel")
+    stage.fail(ModelMismatchError(text + remark), cause=cause, channel=channel, module=name)
     return {"layer": layer, "module": name, "channel": channel, "channels_off": share, "relative_error": error}
 
 
@@ -237,25 +301,36 @@ def _forward(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 @contextmanager
-def _recording(model: Any, names: list[str], outputs: dict[str, torch.Tensor]) -> Iterator[None]:
+def _recording(model: Any, names: list[str], calls: dict[str, list[torch.Tensor]], count: int) -> Iterator[None]:
+    """Keeps, of the last `count` calls of each named module, its first output or input; in the order of the last ones."""
     handles = []
 
-    def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, (tuple, list)) and output else output
-            if isinstance(first, torch.Tensor) and first.is_floating_point():
-                outputs.pop(name, None)
-                outputs[name] = first.detach().to("cpu", torch.float32)
-
-        return keep
+    def keep(name: str, value: Any) -> None:
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(first, torch.Tensor) and first.is_floating_point():
+            before = calls.pop(name, [])
+            calls[name] = [*before, first.detach().to("cpu", torch.float32)][-count:]
 
     present = dict(model.named_modules())
     try:
-        handles += [present[name].register_forward_hook(hook(name)) for name in names if name in present]
+        for name in names:
+            module = present.get(name.removesuffix(INPUT))
+            if module is None:
+                continue
+            if name.endswith(INPUT):
+                handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs)))
+            else:
+                handles.append(module.register_forward_hook(lambda _, inputs, output, name=name: keep(name, output)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _joined(values: list[torch.Tensor]) -> torch.Tensor:
+    """Puts the outputs of several calls beside each other; only the last one where they are not of one shape."""
+    alike = len({value.shape for value in values}) == 1 and values[0].ndim > 1
+    return torch.cat(values, -2) if alike and len(values) > 1 else values[-1]
 
 
 def _departs(right: torch.Tensor | None, found: torch.Tensor, limit: float) -> bool:

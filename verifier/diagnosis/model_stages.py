@@ -114,9 +114,24 @@ class ModelStages:
             if place is not None:
                 stage.facts["first_departure"] = place
                 break
+        self._check_cached(tokens, stage)
         self._reference = None
         gc.collect()
         self._compare_with_source(reference, loaded, tokens, names, stage)
+
+    def _check_cached(self, tokens: list[int], stage: Stage) -> None:
+        """Runs the end of the prompt again, token by token, where the whole prompt at once was right."""
+        count = min(layers.CACHED_TOKENS, len(tokens) - 1)
+        if "first_departure" in stage.facts or count < 1 or not output.generates(self._reference):
+            return
+        slack = layers.CACHED_SLACK if self._options.resident == "int8" else 1.0
+        try:
+            place = layers.name_cached_departure(self._reference, self._model, tokens, count, slack, stage)
+        except Exception:  # the right model itself does not go on from a prompt: there is nothing to compare with
+            return
+        stage.facts["cached_tokens"] = count
+        if place is not None:
+            stage.facts["first_departure"] = {**place, "cached": True}
 
     def check_text(self, stage: Stage) -> None:
         """Lets source and loaded model speak and compares."""
@@ -219,8 +234,9 @@ class ModelStages:
         if rows:
             worst = max(rows, key=lambda row: row["relative_error"])
             same = sum(row["off_reference"] == 0 for row in rows)
+            again = f", {stage.facts['cached_tokens']} of them again one at a time" if "cached_tokens" in stage.facts else ""
             stage.summary = (
-                f"{len(rows)} layers on {len(tokens)} tokens: {same} give the reference's bits; against the source the "
+                f"{len(rows)} layers on {len(tokens)} tokens{again}: {same} give the reference's bits; against the source the "
                 f"largest relative error is {worst['relative_error']:.2e} (layer {worst['name']}), logits' cosine "
                 f"{stage.facts['logits']['cosine']:.6f}"
             )

@@ -13,7 +13,7 @@ from codecllm.formats.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, s
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.codecs.rans_reference import LANES, LOWER, STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MAX_TABLE_BYTES, MIN_PRECISION
-from codecllm.formats.codecs.zstd import _PARAMETERS
+from codecllm.formats.codecs.zstd import _PARAMETERS, SPARSE_SHARE
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.rans_groups import HEADER as RANS_HEADER
 from codecllm.formats.rans_groups import MAGIC as RANS_MAGIC
@@ -81,6 +81,7 @@ def test_codecs():
     assert {int(number): name for number, name, _ in rows} == CODEC_NAMES
     assert f"Ids {max(CODEC_NAMES) + 1} to 127 are reserved" in TEXT
     assert f"MUST NOT exceed {limits.ZSTD_WINDOW_BYTES} bytes" in TEXT
+    assert f"longer than 1/{SPARSE_SHARE} of raw_bytes" in TEXT
     stated = {name: int(value) for name, value in re.findall(r"(\w+(?:Log|Match|Length)) (\d+)", TEXT)}
     assert stated == {
         "windowLog": _PARAMETERS.window_log,

@@ -1,0 +1,286 @@
+"""Conversions whose steps somebody chooses: what is stored is what the reference makes of them, always the same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from codecllm.converter import ConvertOptions, convert, estimate
+from codecllm.converter.conversion import plan_conversion
+from codecllm.converter.estimate import blocks, sample_steps, side_bits
+from codecllm.converter.source import SourceModel
+from codecllm.converter.steps import Steps, column_tiles, max_tiles
+from codecllm.formats import manifest as manifest_module
+from codecllm.formats.chunk_table import slot_bytes
+from codecllm.formats.container import Container
+from codecllm.formats.errors import NonFiniteWeightError, SourceError, UnsupportedVersionError, UsageError
+from codecllm.formats.float_bits import bits_from_float32
+from codecllm.formats.manifest import NEAREST, Calibration
+from codecllm.formats.reference import read_codes, read_rows, read_tensor_bytes, tensor_digest
+from codecllm.formats.schemes.int8 import dequantize, quantize, step_sizes
+from tests.sources import bf16, write_source
+from tests.stepped import make_steps, provider, weights_of
+
+RNG = np.random.default_rng(7)
+BASE = RNG.standard_normal((90, 123)).astype(np.float32)
+ZEROS = BASE.copy()
+ZEROS[[0, 5, 89]], ZEROS[:, [0, 60, 122]] = 0, 0
+TENSORS = {
+    "odd": ("BF16", bf16(BASE * np.exp(RNG.standard_normal(123)))),
+    "zeros": ("F32", ZEROS),
+    "nothing": ("F32", np.zeros((64, 64), np.float32)),
+    "huge": ("F32", BASE * np.float32(2.0**100)),
+    "tiny": ("F32", BASE * np.float32(2.0**-100)),
+    "half": ("F16", BASE.astype(np.float16)),
+    "flat": ("F32", RNG.standard_normal((1, 9000)).astype(np.float32)),
+    "experts.down_proj": ("BF16", bf16(RNG.standard_normal((4, 30, 50))).reshape(4, 30, 50)),
+    "h.0.attn.c_attn.weight": ("F32", RNG.standard_normal((70, 96)).astype(np.float32)),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("steps") / "source", TENSORS, {"model_type": "gpt2"})
+
+
+def _plan(folder, name):
+    model = SourceModel(folder)
+    plans = plan_conversion(model, ConvertOptions(include=("*",), steps=provider())).tensors
+    return next(plan for plan in plans if plan.source.name == name)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+@pytest.mark.parametrize("factor", [0.3, 0.012])
+@pytest.mark.parametrize("tile", [None, (17, 20)])
+def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, codec, factor, tile):
+    given = {}
+
+    def provide(plan):
+        flat = plan.source.name == "flat"  # a scale for each column would be larger than what it saves
+        steps = make_steps(plan, factor, columns=not flat, tile=None if flat else tile)
+        given[plan.source.name] = (steps, weights_of(plan))
+        return given[plan.source.name][0]
+
+    convert(source, tmp_path / "c", codec=codec, include=("*",), steps=provide)
+    with Container(tmp_path / "c") as container:
+        assert given.keys() == TENSORS.keys()
+        quantized = {name for name, record in container.records.items() if record.scheme == "int8"}
+        assert quantized == TENSORS.keys()
+        for name, (steps, weights) in given.items():
+            tensor = container.tensor(name)
+            sizes = steps.row_scale[None, :] if "c_attn" in name else step_sizes(steps.row_scale, steps.col_scale)
+            codes = quantize(weights, sizes, wide=True)
+            assert np.array_equal(read_codes(tensor), codes), name
+            assert tensor.wide == bool((np.abs(codes.astype(int)) > 127).any())
+            expected = bits_from_float32(dequantize(codes, sizes), tensor.record.dtype)
+            assert read_tensor_bytes(container, name) == expected.tobytes(), name
+            assert tensor_digest(container, name) == tensor.record.digest
+            error = np.abs(weights / sizes.astype(np.float64) - codes).max()
+            assert tensor.record.worst_steps == pytest.approx(error, abs=1e-3)
+            assert tensor.record.rounding == NEAREST
+            for first, last in ((0, 1), (len(codes) // 3, len(codes)), (len(codes) // 2, len(codes) // 2 + 1)):
+                assert read_rows(tensor, first, last) == expected[first:last].tobytes()
+        assert ("wide" in container.manifest.required_features) == (factor == 0.012)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+def test_same_bytes_from_any_number_of_workers(source, tmp_path, codec):
+    for workers in (1, 2, 8):
+        out = tmp_path / f"{workers}"
+        convert(source, out, codec=codec, include=("*",), steps=provider(0.02), workers=workers, max_shard_bytes=60_000)
+    made = [{path.name: path.read_bytes() for path in (tmp_path / f"{workers}").iterdir()} for workers in (1, 2, 8)]
+    assert made[0] == made[1] == made[2]
+    assert len(made[0]) > 4
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+def test_a_wide_code_that_comes_late(tmp_path, codec):
+    """Its first blocks were packed in one plane: all of it is packed again, as if two had been asked for at once."""
+    values = RNG.standard_normal((1100, 2048)).astype(np.float32)
+    values[1099, 2000] = 300
+    source = write_source(tmp_path / "source", {"w": ("F32", values), "x": ("F32", values[:1000])})
+    options = {"columns": False, "tile": (60, 512)}
+    convert(source, tmp_path / "late", codec=codec, steps=provider(0.1, **options))
+    told = [make_steps(plan := _plan(source, name), 0.1, wide=name == "w", **options) for name in ("w", "x")]
+    assert blocks(plan, told[1]) == 3
+    convert(source, tmp_path / "told", codec=codec, steps=lambda p: told[p.source.name == "x"])
+    shards = [(tmp_path / name / "model-00001-of-00001.safetensors").read_bytes() for name in ("late", "told")]
+    assert shards[0] == shards[1]
+    with Container(tmp_path / "late") as container:
+        high = container.records["w"].planes[1]
+        chunks = len(container.tensor("w").table.grid)
+        assert high.stored_bytes <= chunks * (129 if codec == "rans" else 23) + 64
+        assert not container.records["x"].wide
+        assert tensor_digest(container, "w") == container.records["w"].digest
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+@pytest.mark.parametrize("factor", [0.3, 0.012])
+def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
+    values = (RNG.standard_normal((2500, 600)) * np.exp(RNG.standard_normal(600))).astype(np.float32)
+    source = write_source(tmp_path / "source", {"w": ("F32", values)})
+    convert(source, tmp_path / "c", codec=codec, steps=provider(factor))
+    with Container(tmp_path / "c") as container:
+        tensor = container.tensor("w")
+        tables = tensor.record.tables_bytes or 0
+        stored = sum(slot_bytes(chunk.stored_bytes) + 16 for chunk in tensor.table.chunks)
+        whole = 8 * container.stored_bytes
+    with SourceModel(source) as model:
+        plan = plan_conversion(model, ConvertOptions(steps=provider(factor), codec=codec)).tensors[0]
+        steps = make_steps(plan, factor)
+        assert blocks(plan, steps) == 2
+        sample = sample_steps(plan, steps, 0, 2)
+        half = sample_steps(plan, steps, 1)
+    assert sample.elements == values.size
+    assert sample.wide == (factor == 0.012)
+    assert 0 <= 8 * (stored + tables) - sample.stored_bits <= 8 * 2 * 40  # header and sizes of the tables
+    assert half.stored_bits / half.elements == pytest.approx(sample.stored_bits / sample.elements, rel=0.02)
+    assert sample.stored_bits + side_bits(plan, steps) == pytest.approx(whole, rel=0.01)
+    predicted = estimate(source, ConvertOptions(steps=provider(factor), codec=codec))
+    assert predicted.stored_bytes == pytest.approx(whole / 8, rel=0.02)
+
+
+def test_refined_codes_are_kept_as_they_are(source, tmp_path):
+    def provide(plan):
+        steps = make_steps(plan, 0.1)
+        codes = weights_of(plan).astype(np.int16) * 0 + np.arange(plan.matrix[1], dtype=np.int16) % 5
+        return replace(steps, rounding="feedback", codes=lambda first, last: codes[first:last])
+
+    convert(source, tmp_path / "c", include=("odd",), exclude=("[!o]*",), steps=provide)
+    with Container(tmp_path / "c") as container:
+        tensor = container.tensor("odd")
+        assert np.array_equal(read_codes(tensor), np.broadcast_to(np.arange(123) % 5, (90, 123)))
+        assert tensor.record.rounding == "feedback"
+        assert tensor.record.worst_steps > 4
+
+
+def test_without_steps_nothing_changes(source, tmp_path):
+    convert(source, tmp_path / "plain", include=("*",))
+    convert(source, tmp_path / "none", include=("*",), steps=lambda plan: None)
+    records = []
+    for name in ("plain", "none"):
+        with Container(tmp_path / name) as container:
+            records.append([record.model_dump() for record in container.manifest.tensors])
+            assert container.manifest.required_features == []
+            assert container.manifest.format_version == ("1.1" if name == "plain" else "1.2")
+    assert records[0] == records[1]
+
+
+def test_what_was_asked_for_is_recorded(source, tmp_path):
+    calibration = Calibration(kind="self", tokens=128, seed=3, sha256="ab" * 32)
+    options = {"bits": 5, "ratio": 3.2, "calibrate": "self", "refine": True, "calibration": calibration}
+    convert(source, tmp_path / "c", **options)
+    with Container(tmp_path / "c") as container:
+        held = container.manifest
+        assert (held.options.bits, held.options.ratio, held.options.calibrate, held.options.refine) == (5, 3.2, "self", True)
+        assert held.calibration == calibration
+        assert held.required_features == ["steps"]
+
+
+def test_older_readers_refuse_the_features_by_name(source, tmp_path, monkeypatch):
+    convert(source, tmp_path / "c", include=("*",), steps=provider(0.012))
+    for name in ("steps", "col_scale", "wide"):
+        known = manifest_module.KNOWN_FEATURES - {name}
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest_module, "KNOWN_FEATURES", known)
+            with pytest.raises(UnsupportedVersionError, match=f"unknown required feature '{name}'"):
+                Container(tmp_path / "c")
+
+
+def _with(**fields):
+    return lambda steps: replace(steps, **fields)
+
+
+WRONG = {
+    "row_scale of another type": (lambda s: replace(s, row_scale=s.row_scale.astype(np.float64)), "row_scale"),
+    "row_scale of another shape": (lambda s: replace(s, row_scale=s.row_scale[1:]), "row_scale"),
+    "col_scale of another shape": (lambda s: replace(s, col_scale=s.col_scale[1:]), "col_scale"),
+    "an order alone": (_with(col_scale=None), "needs scales"),
+    "no permutation": (lambda s: replace(s, col_order=np.zeros(123, int)), "no permutation"),
+    "a short order": (lambda s: replace(s, col_order=np.arange(122)), "no permutation"),
+    "a subnormal step": (lambda s: replace(s, row_scale=s.row_scale * np.float32(2.0**-126)), "not allowed"),
+    "a step of zero": (lambda s: replace(s, row_scale=s.row_scale * 0), "not allowed"),
+    "too many tiles": (_with(tile=(1, 1)), "too many tiles"),
+    "a tile without extent": (_with(tile=(0, 5)), "no extent"),
+    "codes without a name": (_with(codes=lambda a, b: None), "rounding"),
+    "a name without codes": (_with(rounding="feedback"), "rounding"),
+    "codes of another shape": (_with(rounding="x", codes=lambda a, b: np.zeros((1, 1), np.int16)), "wrong type or shape"),
+    "codes of another type": (_with(rounding="x", codes=lambda a, b: np.zeros((90, 123), np.int8)), "wrong type or shape"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_steps_that_do_not_fit_are_refused_before_anything_is_written(source, tmp_path, name):
+    change, words = WRONG[name]
+    with pytest.raises(UsageError, match=words) as caught:
+        convert(source, tmp_path / "c", include=("odd",), steps=lambda plan: change(make_steps(plan)))
+    assert caught.value.tensor == "odd"
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_column_of_channels_has_no_second_scale(source, tmp_path):
+    wrong = Steps(np.ones(96, np.float32), np.ones(96, np.float32))
+    with pytest.raises(UsageError, match="no second one"):
+        convert(source, tmp_path / "c", include=("h.*",), steps=lambda plan: wrong)
+
+
+def test_what_two_planes_cannot_hold_is_kept_lossless(source, tmp_path):
+    convert(source, tmp_path / "c", include=("odd",), exclude=("[!o]*",), steps=provider(1e-6))
+    with Container(tmp_path / "c") as container:
+        assert container.records["odd"].scheme == "lossless"
+        assert "steps from zero" in container.records["odd"].fallback
+    with pytest.raises(UsageError, match="codes"):
+        sample_steps(plan := _plan(source, "odd"), make_steps(plan, 1e-6))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("refined", [False, True])
+def test_weights_that_are_no_numbers(tmp_path, bad, refined):
+    values = BASE.copy()
+    values[4, 4] = bad
+    source = write_source(tmp_path / "source", {"w": ("F32", values)})
+    steps = Steps(np.ones(90, np.float32), np.ones(123, np.float32))
+    if refined:
+        steps = replace(steps, rounding="x", codes=lambda first, last: np.zeros((last - first, 123), np.int16))
+    with pytest.raises(NonFiniteWeightError, match="first in row 4"):
+        convert(source, tmp_path / "c", include=("*",), steps=lambda plan: steps)
+    convert(source, tmp_path / "kept", include=("*",), steps=lambda plan: steps, non_finite="lossless")
+    with Container(tmp_path / "kept") as container:
+        assert read_tensor_bytes(container, "w") == values.tobytes()
+
+
+@pytest.mark.parametrize("name", ["w_col_scale", "w_col_order", "w_tables"])
+def test_names_of_side_tensors_are_refused(tmp_path, name):
+    source = write_source(tmp_path / "source", {"w": ("F32", BASE), name: ("F32", BASE)})
+    with pytest.raises(SourceError, match="side data"):
+        convert(source, tmp_path / "c")
+
+
+def test_two_tensors_that_would_share_a_side_tensor(tmp_path):
+    """`w` with scales of columns beside `w_col`: both would have a side tensor `w_col_scale`."""
+    source = write_source(tmp_path / "source", {"w": ("F32", BASE), "w_col": ("F32", BASE + 1)})
+    convert(source, tmp_path / "plain", include=("*",))
+    with pytest.raises(SourceError, match="w_col_scale"):
+        convert(source, tmp_path / "c", include=("*",), steps=provider())
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "tile"),
+    [
+        ((576, 576), (576, 116)),
+        ((1536, 576), (1536, 72)),
+        ((4096, 4096), (256, 512)),
+        ((49152, 576), (1820, 72)),
+        ((64, 64), (64, 64)),
+        ((1, 100_000), (1, 100_000)),
+        ((100_000, 1), (100_000, 1)),
+        ((100_000, 40), (3276, 40)),
+    ],
+)
+def test_default_tiles_of_columns(matrix, tile):
+    assert column_tiles(*matrix) == tile
+    rows, cols = matrix
+    assert -(-rows // tile[0]) * -(-cols // tile[1]) <= max_tiles(rows, cols)

@@ -1,0 +1,250 @@
+"""Containers with scales of columns, or with wide codes, in which one thing is wrong and every checksum around it fits."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codecllm.converter import convert
+from codecllm.formats.container import Container
+from codecllm.formats.errors import CodecLLMError, DecodeError, LayoutError, SchemaError, UnsupportedVersionError
+from codecllm.formats.reference import read_tensor_bytes
+from codecllm.verifier import verify
+from tests import tampering
+from tests.malformed.builders import fix_chunks, read_tensors, rewrite_shard
+from tests.sources import bf16, write_source
+from tests.stepped import make_steps
+
+
+@pytest.fixture(scope="session")
+def columns_container(tmp_path_factory):
+    """`w`: wide, in one tile. `q`: columns in an order. `s`: columns as in the source. `c`: a scale for each column only."""
+    base = tmp_path_factory.mktemp("columns")
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((40, 64)).astype(np.float32)
+    tensors = {
+        "w": ("F32", values),
+        "q": ("BF16", bf16(values)),
+        "s": ("F32", values * 2),
+        "h.0.attn.c_attn.weight": ("F32", values.T.copy()),
+    }
+    source = write_source(base / "source", tensors, {"model_type": "gpt2"})
+
+    def provide(plan):
+        steps = make_steps(plan, 0.012 if plan.source.name == "w" else 0.2)
+        return steps if plan.source.name != "s" else replace(steps, col_order=None, tile=(20, 30))
+
+    convert(source, base / "container", include=("*",), steps=provide)
+    return base / "container"
+
+
+@pytest.fixture
+def folder(columns_container, tmp_path):
+    return tampering.copy_of(columns_container, tmp_path / "container")
+
+
+def _values(name, values, dtype):
+    """Overwrites the head of a side tensor."""
+
+    def edit(tensors):
+        data = np.array(values, dtype).tobytes()
+        tensors[name][2][: len(data)] = data
+
+    return lambda folder: rewrite_shard(folder, edit)
+
+
+def _everywhere(name, factor):
+    """Multiplies all scales of a side tensor."""
+
+    def edit(tensors):
+        with np.errstate(over="ignore", under="ignore"):
+            tensors[name][2][:] = (np.frombuffer(tensors[name][2], "<f4") * np.float32(factor)).tobytes()
+
+    return lambda folder: rewrite_shard(folder, edit)
+
+
+def _stored(name, dtype=None, shape=None):
+    def edit(tensors):
+        old_dtype, old_shape, data = tensors[name]
+        tensors[name] = (dtype or old_dtype, shape or old_shape, data[: 4 * shape[0]] if shape else data)
+
+    return lambda folder: rewrite_shard(folder, edit)
+
+
+def _payload(chunk_of_zeros, offset, value):
+    """Makes every symbol of the high plane of `w` the same, raw."""
+
+    def edit(tensors):
+        _, _, payload = tensors["w"]
+        table = tensors["w_chunks"][2]
+        low = -(-int.from_bytes(table[32:36], "little") // 16) * 16
+        high = bytearray(chunk_of_zeros)
+        high[offset] = value
+        tensors["w"] = ("U8", [low + len(high)], payload[:low] + high)
+        table[48:52], table[52] = len(high).to_bytes(4, "little"), 0
+        fix_chunks(tensors, "w")
+
+    def damage(folder):
+        rewrite_shard(folder, edit)
+        tampering.reseal(folder, lambda d: _record(d, "w")["planes"][1].update(stored_bytes=40 * 64, codec="raw"))
+
+    return damage
+
+
+def _record(document, name):
+    return next(record for record in document["tensors"] if record["name"] == name)
+
+
+def _manifest(edit):
+    return lambda folder: tampering.reseal(folder, edit)
+
+
+def _both(*damages):
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+def _without(name):
+    return _manifest(lambda d: d["required_features"].remove(name))
+
+
+def _drop(side):
+    def edit(tensors):
+        del tensors[f"q_{side}"]
+
+    return _both(lambda folder: rewrite_shard(folder, edit), _manifest(lambda d: _record(d, "q")["xxh3"].pop(side)))
+
+
+def _one_plane(document):
+    _record(document, "w")["planes"].pop()
+
+
+FLAWS = {
+    "steps not listed": (_without("steps"), SchemaError, "'steps' is used"),
+    "col_scale not listed": (_without("col_scale"), SchemaError, "'col_scale' is used"),
+    "wide not listed": (_without("wide"), SchemaError, "'wide' is used"),
+    "calibration without its feature": (
+        _manifest(lambda d: d.update(calibration={"kind": "self", "tokens": "1", "sha256": "0" * 64})),
+        SchemaError,
+        "calibration",
+    ),
+    "unknown feature": (_manifest(lambda d: d["required_features"].append("rows")), UnsupportedVersionError, "'rows'"),
+    "no rounding": (_manifest(lambda d: _record(d, "q").pop("rounding")), SchemaError, "rounding"),
+    "no worst error": (_manifest(lambda d: _record(d, "q").pop("worst_steps")), SchemaError, "rounding"),
+    "neither": (
+        _manifest(lambda d: [_record(d, "q").pop(key) for key in ("rounding", "worst_steps")]),
+        SchemaError,
+        "rounding",
+    ),
+    "a rounding of many words": (_manifest(lambda d: _record(d, "q").update(rounding="To Nearest")), SchemaError, "rounding"),
+    "a negative worst error": (_manifest(lambda d: _record(d, "q").update(worst_steps=-1.0)), SchemaError, "worst_steps"),
+    "an order without scales": (_drop("col_scale"), SchemaError, "do not fit the tensor"),
+    "no checksum of the order": (
+        _manifest(lambda d: _record(d, "q")["xxh3"].pop("col_order")),
+        LayoutError,
+        "does not place there",
+    ),
+    "columns of a column": (
+        _manifest(lambda d: _record(d, "h.0.attn.c_attn.weight")["xxh3"].update(col_scale="0" * 16)),
+        SchemaError,
+        "do not fit the tensor",
+    ),
+    "columns of a lossless one": (
+        _manifest(lambda d: _record(d, "q").update(scheme="lossless")),
+        SchemaError,
+        "field tensors",
+    ),
+    "three planes": (
+        _manifest(lambda d: _record(d, "w")["planes"].append(_record(d, "w")["planes"][0])),
+        SchemaError,
+        "planes",
+    ),
+    "one plane": (_manifest(_one_plane), LayoutError, "disagree"),
+    "order of floats": (_stored("q_col_order", dtype="F32"), LayoutError, "stored type differs"),
+    "scales of integers": (_stored("q_col_scale", dtype="I32"), LayoutError, "stored type differs"),
+    "a scale less": (_stored("q_col_scale", shape=[63]), LayoutError, "stored type differs"),
+    "a column less": (_stored("q_col_order", shape=[63]), LayoutError, "stored type differs"),
+    "a column twice": (_values("q_col_order", [3, 3], "<i4"), LayoutError, "no permutation"),
+    "a column beyond": (_values("q_col_order", [64], "<i4"), LayoutError, "no permutation"),
+    "a column far beyond": (_values("q_col_order", [2**31 - 1], "<i4"), LayoutError, "no permutation"),
+    "a column before": (_values("q_col_order", [-1], "<i4"), LayoutError, "no permutation"),
+    "all the same column": (_values("q_col_order", [5] * 64, "<i4"), LayoutError, "no permutation"),
+    "scale of zero": (_values("q_col_scale", [0.0], "<f4"), DecodeError, "scale of column 0"),
+    "scale not a number": (_values("q_col_scale", [1.0, np.nan], "<f4"), DecodeError, "scale of column 1"),
+    "negative scale": (_values("q_col_scale", [-1.0], "<f4"), DecodeError, "scale of column 0"),
+    "infinite scale": (_values("q_col_scale", [np.inf], "<f4"), DecodeError, "scale of column 0"),
+    "subnormal steps": (_both(_everywhere("q_scale", 2.0**-60), _everywhere("q_col_scale", 2.0**-70)), DecodeError, "a step"),
+    "infinite steps": (_both(_everywhere("q_scale", 2.0**70), _everywhere("q_col_scale", 2.0**70)), DecodeError, "a step"),
+    "steps too large for wide codes": (_everywhere("w_scale", 2.0**119), DecodeError, "a step"),
+    "high code of -128": (_payload(bytes(40 * 64), 77, 128), DecodeError, "code -128"),
+}
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_flaw_has_its_error(folder, name):
+    damage, expected, words = FLAWS[name]
+    damage(folder)
+    with pytest.raises(expected, match=words) as caught:
+        read_tensors(folder)
+    assert type(caught.value) is expected
+    assert caught.value.file is not None
+    if expected is DecodeError:
+        assert caught.value.tensor == ("w" if "wide" in name or "high" in name else "q")
+
+
+def test_large_steps_that_one_plane_allows(folder):
+    _everywhere("q_scale", 2.0**119)(folder)
+    assert np.isfinite(np.frombuffer(read_tensors(folder)["s"], np.float32)).all()
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 129, 255])
+def test_any_other_high_plane_is_codes(folder, value):
+    """Hostile, but codes: a digest tells, not the decoder."""
+    before = read_tensors(folder)["w"]
+    _payload(bytes([value]) * (40 * 64), 0, value)(folder)
+    weights = np.frombuffer(read_tensors(folder)["w"], np.float32)
+    assert np.isfinite(weights).all()
+    assert weights.tobytes() != before
+    report = verify(folder)
+    assert not report.ok
+    assert "differs from its digest" in report.to_json()
+
+
+def test_another_order_is_found_by_the_digest(folder):
+    def edit(tensors):
+        order = np.frombuffer(tensors["q_col_order"][2], "<i4").copy()
+        order[[3, 4]] = order[[4, 3]]
+        tensors["q_col_order"][2][:] = order.tobytes()
+
+    rewrite_shard(folder, edit)
+    report = verify(folder)
+    assert not report.ok
+    assert "differs from its digest" in report.to_json()
+    assert "'s'" not in report.to_json()
+
+
+@settings(max_examples=80)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4),
+    where=st.sampled_from(["q_col_scale", "q_col_order", "w_col_scale", "w_col_order", "w_chunks", "w"]),
+)
+def test_any_byte_of_anything(columns_container, tmp_path_factory, changes, where):
+    """An error of ours, or bytes of the right size."""
+    folder = tampering.copy_of(columns_container, tmp_path_factory.mktemp("any") / "c")
+
+    def edit(tensors):
+        data = tensors[where][2]
+        for place, value in changes:
+            data[place % len(data)] = value
+        if where == "w":
+            fix_chunks(tensors, "w")
+
+    rewrite_shard(folder, edit)
+    with suppress(CodecLLMError), Container(folder) as container:
+        for name, record in container.records.items():
+            with suppress(CodecLLMError):
+                assert len(read_tensor_bytes(container, name)) == record.source_bytes
