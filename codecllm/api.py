@@ -16,6 +16,7 @@ from codecllm.converter.export import export as export_folder
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.hub import resolve
+from codecllm.quality import chosen_steps
 
 ExportFormat = Literal["safetensors", "compressed-tensors", "gguf"]
 
@@ -42,6 +43,10 @@ def convert(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    bits: float | None = None,
+    ratio: float | None = None,
+    quality: str | None = None,
+    calibrate: str | Path | None = None,
     baseline: bool | None = None,
     progress: Progress | None = None,
     on_stage: Callable[[str], None] | None = None,
@@ -49,12 +54,20 @@ def convert(
 ) -> Converted:
     """Converts a model into a container and records its baseline output.
 
+    Without `bits`, `ratio` or `quality` the steps of int8 tensors follow from the largest weight of each channel. With one of
+    them they are chosen such that the container has that rate, and such that bits go where the model is sensitive.
+
     Args:
         model: a Hub id or a local folder with safetensors weights.
         out: folder to make.
         revision: branch, tag or commit of a Hub id; the commit it leads to is recorded.
         token: Hub token.
         cache_dir: Hub cache.
+        bits: bits per quantized weight, everything counted, 2 to 8.
+        ratio: source bytes / stored bytes.
+        quality: `high`, `balanced` or `small`: names for bits, see `codecllm.quality.QUALITIES`.
+        calibrate: text from which the sensitivities come, where a rate is asked for: `self` (the model writes it), `random`
+            (random tokens), `none`, or a text file. None is `self`, or `none` where the model cannot run here.
         baseline: True records in any case, False never, None where the source fits in memory and it takes under 10 minutes.
         progress: called with a tensor's name, bytes done and bytes in all.
         on_stage: called with a sentence when a stage begins.
@@ -64,7 +77,11 @@ def convert(
         CodecLLMError: see `codecllm.converter.convert` and `codecllm.hub.resolve`.
     """
     files = resolve(model, revision=revision, token=token, cache_dir=cache_dir, kind="source")
-    report = convert_folder(files.folder, out, progress=progress, repo=files.repo, commit=files.commit, **options)
+    rate = {"bits": bits, "ratio": ratio, "quality": quality, "calibrate": calibrate}
+    steps, notes = chosen_steps(files.folder, options, on_stage=on_stage, **rate)
+    whence = {"repo": files.repo, "commit": files.commit}
+    report = convert_folder(files.folder, out, progress=progress, **whence, **options, **steps)
+    report.warnings.extend(notes)
     outcome, pinned = None, report.manifest_sha256
     if baseline is not False:
         from codecllm.verifier import record_baseline

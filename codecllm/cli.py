@@ -56,6 +56,14 @@ class CodecName(StrEnum):
     rans = "rans"
 
 
+class QualityName(StrEnum):
+    """Values of --quality."""
+
+    high = "high"
+    balanced = "balanced"
+    small = "small"
+
+
 class NonFiniteName(StrEnum):
     """Values of --non-finite."""
 
@@ -94,6 +102,8 @@ class FormatName(StrEnum):
     gguf = "gguf"
 
 
+_RATE = "Rate: how many bits a weight may take"
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a Hub id.")]
 Workers = Annotated[int | None, typer.Option(help="Threads. Default: one per core. Never changes a byte.", min=1)]
@@ -123,6 +133,26 @@ def convert(
     codec: Annotated[
         CodecName, typer.Option(help="zstd: fast everywhere. rans: smaller, made for GPUs, slow to decode on a CPU.")
     ] = CodecName.zstd,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Bits per quantized weight, everything counted: any number from 2 to 8.", rich_help_panel=_RATE),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Instead of --bits: source bytes / stored bytes.", rich_help_panel=_RATE)
+    ] = None,
+    quality: Annotated[
+        QualityName | None,
+        typer.Option(help="Instead of --bits: high is 6 bits, balanced 5, small 4.", rich_help_panel=_RATE),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="self|random|none|FILE",
+            help="What the model is watched on, to learn where errors hurt: a short text that it writes itself (default), "
+            "random tokens, nothing, or the start of a text file.",
+            rich_help_panel=_RATE,
+        ),
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Quantize tensors matching this glob too. May be repeated.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Do not quantize tensors matching this glob. May be repeated.")
@@ -158,11 +188,16 @@ def convert(
     Every float matrix of 65,536 weights or more becomes int8 with one scale per output channel, then entropy-coded; routers,
     positional embeddings, norms and biases keep every bit. With [bold]--scheme lossless[/bold] everything does.
 
-    Example: [bold]codecllm convert HuggingFaceTB/SmolLM2-135M-Instruct out/[/bold]
+    Plain int8 takes about 7 bits a weight. [bold]--bits 5[/bold] (or --ratio, or --quality) makes steps wider until the
+    container has that rate, and spends the bits where the model is sensitive: it writes a short text, and the gradients on it
+    decide how fine each row, column and tensor is. No data of yours is needed.
+
+    Example: [bold]codecllm convert HuggingFaceTB/SmolLM2-135M-Instruct out/ --bits 5[/bold]
     """
     from codecllm import api
     from codecllm.converter import ConvertOptions, estimate
     from codecllm.hub import check_login, resolve
+    from codecllm.quality import chosen_steps
 
     if push_to is not None and not dry_run:
         check_login(push_to)
@@ -177,8 +212,19 @@ def convert(
         "workers": workers,
         "force": force,
     }
+    rate: dict[str, Any] = {
+        "bits": bits,
+        "ratio": ratio,
+        "quality": None if quality is None else quality.value,
+        "calibrate": calibrate,
+    }
+    on_stage = None if quiet or as_json else lambda text: _err.print(text, markup=False)
     if dry_run:
-        _print_estimate(estimate(resolve(model, revision=revision, kind="source").folder, ConvertOptions(**options)), as_json)
+        folder = resolve(model, revision=revision, kind="source").folder
+        steps, notes = chosen_steps(folder, options, on_stage=on_stage, **rate)
+        predicted = estimate(folder, ConvertOptions(**options, **steps))
+        predicted.warnings.extend(notes)
+        _print_estimate(predicted, as_json)
         return
     with _progress("converting", not (quiet or as_json)) as advance:
         done = api.convert(
@@ -187,7 +233,8 @@ def convert(
             revision=revision,
             baseline=baseline,
             progress=advance,
-            on_stage=None if quiet or as_json else lambda text: _err.print(text),
+            on_stage=on_stage,
+            **rate,
             **options,
         )
     if push_to is None:
@@ -636,6 +683,7 @@ def _conversion_facts(done: Any) -> dict[str, Any]:
         "ratio": report.ratio,
         "weights": report.weights,
         "bits_per_weight": report.bits_per_weight,
+        "quantized_bits_per_weight": report.quantized_bits_per_weight,
         "seconds": report.seconds,
         "manifest_sha256": done.manifest_sha256,
         "warnings": report.warnings,
@@ -666,6 +714,7 @@ def _print_conversion(done: Any, as_json: bool) -> None:
         f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} bytes "
         f"in {report.seconds:.1f} s, "
         f"ratio {report.ratio:.3f}x, {report.bits_per_weight:.3f} bits per weight"
+        f" ({report.quantized_bits_per_weight:.3f} of the quantized ones)"
     )
     if done.baseline is not None:
         _out.print(done.baseline.summary())

@@ -33,6 +33,8 @@ from codecllm.formats.manifest import (
     AliasTensor,
     Calibration,
     FileRecord,
+    Int8Tensor,
+    LosslessTensor,
     Manifest,
     Options,
     ShardRecord,
@@ -153,6 +155,19 @@ class ConversionReport:
     def bits_per_weight(self) -> float:
         """All stored bits / weights."""
         return 8 * self.stored_bytes / max(1, self.weights)
+
+    @property
+    def quantized_bits_per_weight(self) -> float:
+        """All stored bits but the data of tensors that are not quantized / quantized weights; 0 where there are none."""
+        kept = quantized = 0
+        for record in self.manifest.tensors:
+            if isinstance(record, Int8Tensor):
+                quantized += record.elements
+            elif isinstance(record, LosslessTensor):
+                kept += sum(plane.stored_bytes for plane in record.planes)
+            elif not isinstance(record, AliasTensor):
+                kept += record.source_bytes
+        return 8 * (self.stored_bytes - kept) / quantized if quantized else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ from codecllm.formats.schemes.int8 import channel_scales
 _SAMPLED_BLOCKS = 2
 _HEADER_BYTES = 480
 _MANIFEST_BYTES = 500
+_STEPPED_BYTES, _SIDE_BYTES = 835, 110  # of a tensor under chosen steps, and of its scales or order of columns, but for names
+_KEPT_BYTES, _FRAME_BYTES = 252, 2200  # of another tensor, and of no tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
     options = options or ConvertOptions()
     with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
         plan = plan_conversion(model, options)
-        stored = {item.name: item for item in executor.map(_estimate_tensor, _stepped(plan.tensors, options))}
+        stored = {item.name: item for item in executor.map(estimate_tensor, _stepped(plan.tensors, options))}
         tensors = []
         for name, tensor in model.tensors.items():
             alias = plan.aliases.get(name)
@@ -140,8 +142,14 @@ def blocks(plan: TensorPlan, steps: Steps) -> int:
 
 def side_bits(plan: TensorPlan, steps: Steps) -> int:
     """Returns the bits of a tensor that `sample_steps` leaves out: scales, order, shape, its part of header and manifest."""
-    columns = plan.matrix[1] * ((steps.col_scale is not None) + (steps.col_order is not None))
-    return 32 * (plan.channels + columns) + 8 * (32 + 8 * len(plan.source.shape) + _HEADER_BYTES + _MANIFEST_BYTES)
+    sides = (steps.col_scale is not None) + (steps.col_order is not None)
+    text = _STEPPED_BYTES + 5 * len(plan.source.name) + sides * (_SIDE_BYTES + len(plan.source.name))
+    return 32 * (plan.channels + sides * plan.matrix[1]) + 8 * (text + 8 * len(plan.source.shape))
+
+
+def frame_bits(others: list[TensorPlan]) -> int:
+    """Returns the bits of header and manifest that belong to no quantized tensor; `others` are the tensors kept as they are."""
+    return 8 * (_FRAME_BYTES + sum(_KEPT_BYTES + 2 * len(plan.source.name) for plan in others))
 
 
 def _stepped(plans: list[TensorPlan], options: ConvertOptions) -> Iterator[TensorPlan]:
@@ -157,13 +165,14 @@ def _encoded_bytes(encoded: EncodedBlock) -> int:
     return sum(len(part) for part in (*encoded.slots, *encoded.tables)) + 16 * len(encoded.records)
 
 
-def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
+def estimate_tensor(plan: TensorPlan) -> TensorEstimate:
+    """Predicts the size of one tensor under its plan, from two of its blocks."""
     source = plan.source
     size, note = source.entry.bytes, plan.fallback
     if plan.scheme != "raw":
         coded = _sample_stored_bytes(plan)
         if coded is None:
-            return _estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec, plan.tile_symbols))
+            return estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec, plan.tile_symbols))
         size, note = (coded, note) if coded < size else (size, f"{plan.scheme} does not shrink it")
     scheme = plan.scheme if size < source.entry.bytes or plan.scheme == "raw" else "raw"
     overhead = (_HEADER_BYTES if scheme != "raw" else _HEADER_BYTES // 4) + _MANIFEST_BYTES

@@ -111,7 +111,7 @@ def quantize_block(words: Words, dtype: str, scales: NDArray[np.float32], codes:
         scale = scales if scales.shape[0] == 1 else scales[row : row + step]
         quotient = _SCRATCH.quotient[: block.size].reshape(block.shape)
         rounded = _SCRATCH.rounded[: block.size].reshape(block.shape)
-        np.divide(_as_float32(block, dtype, quotient), scale, out=quotient)
+        np.divide(as_float32(block, dtype, quotient), scale, out=quotient)
         np.rint(quotient, out=rounded)
         np.copyto(codes[row : row + step], rounded, casting="unsafe")
         np.subtract(quotient, rounded, out=quotient)
@@ -165,7 +165,7 @@ def quantize_steps(
         )
         steps = own if scales[1] is None else np.multiply(own, scales[1], out=sizes)
         with np.errstate(over="ignore", invalid="ignore"):
-            np.divide(_as_float32(block, dtype, quotient), steps, out=quotient)
+            np.divide(as_float32(block, dtype, quotient), steps, out=quotient)
         if given:
             np.copyto(rounded, held)
         else:
@@ -194,7 +194,8 @@ def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:
     return float((largest * scale).max())
 
 
-def _as_float32(block: Words, dtype: str, out: NDArray[np.float32]) -> NDArray[np.float32]:
+def as_float32(block: Words, dtype: str, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the weights of unsigned bit patterns of BF16, F16 or F32, in `out` (float32, same shape) or as a view."""
     if dtype == "F32":
         return block.view(np.float32)
     if dtype == "F16":
@@ -208,4 +209,4 @@ def _as_float32(block: Words, dtype: str, out: NDArray[np.float32]) -> NDArray[n
 
 def _from_magnitudes(bits: Words, dtype: str) -> RowScales:
     absmax = np.empty(bits.shape, np.float32)
-    return RowScales(np.array(_as_float32(bits, dtype, absmax)), bool((bits < _INFINITY[dtype]).all()))
+    return RowScales(np.array(as_float32(bits, dtype, absmax)), bool((bits < _INFINITY[dtype]).all()))

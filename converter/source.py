@@ -117,6 +117,11 @@ class SourceModel:
         """Bytes of all tensors."""
         return sum(tensor.entry.bytes for tensor in self.tensors.values())
 
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.entry.elements for tensor in self.tensors.values())
+
     def check_unchanged(self) -> None:
         """Raises SourceError where a file was replaced or written to since it was opened."""
         for file in self._files:

@@ -179,7 +179,8 @@ class ResidentCompressed(Residency):
         """
         super().prepare(model, prefix, tied, dtype)
         if self._device is not None and self._feed is not None and self._on_device:
-            self._device.load(self._on_device, self._feed)
+            with torch.device("cpu"):  # transformers calls this where new tensors go to the meta device
+                self._device.load(self._on_device, self._feed)
             for tensor in self._on_device:
                 self._meter.add(tensor.stored.record.name, tensor.stored.record.source_bytes)
 
@@ -205,7 +206,8 @@ class ResidentCompressed(Residency):
             source = self._container.tensor(record.name)
             assert isinstance(source, StoredTensor)
             if self._device is not None and self._feed is not None and decodes_on_device(source, self._feed.codecs):
-                held = self._device.hold(source)
+                with torch.device("cpu"):
+                    held = self._device.hold(source)
                 self._on_device.append(held)
                 self._payloads[record.name] = held
                 return held

@@ -67,7 +67,6 @@ class TensorReader:
         """
         self._container = container
         self._feeds, self._device = feeds, device
-        self._waiting: list[tuple[str, Literal["weight", "codes"], torch.dtype]] = []
         self._ahead = ReadAhead(pool)
         self._memory = SlabMemory()
         self._meter = meter
@@ -91,15 +90,12 @@ class TensorReader:
             self._shared_locks.setdefault(name, threading.Lock())
 
     def expect(self, wanted: Iterable[Wanted]) -> None:
-        """Starts to decode what will be asked for, in the order of the files; call once. See `read` for the arguments.
-
-        For another device it starts with the first request: until then transformers may be taking memory there for itself.
-        """
+        """Starts to decode what will be asked for, in the order of the files; call once. See `read` for the arguments."""
         place = {name: number for number, name in enumerate(file_order(self._container))}
         unique = {(name, part): self._dtype(name, part, dtype) for name, part, dtype in wanted if part in ("weight", "codes")}
         keys = sorted(unique, key=lambda key: place[key[0]])
         if self._feeds is not None and self._feeds.serves(self._device):
-            self._waiting = [(name, part, unique[name, part]) for name, part in keys]
+            self._feeds.feed(self._device).expect((name, part, unique[name, part]) for name, part in keys)
             return
         self._expected = {(name, part): dtype for (name, part), dtype in unique.items()}
         self._ahead.expect([self._request(name, part, self._expected[name, part]) for name, part in keys])
@@ -141,12 +137,7 @@ class TensorReader:
             return (held if held is not None else open_scales(self._container, name, of_columns=part == "col_scale")).to(device)
         dtype = self._dtype(name, part, dtype)
         if self._feeds is not None and self._feeds.serves(device):
-            feed = self._feeds.feed(device)
-            if device == self._device:
-                with self._lock:
-                    waiting, self._waiting = self._waiting, []
-                    feed.expect(waiting)
-            return feed.take(name, part, dtype)
+            return self._feeds.feed(device).take(name, part, dtype)
         if self._expected.get((name, part), dtype) != dtype:
             self._ahead.drop((name, part))
         tensor = self._ahead.take(self._request(name, part, dtype)).result()

@@ -35,6 +35,10 @@ try:
     from transformers.core_model_loading import ConversionOps, _IdentityOp
 except ImportError:  # older than plain loading needs: the loader's own path works without them
     ConversionOps = _IdentityOp = object
+try:
+    from transformers.core_model_loading import revert_weight_conversion
+except ImportError:  # older ones fuse nothing
+    revert_weight_conversion = None
 
 QUANT_METHOD = "codecllm"
 LOADS_PLAINLY = hasattr(HfQuantizer, "serialized_names")
@@ -246,6 +250,26 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with silenced():
         return model_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
+
+
+def load_offloaded(folder: Path, offload_folder: Path, memory_bytes: int) -> Any:
+    """Loads a plain model as `load_plain` does, what passes `memory_bytes` left on disk: blocks are read when they run."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with silenced():
+        return model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            device_map="auto",
+            max_memory={"cpu": memory_bytes},
+            offload_folder=offload_folder,
+        )
+
+
+def as_saved(model: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns values of parameters under the names, and cut into the tensors, that the model's checkpoint has."""
+    return dict(revert_weight_conversion(model, values)) if revert_weight_conversion is not None else values
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> Any:

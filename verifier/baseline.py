@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError, CodecLLMError
 from codecllm.formats.files import write_atomically
+from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest import BASELINE_NAME, MANIFEST_NAME, FileRecord, Manifest, pack_manifest
 from codecllm.verifier.baseline_record import Agreement, Baseline, pack_baseline, parse_baseline
 
@@ -185,18 +185,6 @@ def _obstacle(container: Container, required: bool) -> str | None:
     if seconds > MAX_SECONDS:
         return f"it would take about {seconds / 60:.0f} minutes (--baseline insists)"
     return None
-
-
-def available_memory() -> int:
-    """Returns the bytes of memory that can be allocated without swapping; a large number where that is unknown."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
 
 
 def _attach(out: Path, manifest: Manifest, data: bytes) -> None:

@@ -23,11 +23,12 @@ from codecllm.formats.container import Container, PlainTensor, tile_steps
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
+from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest import MANIFEST_NAME, Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.hub import resolve
-from codecllm.verifier.baseline import MEMORY_FACTOR, available_memory
+from codecllm.verifier.baseline import MEMORY_FACTOR
 from codecllm.verifier.integrity import Progress, in_order
 
 ROWS_SHOWN = 20

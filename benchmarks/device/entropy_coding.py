@@ -16,7 +16,7 @@ from codecllm.formats.codecs import CODEC_IDS, CODECS, rans
 from codecllm.formats.codecs.rans_fit import fit_table
 from codecllm.formats.entropy import entropy_bits
 from codecllm.loader.device.nvcomp import Nvcomp, ZstdFrames, open_nvcomp
-from codecllm.loader.kernels.rans import decode_rans, describe_chunks, expand_tables
+from codecllm.loader.kernels.rans import DecodeKernel, cuda_kernel, decode_rans, describe_chunks, expand_tables
 
 CHUNKS_KIB = (16, 32, 64, 128, 256)
 GROUP_SYMBOLS = 1 << 20
@@ -75,7 +75,7 @@ def encode(symbols: NDArray[np.uint8], chunk: int) -> Coded:
     return Coded(symbols, payload, slots, sizes, raw, tables_of, tables, bits)
 
 
-def decode_copies(machine: Machine, coded: Coded, copies: int) -> tuple[float, bool]:
+def decode_copies(machine: Machine, coded: Coded, copies: int, kernel: DecodeKernel = "auto") -> tuple[float, bool]:
     """Decodes `copies` copies of the chunks, each at its own place in device memory.
 
     Returns:
@@ -90,7 +90,7 @@ def decode_copies(machine: Machine, coded: Coded, copies: int) -> tuple[float, b
     tables = expand_tables(coded.tables, machine.device)
     arena = torch.full((copies, len(coded.symbols)), 0xA5, dtype=torch.uint8, device=machine.device)
     faults = torch.full((len(slots),), -1, dtype=torch.int32, device=machine.device)
-    seconds = machine.seconds([lambda: decode_rans(stored, chunks, tables, arena.view(-1), faults)])
+    seconds = machine.seconds([lambda: decode_rans(stored, chunks, tables, arena.view(-1), faults, kernel)])
     wanted = torch.from_numpy(coded.symbols).to(machine.device)
     return arena.numel() / seconds / 1e9, bool((arena == wanted).all()) and not bool(faults.any())
 
@@ -108,17 +108,25 @@ def decoders(machine: Machine) -> Iterator[Row]:
         "int8 at 4 bits": gaussian_symbols(4.0, unique),
         "bf16 exponents": exponent_symbols(unique),
     }
+    without = cuda_kernel(machine.device)
+    kernels: list[DecodeKernel] = ["triton"] if isinstance(without, str) else ["cuda", "triton"]
+    if isinstance(without, str) and not machine.rehearses:
+        yield Row("rans in CUDA C", False, note=without)
     sizes = CHUNKS_KIB if not machine.small else (1,)
     for name, symbols in kinds.items():
         for kib in sizes:
             coded = encode(symbols, kib << 10)
-            rate, sound = decode_copies(machine, coded, total // unique)
-            note = f"{coded.bits:.2f} bits, {'same bits' if sound else 'WRONG BITS'}"
-            yield Row(f"rans, {name}, {kib} KiB chunks", rate, "GB/s", note, {"sound": sound, "bits": coded.bits})
+            for kernel in kernels:
+                rate, sound = decode_copies(machine, coded, total // unique, kernel)
+                note = f"{coded.bits:.2f} bits, {'same bits' if sound else 'WRONG BITS'}"
+                measured = {"sound": sound, "bits": coded.bits}
+                yield Row(f"rans, {name}, {kib} KiB chunks, {kernel}", rate, "GB/s", note, measured)
     coded = encode(kinds["int8"], sizes[len(sizes) // 2] << 10)
-    for mib in (8, 32, 128, 1024) if not machine.small else ():
-        rate, sound = decode_copies(machine, coded, max(1, (mib << 20) // unique))
-        yield Row(f"rans, int8, {mib} MiB at once", rate, "GB/s", f"{len(coded.raw) * mib // 8} chunks", {"sound": sound})
+    for mib in (8, 32, 128, 256) if not machine.small else ():
+        for kernel in kernels:
+            rate, sound = decode_copies(machine, coded, max(1, (mib << 20) // unique), kernel)
+            note = f"{len(coded.raw) * mib // 8} chunks, {'same bits' if sound else 'WRONG BITS'}"
+            yield Row(f"rans, int8, {mib} MiB at once, {kernel}", rate, "GB/s", note, {"sound": sound})
 
 
 def zstd_decoders(machine: Machine) -> Iterator[Row]:

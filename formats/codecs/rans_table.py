@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,45 @@ def parse_table(data: Any) -> FrequencyTable:
     if total != 1 << precision:
         raise DecodeError("frequencies of rans table do not add up", got=total, expected=1 << precision)
     return FrequencyTable(precision, frequencies)
+
+
+def parse_tables(packed: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Reads many tables at once, hundreds of times as fast as one by one.
+
+    Returns:
+        int64 [n] precisions and int64 [n, 256] frequencies, as `parse_table` gives them.
+
+    Raises:
+        DecodeError: one does not follow SPEC.md 6; `chunk` is its number.
+    """
+    sizes = np.array([len(data) for data in packed], np.int64)
+    width = int(sizes.clip(_HEAD_BYTES, MAX_TABLE_BYTES).max(initial=_HEAD_BYTES)) + 1
+    joined = np.frombuffer(b"".join(bytes(data[: width - 1]).ljust(width, b"\0") for data in packed), np.uint8)
+    rows = joined.reshape(len(packed), width)
+    precisions = rows[:, 0].astype(np.int64)
+    present = np.unpackbits(rows[:, 1:_HEAD_BYTES], axis=1, bitorder="little").astype(np.bool_)
+    body = rows[:, _HEAD_BYTES:]
+    inside = np.arange(body.shape[1]) < sizes[:, None] - _HEAD_BYTES
+    wide = (body >= _CONTINUED) & inside
+    second = np.zeros_like(wide)
+    second[:, 1:] = wide[:, :-1]
+    following = np.zeros(body.shape, np.int64)
+    following[:, :-1] = body[:, 1:]
+    starts = inside & ~second
+    sound = (sizes >= _HEAD_BYTES) & (sizes <= MAX_TABLE_BYTES)
+    sound &= (precisions >= MIN_PRECISION) & (precisions <= MAX_PRECISION)
+    sound &= ~(second & (wide | ~inside | (body == 0))).any(axis=1) & (starts.sum(axis=1) == present.sum(axis=1))
+    frequencies = np.zeros((len(packed), 256), np.int64)
+    if sound.all():
+        values = (body & (_CONTINUED - 1)) + np.where(wide, following << 7, 0) + 1
+        frequencies[present] = values[starts]
+        sound &= frequencies.sum(axis=1) == np.int64(1) << precisions
+    for number in np.flatnonzero(~sound).tolist():
+        try:
+            parse_table(packed[number])
+        except DecodeError as exc:
+            raise exc.located(chunk=number) from None
+    return precisions, frequencies
 
 
 def _read_frequencies(data: bytes, count: int) -> list[int]:

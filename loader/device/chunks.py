@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from codecllm.formats.codecs import RANS_ID
-from codecllm.formats.codecs.rans_table import FrequencyTable
+from codecllm.formats.codecs.rans_table import parse_tables
 from codecllm.formats.container import StoredTensor
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.manifest import Int8Tensor
@@ -42,15 +42,14 @@ class ChunkList:
         columns: per tensor added int64 [5, n]: slot in the stored bytes, stored bytes, symbols, place in the arena, codec.
         table_of: per tensor added int64 [n]: number of the table in `tables`, 0 where the codec has none.
         codes: per tensor added bool [n]: whether a chunk's symbols are int8 codes, or the high parts of wide ones.
-        tables: the tables, each once.
+        tables: the tables, packed.
     """
 
     tensors: list[tuple[StoredTensor, int, int]] = field(default_factory=list)
     columns: list[NDArray[np.int64]] = field(default_factory=list)
     table_of: list[NDArray[np.int64]] = field(default_factory=list)
     codes: list[NDArray[np.bool_]] = field(default_factory=list)
-    tables: list[FrequencyTable] = field(default_factory=list)
-    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    tables: list[bytes] = field(default_factory=list)
 
     def add(self, source: StoredTensor, bands: range, slot: int, planes: list[int]) -> None:
         """Adds all chunks of some bands of tiles.
@@ -88,15 +87,18 @@ class ChunkList:
         return sum(column.shape[1] for column in self.columns)
 
     def _tables_of(self, source: StoredTensor, first: int, codecs: NDArray[Any]) -> NDArray[np.int64]:
+        """Adds the tables of a tensor's `rans` chunks; returns the number of each chunk's table."""
         found = np.zeros(len(codecs), np.int64)
-        for index in np.flatnonzero(codecs == RANS_ID).tolist():
-            assert source.tables is not None
-            tile, plane = divmod(first + index, source.table.planes)
-            key = (id(source), source.tables.place(tile, plane))
-            if key not in self._numbers:
-                self._numbers[key] = len(self.tables)
-                self.tables.append(_parsed(source, tile, plane))
-            found[index] = self._numbers[key]
+        coded = np.flatnonzero(codecs == RANS_ID)
+        if len(coded):
+            tables = source.tables
+            assert tables is not None
+            row, col = np.divmod((first + coded) // tables.planes, tables.groups.cols)
+            group = row // tables.groups.tile_rows * tables.groups.across + col // tables.groups.tile_cols
+            places, numbers = np.unique(group * tables.planes + (first + coded) % tables.planes, return_inverse=True)
+            found[coded] = len(self.tables) + numbers
+            begins, ends = tables.offsets[places].tolist(), tables.offsets[places + 1].tolist()
+            self.tables += [tables.data[begin:end] for begin, end in zip(begins, ends, strict=True)]
         return found
 
 
@@ -105,6 +107,7 @@ class ChunkWork:
 
     Attributes:
         words: int64 [n] on the host: what the device has to know; the caller copies it there and gives it to `launch`.
+        tables: int64 [tables] precisions and int64 [tables, 256] frequencies, to be expanded for `launch`.
     """
 
     def __init__(self, chunks: ChunkList, stored_address: int, arena_address: int) -> None:
@@ -116,7 +119,7 @@ class ChunkWork:
             arena_address: where the arena lies.
 
         Raises:
-            DecodeError: a `rans` chunk has an impossible size.
+            DecodeError: a `rans` chunk has an impossible size, or its table is malformed.
         """
         self._chunks = chunks
         slots, stored, raw, places, codecs = np.concatenate(chunks.columns, axis=1)
@@ -125,6 +128,7 @@ class ChunkWork:
         rans, zstd, plain = (np.flatnonzero(codecs == codec) for codec in (RANS_ID, ZSTD_ID, RAW_ID))
         self._order = np.concatenate([rans, zstd])
         self._rans = self._describe_rans(rans, slots, stored, raw, places, tables)
+        self.tables = self._parse_tables(tables, codecs == RANS_ID)
         frames = [slots[zstd] + stored_address, stored[zstd], raw[zstd], places[zstd] + arena_address]
         checked = np.flatnonzero(np.concatenate(chunks.codes))
         self._counts = (len(rans), len(zstd), len(plain), len(checked))
@@ -142,11 +146,6 @@ class ChunkWork:
     def temp_bytes_for(self) -> tuple[int, int, int] | None:
         """Arguments of `Nvcomp.temp_bytes`, or None where no chunk is zstd's."""
         return (self._counts[1], self._largest, self._total) if self._counts[1] else None
-
-    @property
-    def tables(self) -> list[FrequencyTable]:
-        """The tables that `launch` needs, expanded on the device."""
-        return self._chunks.tables
 
     def launch(
         self, words: torch.Tensor, stored: torch.Tensor, arena: torch.Tensor, tools: DeviceTools, tables: DeviceTables | None
@@ -224,6 +223,16 @@ class ChunkWork:
                 return DecodeError("frame decodes to a wrong size", got=got, expected=int(self._raw[index]))
         return DecodeError("code -128 is not allowed", got=-128, expected="-127 to 127")
 
+    def _parse_tables(
+        self, table_of: NDArray[np.int64], coded: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        try:
+            return parse_tables(self._chunks.tables)
+        except DecodeError as exc:
+            first = int(np.flatnonzero(coded & (table_of == exc.chunk))[0])
+            exc.chunk = None
+            raise exc.located(**self._chunks.locate(first)) from None
+
     def _describe_rans(self, rans: NDArray[np.int64], *columns: NDArray[np.int64]) -> RansChunks:
         from codecllm.loader.kernels.rans import describe_chunks
 
@@ -262,14 +271,15 @@ class DeviceTools:
         self.codecs = codecs
         self._temp = torch.empty(0, dtype=torch.uint8)
 
-    def expand(self, tables: list[FrequencyTable]) -> tuple[DeviceTables, Event] | None:
+    def expand(self, work: ChunkWork) -> tuple[DeviceTables, Event] | None:
         """Copies tables to the device on the side stream, which has no other work that the host would wait for."""
-        if not tables:
+        precisions, frequencies = work.tables
+        if not len(precisions):
             return None
-        from codecllm.loader.kernels.rans import expand_tables
+        from codecllm.loader.kernels.rans import expand_frequencies
 
         with self.streams.on(self.streams.side):
-            expanded = expand_tables(tables, self.streams.device)
+            expanded = expand_frequencies(precisions, frequencies, self.streams.device)
         for part in (expanded.symbols, expanded.ranges, expanded.precisions):
             self.streams.keep(part, self.streams.decode)
         return expanded, self.streams.record(self.streams.side)
@@ -305,12 +315,3 @@ def plane_places(source: StoredTensor, symbols: int, start: int) -> list[int]:
 def plane_bytes(symbols: int) -> int:
     """Returns what a plane takes in the arena."""
     return -(-symbols // _ARENA_ALIGNMENT) * _ARENA_ALIGNMENT
-
-
-def _parsed(source: StoredTensor, tile: int, plane: int) -> FrequencyTable:
-    assert source.tables is not None
-    try:
-        return source.tables.table(tile, plane)
-    except DecodeError as exc:
-        chunk = tile * source.table.planes + plane
-        raise exc.located(file=source.file.name, tensor=source.record.name, chunk=chunk) from None

@@ -36,7 +36,10 @@ class DeviceFeed:
         self.streams, self.codecs = streams, codecs
 
     def expect(self, wanted: Iterable[Wanted]) -> None:
-        """Decodes tensors ahead, in this order (that of the files is quickest), whether or not they are taken."""
+        """Reads tensors ahead, in this order (that of the files is quickest), and from the first `take` on decodes them all.
+
+        Until then no memory of the device is taken for them: a model that is being built may be measuring what is free.
+        """
         with self._lock:
             for key in wanted:
                 if key not in self._ahead:
@@ -50,6 +53,7 @@ class DeviceFeed:
         """
         with self._lock:
             future = self._ahead.pop((name, part, dtype), None) or self._pipeline.request(Request(name, part, dtype))
+        self._pipeline.start_decoding()
         tensor = future.result()
         if self._meter is not None:
             record = self._container.records[name]
@@ -64,7 +68,9 @@ class DeviceFeed:
             FormatError: one is damaged.
         """
         requests = [Request(name, "payload", None, out=places[name]) for name in file_order(self._container) if name in places]
-        for future in [self._pipeline.request(request) for request in requests]:
+        futures = [self._pipeline.request(request) for request in requests]
+        self._pipeline.start_decoding()
+        for future in futures:
             future.result()
 
     def close(self) -> None:

@@ -11,11 +11,14 @@ larger band of tiles than SLOT_BYTES and ARENA_BYTES needs as much more. The hos
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +36,8 @@ from codecllm.loader.device.plan import ARENA_BYTES, SLOT_BYTES, Batch, Piece, R
 from codecllm.loader.device.read import read_piece
 from codecllm.loader.device.streams import Event, Streams
 from codecllm.loader.pool import DecodePool
+
+_LOG = logging.getLogger(__name__)
 
 RING = 4
 """Pinned buffers: one being copied, three being filled."""
@@ -124,6 +129,8 @@ class DevicePipeline:
         self._least = min(SLOT_BYTES, self._size)
         self._error: BaseException | None = None
         self._lock = threading.Lock()
+        self._may_decode = threading.Event()
+        self._waited = {"files": 0.0, "copies": 0.0, "device": 0.0}
         self._thread = threading.Thread(target=self._run, name="codecllm-device", daemon=True)
         self._thread.start()
 
@@ -137,6 +144,10 @@ class DevicePipeline:
             request.done.set_exception(error)
         return request.done
 
+    def start_decoding(self) -> None:
+        """Lets memory be taken on the device; before, requests are only read."""
+        self._may_decode.set()
+
     def close(self) -> None:
         """Drops what is still queued, waits for work under way and frees all memory but the tensors handed out."""
         self._fail(RuntimeError("the load was closed"))
@@ -146,11 +157,14 @@ class DevicePipeline:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
+        self._may_decode.set()
 
     @torch.no_grad()
     def _run(self) -> None:
         try:
             with self._streams.here():
+                for slot in self._slots:  # pinning takes a tenth of a second, which the model's building may hide
+                    slot.claim(self._least, self._least, self._streams)
                 while self._error is None:
                     self._step()
         except BaseException as exc:
@@ -206,7 +220,8 @@ class DevicePipeline:
     def _start_reading(self, batch: Batch) -> None:
         slot, stage = self._slots[self._count % RING], self._stages[self._count % STAGES]
         self._count += 1
-        memory = slot.claim(batch.slot_bytes, self._least, self._streams)
+        with self._waiting("copies"):
+            memory = slot.claim(batch.slot_bytes, self._least, self._streams)
         jobs = []
         for piece, place, _ in batch.pieces:
             buffer = memory[place : place + piece.host_bytes]
@@ -215,15 +230,19 @@ class DevicePipeline:
 
     def _issue(self, reading: _Reading) -> None:
         """Waits until a batch is read, then queues its copy, its decoding and its finish."""
-        for job in reading.jobs:
-            job.result()
+        with self._waiting("files"):
+            for job in reading.jobs:
+                job.result()
+        self._may_decode.wait()
+        if self._error is not None:
+            return
         streams, batch = self._streams, reading.batch
         self._check_plain(reading)
         self._allocate(batch)
         stage = reading.stage
         staged = stage.claim(batch.slot_bytes, self._least, streams)
         work = self._describe(batch, staged, reading.memory)
-        tables = self._tools.expand(work.tables) if work is not None else None
+        tables = self._tools.expand(work) if work is not None else None
         with streams.on(streams.copy):
             staged.copy_(reading.memory, non_blocking=True)
         reading.slot.copied = streams.record(streams.copy)
@@ -326,7 +345,8 @@ class DevicePipeline:
             DecodeError: a chunk did not decode.
         """
         issued = self._issued.popleft()
-        issued.done.synchronize()
+        with self._waiting("device"):
+            issued.done.synchronize()
         if issued.verdict is not None:
             assert issued.status is not None
             issued.verdict.work.raise_fault(issued.status.numpy(), self._tools)
@@ -335,6 +355,12 @@ class DevicePipeline:
             out, request.out = request.out, None
             assert out is not None
             request.done.set_result(out)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._waited[what] += time.perf_counter() - started
 
     def _end(self) -> None:
         """Gives every request that is still open the error, and lets go of all memory once no work uses it."""
@@ -345,6 +371,8 @@ class DevicePipeline:
                 if not job.cancelled():
                     job.exception()
         self._streams.synchronize()
+        waits = ", ".join(f"{seconds:.3f} s for {what}" for what, seconds in self._waited.items())
+        _LOG.debug("%s: %d batches; waited %s", self._streams.device, self._count, waits)
         left = list(self._open)
         while True:
             try:

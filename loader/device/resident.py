@@ -307,7 +307,7 @@ class DeviceDecoder:
         with torch.inference_mode(False):
             group.words = torch.from_numpy(group.work.words).to(self.device)
             self._streams.keep(group.words, self._streams.decode)
-            group.tables = self._tools.expand(group.work.tables) if group.tables is None else group.tables
+            group.tables = self._tools.expand(group.work) if group.tables is None else group.tables
         self._streams.follow(self._streams.decode)
         if group.tables is not None:
             self._streams.wait(self._streams.decode, group.tables[1])

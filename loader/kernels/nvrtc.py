@@ -1,6 +1,6 @@
 """Compiles CUDA C at run time and launches it: NVRTC, which comes with torch for CUDA, and the driver, both by ctypes.
 
-Everything that is called is public C API of CUDA 12 and 13. Where a library is missing or refuses, the callers have another way.
+All that is called is public C API of CUDA 12 and 13. Where a library is missing or refuses, the callers have another way.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Decodes `rans` chunks on a GPU: one warp a chunk, one lane of the warp a lane of the code (SPEC.md 6).
 
+There are two kernels. The one in CUDA C, rans.cu, keeps a chunk's table and its next words in shared memory and is the faster
+one; it is compiled when it is first needed. The one in Triton runs on any GPU that Triton knows, and wherever the other cannot.
+
 What an attacker may have written is only the chunks' states and words: sizes and places are checked on the host, tables were
 parsed there, and every word that is read is compared with the number of words of its chunk. Whatever the bytes are, a chunk
 takes as many steps as it has symbols and writes no byte but its own; what is wrong with it ends in its fault word.
@@ -9,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +24,8 @@ from numpy.typing import NDArray
 
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import FrequencyTable
-from codecllm.formats.errors import DecodeError
+from codecllm.formats.errors import DecodeError, UnsupportedEnvironmentError
+from codecllm.loader.kernels.nvrtc import Kernel
 
 FAULT_NONE = 0
 FAULT_STATE = 1
@@ -34,6 +41,13 @@ _FAULTS = {
     FAULT_END: "a lane of rans chunk does not end in its initial state",
 }
 _ALIGNMENT = 16
+_SOURCE = Path(__file__).with_name("rans.cu")
+_SHARED_BYTES = 4 * 256 + 4 * 64
+"""Shared memory of rans.cu beside the symbols of the slots."""
+
+DecodeKernel = Literal["auto", "cuda", "triton"]
+"""Which kernel decodes: `auto` is `cuda` where that can be compiled, else `triton`."""
+
 _FILL_BLOCK = 1024
 
 
@@ -111,27 +125,38 @@ def describe_chunks(
 
 def expand_tables(tables: Sequence[FrequencyTable], device: torch.device) -> DeviceTables:
     """Copies parsed tables to a device, 1 KiB each, and expands them there to 4 to 16 KiB."""
-    slots = 1 << max((table.precision for table in tables), default=0)
-    ranges = np.stack([table.frequencies | table.starts << 16 for table in tables]) if tables else np.zeros((0, 256))
+    frequencies = np.array([table.frequencies for table in tables], np.int64).reshape(len(tables), 256)
+    return expand_frequencies(np.array([table.precision for table in tables], np.int64), frequencies, device)
+
+
+def expand_frequencies(precisions: NDArray[np.int64], frequencies: NDArray[np.int64], device: torch.device) -> DeviceTables:
+    """As `expand_tables`, from what `rans_table.parse_tables` returns: int64 [tables] and int64 [tables, 256]."""
+    slots = 1 << int(precisions.max(initial=0))
+    ranges = frequencies | np.cumsum(frequencies, axis=1) - frequencies << 16
     on_device = torch.from_numpy(ranges.astype(np.int32)).to(device)
-    precisions = torch.tensor([table.precision for table in tables], dtype=torch.int32).to(device)
-    symbols = torch.zeros(len(tables), slots, dtype=torch.uint8, device=device)
-    if tables:
-        _fill_kernel[(len(tables), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
-    return DeviceTables(symbols, on_device, precisions)
+    symbols = torch.zeros(len(ranges), slots, dtype=torch.uint8, device=device)
+    if len(ranges):
+        _fill_kernel[(len(ranges), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
+    return DeviceTables(symbols, on_device, torch.from_numpy(precisions.astype(np.int32)).to(device))
 
 
 def decode_rans(
-    stored: torch.Tensor, chunks: RansChunks, tables: DeviceTables, arena: torch.Tensor, faults: torch.Tensor
+    stored: torch.Tensor,
+    chunks: RansChunks,
+    tables: DeviceTables,
+    arena: torch.Tensor,
+    faults: torch.Tensor,
+    kernel: DecodeKernel = "auto",
 ) -> None:
     """Decodes chunks into the arena: the bits of `formats.codecs.rans_reference.decode`.
 
     Nothing is synchronized. Symbols of a chunk whose fault word is not FAULT_NONE must not be used.
 
-    In a step a warp reads a byte of `tables.symbols` and a word of `tables.ranges` per lane, which the first-level cache
-    should hold, and the next few of the chunk's words, and writes 32 bytes in a row. From device memory each symbol takes its
-    stored bits and one byte written: the floor is (1 + bits / 8) bytes a symbol over the memory bandwidth. The other floor is
-    instructions: compiled for sm_90 a step has 38, and an SM issues at most four a cycle.
+    In a step a warp looks up a byte of `tables.symbols` and a word of `tables.ranges` per lane, reads the next few of the
+    chunk's words and writes 32 bytes in a row. From device memory each symbol takes its stored bits and one byte written: the
+    floor is (1 + bits / 8) bytes a symbol over the memory bandwidth. The other floors are instructions, of which an SM issues
+    four a cycle (compiled for sm_90 a step has about 27 in CUDA C, 38 in Triton), and, for few chunks, that each step waits for
+    the one before it.
 
     Args:
         stored: uint8 [n], n a multiple of 4, on the device, 16-byte aligned: slots as they lie in payloads.
@@ -139,8 +164,10 @@ def decode_rans(
         tables: their tables.
         arena: uint8 [m], on the device; receives each chunk's symbols.
         faults: int32 [chunks], on the device; receives a fault word per chunk.
+        kernel: which one decodes.
 
     Raises:
+        UnsupportedEnvironmentError: `kernel` is `cuda` and cannot be compiled here.
         ValueError: a tensor is smaller than `chunks` says, or not contiguous: a mistake of the caller.
     """
     count = chunks.fields.shape[0]
@@ -152,12 +179,31 @@ def decode_rans(
     )
     if not enough or not all(tensor.is_contiguous() for tensor in (stored, arena, faults, chunks.fields)):
         raise ValueError("a tensor is too small for these chunks or not contiguous")
-    if count:
-        slots = tables.symbols.shape[1]
+    if not count:
+        return
+    slots = tables.symbols.shape[1]
+    compiled = None if kernel == "triton" else cuda_kernel(stored.device)
+    if isinstance(compiled, Kernel):
+        given = (stored, chunks.fields, tables.symbols, tables.ranges, tables.precisions, arena, faults, slots)
+        compiled.launch(count, 32, slots + _SHARED_BYTES, given)
+    elif kernel == "cuda":
+        raise UnsupportedEnvironmentError(f"the kernel in CUDA C cannot be used: {compiled}")
+    else:
         words = (stored.view(torch.int32), stored.view(torch.int16))
         _decode_kernel[(count,)](
             *words, chunks.fields, tables.symbols, tables.ranges, tables.precisions, arena, faults, slots, num_warps=1
         )
+
+
+@cache
+def cuda_kernel(device: torch.device) -> Kernel | str:
+    """Returns the kernel in CUDA C, compiled for a device, or why there is none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{device.type} is no CUDA device"
+    try:
+        return Kernel(_SOURCE.read_text(), "decode_rans", device)
+    except UnsupportedEnvironmentError as exc:
+        return str(exc)
 
 
 def fault_error(fault: int) -> DecodeError:

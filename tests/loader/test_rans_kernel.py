@@ -1,4 +1,7 @@
-"""The kernel against the reference. Under Triton's interpreter a step takes about 3 ms, so the chunks are short."""
+"""Both kernels against the reference. Under Triton's interpreter a step takes about 3 ms, so the chunks are short.
+
+Without a GPU the kernel in CUDA C runs on the CPU, 32 coroutines acting as a warp.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import torch
 from codecllm.formats.codecs import rans, rans_reference
 from codecllm.formats.codecs.rans_fit import fit_table
 from codecllm.formats.codecs.rans_table import FrequencyTable
-from codecllm.formats.errors import DecodeError
+from codecllm.formats.errors import DecodeError, UnsupportedEnvironmentError
+from codecllm.loader.kernels import rans as kernels
 from codecllm.loader.kernels.rans import (
     FAULT_END,
     FAULT_NONE,
@@ -20,9 +24,21 @@ from codecllm.loader.kernels.rans import (
     expand_tables,
     fault_error,
 )
+from tests.loader.emulation import emulated_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GARBAGE = 0xA5
+CHOSEN = {"kernel": "triton"}
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def kernel(request, monkeypatch):
+    """Which kernel decodes."""
+    monkeypatch.setitem(CHOSEN, "kernel", request.param)
+    if request.param == "cuda" and DEVICE.type == "cpu":
+        compiled = emulated_kernel()
+        monkeypatch.setattr(kernels, "cuda_kernel", lambda device: compiled)
+    return request.param
 
 
 def _symbols(length, sigma, seed=0):
@@ -47,7 +63,7 @@ def _decode(stored, raw_bytes, places_of, tables):
     arena = torch.full((int(chunks.arena_bytes) + 40,), GARBAGE, dtype=torch.uint8, device=DEVICE)
     faults = torch.full((len(stored),), -1, dtype=torch.int32, device=DEVICE)
     payload = torch.frombuffer(payload, dtype=torch.uint8).to(DEVICE)
-    decode_rans(payload, chunks, expand_tables(tables, DEVICE), arena, faults)
+    decode_rans(payload, chunks, expand_tables(tables, DEVICE), arena, faults, CHOSEN["kernel"])
     after = arena.cpu().numpy()
     found = [after[place : place + size].copy() for place, size in zip(places, raw, strict=True)]
     for place, size in zip(places, raw, strict=True):
@@ -160,6 +176,27 @@ def test_tensors_that_are_too_small_are_refused(short):
             torch.zeros(sizes["arena"], dtype=torch.uint8, device=DEVICE),
             torch.zeros(sizes["faults"], dtype=torch.int32, device=DEVICE),
         )
+
+
+def test_long_chunks_run_through_the_ring_of_words(kernel):
+    if kernel == "triton" and DEVICE.type == "cpu":
+        pytest.skip("takes minutes under Triton's interpreter, which has no ring")
+    symbols = [_symbols(length, sigma, length) for length, sigma in ((40_000, 40), (33_333, 1), (20_001, 9), (65_536, 127))]
+    tables = [fit_table(np.bincount(part, minlength=256)) for part in symbols]
+    stored = rans.encode_chunks([rans.Uncoded(*pair) for pair in zip(symbols, tables, strict=True)])
+    found, faults = _decode(stored, [len(part) for part in symbols], range(4), tables)
+    assert faults == [FAULT_NONE] * 4
+    assert all(np.array_equal(*pair) for pair in zip(found, symbols, strict=True))
+
+
+def test_the_kernel_in_cuda_c_is_asked_for_where_there_is_none(kernel, monkeypatch):
+    if kernel == "triton":
+        monkeypatch.setitem(CHOSEN, "kernel", "cuda")
+        monkeypatch.setattr(kernels, "cuda_kernel", lambda device: "no NVRTC")
+        symbols = _symbols(40, 3)
+        table = fit_table(np.bincount(symbols, minlength=256))
+        with pytest.raises(UnsupportedEnvironmentError, match="no NVRTC"):
+            _decode([rans_reference.encode(symbols.tobytes(), table)], [40], [0], [table])
 
 
 def test_faults_have_words():

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "hub": {"hub", "formats"},
     "converter": {"converter", "hub", "formats"},
     "loader": {"loader", "hub", "formats"},
+    "calibrator": {"calibrator", "loader", "converter", "hub", "formats"},
     "verifier": {"verifier", "loader", "converter", "hub", "formats"},
 }
 _WITHOUT = """

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from codecllm.converter.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, ModelMismatchError, UsageError
+from codecllm.formats.machine import available_memory
 from codecllm.hub import resolve
-from codecllm.verifier.baseline import MEMORY_FACTOR, available_memory
+from codecllm.verifier.baseline import MEMORY_FACTOR
 from codecllm.verifier.diagnosis.causes import Cause, conclude
 from codecllm.verifier.diagnosis.examination import Examination
 from codecllm.verifier.integrity import Progress, check_checksums, check_structure

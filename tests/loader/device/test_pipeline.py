@@ -16,7 +16,9 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, DecodeError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.loader.device import pipeline, plan
+from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools
 from codecllm.loader.device.codecs import NOTHING
+from codecllm.loader.device.streams import HostStreams
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader
 from codecllm.loader.torch_tensors import file_order, torch_dtype
@@ -269,3 +271,13 @@ def test_a_closed_feed_answers_at_once(made):
         pass
     with pytest.raises(RuntimeError, match="closed"):
         feed.take("wide", "weight", torch.bfloat16)
+
+
+def test_tables_reach_the_device_even_where_new_tensors_go_to_meta(rans_container):
+    with Container(rans_container) as container:
+        source, chunks = container.tensor("q"), ChunkList()
+        chunks.add(source, range(source.table.grid.down), 0, [0])
+        with torch.device("meta"):  # as transformers has it while it lets a quantizer prepare a model
+            expanded = DeviceTools(HostStreams(), KERNELS_ONLY).expand(ChunkWork(chunks, 0, 0))
+    assert expanded is not None
+    assert not any(part.is_meta for part in (expanded[0].symbols, expanded[0].ranges, expanded[0].precisions))

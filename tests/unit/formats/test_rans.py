@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from codecllm.formats.codecs import rans, rans_reference
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_frequencies, fit_table
-from codecllm.formats.codecs.rans_table import MAX_TABLE_BYTES, FrequencyTable, pack_table, parse_table
+from codecllm.formats.codecs.rans_table import MAX_TABLE_BYTES, FrequencyTable, pack_table, parse_table, parse_tables
 from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.errors import DecodeError
 
@@ -283,3 +283,42 @@ def test_sizes_stay_near_the_entropy_of_the_group(bits, chunk, allowed):
     assert abs(coded_bits(table, counts) / 8 - sum(len(data) - 128 for data in stored)) < 0.003 * symbols.size / 8 + 128 * len(
         stored
     )
+
+
+def test_many_tables_at_once_are_those_of_one_by_one():
+    rng = np.random.default_rng(11)
+    counts = [rng.integers(0, 1000, 256) * (rng.random(256) < share) for share in (0.01, 0.1, 0.5, 1.0) for _ in range(5)]
+    counts += [np.eye(256, dtype=np.int64)[7], np.ones(256, np.int64), np.arange(256) ** 3]
+    packed = [pack_table(fit_table(np.maximum(count, 0) + (np.arange(256) == 3))) for count in counts]
+    precisions, frequencies = parse_tables(packed)
+    for number, data in enumerate(packed):
+        table = parse_table(data)
+        assert (precisions[number], frequencies[number].tolist()) == (table.precision, table.frequencies.tolist())
+    precisions, frequencies = parse_tables([])
+    assert precisions.shape == (0,) and frequencies.shape == (0, 256)
+
+
+def _refusal(parse):
+    try:
+        parse()
+    except DecodeError as exc:
+        return exc
+    return None
+
+
+def test_a_malformed_table_among_many_gets_the_error_of_one_by_one():
+    good = pack_table(fit_table(np.arange(256) ** 2 + 1))
+    rng, refused = np.random.default_rng(3), 0
+    damaged = [good[:cut] for cut in (0, 1, 32, 33, 40, len(good) - 1)] + [good + b"\0", good + bytes(600)]
+    for _ in range(300):
+        changed = bytearray(good)
+        changed[int(rng.integers(len(good)))] ^= 1 << int(rng.integers(8))
+        damaged.append(bytes(changed))
+    for data in damaged:
+        alone = _refusal(lambda data=data: parse_table(data))
+        among = _refusal(lambda data=data: parse_tables([good, data, good]))
+        assert (alone is None) == (among is None)
+        if alone is not None and among is not None:
+            refused += 1
+            assert (among.message, among.got, among.chunk) == (alone.message, alone.got, 1)
+    assert refused > 250

@@ -1,0 +1,121 @@
+"""`python -m benchmarks.bits`: KL divergence against bits per weight, of SmolLM2 with its weights made continuous.
+
+The model is calibrated once, converted at every rate, and each container is evaluated on two texts: the built-in one, and
+`second_text.txt`. Kinds of calibration beside `self` show what the statistics are worth; `none` takes steps from
+the weights alone. Synthetic: `demo.models.smollm2_realistic` adds noise to 4-bit weights.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from codecllm.calibrator import calibrate
+from codecllm.converter import ConversionReport, ConvertOptions, convert
+from codecllm.converter.rate import Target, fit
+from codecllm.formats.manifest import Int8Tensor
+from codecllm.verifier.evaluation import evaluate
+from demo import models
+
+RATES = (3.1, 4.0, 5.0, 6.1)
+LAYERS_ONLY = ("*embed*", "lm_head*")
+SECOND_TEXT = Path(__file__).parent / "second_text.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One container.
+
+    Attributes:
+        calibrated: kind of calibration.
+        asked: bits per weight that were asked for; 0 for plain int8.
+        bits: stored per quantized weight, everything counted.
+        entropy_gap: bits per quantized weight that chunks take beyond the order-0 entropy of their symbols.
+        side: bits per quantized weight of scales and orders.
+        stored_bytes: of all tensors.
+        kl, top1: on the prose.
+        kl_other, top1_other: on the second text.
+    """
+
+    calibrated: str
+    asked: float
+    bits: float
+    entropy_gap: float
+    side: float
+    stored_bytes: int
+    kl: float
+    top1: float
+    kl_other: float
+    top1_other: float
+
+
+def measure(report: ConversionReport, source: Path, calibrated: str, asked: float, tokens: int) -> Row:
+    """Evaluates a container on both texts."""
+    scores = [
+        evaluate(source, [report.out], text=text, max_tokens=tokens).scores[0] for text in (None, SECOND_TEXT.read_text())
+    ]
+    quantized = [record for record in report.manifest.tensors if isinstance(record, Int8Tensor)]
+    weights = sum(record.elements for record in quantized)
+    gap = sum(8 * plane.stored_bytes - plane.entropy_bits for record in quantized for plane in record.planes)
+    side = 32 * sum(record.scale_words for record in quantized)
+    return Row(
+        calibrated,
+        asked,
+        report.quantized_bits_per_weight,
+        gap / weights,
+        side / weights,
+        report.stored_bytes,
+        scores[0].mean_kl,
+        scores[0].top1,
+        scores[1].mean_kl,
+        scores[1].top1,
+    )
+
+
+def main(
+    rates: Annotated[list[float] | None, typer.Option("--bits", help="Bits per weight; may be repeated.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option("--calibrate", help="self, random, none; may be repeated.")] = None,
+    layers: Annotated[bool, typer.Option(help="Quantize the linear layers only, not the embeddings.")] = False,
+    int8: Annotated[bool, typer.Option(help="Plain int8 too.")] = True,
+    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 2048,
+    keep: Annotated[Path | None, typer.Option(help="Leave the containers in this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
+) -> None:
+    """Converts and evaluates."""
+    source = models.smollm2_realistic()
+    options: dict[str, Any] = {"exclude": LAYERS_ONLY if layers else (), "force": True}
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keep or Path(temporary)
+        if int8:
+            rows.append(measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens))
+        for kind in kinds or ["self"]:
+            found = None if kind == "none" else calibrate(source, kind)
+            for rate in rates or RATES:
+                fitted = fit(source, ConvertOptions(**options), Target(bits=rate), {} if found is None else found.statistics)
+                asked: dict[str, Any] = {"bits": rate, "calibrate": kind, "calibration": found and found.record}
+                report = convert(source, folder / f"{kind}-{rate:g}", steps=fitted, **asked, **options)
+                rows.append(measure(report, source, kind, rate, tokens))
+                Console(stderr=True).print(rows[-1])
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("calibrated", "asked", "bits", "over entropy", "scales", "MB", "KL prose", "top-1", "KL second", "top-1"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        sizes = (f"{row.bits:.3f}", f"{row.entropy_gap:.3f}", f"{row.side:.3f}", f"{row.stored_bytes / 1e6:.1f}")
+        quality = (f"{row.kl:.5f}", f"{row.top1:.1%}", f"{row.kl_other:.5f}", f"{row.top1_other:.1%}")
+        table.add_row(row.calibrated, f"{row.asked:g}" if row.asked else "int8", *sizes, *quality)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

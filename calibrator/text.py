@@ -1,0 +1,96 @@
+"""The text on which a model is watched: its own, random tokens, or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.errors import UsageError
+from codecllm.formats.manifest import Calibration
+
+SEQUENCES = 16
+LENGTH = 64
+"""How many sequences of how many tokens."""
+
+SEED = 0
+
+
+def own_text(model: Any) -> torch.Tensor | None:
+    """Samples sequences from a causal language model, one token after another, at temperature 1 from its start token.
+
+    Returns:
+        int64 [SEQUENCES, LENGTH], on the CPU, without the start token; None where the model keeps no keys and values of past
+        tokens, so that writing would take too long.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    current = torch.full((SEQUENCES, 1), _start_token(model.config), device=model.device)
+    past, tokens = None, []
+    with torch.no_grad():  # inference mode would leave tensors in the model's caches that no gradient may pass
+        for _ in range(min(LENGTH, _longest(model) - 1)):
+            output = model(input_ids=current, past_key_values=past, use_cache=True)
+            past = getattr(output, "past_key_values", None)
+            if past is None:
+                return None
+            chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
+            drawn = torch.multinomial(chances, 1, generator=generator)
+            tokens.append(drawn)
+            current = drawn.to(model.device)
+    return torch.cat(tokens, 1)
+
+
+def random_text(model: Any) -> torch.Tensor:
+    """Draws token ids evenly from the model's vocabulary: int64 [SEQUENCES, LENGTH]."""
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
+    if vocabulary < 1:
+        raise UsageError("the model's config names no vocab_size: it cannot be calibrated on tokens")
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(vocabulary, (SEQUENCES, min(LENGTH, _longest(model))), generator=generator)
+
+
+def file_text(model: Any, folder: Path, path: Path) -> torch.Tensor:
+    """Reads the first tokens of a text file: int64 [sequences, LENGTH].
+
+    Raises:
+        UsageError: the file cannot be read, is too short, or the model has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UsageError(f"the calibration text cannot be read ({exc})", got=str(path)) from exc
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * LENGTH])["input_ids"]]
+    except Exception as exc:  # transformers raises whatever its many tokenizer classes happen to raise
+        raise UsageError(f"no usable tokenizer for a calibration text ({' '.join(str(exc).split())[:200]})") from exc
+    length = min(LENGTH, _longest(model))
+    count = min(SEQUENCES, len(ids) // length)
+    if count < 1:
+        raise UsageError("the calibration text is too short", got=f"{len(ids)} tokens", expected=f"{length} or more")
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def record(kind: str, tokens: torch.Tensor) -> Calibration:
+    """Returns what the manifest says of a text: int64 [sequences, length]."""
+    data = np.ascontiguousarray(tokens.numpy().astype("<i8")).tobytes()
+    return Calibration(kind=kind, tokens=tokens.numel(), seed=None if kind == "file" else SEED, sha256=sha256_hex(data))
+
+
+def _start_token(config: Any) -> int:
+    text = config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(text, name, None)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and 0 <= value < text.vocab_size:
+            return value
+    return 0
+
+
+def _longest(model: Any) -> int:
+    """Tokens that the model can see at once; position tables of some encoders have two entries that no token uses."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30) - 2

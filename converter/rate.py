@@ -1,0 +1,186 @@
+"""Finds the one number that sets the rate: steps of all tensors such that the container takes the bits that were asked for.
+
+Rows of each tensor (all of a small one) are quantized and packed as the conversion will do it, under a first guess and then
+under better ones. Then the steps are fixed; the conversion is one more pass. Nothing here depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from codecllm.converter.allocation import Statistics
+from codecllm.converter.conversion import ConvertOptions, plan_conversion
+from codecllm.converter.encode import ONE_PASS_COLUMNS
+from codecllm.converter.estimate import estimate_tensor, frame_bits, sample_steps, side_bits
+from codecllm.converter.policy import TensorPlan
+from codecllm.converter.sampling import Sampled, sample
+from codecllm.converter.source import SourceModel
+from codecllm.converter.steps import Steps
+from codecllm.formats.errors import UsageError
+
+MIN_BITS, MAX_BITS = 2.0, 8.0
+"""The rates that can be asked for, in bits per weight."""
+
+_TOLERANCE, _GOAL, _MISSED = 0.001, 0.005, 0.03
+"""Shares of the rate: the search ends within the first, mentions more than the second, refuses more than the third."""
+
+_ROUNDS = 6
+_GAUSSIAN_BITS = 2.05  # entropy of a Gaussian in steps of its standard deviation, 0.5 * log2(2 * pi * e)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a conversion is to reach: `bits` per weight over the quantized tensors, or `ratio` over all; one of them is None."""
+
+    bits: float | None = None
+    ratio: float | None = None
+
+    def check(self, options: ConvertOptions) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            UsageError: not exactly one of the two, out of range, or together with `lossless`.
+        """
+        if (self.bits is None) == (self.ratio is None):
+            raise UsageError("give bits or ratio, one of them", got=f"bits {self.bits}, ratio {self.ratio}")
+        if options.scheme != "int8":
+            raise UsageError("bits and ratio need scheme int8: lossless has no rate to choose", got=options.scheme)
+        if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UsageError("bits per weight", got=self.bits, expected=f"{MIN_BITS:g} to {MAX_BITS:g}")
+        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio > 1):
+            raise UsageError("ratio", got=self.ratio, expected="more than 1")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """Steps for every tensor of a source, as a conversion's `steps`.
+
+    Attributes:
+        bits: predicted bits per quantized weight, everything counted.
+        notes: sentences for the user.
+    """
+
+    bits: float
+    notes: list[str]
+    _scale: float
+    _loose: float
+    _tensors: dict[str, Sampled]
+    _wide: frozenset[str]
+
+    def __call__(self, plan: TensorPlan) -> Steps | None:
+        """Returns the steps of a tensor, after one pass over it; None where it has weights that are not finite."""
+        held = self._tensors.get(plan.source.name)
+        if held is None:
+            return None
+        return held.all_steps(plan, _scale_of(held, self._scale, self._loose), wide=plan.source.name in self._wide)
+
+
+def fit(source: str | Path, options: ConvertOptions, target: Target, statistics: Statistics) -> Fitted:
+    """Chooses steps for all int8 tensors of a source.
+
+    Args:
+        source: folder with safetensors weights.
+        options: those of the conversion.
+        target: what to reach.
+        statistics: sensitivities by tensor name; where one is missing, a row's steps follow from its weights.
+
+    Raises:
+        UsageError: the target cannot be meant or reached.
+        SourceError, FormatError, OSError: as in a conversion.
+    """
+    target.check(options)
+    stepped = replace(options, steps=lambda plan: None)
+    with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
+        plans = plan_conversion(model, stepped).tensors
+        steppable = [plan for plan in plans if plan.steppable and plan.matrix[1] <= ONE_PASS_COLUMNS]
+        prepared = list(executor.map(lambda plan: sample(plan, statistics.get(plan.source.name)), steppable))
+        tensors = {held.plan.source.name: held for held in prepared if held is not None}
+        if not tensors:
+            raise UsageError("no tensor of this model is quantized: there is no rate to choose", file=str(source))
+        others = [plan for plan in plans if plan.source.name not in tensors]
+        wanted = target.bits
+        if wanted is None:
+            wanted = _bits_for_ratio(float(target.ratio or 0), model.tensor_bytes, others, tensors, executor)
+        return _search(list(tensors.values()), wanted, frame_bits(others), executor, _notes(tensors, statistics))
+
+
+def _notes(tensors: dict[str, Sampled], statistics: Statistics) -> list[str]:
+    bare = [name for name, held in tensors.items() if not held.factors.absolute and name not in statistics]
+    if not statistics or not bare:
+        return []
+    return [f"{len(bare)} of {len(tensors)} tensors have no calibration statistics, their rows decide: {', '.join(bare[:3])}"]
+
+
+def _bits_for_ratio(
+    ratio: float, source_bytes: int, others: list[TensorPlan], tensors: dict[str, Sampled], executor: Executor
+) -> float:
+    kept = sum(item.stored_bytes for item in executor.map(estimate_tensor, others)) - frame_bits(others) / 8
+    weights = sum(held.plan.source.entry.elements for held in tensors.values())
+    bits = 8 * (source_bytes / ratio - kept) / weights
+    if not MIN_BITS <= bits <= MAX_BITS:
+        ratios = [source_bytes / (kept + weights * rate / 8) for rate in (MAX_BITS, MIN_BITS)]
+        raise UsageError("ratio out of reach", got=ratio, expected=f"{ratios[0]:.2f} to {ratios[1]:.2f} for this model")
+    return bits
+
+
+def _search(tensors: list[Sampled], wanted: float, frame: int, executor: Executor, notes: list[str]) -> Fitted:
+    """Moves k until the predicted rate is the one wanted: halving the step costs one bit, or a little less at low rates."""
+    elements = [held.plan.source.entry.elements for held in tensors]
+    loose = _loose_factor(tensors, elements)
+    own = [held.spread + (0.0 if held.factors.absolute else -math.log2(loose)) for held in tensors]
+    log_k = float(np.average(own, weights=elements)) + _GAUSSIAN_BITS - wanted
+    tried: list[tuple[float, float, frozenset[str]]] = []
+    for _ in range(_ROUNDS):
+        bits, wide = _measure(tensors, 2.0**log_k, loose, executor)
+        bits += frame / sum(elements)
+        tried.append((log_k, bits, wide))
+        if abs(bits / wanted - 1) < _TOLERANCE:
+            break
+        log_k += (bits - wanted) / _slope(tried)
+    log_k, bits, wide = min(tried, key=lambda one: abs(one[1] - wanted))
+    if abs(bits / wanted - 1) > _MISSED:
+        raise UsageError("this rate cannot be reached", got=f"{bits:.3f} bits per weight", expected=f"{wanted:.3f}")
+    if abs(bits / wanted - 1) > _GOAL:
+        notes = [*notes, f"the nearest rate that was found is {bits:.3f} bits per weight"]
+    return Fitted(bits, notes, 2.0**log_k, loose, {held.plan.source.name: held for held in tensors}, wide)
+
+
+def _slope(tried: Sequence[tuple[float, float, frozenset[str]]]) -> float:
+    """Bits per halving of the step, from the last two trials."""
+    if len(tried) < 2 or tried[-1][0] == tried[-2][0]:
+        return 1.0
+    return min(1.5, max(0.3, (tried[-2][1] - tried[-1][1]) / (tried[-1][0] - tried[-2][0])))
+
+
+def _loose_factor(tensors: list[Sampled], elements: list[int]) -> float:
+    """Step / rms of a row, as typical for tensors whose level is known; the others get it too. 1 where none is known."""
+    known = [(held.spread, size) for held, size in zip(tensors, elements, strict=True) if held.factors.absolute]
+    if not known:
+        return 1.0
+    return float(2.0 ** -np.average([spread for spread, _ in known], weights=[size for _, size in known]))
+
+
+def _measure(tensors: list[Sampled], scale: float, loose: float, executor: Executor) -> tuple[float, frozenset[str]]:
+    """Returns predicted bits per weight over all tensors, and the names of those whose codes pass 127."""
+
+    def one(held: Sampled) -> tuple[float, bool]:
+        steps = held.sample_steps(_scale_of(held, scale, loose))
+        sizes = [sample_steps(held.plan, steps, number) for number in held.blocks]
+        bits = sum(size.stored_bits for size in sizes) * held.plan.source.entry.elements / sum(size.elements for size in sizes)
+        return bits + side_bits(held.plan, steps), any(size.wide for size in sizes)
+
+    measured = list(executor.map(one, tensors))
+    weights = sum(held.plan.source.entry.elements for held in tensors)
+    names = [held.plan.source.name for held in tensors]
+    wide = frozenset(name for name, (_, is_wide) in zip(names, measured, strict=True) if is_wide)
+    return math.fsum(bits for bits, _ in measured) / weights, wide
+
+
+def _scale_of(held: Sampled, scale: float, loose: float) -> float:
+    return scale if held.factors.absolute else scale * loose

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from codecllm.converter import ConvertOptions, convert
+from codecllm.converter.allocation import Sensitivity, factors_of, row_steps
+from codecllm.converter.rate import Target, fit
+from codecllm.formats.container import Container
+from codecllm.formats.errors import NonFiniteWeightError, UsageError
+from codecllm.formats.reference import read_tensor_bytes
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Saves matrices as a source."""
+
+    def save(**tensors):
+        folder = tmp_path / "source"
+        folder.mkdir()
+        save_file({name: np.asarray(values, np.float32) for name, values in tensors.items()}, folder / "model.safetensors")
+        return folder
+
+    return save
+
+
+def _gaussian(rows, cols, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
+
+
+def _floats(container, name):
+    return np.frombuffer(read_tensor_bytes(container, name), np.float32)
+
+
+def test_steps_are_the_mean_of_what_gradients_and_weights_ask_for():
+    rows, cols = np.array([1.0, 16.0, 81.0]), np.array([4.0, 1.0])
+    factors = factors_of(Sensitivity(cols * 49, rows * 2.5), 3, 2)
+    steps = row_steps(factors, np.array([1.0, 4.0, 9.0]), 1.0)[:, None] * factors.cols
+    damped = rows + 0.1 * rows.mean()
+    expected = (damped**-0.25 * np.array([1.0, 2.0, 3.0]))[:, None] * (cols + 0.25) ** -0.5
+    assert np.allclose(steps / steps[0, 0], expected / expected[0, 0])
+
+
+def test_a_tensor_with_gradients_twice_as_large_has_steps_half_as_wide():
+    sums = np.ones(8)
+    one, two = (factors_of(Sensitivity(scale * sums, scale * sums), 8, 8) for scale in (1.0, 4.0))
+    ratio = row_steps(two, np.ones(8), 1.0) / row_steps(one, np.ones(8), 1.0)
+    assert np.allclose(ratio, 0.5)
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.1, 5.0, 7.5])
+def test_the_rate_is_hit(tmp_path, made, bits):
+    folder = made(a=_gaussian(1500, 700), b=_gaussian(300, 900, 1) * np.exp(_gaussian(1, 900, 2)))
+    steps = fit(folder, ConvertOptions(), Target(bits=bits), {})
+    report = convert(folder, tmp_path / "out", steps=steps, bits=bits)
+    assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
+    assert steps.bits == pytest.approx(bits, rel=0.003)
+
+
+def test_columns_that_matter_are_quantized_finely_at_equal_bits(tmp_path, made):
+    weights, loud = _gaussian(1024, 1024), np.exp(2 * _gaussian(1, 1024, 1)[0])
+    folder = made(w=weights)
+    harm = []
+    for number, statistics in enumerate(({}, {"w": Sensitivity(loud**2)})):
+        steps = fit(folder, ConvertOptions(), Target(bits=4), statistics)
+        report = convert(folder, tmp_path / str(number), steps=steps)
+        assert report.quantized_bits_per_weight == pytest.approx(4, rel=0.005)
+        with Container(tmp_path / str(number)) as container:
+            decoded = _floats(container, "w").reshape(1024, 1024)
+        harm.append(float((((decoded - weights) * loud) ** 2).sum()))
+    assert harm[1] < harm[0] / 8
+
+
+def test_a_weight_far_outside_is_kept_within_its_step(tmp_path, made):
+    weights = _gaussian(600, 512)
+    weights[3, 5] = 3e6
+    folder = made(w=weights, z=np.zeros((300, 300)))
+    convert(folder, tmp_path / "out", steps=fit(folder, ConvertOptions(), Target(bits=6), {}))
+    with Container(tmp_path / "out") as container:
+        decoded = _floats(container, "w").reshape(600, 512)
+        assert decoded[3, 5] == pytest.approx(3e6, rel=1e-3)
+        assert not _floats(container, "z").any()
+
+
+def test_a_weight_that_is_no_number_stops_or_stays_lossless(tmp_path, made):
+    weights = _gaussian(300, 400)
+    weights[7, 7] = np.nan
+    folder = made(w=weights, v=_gaussian(300, 400))
+    steps = fit(folder, ConvertOptions(), Target(bits=5), {})
+    with pytest.raises(NonFiniteWeightError):
+        convert(folder, tmp_path / "out", steps=steps)
+    report = convert(folder, tmp_path / "out", steps=steps, non_finite="lossless")
+    assert {record.name: record.scheme for record in report.manifest.tensors} == {"v": "int8", "w": "lossless"}
+
+
+def test_a_model_without_matrices_has_no_rate(made):
+    with pytest.raises(UsageError, match="no tensor"):
+        fit(made(w=np.ones(70_000)), ConvertOptions(), Target(bits=5), {})
