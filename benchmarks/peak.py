@@ -73,6 +73,13 @@ def load_plain(source: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "seconds_mapped_only": mapped}
 
 
+def load_floor(container: str, workers: str) -> dict[str, float]:
+    """Time of the bare decoding loop over all chunks of a container, into memory of its own."""
+    from benchmarks import floors
+
+    return {"seconds": floors.load_floor(Path(container), int(workers))}
+
+
 def load_peer(name: str, source: str, folder: str) -> dict[str, float]:
     """Time of another tool's state dict, then of the model that transformers makes of it."""
     _import_model_class(source)
@@ -156,6 +163,7 @@ WORKS: dict[str, Callable[..., dict[str, float]]] = {
     "stream": stream,
     "load": load,
     "load_plain": load_plain,
+    "load_floor": load_floor,
     "load_peer": load_peer,
     "generate": generate,
 }

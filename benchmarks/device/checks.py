@@ -31,6 +31,8 @@ _WAYS: tuple[tuple[Way, int], ...] = (
     (Rows(2), 1),
     (Tiles(32, 16, 64, 4, 3), 5),
     (Tiles(64, 64, 64, 4, 3), 70),
+    (Tiles(32, 16, 64, 4, 3, 4), 9),
+    (Tiles(64, 64, 64, 4, 3, 8), 64),
     (Panels(1 << 20), 70),
 )
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -1,10 +1,16 @@
-"""Models to load and run: the layers and the vocabulary of Llama 3.1 8B with random weights, but four layers instead of 32."""
+"""Models to load and run: an eighth of Llama 3.1 8B, with random weights: four of 32 layers, an eighth of the vocabulary.
+
+Each matrix of the layers has its true shape, so times are those of the whole model divided by eight, but for what does not
+depend on the number of layers.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,8 +29,19 @@ from codecllm.loader.pool import DecodePool
 
 FULL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
-LAYERS, WHOLE_LAYERS = 4, 32
-CONTAINERS = (("int8", "zstd"), ("int8", "rans"), ("lossless", "zstd"), ("lossless", "rans"))
+LAYERS, VOCABULARY, WHOLE = 4, 128256 // 8, 8
+SMALL_CHUNKS = 32
+"""KiB of symbols in the chunks of the container that is made for `compressed`: four times as many to decode at once."""
+
+KINDS: tuple[tuple[str, str, int], ...] = (
+    ("int8", "zstd", 128),
+    ("int8", "rans", 128),
+    ("int8", "rans", SMALL_CHUNKS),
+    ("lossless", "zstd", 128),
+    ("lossless", "rans", 128),
+)
+"""Scheme, codec and KiB of symbols in a chunk of each container."""
+
 _SAMPLES = 40
 
 
@@ -35,21 +52,16 @@ class Made:
     Attributes:
         held: what removes the folder.
         source: folder of the bf16 checkpoint.
-        containers: by scheme and codec.
-        seconds: that their conversion took.
+        containers: by kind.
+        seconds: that their conversion took, all at once, each in a process.
         weights: number of all weights.
-        used: number of those that a token's forward pass reads.
-        whole_weights, whole_used: the same of all 32 layers.
     """
 
     held: TemporaryDirectory[str]
     source: Path
-    containers: dict[tuple[str, str], Path]
-    seconds: dict[tuple[str, str], float]
+    containers: dict[tuple[str, str, int], Path]
+    seconds: dict[tuple[str, str, int], float]
     weights: int
-    used: int
-    whole_weights: int
-    whole_used: int
 
 
 @cache
@@ -57,20 +69,24 @@ def made_models(machine: Machine) -> Made:
     """Makes a source and its containers in a temporary folder, which goes when the program ends; once for all sections."""
     held = TemporaryDirectory(prefix="codecllm-gpu-")
     folder = Path(held.name)
-    source, counts = _write_source(machine, folder / "source")
-    containers, seconds = {}, {}
-    for scheme, codec in CONTAINERS:
-        containers[scheme, codec] = folder / f"{scheme}-{codec}"
-        started = time.perf_counter()
-        convert(source, containers[scheme, codec], scheme=scheme, codec=codec)
-        seconds[scheme, codec] = time.perf_counter() - started
-    return Made(held, source, containers, seconds, *counts)
+    source, weights = _write_source(machine, folder / "source")
+    containers = {kind: folder / "-".join(map(str, kind)) for kind in KINDS}
+    with ProcessPoolExecutor(len(KINDS), multiprocessing.get_context("spawn")) as pool:
+        jobs = {kind: pool.submit(_convert, source, out, kind) for kind, out in containers.items()}
+        seconds = {kind: job.result() for kind, job in jobs.items()}
+    return Made(held, source, containers, seconds, weights)
 
 
-def _write_source(machine: Machine, folder: Path) -> tuple[Path, tuple[int, int, int, int]]:
-    """Writes a checkpoint of N(0, 0.02) weights whose rows differ in size; returns its folder and counts of weights."""
+def _convert(source: Path, out: Path, kind: tuple[str, str, int]) -> float:
+    started = time.perf_counter()
+    convert(source, out, scheme=kind[0], codec=kind[1], chunk_kib=kind[2])
+    return time.perf_counter() - started
+
+
+def _write_source(machine: Machine, folder: Path) -> tuple[Path, int]:
+    """Writes a checkpoint of N(0, 0.02) weights whose rows differ in size; returns its folder and number of weights."""
     folder.mkdir()
-    sizes, vocabulary = (SMALL, 512) if machine.small else (FULL, 128256)
+    sizes, vocabulary = (SMALL, 512) if machine.small else (FULL, VOCABULARY)
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     narrow = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
     parts = {"q": (hidden, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, hidden)}
@@ -91,14 +107,7 @@ def _write_source(machine: Machine, folder: Path) -> tuple[Path, tuple[int, int,
         "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    layer = sum(rows * cols for rows, cols in shapes.values())
-    head = vocabulary * hidden
-    return folder, (
-        LAYERS * layer + 2 * head,
-        LAYERS * layer + head,
-        WHOLE_LAYERS * layer + 2 * head,
-        WHOLE_LAYERS * layer + head,
-    )
+    return folder, sum(rows * cols for rows, cols in matrices.values())
 
 
 def _seconds(machine: Machine, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -144,26 +153,35 @@ def _copy_seconds(machine: Machine, size: int) -> float:
 def loading(machine: Machine) -> Iterator[Row]:
     """Seconds to load, files in the page cache, beside plain transformers; and what reading and copying take alone."""
     made = made_models(machine)
-    scale = made.whole_weights / made.weights
     plain = min(_seconds(machine, lambda: _plain(machine, made.source))[0] for _ in range(3))
-    note = f"{made.weights / 1e9:.2f}e9 weights; {plain * scale:.2f} s for 8B at this rate"
+    note = f"{made.weights / 1e9:.2f}e9 weights; {plain * WHOLE:.2f} s for 8B at this rate"
     yield Row("load, plain transformers, bf16", plain, "s", note)
     size = sum(path.stat().st_size for path in made.source.glob("*.safetensors"))
     yield Row("copy alone, bf16", _copy_seconds(machine, size), "s", f"{size / 1e9:.2f} GB")
-    for (scheme, codec), folder in made.containers.items():
+    for kind, folder in made.containers.items():
+        what, (scheme, codec, _) = _named(kind), kind
         stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        read = min(_seconds(machine, lambda folder=folder: _read(folder))[0] for _ in range(2))
-        yield Row(
-            f"read and check alone, {scheme} {codec}", read, "s", f"{stored / 1e9:.2f} GB, {stored / read / 1e9:.1f} GB/s"
-        )
-        converted = made.seconds[scheme, codec]
-        yield Row(f"convert, {scheme} {codec}", converted, "s", f"{size / 1e9 / converted:.2f} GB of source a second")
-        yield Row(f"copy alone, {scheme} {codec}", _copy_seconds(machine, stored), "s", "")
+        yield Row(f"convert, {what}", made.seconds[kind], "s", f"{size / 1e9 / made.seconds[kind]:.2f} GB of source a second")
+        read = min(_seconds(machine, partial(_read, folder))[0] for _ in range(2))
+        yield Row(f"read and check alone, {what}", read, "s", f"{stored / 1e9:.2f} GB, {stored / read / 1e9:.1f} GB/s")
+        yield Row(f"copy alone, {what}", _copy_seconds(machine, stored), "s", "")
         for resident in ("dense", "int8", "compressed") if scheme == "int8" else ("dense", "compressed"):
-            for decoder in ("auto", "cpu") if resident == "dense" and not machine.rehearses else ("auto",):
-                taken = min(_seconds(machine, partial(_ours, machine, folder, resident, decoder))[0] for _ in range(2))
-                note = f"{plain / taken:.2f}x as fast as plain; {taken * scale:.2f} s for 8B at this rate"
-                yield Row(f"load {resident}, {scheme} {codec}, decoder {decoder}", taken, "s", note)
+            yield _load_row(machine, folder, what, resident, "auto", plain)
+        if (scheme, codec) == ("int8", "zstd") and not machine.rehearses:
+            yield _load_row(machine, folder, what, "dense", "cpu", plain)
+
+
+def _named(kind: tuple[str, str, int]) -> str:
+    return f"{kind[0]} {kind[1]} {kind[2]} KiB"
+
+
+def _load_row(machine: Machine, folder: Path, what: str, resident: str, decoder: str, plain: float) -> Row:
+    try:
+        taken = min(_seconds(machine, partial(_ours, machine, folder, resident, decoder))[0] for _ in range(3))
+    except Exception as exc:
+        return Row(f"load {resident}, {what}, decoder {decoder}", False, note=f"failed: {exc!r}"[:300])
+    note = f"{plain / taken:.2f}x as fast as plain; {taken * WHOLE:.2f} s for 8B at this rate"
+    return Row(f"load {resident}, {what}, decoder {decoder}", taken, "s", note)
 
 
 def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") -> Any:
@@ -172,25 +190,26 @@ def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") 
 
 
 def generating(machine: Machine) -> Iterator[Row]:
-    """Seconds of one token's forward pass in each form of residency, against dense; and that the tokens are dense's."""
+    """Tokens a second in each form of residency, against dense; and whether the tokens are dense's."""
     made = made_models(machine)
-    kinds = [("lossless", "zstd", "dense"), ("int8", "rans", "dense"), ("int8", "rans", "int8")]
-    kinds += [("int8", "zstd", "compressed"), ("int8", "rans", "compressed"), ("lossless", "rans", "compressed")]
-    scale = made.whole_used / made.used
+    cases = [(("lossless", "zstd", 128), "dense"), (("int8", "rans", 128), "dense"), (("int8", "rans", 128), "int8")]
+    cases += [(kind, "compressed") for kind in KINDS]
     first: float | None = None
     tokens: dict[str, list[int]] = {}
-    for scheme, codec, resident in kinds:
+    for kind, resident in cases:
+        what = f"{resident}, {_named(kind)}"
         try:
-            model = _ours(machine, made.containers[scheme, codec], resident)
+            model = _ours(machine, made.containers[kind], resident)
             taken, how, found = _token_seconds(machine, model)
         except Exception as exc:
-            yield Row(f"token, {resident}, {scheme} {codec}", False, note=f"failed: {exc!r}"[:300])
+            yield Row(f"token, {what}", False, note=f"failed: {exc!r}"[:300])
             continue
         first = first or taken
-        alike = tokens.setdefault(scheme, found) == found
-        note = f"{how}; {first / taken:.2f}x as fast as dense bf16; {1 / (taken * scale):.1f} tokens/s for 8B at this rate"
+        alike = tokens.setdefault(kind[0], found) == found
+        speed = f"{first / taken:.2f}x as fast as dense bf16; {1 / (taken * WHOLE):.1f} tokens/s for 8B"
+        note = f"{how}; {speed}; same tokens: {alike}"
         measured = {"tokens_alike": alike, "memory": _held(machine)}
-        yield Row(f"token, {resident}, {scheme} {codec}", 1 / taken, "tokens/s", f"{note}; same tokens: {alike}", measured)
+        yield Row(f"token, {what}", 1 / taken, "tokens/s", note, measured)
         del model
 
 

@@ -20,6 +20,15 @@ from codecllm.formats.tiling import Grid
 from codecllm.loader.kernels.dequantize import dequantize_int8
 
 _ALIGNED = 16
+_PROGRAMS = 220
+"""Programs that `_tiles_kernel` should at least have: fewer leave an H100's memory idle."""
+
+_MIN_COLUMNS = 512
+"""Fewest columns for a program of `_tiles_kernel`."""
+
+_SUMMED = 1024
+"""Outputs of a program of `_sum_kernel`."""
+
 _MAGIC = tl.constexpr(0x4B000000)
 _MAGIC_VALUE = tl.constexpr(8388736.0)
 
@@ -35,20 +44,24 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Setting of `_tiles_kernel`: rows of the weight, tokens and columns per step, warps, steps read ahead."""
+    """Setting of `_tiles_kernel`: rows of the weight, tokens and columns per step, warps, steps read ahead.
+
+    With several `splits` as many programs share the columns of a tile, and another kernel adds up their sums, in order.
+    """
 
     rows: int
     tokens: int
     columns: int
     warps: int
     stages: int
+    splits: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Setting of `panels`: bytes of dequantized weights at once."""
+    """Setting of `panels`: bytes of dequantized weights at once; few and large products fill a device better."""
 
-    bytes: int = 32 << 20
+    bytes: int = 128 << 20
 
 
 Way = Rows | Tiles | Panels
@@ -60,10 +73,18 @@ def choose_way(tokens: int, rows: int, cols: int) -> Way:
         if tokens == 1:
             return Rows(2)
         if tokens <= 16:
-            return Tiles(32, 16, 256, 4, 4)
+            return Tiles(32, 16, 256, 4, 4, _splits(rows, cols, 32))
         if tokens <= 64:
-            return Tiles(64, triton.next_power_of_2(tokens), 128, 4, 4)
+            return Tiles(64, triton.next_power_of_2(tokens), 128, 4, 4, _splits(rows, cols, 64))
     return Panels()
+
+
+def _splits(rows: int, cols: int, tile_rows: int) -> int:
+    """Returns among how many programs to share a tile's columns, so that there are enough of them for a large device."""
+    splits = 1
+    while splits * triton.cdiv(rows, tile_rows) < _PROGRAMS and cols // splits >= 2 * _MIN_COLUMNS:
+        splits *= 2
+    return splits
 
 
 def int8_linear(
@@ -125,17 +146,19 @@ def _by_rows(flat, codes, scale, bias, out, way):
 
 def _by_tiles(flat, codes, scale, bias, out, way):
     tokens, (rows, cols) = flat.shape[0], codes.shape
-    _tiles_kernel[(triton.cdiv(rows, way.rows) * triton.cdiv(tokens, way.tokens),)](
+    sums = out if way.splits == 1 else torch.empty(way.splits, tokens, rows, dtype=torch.float32, device=out.device)
+    _tiles_kernel[(triton.cdiv(rows, way.rows) * triton.cdiv(tokens, way.tokens), way.splits)](
         flat,
         codes,
         scale,
         codes if bias is None else bias,
-        out,
+        sums,
         tokens,
         rows,
         cols,
         HAS_BIAS=bias is not None,
-        EVEN=cols % way.columns == 0,
+        EVEN=cols % (way.columns * way.splits) == 0,
+        SPLITS=way.splits,
         WIDENS=flat.device.type == "cpu",  # Triton's interpreter multiplies the bits of bfloat16
         ROWS=way.rows,
         TOKENS=way.tokens,
@@ -143,6 +166,18 @@ def _by_tiles(flat, codes, scale, bias, out, way):
         num_warps=way.warps,
         num_stages=way.stages,
     )
+    if way.splits > 1:
+        _sum_kernel[(triton.cdiv(rows, _SUMMED), tokens)](
+            sums,
+            scale,
+            codes if bias is None else bias,
+            out,
+            tokens,
+            rows,
+            HAS_BIAS=bias is not None,
+            SPLITS=way.splits,
+            BLOCK=_SUMMED,
+        )
 
 
 def _by_panels(flat, codes, scale, bias, out, way):
@@ -257,6 +292,7 @@ def _tiles_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDENS: tl.constexpr,
+    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -268,7 +304,9 @@ def _tiles_kernel(
     weights = codes + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * cols + column[None, :]
     vectors = inputs + tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * cols + column[:, None]
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(0, cols, COLUMNS):
+    share = tl.cdiv(tl.cdiv(cols, COLUMNS), SPLITS) * COLUMNS
+    begin = tl.program_id(1) * share
+    for first in range(begin, tl.minimum(begin + share, cols), COLUMNS):
         if EVEN:
             code = tl.load(weights + first)
             vector = tl.load(vectors + first)
@@ -280,8 +318,26 @@ def _tiles_kernel(
         else:
             sums = tl.dot(code.to(vector.dtype), vector, sums)
     inside = row < rows
-    value = sums * tl.load(scale + row, mask=inside, other=0.0)[:, None]
-    if HAS_BIAS:
-        value += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     place = token.to(tl.int64)[None, :] * rows + row[:, None]
+    if SPLITS == 1:
+        value = sums * tl.load(scale + row, mask=inside, other=0.0)[:, None]
+        if HAS_BIAS:
+            value += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
+    else:
+        value = sums
+        out += tl.program_id(1).to(tl.int64) * tokens * rows
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside[:, None] & (token < tokens)[None, :])
+
+
+@triton.jit
+def _sum_kernel(sums, scale, bias, out, tokens, rows, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1).to(tl.int64)
+    inside = row < rows
+    value = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLITS):
+        value += tl.load(sums + (split * tokens + token) * rows + row, mask=inside, other=0.0)
+    value *= tl.load(scale + row, mask=inside, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * rows + row, value.to(out.dtype.element_ty), mask=inside)

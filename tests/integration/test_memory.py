@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import gc
+from itertools import pairwise
 
 import torch
 
-from codecllm.loader.memory import RecycledMemory, empty_tensor
+from codecllm.loader.memory import RecycledMemory, SlabMemory, empty_tensor
 
 SHAPE = (1024, 4096)
 
@@ -55,3 +56,26 @@ def test_kept_memory_is_bounded_and_let_go():
     del last
     gc.collect()
     assert not memory._free
+
+
+def test_small_tensors_share_slabs_but_no_storage():
+    memory = SlabMemory()
+    tensors = [memory.empty_tensor((300, 577), torch.bfloat16).fill_(number) for number in range(100)]
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() % 64 == 0 for tensor in tensors)
+    places = sorted(tensor.data_ptr() for tensor in tensors)
+    assert all(b - a >= tensors[0].nbytes for a, b in pairwise(places))
+    kept = tensors.pop(50)
+    del tensors
+    gc.collect()
+    again = [memory.empty_tensor((300, 577), torch.bfloat16).fill_(7) for _ in range(100)]
+    assert (kept == 50).all()
+    assert all((tensor == 7).all() for tensor in again)
+
+
+def test_tiny_and_empty_tensors_are_made_too():
+    memory = SlabMemory()
+    with torch.device("meta"):  # as where transformers builds the empty model
+        shapes = [(0, 5), (3,), (), (200, 200), (2000, 2000)]
+        assert [tuple(memory.empty_tensor(shape, torch.float32).shape) for shape in shapes] == shapes
+        assert {memory.empty_tensor(shape, torch.float32).device.type for shape in shapes} == {"cpu"}
