@@ -128,7 +128,7 @@ def _devices() -> dict[str, str]:
 
     found = {}
     for kind in ACCELERATORS:
-        module = getattr(torch, kind, None)
+        module: Any = getattr(torch, kind, None)
         for index in range(module.device_count() if module is not None and module.is_available() else 0):
             facts = module.get_device_properties(index)
             capability = f", compute capability {facts.major}.{facts.minor}" if kind == "cuda" else ""

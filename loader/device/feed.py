@@ -134,9 +134,9 @@ class DeviceFeeds:
 
 def concrete(device: torch.device) -> torch.device:
     """Returns a device with its index."""
-    if device.index is not None or not is_accelerator(device):
-        return device
-    return torch.device(device.type, getattr(torch, device.type).current_device())
+    if is_accelerator(device) and ":" not in str(device):
+        return torch.device(device.type, getattr(torch, device.type).current_device())
+    return device
 
 
 def sole_device(device_map: Any, needed_bytes: int) -> torch.device | None:
@@ -158,9 +158,8 @@ def sole_device(device_map: Any, needed_bytes: int) -> torch.device | None:
         device = torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
     except (RuntimeError, TypeError):  # none, or "disk"
         return None
-    if not is_accelerator(device) or not getattr(torch, device.type).is_available():
-        return None
-    return concrete(device)
+    usable = is_accelerator(device) and getattr(torch, device.type).is_available()
+    return concrete(device) if usable else None
 
 
 def refuse_without_device(decoder: Decoder, device_map: Any) -> None:

@@ -202,8 +202,18 @@ class DevicePipeline:
 
     def _next_piece(self, wait: bool) -> Piece | None:
         """Returns the next piece of the tensors asked for; None where there is none, or, after waiting, at the end."""
-        if self._upcoming:
-            return self._upcoming.popleft()
+        return self._upcoming.popleft() if self._upcoming else self._plan_piece(wait)
+
+    def _await_decoding(self) -> None:
+        """Waits until memory may be taken on the device; opens what was asked for meanwhile."""
+        while not self._may_decode.is_set():
+            piece = self._plan_piece(wait=False)
+            if piece is None:
+                self._may_decode.wait()
+            else:
+                self._upcoming.append(piece)
+
+    def _plan_piece(self, wait: bool) -> Piece | None:
         while True:
             piece = next(self._pieces, None) if self._pieces is not None else None
             if piece is not None:
@@ -233,7 +243,7 @@ class DevicePipeline:
         with self._waiting("files"):
             for job in reading.jobs:
                 job.result()
-        self._may_decode.wait()
+        self._await_decoding()
         if self._error is not None:
             return
         streams, batch = self._streams, reading.batch
