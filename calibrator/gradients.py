@@ -81,4 +81,5 @@ def _loss(model: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Te
         return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
     hidden = output.last_hidden_state.float()
     signs = 2.0 * torch.randint(2, hidden.shape, generator=generator) - 1
-    return (hidden * signs.to(hidden.device)).sum()
+    projected: torch.Tensor = (hidden * signs.to(hidden.device)).sum()
+    return projected

@@ -129,7 +129,9 @@ def _devices() -> dict[str, str]:
     found = {}
     for kind in ACCELERATORS:
         module = getattr(torch, kind, None)
-        for index in range(module.device_count() if module is not None and module.is_available() else 0):
+        if module is None or not module.is_available():
+            continue
+        for index in range(module.device_count()):
             facts = module.get_device_properties(index)
             capability = f", compute capability {facts.major}.{facts.minor}" if kind == "cuda" else ""
             found[f"{kind}:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB{capability}"

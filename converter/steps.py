@@ -92,7 +92,7 @@ def check(steps: Steps, plan: TensorPlan) -> None:
         UsageError: they do not fit the tensor, or the format forbids them.
     """
     rows, cols = plan.matrix
-    where = {"file": plan.source.file.name, "tensor": plan.source.name}
+    where: dict[str, Any] = {"file": plan.source.file.name, "tensor": plan.source.name}
     _check_array("row_scale", steps.row_scale, plan.channels, where)
     if plan.kind == "column" and not (steps.col_scale is None and steps.col_order is None):
         raise UsageError("a tensor with a scale for each column has no second one and no order of columns", **where)

@@ -134,7 +134,8 @@ class DeviceFeeds:
 
 def concrete(device: torch.device) -> torch.device:
     """Returns a device with its index."""
-    if device.index is not None or not is_accelerator(device):
+    index: Any = device.index  # None where it was not named, whatever torch's types say
+    if index is not None or not is_accelerator(device):
         return device
     return torch.device(device.type, getattr(torch, device.type).current_device())
 
