@@ -323,7 +323,7 @@ def _finish_coded(
     group_tables = pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables) if any(tables) else None
     if group_tables is not None:
         shard.add(source.name + "_tables", "U8", (len(group_tables),), group_tables)
-    side = SideChecksums(
+    checksums = SideChecksums(
         shape=xxh3_hex(shape),
         chunks=xxh3_hex(table),
         **{suffix: xxh3_hex(values) for suffix, values in scales.items()},
@@ -338,7 +338,7 @@ def _finish_coded(
         "planes": _plane_records(records.reshape(-1, planes), source.entry.elements, entropy),
         "tables_bytes": None if group_tables is None else len(group_tables),
         "digest": digest,
-        "xxh3": side,
+        "xxh3": checksums,
     }
     if plan.scheme == "lossless":
         return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)

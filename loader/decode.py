@@ -191,7 +191,7 @@ def _steps(tensor: StoredTensor, tile: Tile, rows: slice, cols: slice, workspace
     if tensor.columns is None:
         return own
     factors = tensor.columns.scales[tile.col + cols.start : tile.col + cols.stop]
-    steps = workspace.scratch(len(own), len(factors), np.float32, 1)
+    steps: NDArray[np.float32] = workspace.scratch(len(own), len(factors), np.float32, 1)
     np.multiply(own, factors[None, :], out=steps)
     return steps
 

@@ -265,7 +265,7 @@ def _decoded_blocks(container: Container, name: str) -> Iterator[NDArray[Any]]:
     scan = Scan(entropy_bits=[0.0] * tensor.table.planes)
     for tile, elements in blocks_in_source_order(tensor, scan):
         if isinstance(tensor.record, Int8Tensor):
-            values = dequantize(elements, tile_steps(tensor, tile))
+            values = dequantize(elements.view(np.int16 if tensor.record.wide else np.int8), tile_steps(tensor, tile))
             yield bits_from_float32(values, tensor.record.dtype).reshape(-1)
         else:
             yield np.array(elements).reshape(-1)
