@@ -32,6 +32,7 @@ from benchmarks.device.entropy_coding import decoders, zstd_decoders
 from benchmarks.device.machine import Machine, Row
 from benchmarks.device.models import generating, loading
 from benchmarks.device.products import products, tuning
+from benchmarks.device.report import markdown, read_runs
 
 SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
     "checks": checks,
@@ -83,9 +84,13 @@ def _print(console: Console, done: list[dict[str, Any]]) -> None:
 def main(
     only: Annotated[str, typer.Option(help=f"Sections, with commas between: {', '.join(SECTIONS)}.")] = "",
     out: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
+    report: Annotated[list[Path] | None, typer.Option(help="Print such JSON files as Markdown, and measure nothing.")] = None,
     rehearse: Annotated[bool, typer.Option(help="Small sizes; on the CPU where there is no GPU.")] = False,
 ) -> None:
     """Runs the sections one after another, prints a table and writes JSON."""
+    if report:
+        typer.echo(markdown(read_runs(report)), nl=False)
+        return
     names = only.split(",") if only else [name for name in SECTIONS if name not in _ON_DEMAND]
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:

@@ -42,7 +42,8 @@ def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[i
     try:
         for number, sequence in enumerate(tokens):
             with torch.enable_grad():
-                _loss(model, sequence[None].to(model.device), generator).backward()
+                loss = _loss(model, sequence[None].to(model.device), generator)
+                torch.autograd.backward(loss)
             if on_sequence is not None:
                 on_sequence(number + 1, len(tokens))
     finally:
@@ -78,7 +79,9 @@ def _loss(model: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Te
         flat = logits.reshape(-1, logits.shape[-1]).float()
         chances = torch.softmax(flat.detach().cpu(), -1)
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(flat.device)
-        return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+        likelihood: torch.Tensor = torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+        return likelihood
     hidden = output.last_hidden_state.float()
     signs = 2.0 * torch.randint(2, hidden.shape, generator=generator) - 1
-    return (hidden * signs.to(hidden.device)).sum()
+    projected: torch.Tensor = (hidden * signs.to(hidden.device)).sum()
+    return projected

@@ -77,7 +77,7 @@ def convert(
         CodecLLMError: see `codecllm.converter.convert` and `codecllm.hub.resolve`.
     """
     files = resolve(model, revision=revision, token=token, cache_dir=cache_dir, kind="source")
-    rate = {"bits": bits, "ratio": ratio, "quality": quality, "calibrate": calibrate}
+    rate: dict[str, Any] = {"bits": bits, "ratio": ratio, "quality": quality, "calibrate": calibrate}
     steps, notes = chosen_steps(files.folder, options, on_stage=on_stage, **rate)
     whence = {"repo": files.repo, "commit": files.commit}
     report = convert_folder(files.folder, out, progress=progress, **whence, **options, **steps)

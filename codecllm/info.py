@@ -147,6 +147,9 @@ def render(facts: dict[str, Any], console: Console) -> None:
     console.print(
         f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}", highlight=False
     )
+    asked = {name: facts["options"][name] for name in ("bits", "ratio", "calibrate", "refine") if name in facts["options"]}
+    if asked:
+        console.print("asked for  " + ", ".join(f"{name} {value}" for name, value in asked.items()), highlight=False)
     console.print(f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})", highlight=False)
     console.print(
         f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest",
@@ -173,6 +176,7 @@ def _render_hub(hub: dict[str, Any], console: Console) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     scheme = row["scheme"] + ("*" if row["fallback"] else "")
+    scheme += ("+cols" if row["column_scales"] else "") + ("+wide" if row["wide"] else "")
     if row["alias_of"]:
         return [row["name"], row["dtype"], _shape(row["shape"]), "alias", f"= {row['alias_of']}", "", "", "", ""]
     worst = f"{row['worst_error']:.3g}" if row["worst_error"] is not None else ""

@@ -110,7 +110,8 @@ def _usable(values: NDArray[np.floating], size: int) -> bool:
 
 def _damped(values: NDArray[np.floating], share: float) -> Floats:
     held: Floats = np.asarray(values, np.float64)
-    return held + share * held.mean()
+    result: Floats = held + share * held.mean()
+    return result
 
 
 def _normalised(values: Floats) -> Floats:

@@ -32,7 +32,7 @@ from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.codecs.zstd import ZstdCodec
 from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
 from codecllm.formats.errors import UsageError
-from codecllm.formats.schemes.int8 import MAX_CODE, MAX_WIDE_CODE, MIN_WIDE_CODE, channel_scales, split_codes
+from codecllm.formats.schemes.int8 import MAX_CODE, MAX_WIDE_CODE, MAX_WIDE_STEP, MIN_WIDE_CODE, channel_scales, split_codes
 from codecllm.formats.tiling import Grid
 
 BLOCK_ELEMENTS = 1 << 20
@@ -249,7 +249,7 @@ def _encode_steps(plan: TensorPlan, steps: Steps, block: Block, words: Words) ->
             got, expected = f"{codes.dtype} {list(codes.shape)}", f"int16 {list(words.shape)}"
             raise UsageError("refined codes have a wrong type or shape", tensor=plan.source.name, got=got, expected=expected)
     found = quantize_steps(words, plan.source.dtype.name, (rows, factors), codes, steps.codes is not None)
-    problem = _problem(found, plan, block)
+    problem = _problem(found, plan, steps, block)
     if problem is not None:
         return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
     wide = plan.wide or max(-found.lowest, found.highest) > MAX_CODE
@@ -264,14 +264,18 @@ def _encode_steps(plan: TensorPlan, steps: Steps, block: Block, words: Words) ->
     return EncodedBlock(slots, records, digested, _per_plane(parts, planes), **facts)
 
 
-def _problem(found: Quantized, plan: TensorPlan, block: Block) -> str | None:
+def _problem(found: Quantized, plan: TensorPlan, steps: Steps, block: Block) -> str | None:
     """Returns why the codes of a block cannot be packed as the plan says."""
     if not found.finite:
         return "non_finite"
     if not (found.lowest >= MIN_WIDE_CODE and found.highest <= MAX_WIDE_CODE):
         return "codes"
     narrow = found.lowest >= -MAX_CODE and found.highest <= MAX_CODE
-    return None if narrow or plan.wide or block.last - block.first == len(plan.grid) else "wide"
+    if narrow and not plan.wide:
+        return None
+    if steps.largest > MAX_WIDE_STEP:
+        return "codes"
+    return None if plan.wide or block.last - block.first == len(plan.grid) else "wide"
 
 
 def _column_tiles(

@@ -53,6 +53,12 @@ class Steps:
     codes: Callable[[int, int], NDArray[np.int16]] | None = None
     wide: bool = False
 
+    @property
+    def largest(self) -> np.float32:
+        """The largest step."""
+        largest: np.float32 = self.row_scale.max()
+        return largest if self.col_scale is None else largest * self.col_scale.max()
+
 
 StepsProvider = Callable[["TensorPlan"], Steps | None]
 """Chooses the steps of a tensor that is to become `int8`; None leaves it to the largest weight of each channel."""
@@ -92,7 +98,7 @@ def check(steps: Steps, plan: TensorPlan) -> None:
         UsageError: they do not fit the tensor, or the format forbids them.
     """
     rows, cols = plan.matrix
-    where = {"file": plan.source.file.name, "tensor": plan.source.name}
+    where: dict[str, Any] = {"file": plan.source.file.name, "tensor": plan.source.name}
     _check_array("row_scale", steps.row_scale, plan.channels, where)
     if plan.kind == "column" and not (steps.col_scale is None and steps.col_order is None):
         raise UsageError("a tensor with a scale for each column has no second one and no order of columns", **where)

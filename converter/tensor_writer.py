@@ -50,7 +50,7 @@ _ENTRY_BYTES = 384  # about what the header spends on side tensors: less gain th
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
     "non_finite": "int8: weights are NaN or infinite",
-    "codes": "int8: weights lie too many steps from zero",
+    "codes": "int8: weights lie too many steps from zero, or steps are too large for codes beyond 8 bits",
 }
 
 
@@ -316,8 +316,8 @@ def _finish_coded(
     table = pack_chunk_table(grid, planes, records)
     shape = np.array(source.shape, "<i8")
     shard.end_tensor(source.name, "U8", (_payload_bytes(records),))
-    for side, values in scales.items():
-        shard.add(f"{source.name}_{side}", "I32" if side == "col_order" else "F32", values.shape, values)
+    for suffix, values in scales.items():
+        shard.add(f"{source.name}_{suffix}", "I32" if suffix == "col_order" else "F32", values.shape, values)
     shard.add(source.name + "_shape", "I64", shape.shape, shape)
     shard.add(source.name + "_chunks", "U8", (len(table),), table)
     group_tables = pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables) if any(tables) else None
@@ -326,7 +326,7 @@ def _finish_coded(
     side = SideChecksums(
         shape=xxh3_hex(shape),
         chunks=xxh3_hex(table),
-        **{side: xxh3_hex(values) for side, values in scales.items()},
+        **{suffix: xxh3_hex(values) for suffix, values in scales.items()},
         tables=None if group_tables is None else xxh3_hex(group_tables),
     )
     common: dict[str, Any] = {

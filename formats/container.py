@@ -115,19 +115,28 @@ class StoredTensor:
     @property
     def tiles_together(self) -> int:
         """Tiles that give whole rows in the source's order only together: a row of tiles, or 1 where each tile does so."""
-        permuted = self.columns is not None and self.columns.order is not None
-        return 1 if self.table.grid.in_source_order and not permuted else self.table.grid.across
+        return 1 if self.table.grid.in_source_order and not self.permuted else self.table.grid.across
+
+    @property
+    def permuted(self) -> bool:
+        """Whether columns are stored in another order than the source's."""
+        return self.columns is not None and self.columns.order is not None
 
     def part(self, tile: int) -> Tile:
         """Returns the rectangle of the source's matrix that `tiles_together` tiles from `tile` on hold."""
         found = self.table.grid.tile(tile)
         return found if self.tiles_together == 1 else Tile(found.row, 0, found.rows, self.table.grid.cols)
 
-    def in_order(self, part: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns symbols [rows, cols] of whole rows, given with the columns as they are stored, in the source's order."""
+    def in_order(self, part: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Returns symbols [rows, cols] of whole rows, given with the columns as they are stored, in the source's order.
+
+        Args:
+            part: the symbols; what is returned where columns are stored in the source's order.
+            out: receives them otherwise, of the same shape; None allocates.
+        """
         if self.columns is None or self.columns.places is None:
             return part
-        return part.take(self.columns.places, axis=1, mode="clip")
+        return part.take(self.columns.places, axis=1, out=out, mode="clip")
 
     def slots_bytes(self, first: int, last: int) -> int:
         """Size of the slots of chunks [first, last)."""

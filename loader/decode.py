@@ -114,14 +114,17 @@ def join_tiles(
 ) -> list[NDArray[np.uint8]]:
     """Takes the symbols of `tiles_together` tiles from `start` on; returns planes [rows, cols] in the source's order."""
     planes, part = tensor.table.planes, tensor.part(start)
-    if tensor.tiles_together == 1:
-        return [tensor.in_order(symbols.reshape(part.rows, part.cols)) for symbols in islice(decoded, planes)]
+    if tensor.tiles_together == 1 and not tensor.permuted:
+        return [symbols.reshape(part.rows, part.cols) for symbols in islice(decoded, planes)]
     stored = [workspace.scratch(part.rows, part.cols, np.uint8, plane) for plane in range(planes)]
     for index in range(start, start + tensor.tiles_together):
         tile = tensor.table.grid.tile(index)
         for plane, symbols in zip(stored, islice(decoded, planes), strict=True):
             plane[:, tile.col : tile.col + tile.cols] = symbols.reshape(tile.rows, tile.cols)
-    return [tensor.in_order(plane) for plane in stored]
+    if not tensor.permuted:
+        return stored
+    ordered = [workspace.scratch(part.rows, part.cols, np.uint8, planes + plane) for plane in range(planes)]
+    return [tensor.in_order(plane, out) for plane, out in zip(stored, ordered, strict=True)]
 
 
 def decode_tiles(
@@ -189,7 +192,8 @@ def _steps(tensor: StoredTensor, tile: Tile, rows: slice, cols: slice, workspace
         return own
     factors = tensor.columns.scales[tile.col + cols.start : tile.col + cols.stop]
     steps = workspace.scratch(len(own), len(factors), np.float32, 1)
-    return np.multiply(own, factors[None, :], out=steps)
+    np.multiply(own, factors[None, :], out=steps)
+    return steps
 
 
 def dequantize(

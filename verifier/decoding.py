@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from codecllm.loader.decode import CODES, WIDE_CODES, Workspace, join_tiles, pla
 from codecllm.verifier.integrity import Progress, in_order, stored_names
 from codecllm.verifier.report import Stage
 
-Block = tuple[Tile, NDArray[np.generic]]
+Block = tuple[Tile, NDArray[Any]]
 
 
 @dataclass(slots=True)

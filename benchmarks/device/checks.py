@@ -18,6 +18,7 @@ from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.schemes.lossless import split_planes, word_dtype
 from codecllm.formats.tiling import Grid
+from codecllm.loader.device.finish import finish_bands, side_arrays, to_device
 from codecllm.loader.kernels.assemble import assemble_lossless, can_assemble
 from codecllm.loader.kernels.dequantize import dequantize_int8, untile_codes
 from codecllm.loader.kernels.int8_linear import Panels, Rows, Tiles, Way, int8_linear
@@ -137,9 +138,8 @@ def _golden_tensor(machine: Machine, container: Container, name: str) -> bool | 
     grid, planes = tensor.table.grid, _symbols(machine, tensor)
     if isinstance(tensor.record, Int8Tensor):
         out = torch.zeros(grid.rows, grid.cols, dtype=_DTYPES[tensor.record.dtype], device=machine.device)
-        assert tensor.scales is not None
-        scales = torch.from_numpy(tensor.scales).to(machine.device)
-        dequantize_int8(planes[0], None, grid, scales, None, None, tensor.record.channel_kind, out)
+        sides = to_device(side_arrays(tensor, (0, grid.rows)), machine.device)
+        finish_bands(tensor, (0, grid.rows), planes, sides, out)
     else:
         dtype = DTYPES[tensor.record.dtype]
         assert can_assemble(dtype)

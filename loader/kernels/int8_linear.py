@@ -61,7 +61,7 @@ class Tiles:
 class Panels:
     """Setting of `panels`: bytes of dequantized weights at once; few and large products fill a device better."""
 
-    bytes: int = 128 << 20
+    bytes: int = 40 << 20
 
 
 Way = Rows | Tiles | Panels

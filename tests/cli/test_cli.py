@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from codecllm.cli import parse_size
+from codecllm.cli.options import parse_size
 from codecllm.formats.errors import UsageError
 from tests import tampering
 

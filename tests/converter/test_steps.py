@@ -235,6 +235,19 @@ def test_what_two_planes_cannot_hold_is_kept_lossless(source, tmp_path):
         sample_steps(plan := _plan(source, "odd"), make_steps(plan, 1e-6))
 
 
+def test_steps_too_large_for_wide_codes_are_never_written(tmp_path):
+    """The format bounds them, so that any code times a step is finite."""
+    values = np.abs(BASE) * np.float32(2.0**120)
+    source = write_source(tmp_path / "source", {"w": ("F32", values)})
+    convert(source, tmp_path / "c", include=("*",), steps=provider(0.012))
+    convert(source, tmp_path / "narrow", include=("*",), steps=provider(0.3))
+    with Container(tmp_path / "c") as container, Container(tmp_path / "narrow") as narrow:
+        assert container.records["w"].scheme == "lossless"
+        assert read_tensor_bytes(container, "w") == values.tobytes()
+        assert narrow.records["w"].scheme == "int8"
+        assert np.isfinite(np.frombuffer(read_tensor_bytes(narrow, "w"), np.float32)).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("refined", [False, True])
 def test_weights_that_are_no_numbers(tmp_path, bad, refined):

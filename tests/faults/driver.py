@@ -60,7 +60,7 @@ def main() -> None:
     _File.fault, _File.at = fault, at
     shard_writer.open = lambda path, mode, buffering=0: _File(path, mode.replace("b", ""))  # type: ignore[attr-defined]
     if fault == "stop":
-        from codecllm.cli import _stop
+        from codecllm.cli.process import _stop
 
         signal.signal(signal.SIGTERM, _stop)
     convert(source, out, scheme="lossless", max_shard_bytes=150_000, workers=2)

@@ -28,9 +28,10 @@ PROMPT_TOKENS = 48
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Largest relative difference between the same computation by two kernels; on one machine the bits are mostly the same."""
 
-CACHED_TOKENS, CACHED_SLACK = 6, 10.0
+CACHED_TOKENS, CACHED_SLACK = 6, 40.0
 """So many tokens at the end of the prompt are run again, one at a time from the cache of keys and values. Of resident `int8`
-the kernel for few rows of inputs rounds in another order: its tolerances are so many times as large there."""
+the kernel for few rows of inputs rounds in another order, and single channels with large values differ by more than themselves:
+its tolerances are so many times as large there, and hold for whole outputs, not for each channel."""
 
 BISECT_POINTS = 16
 
@@ -125,9 +126,14 @@ def suspects(reference: Run, loaded: Run, dtype: torch.dtype) -> list[str]:
 
 
 def first_departure(reference: Run, loaded: Run, dtype: torch.dtype, slack: float = 1.0) -> str | None:
-    """Returns the first module whose output in the loaded model is not the reference's, within `TOLERANCES`; None if none."""
-    limit = slack * TOLERANCES.get(dtype, 1e-4)
-    return next((name for name in loaded.outputs if _departs(reference.outputs.get(name), loaded.outputs[name], limit)), None)
+    """Returns the first module whose output in the loaded model is not the reference's, within `TOLERANCES`; None if none.
+
+    With a `slack` of more than 1 these are so many times as large, and single channels are not looked at.
+    """
+    limit, each = slack * TOLERANCES.get(dtype, 1e-4), slack == 1.0
+    return next(
+        (name for name in loaded.outputs if _departs(reference.outputs.get(name), loaded.outputs[name], limit, each)), None
+    )
 
 
 def name_departure(
@@ -333,12 +339,13 @@ def _joined(values: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(values, -2) if alike and len(values) > 1 else values[-1]
 
 
-def _departs(right: torch.Tensor | None, found: torch.Tensor, limit: float) -> bool:
+def _departs(right: torch.Tensor | None, found: torch.Tensor, limit: float, each: bool = True) -> bool:
+    """Whether an output is off by more than `limit`, or, with `each`, one of its channels by more than ten times that."""
     if right is None:
         return False
     if right.shape != found.shape or not relative_error(right, found) <= limit:
         return True
-    return worst_channel(right, found)[2] > 10 * limit
+    return each and worst_channel(right, found)[2] > 10 * limit
 
 
 def _channel_order(right: torch.Tensor, found: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]] | None:

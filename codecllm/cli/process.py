@@ -1,0 +1,78 @@
+"""The process around a command: signals, and one clear line with the right exit code for every failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import typer
+
+from codecllm.cli.app import app
+from codecllm.cli.console import stderr
+from codecllm.formats.errors import CodecLLMError
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    debug = "--debug" in sys.argv[1:2]
+    if not sys.stderr.isatty() or {"--json", "--quiet", "-q"} & set(sys.argv[1:]):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported, which is later
+    try:
+        app()
+    except _StopError as exc:
+        _fail(_stopped(exc), 128 + exc.number)
+    except (CodecLLMError, OSError, MemoryError) as exc:
+        if debug:
+            raise
+        message = str(exc) if isinstance(exc, CodecLLMError) else f"{type(exc).__name__}: {exc}"
+        _fail(message, exc.exit_code if isinstance(exc, CodecLLMError) else 4, exc)
+    except Exception as exc:
+        if debug:
+            raise
+        stop = _stop_behind(exc)
+        if stop is not None:
+            _fail(_stopped(stop), 128 + stop.number)
+        reason = " ".join(str(exc).split())[:300]
+        _fail(f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc)
+
+
+class _StopError(BaseException):
+    """SIGINT or SIGTERM arrived: unwinds through every context manager, so that everything cleans up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _StopError(number)
+
+
+def _stopped(stop: _StopError) -> str:
+    return f"stopped by {signal.Signals(stop.number).name}; nothing half-written was left"
+
+
+def _stop_behind(exc: BaseException | None) -> _StopError | None:
+    """Returns the signal during whose unwinding `exc` was raised: one that arrives inside a lock's own code upsets the lock."""
+    while exc is not None and not isinstance(exc, _StopError):
+        exc = exc.__context__
+    return exc
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> None:
+    """Prints one line (with --json one object on stdout) and exits."""
+    if "--json" in sys.argv[1:]:
+        facts: dict[str, Any] = {"error": type(error).__name__ if error else "Interrupted", "message": message}
+        for name in ("file", "tensor", "chunk", "byte", "expected", "got"):
+            value = getattr(error, name, None)
+            if value is not None:
+                facts[name] = value if isinstance(value, (int, str)) else str(value)
+        typer.echo(json.dumps({**facts, "exit_code": code}))
+    else:
+        stderr.print(f"error: {message}", style="red", markup=False)
+    sys.exit(code)
