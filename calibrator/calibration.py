@@ -75,8 +75,10 @@ def _with_gradients(model: Any, folder: Path, kind: str, known: set[str], tell: 
     if torch.cuda.is_available() and _weight_bytes(model) * _ROOM <= torch.cuda.mem_get_info()[0]:
         model = model.to("cuda")
     model.eval()
-    tell(f"calibrating: {'the model writes its own text' if kind == 'self' else f'text: {kind}'}")
-    tokens = own_text(model) if kind == "self" and _writes(model) else None
+    tokens = None
+    if kind == "self" and _writes(model):
+        tell("calibrating: the model writes its own text")
+        tokens = own_text(model)
     notes = []
     if kind == "self" and tokens is None:
         notes.append(f"{type(model).__name__} does not write text: calibrated on random tokens")
