@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,15 @@ def test_the_kernels_compile(target, tmp_path):
         assert shared == 0
         assert "redux.sync" in ptx
         assert "popc" in ptx
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
+def test_the_kernel_in_cuda_c_compiles_without_local_memory(architecture, tmp_path):
+    compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if compiler is None:
+        pytest.skip("needs nvcc; where torch has CUDA, NVRTC compiles the kernel in test_rans_kernel.py")
+    source = Path(__file__).parents[2] / "loader" / "kernels" / "rans.cu"
+    command = [compiler, f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "rans.cubin"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
