@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from codecllm.cli import main  # noqa: F401 (registers the commands)
 from codecllm.cli.app import app
 from codecllm.converter import convert
 from codecllm.formats.container import Container
