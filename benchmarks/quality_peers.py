@@ -28,7 +28,7 @@ from demo.models import smollm2_gguf, smollm2_realistic
 
 ROOT = OUT / "quality"
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
-BITS = (2.8, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
+BITS = (2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
 SELF, SAME_TEXT = "ours-self", "ours-text"
 """How our containers' names begin: calibrated by default, or on the text of the importance matrix."""
 
