@@ -28,7 +28,10 @@ from demo.models import smollm2_gguf, smollm2_realistic
 
 ROOT = OUT / "quality"
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
-BITS = (3.3, 4.1, 5.0, 5.9, 6.8)
+BITS = (2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
+SELF, SAME_TEXT = "ours-self", "ours-text"
+"""How our containers' names begin: calibrated by default, or on the text of the importance matrix."""
+
 CALIBRATION = (8, 128)
 """Sequences that the model itself writes, and the tokens of each."""
 
@@ -137,30 +140,41 @@ def make_others(base: Path) -> list[Path]:
     return [ROOT / name for name in tools]
 
 
-def make_ours(base: Path, calibration: str, codec: str) -> list[Path]:
-    """Converts at each rate after one calibration; returns the containers."""
-    made = [ROOT / f"ours-{bits:g}" for bits in BITS]
-    missing = [(bits, out) for bits, out in zip(BITS, made, strict=True) if not (out / "codecllm.json").exists()]
-    found = calibrate(base, calibration) if missing else None
-    kind = calibration if calibration == "self" else "file"
-    for bits, out in missing:
-        options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
-        steps = fit(base, ConvertOptions(**options), Target(bits=bits), found.statistics)
-        convert(base, out, steps=steps, bits=bits, calibrate=kind, calibration=found.record, **options)
+def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
+    """Converts at each rate, calibrated by default and on the text of the importance matrix; returns the containers."""
+    made = []
+    for title, kind in ((SELF, "self"), (SAME_TEXT, str(calibration))):
+        outs = [ROOT / f"{title}-{bits:g}" for bits in BITS]
+        missing = [(bits, out) for bits, out in zip(BITS, outs, strict=True) if not (out / "codecllm.json").exists()]
+        found = calibrate(base, kind) if missing else None
+        for bits, out in missing:
+            options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
+            steps = fit(base, ConvertOptions(**options), Target(bits=bits), found.statistics)
+            recorded = {"bits": bits, "calibrate": "self" if kind == "self" else "file", "calibration": found.record}
+            convert(base, out, steps=steps, **recorded, **options)
+        made += outs
     return made
 
 
 def table(evaluation: dict[str, Any]) -> list[Row]:
-    """Returns the peers of an evaluation, each with our bits at its KL, interpolated in log KL between our containers."""
+    """Returns the peers of an evaluation, each with our bits at its KL, interpolated in log KL between our containers.
+
+    Peers that were given an importance matrix are compared with ours calibrated on the same text, all others with the default.
+    """
     scores = evaluation["scores"]
-    ours = sorted((s["mean_kl"], s["layer_bits_per_weight"]) for s in scores if s["kind"] == "container")
+    ours = [score for score in scores if score["kind"] == "container"]
+    curves = {
+        title: sorted((s["mean_kl"], s["layer_bits_per_weight"]) for s in ours if Path(s["name"]).name.startswith(title))
+        for title in (SELF, SAME_TEXT)
+    }
     rows = []
     for score in scores:
         if score["kind"] != "container":
             name = Path(score["name"]).name.removesuffix(".gguf")
+            informed = "imatrix" in name
             figures = (score["layer_bits_per_weight"], score["mean_kl"], score["kl_99"], score["top1"])
-            goal = None if "imatrix" in name else _GOALS.get(name.removesuffix("-joined"), _GOAL)
-            rows.append(Row(name, *figures, _bits_at(ours, score["mean_kl"]), goal))
+            goal = None if informed else _GOALS.get(name.removesuffix("-joined"), _GOAL)
+            rows.append(Row(name, *figures, _bits_at(curves[SAME_TEXT if informed else SELF], score["mean_kl"]), goal))
     return rows
 
 
@@ -199,8 +213,7 @@ def _run(*command: str) -> str:
 def main() -> None:
     """Makes what is not there yet, evaluates, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2048, help="of each text at most")
-    parser.add_argument("--calibrate", help="`self` or a file; default: the text that the importance matrix is made from")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(1024, 512), help="of the built-in text, of the second")
     parser.add_argument("--codec", choices=("zstd", "rans"), default="zstd", help="of our containers")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw KL against bits on the first text")
@@ -209,11 +222,11 @@ def main() -> None:
     base = smollm2_realistic()
     calibration = calibration_text(base, ROOT / "calibration.txt")
     candidates = make_llama_cpp(base, calibration) + make_others(base)
-    candidates += make_ours(base, given.calibrate or str(calibration), given.codec)
+    candidates += make_ours(base, calibration, given.codec)
     results = {}
-    for title, text in (("built-in", []), ("second", ["--text", str(SECOND_TEXT)])):
+    for title, text, tokens in zip(("built-in", "second"), ([], ["--text", str(SECOND_TEXT)]), given.tokens, strict=True):
         plot = ["--plot", str(given.plot)] if given.plot and not text else []
-        command = ["codecllm", "eval", str(base), *map(str, candidates), "--tokens", str(given.tokens), "--json", *text, *plot]
+        command = ["codecllm", "eval", str(base), *map(str, candidates), "--tokens", str(tokens), "--json", *text, *plot]
         evaluation = json.loads(_run(*command))
         rows = table(evaluation)
         results[title] = {"evaluation": evaluation, "rows": [asdict(row) | {"saved": row.saved} for row in rows]}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from codecllm import cli
+from codecllm.cli.app import app
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, SourceError, UnsupportedEnvironmentError, UsageError
@@ -151,11 +151,11 @@ def test_the_built_in_text_is_long_enough_to_measure_on():
 def test_command(base, converted, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["eval", str(base), str(converted), str(base), "--text", str(tmp_path / "text.txt"), "--window", "50"]
-    cli.app([*arguments, "--json"], standalone_mode=False)
+    app([*arguments, "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert [score["kind"] for score in found["scores"]] == ["container", "folder"]
     assert found["tokens"] == 147
-    cli.app(arguments, standalone_mode=False)
+    app(arguments, standalone_mode=False)
     shown = capsys.readouterr().out
     assert f"{found['scores'][0]['mean_kl']:.3e}" in shown
     assert "KL in nats per token" in shown

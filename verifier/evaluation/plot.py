@@ -44,7 +44,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         if chosen:
             axes.plot(*zip(*places, strict=True), mark, label=kind, linewidth=0.8, markersize=5)
         for score, place in zip(chosen, places, strict=True):
-            label = Path(score.name).name + ("" if score.mean_kl > 0 else " (0)")
+            label = Path(score.name).name.removesuffix(".gguf") + ("" if score.mean_kl > 0 else " (0)")
             axes.annotate(label, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_yscale("log")
     axes.margins(x=0.12, y=0.08)
