@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from codecllm.formats.codecs.zstd import HEAD_BYTES, are_plain, check_frame
+from codecllm.formats.codecs.zstd import HEAD_BYTES, are_alike, are_plain, check_frame
 from codecllm.formats.container import PlainTensor, StoredTensor
 from codecllm.formats.errors import DecodeError, TruncatedError
 from codecllm.formats.limits import SLOT_ALIGNMENT
@@ -65,10 +65,13 @@ def _check_frames(source: StoredTensor, first: int, last: int, slots: NDArray[np
     """Checks the header of every zstd frame: the device's decoder trusts it."""
     table = source.table
     coded = first + np.flatnonzero(table.records["codec"][first:last] == ZSTD_ID)
+    if not len(coded):
+        return
     blocks = (table.offsets[coded] - table.offsets[first]) // SLOT_ALIGNMENT
     heads = slots.reshape(-1, SLOT_ALIGNMENT)[blocks, :HEAD_BYTES]  # a slot has one block or more
     raw_bytes = table.raw_bytes[coded]
-    for chunk in coded[~are_plain(heads, raw_bytes)].tolist():
+    suspect = coded[:1] if are_alike(heads, raw_bytes) else coded[~are_plain(heads, raw_bytes)]
+    for chunk in suspect.tolist():
         record, base = table.chunks[chunk], table.chunks[first].begin
         try:
             check_frame(slots[record.begin - base :][: record.stored_bytes], record.raw_bytes)
