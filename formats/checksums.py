@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 _READ_BYTES = 1 << 20
 
@@ -15,6 +17,11 @@ _READ_BYTES = 1 << 20
 def xxh3(data: Any) -> int:
     """Returns the unseeded xxh3-64 of a bytes-like object as an unsigned integer."""
     return int(xxhash.xxh3_64_intdigest(data))
+
+
+def xxh3_each(parts: Iterable[Any]) -> NDArray[np.uint64]:
+    """Returns uint64 [n]: `xxh3` of each of many parts, with hardly any work of the interpreter between two."""
+    return np.array(list(map(xxhash.xxh3_64_intdigest, parts)), np.uint64)
 
 
 def xxh3_hex(data: Any) -> str:

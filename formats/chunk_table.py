@@ -52,6 +52,7 @@ class ChunkTable:
         planes: planes per tile.
         records: RECORD [len(grid) * planes]; chunk `tile * planes + plane`.
         offsets: int64 [len(records) + 1]: where each chunk's slot begins in the payload; the last is the payload's size.
+        raw_bytes: int64 [len(records)]: symbols of each chunk.
         chunks: the same, one by one: numpy's scalars cost more than the checksum of a small chunk.
     """
 
@@ -59,6 +60,7 @@ class ChunkTable:
     planes: int
     records: NDArray[Any]
     offsets: NDArray[np.int64]
+    raw_bytes: NDArray[np.int64]
     chunks: list[Chunk]
 
 
@@ -125,7 +127,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         raise LayoutError("chunks do not add up to the payload", got=int(offsets[-1]), expected=payload_bytes, **where)
     columns = (offsets[:-1], offsets[1:], records["stored_bytes"], raw_bytes, records["codec"], records["xxh3"])
     chunks = [Chunk._make(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-    return ChunkTable(grid, planes, records, offsets, chunks)
+    return ChunkTable(grid, planes, records, offsets, raw_bytes, chunks)
 
 
 def _tile_symbols(grid: Grid) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.formats import limits
-from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3, xxh3_hex
+from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3, xxh3_each, xxh3_hex
 from codecllm.formats.chunk_table import ChunkTable, parse_chunk_table
 from codecllm.formats.codecs import CODECS, RANS_ID, rans
 from codecllm.formats.columns import Columns, parse_columns
@@ -172,6 +173,28 @@ class StoredTensor:
         if any(slot[record.stored_bytes :]):
             raise SchemaError("padding is not zero").located(**self.place(chunk))
         return slot[: record.stored_bytes]
+
+    def check_chunks(self, first: int, last: int, slots: NDArray[np.uint8]) -> None:
+        """Verifies chunks [first, last) as `stored_chunk` does, all together.
+
+        Args:
+            first: number of the first chunk.
+            last: number behind the last chunk.
+            slots: uint8 [slots_bytes(first, last)], their slots.
+
+        Raises:
+            ChecksumError, SchemaError: what `stored_chunk` raises for the first chunk that is wrong.
+        """
+        records, ends = self.table.records[first:last], self.table.offsets[first : last + 1] - self.table.offsets[first]
+        places, view = ends.tolist(), memoryview(slots)
+        wrong = xxh3_each([view[begin:end] for begin, end in pairwise(places)]) != records["xxh3"]
+        tails = slots.reshape(-1, limits.SLOT_ALIGNMENT)[ends[1:] // limits.SLOT_ALIGNMENT - 1]  # padding is shorter
+        used = records["stored_bytes"] - ends[1:] + limits.SLOT_ALIGNMENT + ends[:-1]
+        wrong |= ((tails != 0) & (np.arange(limits.SLOT_ALIGNMENT) >= used[:, None])).any(axis=1)
+        if wrong.any():
+            chunk = first + int(wrong.argmax())
+            self.stored_chunk(chunk, view, first)
+            raise ChecksumError("stored bytes changed while they were checked").located(**self.place(chunk))
 
     def decode_chunk(self, chunk: int, slots: memoryview, first: int) -> NDArray[np.uint8]:
         """Verifies and decodes a chunk; arguments as for `stored_chunk`.

@@ -113,6 +113,15 @@ def check_frame(stored: Any, raw_bytes: int) -> None:
         raise DecodeError("frame needs a dictionary or too large a window", got=parameters.window_size)
 
 
+def are_alike(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> bool:
+    """Whether `check_frame` judges all of some frames as it judges the first; arguments as for `are_plain`, n 1 or more."""
+    descriptor = int(heads[0, 4])
+    single = descriptor >> 5 & 1
+    length = 6 - single + (single, 2, 4, 8)[descriptor >> 6] + (0, 1, 2, 4)[descriptor & 3]
+    head = heads[:, : min(length, HEAD_BYTES)]
+    return length <= HEAD_BYTES and bool((head == head[0]).all()) and bool((raw_bytes == raw_bytes[0]).all())
+
+
 def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Returns bool [n]: whether `check_frame` certainly accepts a frame, seen from its first bytes; many frames at once.
 

@@ -62,7 +62,7 @@ class ChunkList:
         """
         first, last = chunks_of(source, bands)
         table, count = source.table, source.table.planes
-        raw = np.array([chunk.raw_bytes for chunk in table.chunks[first:last]], np.int64)
+        raw = table.raw_bytes[first:last]
         in_plane = np.cumsum(raw[::count]) - raw[::count]
         places = (in_plane[:, None] + np.array(planes, np.int64)[None, :]).reshape(-1)
         records = table.records[first:last]

@@ -33,7 +33,7 @@ from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Ver
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finish_bands, side_arrays
 from codecllm.loader.device.plan import ARENA_BYTES, SLOT_BYTES, Batch, Piece, Request, aligned, band_rows, cut
-from codecllm.loader.device.read import read_piece
+from codecllm.loader.device.read import decodes_on_host, read_piece
 from codecllm.loader.device.streams import Event, Streams
 from codecllm.loader.pool import DecodePool
 
@@ -41,6 +41,11 @@ _LOG = logging.getLogger(__name__)
 
 RING = 4
 """Pinned buffers: one being copied, three being filled."""
+
+READERS = 3
+"""Threads that read and check stored chunks, whatever the number of cores. Reading and hashing go on outside the interpreter's
+lock, at several GB/s a thread; but each chunk takes the lock once, as does every call by which the pipeline queues work for the
+device, and with more threads the pipeline waits longer for the lock than it gains."""
 
 STAGES = 3
 """Buffers of stored bytes on the device: one being decoded, one ready, one being copied to."""
@@ -114,6 +119,7 @@ class DevicePipeline:
     def __init__(self, container: Container, pool: DecodePool, streams: Streams, codecs: DeviceCodecs) -> None:
         """Starts the thread; memory is allocated when the first tensor is asked for."""
         self._container, self._pool, self._streams, self._codecs = container, pool, streams, codecs
+        self._readers = DecodePool(min(READERS, pool.workers))
         self._tools = DeviceTools(streams, codecs)
         self._wanted: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._upcoming: deque[Piece] = deque()
@@ -235,7 +241,8 @@ class DevicePipeline:
         jobs = []
         for piece, place, _ in batch.pieces:
             buffer = memory[place : place + piece.host_bytes]
-            jobs.append(self._pool.submit(partial(read_piece, piece, buffer)))
+            threads = self._pool if decodes_on_host(piece) else self._readers
+            jobs.append(threads.submit(partial(read_piece, piece, buffer)))
         self._reading.append(_Reading(batch, slot, stage, memory, jobs))
 
     def _issue(self, reading: _Reading) -> None:
@@ -380,6 +387,7 @@ class DevicePipeline:
                 job.cancel()
                 if not job.cancelled():
                     job.exception()
+        self._readers.close()
         self._streams.synchronize()
         waits = ", ".join(f"{seconds:.3f} s for {what}" for what, seconds in self._waited.items())
         _LOG.debug("%s: %d batches; waited %s", self._streams.device, self._count, waits)

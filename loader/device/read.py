@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from codecllm.formats.codecs.zstd import HEAD_BYTES, are_plain, check_frame
+from codecllm.formats.codecs.zstd import HEAD_BYTES, are_alike, are_plain, check_frame
 from codecllm.formats.container import PlainTensor, StoredTensor
 from codecllm.formats.errors import DecodeError, TruncatedError
+from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.loader.decode import Workspace, read_tiles, write_tile
 from codecllm.loader.device.chunks import chunks_of
 from codecllm.loader.device.codecs import ZSTD_ID
@@ -31,24 +32,28 @@ def read_piece(piece: Piece, buffer: torch.Tensor, workspace: Workspace) -> None
         if piece.bands:
             begin = source.offset + piece.bands.start * buffer.numel() // len(piece.bands)
             source.file.read_into(begin, memoryview(buffer.numpy()))
-    elif piece.staged is None or piece.request.part == "payload":
-        _read_slots(source, piece, buffer.numpy())
-    else:
+    elif decodes_on_host(piece):
         _decode(source, piece, buffer, workspace)
+    else:
+        _read_slots(source, piece, buffer.numpy())
+
+
+def decodes_on_host(piece: Piece) -> bool:
+    """Whether `read_piece` decodes a piece, besides reading and checking it."""
+    return isinstance(piece.source, StoredTensor) and piece.staged is not None and piece.request.part != "payload"
 
 
 def _read_slots(source: StoredTensor, piece: Piece, buffer: NDArray[np.uint8]) -> None:
     """Reads the slots of a piece's chunks, verifies each, and puts side data behind them."""
     first, last = chunks_of(source, piece.bands)
     size = source.slots_bytes(first, last)
-    slots = memoryview(buffer)[:size]
+    slots = buffer[:size]
     try:
-        source.file.read_into(source.offset + int(source.table.offsets[first]), slots)
+        source.file.read_into(source.offset + int(source.table.offsets[first]), memoryview(slots))
     except TruncatedError as exc:
         raise exc.located(tensor=source.record.name, chunk=first) from None
-    for chunk in range(first, last):
-        source.stored_chunk(chunk, slots, first)
-    _check_frames(source, first, last, buffer)
+    source.check_chunks(first, last, slots)
+    _check_frames(source, first, last, slots)
     if piece.staged is None:
         place = aligned(size)
         for side in side_arrays(source, band_rows(source, piece.bands)):
@@ -60,10 +65,13 @@ def _check_frames(source: StoredTensor, first: int, last: int, slots: NDArray[np
     """Checks the header of every zstd frame: the device's decoder trusts it."""
     table = source.table
     coded = first + np.flatnonzero(table.records["codec"][first:last] == ZSTD_ID)
-    places = table.offsets[coded] - table.offsets[first]
-    heads = slots[places[:, None] + np.arange(HEAD_BYTES)]  # slots have 16 bytes and more
-    raw_bytes = np.array([table.chunks[chunk].raw_bytes for chunk in coded.tolist()], np.int64)
-    for chunk in coded[~are_plain(heads, raw_bytes)].tolist():
+    if not len(coded):
+        return
+    blocks = (table.offsets[coded] - table.offsets[first]) // SLOT_ALIGNMENT
+    heads = slots.reshape(-1, SLOT_ALIGNMENT)[blocks, :HEAD_BYTES]  # a slot has one block or more
+    raw_bytes = table.raw_bytes[coded]
+    suspect = coded[:1] if are_alike(heads, raw_bytes) else coded[~are_plain(heads, raw_bytes)]
+    for chunk in suspect.tolist():
         record, base = table.chunks[chunk], table.chunks[first].begin
         try:
             check_frame(slots[record.begin - base :][: record.stored_bytes], record.raw_bytes)

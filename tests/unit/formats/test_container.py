@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from codecllm.converter import convert
-from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.checksums import sha256_hex, xxh3
 from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile, tensor_matrix
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import ChecksumError, DecodeError, NotAContainerError, SchemaError, TruncatedError
+from codecllm.formats.errors import ChecksumError, DecodeError, FormatError, NotAContainerError, SchemaError, TruncatedError
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import MANIFEST_NAME, FileRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_symbols, read_tensor_bytes, tensor_digest
@@ -220,3 +221,43 @@ def test_threads_share_a_container(folder):
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def _error(check, *arguments):
+    try:
+        check(*arguments)
+    except FormatError as exc:
+        return type(exc), str(exc)
+    return None
+
+
+def test_chunks_checked_together_fail_as_the_first_that_fails_alone(folder):
+    padded = 0
+    with Container(folder) as container:
+        for name in container.records:
+            tensor = container.tensor(name)
+            if not isinstance(tensor, StoredTensor):
+                continue
+            count = len(tensor.table.records)
+            slots = np.frombuffer(tensor.read_slots(0, count, bytearray(tensor.slots_bytes(0, count))), np.uint8).copy()
+            tensor.check_chunks(0, count, slots)
+            for chunk, record in enumerate(tensor.table.chunks):
+                last = memoryview(slots)[record.begin : record.end]
+                last[-1] ^= 1
+                expected = _error(tensor.stored_chunk, chunk, memoryview(slots), 0)
+                assert expected is not None and expected == _error(tensor.check_chunks, 0, count, slots)
+                assert chunk == 0 or _error(tensor.check_chunks, 0, chunk, slots[: record.begin]) is None
+                sealed = _with_checksum(tensor, chunk, xxh3(last))  # a checksum that fits: only the padding may be wrong
+                expected = _error(sealed.stored_chunk, chunk, memoryview(slots), 0)
+                assert expected == _error(sealed.check_chunks, 0, count, slots)
+                assert (expected is not None) == (record.stored_bytes < len(last))
+                padded += expected is not None
+                last[-1] ^= 1
+    assert padded
+
+
+def _with_checksum(tensor, chunk, checksum):
+    records, chunks = tensor.table.records.copy(), list(tensor.table.chunks)
+    records["xxh3"][chunk] = checksum
+    chunks[chunk] = chunks[chunk]._replace(xxh3=checksum)
+    return replace(tensor, table=replace(tensor.table, records=records, chunks=chunks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import zstandard
 
-from codecllm.formats.codecs.zstd import HEAD_BYTES, ZstdCodec, are_plain, check_frame
+from codecllm.formats.codecs.zstd import HEAD_BYTES, ZstdCodec, are_alike, are_plain, check_frame
 from codecllm.formats.errors import DecodeError
 
 
@@ -55,3 +55,15 @@ def test_no_flip_in_a_header_is_called_plain_unless_libzstd_accepts_it():
     plain = are_plain(_heads(flipped), np.array(raw_bytes, np.int64))
     assert all(_accepted(flipped[number], raw_bytes[number]) for number in np.flatnonzero(plain))
     assert 0 < plain.sum() < len(flipped)
+
+
+def test_frames_are_alike_only_where_libzstd_judges_them_alike():
+    frames, sizes = _frames()
+    for frame, size in zip(frames, sizes, strict=True):
+        assert are_alike(_heads([frame, frame]), np.array([size, size]))
+        assert not are_alike(_heads([frame, frame]), np.array([size, size + 1]))
+        for bit in range(8 * min(len(frame), HEAD_BYTES)):
+            changed = bytearray(frame)
+            changed[bit // 8] ^= 1 << bit % 8
+            if are_alike(_heads([frame, changed]), np.array([size, size])):
+                assert _accepted(frame, size) == _accepted(bytes(changed), size), (size, bit)
