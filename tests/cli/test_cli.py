@@ -56,7 +56,7 @@ def test_root_help_lists_the_commands_and_exit_codes():
     done = run("--help")
     assert all(command in done.stdout for command in COMMANDS)
     assert "Exit codes" in done.stdout
-    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.1\n", run("--version").stdout)
+    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.2\n", run("--version").stdout)
 
 
 def test_codec_rans(container, source, tmp_path):
@@ -207,18 +207,18 @@ def test_signals_leave_nothing_behind(tmp_path, number, code):
 
 def test_a_signal_inside_a_lock_is_still_that_signal(container, monkeypatch, capsys):
     """Raised where a condition waits, the signal's exception makes the lock's own exit fail with a RuntimeError."""
-    from codecllm import cli
+    from codecllm.cli import process
 
     def interrupted(*args, **kwargs):
         try:
-            raise cli._StopError(signal.SIGTERM)
+            raise process._StopError(signal.SIGTERM)
         finally:
             raise RuntimeError("release unlocked lock")
 
     monkeypatch.setattr("codecllm.info.describe", interrupted)
     monkeypatch.setattr(sys, "argv", ["codecllm", "info", str(container)])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        process.main()
     assert caught.value.code == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import codecllm
 from codecllm import api
 from codecllm.calibrator import calibrate
 from codecllm.calibrator.gradients import squared_gradients
-from codecllm.cli import app
+from codecllm.cli.app import app
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.rate import Target, fit
 from codecllm.converter.source import SourceModel

@@ -185,7 +185,7 @@ def test_no_thread_outlives_the_model(container):
 
 
 def test_it_is_not_saved_as_if_it_were_plain(tmp_path, container):
-    with pytest.raises(ValueError, match="serializ"):
+    with pytest.raises(UsageError, match="codecllm convert"):
         from_pretrained(container("llama", "int8"), resident="compressed").save_pretrained(tmp_path / "plain")
 
 
