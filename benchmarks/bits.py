@@ -38,7 +38,7 @@ class Row:
         asked: bits per weight that were asked for; 0 for plain int8.
         bits: stored per quantized weight, everything counted.
         entropy_gap: bits per quantized weight that chunks take beyond the order-0 entropy of their symbols.
-        side: bits per quantized weight of scales and orders.
+        side: bits per quantized weight of scales and groups.
         stored_bytes: of all tensors.
         kl, top1: on the prose.
         kl_other, top1_other: on the second text.
@@ -64,7 +64,7 @@ def measure(report: ConversionReport, source: Path, calibrated: str, asked: floa
     quantized = [record for record in report.manifest.tensors if isinstance(record, Int8Tensor)]
     weights = sum(record.elements for record in quantized)
     gap = sum(8 * plane.stored_bytes - plane.entropy_bits for record in quantized for plane in record.planes)
-    side = 32 * sum(record.scale_words for record in quantized)
+    side = 8 * sum(record.scale_bytes for record in quantized)
     return Row(
         calibrated,
         asked,

@@ -1,8 +1,8 @@
 """`python -m benchmarks.columns`: what scales of columns and wide codes cost, as containers store them, against the entropy.
 
 Weights are Gaussian, or matrices of SmolLM2 with realistic bits; scales of columns are drawn log-normally (sigma 0.5; equal in
-the second table), rows get `step` times their root mean square. The first table cuts the columns, ordered by the size of their
-codes, into 1 to 16 groups: one group is what a container without an order has. The second lets codes leave [-127, 127].
+the second table), rows get `step` times their root mean square. The first table cuts the columns, by the size of their codes,
+into 1 to 16 groups: one group is what a container without groups has. The second lets codes leave [-127, 127].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 from codecllm.converter import convert
 from codecllm.converter.policy import TensorPlan
 from codecllm.converter.source import SourceModel
-from codecllm.converter.steps import Steps, column_tiles
+from codecllm.converter.steps import Steps, column_tiles, like_columns
 from codecllm.formats.chunk_table import slot_bytes
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container, StoredTensor
@@ -88,12 +88,12 @@ def measure(name: str, weights: NDArray[np.float32], step: float, groups: tuple[
     factors = np.exp(sigma * np.random.default_rng(2).standard_normal(weights.shape[1])).astype(np.float32)
     scaled = weights / factors
     rows = (step * np.sqrt(np.square(scaled).mean(axis=1))).astype(np.float32)
-    order = np.argsort(np.square(scaled).mean(axis=0), kind="stable")
+    squares = np.square(scaled, dtype=np.float64).mean(axis=0)
     for count in groups:
         tile = column_tiles(*weights.shape, groups=count)
-        steps = Steps(rows, factors, order, tile)
+        steps = Steps(rows, factors, like_columns(squares, tile[1]), tile)
         found = {codec: _stored(weights, steps, codec) for codec in ("zstd", "rans")}
-        codes = found["zstd"][1][:, order]
+        codes = found["zstd"][1][:, steps.order]
         parts = [codes[:, col : col + tile[1]] for col in range(0, codes.shape[1], tile[1])]
         entropy = sum(_entropy_bits(part) for part in parts) / codes.size
         escapes = float((np.abs(codes.astype(np.int32)) > 127).mean())

@@ -118,7 +118,7 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes) + (record.tables_bytes or 0)
         row["entropy_bits"] = sum(plane.entropy_bits for plane in record.planes)
     if isinstance(record, Int8Tensor):
-        scales = 4 * record.scale_words
+        scales = record.scale_bytes
         row["stored_bytes"] += scales
         row["entropy_bits"] += 8 * scales
         row["worst_error"], row["scale_range"] = record.worst_error, record.scale_range

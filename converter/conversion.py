@@ -348,10 +348,11 @@ def _planned(plans: list[TensorPlan]) -> list[PlannedTensor]:
             continue
         planned.append(PlannedTensor(source.name, DTYPES["U8"], (bound,), bound))
         if plan.scheme == "int8":
-            planned.append(PlannedTensor(source.name + "_scale", DTYPES["F32"], (plan.channels,), 0))
+            longest = "BF16" if plan.steppable else "F32"
+            planned.append(PlannedTensor(source.name + "_scale", DTYPES[longest], (plan.channels,), 0))
         if plan.steppable:
-            planned.append(PlannedTensor(source.name + "_col_scale", DTYPES["F32"], (plan.matrix[1],), 0))
-            planned.append(PlannedTensor(source.name + "_col_order", DTYPES["I32"], (plan.matrix[1],), 0))
+            planned.append(PlannedTensor(source.name + "_col_scale", DTYPES["BF16"], (plan.matrix[1],), 0))
+            planned.append(PlannedTensor(source.name + "_col_group", DTYPES["U8"], (plan.matrix[1],), 0))
         planned.append(PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0))
         planned.append(PlannedTensor(source.name + "_chunks", DTYPES["U8"], (bound,), 0))
         if plan.codec == "rans":

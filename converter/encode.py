@@ -282,11 +282,12 @@ def _column_tiles(
     grid: Grid, steps: Steps, block: Block, codes: NDArray[np.int16], wide: bool
 ) -> Iterator[list[NDArray[np.uint8]]]:
     """Yields, for each row of tiles of a block, the planes of its tiles one after another, columns in the stored order."""
+    order = steps.order
     for row in range(0, block.rows, grid.tile_rows):
         band, planes = codes[row : row + grid.tile_rows], []
         for col in range(0, grid.cols, grid.tile_cols):
             cols = slice(col, col + grid.tile_cols)
-            tile = band[:, cols] if steps.col_order is None else band.take(steps.col_order[cols], axis=1, mode="clip")
+            tile = band[:, cols] if order is None else band.take(order[cols], axis=1, mode="clip")
             parts = split_codes(tile) if wide else (tile.astype(np.int8),)
             planes += [part.reshape(-1).view(np.uint8) for part in parts]
         yield planes

@@ -142,9 +142,9 @@ def blocks(plan: TensorPlan, steps: Steps) -> int:
 
 def side_bits(plan: TensorPlan, steps: Steps) -> int:
     """Returns the bits of a tensor that `sample_steps` leaves out: scales, order, shape, its part of header and manifest."""
-    sides = (steps.col_scale is not None) + (steps.col_order is not None)
+    sides = (steps.col_scale is not None) + (steps.col_groups is not None)
     text = _STEPPED_BYTES + 5 * len(plan.source.name) + sides * (_SIDE_BYTES + len(plan.source.name))
-    return 32 * (plan.channels + sides * plan.matrix[1]) + 8 * (text + 8 * len(plan.source.shape))
+    return 8 * (steps.stored_bytes + text + 8 * len(plan.source.shape))
 
 
 def frame_bits(others: list[TensorPlan]) -> int:
@@ -190,9 +190,9 @@ def _sample_stored_bytes(plan: TensorPlan) -> int | None:
             return None
         stored += encoded
         elements += block.rows * block.cols
-    side = 64 + (4 * plan.channels if plan.scheme == "int8" else 0)
-    if plan.steps is not None and plan.steps.col_scale is not None:
-        side += 4 * plan.matrix[1] * (1 if plan.steps.col_order is None else 2)
+    side = 64
+    if plan.scheme == "int8":
+        side += 4 * plan.channels if plan.steps is None else plan.steps.stored_bytes
     return stored * plan.source.entry.elements // max(1, elements) + side
 
 

@@ -12,8 +12,7 @@ from codecllm.converter.allocation import Factors, Floats, Sensitivity, factors_
 from codecllm.converter.encode import blocks_of
 from codecllm.converter.policy import TensorPlan
 from codecllm.converter.quantize import as_float32
-from codecllm.converter.steps import Steps
-from codecllm.formats.columns import ORDER
+from codecllm.converter.steps import Steps, column_tiles, like_columns, nearest_bf16, next_bf16
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE
 
 _SAMPLED_BLOCKS = 2
@@ -29,7 +28,8 @@ class Sampled:
         plan: the tensor's.
         factors: relative steps but for the weights; of a plan of kind `column`, `factors.rows` are those of its columns.
         typical_rms: geometric mean of the channels' root mean squares.
-        order: int32 [cols]: columns from the narrowest codes to the widest; None where that is not worth its bits.
+        groups: uint8 [cols]: groups of like columns, from the narrowest codes to the widest; None where they are not worth
+            their bits.
         blocks: numbers of the sampled blocks.
         sampled: float64 [channels], relative steps; 1 for rows outside of the sample.
         largest: float64 [channels]: largest |weight / column factor|; 0 for rows outside of the sample.
@@ -39,7 +39,7 @@ class Sampled:
     plan: TensorPlan
     factors: Factors
     typical_rms: float
-    order: NDArray[np.int32] | None
+    groups: NDArray[np.uint8] | None
     blocks: tuple[int, ...]
     sampled: Floats
     largest: Floats
@@ -47,7 +47,7 @@ class Sampled:
 
     def sample_steps(self, scale: float) -> Steps:
         """Returns steps that hold for the sampled blocks, at k = `scale`."""
-        return self._steps(np.maximum(scale * self.sampled, self.largest / _LARGEST_CODE), wide=False)
+        return self._steps(scale * self.sampled, self.largest / _LARGEST_CODE, wide=False)
 
     def all_steps(self, plan: TensorPlan, scale: float, *, wide: bool) -> Steps | None:
         """Returns the steps of the whole tensor at k = `scale`, after one pass over it; None where a weight is not finite.
@@ -57,27 +57,26 @@ class Sampled:
         """
         if self.plan.kind == "column":
             return replace(self.sample_steps(scale), wide=wide)
-        rows = np.empty(self.plan.matrix[0])
+        rows, lowest = np.empty(self.plan.matrix[0]), np.empty(self.plan.matrix[0])
         cols = np.float32(1.0) / self.factors.cols.astype(np.float32)
         for first, weights in read_rows(plan):
             last = first + len(weights)
             rms = row_rms(weights)
             if not np.isfinite(rms).all():
                 return None
-            steps = scale * row_steps(self.factors, rms, self.typical_rms, first)
+            rows[first:last] = scale * row_steps(self.factors, rms, self.typical_rms, first)
             np.abs(weights, out=weights)
             np.multiply(weights, cols, out=weights)
-            rows[first:last] = np.maximum(steps, weights.max(axis=1) / _LARGEST_CODE)
-        return self._steps(rows, wide=wide)
+            lowest[first:last] = weights.max(axis=1) / _LARGEST_CODE
+        return self._steps(rows, lowest, wide=wide)
 
-    def _steps(self, channels: Floats, *, wide: bool) -> Steps:
-        if self.plan.kind == "column":
-            return Steps(np.maximum(channels, MIN_SCALE).astype(np.float32), wide=wide)
-        if not self.factors.by_column:
-            return Steps(np.maximum(channels, MIN_SCALE).astype(np.float32), wide=wide)
-        cols = self.factors.cols.astype(np.float32)
-        lowest = 2 * MIN_SCALE / min(1.0, float(cols.min()))
-        return Steps(np.maximum(channels, lowest).astype(np.float32), cols, self.order, wide=wide)
+    def _steps(self, channels: Floats, lowest: Floats, *, wide: bool) -> Steps:
+        """Rounds steps of channels, float64, to values of BF16, which take half the room; none below `lowest`, float64."""
+        cols = self.factors.cols.astype(np.float32) if self.plan.kind == "row" and self.factors.by_column else None
+        least = MIN_SCALE if cols is None else 2 * MIN_SCALE / min(1.0, float(cols.min()))
+        bound = next_bf16(np.maximum(lowest, least).astype(np.float32))
+        rows = np.maximum(nearest_bf16(channels.astype(np.float32)), bound)
+        return Steps(rows, cols, None if cols is None else self.groups, wide=wide)
 
 
 def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
@@ -93,6 +92,7 @@ def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
 def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
     rows, cols = plan.matrix
     factors = factors_of(sensitivity, rows, cols)
+    factors = replace(factors, cols=nearest_bf16(factors.cols.astype(np.float32)).astype(np.float64))
     probe = Steps(np.ones(rows, np.float32), np.ones(cols, np.float32) if factors.by_column else None)
     blocks = list(blocks_of(replace(plan, steps=probe)))
     chosen = range(len(blocks)) if len(blocks) <= _SAMPLED_BLOCKS else (len(blocks) // 3, 2 * len(blocks) // 3)
@@ -112,9 +112,9 @@ def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled |
     steps = row_steps(factors, rms[taken], typical)
     sampled = np.ones(rows)
     sampled[taken] = steps
-    order = _order(squares / factors.cols**2, rows) if factors.by_column else None
+    groups = _groups(squares / factors.cols**2, rows) if factors.by_column else None
     spread = _spread(rms[taken], steps)
-    return Sampled(plan, factors, typical, order, tuple(chosen), sampled, largest, spread)
+    return Sampled(plan, factors, typical, groups, tuple(chosen), sampled, largest, spread)
 
 
 def _sample_columns(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
@@ -138,16 +138,17 @@ def _sample_columns(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sample
     return Sampled(plan, factors, typical, None, chosen, sampled, largest, _spread(rms, sampled))
 
 
-def _order(squares: Floats, rows: int) -> NDArray[np.int32] | None:
-    """Returns columns by their squared codes, float64 [cols], where tables of like columns save more than an order takes.
+def _groups(squares: Floats, rows: int) -> NDArray[np.uint8] | None:
+    """Returns groups of columns with like squared codes, float64 [cols], one a tile; None where they save less than they take.
 
     A table for Gaussian columns of unlike variances costs half the log of the arithmetic over the geometric mean of these.
     """
     positive = squares[squares > 0]
     saved = 0.5 * float(np.log2(positive.mean()) - np.log2(positive).mean()) if positive.size else 0.0
-    if saved * rows < 8 * ORDER.itemsize:
+    _, width = column_tiles(rows, squares.size)
+    if saved * rows < 8 or width == squares.size:
         return None
-    return np.argsort(squares, kind="stable").astype(np.int32)
+    return like_columns(squares, width)
 
 
 def read_rows(plan: TensorPlan, first: int = 0, last: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:

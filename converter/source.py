@@ -23,7 +23,7 @@ from codecllm.formats.strict_json import parse_json_object
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX_BYTES = 250 << 20
 _SIDE_SUFFIXES = (
-    *("_scale", "_col_scale", "_col_order", "_shape", "_chunks", "_tables"),
+    *("_scale", "_col_scale", "_col_group", "_shape", "_chunks", "_tables"),
     *("_scale_inv", "_zero_point", "_packed", "_absmax", "_quant_state"),
 )
 

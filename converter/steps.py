@@ -1,4 +1,4 @@
-"""Steps of an `int8` tensor chosen by somebody else: scales of rows and columns, order of columns, tiles, and refined codes."""
+"""Steps of an `int8` tensor chosen by somebody else: scales of rows and columns, groups of columns, tiles, refined codes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.columns import check_order
+from codecllm.formats.columns import order_of
+from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import FormatError, LayoutError, UsageError
+from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.manifest import NEAREST
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, default_grid
@@ -32,12 +34,13 @@ class Steps:
     """How an `int8` tensor is quantized: code of (r, c) = rint(fl32(w / step)), step = fl32(row_scale[r] * col_scale[c]).
 
     Rows and columns are those of the plan's `matrix`. For a plan of kind `column` (Conv1D), `row_scale` has one entry per
-    output channel, as always, and `col_scale` and `col_order` must be None.
+    output channel, as always, and `col_scale` and `col_groups` must be None.
 
     Attributes:
         row_scale: float32 [channels].
         col_scale: float32 [cols] in the source's order, or None for 1 everywhere.
-        col_order: int [cols]: stored column j holds column order[j] of the source; only beside `col_scale`, or None.
+        col_groups: uint8 [cols]: which columns are alike. Columns are stored group by group, within one as in the source; only
+            beside `col_scale`, or None.
         tile: rows and columns of a tile of the stored matrix; None takes `column_tiles` or, without `col_scale`, whole rows.
         rounding: `nearest`, or the name of what `codes` did.
         codes: gives int16 [last - first, cols] for rows [first, last), columns in the source's order; called from several
@@ -47,11 +50,28 @@ class Steps:
 
     row_scale: NDArray[np.float32]
     col_scale: NDArray[np.float32] | None = None
-    col_order: NDArray[np.integer[Any]] | None = None
+    col_groups: NDArray[np.uint8] | None = None
     tile: tuple[int, int] | None = None
     rounding: str = NEAREST
     codes: Callable[[int, int], NDArray[np.int16]] | None = None
     wide: bool = False
+
+    @property
+    def order(self) -> NDArray[np.int32] | None:
+        """int32 [cols]: the columns of the source as they are stored; None where they stand as in the source."""
+        return None if self.col_groups is None else order_of(self.col_groups)
+
+    @property
+    def scale_dtype(self) -> str:
+        """`BF16` where all scales have values of that type, and are thus stored as such; otherwise `F32`."""
+        scales = [self.row_scale] if self.col_scale is None else [self.row_scale, self.col_scale]
+        return "BF16" if all(np.array_equal(nearest_bf16(held), held) for held in scales) else "F32"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of scales and groups in a shard."""
+        scales = self.row_scale.size + (0 if self.col_scale is None else self.col_scale.size)
+        return scales * DTYPES[self.scale_dtype].itemsize + (0 if self.col_groups is None else self.col_groups.size)
 
     @property
     def largest(self) -> np.float32:
@@ -62,6 +82,16 @@ class Steps:
 
 StepsProvider = Callable[["TensorPlan"], Steps | None]
 """Chooses the steps of a tensor that is to become `int8`; None leaves it to the largest weight of each channel."""
+
+
+def nearest_bf16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns float32 scales rounded to the nearest values of type BF16, ties to even."""
+    return float32_from_bits(bits_from_float32(scales, "BF16"), "BF16")
+
+
+def next_bf16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns for each scale, positive float32, the smallest value of type BF16 that is not below it."""
+    return ((scales.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def column_tiles(
@@ -75,6 +105,13 @@ def column_tiles(
     fitting = max(1, min(groups, rows * cols // MIN_TILE_SYMBOLS, cols // _MIN_COLUMNS))
     width = -(-cols // fitting)
     return max(1, min(rows, tile_symbols // width)), width
+
+
+def like_columns(squares: NDArray[np.float64], width: int) -> NDArray[np.uint8]:
+    """Returns groups of `width` columns each, uint8 [cols], in ascending order of their squared codes, float64 [cols]."""
+    groups = np.empty(squares.size, np.uint8)
+    groups[np.argsort(squares, kind="stable")] = np.arange(squares.size) // width
+    return groups
 
 
 def grid_of(steps: Steps, rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS) -> Grid:
@@ -100,15 +137,15 @@ def check(steps: Steps, plan: TensorPlan) -> None:
     rows, cols = plan.matrix
     where: dict[str, Any] = {"file": plan.source.file.name, "tensor": plan.source.name}
     _check_array("row_scale", steps.row_scale, plan.channels, where)
-    if plan.kind == "column" and not (steps.col_scale is None and steps.col_order is None):
-        raise UsageError("a tensor with a scale for each column has no second one and no order of columns", **where)
-    if steps.col_order is not None and steps.col_scale is None:
-        raise UsageError("an order of columns needs scales of columns", **where)
+    if plan.kind == "column" and not (steps.col_scale is None and steps.col_groups is None):
+        raise UsageError("a tensor with a scale for each column has no second one and no groups of columns", **where)
+    if steps.col_groups is not None and steps.col_scale is None:
+        raise UsageError("groups of columns need scales of columns", **where)
     if steps.col_scale is not None:
         _check_array("col_scale", steps.col_scale, cols, where)
+    if steps.col_groups is not None:
+        _check_array("col_groups", steps.col_groups, cols, where, np.uint8)
     try:
-        if steps.col_order is not None:
-            check_order(np.asarray(steps.col_order), cols)
         check_steps(steps.row_scale, steps.col_scale, wide=False)
         grid = grid_of(steps, rows, cols)
         if len(grid) > max_tiles(rows, cols):
@@ -119,7 +156,7 @@ def check(steps: Steps, plan: TensorPlan) -> None:
         raise UsageError("rounding is 'nearest' if and only if no codes are given", got=steps.rounding, **where)
 
 
-def _check_array(name: str, values: NDArray[Any], size: int, where: dict[str, Any]) -> None:
-    if values.dtype != np.float32 or values.shape != (size,):
-        got = f"{values.dtype} {list(values.shape)}"
-        raise UsageError(f"{name} has a wrong type or shape", got=got, expected=f"float32 [{size}]", **where)
+def _check_array(name: str, values: NDArray[Any], size: int, where: dict[str, Any], dtype: type = np.float32) -> None:
+    if values.dtype != dtype or values.shape != (size,):
+        got, expected = f"{values.dtype} {list(values.shape)}", f"{np.dtype(dtype)} [{size}]"
+        raise UsageError(f"{name} has a wrong type or shape", got=got, expected=expected, **where)

@@ -32,8 +32,8 @@ from codecllm.converter.steps import StepsProvider, check
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.chunk_table import pack_chunk_table
 from codecllm.formats.codecs import CODEC_NAMES, rans
-from codecllm.formats.columns import ORDER
 from codecllm.formats.errors import NonFiniteWeightError
+from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.manifest import Int8Tensor, LosslessTensor, PlaneRecord, RawTensor, SideChecksums
 from codecllm.formats.rans_groups import pack_group_tables, tile_groups
@@ -46,6 +46,7 @@ Result = TypeVar("Result")
 StoredRecord = RawTensor | LosslessTensor | Int8Tensor
 
 _RAW_STEP = 4 << 20
+_SIDE_DTYPES = {1: "U8", 2: "BF16", 4: "F32"}  # of groups of columns, and of scales, by the size of an item
 _ENTRY_BYTES = 384  # about what the header spends on side tensors: less gain than that is none
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
@@ -240,9 +241,11 @@ class TensorWriter:
         scales = job.scales if job.scales is not None or not absmax else channel_scales(np.concatenate(absmax))
         if plan.steps is not None:
             scales = plan.steps.row_scale
+        if scales is not None:
+            digest.update(scales.astype("<f4"))
+        if plan.steps is not None and plan.steps.col_scale is not None:
+            digest.update(plan.steps.col_scale.astype("<f4"))
         sides = _scale_sides(plan, scales)
-        for data in (sides[side] for side in ("scale", "col_scale") if side in sides):
-            digest.update(data)
         return _finish_coded(plan, shard, number, np.concatenate(records), entropy, sides, tables, worst, digest.hexdigest())
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> RawTensor:
@@ -291,12 +294,20 @@ def _scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[s
     """Returns the side tensors that say what a code is worth, by suffix; none for a lossless tensor."""
     if scales is None:
         return {}
-    sides: dict[str, NDArray[Any]] = {"scale": scales.astype("<f4")}
-    if plan.steps is not None and plan.steps.col_scale is not None:
-        sides["col_scale"] = plan.steps.col_scale.astype("<f4")
-        if plan.steps.col_order is not None:
-            sides["col_order"] = np.asarray(plan.steps.col_order).astype(ORDER)
+    if plan.steps is None:
+        return {"scale": _as_stored(scales, "F32")}
+    dtype = plan.steps.scale_dtype
+    sides: dict[str, NDArray[Any]] = {"scale": _as_stored(scales, dtype)}
+    if plan.steps.col_scale is not None:
+        sides["col_scale"] = _as_stored(plan.steps.col_scale, dtype)
+        if plan.steps.col_groups is not None:
+            sides["col_group"] = plan.steps.col_groups
     return sides
+
+
+def _as_stored(scales: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    bits = bits_from_float32(scales, dtype)
+    return bits.astype(bits.dtype.newbyteorder("<"))
 
 
 def _finish_coded(
@@ -317,7 +328,7 @@ def _finish_coded(
     shape = np.array(source.shape, "<i8")
     shard.end_tensor(source.name, "U8", (_payload_bytes(records),))
     for suffix, values in scales.items():
-        shard.add(f"{source.name}_{suffix}", "I32" if suffix == "col_order" else "F32", values.shape, values)
+        shard.add(f"{source.name}_{suffix}", _SIDE_DTYPES[values.itemsize], values.shape, values)
     shard.add(source.name + "_shape", "I64", shape.shape, shape)
     shard.add(source.name + "_chunks", "U8", (len(table),), table)
     group_tables = pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables) if any(tables) else None
@@ -342,11 +353,14 @@ def _finish_coded(
     }
     if plan.scheme == "lossless":
         return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)
+    scale_dtype = _SIDE_DTYPES[scales["scale"].itemsize]
+    held = float32_from_bits(scales["scale"], scale_dtype)
     return Int8Tensor(
         scheme="int8",
         channel_axis=plan.axis,
         channel_kind=plan.kind,
-        scale_range=[_short(scales["scale"].min()), _short(scales["scale"].max())],
+        scale_dtype="BF16" if scale_dtype == "BF16" else None,
+        scale_range=[_short(held.min()), _short(held.max())],
         worst_error=_short(worst[0]),
         rounding=None if plan.steps is None else plan.steps.rounding,
         worst_steps=None if plan.steps is None else _short(worst[1]),

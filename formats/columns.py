@@ -1,4 +1,4 @@
-"""Scales and order of the columns of an `int8` tensor (SPEC.md 7.3)."""
+"""Scales and groups of the columns of an `int8` tensor (SPEC.md 7.3)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from codecllm.formats.errors import LayoutError
-
-ORDER = np.dtype("<i4")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,27 +24,17 @@ class Columns:
     places: NDArray[np.intp] | None
 
 
-def parse_columns(scales: bytes, order: bytes | None, **where: Any) -> Columns:
-    """Reads `X_col_scale`, float32 [cols], and `X_col_order`, int32 [cols]; values of scales are not looked at.
-
-    Raises:
-        LayoutError: the order is no permutation of 0 to cols - 1.
-    """
-    factors = np.frombuffer(scales, "<f4").astype(np.float32, copy=False)
-    if order is None:
-        return Columns(factors, None, None)
-    held = np.frombuffer(order, ORDER).astype(np.int32, copy=False)
-    check_order(held, len(factors), **where)
-    return Columns(factors, held, inverse(held))
+def make_columns(scales: NDArray[np.float32], groups: NDArray[np.uint8] | None) -> Columns:
+    """Returns what follows from `X_col_scale`, float32 [cols], and `X_col_group`, uint8 [cols]; values are not looked at."""
+    if groups is None:
+        return Columns(scales, None, None)
+    order = order_of(groups)
+    return Columns(scales, order, inverse(order))
 
 
-def check_order(order: NDArray[np.integer[Any]], cols: int, **where: Any) -> None:
-    """Raises LayoutError where int [cols] `order` is no permutation of 0 to cols - 1."""
-    seen = np.zeros(cols, np.bool_)
-    seen[order[(order >= 0) & (order < cols)]] = True
-    if len(order) != cols or not seen.all():
-        missing = f"{len(order)} entries without {int(seen.argmin())}" if not seen.all() else f"{len(order)} entries"
-        raise LayoutError("order of columns is no permutation", got=missing, expected=f"0 to {cols - 1}", **where)
+def order_of(groups: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Returns int32 [cols]: the columns group by group, within a group as in the source. Every byte is a group."""
+    return np.argsort(groups, kind="stable").astype(np.int32)
 
 
 def inverse(order: NDArray[np.integer[Any]]) -> NDArray[np.intp]:

@@ -18,7 +18,7 @@ from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3, xxh3_each, xxh3_hex
 from codecllm.formats.chunk_table import ChunkTable, parse_chunk_table
 from codecllm.formats.codecs import CODECS, RANS_ID, rans
-from codecllm.formats.columns import Columns, parse_columns
+from codecllm.formats.columns import Columns, make_columns
 from codecllm.formats.errors import (
     ChecksumError,
     DecodeError,
@@ -30,6 +30,7 @@ from codecllm.formats.errors import (
     TruncatedError,
 )
 from codecllm.formats.files import SafeFile, refuse_foreign
+from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.manifest import (
     MANIFEST_NAME,
     AliasTensor,
@@ -436,15 +437,14 @@ class Container:
         self, file: SafeFile, header: ShardHeader, record: Int8Tensor
     ) -> tuple[NDArray[np.float32], Columns | None]:
         assert record.xxh3.scale is not None
-        data = self._read_side(file, header, record, "scale", record.xxh3.scale)
-        scales = np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+        scales = _widened(self._read_side(file, header, record, "scale", record.xxh3.scale), record)
         columns = None
         if record.xxh3.col_scale is not None:
-            data = self._read_side(file, header, record, "col_scale", record.xxh3.col_scale)
-            order = None
-            if record.xxh3.col_order is not None:
-                order = self._read_side(file, header, record, "col_order", record.xxh3.col_order)
-            columns = parse_columns(data, order, file=file.name, tensor=record.name)
+            factors = _widened(self._read_side(file, header, record, "col_scale", record.xxh3.col_scale), record)
+            groups = None
+            if record.xxh3.col_group is not None:
+                groups = np.frombuffer(self._read_side(file, header, record, "col_group", record.xxh3.col_group), np.uint8)
+            columns = make_columns(factors, groups)
         try:
             check_steps(scales, columns.scales if columns is not None else None, record.wide)
         except DecodeError as exc:
@@ -476,11 +476,12 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
             expected[record.name + "_tables"] = ("U8", [record.tables_bytes])
         if isinstance(record, Int8Tensor):
             rows, cols = tensor_matrix(record)
-            expected[record.name + "_scale"] = ("F32", [rows if record.channel_kind == "row" else cols])
+            scale_dtype = record.scale_dtype or "F32"
+            expected[record.name + "_scale"] = (scale_dtype, [rows if record.channel_kind == "row" else cols])
             if record.xxh3.col_scale is not None:
-                expected[record.name + "_col_scale"] = ("F32", [cols])
-            if record.xxh3.col_order is not None:
-                expected[record.name + "_col_order"] = ("I32", [cols])
+                expected[record.name + "_col_scale"] = (scale_dtype, [cols])
+            if record.xxh3.col_group is not None:
+                expected[record.name + "_col_group"] = ("U8", [cols])
     for name, (dtype, shape) in expected.items():
         if name not in found:
             raise LayoutError("shard lacks a tensor that the manifest places there", file=file, tensor=name)
@@ -491,6 +492,13 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
     for name in found:
         if name not in expected:
             raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
+
+
+def _widened(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:
+    """Returns stored scales as float32."""
+    if record.scale_dtype == "BF16":
+        return float32_from_bits(np.frombuffer(data, "<u2"), "BF16")
+    return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
 
 
 def tensor_matrix(record: CodedTensor) -> tuple[int, int]:

@@ -93,7 +93,7 @@ class SideChecksums(_Record):
     chunks: Xxh3
     scale: Xxh3 | None = None
     col_scale: Xxh3 | None = None
-    col_order: Xxh3 | None = None
+    col_group: Xxh3 | None = None
     tables: Xxh3 | None = None
 
 
@@ -142,7 +142,8 @@ class LosslessTensor(_Tensor):
 class Int8Tensor(_Tensor):
     """A quantized tensor. `digest` is the sha256 of the codes in source order followed by the float32 scales.
 
-    `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`. `rounding` and `worst_steps`, the largest
+    `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`. `scale_dtype`, the type in which the scales are
+    stored, is absent where it is F32. `rounding` and `worst_steps`, the largest
     |w - code * step| in steps, are absent where scales follow from the largest weights and codes are the nearest ones.
     """
 
@@ -153,6 +154,7 @@ class Int8Tensor(_Tensor):
     tile: Annotated[list[Annotated[int, Field(ge=1, le=2**32 - 1)]], Field(min_length=2, max_length=2)]
     planes: Annotated[list[PlaneRecord], Field(min_length=1, max_length=2)]
     tables_bytes: Count | None = None
+    scale_dtype: Literal["BF16"] | None = None
     scale_range: Annotated[list[float], Field(min_length=2, max_length=2)]
     worst_error: Annotated[float, Field(ge=0)]
     rounding: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] | None = None
@@ -166,11 +168,12 @@ class Int8Tensor(_Tensor):
         return len(self.planes) == 2
 
     @property
-    def scale_words(self) -> int:
-        """Number of words of 32 bits that the scales and the order of columns take."""
+    def scale_bytes(self) -> int:
+        """Bytes that the scales and the groups of columns take."""
         rows, cols = channel_matrix(tuple(self.shape), self.channel_axis, self.channel_kind)
-        columns = (self.xxh3.col_scale is not None) + (self.xxh3.col_order is not None)
-        return (rows if self.channel_kind == "row" else cols) + columns * cols
+        scales = (rows if self.channel_kind == "row" else cols) + (cols if self.xxh3.col_scale is not None else 0)
+        groups = cols if self.xxh3.col_group is not None else 0
+        return scales * DTYPES[self.scale_dtype or "F32"].itemsize + groups
 
 
 class AliasTensor(_Tensor):
@@ -428,9 +431,9 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
         raise SchemaError("checksum of the scales is missing or too many", **where)
     by_column = record.xxh3.col_scale is not None
     if (by_column and not (isinstance(record, Int8Tensor) and record.channel_kind == "row")) or (
-        record.xxh3.col_order is not None and not by_column
+        record.xxh3.col_group is not None and not by_column
     ):
-        raise SchemaError("scales or order of columns do not fit the tensor", **where)
+        raise SchemaError("scales or groups of columns do not fit the tensor", **where)
     has_tables = {any(plane.codec == rans.NAME for plane in record.planes), record.xxh3.tables is not None}
     if has_tables != {record.tables_bytes is not None}:
         raise SchemaError("rans tables are missing or too many", **where)
@@ -440,9 +443,9 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
             got = f"axis {record.channel_axis} ({record.channel_kind}) of {record.shape}"
             raise SchemaError("channel axis does not fit the shape", got=got, **where)
         if (record.rounding is None) != (record.worst_steps is None) or (
-            record.rounding is None and (by_column or record.wide)
+            record.rounding is None and (by_column or record.wide or record.scale_dtype is not None)
         ):
-            raise SchemaError("rounding, its worst error, columns and planes do not fit each other", **where)
+            raise SchemaError("rounding, its worst error, scales and planes do not fit each other", **where)
     for plane in record.planes:
         if plane.codec not in CODEC_IDS:
             raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)

@@ -24,10 +24,10 @@ from codecllm.loader.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader
 from codecllm.loader.torch_tensors import is_model_float
 
-_SIDES = ("chunks", "scale", "col_scale", "col_order")
+_SIDES = ("chunks", "scale", "col_scale", "col_group")
 """Side tensors that together say what a payload means."""
 
-COMPANIONS = ("_scale", "_col_scale", "_col_order", "_shape", "_chunks", "_tables")
+COMPANIONS = ("_scale", "_col_scale", "_col_group", "_shape", "_chunks", "_tables")
 
 
 class PlainLoad:

@@ -1,4 +1,4 @@
-"""Steps for tests: scales of rows from their root mean square, scales and order of columns drawn at random, seeded."""
+"""Steps for tests: scales of rows from their root mean square, scales of columns drawn at random, groups of columns, seeded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from codecllm.converter.policy import TensorPlan
-from codecllm.converter.steps import Steps
+from codecllm.converter.steps import Steps, nearest_bf16
 from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import quantize, step_sizes
 
@@ -22,24 +22,27 @@ def weights_of(plan: TensorPlan) -> np.ndarray:
     return float32_from_bits(words, plan.source.dtype.name).reshape(plan.matrix)
 
 
-def make_steps(plan: TensorPlan, factor: float = 0.1, *, columns: bool = True, **fields: object) -> Steps:
+def make_steps(plan: TensorPlan, factor: float = 0.1, *, columns: bool = True, short: bool = False, **fields: object) -> Steps:
     """Returns steps of `factor` times the root mean square of each channel; smaller than 0.01 makes wide codes.
 
     Args:
         plan: the tensor's.
         factor: step / root mean square.
-        columns: whether columns get scales and an order (never where each column is a channel).
+        columns: whether columns get scales and groups (never where each column is a channel).
+        short: whether scales are values of type BF16.
         fields: further fields of `Steps`.
     """
     weights = weights_of(plan)
     rng = np.random.default_rng(plan.source.entry.elements)
+    kept = nearest_bf16 if short else np.copy
     if plan.kind == "column" or not columns:
         axis = 0 if plan.kind == "column" else 1
-        return Steps(_scales(weights, axis, factor), **fields)  # type: ignore[arg-type]
-    col_scale = np.exp(rng.standard_normal(weights.shape[1]) * 0.5).astype(np.float32)
+        return Steps(kept(_scales(weights, axis, factor)), **fields)  # type: ignore[arg-type]
+    col_scale = kept(np.exp(rng.standard_normal(weights.shape[1]) * 0.5).astype(np.float32))
     scaled = (weights / col_scale).astype(np.float64)
-    order = np.argsort(np.square(scaled).mean(axis=0), kind="stable")
-    return Steps(_scales(scaled, 1, factor), col_scale, order, **fields)  # type: ignore[arg-type]
+    rank = np.argsort(np.argsort(np.square(scaled).mean(axis=0)))
+    groups = (255 - rank * 6 // len(rank) * 51).astype(np.uint8)
+    return Steps(kept(_scales(scaled, 1, factor)), col_scale, groups, **fields)  # type: ignore[arg-type]
 
 
 def provider(factor: float = 0.1, **fields: object) -> Callable[[TensorPlan], Steps]:
@@ -51,10 +54,10 @@ def mixed(plan: TensorPlan) -> Steps:
     """Returns steps for a tiny llama: one tensor wide, one refined, one without columns, the others as usual."""
     name = plan.source.name
     if name == WIDE:
-        return make_steps(plan, 0.012)
+        return make_steps(plan, 0.012, short=True)
     if name == "model.layers.0.self_attn.q_proj.weight":
         return make_steps(plan, 0.1, columns=False)
-    steps = make_steps(plan, 0.1, tile=(24, 20) if "down" in name else None)
+    steps = make_steps(plan, 0.1, short="self_attn" not in name, tile=(24, 20) if "down" in name else None)
     if name == "model.layers.0.mlp.up_proj.weight":
         codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
         codes[::2, ::3] += 1

@@ -24,7 +24,7 @@ def report_ratio(container: Container, stage: Stage, scans: dict[str, Scan]) -> 
             bound_bits += 8 * record.source_bytes
         else:
             bound_bits += sum(scan.entropy_bits)
-            bound_bits += 32 * record.scale_words if isinstance(record, Int8Tensor) else 0
+            bound_bits += 8 * record.scale_bytes if isinstance(record, Int8Tensor) else 0
     all_weights = sum(record.elements for record in manifest.tensors)
     facts = {
         "source_bytes": source,

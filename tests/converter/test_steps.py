@@ -59,7 +59,8 @@ def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, cod
 
     def provide(plan):
         flat = plan.source.name == "flat"  # a scale for each column would be larger than what it saves
-        steps = make_steps(plan, factor, columns=not flat, tile=None if flat else tile)
+        short = plan.source.name in ("zeros", "half", "flat", "h.0.attn.c_attn.weight")
+        steps = make_steps(plan, factor, columns=not flat, short=short, tile=None if flat else tile)
         given[plan.source.name] = (steps, weights_of(plan))
         return given[plan.source.name][0]
 
@@ -80,6 +81,11 @@ def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, cod
             error = np.abs(weights / sizes.astype(np.float64) - codes).max()
             assert tensor.record.worst_steps == pytest.approx(error, abs=1e-3)
             assert tensor.record.rounding == NEAREST
+            assert np.array_equal(tensor.scales, steps.row_scale)
+            assert tensor.record.scale_dtype == (
+                "BF16" if name in ("zeros", "half", "flat", "h.0.attn.c_attn.weight") else None
+            )
+            assert tensor.record.scale_range == pytest.approx([steps.row_scale.min(), steps.row_scale.max()])
             for first, last in ((0, 1), (len(codes) // 3, len(codes)), (len(codes) // 2, len(codes) // 2 + 1)):
                 assert read_rows(tensor, first, last) == expected[first:last].tobytes()
         assert ("wide" in container.manifest.required_features) == (factor == 0.012)
@@ -197,9 +203,9 @@ WRONG = {
     "row_scale of another type": (lambda s: replace(s, row_scale=s.row_scale.astype(np.float64)), "row_scale"),
     "row_scale of another shape": (lambda s: replace(s, row_scale=s.row_scale[1:]), "row_scale"),
     "col_scale of another shape": (lambda s: replace(s, col_scale=s.col_scale[1:]), "col_scale"),
-    "an order alone": (_with(col_scale=None), "needs scales"),
-    "no permutation": (lambda s: replace(s, col_order=np.zeros(123, int)), "no permutation"),
-    "a short order": (lambda s: replace(s, col_order=np.arange(122)), "no permutation"),
+    "groups alone": (_with(col_scale=None), "need scales"),
+    "groups of another type": (lambda s: replace(s, col_groups=np.zeros(123, int)), "col_groups"),
+    "groups of another shape": (lambda s: replace(s, col_groups=s.col_groups[1:]), "col_groups"),
     "a subnormal step": (lambda s: replace(s, row_scale=s.row_scale * np.float32(2.0**-126)), "not allowed"),
     "a step of zero": (lambda s: replace(s, row_scale=s.row_scale * 0), "not allowed"),
     "too many tiles": (_with(tile=(1, 1)), "too many tiles"),
@@ -264,7 +270,7 @@ def test_weights_that_are_no_numbers(tmp_path, bad, refined):
         assert read_tensor_bytes(container, "w") == values.tobytes()
 
 
-@pytest.mark.parametrize("name", ["w_col_scale", "w_col_order", "w_tables"])
+@pytest.mark.parametrize("name", ["w_col_scale", "w_col_group", "w_tables"])
 def test_names_of_side_tensors_are_refused(tmp_path, name):
     source = write_source(tmp_path / "source", {"w": ("F32", BASE), name: ("F32", BASE)})
     with pytest.raises(SourceError, match="side data"):

@@ -71,9 +71,9 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
         data = _join(planes, record["dtype"])
         assert hashlib.sha256(data).hexdigest() == record["digest"]
         return data
-    scales, factors = shard[name + "_scale"], shard.get(name + "_col_scale", b"")
-    if name + "_col_order" in shard:
-        planes = [_in_order(plane, cols, struct.unpack(f"<{cols}i", shard[name + "_col_order"])) for plane in planes]
+    scales, factors = (_widened(shard.get(name + side, b""), record) for side in ("_scale", "_col_scale"))
+    if name + "_col_group" in shard:
+        planes = [_in_order(plane, cols, shard[name + "_col_group"]) for plane in planes]
     codes = _codes(planes)
     packed = struct.pack(f"<{len(codes)}{'b' if len(planes) == 1 else 'h'}", *codes)
     assert hashlib.sha256(packed + scales + factors).hexdigest() == record["digest"]
@@ -81,9 +81,17 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
     return _dequantize(record, (rows, cols), codes, struct.unpack(f"<{len(scales) // 4}f", scales), columns)
 
 
-def _in_order(plane: bytes, cols: int, order: tuple[int, ...]) -> bytes:
-    """[7.3] Columns: stored column j is column order[j] of the source."""
-    assert sorted(order) == list(range(cols))
+def _widened(scales: bytes, record: dict[str, Any]) -> bytes:
+    """[7.3] Scales as float32; a BF16 is the upper half of one."""
+    if record.get("scale_dtype") != "BF16":
+        return scales
+    return b"".join(b"\0\0" + scales[place : place + 2] for place in range(0, len(scales), 2))
+
+
+def _in_order(plane: bytes, cols: int, groups: bytes) -> bytes:
+    """[7.3] Columns: group by group, in each as in the source."""
+    assert len(groups) == cols
+    order = [column for group in range(256) for column in range(cols) if groups[column] == group]
     source = bytearray(len(plane))
     for start in range(0, len(plane), cols):
         for j, column in enumerate(order):

@@ -99,15 +99,16 @@ def _column_tensors():
 
 
 def _column_steps(factor):
-    """Every kind of steps: with and without columns, order, tiles of their own, and codes that are not the nearest."""
+    """Every kind of steps: columns, groups, scales of both types, tiles of their own, codes that are not the nearest."""
 
     def provide(plan):
         name = plan.source.name
-        steps = make_steps(plan, factor, tile=(16, 24) if name in ("tiles", "experts.down_proj") else None)
+        short = name in ("ordered", "refined", "tiles", "h.0.attn.c_attn.weight")
+        steps = make_steps(plan, factor, short=short, tile=(16, 24) if name in ("tiles", "experts.down_proj") else None)
         if name == "absmax":
             return None
-        if name == "tiles":
-            return replace(steps, col_order=None)
+        if name in ("tiles", "huge"):
+            return replace(steps, col_groups=None)
         if name == "refined":
             codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
             codes[::3] += 1
@@ -166,13 +167,15 @@ def test_the_other_reader_shares_no_code():
 
 
 def test_golden_containers_hold_every_scheme_codec_and_dtype():
-    schemes, codecs, dtypes, kinds, features, roundings = set(), set(), set(), set(), set(), set()
+    schemes, codecs, dtypes, kinds, features, roundings, sides = set(), set(), set(), set(), set(), set(), set()
     for version, name in CONTAINERS:
         with Container(HERE / version / name) as container:
             features |= set(container.manifest.required_features)
             for record in container.manifest.tensors:
                 roundings.add(getattr(record, "rounding", None))
                 schemes.add(record.scheme)
+                if record.scheme == "int8":
+                    sides.add((record.scale_dtype, record.xxh3.col_scale is not None, record.xxh3.col_group is not None))
                 codecs |= {plane.codec for plane in getattr(record, "planes", [])}
                 dtypes |= {record.dtype} if record.scheme == "lossless" else set()
                 kinds.add(getattr(record, "channel_kind", "row"))
@@ -182,6 +185,7 @@ def test_golden_containers_hold_every_scheme_codec_and_dtype():
     assert kinds == {"row", "column"}
     assert features == KNOWN_FEATURES
     assert roundings == {None, NEAREST, "feedback"}
+    assert sides == {(dtype, *columns) for dtype in (None, "BF16") for columns in ((False, False), (True, False), (True, True))}
 
 
 def test_golden_tensors_are_those_of_their_sources():

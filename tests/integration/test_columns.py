@@ -188,6 +188,6 @@ def test_info_counts_every_scale(folder):
     assert not rows["model.layers.0.self_attn.q_proj.weight"]["column_scales"]
     with Container(folder) as container:
         record = container.records[WIDE]
-        assert record.scale_words == 128 + 64 + 64
+        assert record.scale_bytes == 2 * (128 + 64) + 64
         payload = sum(plane.stored_bytes for plane in record.planes)
-        assert rows[WIDE]["stored_bytes"] == payload + (record.tables_bytes or 0) + 4 * 256
+        assert rows[WIDE]["stored_bytes"] == payload + (record.tables_bytes or 0) + record.scale_bytes

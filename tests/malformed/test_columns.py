@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codecllm.converter import convert
+from codecllm.formats.columns import order_of
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, DecodeError, LayoutError, SchemaError, UnsupportedVersionError
 from codecllm.formats.reference import read_tensor_bytes
@@ -23,7 +24,7 @@ from tests.stepped import make_steps
 
 @pytest.fixture(scope="session")
 def columns_container(tmp_path_factory):
-    """`w`: wide, in one tile. `q`: columns in an order. `s`: columns as in the source. `c`: a scale for each column only."""
+    """`w`: wide, in one tile. `q`: groups of columns, scales of type BF16. `s`: neither. `c`: scales of columns only."""
     base = tmp_path_factory.mktemp("columns")
     rng = np.random.default_rng(1)
     values = rng.standard_normal((40, 64)).astype(np.float32)
@@ -36,8 +37,8 @@ def columns_container(tmp_path_factory):
     source = write_source(base / "source", tensors, {"model_type": "gpt2"})
 
     def provide(plan):
-        steps = make_steps(plan, 0.012 if plan.source.name == "w" else 0.2)
-        return steps if plan.source.name != "s" else replace(steps, col_order=None, tile=(20, 30))
+        steps = make_steps(plan, 0.012 if plan.source.name == "w" else 0.2, short=plan.source.name == "q")
+        return steps if plan.source.name != "s" else replace(steps, col_groups=None, tile=(20, 30))
 
     convert(source, base / "container", include=("*",), steps=provide)
     return base / "container"
@@ -71,7 +72,8 @@ def _everywhere(name, factor):
 def _stored(name, dtype=None, shape=None):
     def edit(tensors):
         old_dtype, old_shape, data = tensors[name]
-        tensors[name] = (dtype or old_dtype, shape or old_shape, data[: 4 * shape[0]] if shape else data)
+        kept = len(data) // old_shape[0] * shape[0] if shape else len(data)
+        tensors[name] = (dtype or old_dtype, shape or old_shape, data[:kept])
 
     return lambda folder: rewrite_shard(folder, edit)
 
@@ -142,9 +144,9 @@ FLAWS = {
     ),
     "a rounding of many words": (_manifest(lambda d: _record(d, "q").update(rounding="To Nearest")), SchemaError, "rounding"),
     "a negative worst error": (_manifest(lambda d: _record(d, "q").update(worst_steps=-1.0)), SchemaError, "worst_steps"),
-    "an order without scales": (_drop("col_scale"), SchemaError, "do not fit the tensor"),
-    "no checksum of the order": (
-        _manifest(lambda d: _record(d, "q")["xxh3"].pop("col_order")),
+    "groups without scales": (_drop("col_scale"), SchemaError, "do not fit the tensor"),
+    "no checksum of the groups": (
+        _manifest(lambda d: _record(d, "q")["xxh3"].pop("col_group")),
         LayoutError,
         "does not place there",
     ),
@@ -164,21 +166,38 @@ FLAWS = {
         "planes",
     ),
     "one plane": (_manifest(_one_plane), LayoutError, "disagree"),
-    "order of floats": (_stored("q_col_order", dtype="F32"), LayoutError, "stored type differs"),
-    "scales of integers": (_stored("q_col_scale", dtype="I32"), LayoutError, "stored type differs"),
+    "groups of signed numbers": (_stored("q_col_group", dtype="I8"), LayoutError, "stored type differs"),
+    "scales of integers": (_stored("q_col_scale", dtype="I16"), LayoutError, "stored type differs"),
+    "scales of another float": (_stored("q_scale", dtype="F16"), LayoutError, "stored type differs"),
+    "scales that the manifest calls F32": (
+        _manifest(lambda d: _record(d, "q").pop("scale_dtype")),
+        LayoutError,
+        "stored type differs",
+    ),
+    "scales that the manifest calls BF16": (
+        _manifest(lambda d: _record(d, "s").update(scale_dtype="BF16")),
+        LayoutError,
+        "stored type differs",
+    ),
+    "scales of a type that has no name": (
+        _manifest(lambda d: _record(d, "q").update(scale_dtype="F16")),
+        SchemaError,
+        "scale_dtype",
+    ),
     "a scale less": (_stored("q_col_scale", shape=[63]), LayoutError, "stored type differs"),
-    "a column less": (_stored("q_col_order", shape=[63]), LayoutError, "stored type differs"),
-    "a column twice": (_values("q_col_order", [3, 3], "<i4"), LayoutError, "no permutation"),
-    "a column beyond": (_values("q_col_order", [64], "<i4"), LayoutError, "no permutation"),
-    "a column far beyond": (_values("q_col_order", [2**31 - 1], "<i4"), LayoutError, "no permutation"),
-    "a column before": (_values("q_col_order", [-1], "<i4"), LayoutError, "no permutation"),
-    "all the same column": (_values("q_col_order", [5] * 64, "<i4"), LayoutError, "no permutation"),
-    "scale of zero": (_values("q_col_scale", [0.0], "<f4"), DecodeError, "scale of column 0"),
-    "scale not a number": (_values("q_col_scale", [1.0, np.nan], "<f4"), DecodeError, "scale of column 1"),
-    "negative scale": (_values("q_col_scale", [-1.0], "<f4"), DecodeError, "scale of column 0"),
-    "infinite scale": (_values("q_col_scale", [np.inf], "<f4"), DecodeError, "scale of column 0"),
-    "subnormal steps": (_both(_everywhere("q_scale", 2.0**-60), _everywhere("q_col_scale", 2.0**-70)), DecodeError, "a step"),
-    "infinite steps": (_both(_everywhere("q_scale", 2.0**70), _everywhere("q_col_scale", 2.0**70)), DecodeError, "a step"),
+    "a column less": (_stored("q_col_group", shape=[63]), LayoutError, "stored type differs"),
+    "scale of zero": (_values("s_col_scale", [0.0], "<f4"), DecodeError, "scale of column 0"),
+    "scale not a number": (_values("s_col_scale", [1.0, np.nan], "<f4"), DecodeError, "scale of column 1"),
+    "negative scale": (_values("s_col_scale", [-1.0], "<f4"), DecodeError, "scale of column 0"),
+    "infinite scale": (_values("s_col_scale", [np.inf], "<f4"), DecodeError, "scale of column 0"),
+    "subnormal steps": (_both(_everywhere("s_scale", 2.0**-60), _everywhere("s_col_scale", 2.0**-70)), DecodeError, "a step"),
+    "infinite steps": (_both(_everywhere("s_scale", 2.0**70), _everywhere("s_col_scale", 2.0**70)), DecodeError, "a step"),
+    "BF16 scale of zero": (_values("q_scale", [0x3F80, 0], "<u2"), DecodeError, "scale of channel 1"),
+    "BF16 scale that is subnormal": (_values("q_col_scale", [0x3F80, 0x007F], "<u2"), DecodeError, "scale of column 1"),
+    "BF16 scale not a number": (_values("q_col_scale", [0x7FC0], "<u2"), DecodeError, "scale of column 0"),
+    "negative BF16 scale": (_values("q_col_scale", [0xBF80], "<u2"), DecodeError, "scale of column 0"),
+    "infinite BF16 scale": (_values("q_scale", [0x7F80], "<u2"), DecodeError, "scale of channel 0"),
+    "BF16 scale that is too large": (_values("q_scale", [0x7C02], "<u2"), DecodeError, "scale of channel 0"),
     "steps too large for wide codes": (_everywhere("w_scale", 2.0**119), DecodeError, "a step"),
     "high code of -128": (_payload(bytes(40 * 64), 77, 128), DecodeError, "code -128"),
 }
@@ -193,11 +212,11 @@ def test_flaw_has_its_error(folder, name):
     assert type(caught.value) is expected
     assert caught.value.file is not None
     if expected is DecodeError:
-        assert caught.value.tensor == ("w" if "wide" in name or "high" in name else "q")
+        assert caught.value.tensor == ("w" if "wide" in name or "high" in name else "q" if "BF16" in name else "s")
 
 
 def test_large_steps_that_one_plane_allows(folder):
-    _everywhere("q_scale", 2.0**119)(folder)
+    _everywhere("s_scale", 2.0**119)(folder)
     assert np.isfinite(np.frombuffer(read_tensors(folder)["s"], np.float32)).all()
 
 
@@ -214,13 +233,16 @@ def test_any_other_high_plane_is_codes(folder, value):
     assert "differs from its digest" in report.to_json()
 
 
-def test_another_order_is_found_by_the_digest(folder):
+@pytest.mark.parametrize("group", [0, 1, 52, 255])
+def test_any_byte_is_a_group_and_a_wrong_one_is_found_by_the_digest(folder, group):
     def edit(tensors):
-        order = np.frombuffer(tensors["q_col_order"][2], "<i4").copy()
-        order[[3, 4]] = order[[4, 3]]
-        tensors["q_col_order"][2][:] = order.tobytes()
+        groups = np.frombuffer(tensors["q_col_group"][2], np.uint8)
+        others = [np.where(np.arange(64) == column, group, groups).astype(np.uint8) for column in range(64)]
+        moved = next(other for other in others if not np.array_equal(order_of(other), order_of(groups)))
+        tensors["q_col_group"][2][:] = moved.tobytes()
 
     rewrite_shard(folder, edit)
+    assert len(read_tensors(folder)["q"]) == 2 * 40 * 64
     report = verify(folder)
     assert not report.ok
     assert "differs from its digest" in report.to_json()
@@ -230,7 +252,7 @@ def test_another_order_is_found_by_the_digest(folder):
 @settings(max_examples=80)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4),
-    where=st.sampled_from(["q_col_scale", "q_col_order", "w_col_scale", "w_col_order", "w_chunks", "w"]),
+    where=st.sampled_from(["q_col_scale", "q_col_group", "w_col_scale", "w_col_group", "w_chunks", "w"]),
 )
 def test_any_byte_of_anything(columns_container, tmp_path_factory, changes, where):
     """An error of ours, or bytes of the right size."""
