@@ -20,13 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import llama_cpp, quantizers
-from benchmarks.rows import OUT
 from codecllm.calibrator import calibrate
 from codecllm.converter import ConvertOptions, convert
 from codecllm.converter.rate import Target, fit
 from demo.models import smollm2_gguf, smollm2_realistic
 
-ROOT = OUT / "quality"
+ROOT = Path("benchmarks/out/quality")
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
 BITS = (2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
 SELF, SAME_TEXT = "ours-self", "ours-text"

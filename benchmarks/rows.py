@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-OUT = Path("benchmarks/out")
+OUT = Path("benchmarks/out/run")
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Turns of floor and tool.", min=1)] = 5,
     convert_mib: Annotated[int, typer.Option(help="Size of the bf16 source to convert.", min=64)] = 512,
     stream_gib: Annotated[int, typer.Option(help="Size of the bf16 source whose container is streamed.", min=1)] = 2,
-    keep: Annotated[bool, typer.Option(help="Keep benchmarks/out.")] = False,
+    keep: Annotated[bool, typer.Option(help="Keep benchmarks/out/run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure the converter and the loader."""
