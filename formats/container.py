@@ -437,10 +437,10 @@ class Container:
         self, file: SafeFile, header: ShardHeader, record: Int8Tensor
     ) -> tuple[NDArray[np.float32], Columns | None]:
         assert record.xxh3.scale is not None
-        scales = _widened(self._read_side(file, header, record, "scale", record.xxh3.scale), record)
+        scales = widened_scales(self._read_side(file, header, record, "scale", record.xxh3.scale), record)
         columns = None
         if record.xxh3.col_scale is not None:
-            factors = _widened(self._read_side(file, header, record, "col_scale", record.xxh3.col_scale), record)
+            factors = widened_scales(self._read_side(file, header, record, "col_scale", record.xxh3.col_scale), record)
             groups = None
             if record.xxh3.col_group is not None:
                 groups = np.frombuffer(self._read_side(file, header, record, "col_group", record.xxh3.col_group), np.uint8)
@@ -494,8 +494,8 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
             raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
 
 
-def _widened(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:
-    """Returns stored scales as float32."""
+def widened_scales(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:
+    """Returns the bytes of a side tensor of scales, of rows or of columns, as float32; values are not looked at."""
     if record.scale_dtype == "BF16":
         return float32_from_bits(np.frombuffer(data, "<u2"), "BF16")
     return np.frombuffer(data, "<f4").astype(np.float32, copy=False)

@@ -17,7 +17,7 @@ from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, ran
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.zstd import ZstdCodec
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
+from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps, widened_scales
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.errors import CodecLLMError, DecodeError, FormatError, ModelMismatchError
@@ -228,7 +228,7 @@ def _find_scales(container: Container, record: Int8Tensor, source: SourceTensor,
     """First pass over the source: the largest magnitude of each channel, and the scales as stored, valid or not."""
     file, header = container.shard(record.shard)
     entry = header.tensors[record.name + "_scale"]
-    result.stored_scales = np.frombuffer(file.read(entry.start, entry.bytes), "<f4").astype(np.float32)
+    result.stored_scales = widened_scales(file.read(entry.start, entry.bytes), record)
     by_row = record.channel_kind == "row"
     rows = len(result.stored_scales) if by_row else record.elements // max(1, len(result.stored_scales))
     grid = default_grid(rows, record.elements // max(1, rows))

@@ -132,13 +132,13 @@ def test_other_dtypes_are_those_of_the_cpu_path(made):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("codecs", [NOTHING, with_nvcomp(NvcompOfTheHost())], ids=["cpu", "nvcomp"])
-def test_scales_and_order_of_columns_and_wide_codes(tmp_path, codecs, wide):
+def test_scales_and_groups_of_columns_and_wide_codes(tmp_path, codecs, wide):
     rng = np.random.default_rng(7)
     values = (rng.standard_normal((300, 200)) * np.geomspace(0.01, 1, 200)).astype(np.float32)
     source = write_source(tmp_path / "source", {"w": ("F32", values), "v": ("BF16", bf16(values))}, {"model_type": "none"})
-    columns, order = np.geomspace(0.5, 2, 200).astype(np.float32), rng.permutation(200).astype(np.int32)
+    columns, groups = np.geomspace(0.5, 2, 200).astype(np.float32), rng.integers(0, 9, 200).astype(np.uint8)
     rows = np.abs(values / columns).max(axis=1).astype(np.float32) / (3000 if wide else 110)
-    steps = Steps(rows, columns, order, tile=(64, 50), wide=wide)
+    steps = Steps(rows, columns, groups, tile=(64, 50), wide=wide)
     folder = convert(source, tmp_path / "out", scheme="int8", include=("*",), steps=lambda plan: steps).out
     with Container(folder) as container:
         assert container.tensor("w").wide is wide
