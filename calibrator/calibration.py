@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,13 @@ from codecllm.loader import transformers_adapter as adapter
 
 _ROOM = 1.6
 """Memory for weights, the gradient of the largest parameter and activations, in units of the weights."""
+
+
+_FEW = 16
+"""Sequences whose activations are watched: they pass a model that is read from disk all together."""
+
+_PATIENCE = 20.0
+"""Seconds between two sentences of a long stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +93,8 @@ def _with_gradients(model: Any, folder: Path, kind: str, known: set[str], tell: 
         kind = "random"
     if tokens is None:
         tokens = _text(model, folder, kind)
-    tell(f"calibrating: gradients on {tokens.numel()} tokens")
-    sums = squared_gradients(model, tokens)
+    tell(f"calibrating: gradients on {tokens.numel():,} tokens")
+    sums = squared_gradients(model, tokens, _now_and_then(tell))
     return Calibrated(by_source(model, sums, known), record(_kind(kind), tokens), notes)
 
 
@@ -98,12 +106,25 @@ def _layer_by_layer(folder: Path, kind: str, known: set[str], tell: Callable[[st
     tell(f"calibrating: {', '.join(notes)}")
     with tempfile.TemporaryDirectory(prefix="codecllm-") as offload:
         model = adapter.load_offloaded(folder, Path(offload), int(available_memory() / _ROOM)).eval()
-        tokens = _text(model, folder, kind)
+        tokens = _text(model, folder, kind)[:_FEW]
         return Calibrated(mean_squared_inputs(model, tokens, known), record(_kind(kind), tokens), notes)
 
 
 def _text(model: Any, folder: Path, kind: str) -> torch.Tensor:
     return random_text(model) if kind == "random" else file_text(model, folder, Path(kind))
+
+
+def _now_and_then(tell: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Returns what tells of finished sequences, but not of each."""
+    last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if done < total and time.monotonic() - last >= _PATIENCE:
+            last = time.monotonic()
+            tell(f"calibrating: {done} of {total} sequences")
+
+    return advance
 
 
 def _kind(kind: str) -> str:

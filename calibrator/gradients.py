@@ -1,9 +1,17 @@
-"""Mean squared gradients of a model's parameters, summed over rows and over columns: its Fisher information, in short.
+"""Squared gradients of a model's weights, summed over rows and over columns: where errors of the weights hurt.
 
-A language model's labels are drawn from its own predictions, so the mean squared gradient of their likelihood is the curvature
-of the KL divergence that quantization causes. Of another model the last hidden state is projected on random signs: the same
-for its mean squared error. Gradients of different tokens are independent in sign, so the square of a sequence's gradient has
-the mean that single tokens would give. A parameter's gradient exists for a moment only.
+The curvature of the KL divergence that errors cause is the mean square of the weights' gradients, where the gradient at the
+logits has mean 0 and covariance diag(p) - p p^T, p being the model's own predictions. Random signs z give such a one:
+sqrt(p) z - p <sqrt(p), z>. Of a model without logits the last hidden state is projected on random signs: the same for its mean
+squared error.
+
+A linear layer's or embedding's gradient is a sum over tokens of products of an input x[t] and the gradient g[t] of an output.
+Squares are summed token by token, which needs no gradient of the weight at all:
+
+    rows[r] = sum over t of g[t, r]^2 |x[t]|^2        cols[c] = sum over t of x[t, c]^2 |g[t]|^2
+
+This leaves out what the gradients of two tokens have in common; that is noise mostly, and what is left is known from a fraction
+of the text (docs/bits.md). Of all other parameters the gradient of a sequence is squared; it exists for a moment only.
 """
 
 from __future__ import annotations
@@ -12,13 +20,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Name of a parameter -> sums over its last dimension (its shape without that) and over all others but experts'."""
 
+_TOGETHER = 4
+"""Sequences that run at once where no parameter needs the gradient of one sequence."""
+
 
 def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[int, int], None] | None = None) -> Sums:
-    """Runs a model forward and back over each sequence.
+    """Runs a model forward and back over all sequences.
 
     Args:
         model: any transformers model in eval mode; its parameters need no gradients afterwards.
@@ -30,22 +42,24 @@ def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[i
         dimension; and columns, of its shape without the last but one.
     """
     sums: Sums = {}
-    watched = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim >= 2 and parameter.is_floating_point())
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(_collector(name, sums))
-        for name, parameter in watched.items()
-        if parameter.requires_grad
-    ]
+        parameter.requires_grad_(False)
+    watched = {name: parameter for name, parameter in model.named_parameters() if _wanted(parameter)}
+    layers = _layers_in_use(model, tokens[:1], watched)
+    hooks: list[Any] = [layer.register_forward_hook(_token_collector(name, sums)) for layer, name in layers]
+    others = watched.keys() - {name for _, name in layers}
+    for name in others:
+        watched[name].requires_grad_(True)
+        hooks.append(watched[name].register_post_accumulate_grad_hook(_sequence_collector(name, sums)))
     generator = torch.Generator().manual_seed(1)
+    together = 1 if others else _TOGETHER
     try:
-        for number, sequence in enumerate(tokens):
+        for first in range(0, len(tokens), together):
+            ids = tokens[first : first + together].to(model.device)
             with torch.enable_grad():
-                loss = _loss(model, sequence[None].to(model.device), generator)
-                torch.autograd.backward(loss)
+                torch.autograd.backward(_projected(_run(model, ids), generator))
             if on_sequence is not None:
-                on_sequence(number + 1, len(tokens))
+                on_sequence(min(first + together, len(tokens)), len(tokens))
     finally:
         for hook in hooks:
             hook.remove()
@@ -55,33 +69,97 @@ def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[i
     return sums
 
 
-def _collector(name: str, sums: Sums) -> Callable[[torch.Tensor], None]:
+def _wanted(parameter: torch.Tensor) -> bool:
+    return parameter.ndim >= 2 and parameter.is_floating_point()
+
+
+def _layers_in_use(model: Any, ids: torch.Tensor, watched: dict[str, torch.Tensor]) -> list[tuple[nn.Module, str]]:
+    """Returns the plain linear layers and embeddings that a forward pass calls, each with the name of its weight.
+
+    Some models multiply with a layer's weight themselves; others take part for some tokens only. Their gradients are squared.
+    """
+    names = {id(parameter): name for name, parameter in watched.items()}
+    found: dict[nn.Module, str] = {}
+
+    def note(layer: nn.Module, *_: Any) -> None:
+        found[layer] = names[id(layer.weight)]
+
+    hooks = [
+        module.register_forward_hook(note)
+        for module in model.modules()
+        if type(module) in (nn.Linear, nn.Embedding) and id(module.weight) in names
+    ]
+    try:
+        with torch.no_grad():
+            _run(model, ids.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(found.items())
+
+
+def _token_collector(name: str, sums: Sums) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+    def watch(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if not output.requires_grad:  # the first layer: nothing before it needs a gradient, but its output does
+            output = output.detach().requires_grad_(True).clone()
+        held = inputs[0].detach()
+
+        def collect(gradient: torch.Tensor) -> None:
+            squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
+            if isinstance(layer, nn.Embedding):
+                rows = torch.zeros(len(layer.weight), device=squares.device).index_add_(0, held.reshape(-1), squares.sum(1))
+                _add(sums, name, rows, squares.sum(0))
+            else:
+                entering = held.reshape(-1, held.shape[-1]).float().square()
+                _add(sums, name, entering.sum(1) @ squares, squares.sum(1) @ entering)
+
+        output.register_hook(collect)
+        return output
+
+    return watch
+
+
+def _sequence_collector(name: str, sums: Sums) -> Callable[[torch.Tensor], None]:
     def collect(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         squares = parameter.grad.detach().float().square_()
         parameter.grad = None
-        rows, cols = squares.sum(-1).cpu(), squares.sum(-2).cpu()
-        if name in sums:
-            rows, cols = rows + sums[name][0], cols + sums[name][1]
-        sums[name] = rows, cols
+        _add(sums, name, squares.sum(-1), squares.sum(-2))
 
     return collect
 
 
-def _loss(model: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Returns a scalar whose squared gradient has the mean that is wanted; ids: int64 [1, length]."""
+def _add(sums: Sums, name: str, rows: torch.Tensor, cols: torch.Tensor) -> None:
+    rows, cols = rows.cpu(), cols.cpu()
+    if name in sums:
+        rows, cols = rows + sums[name][0], cols + sums[name][1]
+    sums[name] = rows, cols
+
+
+def _run(model: Any, ids: torch.Tensor) -> Any:
+    """Returns the output of a model for int64 [sequences, length] tokens."""
     arguments = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         arguments["decoder_input_ids"] = ids
-    output = model(**arguments)
+    return model(**arguments)
+
+
+def _projected(output: Any, generator: torch.Generator) -> torch.Tensor:
+    """Returns a scalar whose squared gradient has the mean that is wanted."""
     logits = getattr(output, "logits", None)
-    if logits is not None and logits.ndim >= 2:
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        chances = torch.softmax(flat.detach().cpu(), -1)
-        labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(flat.device)
-        likelihood: torch.Tensor = torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
-        return likelihood
-    hidden = output.last_hidden_state.float()
-    signs = 2.0 * torch.randint(2, hidden.shape, generator=generator) - 1
-    projected: torch.Tensor = (hidden * signs.to(hidden.device)).sum()
-    return projected
+    if logits is None or logits.ndim < 2:
+        hidden = output.last_hidden_state.float()
+        projected: torch.Tensor = (hidden * _signs(hidden, generator)).sum()
+        return projected
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    chances = torch.softmax(flat.detach(), -1)
+    gradient = chances.sqrt() * _signs(flat, generator)
+    gradient -= chances * gradient.sum(-1, keepdim=True)
+    weighted: torch.Tensor = (flat * gradient).sum()
+    return weighted
+
+
+def _signs(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns random signs of the shape of `values`, the same on every device."""
+    drawn = torch.randint(2, values.shape, generator=generator, dtype=torch.int8)
+    return (2 * drawn - 1).to(values.device)

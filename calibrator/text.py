@@ -12,7 +12,7 @@ from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest import Calibration
 
-SEQUENCES = 16
+SEQUENCES = 64
 LENGTH = 64
 """How many sequences of how many tokens."""
 

@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 import torch
 import transformers as hf
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from typer.testing import CliRunner
 
 import codecllm
 from codecllm import api
 from codecllm.calibrator import calibrate
-from codecllm.calibrator.gradients import squared_gradients
+from codecllm.calibrator.gradients import _projected, squared_gradients
 from codecllm.cli.app import app
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.rate import Target, fit
@@ -61,7 +62,7 @@ def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(tmp_pat
     manifest = done.report.manifest
     assert manifest.options.bits == 5
     assert (manifest.options.calibrate, manifest.calibration.kind) == ("self", kind)
-    assert manifest.calibration.tokens == 16 * (62 if kind == "random" else 61)
+    assert manifest.calibration.tokens == 64 * (62 if kind == "random" else 61)
     assert codecllm.verify(tmp_path / "out", source=source(name), baseline=False).ok
 
 
@@ -76,28 +77,66 @@ def test_every_expert_has_statistics_of_its_own(source):
     assert not (first == second).all()
 
 
-def test_sums_of_rows_and_columns_are_those_of_the_squared_gradients():
-    model = torch.nn.Linear(3, 2, bias=False)
-    model.config = hf.PretrainedConfig()
-    tokens = torch.tensor([[0, 1], [2, 1]])
-    inputs = torch.eye(3)
+class Encoder(torch.nn.Module):
+    """Embedding, linear layer and a matrix of its own, each a multiple of the identity or of ones."""
 
-    class Output:
-        def __init__(self, hidden):
-            self.last_hidden_state = hidden
+    def __init__(self):
+        super().__init__()
+        self.config, self.device = hf.PretrainedConfig(), torch.device("cpu")
+        self.words, self.layer = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3)
+        self.mixer, self.idle = torch.nn.Parameter(2 * torch.eye(3)), torch.nn.Linear(3, 3)
+        with torch.no_grad():
+            self.words.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 3], [1, 1, 1]]))
+            self.layer.weight.copy_(5 * torch.eye(3))
+            self.layer.bias.zero_()
 
-    model.forward = lambda input_ids: Output(torch.nn.functional.linear(inputs[input_ids], model.weight))
-    sums = squared_gradients(type("Model", (), {
-        "named_parameters": lambda self: iter([("weight", model.weight)]),
-        "parameters": lambda self: iter([model.weight]),
-        "config": model.config,
-        "device": torch.device("cpu"),
-        "__call__": lambda self, input_ids: model.forward(input_ids),
-    })(), tokens)  # fmt: skip
-    rows, cols = sums["weight"]
-    # Each token's one-hot input meets signs of square 1 in both outputs: column j counts its tokens.
-    assert rows.tolist() == [4.0, 4.0]
-    assert cols.tolist() == [2.0, 4.0, 2.0]
+    def forward(self, input_ids):
+        return BaseModelOutput(last_hidden_state=self.layer(self.words(input_ids)) @ self.mixer)
+
+
+def test_sums_of_rows_and_columns_are_those_of_each_tokens_squared_gradient():
+    seen = []
+    tokens = torch.tensor([[0, 1], [2, 1], [0, 0], [3, 3], [1, 0]])
+    sums = squared_gradients(Encoder(), tokens, lambda *done: seen.append(done))
+    assert seen[-1] == (5, 5)
+    assert sums.keys() == {"words.weight", "layer.weight", "mixer"}
+    # Signs have square 1. The mixer doubles them on their way back, the layer makes 10 of 2.
+    counts = torch.tensor([4.0, 3, 1, 2])
+    assert sums["words.weight"][0].tolist() == (counts * 3 * 100).tolist()
+    assert sums["words.weight"][1].tolist() == [1000, 1000, 1000]
+    squares = torch.tensor([[1.0, 0, 0], [0, 4, 0], [0, 0, 9], [1, 1, 1]])
+    entering = counts @ squares
+    assert sums["layer.weight"][0].tolist() == [4 * float(entering.sum())] * 3
+    assert sums["layer.weight"][1].tolist() == (4 * 3 * entering).tolist()
+    # Of the mixer each sequence's gradient is squared: its tokens meet other signs, but columns of one token add up.
+    rows, cols = sums["mixer"]
+    assert rows.sum() == pytest.approx(float(cols.sum())) and bool((rows > 0).all())
+
+
+def test_a_tied_weight_has_the_sums_of_both_its_uses():
+    config = hf.LlamaConfig(**tiny_models.GROUPED, tie_word_embeddings=False)
+    apart = hf.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        apart.lm_head.weight.copy_(apart.model.embed_tokens.weight)
+    tied = hf.LlamaForCausalLM(hf.LlamaConfig(**tiny_models.GROUPED, tie_word_embeddings=True)).eval()
+    tied.load_state_dict({name: value for name, value in apart.state_dict().items() if name != "lm_head.weight"}, strict=False)
+    tokens = torch.arange(24).reshape(3, 8) % config.vocab_size
+    found, both = squared_gradients(tied, tokens), squared_gradients(apart, tokens)
+    assert found.keys() == both.keys() - {"lm_head.weight"} == {n for n, p in tied.named_parameters() if p.ndim > 1}
+    for part in (0, 1):
+        together = both["model.embed_tokens.weight"][part] + both["lm_head.weight"][part]
+        assert torch.allclose(found["model.embed_tokens.weight"][part], together, rtol=1e-4)
+        assert torch.allclose(found["model.layers.1.mlp.up_proj.weight"][part], both["model.layers.1.mlp.up_proj.weight"][part])
+    assert not any(parameter.requires_grad for parameter in tied.parameters())
+
+
+def test_gradients_at_the_logits_have_the_covariance_of_the_models_own_labels():
+    logits = torch.tensor([1.0, 0.0, -1.0]).repeat(20000, 1)[None].requires_grad_(True)
+    _projected(CausalLMOutput(logits=logits), torch.Generator().manual_seed(0)).backward()
+    found = logits.grad[0].T @ logits.grad[0] / 20000
+    chances = torch.softmax(logits[0, 0].detach(), -1)
+    assert torch.allclose(found, torch.diag(chances) - torch.outer(chances, chances), atol=0.005)
+    assert torch.allclose(logits.grad[0].sum(-1), torch.zeros(20000), atol=1e-6)
 
 
 def test_the_bytes_do_not_depend_on_workers(tmp_path, source):
