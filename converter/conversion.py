@@ -321,13 +321,13 @@ def _write(
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
     files = _write_side_files(model, records, shard_records, options, folder)
-    return _build_manifest(model, plan, options, records, shard_records, files)
+    return build_manifest(model, plan, options, records, shard_records, files)
 
 
 def _write_shard(
     writer: TensorWriter, plans: list[TensorPlan], path: Path, number: int, version: str
 ) -> tuple[list[StoredRecord], bytes, int]:
-    shard = ShardWriter(path, _planned(plans), {"format": "pt", "codecllm.format_version": version})
+    shard = ShardWriter(path, planned_entries(plans), shard_metadata(version))
     try:
         records = list(writer.write_all(plans, shard, number))
         head, size = shard.finish()
@@ -337,8 +337,13 @@ def _write_shard(
     return records, head, size
 
 
-def _planned(plans: list[TensorPlan]) -> list[PlannedTensor]:
-    """The entries that the shard's header may have to hold, each at its longest."""
+def shard_metadata(version: str) -> dict[str, str]:
+    """Returns the strings that a shard's header holds."""
+    return {"format": "pt", "codecllm.format_version": version}
+
+
+def planned_entries(plans: list[TensorPlan]) -> list[PlannedTensor]:
+    """Returns the entries that the shard's header may have to hold, each at its longest."""
     planned = []
     for plan in plans:
         source = plan.source
@@ -350,7 +355,7 @@ def _planned(plans: list[TensorPlan]) -> list[PlannedTensor]:
         if plan.scheme == "int8":
             longest = "BF16" if plan.steppable else "F32"
             planned.append(PlannedTensor(source.name + "_scale", DTYPES[longest], (plan.channels,), 0))
-        if plan.steppable:
+        if plan.steppable and plan.kind == "row":
             planned.append(PlannedTensor(source.name + "_col_scale", DTYPES["BF16"], (plan.matrix[1],), 0))
             planned.append(PlannedTensor(source.name + "_col_group", DTYPES["U8"], (plan.matrix[1],), 0))
         planned.append(PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0))
@@ -383,7 +388,7 @@ def _write_side_files(
     return sorted(files, key=lambda record: record.name)
 
 
-def _build_manifest(
+def build_manifest(
     model: SourceModel,
     plan: Plan,
     options: ConvertOptions,
@@ -391,6 +396,7 @@ def _build_manifest(
     shards: list[ShardRecord],
     files: list[FileRecord],
 ) -> Manifest:
+    """Returns the manifest for the records of all stored tensors, in any order, of the shards and of the side files."""
     by_name: dict[str, TensorRecord] = {record.name: record for record in records}
     for name, target in plan.aliases.items():
         stored = by_name[target]

@@ -31,8 +31,6 @@ from codecllm.formats.schemes.int8 import channel_scales
 _SAMPLED_BLOCKS = 2
 _HEADER_BYTES = 480
 _MANIFEST_BYTES = 500
-_STEPPED_BYTES, _SIDE_BYTES = 835, 110  # of a tensor under chosen steps, and of its scales or order of columns, but for names
-_KEPT_BYTES, _FRAME_BYTES = 252, 2200  # of another tensor, and of no tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,7 @@ class SampledSize:
 
     Attributes:
         elements: weights in these rows.
-        stored_bits: bits of their chunks, padding, chunk records and `rans` tables; scales and the rest: `side_bits`.
+        stored_bits: bits of their chunks, padding, chunk records and `rans` tables; the rest is `tensor_bytes`.
         wide: whether their codes need two planes.
     """
 
@@ -140,18 +138,6 @@ def blocks(plan: TensorPlan, steps: Steps) -> int:
     return len(list(blocks_of(replace(plan, steps=steps))))
 
 
-def side_bits(plan: TensorPlan, steps: Steps) -> int:
-    """Returns the bits of a tensor that `sample_steps` leaves out: scales, order, shape, its part of header and manifest."""
-    sides = (steps.col_scale is not None) + (steps.col_groups is not None)
-    text = _STEPPED_BYTES + 5 * len(plan.source.name) + sides * (_SIDE_BYTES + len(plan.source.name))
-    return 8 * (steps.stored_bytes + text + 8 * len(plan.source.shape))
-
-
-def frame_bits(others: list[TensorPlan]) -> int:
-    """Returns the bits of header and manifest that belong to no quantized tensor; `others` are the tensors kept as they are."""
-    return 8 * (_FRAME_BYTES + sum(_KEPT_BYTES + 2 * len(plan.source.name) for plan in others))
-
-
 def _stepped(plans: list[TensorPlan], options: ConvertOptions) -> Iterator[TensorPlan]:
     """Gives tensors the steps that a conversion would give them."""
     for plan in plans:
@@ -175,8 +161,13 @@ def estimate_tensor(plan: TensorPlan) -> TensorEstimate:
             return estimate_tensor(plan_lossless(source, "int8 cannot represent it", plan.codec, plan.tile_symbols))
         size, note = (coded, note) if coded < size else (size, f"{plan.scheme} does not shrink it")
     scheme = plan.scheme if size < source.entry.bytes or plan.scheme == "raw" else "raw"
-    overhead = (_HEADER_BYTES if scheme != "raw" else _HEADER_BYTES // 4) + _MANIFEST_BYTES
-    return TensorEstimate(source.name, source.dtype.name, source.shape, scheme, source.entry.bytes, size + overhead, note)
+    whole = size + overhead_bytes(scheme)
+    return TensorEstimate(source.name, source.dtype.name, source.shape, scheme, source.entry.bytes, whole, note)
+
+
+def overhead_bytes(scheme: str) -> int:
+    """Returns what `estimate_tensor` adds for a tensor's part of header and manifest."""
+    return (_HEADER_BYTES if scheme != "raw" else _HEADER_BYTES // 4) + _MANIFEST_BYTES
 
 
 def _sample_stored_bytes(plan: TensorPlan) -> int | None:

@@ -17,12 +17,14 @@ import numpy as np
 from codecllm.converter.allocation import Statistics
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
 from codecllm.converter.encode import ONE_PASS_COLUMNS
-from codecllm.converter.estimate import estimate_tensor, frame_bits, sample_steps, side_bits
+from codecllm.converter.estimate import estimate_tensor, overhead_bytes, sample_steps
+from codecllm.converter.overhead import frame_bytes, tensor_bytes
 from codecllm.converter.policy import TensorPlan
 from codecllm.converter.sampling import Sampled, sample
 from codecllm.converter.source import SourceModel
 from codecllm.converter.steps import Steps
 from codecllm.formats.errors import UsageError
+from codecllm.formats.manifest import Calibration
 
 MIN_BITS, MAX_BITS = 2.0, 8.0
 """The rates that can be asked for, in bits per weight."""
@@ -97,17 +99,26 @@ def fit(source: str | Path, options: ConvertOptions, target: Target, statistics:
     target.check(options)
     stepped = replace(options, steps=lambda plan: None)
     with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
-        plans = plan_conversion(model, stepped).tensors
+        plan = plan_conversion(model, stepped)
+        plans = plan.tensors
         steppable = [plan for plan in plans if plan.steppable and plan.matrix[1] <= ONE_PASS_COLUMNS]
         prepared = list(executor.map(lambda plan: sample(plan, statistics.get(plan.source.name)), steppable))
         tensors = {held.plan.source.name: held for held in prepared if held is not None}
         if not tensors:
             raise UsageError("no tensor of this model is quantized: there is no rate to choose", file=str(source))
         others = [plan for plan in plans if plan.source.name not in tensors]
+        frame = frame_bytes(model, plan, _recorded(stepped, target, statistics), set(tensors))
         wanted = target.bits
         if wanted is None:
             wanted = _bits_for_ratio(float(target.ratio or 0), model.tensor_bytes, others, tensors, executor)
-        return _search(list(tensors.values()), wanted, frame_bits(others), executor, _notes(tensors, statistics))
+        return _search(list(tensors.values()), wanted, 8 * frame, executor, _notes(tensors, statistics))
+
+
+def _recorded(options: ConvertOptions, target: Target, statistics: Statistics) -> ConvertOptions:
+    """Returns the options with what the manifest will say of the request."""
+    asked = replace(options, bits=target.bits, ratio=target.ratio, calibrate="self" if statistics else "none")
+    stand_in = Calibration(kind="self", tokens=4096, seed=0, sha256="0" * 64) if statistics else None
+    return replace(asked, calibration=options.calibration or stand_in)
 
 
 def _notes(tensors: dict[str, Sampled], statistics: Statistics) -> list[str]:
@@ -120,7 +131,7 @@ def _notes(tensors: dict[str, Sampled], statistics: Statistics) -> list[str]:
 def _bits_for_ratio(
     ratio: float, source_bytes: int, others: list[TensorPlan], tensors: dict[str, Sampled], executor: Executor
 ) -> float:
-    kept = sum(item.stored_bytes for item in executor.map(estimate_tensor, others)) - frame_bits(others) / 8
+    kept = sum(item.stored_bytes - overhead_bytes(item.scheme) for item in executor.map(estimate_tensor, others))
     weights = sum(held.plan.source.entry.elements for held in tensors.values())
     bits = 8 * (source_bytes / ratio - kept) / weights
     if not MIN_BITS <= bits <= MAX_BITS:
@@ -173,7 +184,8 @@ def _measure(tensors: list[Sampled], scale: float, loose: float, executor: Execu
         steps = held.sample_steps(_scale_of(held, scale, loose))
         sizes = [sample_steps(held.plan, steps, number) for number in held.blocks]
         bits = sum(size.stored_bits for size in sizes) * held.plan.source.entry.elements / sum(size.elements for size in sizes)
-        return bits + side_bits(held.plan, steps), any(size.wide for size in sizes)
+        wide = any(size.wide for size in sizes)
+        return bits + 8 * tensor_bytes(held.plan, steps, wide=wide), wide
 
     measured = list(executor.map(one, tensors))
     weights = sum(held.plan.source.entry.elements for held in tensors)

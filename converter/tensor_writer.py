@@ -28,14 +28,14 @@ from codecllm.converter.encode import (
 )
 from codecllm.converter.policy import TensorPlan, plan_lossless
 from codecllm.converter.quantize import has_tiny_scale
+from codecllm.converter.records import SIDE_DTYPES, coded_record, raw_record, scale_sides
 from codecllm.converter.steps import StepsProvider, check
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.chunk_table import pack_chunk_table
-from codecllm.formats.codecs import CODEC_NAMES, rans
+from codecllm.formats.codecs import rans
 from codecllm.formats.errors import NonFiniteWeightError
-from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.limits import SLOT_ALIGNMENT
-from codecllm.formats.manifest import Int8Tensor, LosslessTensor, PlaneRecord, RawTensor, SideChecksums
+from codecllm.formats.manifest import Int8Tensor, LosslessTensor, RawTensor, SideChecksums
 from codecllm.formats.rans_groups import pack_group_tables, tile_groups
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.shard_writer import ShardWriter
@@ -46,7 +46,6 @@ Result = TypeVar("Result")
 StoredRecord = RawTensor | LosslessTensor | Int8Tensor
 
 _RAW_STEP = 4 << 20
-_SIDE_DTYPES = {1: "U8", 2: "BF16", 4: "F32"}  # of groups of columns, and of scales, by the size of an item
 _ENTRY_BYTES = 384  # about what the header spends on side tensors: less gain than that is none
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
@@ -245,7 +244,7 @@ class TensorWriter:
             digest.update(scales.astype("<f4"))
         if plan.steps is not None and plan.steps.col_scale is not None:
             digest.update(plan.steps.col_scale.astype("<f4"))
-        sides = _scale_sides(plan, scales)
+        sides = scale_sides(plan, scales)
         return _finish_coded(plan, shard, number, np.concatenate(records), entropy, sides, tables, worst, digest.hexdigest())
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> RawTensor:
@@ -258,16 +257,7 @@ class TensorWriter:
             shard.write(data)
             self._on_bytes(source.name, len(data))
         shard.end_tensor(source.name, source.dtype.name, source.shape)
-        return RawTensor(
-            name=source.name,
-            dtype=source.dtype.name,
-            shape=list(source.shape),
-            scheme="raw",
-            shard=number,
-            digest=digest.hexdigest(),
-            xxh3=checksum.hexdigest(),
-            fallback=plan.fallback,
-        )
+        return raw_record(plan, number, digest.hexdigest(), checksum.hexdigest())
 
     def _non_finite_error(self, plan: TensorPlan) -> NonFiniteWeightError:
         blocks = list(blocks_of(plan))
@@ -290,33 +280,13 @@ def _encode(item: tuple[_Job, Block]) -> EncodedBlock:
     return encode_block(job.plan, block, job.scales)
 
 
-def _scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
-    """Returns the side tensors that say what a code is worth, by suffix; none for a lossless tensor."""
-    if scales is None:
-        return {}
-    if plan.steps is None:
-        return {"scale": _as_stored(scales, "F32")}
-    dtype = plan.steps.scale_dtype
-    sides: dict[str, NDArray[Any]] = {"scale": _as_stored(scales, dtype)}
-    if plan.steps.col_scale is not None:
-        sides["col_scale"] = _as_stored(plan.steps.col_scale, dtype)
-        if plan.steps.col_groups is not None:
-            sides["col_group"] = plan.steps.col_groups
-    return sides
-
-
-def _as_stored(scales: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    bits = bits_from_float32(scales, dtype)
-    return bits.astype(bits.dtype.newbyteorder("<"))
-
-
 def _finish_coded(
     plan: TensorPlan,
     shard: ShardWriter,
     number: int,
     records: NDArray[Any],
     entropy: NDArray[np.float64],
-    scales: dict[str, NDArray[Any]],
+    sides: dict[str, NDArray[Any]],
     tables: list[bytes],
     worst: list[float],
     digest: str,
@@ -327,8 +297,8 @@ def _finish_coded(
     table = pack_chunk_table(grid, planes, records)
     shape = np.array(source.shape, "<i8")
     shard.end_tensor(source.name, "U8", (_payload_bytes(records),))
-    for suffix, values in scales.items():
-        shard.add(f"{source.name}_{suffix}", _SIDE_DTYPES[values.itemsize], values.shape, values)
+    for suffix, values in sides.items():
+        shard.add(f"{source.name}_{suffix}", SIDE_DTYPES[values.itemsize], values.shape, values)
     shard.add(source.name + "_shape", "I64", shape.shape, shape)
     shard.add(source.name + "_chunks", "U8", (len(table),), table)
     group_tables = pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables) if any(tables) else None
@@ -337,53 +307,12 @@ def _finish_coded(
     checksums = SideChecksums(
         shape=xxh3_hex(shape),
         chunks=xxh3_hex(table),
-        **{suffix: xxh3_hex(values) for suffix, values in scales.items()},
+        **{suffix: xxh3_hex(values) for suffix, values in sides.items()},
         tables=None if group_tables is None else xxh3_hex(group_tables),
     )
-    common: dict[str, Any] = {
-        "name": source.name,
-        "dtype": source.dtype.name,
-        "shape": list(source.shape),
-        "shard": number,
-        "tile": [grid.tile_rows, grid.tile_cols],
-        "planes": _plane_records(records.reshape(-1, planes), source.entry.elements, entropy),
-        "tables_bytes": None if group_tables is None else len(group_tables),
-        "digest": digest,
-        "xxh3": checksums,
-    }
-    if plan.scheme == "lossless":
-        return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)
-    scale_dtype = _SIDE_DTYPES[scales["scale"].itemsize]
-    held = float32_from_bits(scales["scale"], scale_dtype)
-    return Int8Tensor(
-        scheme="int8",
-        channel_axis=plan.axis,
-        channel_kind=plan.kind,
-        scale_dtype="BF16" if scale_dtype == "BF16" else None,
-        scale_range=[_short(held.min()), _short(held.max())],
-        worst_error=_short(worst[0]),
-        rounding=None if plan.steps is None else plan.steps.rounding,
-        worst_steps=None if plan.steps is None else _short(worst[1]),
-        **common,
-    )
+    tables_bytes = None if group_tables is None else len(group_tables)
+    return coded_record(plan, number, records, entropy, sides, checksums, tables_bytes, worst, digest)
 
 
 def _payload_bytes(records: NDArray[Any]) -> int:
     return int((-(-records["stored_bytes"].astype(np.int64) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT).sum())
-
-
-def _plane_records(records: NDArray[Any], elements: int, entropy: NDArray[np.float64]) -> list[PlaneRecord]:
-    return [
-        PlaneRecord(
-            codec=CODEC_NAMES[int(records["codec"][:, plane].max())],
-            raw_bytes=elements,
-            stored_bytes=int(records["stored_bytes"][:, plane].sum(dtype=np.int64)),
-            entropy_bits=round(float(entropy[plane])),
-        )
-        for plane in range(records.shape[1])
-    ]
-
-
-def _short(value: Any) -> float:
-    """A float32 as the float64 with the shortest decimal form: manifests are read by people too."""
-    return float(str(np.float32(value)))

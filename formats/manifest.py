@@ -273,6 +273,11 @@ def pack_manifest(manifest: Manifest) -> bytes:
     return data
 
 
+def record_bytes(record: TensorRecord) -> int:
+    """Returns how many bytes of a manifest a tensor's record takes, what separates it from the next one included."""
+    return len(_dump(_without_none(record.model_dump(mode="json"))).encode()) + len(",\n")
+
+
 def parse_manifest(data: bytes) -> Manifest:
     """Validates a manifest completely.
 

@@ -46,7 +46,7 @@ class ShardWriter:
         self._metadata = metadata
         self._entries: list[TensorEntry] = []
         self._names: set[str] = set()
-        self._header_bytes = _reserve(planned, metadata)
+        self._header_bytes = reserved_header_bytes(planned, metadata)
         self._position = 0
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by finish() or abort()
         self.path = path
@@ -117,7 +117,8 @@ class ShardWriter:
         self._file.close()
 
 
-def _reserve(planned: list[PlannedTensor], metadata: dict[str, str]) -> int:
+def reserved_header_bytes(planned: list[PlannedTensor], metadata: dict[str, str]) -> int:
+    """Returns the size of the header, without its length prefix, that a shard of these tensors will have, padding included."""
     end = sum(tensor.max_bytes for tensor in planned)
     worst, position = [], 0
     for tensor in planned:

@@ -52,13 +52,11 @@ def source(tmp_path_factory):
     return get
 
 
-# Of the encoder's 344,064 weights in 39 tensors a fifth of the size is header and manifest, which the search only estimates.
-@pytest.mark.parametrize(
-    ("name", "kind", "within"), [("moe", "self", 0.005), ("bert", "random", 0.02), ("gpt2", "self", 0.005)]
-)
-def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(tmp_path, source, name, kind, within):
+# Of the encoder's 344,064 weights in 39 tensors a fifth of the size is header and manifest.
+@pytest.mark.parametrize(("name", "kind"), [("moe", "self"), ("bert", "random"), ("gpt2", "self")])
+def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(tmp_path, source, name, kind):
     done = api.convert(source(name), tmp_path / "out", bits=5, include=MATRICES, baseline=False)
-    assert done.report.quantized_bits_per_weight == pytest.approx(5, rel=within)
+    assert done.report.quantized_bits_per_weight == pytest.approx(5, rel=0.005)
     manifest = done.report.manifest
     assert manifest.options.bits == 5
     assert (manifest.options.calibrate, manifest.calibration.kind) == ("self", kind)
