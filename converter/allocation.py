@@ -26,7 +26,7 @@ ROW_DAMPING = 0.1
 COLUMN_DAMPING = 0.1
 """Share of the mean that is added to the sums of rows and columns: few tokens say little of what they hardly used."""
 
-LEVEL_DAMPING = 1.0
+LEVEL_DAMPING = 0.3
 """The same where rows decide a tensor's level: most rows of a vocabulary were not seen, and matter in another text."""
 
 _MIN_RMS = 1e-4

@@ -1,7 +1,8 @@
 """Finds the one number that sets the rate: steps of all tensors such that the container takes the bits that were asked for.
 
-Rows of each tensor (all of a small one) are quantized and packed as the conversion will do it, under a first guess and then
-under better ones. Then the steps are fixed; the conversion is one more pass. Nothing here depends on the number of threads.
+Every tensor is read once; then rows of it (all of a small one) are quantized and packed as the conversion will do it, under a
+first guess and then under better ones, and the other rows are judged by their root mean squares. Then the steps are fixed; the
+conversion is one more pass. Nothing here depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -76,11 +77,12 @@ class Fitted:
     _wide: frozenset[str]
 
     def __call__(self, plan: TensorPlan) -> Steps | None:
-        """Returns the steps of a tensor, after one pass over it; None where it has weights that are not finite."""
+        """Returns the steps of a tensor; None where it has weights that are not finite."""
         held = self._tensors.get(plan.source.name)
         if held is None:
             return None
-        return held.all_steps(plan, _scale_of(held, self._scale, self._loose), wide=plan.source.name in self._wide)
+        steps = held.steps(_scale_of(held, self._scale, self._loose))
+        return replace(steps, wide=steps.wide or plan.source.name in self._wide)
 
 
 def fit(source: str | Path, options: ConvertOptions, target: Target, statistics: Statistics) -> Fitted:
@@ -181,9 +183,10 @@ def _measure(tensors: list[Sampled], scale: float, loose: float, executor: Execu
     """Returns predicted bits per weight over all tensors, and the names of those whose codes pass 127."""
 
     def one(held: Sampled) -> tuple[float, bool]:
-        steps = held.sample_steps(_scale_of(held, scale, loose))
+        steps = held.steps(_scale_of(held, scale, loose))
         sizes = [sample_steps(held.plan, steps, number) for number in held.blocks]
-        bits = sum(size.stored_bits for size in sizes) * held.plan.source.entry.elements / sum(size.elements for size in sizes)
+        average = sum(size.stored_bits for size in sizes) / sum(size.elements for size in sizes)
+        bits = (average + held.beyond_sample(steps)) * held.plan.source.entry.elements
         wide = any(size.wide for size in sizes)
         return bits + 8 * tensor_bytes(held.plan, steps, wide=wide), wide
 

@@ -58,6 +58,15 @@ def test_the_rate_is_hit(tmp_path, made, bits):
     assert steps.bits == pytest.approx(bits, rel=0.003)
 
 
+def test_the_rate_is_hit_where_the_rows_of_a_large_tensor_are_unlike(tmp_path, made):
+    rows = 12000
+    folder = made(words=_gaussian(rows, 500) * np.geomspace(1, 20, rows)[:, None])  # six blocks, of which two are tried
+    seen = Sensitivity(np.ones(500), np.geomspace(1, 1e-5, rows) ** 2)
+    steps = fit(folder, ConvertOptions(), Target(bits=4), {"words": seen})
+    report = convert(folder, tmp_path / "out", steps=steps, bits=4)
+    assert report.quantized_bits_per_weight == pytest.approx(4, rel=0.005)
+
+
 def test_columns_that_matter_are_quantized_finely_at_equal_bits(tmp_path, made):
     weights, loud = _gaussian(1024, 1024), np.exp(2 * _gaussian(1, 1024, 1)[0])
     folder = made(w=weights)
