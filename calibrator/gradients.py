@@ -11,7 +11,7 @@ Squares are summed token by token, which needs no gradient of the weight at all:
     rows[r] = sum over t of g[t, r]^2 |x[t]|^2        cols[c] = sum over t of x[t, c]^2 |g[t]|^2
 
 This leaves out what the gradients of two tokens have in common; that is noise mostly, and what is left is known from a fraction
-of the text (docs/bits.md). Of all other parameters the gradient of a sequence is squared; it exists for a moment only.
+of the text (docs/bits.md). Of all other parameters the gradient of some sequences is squared; it exists for a moment only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Name of a parameter -> sums over its last dimension (its shape without that) and over all others but experts'."""
 
 _TOGETHER = 4
-"""Sequences that run at once where no parameter needs the gradient of one sequence."""
+"""Sequences that run at once."""
 
 
 def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[int, int], None] | None = None) -> Sums:
@@ -50,16 +50,15 @@ def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[i
     others = watched.keys() - {name for _, name in layers}
     for name in others:
         watched[name].requires_grad_(True)
-        hooks.append(watched[name].register_post_accumulate_grad_hook(_sequence_collector(name, sums)))
+        hooks.append(watched[name].register_post_accumulate_grad_hook(_whole_collector(name, sums)))
     generator = torch.Generator().manual_seed(1)
-    together = 1 if others else _TOGETHER
     try:
-        for first in range(0, len(tokens), together):
-            ids = tokens[first : first + together].to(model.device)
+        for first in range(0, len(tokens), _TOGETHER):
+            ids = tokens[first : first + _TOGETHER].to(model.device)
             with torch.enable_grad():
                 torch.autograd.backward(_projected(_run(model, ids), generator))
             if on_sequence is not None:
-                on_sequence(min(first + together, len(tokens)), len(tokens))
+                on_sequence(min(first + _TOGETHER, len(tokens)), len(tokens))
     finally:
         for hook in hooks:
             hook.remove()
@@ -74,28 +73,27 @@ def _wanted(parameter: torch.Tensor) -> bool:
 
 
 def _layers_in_use(model: Any, ids: torch.Tensor, watched: dict[str, torch.Tensor]) -> list[tuple[nn.Module, str]]:
-    """Returns the plain linear layers and embeddings that a forward pass calls, each with the name of its weight.
+    """Returns the plain linear layers and embeddings whose weights are used by them alone, each with the name of its weight.
 
-    Some models multiply with a layer's weight themselves; others take part for some tokens only. Their gradients are squared.
+    Some models multiply with a layer's weight themselves, tie it to a module of another kind, or call the layer for some tokens
+    only. Gradients of such weights are squared.
     """
     names = {id(parameter): name for name, parameter in watched.items()}
-    found: dict[nn.Module, str] = {}
-
-    def note(layer: nn.Module, *_: Any) -> None:
-        found[layer] = names[id(layer.weight)]
-
-    hooks = [
-        module.register_forward_hook(note)
-        for module in model.modules()
-        if type(module) in (nn.Linear, nn.Embedding) and id(module.weight) in names
-    ]
+    holders: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in names:
+                holders.setdefault(names[id(parameter)], []).append(module)
+    plain = {name: held for name, held in holders.items() if all(type(one) in (nn.Linear, nn.Embedding) for one in held)}
+    called: set[nn.Module] = set()
+    hooks = [one.register_forward_hook(lambda layer, *_: called.add(layer)) for held in plain.values() for one in held]
     try:
         with torch.no_grad():
             _run(model, ids.to(model.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return list(found.items())
+    return [(one, name) for name, held in plain.items() if called.issuperset(held) for one in held]
 
 
 def _token_collector(name: str, sums: Sums) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
@@ -119,7 +117,7 @@ def _token_collector(name: str, sums: Sums) -> Callable[[nn.Module, tuple[Any, .
     return watch
 
 
-def _sequence_collector(name: str, sums: Sums) -> Callable[[torch.Tensor], None]:
+def _whole_collector(name: str, sums: Sums) -> Callable[[torch.Tensor], None]:
     def collect(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         squares = parameter.grad.detach().float().square_()

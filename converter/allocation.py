@@ -26,9 +26,6 @@ ROW_DAMPING = 0.1
 COLUMN_DAMPING = 0.1
 """Share of the mean that is added to the sums of rows and columns: few tokens say little of what they hardly used."""
 
-LEVEL_DAMPING = 0.3
-"""The same where rows decide a tensor's level: most rows of a vocabulary were not seen, and matter in another text."""
-
 _MIN_RMS = 1e-4
 """Rows are treated as if their root mean square were at least this share of the tensor's."""
 
@@ -83,9 +80,8 @@ def factors_of(sensitivity: Sensitivity | None, rows: int, cols: int) -> Factors
     if sensitivity.rows is None or not _usable(sensitivity.rows, rows):
         return Factors(np.ones(rows), col_factors, 1.0, False, 1.0)
     row_sums = _damped(sensitivity.rows, ROW_DAMPING)
-    level_sums = _damped(sensitivity.rows, LEVEL_DAMPING)
     total = float(np.asarray(sensitivity.cols, np.float64).sum())
-    level = float(np.exp(0.5 * (np.log(total) - np.log(col_sums).mean() - np.log(level_sums).mean())))
+    level = float(np.exp(0.5 * (np.log(total) - np.log(col_sums).mean() - np.log(row_sums).mean())))
     return Factors(_normalised(row_sums**-0.25), col_factors, 0.5, True, level)
 
 

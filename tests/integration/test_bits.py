@@ -106,7 +106,7 @@ def test_sums_of_rows_and_columns_are_those_of_each_tokens_squared_gradient():
     entering = counts @ squares
     assert sums["layer.weight"][0].tolist() == [4 * float(entering.sum())] * 3
     assert sums["layer.weight"][1].tolist() == (4 * 3 * entering).tolist()
-    # Of the mixer each sequence's gradient is squared: its tokens meet other signs, but columns of one token add up.
+    # Of the mixer the gradients of some sequences are squared, sums over tokens that meet other signs.
     rows, cols = sums["mixer"]
     assert rows.sum() == pytest.approx(float(cols.sum())) and bool((rows > 0).all())
 
@@ -126,6 +126,14 @@ def test_a_tied_weight_has_the_sums_of_both_its_uses():
         assert torch.allclose(found["model.embed_tokens.weight"][part], together, rtol=1e-4)
         assert torch.allclose(found["model.layers.1.mlp.up_proj.weight"][part], both["model.layers.1.mlp.up_proj.weight"][part])
     assert not any(parameter.requires_grad for parameter in tied.parameters())
+
+
+def test_a_weight_tied_to_a_module_of_another_kind_keeps_both_its_uses():
+    sizes = {**tiny_models.GROUPED, "head_dim": 16, "tie_word_embeddings": True}
+    model = hf.GemmaForCausalLM(hf.GemmaConfig(**sizes)).eval()
+    assert type(model.get_input_embeddings()) is not torch.nn.Embedding
+    rows, _ = squared_gradients(model, torch.arange(1, 9)[None])["model.embed_tokens.weight"]
+    assert bool((rows[1:9] > 10 * rows[9:].mean()).all())
 
 
 def test_gradients_at_the_logits_have_the_covariance_of_the_models_own_labels():
