@@ -2,7 +2,8 @@
 
 The model is calibrated once, converted at every rate, and each container is evaluated on two texts: the built-in one, and
 `second_text.txt`. Kinds of calibration beside `self` show what the statistics are worth; `none` takes steps from
-the weights alone. Synthetic: `demo.models.smollm2_realistic` adds noise to 4-bit weights.
+the weights alone; `inputs`, which no conversion offers, multiplies these by the mean squares of the layers' inputs^-1/2, known
+from 128 tokens of the model's own. Synthetic: `demo.models.smollm2_realistic` adds noise to 4-bit weights.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from codecllm.calibrator import calibrate
+from codecllm.calibrator import Calibrated, calibrate
+from codecllm.calibrator.activations import mean_squared_inputs
+from codecllm.calibrator.text import own_text, record
 from codecllm.converter import ConversionReport, ConvertOptions, convert
 from codecllm.converter.rate import Target, fit
+from codecllm.converter.source import SourceModel
 from codecllm.formats.manifest import Int8Tensor
+from codecllm.loader import transformers_adapter
 from codecllm.verifier.evaluation import evaluate
 from demo import models
 
@@ -79,9 +85,23 @@ def measure(report: ConversionReport, source: Path, calibrated: str, asked: floa
     )
 
 
+def _calibrated(source: Path, kind: str) -> Calibrated | None:
+    if kind == "none":
+        return None
+    if kind != "inputs":
+        return calibrate(source, kind)
+    with SourceModel(source) as opened:
+        known = set(opened.tensors)
+    model = transformers_adapter.load_plain(source, torch.float32).eval()
+    tokens = own_text(model)
+    assert tokens is not None
+    tokens = tokens[:2]
+    return Calibrated(mean_squared_inputs(model, tokens, known), record("inputs", tokens))
+
+
 def main(
     rates: Annotated[list[float] | None, typer.Option("--bits", help="Bits per weight; may be repeated.")] = None,
-    kinds: Annotated[list[str] | None, typer.Option("--calibrate", help="self, random, none; may be repeated.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option("--calibrate", help="self, random, none, inputs; may be repeated.")] = None,
     layers: Annotated[bool, typer.Option(help="Quantize the linear layers only, not the embeddings.")] = False,
     int8: Annotated[bool, typer.Option(help="Plain int8 too.")] = True,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 2048,
@@ -97,7 +117,7 @@ def main(
         if int8:
             rows.append(measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens))
         for kind in kinds or ["self"]:
-            found = None if kind == "none" else calibrate(source, kind)
+            found = _calibrated(source, kind)
             for rate in rates or RATES:
                 fitted = fit(source, ConvertOptions(**options), Target(bits=rate), {} if found is None else found.statistics)
                 asked: dict[str, Any] = {"bits": rate, "calibrate": kind, "calibration": found and found.record}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -10,14 +11,17 @@ from typer.testing import CliRunner
 
 import codecllm
 from codecllm import api
-from codecllm.calibrator import calibrate
+from codecllm.calibrator import calibrate, calibration
+from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.gradients import _projected, squared_gradients
+from codecllm.calibrator.text import random_text
 from codecllm.cli.app import app
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.rate import Target, fit
 from codecllm.converter.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.loader.transformers_adapter import load_plain
 from codecllm.quality import QUALITIES, chosen_steps
 from tests.integration import tiny_models
 
@@ -161,6 +165,22 @@ def test_two_calibrations_are_alike(source):
     assert first.record == second.record
     name = next(iter(first.statistics))
     assert (first.statistics[name].rows == second.statistics[name].rows).all()
+
+
+def test_a_model_larger_than_memory_is_watched_layer_by_layer_from_disk(monkeypatch, source):
+    size = sum(path.stat().st_size for path in source("moe").glob("*.safetensors"))
+    monkeypatch.setattr(calibration, "available_memory", lambda: size)
+    told = []
+    found = calibrate(source("moe"), "self", told.append)
+    assert "layer by layer from disk" in told[0] and found.record.kind == "random"
+    with SourceModel(source("moe")) as opened:
+        known = set(opened.tensors)
+    model = load_plain(source("moe"))
+    tokens = random_text(model)[:16]
+    whole = mean_squared_inputs(model, tokens, known)
+    assert "model.layers.1.self_attn.o_proj.weight" in whole and found.statistics.keys() == whole.keys()
+    assert found.record.tokens == tokens.numel()
+    assert all(np.allclose(found.statistics[name].cols, whole[name].cols, rtol=1e-3) for name in whole)
 
 
 def test_a_text_that_is_of_no_use_is_refused(tmp_path, source):
