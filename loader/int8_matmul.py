@@ -9,7 +9,7 @@ same on a GPU by kernels of our own, and rounds once. Scales of columns go into 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -118,10 +118,12 @@ def packed(
     flat = inputs.reshape(-1, inputs.shape[-1])
     if col_scale is not None:
         flat = (flat * col_scale).to(inputs.dtype)
-    # The kernel takes scales in bfloat16 only, which would move whole channels: it gets ones.
-    sums = torch._weight_int8pack_mm(flat, codes, torch.ones(codes.shape[0], dtype=inputs.dtype))
-    scaled = sums * scale if bias is None else torch.addcmul(bias.to(torch.float32), sums.to(torch.float32), scale)
-    return scaled.to(inputs.dtype).view(*inputs.shape[:-1], codes.shape[0])
+    sums = torch._weight_int8pack_mm(flat, codes, _ones(codes.shape[0]))
+    if bias is None:
+        scaled = sums.mul_(scale)  # the product is one of float32, rounded where it is stored
+    else:
+        scaled = torch.addcmul(bias.to(torch.float32), sums.to(torch.float32), scale).to(inputs.dtype)
+    return scaled.view(*inputs.shape[:-1], codes.shape[0])
 
 
 def fused(
@@ -167,6 +169,17 @@ def _product(
 ) -> torch.Tensor:
     kernel = fused if can_fuse(inputs, codes) else packed if can_pack(inputs, codes) else exact
     return kernel(inputs, codes, scale, bias, col_scale)
+
+
+def _ones(channels: int) -> torch.Tensor:
+    """Returns scales for the kernel of `packed`: it takes them in bfloat16 only, and ours would move whole channels."""
+    return torch.ones(channels, dtype=torch.bfloat16) if torch.compiler.is_compiling() else _kept_ones(channels)
+
+
+@lru_cache(maxsize=64)
+def _kept_ones(channels: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(channels, dtype=torch.bfloat16)
 
 
 @cache
