@@ -200,6 +200,14 @@ def test_weights_are_right_and_the_computation_is_not(clean, source, resident):
         assert "'model.layers.1'" in finding.error.message
 
 
+def test_a_prompt_of_few_tokens_is_no_finding_under_resident_int8(clean, source, monkeypatch):
+    monkeypatch.setattr(layer_outputs, "PROMPT_TOKENS", 16)
+    report = diagnose(clean, source, resident="int8", **FAST)
+    layers_stage = next(stage for stage in report.stages if stage.name == "layers")
+    assert report.ok and "first_departure" not in layers_stage.facts
+    assert [layer_outputs.slack_for(*case) > 1 for case in (("int8", 32), ("int8", 33), ("dense", 16))] == [True, False, False]
+
+
 @pytest.mark.parametrize("resident", ["dense", "int8", "compressed"])
 def test_a_cache_whose_layout_is_stale(clean, source, resident):
     """The whole prompt at once is right; only tokens that come one at a time meet the cache."""
@@ -222,9 +230,9 @@ def test_rounding_of_the_kernel_for_few_rows_is_no_departure():
     found[:, 7] *= 1.9
     runs = [layer_outputs.Run({"mlp": value}, value) for value in (right, found)]
     assert layer_outputs.first_departure(*runs, torch.bfloat16) == "mlp"
-    assert layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.CACHED_SLACK) is None
+    assert layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.FEW_ROWS_SLACK) is None
     found *= 1.3
-    assert layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.CACHED_SLACK) == "mlp"
+    assert layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.FEW_ROWS_SLACK) == "mlp"
 
 
 def test_what_attention_computes_itself_is_not_blamed_on_a_module_in_it(clean, source):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from codecllm.formats.errors import ModelMismatchError
+from codecllm.loader.int8_matmul import PACKED_ROWS
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.rows import describe_order, head_size, is_attention
 from codecllm.verifier.model_output import forced_logits, generates
@@ -28,10 +29,12 @@ PROMPT_TOKENS = 48
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Largest relative difference between the same computation by two kernels; on one machine the bits are mostly the same."""
 
-CACHED_TOKENS, CACHED_SLACK = 6, 40.0
-"""So many tokens at the end of the prompt are run again, one at a time from the cache of keys and values. Of resident `int8`
-the kernel for few rows of inputs rounds in another order, and single channels with large values differ by more than themselves:
-its tolerances are so many times as large there, and hold for whole outputs, not for each channel."""
+CACHED_TOKENS = 6
+"""So many tokens at the end of the prompt are run again, one at a time from the cache of keys and values."""
+
+FEW_ROWS_SLACK = 40.0
+"""Of resident `int8` the kernel for few rows of inputs rounds in another order, and single channels with large values differ by
+more than themselves: its tolerances are so many times as large, and hold for whole outputs, not for each channel."""
 
 BISECT_POINTS = 16
 
@@ -125,6 +128,11 @@ def suspects(reference: Run, loaded: Run, dtype: torch.dtype) -> list[str]:
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
+def slack_for(resident: str, tokens: int) -> float:
+    """Returns how many times `TOLERANCES` are allowed where so many tokens pass a model at once."""
+    return FEW_ROWS_SLACK if resident == "int8" and tokens <= PACKED_ROWS else 1.0
+
+
 def first_departure(reference: Run, loaded: Run, dtype: torch.dtype, slack: float = 1.0) -> str | None:
     """Returns the first module whose output in the loaded model is not the reference's, within `TOLERANCES`; None if none.
 
@@ -137,7 +145,7 @@ def first_departure(reference: Run, loaded: Run, dtype: torch.dtype, slack: floa
 
 
 def name_departure(
-    reference: Any, loaded: Any, tokens: list[int], layer: str, explained: bool, stage: Stage
+    reference: Any, loaded: Any, tokens: list[int], layer: str, explained: bool, slack: float, stage: Stage
 ) -> dict[str, Any] | None:
     """Runs both models again, inside a layer that may depart, and names module and channel.
 
@@ -147,6 +155,7 @@ def name_departure(
         tokens: the prompt.
         layer: name of the layer.
         explained: whether an earlier stage has found weights wrong: then the departure is their consequence.
+        slack: how many times `TOLERANCES` are allowed.
         stage: receives the finding.
 
     Returns:
@@ -154,7 +163,7 @@ def name_departure(
     """
     names = _inside(reference, layer)
     right, found = run_model(reference, tokens, names), run_model(loaded, tokens, names)
-    key = first_departure(right, found, loaded.dtype)
+    key = first_departure(right, found, loaded.dtype, slack)
     if key is None:
         return None
     remark = "; an earlier stage names the weight behind it" if explained else ""

@@ -109,8 +109,9 @@ class ModelStages:
             self._why_not = "the loaded model cannot be run"
             stage.fail(ModelMismatchError(f"the loaded model cannot be run: {_one_line(exc)}"), cause=Cause.COMPUTATION)
             return
+        slack = layers.slack_for(self._options.resident, len(tokens))
         for layer in layers.suspects(reference, loaded, self._model.dtype):
-            place = layers.name_departure(self._reference, self._model, tokens, layer, explained, stage)
+            place = layers.name_departure(self._reference, self._model, tokens, layer, explained, slack, stage)
             if place is not None:
                 stage.facts["first_departure"] = place
                 break
@@ -124,7 +125,7 @@ class ModelStages:
         count = min(layers.CACHED_TOKENS, len(tokens) - 1)
         if "first_departure" in stage.facts or count < 1 or not output.generates(self._reference):
             return
-        slack = layers.CACHED_SLACK if self._options.resident == "int8" else 1.0
+        slack = layers.slack_for(self._options.resident, 1)
         try:
             place = layers.name_cached_departure(self._reference, self._model, tokens, count, slack, stage)
         except Exception:  # the right model itself does not go on from a prompt: there is nothing to compare with
