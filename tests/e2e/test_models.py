@@ -170,6 +170,7 @@ def _chunk_entropy(container, records):
     return bits
 
 
+@pytest.mark.timeout(900)  # two minutes on two idle cores
 def test_diagnosis_of_smollm2(tmp_path):
     """A clean container has no finding, and entropy, scales and headers explain its ratio to within 1 %."""
     codecllm.convert(models.smollm2(), tmp_path / "out", baseline=True)

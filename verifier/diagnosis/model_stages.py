@@ -109,7 +109,8 @@ class ModelStages:
             self._why_not = "the loaded model cannot be run"
             stage.fail(ModelMismatchError(f"the loaded model cannot be run: {_one_line(exc)}"), cause=Cause.COMPUTATION)
             return
-        slack = layers.slack_for(self._options.resident, len(tokens))
+        at_once = len(tokens) if self._model.device.type == "cpu" else 1  # a GPU's kernels round in an order of their own
+        slack = layers.slack_for(self._options.resident, at_once)
         for layer in layers.suspects(reference, loaded, self._model.dtype):
             place = layers.name_departure(self._reference, self._model, tokens, layer, explained, slack, stage)
             if place is not None:
