@@ -19,7 +19,15 @@ from codecllm.converter.tensor_writer import StoredRecord
 from codecllm.formats.chunk_table import HEADER, RECORD
 from codecllm.formats.codecs import CODEC_IDS
 from codecllm.formats.limits import SLOT_ALIGNMENT
-from codecllm.formats.manifest import INDEX_NAME, FileRecord, ShardRecord, SideChecksums, pack_manifest, record_bytes
+from codecllm.formats.manifest import (
+    INDEX_NAME,
+    FileRecord,
+    ShardRecord,
+    SideChecksums,
+    pack_manifest,
+    record_bytes,
+    shard_name,
+)
 from codecllm.formats.safetensors_header import PREFIX_BYTES
 from codecllm.formats.shard_writer import reserved_header_bytes
 
@@ -35,8 +43,7 @@ def tensor_bytes(plan: TensorPlan, steps: Steps, *, wide: bool = False) -> int:
         wide: whether its codes take two planes.
     """
     chosen = replace(plan, steps=steps, wide=wide)
-    sides = scale_sides(chosen, steps.row_scale)
-    return sum(values.nbytes for values in sides.values()) + _fixed_bytes(chosen) + record_bytes(_stand_in(chosen, 0))
+    return steps.stored_bytes + _fixed_bytes(chosen) + record_bytes(_stand_in(chosen, 0))
 
 
 def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, stepped: set[str]) -> int:
@@ -53,9 +60,7 @@ def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, stepped
     placed = [(number, one) for number, plans in enumerate(plan.shards) for one in plans]
     records = {one.source.name: _stand_in(one, number) for number, one in placed}
     shards = [
-        ShardRecord(
-            name=f"model-{number:05}-of-{len(plan.shards):05}.safetensors", bytes=10**9, sha256=_DIGEST, header_xxh3=_CHECKSUM
-        )
+        ShardRecord(name=shard_name(number, len(plan.shards)), bytes=10**9, sha256=_DIGEST, header_xxh3=_CHECKSUM)
         for number in range(1, len(plan.shards) + 1)
     ]
     names = sorted([*copied_files(model.folder), *(["config.json"] if model.config is not None else []), INDEX_NAME])
