@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ class Chunk(NamedTuple):
     xxh3: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChunkTable:
     """A validated chunk table.
 
@@ -53,7 +54,6 @@ class ChunkTable:
         records: RECORD [len(grid) * planes]; chunk `tile * planes + plane`.
         offsets: int64 [len(records) + 1]: where each chunk's slot begins in the payload; the last is the payload's size.
         raw_bytes: int64 [len(records)]: symbols of each chunk.
-        chunks: the same, one by one: numpy's scalars cost more than the checksum of a small chunk.
     """
 
     grid: Grid
@@ -61,7 +61,14 @@ class ChunkTable:
     records: NDArray[Any]
     offsets: NDArray[np.int64]
     raw_bytes: NDArray[np.int64]
-    chunks: list[Chunk]
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The same, one by one: numpy's scalars cost more than the checksum of a small chunk."""
+        records = self.records
+        sizes = (records["stored_bytes"], self.raw_bytes, records["codec"], records["xxh3"])
+        columns = (self.offsets[:-1], self.offsets[1:], *sizes)
+        return [Chunk._make(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def slot_bytes(stored_bytes: int) -> int:
@@ -97,47 +104,54 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     where: dict[str, Any] = {"file": file, "tensor": tensor}
     if len(data) < HEADER.itemsize:
         raise LayoutError("chunk table is shorter than its header", got=len(data), expected=HEADER.itemsize, **where)
-    header = np.frombuffer(data, HEADER, count=1)[0]
-    if bytes(header["magic"]) != MAGIC:
+    magic, version, planes, reserved, rows, cols, tile_rows, tile_cols = np.frombuffer(data, HEADER, count=1)[0].tolist()
+    if magic != MAGIC:
         raise NotAContainerError("chunk table has a wrong magic", got=ascii(bytes(data[:4])), **where)
-    if header["version"] != TABLE_VERSION:
-        raise UnsupportedVersionError("chunk table version", got=int(header["version"]), expected=TABLE_VERSION, **where)
-    planes = int(header["planes"])
-    if header["reserved"] != 0:
+    if version != TABLE_VERSION:
+        raise UnsupportedVersionError("chunk table version", got=version, expected=TABLE_VERSION, **where)
+    if reserved != 0:
         raise SchemaError("reserved bytes of the chunk table are not zero", **where)
     if not 1 <= planes <= limits.PLANES:
         raise LimitError("planes per tile", got=planes, expected=f"1 to {limits.PLANES}", **where)
-    if max(int(header["rows"]), 1) * max(int(header["cols"]), 1) > limits.TENSOR_BYTES:
-        got = f"{header['rows']} x {header['cols']}"
-        raise LimitError("matrix of the chunk table is too large", got=got, **where)
-    if not header["tile_rows"] or not header["tile_cols"]:
-        raise LayoutError("tile has no extent", got=f"{header['tile_rows']} x {header['tile_cols']}", **where)
-    grid = Grid(*(int(header[name]) for name in ("rows", "cols", "tile_rows", "tile_cols")))
-    if min(grid.tile_rows, max(grid.rows, 1)) * min(grid.tile_cols, max(grid.cols, 1)) > limits.CHUNK_RAW_BYTES:
-        raise LimitError("chunk is too large", got=f"{grid.tile_rows} x {grid.tile_cols}", **where)
+    if max(rows, 1) * max(cols, 1) > limits.TENSOR_BYTES:
+        raise LimitError("matrix of the chunk table is too large", got=f"{rows} x {cols}", **where)
+    if not tile_rows or not tile_cols:
+        raise LayoutError("tile has no extent", got=f"{tile_rows} x {tile_cols}", **where)
+    if min(tile_rows, max(rows, 1)) * min(tile_cols, max(cols, 1)) > limits.CHUNK_RAW_BYTES:
+        raise LimitError("chunk is too large", got=f"{tile_rows} x {tile_cols}", **where)
+    grid = Grid(rows, cols, tile_rows, tile_cols)
     expected = HEADER.itemsize + len(grid) * planes * RECORD.itemsize
     if len(data) != expected:
         raise LayoutError("chunk table has a wrong size", got=len(data), expected=expected, **where)
     records = np.frombuffer(data, RECORD, offset=HEADER.itemsize)
-    raw_bytes = np.repeat(_tile_symbols(grid), planes)
-    _check_records(records, raw_bytes, where)
-    slots = -(-records["stored_bytes"].astype(np.int64) // limits.SLOT_ALIGNMENT) * limits.SLOT_ALIGNMENT
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(slots)])
+    raw_bytes = _tile_symbols(grid)
+    if planes > 1:
+        raw_bytes = np.repeat(raw_bytes, planes)
+    stored = records["stored_bytes"].astype(np.int64)
+    _check_records(records, stored, raw_bytes, where)
+    offsets = np.zeros(len(records) + 1, np.int64)
+    np.cumsum(-(-stored // limits.SLOT_ALIGNMENT) * limits.SLOT_ALIGNMENT, out=offsets[1:])
     if int(offsets[-1]) != payload_bytes:
         raise LayoutError("chunks do not add up to the payload", got=int(offsets[-1]), expected=payload_bytes, **where)
-    columns = (offsets[:-1], offsets[1:], records["stored_bytes"], raw_bytes, records["codec"], records["xxh3"])
-    chunks = [Chunk._make(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-    return ChunkTable(grid, planes, records, offsets, raw_bytes, chunks)
+    return ChunkTable(grid, planes, records, offsets, raw_bytes)
 
 
 def _tile_symbols(grid: Grid) -> NDArray[np.int64]:
     """Returns int64 [tiles]: the number of elements of each tile."""
-    heights = np.minimum(grid.tile_rows, grid.rows - np.arange(grid.down, dtype=np.int64) * grid.tile_rows)
-    widths = np.minimum(grid.tile_cols, grid.cols - np.arange(grid.across, dtype=np.int64) * grid.tile_cols)
-    return (heights[:, None] * widths[None, :]).reshape(-1)
+    down, across = grid.down, grid.across
+    rows, cols = min(grid.tile_rows, grid.rows), min(grid.tile_cols, grid.cols)
+    symbols = np.full((down, across), rows * cols, np.int64)
+    if symbols.size:
+        last_rows, last_cols = grid.rows - (down - 1) * grid.tile_rows, grid.cols - (across - 1) * grid.tile_cols
+        symbols[-1] = last_rows * cols
+        symbols[:, -1] = rows * last_cols
+        symbols[-1, -1] = last_rows * last_cols
+    return symbols.reshape(-1)
 
 
-def _check_records(records: NDArray[Any], raw_bytes: NDArray[np.int64], where: dict[str, Any]) -> None:
+def _check_records(
+    records: NDArray[Any], stored: NDArray[np.int64], raw_bytes: NDArray[np.int64], where: dict[str, Any]
+) -> None:
     if records["reserved"].any():
         chunk = int(records["reserved"].any(axis=1).argmax())
         raise SchemaError("reserved bytes of the chunk record are not zero", chunk=chunk, **where)
@@ -145,7 +159,6 @@ def _check_records(records: NDArray[Any], raw_bytes: NDArray[np.int64], where: d
     if unknown.any():
         chunk = int(unknown.argmax())
         raise UnsupportedVersionError("unknown codec id", chunk=chunk, got=int(records["codec"][chunk]), **where)
-    stored = records["stored_bytes"].astype(np.int64)
     wrong = (stored < 1) | (stored > limits.max_stored_bytes(raw_bytes)) | ((records["codec"] == 0) & (stored != raw_bytes))
     if wrong.any():
         chunk = int(wrong.argmax())

@@ -53,6 +53,9 @@ class SafeFile:
         Raises:
             TruncatedError: the file ends before.
         """
+        data = os.pread(self.descriptor, length, offset)
+        if len(data) == length:
+            return data
         buffer = bytearray(length)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)

@@ -41,7 +41,9 @@ def parse_json_object(data: bytes, *, file: str, max_bytes: int, max_depth: int 
         raise LimitError("JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels") from exc
     if not isinstance(value, dict):
         raise SchemaError("top level is not an object", file=file, got=type(value).__name__)
-    _check_tree(value, file, max_depth)
+    _check_depth(value, file, max_depth)
+    if b"\\u" in data:  # UTF-8 holds none otherwise
+        _check_strings(value, file)
     return value
 
 
@@ -61,9 +63,9 @@ def _refuse_constant(name: str, file: str) -> NoReturn:
 
 
 def _bounded_int(digits: str, file: str) -> int:
-    if len(digits) > 17 or abs(int(digits)) > limits.INTEGER:
+    if len(digits) > 17 or abs(value := int(digits)) > limits.INTEGER:
         raise LimitError("integer is too large", file=file, got=digits[:40], expected="at most 2^53 in magnitude")
-    return int(digits)
+    return value
 
 
 def _finite_float(digits: str, file: str) -> float:
@@ -73,18 +75,25 @@ def _finite_float(digits: str, file: str) -> float:
     return value
 
 
-def _check_tree(root: Any, file: str, max_depth: int) -> None:
-    """Refuses depth beyond the limit and lone surrogates, without recursion."""
-    stack: list[tuple[Any, int]] = [(root, 1)]
+def _check_depth(root: Any, file: str, max_depth: int) -> None:
+    """Refuses depth beyond the limit, level by level."""
+    level, depth = [root], 1
+    while level:
+        if depth > max_depth:
+            raise LimitError("JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels")
+        parts = [value.values() if isinstance(value, dict) else value for value in level]
+        level, depth = [item for part in parts for item in part if isinstance(item, (dict, list))], depth + 1
+
+
+def _check_strings(root: Any, file: str) -> None:
+    """Refuses lone surrogates, without recursion."""
+    stack: list[Any] = [root]
     while stack:
-        value, depth = stack.pop()
-        if isinstance(value, (dict, list)):
-            if depth > max_depth:
-                raise LimitError("JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels")
-            if isinstance(value, dict):
-                stack.extend((key, depth) for key in value)
-                stack.extend((item, depth + 1) for item in value.values())
-            else:
-                stack.extend((item, depth + 1) for item in value)
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack.extend(value)
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
         elif isinstance(value, str) and not value.isascii() and any(0xD800 <= ord(char) < 0xE000 for char in value):
             raise SchemaError("string holds a lone surrogate", file=file, got=ascii(value)[:60])

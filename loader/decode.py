@@ -18,12 +18,13 @@ from codecllm.formats.container import StoredTensor, scales_for_tile, sound
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.schemes.int8 import codes_hold
 from codecllm.formats.tiling import Tile
 
 JOB_SYMBOLS = 1 << 20
 """Elements of one job: large enough that its overhead (20 microseconds) is nothing, small enough to spread over threads."""
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 20
 """Most elements whose intermediate values are held at once, whatever the container's tile size."""
 
 CODES, WIDE_CODES = "I8", "I16"
@@ -104,9 +105,43 @@ def tiles_of(
     """Verifies and decodes a run of tiles whose slots lie in memory; yields and raises as `read_tiles`."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
+    together = tensor.decode_together(first, last, slots)
+    if together is not None and tensor.table.grid.across == 1 and not tensor.permuted:
+        whole = _rows_of(tensor, tiles)
+        gathered = [_gather(together[plane::planes], whole, workspace, plane) for plane in range(planes)]
+        if tensor.scales is None or codes_hold(gathered[-1].view(np.int8)):
+            yield whole, gathered
+            return
+    elif together is not None and (tensor.scales is None or all(map(codes_hold, _codes(together[planes - 1 :: planes])))):
+        symbols = (np.frombuffer(chunk, np.uint8) for chunk in together)
+        for start in range(tiles.start, tiles.stop, tensor.tiles_together):
+            yield tensor.part(start), join_tiles(tensor, start, symbols, workspace)
+        return
     decoded = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))
     for start in range(tiles.start, tiles.stop, tensor.tiles_together):
         yield tensor.part(start), join_tiles(tensor, start, decoded, workspace)
+
+
+def _rows_of(tensor: StoredTensor, tiles: range) -> Tile:
+    """Returns the rectangle of a run of tiles, each of which is whole rows."""
+    head, foot = tensor.table.grid.tile(tiles[0]), tensor.table.grid.tile(tiles[-1])
+    return Tile(head.row, 0, foot.row + foot.rows - head.row, head.cols)
+
+
+def _codes(planes: list[memoryview]) -> Iterator[NDArray[np.int8]]:
+    return (np.frombuffer(plane, np.int8) for plane in planes)
+
+
+def _gather(parts: list[memoryview], whole: Tile, workspace: Workspace, plane: int) -> NDArray[np.uint8]:
+    """Returns one plane of tiles that follow each other as one array [whole.rows, whole.cols]."""
+    if len(parts) == 1:
+        return np.frombuffer(parts[0], np.uint8).reshape(whole.rows, whole.cols)
+    gathered = workspace.scratch(whole.rows, whole.cols, np.uint8, plane)
+    place, at = memoryview(gathered.reshape(-1)), 0
+    for part in parts:
+        place[at : at + part.nbytes] = part
+        at += part.nbytes
+    return gathered
 
 
 def join_tiles(

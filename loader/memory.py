@@ -6,31 +6,56 @@ import math
 import threading
 import weakref
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 64
-_NUMPY_ALLOCATES_BYTES = 4 << 20
+_OWN_MEMORY_BYTES = 4 << 20
 _SLAB_BYTES = 16 << 20
 _SLAB_TAKES_BYTES = 64 << 10
+_NUMPY_DTYPES: dict[torch.dtype, Any] = {
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.float64: np.float64,
+    torch.complex64: np.complex64,
+    torch.bool: np.bool_,
+    torch.uint8: np.uint8,
+    torch.int8: np.int8,
+    torch.int16: np.int16,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+}
 
 
 def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Returns an uninitialised tensor [shape] on the CPU, aligned to 64 bytes.
+    """Returns an uninitialised tensor [shape] on the CPU, aligned to 64 bytes."""
+    return tensor_over(empty_bytes(math.prod(shape) * dtype.itemsize), shape, dtype)
 
-    Large ones are numpy's memory: it asks the kernel for huge pages, and the first write to 4 KiB pages costs up to a third of
+
+def empty_bytes(size: int) -> NDArray[np.uint8]:
+    """Returns uninitialised memory, uint8 [size], aligned to 64 bytes.
+
+    It is numpy's, which asks the kernel for huge pages where it is large: the first write to 4 KiB pages costs up to a third of
     a whole decode.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _NUMPY_ALLOCATES_BYTES:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return _typed(_allocate(size), size, dtype, shape)
+    return _aligned(_allocate(size), size)
+
+
+def tensor_over(memory: NDArray[np.uint8], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns the tensor [shape] that memory of its size, uint8 and contiguous, holds; it has a storage of its own.
+
+    torch's own ways to see a tensor otherwise give the interpreter's lock away each time, so there is one such call, or none.
+    """
+    own = _NUMPY_DTYPES.get(dtype)
+    seen = torch.from_numpy(memory.view(own or f"i{dtype.itemsize}").reshape(shape))
+    return seen if own is not None else seen.view(dtype)
 
 
 class SlabMemory:
-    """Gives tensors out; small ones lie together in slabs, which lets the kernel back them by huge pages too.
+    """Gives memory for tensors out; small ones lie together in slabs, which lets the kernel back them by huge pages too.
 
     The memory of a slab is freed once none of its tensors is left.
     """
@@ -39,22 +64,20 @@ class SlabMemory:
         self._lock = threading.Lock()
         self._slab = np.empty(0, np.uint8)
 
-    def empty_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """As the function of that name. Every tensor has a storage of its own."""
-        size = math.prod(shape) * dtype.itemsize
-        if not _SLAB_TAKES_BYTES <= size < _NUMPY_ALLOCATES_BYTES:
-            return empty_tensor(shape, dtype)
+    def empty_bytes(self, size: int) -> NDArray[np.uint8]:
+        """As the function of that name."""
+        if not _SLAB_TAKES_BYTES <= size < _OWN_MEMORY_BYTES:
+            return empty_bytes(size)
         rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
             if self._slab.size < rounded:
-                slab = _allocate(_SLAB_BYTES)
-                self._slab = slab[-slab.ctypes.data % _ALIGNMENT :]
+                self._slab = empty_bytes(_SLAB_BYTES)
             memory, self._slab = self._slab[:size], self._slab[rounded:]
-        return torch.from_numpy(memory).view(dtype).view(shape)
+        return memory
 
 
 class RecycledMemory:
-    """Gives tensors out, and the memory of those that were dropped again to the next ones of the same size.
+    """Gives memory for tensors out, and that of those that were dropped again to the next ones of the same size.
 
     The kernel clears every page that a process gets; a consumer that takes one tensor after another (and copies it to a device,
     say) spares that for all but the first few.
@@ -65,16 +88,15 @@ class RecycledMemory:
         self._keep_bytes = keep_bytes
         self._free: deque[NDArray[np.uint8]] = deque()
 
-    def empty_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def empty_bytes(self, size: int) -> NDArray[np.uint8]:
         """As the function of that name."""
-        size = math.prod(shape) * dtype.itemsize
-        if size < _NUMPY_ALLOCATES_BYTES:
-            return torch.empty(shape, dtype=dtype, device="cpu")
+        if size < _OWN_MEMORY_BYTES:
+            return empty_bytes(size)
         owner = self._take(size)
         memory = np.frombuffer(owner.data, np.uint8)
         # Runs once nothing refers to the memory any more: neither the tensor nor a view of it.
         weakref.finalize(memory, self._give, owner).atexit = False
-        return _typed(memory, size, dtype, shape)
+        return _aligned(memory, size)
 
     def close(self) -> None:
         """Lets go of all memory that no tensor uses, and of what comes back later."""
@@ -102,6 +124,6 @@ def _allocate(size: int) -> NDArray[np.uint8]:
     return np.empty(size + _ALIGNMENT, np.uint8)
 
 
-def _typed(memory: NDArray[np.uint8], size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _aligned(memory: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     start = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory)[start : start + size].view(dtype).view(shape)
+    return memory[start : start + size]

@@ -1,11 +1,12 @@
 """Tensors made before they are asked for: reading, checking, decoding and casting overlap, memory is bounded.
 
     expect     what will be asked for, in the order of the files
-    readers    threads that plan a tensor's runs and read them, one after another, into a fixed ring of buffers
-    pool       threads that check, decode and cast what lies in a buffer, and give it back to the ring
+    threads    each plans a tensor, or takes the next run of one: reads it into its own buffer, checks, decodes and casts it
     take       hands a tensor out, in any order; what is asked for too early goes to the front
 
-Reading stops while the ring is empty, and before tensors that nobody has taken would hold more than a budget of bytes.
+A run stays in the cache of the core that read it, and nothing is handed from thread to thread: under the interpreter's lock
+each handing over costs as much as decoding some kilobytes. The kernel reads ahead from the disk meanwhile (`Announcer`).
+Nothing is begun while tensors that nobody has taken hold more than a budget of bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 
 import torch
@@ -24,16 +24,8 @@ from codecllm.loader.decode import Workspace
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.torch_tensors import Filling, Run
 
-READERS = 2
-"""Threads that read: while one plans a tensor or waits for a disk, the other reads."""
-
-BUFFERS_PER_WORKER = 2
-"""Buffers of the ring for each decoding thread, one that it decodes and one that is ready, beside one for each reader."""
-
 BUDGET_BYTES = 256 << 20
 """Most bytes of tensors that are made or under way and that nobody has taken; one tensor may be larger than that."""
-
-_BUFFER_STEP = 1 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +35,7 @@ class Request:
     Attributes:
         key: what it is asked for by.
         size: about its bytes.
-        start: plans it; called at most once, by a reader.
+        start: plans it; called at most once, by a thread of the pool.
         made: receives the tensor, or the first error that prevented it.
     """
 
@@ -53,14 +45,23 @@ class Request:
     made: Future[torch.Tensor] = field(default_factory=Future)
 
 
+class _Making:
+    """A tensor under way: counts the runs that are left."""
+
+    def __init__(self, request: Request, filling: Filling) -> None:
+        self.request = request
+        self.tensor = filling.tensor
+        self.left = len(filling.runs)
+
+
 class ReadAhead:
     """Makes tensors in the order of the files, ahead of whoever takes them. Safe to share between threads."""
 
     def __init__(self, pool: DecodePool, budget: int = BUDGET_BYTES) -> None:
-        """Starts the readers.
+        """Prepares reading; nothing runs before something is expected or taken.
 
         Args:
-            pool: decodes; others may use it too.
+            pool: its threads read and decode; others may use it too, and wait while there is something to read.
             budget: see BUDGET_BYTES.
         """
         self._pool = pool
@@ -70,34 +71,32 @@ class ReadAhead:
         self._cursor = 0
         self._place: dict[Hashable, int] = {}
         self._urgent: deque[Request] = deque()
+        self._runs: deque[tuple[_Making, Run]] = deque()
         self._started: dict[Hashable, Request] = {}
         self._unmade: set[Request] = set()
-        self._ring = [bytearray() for _ in range(BUFFERS_PER_WORKER * pool.workers + READERS)]
+        self._busy = 0
         self._closed = False
-        self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._run, name="codecllm-read", daemon=True) for _ in range(READERS)]
-        for thread in self._threads:
-            thread.start()
+        self._lock = threading.RLock()
 
     def expect(self, requests: Iterable[Request]) -> None:
         """Appends tensors, of keys that were not used before, to what is made ahead."""
-        with self._changed:
+        with self._lock:
             for request in requests:
                 self._place[request.key] = len(self._order)
                 self._order.append(request)
                 self._unmade.add(request)
-            self._changed.notify_all()
+            self._employ()
 
     def take(self, request: Request) -> Future[torch.Tensor]:
         """Returns what receives the tensor: the expected one of the same key, or else the request itself, which goes first.
 
         Where the tensor was not begun yet, reading goes on behind it: whoever takes tensors in another order is followed.
         """
-        with self._changed:
+        with self._lock:
             started = self._started.pop(request.key, None)
             if started is not None:
                 self._untaken -= started.size
-                self._changed.notify_all()
+                self._employ()
                 return started.made
             place = self._place.pop(request.key, None)
             if place is not None:
@@ -109,12 +108,12 @@ class ReadAhead:
                 self._settle(request, error=_closed_error())
             else:
                 self._urgent.append(request)
-                self._changed.notify_all()
+                self._employ()
             return request.made
 
     def drop(self, key: Hashable) -> None:
         """Gives up an expected tensor that nobody will take; nothing where there is none of that key."""
-        with self._changed:
+        with self._lock:
             place, started = self._place.pop(key, None), self._started.pop(key, None)
             if place is not None:
                 request, self._order[place] = self._order[place], None
@@ -122,16 +121,12 @@ class ReadAhead:
                 self._unmade.discard(request)
             if started is not None:
                 self._untaken -= started.size
-            self._changed.notify_all()
+                self._employ()
 
     def close(self) -> None:
-        """Ends the readers. Tensors that were not made fail; those that were can still be taken."""
-        with self._changed:
+        """Begins nothing more; the pool's end waits for runs under way. Tensors not yet made fail; others may be taken."""
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        with self._changed:
             for request in list(self._unmade):
                 self._settle(request, error=_closed_error())
 
@@ -141,75 +136,88 @@ class ReadAhead:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _run(self) -> None:
+    def _employ(self) -> None:
+        """Puts idle threads of the pool to work where there is some; hold the lock."""
+        work = len(self._runs) + len(self._urgent)
+        if not work and self._may_begin():
+            work = self._pool.workers  # how many runs the next tensors have is not known yet
+        for _ in range(min(work, self._pool.workers - self._busy)):
+            self._busy += 1
+            self._pool.submit(self._work)
+
+    def _work(self, workspace: Workspace) -> None:
+        """Plans tensors and makes runs until there are none."""
         while True:
-            request = self._next()
-            if request is None:
-                return
-            try:
-                self._make(request)
-            except BaseException as exc:
-                self._settle(request, error=exc)
-            del request  # or it would keep its tensor while the next one is waited for
+            with self._lock:
+                job = None if self._closed else self._next()
+                if job is None:
+                    self._busy -= 1
+                    return
+            if isinstance(job, Request):
+                self._plan(job)
+            else:
+                self._make(*job, workspace)
+            del job  # or it would keep its tensor while the next one is waited for
 
-    def _next(self) -> Request | None:
-        """Waits for the next tensor to be read; None once closed."""
-        with self._changed:
-            while not self._closed:
-                if self._urgent:
-                    return self._urgent.popleft()
-                request = self._peek()
-                if request is not None and (not self._untaken or self._untaken + request.size <= self._budget):
-                    self._order[self._cursor] = None
-                    self._cursor += 1
-                    del self._place[request.key]
-                    self._started[request.key] = request
-                    self._untaken += request.size
-                    return request
-                self._changed.wait()
+    def _next(self) -> Request | tuple[_Making, Run] | None:
+        """Returns a tensor to be planned, else a run to be made, else None; hold the lock."""
+        if self._urgent:
+            return self._urgent.popleft()
+        if self._runs:
+            return self._runs.popleft()
+        if not self._may_begin():
             return None
+        request = self._order[self._cursor]
+        assert request is not None
+        self._order[self._cursor] = None
+        self._cursor += 1
+        del self._place[request.key]
+        self._started[request.key] = request
+        self._untaken += request.size
+        return request
 
-    def _peek(self) -> Request | None:
-        """Moves the cursor to the next expected tensor, from the end back to those that were skipped; returns it, or None."""
+    def _may_begin(self) -> bool:
+        """Moves the cursor to the next expected tensor, from the end back to those that were skipped; whether to begin it."""
         for _ in range(2):
             while self._cursor < len(self._order):
                 request = self._order[self._cursor]
                 if request is not None:
-                    return request
+                    return not self._untaken or self._untaken + request.size <= self._budget
                 self._cursor += 1
             self._order = [request for request in self._order if request is not None]
             self._place = {request.key: place for place, request in enumerate(self._order) if request is not None}
             self._cursor = 0
-        return None
+        return False
 
-    def _make(self, request: Request) -> None:
-        filling = request.start()
-        making = _Making(request, filling.tensor, len(filling.runs))
+    def _plan(self, request: Request) -> None:
+        """Begins a tensor; its runs are for whoever is free, the next to be made."""
+        try:
+            filling = request.start()
+        except BaseException as exc:
+            self._settle(request, error=exc)
+            return
+        making = _Making(request, filling)
         if not filling.runs:
             self._settle(request, filling.tensor)
-        for run in filling.runs:
-            buffer = self._borrow(0 if run.place is not None else run.size)
-            if buffer is None:
-                return
-            try:
-                stored = run.read(buffer)
-            except BaseException:
-                self._give_back(buffer)
-                raise
-            self._pool.submit(partial(self._decode, making, run, stored, buffer))
+        with self._lock:
+            self._runs.extendleft((making, run) for run in reversed(filling.runs))
+            self._employ()
 
-    def _decode(self, making: _Making, run: Run, stored: memoryview, buffer: bytearray, workspace: Workspace) -> None:
+    def _make(self, making: _Making, run: Run, workspace: Workspace) -> None:
         try:
-            run.decode(stored, workspace)
+            if not making.request.made.done():  # failed, else
+                run.decode(run.read(workspace.slots(0 if run.place is not None else run.size)), workspace)
         except BaseException as exc:
             self._settle(making.request, error=exc)
-        self._give_back(buffer)
-        if making.ends():
+        with self._lock:
+            making.left -= 1
+            last = not making.left
+        if last:
             self._settle(making.request, making.tensor)
 
     def _settle(self, request: Request, tensor: torch.Tensor | None = None, error: BaseException | None = None) -> None:
         """Sets the tensor or the error of a request; the first one stays."""
-        with self._changed:
+        with self._lock:
             if request not in self._unmade:
                 return
             self._unmade.discard(request)
@@ -218,39 +226,6 @@ class ReadAhead:
         else:
             assert tensor is not None
             request.made.set_result(tensor)
-
-    def _borrow(self, size: int) -> bytearray | None:
-        """Waits for a buffer of at least `size` bytes; None once closed."""
-        with self._changed:
-            while not self._ring and not self._closed:
-                self._changed.wait()
-            if self._closed:
-                return None
-            buffer = self._ring.pop()
-        if len(buffer) < size:
-            buffer = bytearray(-(-size // _BUFFER_STEP) * _BUFFER_STEP)
-        return buffer
-
-    def _give_back(self, buffer: bytearray) -> None:
-        with self._changed:
-            self._ring.append(buffer)
-            self._changed.notify_all()
-
-
-class _Making:
-    """A tensor under way: counts the runs that are left."""
-
-    def __init__(self, request: Request, tensor: torch.Tensor, runs: int) -> None:
-        self.request = request
-        self.tensor = tensor
-        self._left = runs
-        self._lock = threading.Lock()
-
-    def ends(self) -> bool:
-        """Counts a run as done; whether it was the last."""
-        with self._lock:
-            self._left -= 1
-            return self._left == 0
 
 
 def _closed_error() -> RuntimeError:

@@ -20,8 +20,8 @@ from codecllm.loader.progress import Meter
 from codecllm.loader.read_ahead import ReadAhead, Request
 from codecllm.loader.torch_tensors import (
     DTYPE_NAMES,
+    Announcer,
     Filling,
-    announce_reads,
     file_order,
     is_model_float,
     open_scales,
@@ -69,6 +69,7 @@ class TensorReader:
         self._feeds, self._device = feeds, device
         self._ahead = ReadAhead(pool)
         self._memory = SlabMemory()
+        self._announce = Announcer()
         self._meter = meter
         self._lock = threading.Lock()
         self._expected: dict[tuple[str, Part], torch.dtype] = {}
@@ -143,7 +144,7 @@ class TensorReader:
         tensor = self._ahead.take(self._request(name, part, dtype)).result()
         if self._meter is not None:
             self._meter.add(name, self._container.records[name].source_bytes)
-        return tensor.to(device)
+        return tensor if device == CPU else tensor.to(device)
 
     def _dtype(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.dtype:
         return torch.int8 if part == "codes" else dtype or torch_dtype(self._container.records[name].dtype, name)
@@ -151,12 +152,12 @@ class TensorReader:
     def _request(self, name: str, part: Part, dtype: torch.dtype) -> Request:
         def start() -> Filling:
             source = self._container.tensor(name)
-            announce_reads(source)
+            self._announce(source)
             if part == "weight":
-                return start_filling(source, dtype, self._memory.empty_tensor)
+                return start_filling(source, dtype, self._memory.empty_bytes)
             assert isinstance(source, StoredTensor) and source.scales is not None
             self._scales[name] = torch.from_numpy(source.scales.copy())  # will be asked for next
-            return start_filling_codes(source, self._memory.empty_tensor)
+            return start_filling_codes(source, self._memory.empty_bytes)
 
         return Request((name, part), self._container.records[name].elements * dtype.itemsize, start)
 

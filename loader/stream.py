@@ -12,7 +12,7 @@ from codecllm.formats.manifest import AliasTensor, CodedTensor, RawTensor
 from codecllm.loader.memory import RecycledMemory
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.read_ahead import ReadAhead, Request
-from codecllm.loader.torch_tensors import Filling, announce_reads, file_order, is_model_float, start_filling, torch_dtype
+from codecllm.loader.torch_tensors import Announcer, Filling, file_order, is_model_float, start_filling, torch_dtype
 
 AHEAD_BYTES = 64 << 20
 """Bytes of tensors that are made ahead; the next tensor always is."""
@@ -43,7 +43,8 @@ def stream_tensors(
         closing(RecycledMemory(KEEP_BYTES)) as memory,
         ReadAhead(pool, AHEAD_BYTES) as ahead,
     ):
-        requests = {name: _request(container, name, dtype, memory) for name in file_order(container)}
+        announce = Announcer()
+        requests = {name: _request(container, name, dtype, memory, announce) for name in file_order(container)}
         ahead.expect(requests.values())
         for name in list(requests):
             record = container.records[name]
@@ -51,13 +52,15 @@ def stream_tensors(
             yield record, ahead.take(requests.pop(name)).result()
 
 
-def _request(container: Container, name: str, dtype: torch.dtype | None, memory: RecycledMemory) -> Request:
+def _request(
+    container: Container, name: str, dtype: torch.dtype | None, memory: RecycledMemory, announce: Announcer
+) -> Request:
     record = container.records[name]
     wanted = dtype if dtype is not None and is_model_float(record.dtype) else torch_dtype(record.dtype, name)
 
     def start() -> Filling:
         source = container.tensor(name)
-        announce_reads(source)
-        return start_filling(source, wanted, memory.empty_tensor)
+        announce(source)
+        return start_filling(source, wanted, memory.empty_bytes)
 
     return Request(name, record.elements * wanted.itemsize, start)

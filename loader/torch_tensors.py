@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.loader.decode import CODES, Workspace, decode_tiles, payload_span, plan_jobs, tiles_of, write_tile
-from codecllm.loader.memory import empty_tensor
+from codecllm.loader.memory import empty_bytes, tensor_over
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -46,6 +47,12 @@ if hasattr(torch, "float8_e8m0fnu"):
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _INT8_TARGETS = frozenset({"BF16", "F16", "F32"})
+
+ANNOUNCED_BYTES = 32 << 20
+"""How far ahead of what is decoded the kernel is asked to read."""
+
+Allocate = Callable[[int], NDArray[np.uint8]]
+"""Returns uninitialised memory, uint8 of so many bytes, contiguous and aligned as a tensor of them has to be."""
 
 
 def torch_dtype(name: str, tensor: str | None = None) -> torch.dtype:
@@ -118,7 +125,7 @@ class Filling:
 def start_filling(
     source: PlainTensor | StoredTensor,
     dtype: torch.dtype | None,
-    allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = empty_tensor,
+    allocate: Allocate = empty_bytes,
 ) -> Filling:
     """Allocates a tensor and plans the runs that fill it.
 
@@ -126,39 +133,40 @@ def start_filling(
         source: the tensor in the container, side data already checked.
         dtype: the tensor's dtype; None takes the source's. An `int8` tensor is rounded once from float32 to it; others are
             decoded to the source's dtype and then cast by torch.
-        allocate: makes the uninitialised tensor.
+        allocate: returns memory for it, uint8 of so many bytes, uninitialised.
 
     Raises:
         UnsupportedEnvironmentError: torch lacks the source's dtype.
     """
     record = source.record
     own = torch_dtype(record.dtype, record.name)
-    out = allocate(tuple(record.shape), dtype or own)
+    wanted = dtype or own
+    memory = allocate(record.elements * wanted.itemsize)
+    out = tensor_over(memory, tuple(record.shape), wanted)
     if isinstance(source, PlainTensor):
-        return Filling(out, [_plain_run(source, out)])
-    native = DTYPE_NAMES.get(out.dtype, "")
-    if not isinstance(record, Int8Tensor):
-        return Filling(out, _coded_runs(source, out, record.dtype, cast=out.dtype != own))
-    return Filling(out, _coded_runs(source, out, native if native in _INT8_TARGETS else "F32", native not in _INT8_TARGETS))
+        return Filling(out, [_plain_run(source, out, memory)])
+    native = DTYPE_NAMES.get(wanted, "")
+    target = record.dtype if not isinstance(record, Int8Tensor) else native if native in _INT8_TARGETS else "F32"
+    if TORCH_DTYPES[target] != wanted:
+        return Filling(out, _cast_runs(source, out, target))
+    return Filling(out, _coded_runs(source, memory, wanted, target))
 
 
-def start_filling_codes(
-    source: StoredTensor, allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = empty_tensor
-) -> Filling:
+def start_filling_codes(source: StoredTensor, allocate: Allocate = empty_bytes) -> Filling:
     """Allocates an int8 tensor of the source's shape and plans the runs that fill it with the codes."""
-    out = allocate(tuple(source.record.shape), torch.int8)
-    return Filling(out, _coded_runs(source, out, CODES, cast=False))
+    memory = allocate(source.record.elements)
+    return Filling(tensor_over(memory, tuple(source.record.shape), torch.int8), _coded_runs(source, memory, torch.int8, CODES))
 
 
 def start_keeping(source: StoredTensor) -> Filling:
     """Allocates uint8 [payload bytes] and plans the runs that fill it with the payload as it is stored, every chunk checked."""
-    out = empty_tensor((int(source.table.offsets[-1]),), torch.uint8)
-    payload, runs = memoryview(out.numpy()), []
+    memory = empty_bytes(int(source.table.offsets[-1]))
+    payload, runs = memoryview(memory), []
     for tiles in plan_jobs(source):
         offset, size = payload_span(source, tiles)
         begin = offset - source.offset
         runs.append(Run(source, tiles, partial(_check_chunks, source, tiles), payload[begin : begin + size]))
-    return Filling(out, runs)
+    return Filling(torch.from_numpy(memory), runs)
 
 
 def open_scales(container: Container, name: str, of_columns: bool = False) -> torch.Tensor:
@@ -171,10 +179,12 @@ def open_scales(container: Container, name: str, of_columns: bool = False) -> to
     return torch.from_numpy(source.columns.scales.copy())
 
 
-def _plain_run(source: PlainTensor, out: torch.Tensor) -> Run:
-    own = torch_dtype(source.record.dtype, source.record.name)
-    target = out if out.dtype == own else empty_tensor(tuple(out.shape), own)
-    place = memoryview(target.view(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(bytearray())
+def _plain_run(source: PlainTensor, out: torch.Tensor, memory: NDArray[np.uint8]) -> Run:
+    own, target = torch_dtype(source.record.dtype, source.record.name), out
+    if out.dtype != own:
+        memory = empty_bytes(source.record.source_bytes)
+        target = tensor_over(memory, tuple(out.shape), own)
+    place = memoryview(memory)
 
     def check(data: memoryview, workspace: Workspace) -> None:
         got = xxh3_hex(data)
@@ -188,13 +198,15 @@ def _plain_run(source: PlainTensor, out: torch.Tensor) -> Run:
     return Run(source, None, check, place)
 
 
-def _coded_runs(source: StoredTensor, out: torch.Tensor, target: str, cast: bool) -> list[Run]:
+def _coded_runs(source: StoredTensor, memory: NDArray[np.uint8], dtype: torch.dtype, target: str) -> list[Run]:
     grid = source.table.grid
-    if cast:
-        matrix = out.view(grid.rows, grid.cols)
-        return [Run(source, tiles, partial(_decode_cast, source, tiles, matrix, target)) for tiles in plan_jobs(source)]
-    words = words_of(out, grid.rows, grid.cols)
+    words = memory.view(f"<u{dtype.itemsize}").reshape(grid.rows, grid.cols)
     return [Run(source, tiles, partial(decode_tiles, source, tiles, words, target)) for tiles in plan_jobs(source)]
+
+
+def _cast_runs(source: StoredTensor, out: torch.Tensor, target: str) -> list[Run]:
+    matrix = out.view(source.table.grid.rows, source.table.grid.cols)
+    return [Run(source, tiles, partial(_decode_cast, source, tiles, matrix, target)) for tiles in plan_jobs(source)]
 
 
 def _decode_cast(
@@ -221,11 +233,27 @@ def _span(source: PlainTensor | StoredTensor, tiles: range | None) -> tuple[int,
     return payload_span(source, tiles if tiles is not None else range(len(source.table.grid)))
 
 
-def announce_reads(source: PlainTensor | StoredTensor) -> None:
-    """Asks the kernel to fetch a tensor from its disk, while earlier ones are decoded."""
-    offset, size = _span(source, None)
-    if size and isinstance(source.file, SafeFile) and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(source.file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+class Announcer:
+    """Asks the kernel to fetch from the disk what will be read next, while earlier tensors are decoded. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._windows: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, source: PlainTensor | StoredTensor) -> None:
+        """Announces a tensor that is read now, and what follows it in its file."""
+        offset, size = _span(source, None)
+        if not (size and isinstance(source.file, SafeFile) and hasattr(os, "posix_fadvise")):
+            return
+        descriptor, needed = source.file.descriptor, offset + size + ANNOUNCED_BYTES // 2
+        with self._lock:
+            begin, end = self._windows.get(descriptor, (0, 0))
+            if not begin <= offset <= end:
+                begin = end = offset
+            upto = end if end >= needed else needed + ANNOUNCED_BYTES // 2
+            self._windows[descriptor] = begin, upto
+        if upto > end:
+            os.posix_fadvise(descriptor, end, upto - end, os.POSIX_FADV_WILLNEED)
 
 
 def file_order(container: Container) -> Iterator[str]:

@@ -27,7 +27,8 @@ class Codec(Protocol):
         """Returns exactly `raw_bytes` bytes (read-only, bytes-like). Raises DecodeError otherwise."""
 
 
-CODECS: dict[int, Codec] = {codec.codec_id: codec for codec in (RawCodec(), ZstdCodec())}
+ZSTD = ZstdCodec()
+CODECS: dict[int, Codec] = {codec.codec_id: codec for codec in (RawCodec(), ZSTD)}
 """Codecs whose chunks decode by themselves. A chunk of `rans` needs the table of its group: see `codecs.rans`."""
 
 RANS_ID = rans.CODEC_ID

@@ -10,6 +10,7 @@ rare `fast` is best there too; from one in a hundred on `lazy2` finds the runs b
 
 from __future__ import annotations
 
+import struct
 import threading
 from typing import Any
 
@@ -21,6 +22,7 @@ from codecllm.formats import limits
 from codecllm.formats.errors import DecodeError
 
 _MAGIC = (0xFD2FB528).to_bytes(4, "little")
+_RUN_LENGTH_BLOCK = 1
 HEAD_BYTES = 14
 """Longest header of a frame without dictionary."""
 
@@ -93,6 +95,51 @@ class ZstdCodec:
         if len(decoded) != raw_bytes:
             raise DecodeError("frame decodes to a wrong size", got=len(decoded), expected=raw_bytes)
         return decoded
+
+    def decode_together(
+        self, frames: memoryview, spans: list[tuple[int, int]], raw_bytes: list[int]
+    ) -> list[memoryview] | None:
+        """Decodes frames that lie in one piece of memory by one call, during which other threads run; the bytes of `decode`.
+
+        Args:
+            frames: the memory.
+            spans: where each frame begins in it, and its size; one or more.
+            raw_bytes: the size that each decodes to.
+
+        Returns:
+            The bytes of each, or None where `decode` might refuse one: it is for the caller to find which, and why.
+        """
+        try:
+            if len(spans) == 1:
+                ((begin, size),) = spans
+                return [memoryview(self.decode(frames[begin : begin + size], raw_bytes[0]))]
+            for (begin, size), raw in zip(spans, raw_bytes, strict=True):
+                check_frame(frame := frames[begin : begin + size], raw)
+                if not _is_one_frame(frame):
+                    return None
+            numbers = [number for span in spans for number in span]
+            segments = zstandard.BufferWithSegments(frames, struct.pack(f"={len(numbers)}Q", *numbers))
+            sizes = struct.pack(f"={len(raw_bytes)}Q", *raw_bytes)
+            decoded: Any = _STATE.decompressor.multi_decompress_to_buffer(segments, decompressed_sizes=sizes, threads=1)
+            return [memoryview(symbols) for symbols in decoded]
+        except (DecodeError, zstandard.ZstdError):
+            return None
+
+
+def _is_one_frame(stored: memoryview) -> bool:
+    """Whether the blocks of a frame without checksum end where its bytes end; `check_frame` accepted its header."""
+    descriptor = stored[4]
+    if descriptor & 4:
+        return False
+    single = descriptor >> 5 & 1
+    at, last = 6 - single + (single, 2, 4, 8)[descriptor >> 6], 0
+    while not last:
+        if at + 3 > len(stored):
+            return False
+        block = stored[at] | stored[at + 1] << 8 | stored[at + 2] << 16
+        last, kind, size = block & 1, block >> 1 & 3, block >> 3
+        at += 3 + (1 if kind == _RUN_LENGTH_BLOCK else size)
+    return at == len(stored)
 
 
 def check_frame(stored: Any, raw_bytes: int) -> None:

@@ -76,9 +76,14 @@ def join_codes(low: NDArray[np.int8], high: NDArray[np.int8]) -> NDArray[np.int1
     return low.astype(np.int16) + (high.astype(np.int16) << 8)
 
 
+def codes_hold(codes: NDArray[np.int8]) -> bool:
+    """Whether no code (of a wide tensor: no high part) is -128, which no writer may produce."""
+    return not codes.size or int(codes.min()) >= -MAX_CODE
+
+
 def check_codes(codes: NDArray[np.int8]) -> None:
-    """Raises DecodeError where a code (of a wide tensor: its high part) is -128, which no writer may produce."""
-    if codes.size and int(codes.min()) < -MAX_CODE:
+    """Raises DecodeError where `codes_hold` does not."""
+    if not codes_hold(codes):
         raise DecodeError("code -128 is not allowed", got=-128, expected=f"-{MAX_CODE} to {MAX_CODE}")
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import TimeoutError as NotYet
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from codecllm.formats.container import PlainTensor
 from codecllm.formats.errors import ChecksumError
-from codecllm.loader import read_ahead
+from codecllm.formats.files import SafeFile
+from codecllm.loader import torch_tensors
 from codecllm.loader.pool import DecodePool
-from codecllm.loader.read_ahead import BUFFERS_PER_WORKER, READERS, ReadAhead, Request
-from codecllm.loader.torch_tensors import Filling
+from codecllm.loader.read_ahead import ReadAhead, Request
+from codecllm.loader.torch_tensors import Announcer, Filling
 
 RUN_BYTES = 1000
 
@@ -86,10 +90,9 @@ def test_tensors_are_taken_in_any_order_once_each(order, budget):
     assert len(bench.started) == len(set(bench.started))
 
 
-def test_tensors_are_begun_in_the_order_of_the_files(monkeypatch):
-    monkeypatch.setattr(read_ahead, "READERS", 1)
+def test_tensors_are_begun_in_the_order_of_the_files():
     bench = _Bench()
-    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+    with DecodePool(1) as pool, ReadAhead(pool) as ahead:
         ahead.expect(bench.request(name) for name in range(40))
         _settled(lambda: bench.decoded)
     assert bench.started == list(range(40))
@@ -107,12 +110,12 @@ def test_reading_follows_whoever_takes_in_another_order():
     assert bench.started[-1] == 23
 
 
-def test_the_ring_bounds_what_is_read_and_not_decoded():
+def test_what_is_read_and_not_decoded_is_one_run_a_thread():
     bench = _Bench()
     bench.gate.clear()
     with DecodePool(2) as pool, ReadAhead(pool) as ahead:
         ahead.expect(bench.request(name) for name in range(30))
-        assert _settled(lambda: bench.read) == BUFFERS_PER_WORKER * 2 + READERS
+        assert _settled(lambda: bench.read) == 2
         bench.gate.set()
         for name in range(30):
             assert torch.equal(ahead.take(bench.request(name)).result(20), _expected(name))
@@ -166,6 +169,28 @@ def test_closing_lets_nobody_wait():
         for made in [*waiting, ahead.take(bench.request(32))]:
             with pytest.raises(RuntimeError, match="has ended"):
                 made.result(20)
+
+
+def test_the_kernel_is_told_ahead_once_for_every_byte(tmp_path, monkeypatch):
+    """Tensors of 1 MB in the order of their file, then some far behind and in front."""
+    told = []
+    monkeypatch.setattr(torch_tensors, "ANNOUNCED_BYTES", 8 << 20)
+    monkeypatch.setattr(torch_tensors.os, "posix_fadvise", lambda _, begin, size, advice: told.append((begin, begin + size)))
+    (tmp_path / "f").write_bytes(b"x")
+    with SafeFile(tmp_path, "f") as file:
+        announce = Announcer()
+        for place in [*range(40), 90, 10]:
+            told_before = len(told)
+            announce(PlainTensor(SimpleNamespace(source_bytes=1 << 20), file, place << 20))
+            ends = [end for _, end in told]
+            assert place == 10 or max(ends) >= (place + 5) << 20, "half of what is announced lies ahead at least"
+            assert len(told) <= told_before + 1
+        announce(PlainTensor(SimpleNamespace(source_bytes=0), file, 0))
+    assert told[0] == (0, 9 << 20)
+    in_order = [span for span in told if span[0] < 80 << 20]
+    assert all(left[1] == right[0] for left, right in pairwise(in_order[: len(told) - 2]))
+    assert len(told) < 14
+    assert told[-2:] == [(90 << 20, 99 << 20), (10 << 20, 19 << 20)]
 
 
 def test_an_expected_tensor_is_kept_by_its_taker_alone():

@@ -38,6 +38,12 @@ def test_chunk_table_round_trip():
         assert record.xxh3 == (1 << 63) + chunk
 
 
+def test_tiles_may_be_larger_than_the_matrix():
+    table = _parse(_table(Grid(3, 5, 2**32 - 1, 2**32 - 1), 2, [7, 15]))
+    assert table.raw_bytes.tolist() == [15, 15]
+    assert len(_parse(_table(Grid(0, 5, 2**32 - 1, 1), 1, []), 0).records) == 0
+
+
 @pytest.mark.parametrize(("stored", "slot"), [(0, 0), (1, 16), (15, 16), (16, 16), (17, 32), (2**32 - 1, 2**32)])
 def test_slots(stored, slot):
     assert slot_bytes(stored) == slot

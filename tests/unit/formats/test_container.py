@@ -11,7 +11,8 @@ import pytest
 
 from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex, xxh3
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile, tensor_matrix
+from codecllm.formats.codecs import ZSTD
+from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile, sound, tensor_matrix
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, DecodeError, FormatError, NotAContainerError, SchemaError, TruncatedError
 from codecllm.formats.float_bits import bits_from_float32
@@ -256,8 +257,59 @@ def test_chunks_checked_together_fail_as_the_first_that_fails_alone(folder):
     assert padded
 
 
+def test_chunks_decoded_together_have_the_bytes_of_one_by_one_or_are_left_to_it(folder):
+    """Any damage, and anything behind a frame, makes the fast path give up: the slow one says what is wrong."""
+    refused, several = set(), 0
+    with Container(folder) as container:
+        for name in container.records:
+            tensor = container.tensor(name)
+            if not isinstance(tensor, StoredTensor):
+                continue
+            count = len(tensor.table.records)
+            slots = bytearray(tensor.read_slots(0, count, bytearray(tensor.slots_bytes(0, count))))
+            expected = [bytes(sound(one)) for one in tensor.decode_run(0, count, memoryview(slots), 0)]
+            assert [bytes(one) for one in tensor.decode_together(0, count, memoryview(slots))] == expected
+            (last,) = tensor.decode_together(count - 1, count, _slot(tensor, slots, count - 1))
+            assert bytes(last) == expected[-1]
+            several += count > 1
+            for chunk, record in enumerate(tensor.table.chunks):
+                if record.codec != ZSTD.codec_id:
+                    continue
+                for byte in range(record.begin, record.end):
+                    slots[byte] ^= 0x41
+                    assert tensor.decode_together(0, count, memoryview(slots)) is None, "a wrong checksum"
+                    sealed = _with_checksum(tensor, chunk, xxh3(memoryview(slots)[record.begin : record.end]))
+                    (one,) = sealed.decode_run(chunk, chunk + 1, memoryview(slots), 0)
+                    found = sealed.decode_together(0, count, memoryview(slots))
+                    if isinstance(one, FormatError):
+                        assert found is None or "code -128" in str(one), "which is for whoever asks to check"
+                        refused.add(one.message.partition(":")[0])
+                    else:
+                        assert found is None or bytes(found[chunk]) == bytes(one)
+                    slots[byte] ^= 0x41
+    assert several
+    assert len(refused) > 3
+
+
+def _slot(tensor, slots, chunk):
+    record = tensor.table.chunks[chunk]
+    return memoryview(slots)[record.begin : record.end]
+
+
+@pytest.mark.parametrize("behind", [b"\0", b"\x28\xb5\x2f\xfd", ZSTD.encode(bytes(100))])
+def test_nothing_may_stand_behind_a_frame_that_is_decoded_together(behind):
+    raw = bytes(range(256)) * 40
+    frame = ZSTD.encode(raw)
+    both = memoryview(frame + frame + behind)
+    spans = [(0, len(frame)), (len(frame), len(frame))]
+    assert [bytes(one) for one in ZSTD.decode_together(both, spans, [len(raw)] * 2)] == [raw, raw]
+    longer = [(0, len(frame)), (len(frame), len(frame) + len(behind))]
+    assert ZSTD.decode_together(both, longer, [len(raw)] * 2) is None
+    assert ZSTD.decode_together(both, longer[1:], [len(raw)]) is None
+    assert ZSTD.decode_together(both, spans, [len(raw), len(raw) + 1]) is None
+
+
 def _with_checksum(tensor, chunk, checksum):
-    records, chunks = tensor.table.records.copy(), list(tensor.table.chunks)
+    records = tensor.table.records.copy()
     records["xxh3"][chunk] = checksum
-    chunks[chunk] = chunks[chunk]._replace(xxh3=checksum)
-    return replace(tensor, table=replace(tensor.table, records=records, chunks=chunks))
+    return replace(tensor, table=replace(tensor.table, records=records))
