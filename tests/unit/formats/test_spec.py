@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import zstandard
 
 from codecllm.formats import FORMAT_VERSION, errors, limits
 from codecllm.formats import manifest as manifest_module
@@ -13,7 +14,7 @@ from codecllm.formats.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, s
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.codecs.rans_reference import LANES, LOWER, STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MAX_TABLE_BYTES, MIN_PRECISION
-from codecllm.formats.codecs.zstd import _PARAMETERS, SPARSE_SHARE
+from codecllm.formats.codecs.zstd import _PARAMETERS, _SPARSE_PARAMETERS, SPARSE_SHARE
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.rans_groups import HEADER as RANS_HEADER
 from codecllm.formats.rans_groups import MAGIC as RANS_MAGIC
@@ -82,15 +83,14 @@ def test_codecs():
     assert f"Ids {max(CODEC_NAMES) + 1} to 127 are reserved" in TEXT
     assert f"MUST NOT exceed {limits.ZSTD_WINDOW_BYTES} bytes" in TEXT
     assert f"longer than 1/{SPARSE_SHARE} of raw_bytes" in TEXT
-    stated = {name: int(value) for name, value in re.findall(r"(\w+(?:Log|Match|Length)) (\d+)", TEXT)}
-    assert stated == {
-        "windowLog": _PARAMETERS.window_log,
-        "hashLog": _PARAMETERS.hash_log,
-        "chainLog": _PARAMETERS.chain_log,
-        "searchLog": _PARAMETERS.search_log,
-        "minMatch": _PARAMETERS.min_match,
-        "targetLength": _PARAMETERS.target_length,
-    }
+    sizes = ",".join(
+        rf"\s+{name} (\d+)" for name in ("windowLog", "hashLog", "chainLog", "searchLog", "minMatch", "targetLength")
+    )
+    found = re.findall(rf"strategy (\w+),{sizes}", TEXT)
+    names = ("strategy", "window_log", "hash_log", "chain_log", "search_log", "min_match", "target_length")
+    own = [[getattr(parameters, name) for name in names] for parameters in (_PARAMETERS, _SPARSE_PARAMETERS)]
+    strategies = {"fast": zstandard.STRATEGY_FAST, "btultra": zstandard.STRATEGY_BTULTRA}
+    assert [[strategies[name], *map(int, numbers)] for name, *numbers in found] == own
 
 
 def test_rans():
