@@ -26,11 +26,12 @@ from codecllm.converter.source import SourceModel
 from codecllm.converter.steps import Steps, column_tiles, like_columns
 from codecllm.formats.chunk_table import slot_bytes
 from codecllm.formats.codecs import CodecName
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.reference import read_codes
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.stored_tensor import StoredTensor
 from demo import models
 
 GROUPS = (1, 4, 8, 16)

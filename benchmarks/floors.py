@@ -19,10 +19,11 @@ from codecllm.converter.quantize import quantize_block, row_absmax
 from codecllm.converter.source import SourceModel, SourceTensor
 from codecllm.formats.checksums import sha256_of_descriptor
 from codecllm.formats.codecs import CODEC_IDS, CODECS
-from codecllm.formats.container import Container, StoredTensor, scales_for_tile
+from codecllm.formats.container import Container
 from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import channel_scales
+from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile
 
 _ZSTD = CODECS[CODEC_IDS["zstd"]]
 _TILE = 1 << 17

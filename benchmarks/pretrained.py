@@ -15,7 +15,8 @@ from benchmarks import peers
 from benchmarks.peak import in_fresh_process
 from benchmarks.rows import OUT, Row, Settings, ratio
 from codecllm.converter import convert
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
+from codecllm.formats.stored_tensor import StoredTensor
 from demo.models import smollm2_realistic
 
 _WAYS = (("lossless", "dense"), ("int8", "dense"), ("int8", "int8"), ("lossless", "compressed"), ("int8", "compressed"))

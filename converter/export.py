@@ -17,12 +17,13 @@ from codecllm.converter.conversion import DEFAULT_MAX_SHARD_BYTES, ConvertOption
 from codecllm.converter.side_files import pack_index, write_listed
 from codecllm.converter.staging import Staging
 from codecllm.converter.tensor_writer import ordered
-from codecllm.formats.container import Container, PlainTensor, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, Int8Tensor, TensorRecord, shard_name
 from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)

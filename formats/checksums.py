@@ -11,6 +11,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from codecllm.formats.errors import ChecksumError
+
 _READ_BYTES = 1 << 20
 
 
@@ -62,3 +64,24 @@ def sha256_of_descriptor(descriptor: int, progress: Callable[[int], None] | None
         if progress is not None:
             progress(count)
     return digest.hexdigest(), offset
+
+
+def check_xxh3(data: Any, expected: str, file: str, tensor: str | None, byte: int) -> None:
+    """Compares stored bytes (of no tensor: a shard's header) with the manifest.
+
+    Args:
+        data: bytes-like.
+        expected: their xxh3-64 as 16 hex digits.
+        file: where they stand, for the error.
+        tensor: likewise.
+        byte: likewise.
+
+    Raises:
+        ChecksumError: they differ.
+    """
+    got = xxh3_hex(data)
+    if got != expected:
+        what = "header" if tensor is None else "stored bytes"
+        raise ChecksumError(
+            f"{what} differ from the manifest: xxh3", file=file, tensor=tensor, byte=byte, got=got, expected=expected
+        )

@@ -9,13 +9,14 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, sound, tile_steps
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize, join_codes
 from codecllm.formats.schemes.lossless import join_planes
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, sound, tile_steps
 from codecllm.formats.tiling import Tile
 
 _RANS_SYMBOLS = 1 << 20

@@ -14,10 +14,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from codecllm.formats.container import StoredTensor
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.decode import Workspace, read_tiles, tiles_per_job, write_tile
 from codecllm.loader.memory import empty_tensor
 from codecllm.loader.pool import DecodePool, Job

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from codecllm.formats.container import StoredTensor, scales_for_tile, sound
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import codes_hold
+from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile, sound
 from codecllm.formats.tiling import Tile
 
 JOB_SYMBOLS = 1 << 20

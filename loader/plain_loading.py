@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from codecllm.formats.checksums import xxh3_hex
-from codecllm.formats.container import Container, PlainTensor
+from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, NotAContainerError, SchemaError
 from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, CodedTensor, RawTensor
+from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.hub import resolve
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader

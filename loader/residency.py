@@ -8,9 +8,10 @@ from concurrent.futures import Future
 import torch
 from torch import nn
 
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest import AliasTensor, CodedTensor, Int8Tensor, LosslessTensor, RawTensor
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.compressed_modules import CodedMatrix, CompressedWeight, SharedDecoder, compressed_twin
 from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.plan import decodes_on_device

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.feed import DeviceFeeds, concrete
 from codecllm.loader.memory import SlabMemory
 from codecllm.loader.pool import DecodePool

@@ -55,7 +55,8 @@ def replace_listed(folder: Path, name: str, data: bytes) -> None:
 
 def payload_place(folder: Path, tensor: str, chunk: int = 0) -> tuple[Path, int]:
     """Returns the shard and the byte at which a chunk of a coded tensor begins."""
-    from codecllm.formats.container import Container, StoredTensor
+    from codecllm.formats.container import Container
+    from codecllm.formats.stored_tensor import StoredTensor
 
     with Container(folder) as container:
         stored = container.tensor(tensor)

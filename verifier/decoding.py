@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.container import Container, PlainTensor, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import estimated_entropy_bits
 from codecllm.formats.errors import ChecksumError, CodecLLMError, DecodeError, FormatError
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.reference import scales_bytes
 from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.formats.tiling import Tile
 from codecllm.loader.decode import CODES, WIDE_CODES, Workspace, join_tiles, plan_jobs, write_tile
 from codecllm.verifier.integrity import Progress, in_order, stored_names

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from codecllm.converter.source import SourceModel
-from codecllm.formats.container import Container, PlainTensor, tile_steps
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
@@ -27,6 +27,7 @@ from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest import MANIFEST_NAME, Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize
 from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.formats.stored_tensor import PlainTensor, tile_steps
 from codecllm.hub import resolve
 from codecllm.verifier.baseline import MEMORY_FACTOR
 from codecllm.verifier.integrity import Progress, in_order

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.formats.container import StoredTensor, tile_steps
 from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.manifest import NEAREST, Int8Tensor, TensorRecord
+from codecllm.formats.stored_tensor import StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile
 
 ERROR_SLACK = 2.0**-15

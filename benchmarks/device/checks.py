@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from benchmarks.device.machine import Machine, Row
 from codecllm.formats.codecs import CODEC_IDS, CODECS
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.schemes.lossless import split_planes, word_dtype
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.formats.tiling import Grid
 from codecllm.loader.device.finish import finish_bands, side_arrays, to_device
 from codecllm.loader.kernels.assemble import assemble_lossless, can_assemble

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from benchmarks.device.machine import Machine, Row
 from codecllm.converter import convert
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader import from_pretrained
 from codecllm.loader.pool import DecodePool
 

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from codecllm.formats.checksums import xxh3_stream
-from codecllm.formats.container import Container, PlainTensor, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_places
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finish_bands, side_arrays

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from codecllm.formats.codecs.zstd import HEAD_BYTES, are_alike, are_plain, check_frame
-from codecllm.formats.container import PlainTensor, StoredTensor
 from codecllm.formats.errors import DecodeError, TruncatedError
 from codecllm.formats.limits import SLOT_ALIGNMENT
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.loader.decode import Workspace, read_tiles, write_tile
 from codecllm.loader.device.chunks import chunks_of
 from codecllm.loader.device.codecs import ZSTD_ID

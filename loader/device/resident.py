@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from codecllm.formats.container import StoredTensor
 from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.compressed_modules import CodedMatrix
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_bytes, plane_places
 from codecllm.loader.device.codecs import DeviceCodecs

@@ -5,9 +5,10 @@ import pytest
 
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.steps import Steps
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.stored_tensor import StoredTensor
 from tests.sources import bf16, write_source
 
 

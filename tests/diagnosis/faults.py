@@ -21,9 +21,10 @@ from torch import nn
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, pack_chunk_table, slot_bytes
 from codecllm.formats.codecs import CODECS
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.reference import read_codes
 from codecllm.formats.schemes.int8 import channel_scales
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader import from_pretrained
 from codecllm.loader.int8_modules import Int8Linear
 from tests import tampering

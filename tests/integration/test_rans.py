@@ -11,8 +11,9 @@ import torch
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.export import export
 from codecllm.formats.codecs import RANS_ID, rans
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.info import describe
 from codecllm.loader import from_pretrained, stream_tensors
 from codecllm.verifier import verify

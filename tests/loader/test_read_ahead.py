@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from codecllm.formats.container import PlainTensor
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.files import SafeFile
+from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.loader import torch_tensors
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.read_ahead import ReadAhead, Request

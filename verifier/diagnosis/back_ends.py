@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from codecllm.formats.container import StoredTensor, scales_for_tile
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile
 from codecllm.formats.tiling import Tile
 from codecllm.loader.decode import Workspace, read_tiles, write_tile
 from codecllm.loader.int8_matmul import dequantize_rows

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceTensor
-from codecllm.formats.container import StoredTensor, tile_steps
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import MAX_CODE, channel_scales, quantize
+from codecllm.formats.stored_tensor import StoredTensor, tile_steps
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.examination import Examination, asked_steps, decoded_parts, read_weights
 from codecllm.verifier.diagnosis.rows import describe_order, is_attention, permutation, row_digests

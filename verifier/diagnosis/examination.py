@@ -17,7 +17,7 @@ from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, ran
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.zstd import ZstdCodec
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps, widened_scales
+from codecllm.formats.container import Container, widened_scales
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.errors import CodecLLMError, DecodeError, FormatError, ModelMismatchError
@@ -26,6 +26,7 @@ from codecllm.formats.manifest import AliasTensor, Int8Tensor, LosslessTensor, R
 from codecllm.formats.reference import join_chunks
 from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
 from codecllm.verifier.rounding import code_errors, is_refined
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from codecllm.converter.source import SourceModel
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest import Int8Tensor, RawTensor
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.compressed_modules import CompressedWeight
 from codecllm.loader.int8_modules import Int8Weight
 from codecllm.verifier.diagnosis.causes import Cause

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from codecllm.converter.source import SourceModel, SourceTensor
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, tile_steps
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile, default_grid
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype

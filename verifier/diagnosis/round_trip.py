@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from codecllm.converter.source import SourceModel
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor
 from codecllm.formats.reference import read_run_bytes
 from codecllm.formats.schemes.lossless import word_dtype
+from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.verifier.diagnosis.back_ends import BackEnd
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.code_autopsy import Explanation, explain, scale_fault

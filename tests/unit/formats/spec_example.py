@@ -13,8 +13,9 @@ from codecllm.formats.checksums import sha256_hex, xxh3_hex
 from codecllm.formats.chunk_table import HEADER, RECORD
 from codecllm.formats.codecs import CODECS, RANS_ID, rans, rans_reference
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
-from codecllm.formats.container import Container, StoredTensor
+from codecllm.formats.container import Container
 from codecllm.formats.safetensors_header import PREFIX_BYTES
+from codecllm.formats.stored_tensor import StoredTensor
 from tests.sources import write_source
 
 SPEC = Path(__file__).resolve().parents[3] / "SPEC.md"

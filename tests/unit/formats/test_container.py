@@ -12,12 +12,13 @@ import pytest
 from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex, xxh3
 from codecllm.formats.codecs import ZSTD
-from codecllm.formats.container import Container, PlainTensor, StoredTensor, scales_for_tile, sound, tensor_matrix
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, DecodeError, FormatError, NotAContainerError, SchemaError, TruncatedError
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import MANIFEST_NAME, FileRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_symbols, read_tensor_bytes, tensor_digest
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, scales_for_tile, sound, tensor_matrix
 from tests import tampering
 from tests.malformed.builders import SHARD, fix_chunks, make_container, rewrite_shard
 from tests.sources import bf16, write_source
