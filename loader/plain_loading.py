@@ -21,7 +21,7 @@ from codecllm.formats.errors import ModelMismatchError, NotAContainerError, Sche
 from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, CodedTensor, RawTensor
 from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.hub import resolve
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.pool import DecodePool, loading_threads
 from codecllm.loader.state_dict import TensorReader
 from codecllm.loader.torch_tensors import is_model_float
 
@@ -48,7 +48,7 @@ class PlainLoad:
             FormatError: the container is damaged.
         """
         self._container = Container(_container_folder(checkpoint_files))
-        self._pool = DecodePool(self._container.decoding_threads(None))
+        self._pool = DecodePool(loading_threads(self._container, None))
         self._reader = TensorReader(self._container, self._pool)
         self._records: dict[str, list[CodedTensor]] = {}
         try:

@@ -20,7 +20,7 @@ from codecllm.hub import resolve
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.feed import DeviceFeeds, refuse_without_device, sole_device
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.pool import DecodePool, loading_threads
 from codecllm.loader.progress import Meter, OnProgress, metered
 from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
 from codecllm.loader.state_dict import CPU, TensorReader, lazy_state_dict, main_dtype
@@ -84,7 +84,7 @@ def from_pretrained(
             the bits of dense, and the time of decoding the whole model for every forward pass.
         decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there, as far as it can, else on the
             CPU. `cpu`: on the CPU. `nvcomp`, `triton`: zstd by nvCOMP, `rans` by our kernel, or an error that says why not.
-        workers: threads that read and decode; None takes one per core, or more where the codec gains by it. For what a GPU
+        workers: threads that read and decode; None takes one per core up to six, and 16 for codec `rans`. For what a GPU
             decodes no more than three read.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;
@@ -112,7 +112,7 @@ def from_pretrained(
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     with (
         Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container,
-        DecodePool(container.decoding_threads(workers)) as pool,
+        DecodePool(loading_threads(container, workers)) as pool,
     ):
         config = _read_config(container, resident)
         wanted = _wanted_dtype(dtype, config, container)

@@ -17,6 +17,7 @@ from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.plan import decodes_on_device
 from codecllm.loader.device.resident import DeviceCompressedTensor, DeviceDecoder
 from codecllm.loader.int8_modules import Int8Weight, int8_twin
+from codecllm.loader.pool import loading_threads
 from codecllm.loader.progress import Meter
 from codecllm.loader.state_dict import COL_SCALE_SUFFIX, SCALE_SUFFIX, LazyTensor, TensorReader
 
@@ -164,7 +165,7 @@ class ResidentCompressed(Residency):
             raise UsageError("resident='compressed' needs coded tensors; this container holds none")
         super().__init__(records, reader, state_dict)
         self._container = container
-        self._decoder = SharedDecoder(container.decoding_threads(workers))
+        self._decoder = SharedDecoder(loading_threads(container, workers))
         self._meter = meter
         self._payloads: dict[str, CodedMatrix] = {}
         self._checked: list[tuple[CodedTensor, Future[torch.Tensor]]] = []

@@ -10,7 +10,7 @@ import torch
 from codecllm.formats.container import Container
 from codecllm.formats.manifest import AliasTensor, CodedTensor, RawTensor
 from codecllm.loader.memory import RecycledMemory
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.pool import DecodePool, loading_threads
 from codecllm.loader.read_ahead import ReadAhead, Request
 from codecllm.loader.torch_tensors import Announcer, Filling, file_order, is_model_float, start_filling, torch_dtype
 
@@ -29,7 +29,7 @@ def stream_tensors(
     Args:
         container: an opened container.
         dtype: dtype of float tensors; None keeps each tensor's source dtype. Integers and booleans keep theirs.
-        workers: decoding threads; None takes one per core, or more where the codec gains by it.
+        workers: decoding threads; None takes one per core up to six, and 16 for codec `rans`.
 
     Yields:
         The tensor's record and the tensor, on the CPU. It is the caller's; the stream keeps no reference.
@@ -39,7 +39,7 @@ def stream_tensors(
         UsageError: `workers` is not positive.
     """
     with (
-        DecodePool(container.decoding_threads(workers)) as pool,
+        DecodePool(loading_threads(container, workers)) as pool,
         closing(RecycledMemory(KEEP_BYTES)) as memory,
         ReadAhead(pool, AHEAD_BYTES) as ahead,
     ):
