@@ -18,8 +18,8 @@ from codecllm.loader.decode import Workspace
 Job = Callable[[Workspace], None]
 
 USEFUL_THREADS = 6
-"""Most threads that decode zstd by default: they share the interpreter's lock between two runs. On 16 cores 6 of them decoded 1.1
-billion weights a second, 8 of them 1.0 and 16 of them 0.8."""
+"""Most threads that decode zstd by default: they share the interpreter's lock between two runs. On 16 cores 6 of them decoded
+1.1 billion weights a second, 8 of them 1.0 and 16 of them 0.8."""
 
 
 def loading_threads(container: Container, workers: int | None) -> int:
