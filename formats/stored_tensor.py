@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.formats import limits
-from codecllm.formats.checksums import check_xxh3, xxh3, xxh3_each
+from codecllm.formats.checksums import check_xxh3, xxh3_each, xxh3_here
 from codecllm.formats.chunk_table import ChunkTable
 from codecllm.formats.codecs import CODECS, RANS_ID, ZSTD, rans
 from codecllm.formats.columns import Columns
@@ -153,7 +153,7 @@ class StoredTensor:
         """
         record, base = self.table.chunks[chunk], self.table.chunks[first].begin
         slot = slots[record.begin - base : record.end - base]
-        got = xxh3(slot)
+        got = xxh3_here(slot)
         if got != record.xxh3:
             error = ChecksumError("stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{record.xxh3:016x}")
             raise error.located(**self.place(chunk))
