@@ -33,6 +33,9 @@ MIN_BITS, MAX_BITS = 2.0, 8.0
 _TOLERANCE, _GOAL, _MISSED = 0.001, 0.005, 0.03
 """Shares of the rate: the search ends within the first, mentions more than the second, refuses more than the third."""
 
+_DEADZONE, _DEADZONE_BITS, _NEAREST_BITS = 0.05, 3.0, 4.5
+"""The deadzone of low rates, in steps; the rate down from which it is this, and the rate from which there is none."""
+
 _ROUNDS = 6
 _GAUSSIAN_BITS = 2.05  # entropy of a Gaussian in steps of its standard deviation, 0.5 * log2(2 * pi * e)
 
@@ -60,6 +63,35 @@ class Target:
             raise UsageError("ratio", got=self.ratio, expected="more than 1")
 
 
+def deadzone_at(bits: float) -> float:
+    """Returns the deadzone, in steps, for a rate in bits per weight: 0.05 up to 3 bits, falling evenly to none at 4.5.
+
+    It trades a little error for fewer bits of the codes: many are 0 at low rates, and a weight just beyond half a step costs
+    more as a 1 than it harms as a 0 (docs/bits.md).
+    """
+    share = (_NEAREST_BITS - bits) / (_NEAREST_BITS - _DEADZONE_BITS)
+    return float(np.float32(_DEADZONE * min(1.0, max(0.0, share))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What makes steps of relative ones.
+
+    Attributes:
+        scale: k.
+        loose: step / rms of a row where `scale` is 1, for tensors whose level is not known.
+        deadzone: of all tensors.
+    """
+
+    scale: float
+    loose: float
+    deadzone: float
+
+    def steps(self, held: Sampled) -> Steps:
+        """Returns the steps of a tensor."""
+        return held.steps(self.scale if held.factors.absolute else self.scale * self.loose, self.deadzone)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
     """Steps for every tensor of a source, as a conversion's `steps`.
@@ -71,8 +103,7 @@ class Fitted:
 
     bits: float
     notes: list[str]
-    _scale: float
-    _loose: float
+    _choice: _Choice
     _tensors: dict[str, Sampled]
     _wide: frozenset[str]
 
@@ -81,7 +112,7 @@ class Fitted:
         held = self._tensors.get(plan.source.name)
         if held is None:
             return None
-        steps = held.steps(_scale_of(held, self._scale, self._loose))
+        steps = self._choice.steps(held)
         return replace(steps, wide=steps.wide or plan.source.name in self._wide)
 
 
@@ -148,9 +179,10 @@ def _search(tensors: list[Sampled], wanted: float, frame: int, executor: Executo
     loose = _loose_factor(tensors, elements)
     own = [held.spread + (0.0 if held.factors.absolute else -math.log2(loose)) for held in tensors]
     log_k = float(np.average(own, weights=elements)) + _GAUSSIAN_BITS - wanted
+    choice = _Choice(1.0, loose, deadzone_at(wanted))
     tried: list[tuple[float, float, frozenset[str]]] = []
     for _ in range(_ROUNDS):
-        bits, wide = _measure(tensors, 2.0**log_k, loose, executor)
+        bits, wide = _measure(tensors, replace(choice, scale=2.0**log_k), executor)
         bits += frame / sum(elements)
         tried.append((log_k, bits, wide))
         if abs(bits / wanted - 1) < _TOLERANCE:
@@ -161,7 +193,7 @@ def _search(tensors: list[Sampled], wanted: float, frame: int, executor: Executo
         raise UsageError("this rate cannot be reached", got=f"{bits:.3f} bits per weight", expected=f"{wanted:.3f}")
     if abs(bits / wanted - 1) > _GOAL:
         notes = [*notes, f"the nearest rate that was found is {bits:.3f} bits per weight"]
-    return Fitted(bits, notes, 2.0**log_k, loose, {held.plan.source.name: held for held in tensors}, wide)
+    return Fitted(bits, notes, replace(choice, scale=2.0**log_k), {held.plan.source.name: held for held in tensors}, wide)
 
 
 def _slope(tried: Sequence[tuple[float, float, frozenset[str]]]) -> float:
@@ -179,11 +211,11 @@ def _loose_factor(tensors: list[Sampled], elements: list[int]) -> float:
     return float(2.0 ** -np.average([spread for spread, _ in known], weights=[size for _, size in known]))
 
 
-def _measure(tensors: list[Sampled], scale: float, loose: float, executor: Executor) -> tuple[float, frozenset[str]]:
+def _measure(tensors: list[Sampled], choice: _Choice, executor: Executor) -> tuple[float, frozenset[str]]:
     """Returns predicted bits per weight over all tensors, and the names of those whose codes pass 127."""
 
     def one(held: Sampled) -> tuple[float, bool]:
-        steps = held.steps(_scale_of(held, scale, loose))
+        steps = choice.steps(held)
         sizes = [sample_steps(held.plan, steps, number) for number in held.blocks]
         average = sum(size.stored_bits for size in sizes) / sum(size.elements for size in sizes)
         bits = (average + held.beyond_sample(steps)) * held.plan.source.entry.elements
@@ -195,7 +227,3 @@ def _measure(tensors: list[Sampled], scale: float, loose: float, executor: Execu
     names = [held.plan.source.name for held in tensors]
     wide = frozenset(name for name, (_, is_wide) in zip(names, measured, strict=True) if is_wide)
     return math.fsum(bits for bits, _ in measured) / weights, wide
-
-
-def _scale_of(held: Sampled, scale: float, loose: float) -> float:
-    return scale if held.factors.absolute else scale * loose
