@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
+from codecllm.converter.feedback import Feedback
 from codecllm.converter.rate import Target, fit
 from codecllm.converter.source import SourceModel
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
@@ -62,18 +63,20 @@ def chosen_steps(
     target.check(chosen)
     if refine and calibrate == "none":
         raise UsageError("refine needs a calibration: errors are fed back by what enters each layer", got="calibrate none")
-    kind, found, notes = _calibrated(folder, calibrate, _quantized(folder, chosen) if refine else (), on_stage)
+    refined = stepped_tensors(folder, chosen) if refine else frozenset()
+    kind, found, notes = _calibrated(folder, calibrate, refined, on_stage)
     if on_stage is not None:
         on_stage("choosing steps: a sample of every tensor is quantized and packed")
     if found is None:
         fitted = fit(folder, chosen, target, {})
     else:
-        fitted = fit(folder, chosen, target, found.statistics, found.products, on_stage)
+        feedback = None if found.products is None else Feedback(found.products)
+        fitted = fit(folder, chosen, target, found.statistics, feedback, on_stage)
     asked = {"steps": fitted, "bits": target.bits, "ratio": ratio, "calibrate": kind, "refine": True if refine else None}
     return {**asked, "calibration": None if found is None else found.record}, [*notes, *fitted.notes]
 
 
-def _quantized(folder: Path, options: ConvertOptions) -> frozenset[str]:
+def stepped_tensors(folder: Path, options: ConvertOptions) -> frozenset[str]:
     """Returns the names of the tensors whose steps are to be chosen."""
     with SourceModel(folder) as model:
         plans = plan_conversion(model, replace(options, steps=lambda plan: None)).tensors

@@ -126,15 +126,18 @@ class Feedback:
     """Refines the codes of tensors whose inputs are known. May be used by several threads."""
 
     def __init__(self, products: InputProducts) -> None:
-        """Takes over the sums: each is replaced by its factor, in the file, when that is needed first."""
+        """Takes over the sums, for good: each is replaced by its factor, in the file, when that is needed first."""
         self._products = products
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
 
+    def __contains__(self, name: object) -> bool:
+        """Whether a tensor's codes can be refined."""
+        return name in self._products
+
     def refine(self, plan: TensorPlan, steps: Steps) -> Steps:
         """Returns steps whose codes are chosen with feedback; the same ones, where the inputs are not known."""
-        name = plan.source.name
-        if name not in self._products or plan.kind != "row":
+        if plan.source.name not in self or plan.kind != "row":
             return steps
         refined = FEEDBACK_DEADZONE if steps.deadzone else FEEDBACK
         return replace(steps, refined=refined, codes=_Codes(self, plan, steps))

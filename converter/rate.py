@@ -22,7 +22,6 @@ from codecllm.converter.estimate import estimate_tensor, overhead_bytes, sample_
 from codecllm.converter.feedback import Feedback
 from codecllm.converter.overhead import frame_bytes, tensor_bytes
 from codecllm.converter.policy import TensorPlan
-from codecllm.converter.products import InputProducts
 from codecllm.converter.sampling import Sampled, sample
 from codecllm.converter.source import SourceModel
 from codecllm.converter.stages import now_and_then
@@ -130,7 +129,7 @@ def fit(
     options: ConvertOptions,
     target: Target,
     statistics: Statistics,
-    products: InputProducts | None = None,
+    feedback: Feedback | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> Fitted:
     """Chooses steps for all int8 tensors of a source.
@@ -140,7 +139,7 @@ def fit(
         options: those of the conversion.
         target: what to reach.
         statistics: sensitivities by tensor name; where one is missing, a row's steps follow from its weights.
-        products: of layers' inputs, to refine codes with; they are used up. None refines none.
+        feedback: refines codes; None leaves them as their steps round them.
         on_stage: called with a sentence when a stage begins, and now and then.
 
     Raises:
@@ -158,19 +157,19 @@ def fit(
         if not tensors:
             raise UsageError("no tensor of this model is quantized: there is no rate to choose", file=str(source))
         others = [plan for plan in plans if plan.source.name not in tensors]
-        recorded = replace(_recorded(stepped, target, statistics), refine=None if products is None else True)
+        recorded = replace(_recorded(stepped, target, statistics), refine=None if feedback is None else True)
         frame = frame_bytes(model, plan, recorded, set(tensors))
         wanted = target.bits
         if wanted is None:
             wanted = _bits_for_ratio(float(target.ratio or 0), model.tensor_bytes, others, tensors, executor)
         held = list(tensors.values())
         fitted = _search(held, wanted, 8 * frame, executor, _notes(tensors, statistics))
-        if products is None:
+        if feedback is None:
             return fitted
-        fitted = replace(fitted, notes=[*fitted.notes, *_unrefined(held, products)])
-        if not len(products):
+        fitted = replace(fitted, notes=[*fitted.notes, *_unrefined(held, feedback)])
+        if not any(name in feedback for name in tensors):
             return fitted
-        fitted = replace(fitted, _choice=replace(fitted._choice, feedback=Feedback(products)))
+        fitted = replace(fitted, _choice=replace(fitted._choice, feedback=feedback))
         return _corrected(fitted, wanted, 8 * frame, executor, on_stage or (lambda text: None))
 
 
@@ -243,9 +242,9 @@ def _corrected(fitted: Fitted, wanted: float, frame: int, executor: Executor, te
     return replace(fitted, bits=bits, _choice=choice, _wide=wide)
 
 
-def _unrefined(tensors: list[Sampled], products: InputProducts) -> list[str]:
+def _unrefined(tensors: list[Sampled], feedback: Feedback) -> list[str]:
     names = [held.plan.source.name for held in tensors]
-    bare = [name for name in names if name not in products]
+    bare = [name for name in names if name not in feedback]
     if not bare:
         return []
     text = (
