@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +25,12 @@ from codecllm.calibrator import Calibrated, calibrate
 from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.text import own_text, record
 from codecllm.converter import ConversionReport, ConvertOptions, convert
+from codecllm.converter.feedback import Feedback
 from codecllm.converter.rate import Target, fit
 from codecllm.converter.source import SourceModel
 from codecllm.formats.manifest import Int8Tensor
 from codecllm.loader import transformers_adapter
+from codecllm.quality import stepped_tensors
 from codecllm.verifier.evaluation import evaluate
 from demo import models
 
@@ -42,6 +46,7 @@ class Row:
     Attributes:
         calibrated: kind of calibration.
         asked: bits per weight that were asked for; 0 for plain int8.
+        refined: whether codes were chosen with error feedback.
         bits: stored per quantized weight, everything counted.
         entropy_gap: bits per quantized weight that chunks take beyond the order-0 entropy of their symbols.
         side: bits per quantized weight of scales and groups.
@@ -52,6 +57,7 @@ class Row:
 
     calibrated: str
     asked: float
+    refined: bool
     bits: float
     entropy_gap: float
     side: float
@@ -74,6 +80,7 @@ def measure(report: ConversionReport, source: Path, calibrated: str, asked: floa
     return Row(
         calibrated,
         asked,
+        bool(report.manifest.options.refine),
         report.quantized_bits_per_weight,
         gap / weights,
         side / weights,
@@ -85,11 +92,11 @@ def measure(report: ConversionReport, source: Path, calibrated: str, asked: floa
     )
 
 
-def _calibrated(source: Path, kind: str) -> Calibrated | None:
+def _calibrated(source: Path, kind: str, refined: Collection[str]) -> Calibrated | None:
     if kind == "none":
         return None
     if kind != "inputs":
-        return calibrate(source, kind)
+        return calibrate(source, kind, refined=refined)
     with SourceModel(source) as opened:
         known = set(opened.tensors)
     model = transformers_adapter.load_plain(source, torch.float32).eval()
@@ -103,6 +110,7 @@ def main(
     rates: Annotated[list[float] | None, typer.Option("--bits", help="Bits per weight; may be repeated.")] = None,
     kinds: Annotated[list[str] | None, typer.Option("--calibrate", help="self, random, none, inputs; may be repeated.")] = None,
     layers: Annotated[bool, typer.Option(help="Quantize the linear layers only, not the embeddings.")] = False,
+    refine: Annotated[bool, typer.Option(help="Each rate with --refine too, where the kind of calibration allows it.")] = False,
     int8: Annotated[bool, typer.Option(help="Plain int8 too.")] = True,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 2048,
     keep: Annotated[Path | None, typer.Option(help="Leave the containers in this folder.")] = None,
@@ -117,13 +125,16 @@ def main(
         if int8:
             rows.append(measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens))
         for kind in kinds or ["self"]:
-            found = _calibrated(source, kind)
-            for rate in rates or RATES:
-                fitted = fit(source, ConvertOptions(**options), Target(bits=rate), {} if found is None else found.statistics)
+            found = _calibrated(source, kind, stepped_tensors(source, ConvertOptions(**options)) if refine else ())
+            statistics = {} if found is None else found.statistics
+            feedback = None if found is None or found.products is None else Feedback(found.products)
+            for rate, refiner in product(rates or RATES, (None, feedback) if feedback else (None,)):
+                fitted = fit(source, ConvertOptions(**options), Target(bits=rate), statistics, refiner)
                 asked: dict[str, Any] = {"bits": rate, "calibrate": kind, "calibration": found and found.record}
-                report = convert(source, folder / f"{kind}-{rate:g}", steps=fitted, **asked, **options)
+                out = folder / f"{kind}-{rate:g}{'-refined' if refiner else ''}"
+                report = convert(source, out, steps=fitted, refine=True if refiner else None, **asked, **options)
                 rows.append(measure(report, source, kind, rate, tokens))
-                Console(stderr=True).print(rows[-1])
+                Console(stderr=True).print(rows[-1], f"{report.seconds:.1f} s of conversion")
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return
@@ -133,7 +144,9 @@ def main(
     for row in rows:
         sizes = (f"{row.bits:.3f}", f"{row.entropy_gap:.3f}", f"{row.side:.3f}", f"{row.stored_bytes / 1e6:.1f}")
         quality = (f"{row.kl:.5f}", f"{row.top1:.1%}", f"{row.kl_other:.5f}", f"{row.top1_other:.1%}")
-        table.add_row(row.calibrated, f"{row.asked:g}" if row.asked else "int8", *sizes, *quality)
+        table.add_row(
+            row.calibrated + (", refined" if row.refined else ""), f"{row.asked:g}" if row.asked else "int8", *sizes, *quality
+        )
     Console(width=140).print(table)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import torch
 
 from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.gradients import squared_gradients
+from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.names import by_source
-from codecllm.calibrator.text import file_text, own_text, random_text, record
+from codecllm.calibrator.text import LENGTH, REFINED_LENGTH, file_text, own_text, random_text, record
 from codecllm.converter.allocation import Sensitivity
+from codecllm.converter.products import InputProducts
 from codecllm.converter.source import SourceModel
+from codecllm.converter.stages import now_and_then
 from codecllm.formats.errors import CodecLLMError, UnsupportedEnvironmentError
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest import Calibration
@@ -29,9 +32,6 @@ _ROOM = 1.6
 _FEW = 16
 """Sequences whose activations are watched: they pass a model that is read from disk all together."""
 
-_PATIENCE = 20.0
-"""Seconds between two sentences of a long stage."""
-
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
@@ -41,14 +41,29 @@ class Calibrated:
         statistics: sensitivities by the names of the source's tensors.
         record: what the manifest says of the text.
         notes: sentences for the user.
+        products: sums of products of layers' inputs, if they were asked for.
     """
 
     statistics: dict[str, Sensitivity]
     record: Calibration
     notes: list[str] = field(default_factory=list)
+    products: InputProducts | None = None
 
 
-def calibrate(folder: str | Path, kind: str, on_stage: Callable[[str], None] | None = None) -> Calibrated:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is to be learned: of which model, on which kind of text, and of which tensors' inputs in pairs."""
+
+    folder: Path
+    kind: str
+    refined: Collection[str]
+    shapes: dict[str, tuple[int, ...]]
+    tell: Callable[[str], None]
+
+
+def calibrate(
+    folder: str | Path, kind: str, on_stage: Callable[[str], None] | None = None, *, refined: Collection[str] = ()
+) -> Calibrated:
     """Runs the source model on a short text and learns where quantization hurts.
 
     Args:
@@ -56,75 +71,77 @@ def calibrate(folder: str | Path, kind: str, on_stage: Callable[[str], None] | N
         kind: `self`: text that the model itself writes (random tokens, where it does not generate text); `random`: random
             tokens; anything else: path of a text file.
         on_stage: called with a sentence when a stage begins.
+        refined: names of tensors; of those that are weights of linear layers the inputs are to be known in pairs, from text
+            four times as long.
 
     Raises:
         UnsupportedEnvironmentError: transformers cannot load or run the model.
         UsageError: the text file is of no use.
         SourceError, FormatError: the source cannot be read.
+        OSError: there is no room for temporary files.
     """
     folder, tell = Path(folder), on_stage or (lambda text: None)
     with SourceModel(folder) as source:
-        known, elements, size = set(source.tensors), source.elements, source.tensor_bytes
+        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        elements, size = source.elements, source.tensor_bytes
+    task = _Task(folder, kind, refined, shapes, tell)
     try:
         with adapter.without_progress_bars(), adapter.silenced():
             if 4 * elements * _ROOM <= available_memory():
-                return _with_gradients(adapter.load_plain(folder, torch.float32), folder, kind, known, tell)
+                return _with_gradients(adapter.load_plain(folder, torch.float32), task)
             if size * _ROOM <= available_memory():
-                return _with_gradients(adapter.load_plain(folder), folder, kind, known, tell)
-            return _layer_by_layer(folder, kind, known, tell)
+                return _with_gradients(adapter.load_plain(folder), task)
+            return _layer_by_layer(task)
     except CodecLLMError:
         raise
     except Exception as exc:  # whatever a model class raises when it is run on plain tokens
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            raise
         reason = " ".join(str(exc).split())[:200]
         raise UnsupportedEnvironmentError(f"the model cannot be calibrated ({type(exc).__name__}: {reason})") from exc
 
 
-def _with_gradients(model: Any, folder: Path, kind: str, known: set[str], tell: Callable[[str], None]) -> Calibrated:
+def _with_gradients(model: Any, task: _Task) -> Calibrated:
     if torch.cuda.is_available() and _weight_bytes(model) * _ROOM <= torch.cuda.mem_get_info()[0]:
         model = model.to("cuda")
     model.eval()
-    tokens = None
+    tokens, kind, notes, tell = None, task.kind, [], task.tell
+    length = REFINED_LENGTH if task.refined else LENGTH
     if kind == "self" and _writes(model):
         tell("calibrating: the model writes its own text")
-        tokens = own_text(model)
-    notes = []
+        tokens = own_text(model, length)
     if kind == "self" and tokens is None:
         notes.append(f"{type(model).__name__} does not write text: calibrated on random tokens")
         kind = "random"
     if tokens is None:
-        tokens = _text(model, folder, kind)
-    tell(f"calibrating: gradients on {tokens.numel():,} tokens")
-    sums = squared_gradients(model, tokens, _now_and_then(tell))
-    return Calibrated(by_source(model, sums, known), record(_kind(kind), tokens), notes)
+        tokens = _text(model, task.folder, kind, length)
+    known, some = set(task.shapes), tokens[:, :LENGTH]
+    tell(f"calibrating: gradients on {some.numel():,} tokens")
+    sums = squared_gradients(model, some, now_and_then(tell, "calibrating: {} of {} sequences"))
+    products = None
+    if task.refined:
+        tell(f"calibrating: pairs of inputs on {tokens.numel():,} tokens")
+        advance = now_and_then(tell, "calibrating: {} of {} sequences")
+        products = input_products(model, tokens, task.shapes, task.refined, advance)
+    return Calibrated(by_source(model, sums, known), record(_kind(kind), tokens), notes, products)
 
 
-def _layer_by_layer(folder: Path, kind: str, known: set[str], tell: Callable[[str], None]) -> Calibrated:
-    notes = ["the model does not fit in memory: activations instead of gradients, layer by layer from disk"]
+def _layer_by_layer(task: _Task) -> Calibrated:
+    kind, notes = task.kind, ["the model does not fit in memory: activations instead of gradients, layer by layer from disk"]
     if kind == "self":
         notes.append("and random tokens instead of its own text")
         kind = "random"
-    tell(f"calibrating: {', '.join(notes)}")
+    if task.refined:
+        notes.append("no refinement, which needs the whole model in memory")
+    task.tell(f"calibrating: {', '.join(notes)}")
     with tempfile.TemporaryDirectory(prefix="codecllm-") as offload:
-        model = adapter.load_offloaded(folder, Path(offload), int(available_memory() / _ROOM)).eval()
-        tokens = _text(model, folder, kind)[:_FEW]
-        return Calibrated(mean_squared_inputs(model, tokens, known), record(_kind(kind), tokens), notes)
+        model = adapter.load_offloaded(task.folder, Path(offload), int(available_memory() / _ROOM)).eval()
+        tokens = _text(model, task.folder, kind, LENGTH)[:_FEW]
+        return Calibrated(mean_squared_inputs(model, tokens, set(task.shapes)), record(_kind(kind), tokens), notes)
 
 
-def _text(model: Any, folder: Path, kind: str) -> torch.Tensor:
-    return random_text(model) if kind == "random" else file_text(model, folder, Path(kind))
-
-
-def _now_and_then(tell: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Returns what tells of finished sequences, but not of each."""
-    last = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        if done < total and time.monotonic() - last >= _PATIENCE:
-            last = time.monotonic()
-            tell(f"calibrating: {done} of {total} sequences")
-
-    return advance
+def _text(model: Any, folder: Path, kind: str, length: int) -> torch.Tensor:
+    return random_text(model, length) if kind == "random" else file_text(model, folder, Path(kind), length)
 
 
 def _kind(kind: str) -> str:

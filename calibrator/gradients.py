@@ -56,7 +56,7 @@ def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[i
         for first in range(0, len(tokens), _TOGETHER):
             ids = tokens[first : first + _TOGETHER].to(model.device)
             with torch.enable_grad():
-                torch.autograd.backward(_projected(_run(model, ids), generator))
+                torch.autograd.backward(_projected(run(model, ids), generator))
             if on_sequence is not None:
                 on_sequence(min(first + _TOGETHER, len(tokens)), len(tokens))
     finally:
@@ -89,7 +89,7 @@ def _layers_in_use(model: Any, ids: torch.Tensor, watched: dict[str, torch.Tenso
     hooks = [one.register_forward_hook(lambda layer, *_: called.add(layer)) for held in plain.values() for one in held]
     try:
         with torch.no_grad():
-            _run(model, ids.to(model.device))
+            run(model, ids.to(model.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -134,7 +134,7 @@ def _add(sums: Sums, name: str, rows: torch.Tensor, cols: torch.Tensor) -> None:
     sums[name] = rows, cols
 
 
-def _run(model: Any, ids: torch.Tensor) -> Any:
+def run(model: Any, ids: torch.Tensor) -> Any:
     """Returns the output of a model for int64 [sequences, length] tokens."""
     arguments = {"input_ids": ids}
     if model.config.is_encoder_decoder:

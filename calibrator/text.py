@@ -16,21 +16,24 @@ SEQUENCES = 64
 LENGTH = 64
 """How many sequences of how many tokens."""
 
+REFINED_LENGTH = 256
+"""Tokens of a sequence where the inputs of layers are to be known in pairs."""
+
 SEED = 0
 
 
-def own_text(model: Any) -> torch.Tensor | None:
+def own_text(model: Any, length: int = LENGTH) -> torch.Tensor | None:
     """Samples sequences from a causal language model, one token after another, at temperature 1 from its start token.
 
     Returns:
-        int64 [SEQUENCES, LENGTH], on the CPU, without the start token; None where the model keeps no keys and values of past
+        int64 [SEQUENCES, length], on the CPU, without the start token; None where the model keeps no keys and values of past
         tokens, so that writing would take too long.
     """
     generator = torch.Generator().manual_seed(SEED)
     current = torch.full((SEQUENCES, 1), _start_token(model.config), device=model.device)
     past, tokens = None, []
     with torch.no_grad():  # inference mode would leave tensors in the model's caches that no gradient may pass
-        for _ in range(min(LENGTH, _longest(model) - 1)):
+        for _ in range(min(length, _longest(model) - 1)):
             output = model(input_ids=current, past_key_values=past, use_cache=True)
             past = getattr(output, "past_key_values", None)
             if past is None:
@@ -42,17 +45,17 @@ def own_text(model: Any) -> torch.Tensor | None:
     return torch.cat(tokens, 1)
 
 
-def random_text(model: Any) -> torch.Tensor:
-    """Draws token ids evenly from the model's vocabulary: int64 [SEQUENCES, LENGTH]."""
+def random_text(model: Any, length: int = LENGTH) -> torch.Tensor:
+    """Draws token ids evenly from the model's vocabulary: int64 [SEQUENCES, length]."""
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
     if vocabulary < 1:
         raise UsageError("the model's config names no vocab_size: it cannot be calibrated on tokens")
     generator = torch.Generator().manual_seed(SEED)
-    return torch.randint(vocabulary, (SEQUENCES, min(LENGTH, _longest(model))), generator=generator)
+    return torch.randint(vocabulary, (SEQUENCES, min(length, _longest(model))), generator=generator)
 
 
-def file_text(model: Any, folder: Path, path: Path) -> torch.Tensor:
-    """Reads the first tokens of a text file: int64 [sequences, LENGTH].
+def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> torch.Tensor:
+    """Reads the first tokens of a text file: int64 [sequences, length], up to SEQUENCES of them.
 
     Raises:
         UsageError: the file cannot be read, is too short, or the model has no tokenizer.
@@ -65,10 +68,10 @@ def file_text(model: Any, folder: Path, path: Path) -> torch.Tensor:
         raise UsageError(f"the calibration text cannot be read ({exc})", got=str(path)) from exc
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * LENGTH])["input_ids"]]
+        ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
     except Exception as exc:  # transformers raises whatever its many tokenizer classes happen to raise
         raise UsageError(f"no usable tokenizer for a calibration text ({' '.join(str(exc).split())[:200]})") from exc
-    length = min(LENGTH, _longest(model))
+    length = min(length, _longest(model))
     count = min(SEQUENCES, len(ids) // length)
     if count < 1:
         raise UsageError("the calibration text is too short", got=f"{len(ids)} tokens", expected=f"{length} or more")

@@ -47,6 +47,7 @@ def convert(
     ratio: float | None = None,
     quality: str | None = None,
     calibrate: str | Path | None = None,
+    refine: bool = False,
     baseline: bool | None = None,
     progress: Progress | None = None,
     on_stage: Callable[[str], None] | None = None,
@@ -68,6 +69,8 @@ def convert(
         quality: `high`, `balanced` or `small`: names for bits, see `codecllm.quality.QUALITIES`.
         calibrate: text from which the sensitivities come, where a rate is asked for: `self` (the model writes it), `random`
             (random tokens), `none`, or a text file. None is `self`, or `none` where the model cannot run here.
+        refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and a conversion that takes
+            longer. Needs a rate and a calibration.
         baseline: True records in any case, False never, None where the source fits in memory and it takes under 10 minutes.
         progress: called with a tensor's name, bytes done and bytes in all.
         on_stage: called with a sentence when a stage begins.
@@ -77,11 +80,12 @@ def convert(
         CodecLLMError: see `codecllm.converter.convert` and `codecllm.hub.resolve`.
     """
     files = resolve(model, revision=revision, token=token, cache_dir=cache_dir, kind="source")
-    rate: dict[str, Any] = {"bits": bits, "ratio": ratio, "quality": quality, "calibrate": calibrate}
+    rate: dict[str, Any] = {"bits": bits, "ratio": ratio, "quality": quality, "calibrate": calibrate, "refine": refine}
     steps, notes = chosen_steps(files.folder, options, on_stage=on_stage, **rate)
     whence = {"repo": files.repo, "commit": files.commit}
     report = convert_folder(files.folder, out, progress=progress, **whence, **options, **steps)
     report.warnings.extend(notes)
+    steps.clear()  # with it the temporary file of a refinement
     outcome, pinned = None, report.manifest_sha256
     if baseline is not False:
         from codecllm.verifier import record_baseline

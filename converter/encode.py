@@ -248,7 +248,8 @@ def _encode_steps(plan: TensorPlan, steps: Steps, block: Block, words: Words) ->
         if codes.shape != words.shape or codes.dtype != np.int16:
             got, expected = f"{codes.dtype} {list(codes.shape)}", f"int16 {list(words.shape)}"
             raise UsageError("refined codes have a wrong type or shape", tensor=plan.source.name, got=got, expected=expected)
-    found = quantize_steps(words, plan.source.dtype.name, (rows, factors), codes, steps.codes is not None)
+    given = steps.codes is not None
+    found = quantize_steps(words, plan.source.dtype.name, (rows, factors), codes, given, steps.deadzone)
     problem = _problem(found, plan, steps, block)
     if problem is not None:
         return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)

@@ -143,6 +143,7 @@ def quantize_steps(
     scales: tuple[NDArray[np.float32], NDArray[np.float32] | None],
     codes: NDArray[np.int16],
     given: bool,
+    deadzone: float = 0.0,
 ) -> Quantized:
     """Quantizes a block of rows under steps, or measures the codes that somebody gives for it.
 
@@ -152,6 +153,7 @@ def quantize_steps(
         scales: float32 [rows, 1] or [1, cols], and the factors of the columns [1, cols] or None.
         codes: int16 [rows, cols], receives the codes unless they are `given`.
         given: whether `codes` holds them already.
+        deadzone: how far quotients are moved toward zero before they are rounded; of no effect where codes are `given`.
     """
     rows, cols = words.shape
     step = max(1, _SUB_ELEMENTS // cols)
@@ -168,6 +170,8 @@ def quantize_steps(
             np.divide(as_float32(block, dtype, quotient), steps, out=quotient)
         if given:
             np.copyto(rounded, held)
+        elif deadzone:
+            round_toward_zero(quotient, deadzone, rounded)
         else:
             np.rint(quotient, out=rounded)
         least, most = float(rounded.min()), float(rounded.max())
@@ -185,6 +189,14 @@ def quantize_steps(
         np.multiply(quotient, steps, out=quotient)
         worst_error = max(worst_error, float(quotient.max()))
     return Quantized(True, lowest, highest, worst_error, worst_steps)
+
+
+def round_toward_zero(quotients: NDArray[np.float32], deadzone: float, out: NDArray[np.float32]) -> None:
+    """Rounds float32 quotients x as rint(fl32(x - copysign(deadzone, x))) into `out`, float32 of the same shape."""
+    np.copysign(np.float32(deadzone), quotients, out=out)
+    with np.errstate(invalid="ignore"):
+        np.subtract(quotients, out, out=out)
+    np.rint(out, out=out)
 
 
 def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:

@@ -51,13 +51,13 @@ class Sampled:
         positive = self.rms > 0
         return float(np.log2(self.rms[positive] / self.relative[positive]).mean()) if positive.any() else 0.0
 
-    def steps(self, scale: float) -> Steps:
-        """Returns the steps of the tensor at k = `scale`.
+    def steps(self, scale: float, deadzone: float = 0.0) -> Steps:
+        """Returns the steps of the tensor at k = `scale`, with a deadzone.
 
         A channel's step is made larger where a weight would otherwise lie too many steps from zero for the format.
         """
         steps = self._steps(scale * self.relative, self.largest / _LARGEST_CODE)
-        return replace(steps, wide=bool((self.largest > 128.0 * steps.row_scale).any()))
+        return replace(steps, wide=bool((self.largest > 128.0 * steps.row_scale).any()), deadzone=deadzone)
 
     def beyond_sample(self, steps: Steps) -> float:
         """Returns how many bits the average weight takes more than one of the sample, if both are Gaussian in every channel."""

@@ -13,7 +13,7 @@ from codecllm.formats.columns import order_of
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import FormatError, LayoutError, UsageError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
-from codecllm.formats.manifest import NEAREST
+from codecllm.formats.manifest import DEADZONE, NEAREST
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, default_grid
 
@@ -33,6 +33,7 @@ _MIN_COLUMNS = 32
 class Steps:
     """How an `int8` tensor is quantized: code of (r, c) = rint(fl32(w / step)), step = fl32(row_scale[r] * col_scale[c]).
 
+    With a `deadzone` d the quotient x is moved d toward zero first: rint(fl32(x - copysign(d, x))).
     Rows and columns are those of the plan's `matrix`. For a plan of kind `column` (Conv1D), `row_scale` has one entry per
     output channel, as always, and `col_scale` and `col_groups` must be None.
 
@@ -42,9 +43,11 @@ class Steps:
         col_groups: uint8 [cols]: which columns are alike. Columns are stored group by group, within one as in the source; only
             beside `col_scale`, or None.
         tile: rows and columns of a tile of the stored matrix; None takes `column_tiles` or, without `col_scale`, whole rows.
-        rounding: `nearest`, or the name of what `codes` did.
+        deadzone: how far quotients are moved toward zero before they are rounded, a float32 value in [0, 0.5); 0 rounds to
+            nearest.
         codes: gives int16 [last - first, cols] for rows [first, last), columns in the source's order; called from several
-            threads, once or twice for each block of rows. None rounds to nearest.
+            threads, once or twice for each block of rows. None rounds as `deadzone` says.
+        refined: the name of what `codes` did; None where there are none.
         wide: whether codes beyond 127 are to be expected. It only spares a second look at tensors of several blocks.
     """
 
@@ -52,9 +55,15 @@ class Steps:
     col_scale: NDArray[np.float32] | None = None
     col_groups: NDArray[np.uint8] | None = None
     tile: tuple[int, int] | None = None
-    rounding: str = NEAREST
+    deadzone: float = 0.0
     codes: Callable[[int, int], NDArray[np.int16]] | None = None
+    refined: str | None = None
     wide: bool = False
+
+    @property
+    def rounding(self) -> str:
+        """What the manifest calls the choice of codes: `nearest`, `deadzone`, or the name of what `codes` did."""
+        return self.refined or (DEADZONE if self.deadzone else NEAREST)
 
     @property
     def order(self) -> NDArray[np.int32] | None:
@@ -152,8 +161,10 @@ def check(steps: Steps, plan: TensorPlan) -> None:
             raise LayoutError("too many tiles", got=len(grid), expected=f"at most {max_tiles(rows, cols)}")
     except FormatError as exc:
         raise UsageError(f"steps: {exc}", **where) from exc
-    if (steps.codes is None) != (steps.rounding == NEAREST):
-        raise UsageError("rounding is 'nearest' if and only if no codes are given", got=steps.rounding, **where)
+    if (steps.codes is None) != (steps.refined is None) or steps.refined in (NEAREST, DEADZONE):
+        raise UsageError("codes and the name of their rounding come together", got=steps.refined, **where)
+    if not 0 <= steps.deadzone < 0.5 or float(np.float32(steps.deadzone)) != steps.deadzone:
+        raise UsageError("deadzone", got=steps.deadzone, expected="a float32 value from 0 to below 0.5", **where)
 
 
 def _check_array(name: str, values: NDArray[Any], size: int, where: dict[str, Any], dtype: type = np.float32) -> None:

@@ -46,6 +46,9 @@ KNOWN_FEATURES: frozenset[str] = frozenset({rans.NAME, STEPS, COL_SCALE, WIDE})
 NEAREST = "nearest"
 """The rounding under which every element is as near to its source as its step allows."""
 
+DEADZONE = "deadzone"
+"""The rounding that prefers the smaller of two codes that are nearly as near."""
+
 _SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
 

@@ -61,7 +61,7 @@ def mixed(plan: TensorPlan) -> Steps:
     if name == "model.layers.0.mlp.up_proj.weight":
         codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
         codes[::2, ::3] += 1
-        return replace(steps, rounding="feedback", codes=lambda first, last: codes[first:last])
+        return replace(steps, refined="feedback", codes=lambda first, last: codes[first:last])
     return steps
 
 

@@ -47,11 +47,13 @@ def check_source(container: Container, source: SourceModel, stage: Stage, worker
                 worst = max(worst, error)
             for fault in faults:
                 stage.fail(fault)
-    quantized = sum(isinstance(_stored(container, name), Int8Tensor) for name in names)
-    refined = sum(is_refined(_stored(container, name)) for name in names)
+    int8 = [record for name in names if isinstance(record := _stored(container, name), Int8Tensor)]
+    quantized, otherwise = len(int8), [record.rounding or "" for record in int8 if is_refined(record)]
+    refined, kinds = len(otherwise), ", ".join(sorted(set(otherwise)))
     stage.summary = f"{len(names) - quantized} tensors bit for bit, {quantized - refined} int8 within half a step"
     stage.summary += f" (worst {worst:.6f} of scale / 2)" if quantized > refined else ""
-    stage.summary += f", {refined} rounded otherwise, as recorded (worst {refined_worst / 2:.3f} steps)" if refined else ""
+    if refined:
+        stage.summary += f", {refined} rounded otherwise, as recorded ({kinds}; worst {refined_worst / 2:.3f} steps)"
     stage.facts = {"tensors": len(names), "quantized": quantized, "worst_error_in_half_steps": worst}
     if refined:
         stage.facts |= {"rounded_otherwise": refined, "their_worst_error_in_steps": refined_worst / 2}

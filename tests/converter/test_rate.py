@@ -6,7 +6,7 @@ from safetensors.numpy import save_file
 
 from codecllm.converter import ConvertOptions, convert
 from codecllm.converter.allocation import Sensitivity, factors_of, row_steps
-from codecllm.converter.rate import Target, fit
+from codecllm.converter.rate import Target, deadzone_at, fit
 from codecllm.formats.container import Container
 from codecllm.formats.errors import NonFiniteWeightError, UsageError
 from codecllm.formats.reference import read_tensor_bytes
@@ -56,6 +56,17 @@ def test_the_rate_is_hit(tmp_path, made, bits):
     report = convert(folder, tmp_path / "out", steps=steps, bits=bits)
     assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
     assert steps.bits == pytest.approx(bits, rel=0.003)
+
+
+def test_low_rates_have_a_deadzone(tmp_path, made):
+    assert [deadzone_at(bits) for bits in (2, 3, 3.75, 4.5, 8)] == pytest.approx([0.05, 0.05, 0.025, 0, 0])
+    folder = made(w=_gaussian(400, 700))
+    for bits, rounding in ((3, "deadzone"), (4.5, "nearest")):
+        report = convert(folder, tmp_path / rounding, steps=fit(folder, ConvertOptions(), Target(bits=bits), {}), bits=bits)
+        (record,) = report.manifest.tensors
+        assert record.rounding == rounding
+        assert record.worst_steps == pytest.approx(0.5 + deadzone_at(bits), abs=1e-3)
+        assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
 
 
 def test_the_rate_is_hit_where_the_rows_of_a_large_tensor_are_unlike(tmp_path, made):

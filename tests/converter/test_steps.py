@@ -18,7 +18,7 @@ from codecllm.formats.chunk_table import slot_bytes
 from codecllm.formats.container import Container
 from codecllm.formats.errors import NonFiniteWeightError, SourceError, UnsupportedVersionError, UsageError
 from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.manifest import NEAREST, Calibration
+from codecllm.formats.manifest import DEADZONE, NEAREST, Calibration
 from codecllm.formats.reference import read_codes, read_rows, read_tensor_bytes, tensor_digest
 from codecllm.formats.schemes.int8 import dequantize, quantize, step_sizes
 from tests.sources import bf16, write_source
@@ -152,11 +152,37 @@ def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
     assert predicted.stored_bytes == pytest.approx(whole / 8, rel=0.02)
 
 
+@pytest.mark.parametrize("deadzone", [2.0**-5, float(np.float32(0.05))])
+def test_a_deadzone_takes_the_smaller_code_where_both_are_nearly_as_near(source, tmp_path, deadzone):
+    given = {}
+
+    def provide(plan):
+        given[plan.source.name] = (replace(make_steps(plan, 0.8), deadzone=deadzone), weights_of(plan))
+        return given[plan.source.name][0]
+
+    convert(source, tmp_path / "c", include=("*",), steps=provide)
+    with Container(tmp_path / "c") as container:
+        for name, (steps, weights) in given.items():
+            tensor = container.tensor(name)
+            if name == "flat":  # too short for so wide a step to save what describes it
+                continue
+            assert tensor.record.rounding == DEADZONE
+            sizes = steps.row_scale[None, :] if "c_attn" in name else step_sizes(steps.row_scale, steps.col_scale)
+            quotients = weights / sizes
+            expected = np.sign(quotients) * np.ceil(np.abs(quotients).astype(np.float64) + 0.5 - deadzone - 1)
+            codes = read_codes(tensor)
+            near_a_tie = np.abs((np.abs(quotients) - deadzone) % 1 - 0.5) < 1e-5
+            assert near_a_tie.mean() < 0.001
+            assert (codes == expected)[~near_a_tie].all(), name
+            assert 0.5 < tensor.record.worst_steps <= 0.5 + deadzone + 1e-6 or not weights.any()
+            assert (np.abs(codes) <= np.abs(quantize(weights, sizes, wide=True))).all()
+
+
 def test_refined_codes_are_kept_as_they_are(source, tmp_path):
     def provide(plan):
         steps = make_steps(plan, 0.1)
         codes = weights_of(plan).astype(np.int16) * 0 + np.arange(plan.matrix[1], dtype=np.int16) % 5
-        return replace(steps, rounding="feedback", codes=lambda first, last: codes[first:last])
+        return replace(steps, refined="feedback", codes=lambda first, last: codes[first:last])
 
     convert(source, tmp_path / "c", include=("odd",), exclude=("[!o]*",), steps=provide)
     with Container(tmp_path / "c") as container:
@@ -215,9 +241,12 @@ WRONG = {
     "too many tiles": (_with(tile=(1, 1)), "too many tiles"),
     "a tile without extent": (_with(tile=(0, 5)), "no extent"),
     "codes without a name": (_with(codes=lambda a, b: None), "rounding"),
-    "a name without codes": (_with(rounding="feedback"), "rounding"),
-    "codes of another shape": (_with(rounding="x", codes=lambda a, b: np.zeros((1, 1), np.int16)), "wrong type or shape"),
-    "codes of another type": (_with(rounding="x", codes=lambda a, b: np.zeros((90, 123), np.int8)), "wrong type or shape"),
+    "a name without codes": (_with(refined="feedback"), "rounding"),
+    "codes under the name of another rounding": (_with(refined="nearest", codes=lambda a, b: None), "rounding"),
+    "a deadzone of half a step": (_with(deadzone=0.5), "deadzone"),
+    "a deadzone that float32 has not": (_with(deadzone=0.05), "deadzone"),
+    "codes of another shape": (_with(refined="x", codes=lambda a, b: np.zeros((1, 1), np.int16)), "wrong type or shape"),
+    "codes of another type": (_with(refined="x", codes=lambda a, b: np.zeros((90, 123), np.int8)), "wrong type or shape"),
 }
 
 
@@ -266,7 +295,7 @@ def test_weights_that_are_no_numbers(tmp_path, bad, refined):
     source = write_source(tmp_path / "source", {"w": ("F32", values)})
     steps = Steps(np.ones(90, np.float32), np.ones(123, np.float32))
     if refined:
-        steps = replace(steps, rounding="x", codes=lambda first, last: np.zeros((last - first, 123), np.int16))
+        steps = replace(steps, refined="x", codes=lambda first, last: np.zeros((last - first, 123), np.int16))
     with pytest.raises(NonFiniteWeightError, match="first in row 4"):
         convert(source, tmp_path / "c", include=("*",), steps=lambda plan: steps)
     convert(source, tmp_path / "kept", include=("*",), steps=lambda plan: steps, non_finite="lossless")

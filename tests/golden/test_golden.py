@@ -112,7 +112,7 @@ def _column_steps(factor):
         if name == "refined":
             codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
             codes[::3] += 1
-            return replace(steps, rounding="feedback", codes=lambda first, last: codes[first:last])
+            return replace(steps, refined="feedback", codes=lambda first, last: codes[first:last])
         return steps
 
     return provide

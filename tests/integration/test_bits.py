@@ -68,6 +68,16 @@ def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(tmp_pat
     assert codecllm.verify(tmp_path / "out", source=source(name), baseline=False).ok
 
 
+def test_low_rates_verify_against_their_source_and_say_how_codes_were_rounded(tmp_path, source):
+    done = api.convert(source("gpt2"), tmp_path / "out", bits=3.5, calibrate="none", include=MATRICES, baseline=False)
+    rounded = [record.rounding for record in done.report.manifest.tensors if record.scheme == "int8"]
+    assert rounded and set(rounded) == {"deadzone"}
+    assert done.report.quantized_bits_per_weight == pytest.approx(3.5, rel=0.005)
+    report = codecllm.verify(tmp_path / "out", source=source("gpt2"), baseline=False)
+    assert report.ok
+    assert f"{len(rounded)} rounded otherwise, as recorded (deadzone; worst 0.5" in report.to_json()
+
+
 def test_every_expert_has_statistics_of_its_own(source):
     found = calibrate(source("moe"), "random").statistics
     with SourceModel(source("moe")) as model:

@@ -1,0 +1,125 @@
+"""Sums of products of the inputs of linear layers, for error feedback: one pass forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from codecllm.calibrator.gradients import run
+from codecllm.calibrator.names import known_name
+from codecllm.converter.products import InputProducts
+
+_TOGETHER = 4
+"""Sequences that run at once."""
+
+
+def input_products(
+    model: Any,
+    tokens: torch.Tensor,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Collection[str],
+    on_sequence: Callable[[int, int], None] | None = None,
+) -> InputProducts:
+    """Runs a model forward over all sequences.
+
+    Args:
+        model: any transformers model in eval mode.
+        tokens: int64 [sequences, length].
+        shapes: of all tensors of the source, by name.
+        wanted: names of tensors to look at.
+        on_sequence: called with the sequences done and all of them.
+
+    Returns:
+        Sums for the weights of plain nn.Linear layers that the source has under their own names and in their shapes, that no
+        other module uses, and whose inputs were finite.
+
+    Raises:
+        OSError: the disk that holds temporary files is full.
+    """
+    watch = _Watch()
+    hooks = [
+        layer.register_forward_pre_hook(watch.hook(name)) for name, layer in _layers(model, shapes).items() if name in wanted
+    ]
+    try:
+        with torch.inference_mode():
+            for first in range(0, len(tokens), _TOGETHER):
+                run(model, tokens[first : first + _TOGETHER].to(model.device))
+                watch.forget()
+                if on_sequence is not None:
+                    on_sequence(min(first + _TOGETHER, len(tokens)), len(tokens))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watch.finish()
+
+
+def _layers(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Linear]:
+    """Returns the layers to watch by the source's names of their weights."""
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    known, found = set(shapes), {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and uses[id(module.weight)] == 1:
+            target = known_name(f"{name}.weight", known)
+            if target is not None and tuple(shapes[target]) == tuple(module.weight.shape):
+                found[target] = module
+    return found
+
+
+class _Watch:
+    """Adds up what enters layers; one that is given the very tensor that the watched layer before it was given shares its sum.
+
+    That must then be so in every call: a layer of which it is not is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._products = InputProducts()
+        self._calls: Counter[int] = Counter()
+        self._followed: Counter[str] = Counter()
+        self._follows: dict[str, bool] = {}
+        self._last: torch.Tensor | None = None
+        self._last_number = -1
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """Returns what watches a layer."""
+        return lambda layer, inputs: self._see(name, inputs[0])
+
+    def forget(self) -> None:
+        """Ends a pass: no tensor of the next one is one of this."""
+        self._last = None
+
+    def finish(self) -> InputProducts:
+        """Returns the sums."""
+        products = self._products
+        for name in products.names():
+            number = products.number(name)
+            diagonal = products.matrix(number).diagonal()
+            shared = not self._follows[name] or self._followed[name] == self._calls[number]
+            if not (shared and np.isfinite(diagonal).all() and diagonal.any()):
+                products.drop(name)
+        return products
+
+    def _see(self, name: str, values: torch.Tensor) -> None:
+        same = self._last is not None and values is self._last
+        if name not in self._follows:
+            self._follows[name] = same
+            self._products.assign(name, self._last_number if same else self._products.new(values.shape[-1]))
+        number = self._products.number(name)
+        if self._follows[name]:
+            self._followed[name] += 1 if same and number == self._last_number else 0
+            return
+        self._calls[number] += 1
+        self._add(number, values.detach().reshape(-1, values.shape[-1]).float())
+        self._last, self._last_number = values, number
+
+    def _add(self, number: int, inputs: torch.Tensor) -> None:
+        total = torch.from_numpy(self._products.matrix(number))
+        if inputs.device == total.device:
+            total.addmm_(inputs.T, inputs)
+        else:
+            total.add_((inputs.T @ inputs).cpu())
+        self._products.count(number, len(inputs))

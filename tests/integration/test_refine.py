@@ -1,0 +1,170 @@
+"""`convert --refine`: from what enters the layers of a model to codes that are verified against the source."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from typer.testing import CliRunner
+
+import codecllm
+from codecllm import api
+from codecllm.calibrator import calibrate, calibration
+from codecllm.calibrator.inputs import input_products
+from codecllm.calibrator.text import own_text
+from codecllm.cli.app import app
+from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.loader.transformers_adapter import load_plain
+from tests.integration import tiny_models
+
+MATRICES = ("*_proj.weight", "*embed_tokens*")
+SIZES = {**tiny_models.GROUPED, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 80}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    config = hf.LlamaConfig(**SIZES, tie_word_embeddings=True)
+    return tiny_models.save(tmp_path_factory.mktemp("refine") / "source", hf.LlamaForCausalLM(config))
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    return load_plain(source, torch.float32).eval()
+
+
+def _shapes(model):
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("bits", "rounding"), [(3.5, "feedback-deadzone"), (5, "feedback")])
+def test_a_refined_container_has_its_bits_and_verifies(tmp_path, source, monkeypatch, bits, rounding):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    stages = {}
+
+    def on_stage(text):
+        stages[text] = list(temporary.iterdir())
+
+    asked = {"bits": bits, "refine": True, "include": MATRICES, "baseline": False}
+    report = api.convert(source, tmp_path / "out", on_stage=on_stage, **asked).report
+    assert any("pairs of inputs" in text for text in stages) and any("refining" in text for text in stages)
+    assert not any(stages.values())
+    assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
+    manifest = report.manifest
+    assert manifest.options.refine is True
+    assert manifest.calibration.tokens == 64 * 77
+    roundings = {record.name: record.rounding for record in manifest.tensors if record.scheme == "int8"}
+    assert {roundings.pop("model.embed_tokens.weight"), rounding} <= {"nearest", "deadzone", rounding}
+    assert len(roundings) == 14 and set(roundings.values()) == {rounding}
+    assert any("1 of 15 tensors are rounded without refinement" in warning for warning in report.warnings)
+    verified = codecllm.verify(tmp_path / "out", source=source, baseline=False)
+    assert verified.ok and rounding in verified.to_json()
+
+
+def test_the_text_begins_as_it_does_without_refinement(model):
+    text = own_text(model, 70)
+    assert text.shape == (64, 70)
+    assert torch.equal(text[:, :64], own_text(model))
+
+
+def test_sums_are_those_of_what_enters_the_layers_and_layers_with_the_same_inputs_share_them(model):
+    tokens = torch.arange(7 * 20).reshape(7, 20) % 512
+    products = input_products(model, tokens, _shapes(model), {name for name in _shapes(model) if "layers.1" in name})
+    seen, hooks = {}, []
+
+    def watch(name):
+        return lambda _, inputs: seen.update({name: inputs[0].reshape(-1, inputs[0].shape[-1])})
+
+    for name, module in model.model.layers[1].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            hooks.append(module.register_forward_pre_hook(watch(name)))
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(products) == 7
+    numbers = {name: products.number(f"model.layers.1.{name}.weight") for name in seen}
+    for name, inputs in seen.items():
+        assert products.tokens(numbers[name]) == 140
+        expected = (inputs.T @ inputs).numpy()
+        assert np.allclose(products.matrix(numbers[name]), expected, rtol=1e-3, atol=1e-3 * expected.diagonal().mean()), name
+    shared = [{numbers[f"self_attn.{name}_proj"] for name in "qkv"}, {numbers["mlp.gate_proj"], numbers["mlp.up_proj"]}]
+    assert [len(some) for some in shared] == [1, 1] and len(set(numbers.values())) == 4
+
+
+class Branching(torch.nn.Module):
+    """Two layers with the same inputs for short sequences, and with different ones for others; one layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.device = torch.device("cpu")
+        self.config = SimpleNamespace(is_encoder_decoder=False)
+        self.words = torch.nn.Embedding(9, 4)
+        self.first, self.second, self.third = (torch.nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.tied = torch.nn.Linear(4, 9, bias=False)
+        self.tied.weight = self.words.weight
+
+    def forward(self, input_ids):
+        entering = self.words(input_ids)
+        first = self.first(entering)
+        second = self.second(entering if input_ids[0, 0] == 0 else entering + 1)
+        return self.tied(self.third(first + second))
+
+
+def test_a_layer_that_does_not_share_its_inputs_after_all_has_no_sum():
+    model = Branching()
+    names = {"first.weight", "second.weight", "third.weight", "tied.weight"}
+    steady, moving = torch.zeros((8, 3), dtype=torch.int64), torch.zeros((8, 3), dtype=torch.int64)
+    moving[4:] = 1
+    with torch.no_grad():
+        assert set(input_products(model, steady, _shapes(model), names).names()) == names - {"tied.weight"}
+        assert set(input_products(model, moving, _shapes(model), names).names()) == {"first.weight", "third.weight"}
+        model.words.weight[0, 0] = torch.inf
+        assert not len(input_products(model, steady, _shapes(model), names))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "refine needs bits"),
+        ({"bits": 5, "calibrate": "none"}, "refine needs a calibration"),
+        ({"bits": 5, "scheme": "lossless"}, "scheme int8"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused(tmp_path, source, asked, message):
+    with pytest.raises(UsageError, match=message):
+        api.convert(source, tmp_path / "out", refine=True, baseline=False, **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_run_cannot_be_refined(tmp_path, source):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')
+    with pytest.raises(UnsupportedEnvironmentError, match="NoSuchModel"):
+        api.convert(folder, tmp_path / "out", bits=5, refine=True, include=MATRICES, baseline=False)
+
+
+def test_a_model_larger_than_memory_is_not_refined_and_that_is_said(source, monkeypatch):
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    monkeypatch.setattr(calibration, "available_memory", lambda: size)
+    found = calibrate(source, "random", refined={"model.layers.0.mlp.up_proj.weight"})
+    assert found.products is None
+    assert any("no refinement" in note for note in found.notes)
+
+
+def test_the_command_line_refines(tmp_path, source):
+    include = [part for pattern in MATRICES for part in ("--include", pattern)]
+    command = ["convert", str(source), str(tmp_path / "out"), "--no-baseline", "--bits", "5", "--refine", "--json", *include]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["refine"] is True
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "out")])
+    assert "refine True" in shown.output
