@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import llama_cpp, quantizers
 from codecllm.calibrator import calibrate
 from codecllm.converter import ConvertOptions, convert
+from codecllm.converter.feedback import Feedback
 from codecllm.converter.rate import Target, fit
+from codecllm.quality import stepped_tensors
 from demo.models import smollm2_gguf, smollm2_realistic
 
 ROOT = Path("benchmarks/out/quality")
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
 BITS = (2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
-SELF, SAME_TEXT = "ours-self", "ours-text"
-"""How our containers' names begin: calibrated by default, or on the text of the importance matrix."""
+SELF, REFINED, SAME_TEXT = "ours-self", "ours-refined", "ours-text"
+"""How our containers' names begin: calibrated by default, that and `--refine`, or on the text of the importance matrix."""
 
 CALIBRATION = (8, 128)
 """Sequences that the model itself writes, and the tokens of each."""
@@ -61,6 +63,7 @@ class Row:
         kl_99: 99th percentile.
         top1: share of tokens with the same most likely successor.
         ours: our bits at the same KL; None where it lies outside of what was measured.
+        refined: the same with `--refine`; None for those given an importance matrix.
         goal: per cent of bits that were to be saved; None for those given an importance matrix.
     """
 
@@ -70,12 +73,18 @@ class Row:
     kl_99: float
     top1: float
     ours: float | None
+    refined: float | None
     goal: float | None
 
     @property
     def saved(self) -> float | None:
         """Per cent of the peer's bits."""
         return None if self.ours is None else 100 * (1 - self.ours / self.bits)
+
+    @property
+    def saved_refined(self) -> float | None:
+        """The same with `--refine`."""
+        return None if self.refined is None else 100 * (1 - self.refined / self.bits)
 
 
 def calibration_text(base: Path, out: Path) -> Path:
@@ -140,18 +149,25 @@ def make_others(base: Path) -> list[Path]:
 
 
 def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
-    """Converts at each rate, calibrated by default and on the text of the importance matrix; returns the containers."""
+    """Converts at each rate, calibrated by default, also refined, and on the text of the importance matrix; returns them."""
+    options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
+    chosen = ConvertOptions(**options)
+    own = same = feedback = None
     made = []
-    for title, kind in ((SELF, "self"), (SAME_TEXT, str(calibration))):
-        outs = [ROOT / f"{title}-{bits:g}" for bits in BITS]
-        missing = [(bits, out) for bits, out in zip(BITS, outs, strict=True) if not (out / "codecllm.json").exists()]
-        found = calibrate(base, kind) if missing else None
-        for bits, out in missing:
-            options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
-            steps = fit(base, ConvertOptions(**options), Target(bits=bits), found.statistics)
-            recorded = {"bits": bits, "calibrate": "self" if kind == "self" else "file", "calibration": found.record}
-            convert(base, out, steps=steps, **recorded, **options)
-        made += outs
+    for title, bits in product((SELF, REFINED, SAME_TEXT), BITS):
+        made.append(out := ROOT / f"{title}-{bits:g}")
+        if (out / "codecllm.json").exists():
+            continue
+        if title == SAME_TEXT:
+            found = same = same or calibrate(base, str(calibration))
+        else:
+            found = own = own or calibrate(base, "self", refined=stepped_tensors(base, chosen))
+        refine = title == REFINED
+        if refine:
+            feedback = feedback or Feedback(found.products)
+        steps = fit(base, chosen, Target(bits=bits), found.statistics, feedback if refine else None)
+        recorded = {"calibrate": found.record.kind, "calibration": found.record, "refine": True if refine else None}
+        convert(base, out, steps=steps, bits=bits, **recorded, **options)
     return made
 
 
@@ -161,10 +177,10 @@ def table(evaluation: dict[str, Any]) -> list[Row]:
     Peers that were given an importance matrix are compared with ours calibrated on the same text, all others with the default.
     """
     scores = evaluation["scores"]
-    ours = [score for score in scores if score["kind"] == "container"]
+    containers = [score for score in scores if score["kind"] == "container"]
     curves = {
-        title: sorted((s["mean_kl"], s["layer_bits_per_weight"]) for s in ours if Path(s["name"]).name.startswith(title))
-        for title in (SELF, SAME_TEXT)
+        title: sorted((s["mean_kl"], s["layer_bits_per_weight"]) for s in containers if Path(s["name"]).name.startswith(title))
+        for title in (SELF, REFINED, SAME_TEXT)
     }
     rows = []
     for score in scores:
@@ -173,7 +189,9 @@ def table(evaluation: dict[str, Any]) -> list[Row]:
             informed = "imatrix" in name
             figures = (score["layer_bits_per_weight"], score["mean_kl"], score["kl_99"], score["top1"])
             goal = None if informed else _GOALS.get(name.removesuffix("-joined"), _GOAL)
-            rows.append(Row(name, *figures, _bits_at(curves[SAME_TEXT if informed else SELF], score["mean_kl"]), goal))
+            ours = _bits_at(curves[SAME_TEXT if informed else SELF], score["mean_kl"])
+            refined = None if informed else _bits_at(curves[REFINED], score["mean_kl"])
+            rows.append(Row(name, *figures, ours, refined, goal))
     return rows
 
 
@@ -187,14 +205,17 @@ def _bits_at(curve: list[tuple[float, float]], kl: float) -> float | None:
 
 def print_table(evaluation: dict[str, Any], rows: list[Row]) -> None:
     """Prints Markdown: the peers, then our containers."""
-    print("\n| peer | bits | KL | 99 % | top-1 | ours at that KL | saved | goal |\n|---|---|---|---|---|---|---|---|")
+    print("\n| peer | bits | KL | 99 % | top-1 | ours at that KL | saved | goal | refined | saved |")
+    print("|---" * 10 + "|")
     for row in rows:
         saved = "" if row.saved is None else f"{row.saved:.1f} %"
         goal = "" if row.goal is None else f"{row.goal:.0f} %"
         if row.goal is not None and row.saved is not None:
             goal += ", met" if row.saved >= row.goal else ", missed"
         bits = "outside" if row.ours is None else f"{row.ours:.3f}"
-        print(f"| {row.name} | {row.bits:.3f} | {row.kl:.5f} | {row.kl_99:.4f} | {row.top1:.2%} | {bits} | {saved} | {goal} |")
+        more = "" if row.refined is None else f"{row.refined:.3f} | {row.saved_refined:.1f} %"
+        figures = f"{row.bits:.3f} | {row.kl:.5f} | {row.kl_99:.4f} | {row.top1:.2%}"
+        print(f"| {row.name} | {figures} | {bits} | {saved} | {goal} | {more or ' | '} |")
     print("\n| ours | bits | KL | 99 % | top-1 |\n|---|---|---|---|---|")
     for score in evaluation["scores"]:
         if score["kind"] == "container":
@@ -228,7 +249,10 @@ def main() -> None:
         command = ["codecllm", "eval", str(base), *map(str, candidates), "--tokens", str(tokens), "--json", *text, *plot]
         evaluation = json.loads(_run(*command))
         rows = table(evaluation)
-        results[title] = {"evaluation": evaluation, "rows": [asdict(row) | {"saved": row.saved} for row in rows]}
+        results[title] = {
+            "evaluation": evaluation,
+            "rows": [asdict(row) | {"saved": row.saved, "saved_refined": row.saved_refined} for row in rows],
+        }
         print(f"\n{title} text, {evaluation['tokens']} tokens")
         print_table(evaluation, rows)
     if given.json:
