@@ -103,6 +103,7 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         "worst_error": None,
         "scale_range": None,
         "rounding": None,
+        "deadzone": None,
         "worst_steps": None,
         "wide": False,
         "column_scales": False,
@@ -122,7 +123,8 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         row["stored_bytes"] += scales
         row["entropy_bits"] += 8 * scales
         row["worst_error"], row["scale_range"] = record.worst_error, record.scale_range
-        row |= {"rounding": record.rounding, "worst_steps": record.worst_steps, "wide": record.wide}
+        row |= {"rounding": record.rounding, "deadzone": record.deadzone, "worst_steps": record.worst_steps}
+        row["wide"] = record.wide
         row["column_scales"] = record.xxh3.col_scale is not None
     elements = max(1, record.elements)
     row["bits_per_weight"] = 8 * row["stored_bytes"] / elements

@@ -24,10 +24,8 @@ from codecllm.converter.policy import TensorPlan
 from codecllm.converter.products import InputProducts
 from codecllm.converter.quantize import as_float32, round_toward_zero
 from codecllm.converter.steps import Steps
+from codecllm.formats.manifest import FEEDBACK, FEEDBACK_DEADZONE
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
-
-FEEDBACK, FEEDBACK_DEADZONE = "feedback", "feedback-deadzone"
-"""What the manifest calls codes that were chosen here, without and with a deadzone."""
 
 RIDGE = 0.01
 """Share of the mean diagonal that is added to it."""

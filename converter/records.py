@@ -84,6 +84,7 @@ def coded_record(
         scale_range=[_short(held.min()), _short(held.max())],
         worst_error=_short(worst[0]),
         rounding=None if plan.steps is None else plan.steps.rounding,
+        deadzone=_short(plan.steps.deadzone) if plan.steps is not None and plan.steps.deadzone else None,
         worst_steps=None if plan.steps is None else _short(worst[1]),
         **common,
     )

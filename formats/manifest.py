@@ -49,6 +49,9 @@ NEAREST = "nearest"
 DEADZONE = "deadzone"
 """The rounding that prefers the smaller of two codes that are nearly as near."""
 
+FEEDBACK, FEEDBACK_DEADZONE = "feedback", "feedback-deadzone"
+"""Roundings whose codes make up for the errors of others of their row, without and with a deadzone."""
+
 _SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
 
@@ -147,7 +150,8 @@ class Int8Tensor(_Tensor):
 
     `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`. `scale_dtype`, the type in which the scales are
     stored, is absent where it is F32. `rounding` and `worst_steps`, the largest
-    |w - code * step| in steps, are absent where scales follow from the largest weights and codes are the nearest ones.
+    |w - code * step| in steps, are absent where scales follow from the largest weights and codes are the nearest ones;
+    `deadzone`, in steps, is there where `rounding` names one.
     """
 
     scheme: Literal["int8"]
@@ -161,6 +165,7 @@ class Int8Tensor(_Tensor):
     scale_range: Annotated[list[float], Field(min_length=2, max_length=2)]
     worst_error: Annotated[float, Field(ge=0)]
     rounding: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] | None = None
+    deadzone: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     worst_steps: Annotated[float, Field(ge=0)] | None = None
     digest: Sha256
     xxh3: SideChecksums
@@ -454,6 +459,8 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
             record.rounding is None and (by_column or record.wide or record.scale_dtype is not None)
         ):
             raise SchemaError("rounding, its worst error, scales and planes do not fit each other", **where)
+        if (record.deadzone is not None) != (record.rounding in (DEADZONE, FEEDBACK_DEADZONE)):
+            raise SchemaError("rounding and deadzone do not fit each other", **where)
     for plane in record.planes:
         if plane.codec not in CODEC_IDS:
             raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)

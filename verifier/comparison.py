@@ -17,7 +17,7 @@ from codecllm.formats.tiling import Tile
 from codecllm.verifier.decoding import Scan, blocks_in_source_order
 from codecllm.verifier.integrity import Progress, in_order
 from codecllm.verifier.report import Stage
-from codecllm.verifier.rounding import code_errors, is_refined
+from codecllm.verifier.rounding import code_errors, is_nearest
 
 _PLAIN_STEP_BYTES = 4 << 20
 
@@ -41,14 +41,14 @@ def check_source(container: Container, source: SourceModel, stage: Stage, worker
             done += source.tensors[name].entry.bytes
             if progress is not None:
                 progress(name, done, total)
-            if is_refined(_stored(container, name)):
-                refined_worst = max(refined_worst, error)
-            else:
+            if is_nearest(_stored(container, name)):
                 worst = max(worst, error)
+            else:
+                refined_worst = max(refined_worst, error)
             for fault in faults:
                 stage.fail(fault)
     int8 = [record for name in names if isinstance(record := _stored(container, name), Int8Tensor)]
-    quantized, otherwise = len(int8), [record.rounding or "" for record in int8 if is_refined(record)]
+    quantized, otherwise = len(int8), [record.rounding or "" for record in int8 if not is_nearest(record)]
     refined, kinds = len(otherwise), ", ".join(sorted(set(otherwise)))
     stage.summary = f"{len(names) - quantized} tensors bit for bit, {quantized - refined} int8 within half a step"
     stage.summary += f" (worst {worst:.6f} of scale / 2)" if quantized > refined else ""

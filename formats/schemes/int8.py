@@ -41,16 +41,22 @@ def channel_scales(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
     return scales
 
 
-def quantize(weights: NDArray[np.float32], scales: NDArray[np.float32], wide: bool = False) -> NDArray[np.signedinteger[Any]]:
+def quantize(
+    weights: NDArray[np.float32], scales: NDArray[np.float32], wide: bool = False, deadzone: float = 0.0
+) -> NDArray[np.signedinteger[Any]]:
     """Returns the codes of finite float32 `weights`: int8, or int16 where `wide`. `scales` (steps) broadcast against them.
 
-    Codes beyond the range, which no conversion makes, come back as its ends.
+    Quotients are moved toward zero by `deadzone`, a float32 value, before they are rounded. Codes beyond the range, which no
+    conversion makes, come back as its ends.
     """
-    with np.errstate(over="ignore"):
-        nearest = np.rint(np.divide(weights, scales, dtype=np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        quotients = np.divide(weights, scales, dtype=np.float32)
+        if deadzone:
+            quotients -= np.copysign(np.float32(deadzone), quotients)
+        rounded = np.rint(quotients)
     if wide:
-        return np.clip(nearest, MIN_WIDE_CODE, MAX_WIDE_CODE).astype(np.int16)
-    return np.clip(nearest, -MAX_CODE, MAX_CODE).astype(np.int8)
+        return np.clip(rounded, MIN_WIDE_CODE, MAX_WIDE_CODE).astype(np.int16)
+    return np.clip(rounded, -MAX_CODE, MAX_CODE).astype(np.int8)
 
 
 def dequantize(codes: NDArray[np.signedinteger], scales: NDArray[np.float32]) -> NDArray[np.float32]:

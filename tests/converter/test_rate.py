@@ -66,6 +66,7 @@ def test_low_rates_have_a_deadzone(tmp_path, made):
         (record,) = report.manifest.tensors
         assert record.rounding == rounding
         assert record.worst_steps == pytest.approx(0.5 + deadzone_at(bits), abs=1e-3)
+        assert np.float32(record.deadzone or 0) == deadzone_at(bits)
         assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
 
 

@@ -174,6 +174,8 @@ def test_a_deadzone_takes_the_smaller_code_where_both_are_nearly_as_near(source,
             near_a_tie = np.abs((np.abs(quotients) - deadzone) % 1 - 0.5) < 1e-5
             assert near_a_tie.mean() < 0.001
             assert (codes == expected)[~near_a_tie].all(), name
+            stored = float(np.float32(tensor.record.deadzone))
+            assert np.array_equal(codes, quantize(weights, sizes, wide=True, deadzone=stored)), "the reference, bit for bit"
             assert 0.5 < tensor.record.worst_steps <= 0.5 + deadzone + 1e-6 or not weights.any()
             assert (np.abs(codes) <= np.abs(quantize(weights, sizes, wide=True))).all()
 

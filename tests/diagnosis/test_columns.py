@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from codecllm.converter import convert
+from codecllm.formats.container import Container
+from codecllm.formats.reference import read_codes
+from codecllm.formats.schemes.int8 import step_sizes
 from codecllm.verifier.diagnosis.diagnosis import diagnose
 from tests.integration import tiny_models
 from tests.stepped import mixed
@@ -33,6 +39,31 @@ def test_the_diagnosis_finds_nothing_in_a_clean_container(source, tmp_path, code
     (stage,) = [stage for stage in report.stages if stage.name == "loaded"]
     replaced = {facts["resident"]: facts["modules_replaced"] for facts in stage.facts["residencies"]}
     assert replaced == {"dense": 0, "int8": 15, "compressed": 16}
+
+
+def test_codes_with_a_deadzone_are_repeated_one_by_one(source, tmp_path):
+    """A weight whose code would be another, though it is within the recorded error of this one, is found."""
+
+    def steps(plan):
+        return replace(mixed(plan), refined=None, codes=None, deadzone=0.125)
+
+    convert(source, tmp_path / "c", include=("*.weight",), exclude=("*norm*",), steps=steps)
+    report = diagnose(tmp_path / "c", str(source), prompts=PROMPTS)
+    assert report.ok, report.conclusion
+    (stage,) = [stage for stage in report.stages if stage.name == "round trip"]
+    assert "otherwise" not in stage.summary
+    name, other = "model.layers.1.self_attn.v_proj.weight", tiny_models.llama(tmp_path / "other")
+    with Container(tmp_path / "c") as container:
+        tensor = container.tensor(name)
+        codes = read_codes(tensor)
+        row, col = (int(place[0]) for place in np.nonzero((codes > 2) & (codes < 8)))
+        step, code = float(step_sizes(tensor.scales, tensor.columns.scales)[row, col]), int(codes[row, col])
+    tensors = load_file(other / "model.safetensors")
+    tensors[name][row, col] = step * (code - 0.45)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    report = diagnose(tmp_path / "c", str(other), prompts=PROMPTS)
+    (stage,) = [stage for stage in report.stages if stage.name == "round trip"]
+    assert [finding.error.tensor for finding in stage.findings] == [name]
 
 
 def test_the_diagnosis_names_the_tensor_that_is_of_another_source(source, tmp_path):

@@ -143,6 +143,13 @@ FLAWS = {
         "rounding",
     ),
     "a rounding of many words": (_manifest(lambda d: _record(d, "q").update(rounding="To Nearest")), SchemaError, "rounding"),
+    "no deadzone": (_manifest(lambda d: _record(d, "q").update(rounding="deadzone")), SchemaError, "deadzone"),
+    "a deadzone where none is": (_manifest(lambda d: _record(d, "q").update(deadzone=0.1)), SchemaError, "deadzone"),
+    "half a step of deadzone": (
+        _manifest(lambda d: _record(d, "q").update(rounding="deadzone", deadzone=0.5)),
+        SchemaError,
+        "deadzone",
+    ),
     "a negative worst error": (_manifest(lambda d: _record(d, "q").update(worst_steps=-1.0)), SchemaError, "worst_steps"),
     "groups without scales": (_drop("col_scale"), SchemaError, "do not fit the tensor"),
     "no checksum of the groups": (

@@ -12,11 +12,12 @@ from codecllm.converter.source import SourceTensor
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.manifest import Int8Tensor
-from codecllm.formats.schemes.int8 import MAX_CODE, channel_scales, quantize
+from codecllm.formats.schemes.int8 import MAX_CODE, channel_scales
 from codecllm.formats.stored_tensor import StoredTensor, tile_steps
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.examination import Examination, asked_steps, decoded_parts, read_weights
 from codecllm.verifier.diagnosis.rows import describe_order, is_attention, permutation, row_digests
+from codecllm.verifier.rounding import repeated
 
 MAX_SHIFT = 64
 """Farthest offset, in elements, at which a shifted buffer is looked for."""
@@ -113,8 +114,8 @@ def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float3
     for part in decoded_parts(tensor, faults):
         codes, tile, weights = part.codes, part.place, read_weights(source, grid, part.place)
         weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
-        expected = quantize(weights, asked_steps(tensor, scales, tile), tensor.wide)
-        own = quantize(weights, tile_steps(tensor, tile), tensor.wide)
+        expected = repeated(weights, asked_steps(tensor, scales, tile), tensor)
+        own = repeated(weights, tile_steps(tensor, tile), tensor)
         counts.elements += codes.size
         counts.fit_expected += int(np.count_nonzero(codes == expected))
         counts.fit_stored += int(np.count_nonzero(codes == own))

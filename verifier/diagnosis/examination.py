@@ -28,7 +28,7 @@ from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
-from codecllm.verifier.rounding import code_errors, is_refined
+from codecllm.verifier.rounding import code_errors, is_repeatable, repeated
 
 Place = tuple[int, int]
 """Row and column of the tensor's matrix."""
@@ -262,9 +262,9 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
         if result.not_finite:
             weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
         result.energy += float(np.square(weights, dtype=np.float64).sum())
-        if not is_refined(record):
+        if is_repeatable(record):
             steps = asked_steps(tensor, result.scales, part.place)
-            _note_difference(result, part.place, codes != quantize(weights, steps, tensor.wide))
+            _note_difference(result, part.place, codes != repeated(weights, steps, tensor))
         else:
             errors, allowed = code_errors(tensor, part.place, codes, words)
             _note_difference(result, part.place, ~(errors <= allowed))

@@ -17,14 +17,14 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
-from codecllm.formats.schemes.int8 import dequantize, quantize
+from codecllm.formats.schemes.int8 import dequantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile, default_grid
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 from codecllm.verifier.diagnosis.examination import Examination, asked_steps, decoded_parts, read_weights, stored_record
-from codecllm.verifier.rounding import is_refined
+from codecllm.verifier.rounding import is_repeatable, repeated
 
 _FLOATS = ("BF16", "F16", "F32")
 
@@ -47,7 +47,7 @@ def requantized_tensors(
 ) -> dict[str, torch.Tensor]:
     """Returns what the container would have to decode to: the source's tensors, quantized again where the container's are.
 
-    A tensor whose codes are not the nearest ones is the container's own: its rounding cannot be repeated.
+    A tensor whose codes do not follow from its steps is the container's own: its rounding cannot be repeated.
     """
     made: dict[str, torch.Tensor] = {}
     for name in container.records:
@@ -55,7 +55,7 @@ def requantized_tensors(
         if isinstance(record, Int8Tensor) and one.scales is not None and not one.not_finite:
             stored = container.tensor(name)
             assert isinstance(stored, StoredTensor)
-            if not is_refined(record):
+            if is_repeatable(record):
                 made[name] = _requantized(stored, tensor, one.scales, dtype)
             else:  # no other rounding can be repeated without what chose it
                 made[name] = _decoded(container, record.name, dtype)
@@ -126,7 +126,7 @@ def _requantized(stored: StoredTensor, tensor: SourceTensor, scales: NDArray[np.
     words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))
     for tile in grid:
         own = asked_steps(stored, scales, tile)
-        codes = quantize(read_weights(tensor, grid, tile), own, stored.wide)
+        codes = repeated(read_weights(tensor, grid, tile), own, stored)
         _put(words, tile, bits_from_float32(dequantize(codes, own), target))
     return _as_torch(words, target, stored.record.shape, dtype)
 

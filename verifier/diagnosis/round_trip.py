@@ -23,7 +23,7 @@ from codecllm.verifier.diagnosis.examination import Examination, examine, place_
 from codecllm.verifier.diagnosis.rows import head_size
 from codecllm.verifier.integrity import Progress, in_order, stored_names
 from codecllm.verifier.report import Stage
-from codecllm.verifier.rounding import is_refined
+from codecllm.verifier.rounding import is_repeatable
 
 MAX_AUTOPSIES = 12
 """Tensors of which a difference is explained one by one; with more of them the explanation is common to all."""
@@ -87,7 +87,7 @@ def check_round_trip(
     right = [isinstance(one.record, Int8Tensor) for one in examined.values() if not one.faults and not one.differs]
     quantized = sum(isinstance(one.record, Int8Tensor) for one in examined.values())
     wrong = {finding.error.message.split("'")[1] for finding in stage.findings if finding.error.message.startswith("back end")}
-    refined = sum(is_refined(one.record) for one in examined.values())
+    refined = sum(not is_repeatable(one.record) for one in examined.values())
     bounded = f" ({refined} rounded otherwise: each code is within the recorded error, no more can be told)" if refined else ""
     equal = ", ".join(one.name for one in back_ends if one.name not in wrong) or "none"
     stage.summary = (
