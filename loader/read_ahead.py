@@ -138,6 +138,8 @@ class ReadAhead:
 
     def _employ(self) -> None:
         """Puts idle threads of the pool to work where there is some; hold the lock."""
+        if self._closed:
+            return
         work = len(self._runs) + len(self._urgent)
         if not work and self._may_begin():
             work = self._pool.workers  # how many runs the next tensors have is not known yet

@@ -171,6 +171,19 @@ def test_closing_lets_nobody_wait():
                 made.result(20)
 
 
+def test_what_was_made_can_be_taken_after_the_end():
+    bench = _Bench()
+    with DecodePool(2) as pool:
+        ahead = ReadAhead(pool, budget=3 * RUN_BYTES)
+        ahead.expect(bench.request(name) for name in range(30))
+        _settled(lambda: bench.decoded)
+        ahead.close()
+    for name in range(3):
+        assert torch.equal(ahead.take(bench.request(name)).result(20), _expected(name))
+    with pytest.raises(RuntimeError, match="has ended"):
+        ahead.take(bench.request(3)).result(20)
+
+
 def test_the_kernel_is_told_ahead_once_for_every_byte(tmp_path, monkeypatch):
     """Tensors of 1 MB in the order of their file, then some far behind and in front."""
     told = []
