@@ -103,12 +103,13 @@ class ReadAhead:
                 expected, self._order[place] = self._order[place], None
                 assert expected is not None
                 request, self._cursor = expected, place + 1
-            self._unmade.add(request)
             if self._closed:
-                self._settle(request, error=_closed_error())
-            else:
-                self._urgent.append(request)
-                self._employ()
+                if not request.made.done():
+                    request.made.set_exception(_closed_error())
+                return request.made
+            self._unmade.add(request)
+            self._urgent.append(request)
+            self._employ()
             return request.made
 
     def drop(self, key: Hashable) -> None:
