@@ -125,13 +125,18 @@ class ZstdCodec:
             return None
 
 
+def _header_bytes(descriptor: int) -> int:
+    """Returns the size of the header of a frame, magic number included, from the byte behind that."""
+    single = descriptor >> 5 & 1
+    return 6 - single + (single, 2, 4, 8)[descriptor >> 6] + (0, 1, 2, 4)[descriptor & 3]
+
+
 def _is_one_frame(stored: memoryview) -> bool:
     """Whether the blocks of a frame without checksum end where its bytes end; `check_frame` accepted its header."""
     descriptor = stored[4]
     if descriptor & 4:
         return False
-    single = descriptor >> 5 & 1
-    at, last = 6 - single + (single, 2, 4, 8)[descriptor >> 6], 0
+    at, last = _header_bytes(descriptor), 0
     while not last:
         if at + 3 > len(stored):
             return False
@@ -162,8 +167,7 @@ def check_frame(stored: Any, raw_bytes: int) -> None:
 def are_alike(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> bool:
     """Whether `check_frame` judges all of some frames as it judges the first; arguments as for `are_plain`, n 1 or more."""
     descriptor = int(heads[0, 4])
-    single = descriptor >> 5 & 1
-    length = 6 - single + (single, 2, 4, 8)[descriptor >> 6] + (0, 1, 2, 4)[descriptor & 3]
+    length = _header_bytes(descriptor)
     head = heads[:, : min(length, HEAD_BYTES)]
     return length <= HEAD_BYTES and bool((head == head[0]).all()) and bool((raw_bytes == raw_bytes[0]).all())
 

@@ -233,14 +233,17 @@ def _error(check, *arguments):
     return None
 
 
+def _coded(container):
+    """Yields every coded tensor and the number of its chunks."""
+    for tensor in map(container.tensor, container.records):
+        if isinstance(tensor, StoredTensor):
+            yield tensor, len(tensor.table.records)
+
+
 def test_chunks_checked_together_fail_as_the_first_that_fails_alone(folder):
     padded = 0
     with Container(folder) as container:
-        for name in container.records:
-            tensor = container.tensor(name)
-            if not isinstance(tensor, StoredTensor):
-                continue
-            count = len(tensor.table.records)
+        for tensor, count in _coded(container):
             slots = np.frombuffer(tensor.read_slots(0, count, bytearray(tensor.slots_bytes(0, count))), np.uint8).copy()
             tensor.check_chunks(0, count, slots)
             for chunk, record in enumerate(tensor.table.chunks):
@@ -262,11 +265,7 @@ def test_chunks_decoded_together_have_the_bytes_of_one_by_one_or_are_left_to_it(
     """Any damage, and anything behind a frame, makes the fast path give up: the slow one says what is wrong."""
     refused, several = set(), 0
     with Container(folder) as container:
-        for name in container.records:
-            tensor = container.tensor(name)
-            if not isinstance(tensor, StoredTensor):
-                continue
-            count = len(tensor.table.records)
+        for tensor, count in _coded(container):
             slots = bytearray(tensor.read_slots(0, count, bytearray(tensor.slots_bytes(0, count))))
             expected = [bytes(sound(one)) for one in tensor.decode_run(0, count, memoryview(slots), 0)]
             assert [bytes(one) for one in tensor.decode_together(0, count, memoryview(slots))] == expected
