@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,16 +23,17 @@ from codecllm.converter.quantize import (
     row_absmax,
 )
 from codecllm.converter.steps import Steps
+from codecllm.converter.wide_codes import choose_low_bits, halves
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, slot_bytes
 from codecllm.formats.codecs import CODEC_IDS, RANS_ID, rans
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
-from codecllm.formats.codecs.zstd import ZstdCodec
+from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
 from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
 from codecllm.formats.errors import UsageError
-from codecllm.formats.schemes.int8 import MAX_CODE, MAX_WIDE_CODE, MAX_WIDE_STEP, MIN_WIDE_CODE, channel_scales, split_codes
+from codecllm.formats.schemes.int8 import MAX_CODE, MAX_WIDE_CODE, MAX_WIDE_STEP, MIN_WIDE_CODE, channel_scales
 from codecllm.formats.tiling import Grid
 
 BLOCK_ELEMENTS = 1 << 20
@@ -104,11 +105,13 @@ class WaitingChunks:
         tables: the table for each plane's chunks (under given steps: of each tile side by side), or None where coding does not
             shrink any of them. Chunk k has table k modulo their number.
         worth: per chunk whether it is expected to shrink.
+        low_bits: of each tile, where codes are wide.
     """
 
     symbols: list[NDArray[np.uint8]]
     tables: list[FrequencyTable | None]
     worth: list[bool]
+    low_bits: Sequence[int] = ()
 
 
 def needs_scale_pass(plan: TensorPlan) -> bool:
@@ -254,14 +257,22 @@ def _encode_steps(plan: TensorPlan, steps: Steps, block: Block, words: Words) ->
     if problem is not None:
         return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
     wide = plan.wide or max(-found.lowest, found.highest) > MAX_CODE
-    groups = _column_tiles(plan.grid, steps, block, codes, wide)
+    bands = _column_tiles(plan.grid, steps, block, codes)
+    low_bits: list[int] = []
+    if wide:
+        whole = list(bands)
+        low_bits = choose_low_bits(whole, plan.codec)
+        bits_of = iter(low_bits)
+        groups = ([half for tile in band for half in halves(tile, next(bits_of))] for band in whole)
+    else:
+        groups = ([tile.astype(np.int8).reshape(-1).view(np.uint8) for tile in band] for band in bands)
     digested = codes.astype("<i2" if wide else np.int8).reshape(-1).view(np.uint8)
     facts: dict[str, Any] = {"worst_error": found.worst_error, "worst_steps": found.worst_steps, "wide": wide and not plan.wide}
     planes = 2 if wide else 1
     if plan.codec == "rans":
-        waiting, parts = _prepare_rans(list(groups))
+        waiting, parts = _prepare_rans(list(groups), low_bits)
         return EncodedBlock([], np.empty(0, RECORD), digested, _per_plane(parts, planes), waiting=waiting, **facts)
-    slots, records, parts = _pack_chunks(groups, wide)
+    slots, records, parts = _pack_chunks(groups, low_bits)
     return EncodedBlock(slots, records, digested, _per_plane(parts, planes), **facts)
 
 
@@ -279,19 +290,15 @@ def _problem(found: Quantized, plan: TensorPlan, steps: Steps, block: Block) -> 
     return None if plan.wide or block.last - block.first == len(plan.grid) else "wide"
 
 
-def _column_tiles(
-    grid: Grid, steps: Steps, block: Block, codes: NDArray[np.int16], wide: bool
-) -> Iterator[list[NDArray[np.uint8]]]:
-    """Yields, for each row of tiles of a block, the planes of its tiles one after another, columns in the stored order."""
+def _column_tiles(grid: Grid, steps: Steps, block: Block, codes: NDArray[np.int16]) -> Iterator[list[NDArray[np.int16]]]:
+    """Yields, for each row of tiles of a block, the codes of its tiles one after another, columns in the stored order."""
     order = steps.order
     for row in range(0, block.rows, grid.tile_rows):
-        band, planes = codes[row : row + grid.tile_rows], []
+        band, tiles = codes[row : row + grid.tile_rows], []
         for col in range(0, grid.cols, grid.tile_cols):
             cols = slice(col, col + grid.tile_cols)
-            tile = band[:, cols] if order is None else band.take(order[cols], axis=1, mode="clip")
-            parts = split_codes(tile) if wide else (tile.astype(np.int8),)
-            planes += [part.reshape(-1).view(np.uint8) for part in parts]
-        yield planes
+            tiles.append(band[:, cols] if order is None else band.take(order[cols], axis=1, mode="clip"))
+        yield tiles
 
 
 def _per_plane(parts: list[float], planes: int) -> list[float]:
@@ -310,22 +317,29 @@ def _tile_slices(grid: Grid, block: Block) -> list[slice]:
 
 
 def _pack_chunks(
-    planes_of: Iterable[list[NDArray[np.uint8]]], wide: bool = False
+    planes_of: Iterable[list[NDArray[np.uint8]]], low_bits: Sequence[int] = ()
 ) -> tuple[list[Any], NDArray[Any], list[float]]:
     """Packs the planes of consecutive tiles; returns slots, records and the entropy estimate of each plane.
 
-    Every second plane is nearly constant where codes are `wide`.
+    `low_bits` is that of each tile, where codes are wide.
     """
-    slots, fields = [], []
+    slots: list[Any] = []
+    fields: list[tuple[Any, ...]] = []
     entropy: list[float] = []
     for planes in planes_of:
         entropy = entropy or [0.0] * len(planes)
         for plane, symbols in enumerate(planes):
-            slot, stored_bytes, codec = _pack_chunk(symbols, sparse=wide and plane % 2 == 1)
+            bits = _low_bits_of(len(fields), low_bits)
+            slot, stored_bytes, codec = _pack_chunk(symbols, sparse=bits >= SPARSE_LOW_BITS)
             slots.append(slot)
-            fields.append((stored_bytes, codec, (0, 0, 0), xxh3(slot)))
+            fields.append((stored_bytes, codec, bits, (0, 0), xxh3(slot)))
             entropy[plane] += estimated_entropy_bits(symbols)
     return slots, np.array(fields, RECORD), entropy
+
+
+def _low_bits_of(chunk: int, low_bits: Sequence[int]) -> int:
+    """Returns what the record of a chunk of the block says."""
+    return low_bits[chunk // 2] if low_bits and chunk % 2 else 0
 
 
 def _pack_chunk(symbols: NDArray[np.uint8], sparse: bool) -> tuple[Any, int, int]:
@@ -346,7 +360,7 @@ def _shrinks(stored_bytes: int, raw_bytes: int) -> bool:
     return stored_bytes < raw_bytes - raw_bytes // _MIN_GAIN
 
 
-def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]]) -> tuple[WaitingChunks, list[float]]:
+def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]], low_bits: Sequence[int] = ()) -> tuple[WaitingChunks, list[float]]:
     """Fits the tables of a block; returns its chunks, ready to be packed, and the entropy of each plane, per chunk, summed."""
     counts = np.array([[np.bincount(symbols, minlength=256) for symbols in planes] for planes in planes_of], np.int64)
     tables: list[FrequencyTable | None] = [fit_table(plane) for plane in counts.sum(axis=0)]
@@ -358,7 +372,7 @@ def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]]) -> tuple[WaitingChun
     ]
     tables = [table if any(worth[plane :: len(tables)]) else None for plane, table in enumerate(tables)]
     entropy = [sum(counted_entropy_bits(chunk) for chunk in plane) for plane in counts.transpose(1, 0, 2)]
-    return WaitingChunks([symbols for planes in planes_of for symbols in planes], tables, worth), entropy
+    return WaitingChunks([symbols for planes in planes_of for symbols in planes], tables, worth, low_bits), entropy
 
 
 def finish_blocks(blocks: list[EncodedBlock]) -> list[EncodedBlock]:
@@ -384,7 +398,7 @@ def _finished(block: EncodedBlock, waiting: WaitingChunks, stored: dict[tuple[in
     for chunk, symbols in enumerate(waiting.symbols):
         slot, stored_bytes, codec = _slot(symbols, stored.get((id(block), chunk)), RANS_ID)
         slots.append(slot)
-        fields.append((stored_bytes, codec, (0, 0, 0), xxh3(slot)))
+        fields.append((stored_bytes, codec, _low_bits_of(chunk, waiting.low_bits), (0, 0), xxh3(slot)))
     records = np.array(fields, RECORD)
     used = (records["codec"].reshape(-1, len(waiting.tables)) == RANS_ID).any(axis=0).tolist()
     tables = [pack_table(table) if table and use else b"" for table, use in zip(waiting.tables, used, strict=True)]

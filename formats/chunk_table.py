@@ -30,7 +30,9 @@ HEADER = np.dtype(
     ]
 )
 _KNOWN_CODECS = np.isin(np.arange(256), list(CODEC_NAMES))
-RECORD = np.dtype([("stored_bytes", "<u4"), ("codec", "u1"), ("reserved", "u1", (3,)), ("xxh3", "<u8")])
+RECORD = np.dtype([("stored_bytes", "<u4"), ("codec", "u1"), ("low_bits", "u1"), ("reserved", "u1", (2,)), ("xxh3", "<u8")])
+
+MAX_LOW_BITS = 8
 
 
 class Chunk(NamedTuple):
@@ -69,6 +71,30 @@ class ChunkTable:
         sizes = (records["stored_bytes"], self.raw_bytes, records["codec"], records["xxh3"])
         columns = (self.offsets[:-1], self.offsets[1:], *sizes)
         return [Chunk._make(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    @cached_property
+    def low_bits(self) -> list[int]:
+        """Of a wide `int8` tensor: per tile, how many bits of its codes plane 0 holds (`schemes.int8.join_codes`)."""
+        found: list[int] = self.records["low_bits"][1 :: self.planes].tolist()
+        return found
+
+    def check_low_bits(self, wide: bool, *, file: str, tensor: str) -> None:
+        """Refuses chunks whose `low_bits` does not fit their tensor: 1 to 8 in plane 1 of a wide one, 0 elsewhere.
+
+        Raises:
+            SchemaError: the first that does not.
+        """
+        got = self.records["low_bits"]
+        least, most = np.zeros(len(got), np.uint8), np.zeros(len(got), np.uint8)
+        if wide:
+            least[1::2], most[1::2] = 1, MAX_LOW_BITS
+        wrong = (got < least) | (got > most)
+        if wrong.any():
+            chunk = int(wrong.argmax())
+            expected = f"{least[chunk]} to {most[chunk]}" if most[chunk] else 0
+            raise SchemaError(
+                "low_bits of the chunk record", file=file, tensor=tensor, chunk=chunk, got=int(got[chunk]), expected=expected
+            )
 
 
 def slot_bytes(stored_bytes: int) -> int:

@@ -178,6 +178,7 @@ class Container:
         table_bytes = self._read_side(file, header, record, "chunks", record.xxh3.chunks)
         table = parse_chunk_table(table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name)
         _check_geometry(record, table, file.name)
+        table.check_low_bits(isinstance(record, Int8Tensor) and record.wide, file=file.name, tensor=record.name)
         shape = self._read_side(file, header, record, "shape", record.xxh3.shape)
         if np.frombuffer(shape, "<i8").tolist() != record.shape:
             raise LayoutError("stored shape differs from the manifest", file=file.name, tensor=record.name)

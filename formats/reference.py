@@ -14,7 +14,7 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import Int8Tensor
-from codecllm.formats.schemes.int8 import dequantize, join_codes
+from codecllm.formats.schemes.int8 import dequantize, join_codes, split_codes
 from codecllm.formats.schemes.lossless import join_planes
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, sound, tile_steps
 from codecllm.formats.tiling import Tile
@@ -23,7 +23,10 @@ _RANS_SYMBOLS = 1 << 20
 
 
 def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
-    """Decodes all chunks of a tensor; returns one uint8 [rows, cols] matrix of symbols per plane, columns as in the source."""
+    """Decodes all chunks of a tensor; returns one uint8 [rows, cols] matrix of symbols per plane, columns as in the source.
+
+    Of a wide tensor the planes are the low and the high byte of its codes, whatever `low_bits` its chunks have.
+    """
     grid, planes = tensor.table.grid, tensor.table.planes
     matrices = [np.empty((grid.rows, grid.cols), np.uint8) for _ in range(planes)]
     for tiles in runs(tensor):
@@ -58,7 +61,7 @@ def _decoded_parts(tensor: StoredTensor, tiles: range) -> Iterator[tuple[Tile, l
 
 
 def join_chunks(tensor: StoredTensor, start: int, chunks: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-    """Returns the planes, uint8 [rows, cols] as in the source, of the `tiles_together` tiles from `start` on.
+    """Returns the planes, uint8 [rows, cols] as in `read_symbols`, of the `tiles_together` tiles from `start` on.
 
     Args:
         tensor: the tensor.
@@ -67,10 +70,15 @@ def join_chunks(tensor: StoredTensor, start: int, chunks: list[NDArray[np.uint8]
     """
     part, planes = tensor.part(start), tensor.table.planes
     stored = [np.empty((part.rows, part.cols), np.uint8) for _ in range(planes)]
-    for number, symbols in enumerate(chunks):
-        tile = tensor.table.grid.tile(start + number // planes)
+    for number in range(tensor.tiles_together):
+        tile = tensor.table.grid.tile(start + number)
         left = tile.col - part.col
-        stored[number % planes][:, left : left + tile.cols] = symbols.reshape(tile.rows, tile.cols)
+        own = chunks[number * planes : (number + 1) * planes]
+        if tensor.wide:
+            codes = join_codes(own[0].view(np.int8), own[1].view(np.int8), tensor.table.low_bits[start + number])
+            own = [half.view(np.uint8) for half in split_codes(codes, 8)]
+        for plane, symbols in zip(stored, own, strict=True):
+            plane[:, left : left + tile.cols] = symbols.reshape(tile.rows, tile.cols)
     return [_in_order(tensor, plane) for plane in stored]
 
 
@@ -85,7 +93,7 @@ def _in_order(tensor: StoredTensor, stored: NDArray[np.uint8]) -> NDArray[np.uin
 
 def _codes(planes: list[NDArray[np.uint8]]) -> NDArray[np.signedinteger]:
     low = planes[0].view(np.int8)
-    return low if len(planes) == 1 else join_codes(low, planes[1].view(np.int8))
+    return low if len(planes) == 1 else join_codes(low, planes[1].view(np.int8), 8)
 
 
 def read_codes(tensor: StoredTensor) -> NDArray[np.signedinteger]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ from codecllm.formats.manifest import (
 from codecllm.formats.rans_groups import GroupTables
 from codecllm.formats.schemes.int8 import check_codes, step_sizes
 from codecllm.formats.tiling import Tile, channel_matrix, last_axis_matrix
+
+_Symbols = TypeVar("_Symbols", np.uint8, np.int16)
 
 Decoded = NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError
 """What became of a chunk: its symbols, or why there are none."""
@@ -115,8 +117,8 @@ class StoredTensor:
         found = self.table.grid.tile(tile)
         return found if self.tiles_together == 1 else Tile(found.row, 0, found.rows, self.table.grid.cols)
 
-    def in_order(self, part: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Returns symbols [rows, cols] of whole rows, given with the columns as they are stored, in the source's order.
+    def in_order(self, part: NDArray[_Symbols], out: NDArray[_Symbols] | None = None) -> NDArray[_Symbols]:
+        """Returns symbols or codes [rows, cols] of whole rows, given with columns as they are stored, in the source's order.
 
         Args:
             part: the symbols; what is returned where columns are stored in the source's order.

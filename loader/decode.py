@@ -30,6 +30,9 @@ BLOCK_ELEMENTS = 1 << 20
 CODES, WIDE_CODES = "I8", "I16"
 """Targets that ask for the codes of an `int8` tensor instead of its weights: int8, or int16 of a wide one."""
 
+Plane = NDArray[Any]
+"""Symbols of a plane, uint8, or the codes of a wide tensor, int16."""
+
 _TORCH_ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -75,7 +78,7 @@ def payload_span(tensor: StoredTensor, tiles: range) -> tuple[int, int]:
     return tensor.offset + begin, end - begin
 
 
-def read_tiles(tensor: StoredTensor, tiles: range, workspace: Workspace) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
+def read_tiles(tensor: StoredTensor, tiles: range, workspace: Workspace) -> Iterator[tuple[Tile, list[Plane]]]:
     """Reads a run of tiles with one read; yields each rectangle of the source with its verified, decoded planes.
 
     Args:
@@ -84,8 +87,8 @@ def read_tiles(tensor: StoredTensor, tiles: range, workspace: Workspace) -> Iter
         workspace: the calling thread's.
 
     Yields:
-        The rectangle (a tile, or whole rows), and per plane its uint8 [rows, cols] symbols, columns in the source's order;
-        read-only, valid until the next step.
+        The rectangle (a tile, or whole rows), and per plane its uint8 [rows, cols] symbols, columns in the source's order; of a
+        wide tensor its codes instead, int16 [rows, cols]. Read-only, valid until the next step.
 
     Raises:
         FormatError: a chunk is damaged; it was not given to a decoder.
@@ -99,16 +102,14 @@ def read_run(tensor: StoredTensor, tiles: range, workspace: Workspace) -> memory
     return tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
 
 
-def tiles_of(
-    tensor: StoredTensor, tiles: range, slots: memoryview, workspace: Workspace
-) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
+def tiles_of(tensor: StoredTensor, tiles: range, slots: memoryview, workspace: Workspace) -> Iterator[tuple[Tile, list[Plane]]]:
     """Verifies and decodes a run of tiles whose slots lie in memory; yields and raises as `read_tiles`."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     together = tensor.decode_together(first, last, slots)
-    if together is not None and tensor.table.grid.across == 1 and not tensor.permuted:
+    if together is not None and tensor.table.grid.across == 1 and not tensor.permuted and not tensor.wide:
         whole = _rows_of(tensor, tiles)
-        gathered = [_gather(together[plane::planes], whole, workspace, plane) for plane in range(planes)]
+        gathered: list[Plane] = [_gather(together[plane::planes], whole, workspace, plane) for plane in range(planes)]
         if tensor.scales is None or codes_hold(gathered[-1].view(np.int8)):
             yield whole, gathered
             return
@@ -144,11 +145,11 @@ def _gather(parts: list[memoryview], whole: Tile, workspace: Workspace, plane: i
     return gathered
 
 
-def join_tiles(
-    tensor: StoredTensor, start: int, decoded: Iterator[NDArray[np.uint8]], workspace: Workspace
-) -> list[NDArray[np.uint8]]:
-    """Takes the symbols of `tiles_together` tiles from `start` on; returns planes [rows, cols] in the source's order."""
+def join_tiles(tensor: StoredTensor, start: int, decoded: Iterator[NDArray[np.uint8]], workspace: Workspace) -> list[Plane]:
+    """Takes the symbols of `tiles_together` tiles from `start` on; returns what `read_tiles` yields for them."""
     planes, part = tensor.table.planes, tensor.part(start)
+    if tensor.wide:
+        return [_join_wide(tensor, start, decoded, workspace)]
     if tensor.tiles_together == 1 and not tensor.permuted:
         return [symbols.reshape(part.rows, part.cols) for symbols in islice(decoded, planes)]
     stored = [workspace.scratch(part.rows, part.cols, np.uint8, plane) for plane in range(planes)]
@@ -160,6 +161,24 @@ def join_tiles(
         return stored
     ordered = [workspace.scratch(part.rows, part.cols, np.uint8, planes + plane) for plane in range(planes)]
     return [tensor.in_order(plane, out) for plane, out in zip(stored, ordered, strict=True)]
+
+
+def _join_wide(
+    tensor: StoredTensor, start: int, decoded: Iterator[NDArray[np.uint8]], workspace: Workspace
+) -> NDArray[np.int16]:
+    """Returns the codes of `tiles_together` tiles of a wide tensor, [rows, cols] in the source's order."""
+    part = tensor.part(start)
+    stored: NDArray[np.int16] = workspace.scratch(part.rows, part.cols, np.int16)
+    for index in range(start, start + tensor.tiles_together):
+        tile = tensor.table.grid.tile(index)
+        low, high = (symbols.view(np.int8).reshape(tile.rows, tile.cols) for symbols in islice(decoded, 2))
+        codes = stored[:, tile.col - part.col : tile.col - part.col + tile.cols]
+        np.copyto(codes, high)
+        np.multiply(codes, np.int16(1 << tensor.table.low_bits[index]), out=codes)  # a shift has half the speed
+        np.add(codes, low, out=codes)
+    if not tensor.permuted:
+        return stored
+    return tensor.in_order(stored, workspace.scratch(part.rows, part.cols, np.int16, 1))
 
 
 def decode_tiles(
@@ -187,7 +206,7 @@ def decode_tiles(
 def write_tile(
     tensor: StoredTensor,
     tile: Tile,
-    planes: list[NDArray[np.uint8]],
+    planes: list[Plane],
     out: NDArray[Any],
     target: str,
     workspace: Workspace,
@@ -202,20 +221,11 @@ def write_tile(
         if not isinstance(tensor.record, Int8Tensor):
             join_planes(parts, DTYPES[tensor.record.dtype], out[rows, cols], workspace)
             continue
-        codes = [part.view(np.int8) for part in parts]
+        codes = parts[0] if tensor.wide else parts[0].view(np.int8)
         if target in (CODES, WIDE_CODES):
-            _write_codes(codes, out[rows, cols])
+            np.copyto(out[rows, cols].view(f"i{out.itemsize}"), codes)
             continue
         dequantize(codes, _steps(tensor, tile, rows, cols, workspace), out[rows, cols], target, workspace)
-
-
-def _write_codes(codes: list[NDArray[np.int8]], out: NDArray[Any]) -> None:
-    """Writes codes of one plane into int8 words, of two into int16 words."""
-    target = out.view(f"i{out.itemsize}")
-    np.copyto(target, codes[-1])
-    if len(codes) == 2:
-        np.left_shift(target, 8, out=target)
-        np.add(target, codes[0], out=target)
 
 
 def _steps(tensor: StoredTensor, tile: Tile, rows: slice, cols: slice, workspace: Workspace) -> NDArray[np.float32]:
@@ -231,24 +241,18 @@ def _steps(tensor: StoredTensor, tile: Tile, rows: slice, cols: slice, workspace
     return steps
 
 
-def dequantize(
-    codes: list[NDArray[np.int8]], steps: NDArray[np.float32], out: NDArray[Any], target: str, workspace: Workspace
-) -> None:
+def dequantize(codes: NDArray[Any], steps: NDArray[np.float32], out: NDArray[Any], target: str, workspace: Workspace) -> None:
     """Writes fl32(code * step), rounded once (ties to even) to `target`.
 
     Args:
-        codes: int8 [rows, cols]: the codes, or the low and the high part of wide ones.
+        codes: int8 or int16 [rows, cols].
         steps: float32, broadcasts against `codes`.
         out: unsigned words [rows, cols] of the target's size; receives bit patterns.
         target: `BF16`, `F16` or `F32`.
         workspace: the calling thread's.
     """
-    low, *high = codes
-    values = out.view(np.float32) if target == "F32" else workspace.scratch(low.shape[0], low.shape[1], np.float32)
-    np.copyto(values, high[0] if high else low)
-    if high:  # exact: sixteen bits fit a float32
-        np.multiply(values, np.float32(256), out=values)
-        np.add(values, low, out=values)
+    values = out.view(np.float32) if target == "F32" else workspace.scratch(codes.shape[0], codes.shape[1], np.float32)
+    np.copyto(values, codes)  # exact: sixteen bits fit a float32
     # torch multiplies rows by their steps twice as fast as numpy and rounds float32 four to twenty times as fast; tests
     # compare all ties with the reference.
     products = torch.from_numpy(values).mul_(torch.from_numpy(steps if steps.flags.writeable else steps.copy()))

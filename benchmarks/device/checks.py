@@ -74,14 +74,15 @@ def _dequantized(machine: Machine, grid: Grid, name: str, rng: np.random.Generat
     rows = np.exp(rng.uniform(-87, 70, grid.rows)).astype(np.float32)
     cols = np.exp(rng.uniform(-3, 3, grid.cols)).astype(np.float32) if moved or wide else None
     order = rng.permutation(grid.cols).astype(np.int32) if moved else None
-    codes = low.astype(np.float32) + (np.float32(256) * high if wide else 0)
+    codes = low.astype(np.float32) + (np.float32(8) * high if wide else 0)
     with np.errstate(over="ignore"):
         steps = rows[:, None] if cols is None else rows[:, None] * cols[None]
         wanted = bits_from_float32(codes.astype(np.float32) * steps, name)
     stored = [in_tiles(part if order is None else part[:, order], grid, machine.device) for part in (low, high)]
     there = [None if part is None else torch.from_numpy(part).to(machine.device) for part in (rows, cols, order)]
     out = torch.zeros(grid.rows, grid.cols, dtype=_DTYPES[name], device=machine.device)
-    dequantize_int8(stored[0], stored[1] if wide else None, grid, *there, "row", out)
+    low_bits = torch.full((len(grid),), 3, dtype=torch.int32, device=machine.device) if wide else None
+    dequantize_int8(stored[0], stored[1] if wide else None, low_bits, grid, *there, "row", out)
     codes_out = torch.zeros(grid.rows, grid.cols, dtype=torch.int8, device=machine.device)
     untile_codes(stored[0], grid, codes_out, there[2])
     return _same(out, wanted) and _same(codes_out, low)

@@ -30,7 +30,8 @@ def elements(machine: Machine) -> Iterator[Row]:
             own = planes[: DTYPES[name].planes]
 
             def dequantize(high, grid, col_scale, order, out=out, low=planes[0], row_scale=row_scale) -> None:  # type: ignore[no-untyped-def]
-                dequantize_int8(low, high, grid, row_scale, col_scale, order, "row", out)
+                low_bits = None if high is None else torch.full((len(grid),), 3, dtype=torch.int32, device=high.device)
+                dequantize_int8(low, high, low_bits, grid, row_scale, col_scale, order, "row", out)
 
             cases: list[tuple[str, int, Callable[[], None]]] = [
                 (f"assemble {name}", len(own), partial(assemble_lossless, own, whole, DTYPES[name], out)),

@@ -4,9 +4,9 @@ Weights have a skewed distribution but hardly a repeated string, so the gain is 
 match that is found costs more than it saves. Strategy `fast` with min_match 7 and a hash table of 64 entries finds almost none:
 0.05 to 0.08 bit above the order-0 entropy, where levels 1 to 19 waste up to 0.5 bit on low-entropy symbols.
 
-The high plane of wide codes is another matter: nearly all of it is zero, and runs of zeros are matches. `btultra` chooses them
-by what they cost: 0.078 bit a symbol where `fast` takes 0.128 and the order-0 entropy is 0.121 (codes of 7 bits), 0.32 for 0.42
-and 0.33 (8 bits), at a thirtieth of the speed.
+The high plane of wide codes is another matter where their low plane holds most bits: nearly all of it is zero, and runs of
+zeros are matches. `btultra` chooses them by what they cost: 0.078 bit a symbol where `fast` takes 0.128 and the order-0 entropy
+is 0.121, at a thirtieth of the speed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ _RUN_LENGTH_BLOCK = 1
 HEAD_BYTES = 14
 """Longest header of a frame without dictionary."""
 
+SPARSE_LOW_BITS = 5
+"""High planes of chunks with that many `low_bits` or more may be nearly constant."""
+
 SPARSE_SHARE = 512
-"""A nearly constant plane whose frame is longer than 1/512 of it is packed with strategy `btultra` too."""
+"""Such a plane whose frame is longer than 1/512 of it is packed with strategy `btultra` too."""
 
 
 def _parameters(strategy: int, **sizes: int) -> zstandard.ZstdCompressionParameters:

@@ -7,7 +7,7 @@
 The semantics are those of channel-wise symmetric int8 in compressed-tensors, so nothing is lost in going there.
 
 Where a tensor has a scale for each column too, the step of element (r, c) is fl32(row_scale[r] * col_scale[c]) and takes the
-place of scale_c. Where it is wide, its codes have 16 bits in two planes: code = low + 256 * high.
+place of scale_c. Where it is wide, its codes have 16 bits in two planes: code = low + 2**low_bits * high.
 """
 
 from __future__ import annotations
@@ -71,15 +71,18 @@ def step_sizes(row_scales: NDArray[np.float32], col_scales: NDArray[np.float32] 
     return np.multiply(row_scales[:, None], col_scales[None, :], dtype=np.float32)
 
 
-def split_codes(codes: NDArray[np.int16]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Returns the low and the high plane of int16 codes, int8 of the same shape: low is the code modulo 256, signed."""
-    low = codes.astype(np.int8)
-    return low, ((codes - low) >> 8).astype(np.int8)  # within int16 for every code of the range
+def split_codes(codes: NDArray[np.int16], low_bits: int) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """Returns the low and the high plane of int16 codes, int8 of the same shape.
+
+    low is the code modulo 2**low_bits (1 to 8), in [-2**(low_bits - 1), 2**(low_bits - 1)); high is the rest, which must fit.
+    """
+    low = codes << (16 - low_bits) >> (16 - low_bits)
+    return low.astype(np.int8), ((codes - low) >> low_bits).astype(np.int8)  # within int16 for every code of the range
 
 
-def join_codes(low: NDArray[np.int8], high: NDArray[np.int8]) -> NDArray[np.int16]:
-    """Returns low + 256 * high, int16 of the same shape."""
-    return low.astype(np.int16) + (high.astype(np.int16) << 8)
+def join_codes(low: NDArray[np.int8], high: NDArray[np.int8], low_bits: int) -> NDArray[np.int16]:
+    """Returns low + 2**low_bits * high, int16 of the same shape."""
+    return low.astype(np.int16) + (high.astype(np.int16) << low_bits)
 
 
 def codes_hold(codes: NDArray[np.int8]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.formats.tiling import Grid
 from codecllm.loader.torch_tensors import TORCH_DTYPES
 
+_Side = TypeVar("_Side", NDArray[Any], torch.Tensor)
 _FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 
@@ -30,22 +31,36 @@ def side_arrays(source: StoredTensor, rows: tuple[int, int]) -> list[NDArray[Any
     """Returns what kernels need beside the symbols of an `int8` tensor's rows, each of four-byte items; nothing for others.
 
     Float32 scales, one per row of these or one per column; where columns have them, float32 and int32 [columns]: their scales
-    and, if it is not the source's, their order.
+    and, if it is not the source's, their order; of wide codes int32 [tiles], how many of their bits the low plane holds.
 
     Args:
         source: the tensor.
-        rows: first row and number of rows.
+        rows: first row and number of rows: whole bands of tiles.
     """
     record = source.record
     if not isinstance(record, Int8Tensor):
         return []
     assert source.scales is not None
-    found: list[NDArray[Any]] = [source.scales if record.channel_kind == "column" else source.scales[rows[0] : sum(rows)]]
+    found: list[NDArray[Any]] = [source.scales]
     if source.columns is not None:
         found.append(source.columns.scales)
         if source.columns.order is not None:
             found.append(source.columns.order)
-    return found
+    if source.wide:
+        found.append(np.array(source.table.low_bits, np.int32))
+    return sides_of_rows(source, found, rows)
+
+
+def sides_of_rows(source: StoredTensor, sides: list[_Side], rows: tuple[int, int]) -> list[_Side]:
+    """Returns `side_arrays` of some rows from those of all rows, on the host or on a device."""
+    record, own = source.record, list(sides)
+    if isinstance(record, Int8Tensor) and record.channel_kind == "row":
+        own[0] = own[0][rows[0] : sum(rows)]
+    if source.wide:
+        grid = source.table.grid
+        first, last = rows[0] // grid.tile_rows, -(-sum(rows) // grid.tile_rows)
+        own[-1] = own[-1][first * grid.across : last * grid.across]
+    return own
 
 
 def finish_bands(
@@ -66,14 +81,15 @@ def finish_bands(
     whole = source.table.grid
     grid = Grid(rows[1], whole.cols, whole.tile_rows, whole.tile_cols)
     if isinstance(source.record, Int8Tensor):
-        scale, col_scale, order = [*sides, None, None][:3]
+        low_bits = sides[-1] if source.wide else None
+        scale, col_scale, order = [*sides[: -1 if source.wide else None], None, None][:3]
         assert scale is not None
         if out.dtype == torch.int8:
             untile_codes(planes[0], grid, out, order)
             return
         high = planes[1] if source.wide else None
         with _as_dtype(out, out.dtype if out.dtype in _FLOATS else torch.float32) as target:
-            dequantize_int8(planes[0], high, grid, scale, col_scale, order, source.record.channel_kind, target)
+            dequantize_int8(planes[0], high, low_bits, grid, scale, col_scale, order, source.record.channel_kind, target)
     else:
         with _as_dtype(out, TORCH_DTYPES[source.record.dtype]) as target:
             assemble_lossless(planes, grid, DTYPES[source.record.dtype], target)

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
-from codecllm.formats.manifest import Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.compressed_modules import CodedMatrix
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_bytes, plane_places
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.feed import DeviceFeed
-from codecllm.loader.device.finish import finish_bands, side_arrays, to_device
+from codecllm.loader.device.finish import finish_bands, side_arrays, sides_of_rows, to_device
 from codecllm.loader.device.plan import aligned, band_rows
 from codecllm.loader.device.streams import Event, Streams
 
@@ -271,9 +270,7 @@ class DeviceDecoder:
             for block, planes, out in zip(group.blocks, group.planes, outs, strict=True):
                 source, symbols = block.tensor.stored, block.elements
                 row, rows = band_rows(source, block.bands)
-                sides = list(block.tensor.sides)
-                if isinstance(source.record, Int8Tensor) and source.record.channel_kind == "row":
-                    sides[0] = sides[0][row : row + rows]
+                sides = sides_of_rows(source, block.tensor.sides, (row, rows))
                 arenas = [self._arena[place : place + symbols] for place in planes]
                 finish_bands(source, (row, rows), arenas, sides, out)
 

@@ -15,6 +15,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def dequantize_int8(
     low: torch.Tensor,
     high: torch.Tensor | None,
+    low_bits: torch.Tensor | None,
     grid: Grid,
     row_scale: torch.Tensor,
     col_scale: torch.Tensor | None,
@@ -24,7 +25,7 @@ def dequantize_int8(
 ) -> None:
     """Writes weights from codes.
 
-        code = low, or low + 256 * high        step = row_scale[r], col_scale[c] or fl32(row_scale[r] * col_scale[c])
+        code = low, or low + 2**low_bits * high        step = row_scale[r], col_scale[c] or fl32(row_scale[r] * col_scale[c])
         weight = cast(fl32(code * step))
 
     One product, rounded to float32, then one rounding to the output's type, ties to even: nothing is added to a product, so no
@@ -34,6 +35,7 @@ def dequantize_int8(
     Args:
         low: uint8 [rows * cols]: the codes, int8, in the order of the tiles; of wide codes the low part.
         high: uint8 [rows * cols]: the high part of wide codes, int8, else None.
+        low_bits: int32 [tiles], where `high` is given: how many bits of its codes the low part of each tile holds.
         grid: the tiles.
         row_scale: float32, one per channel: [rows], or [cols] if `kind` is `column`.
         col_scale: float32 [cols] in the source's order, or None; only if `kind` is `row`.
@@ -48,12 +50,14 @@ def dequantize_int8(
         if plane is not None:
             check_plane(plane, grid, out)
     channels = grid.rows if kind == "row" else grid.cols
-    wanted = [(row_scale, channels), (col_scale, grid.cols), (col_order, grid.cols)]
+    wanted = [(row_scale, channels), (col_scale, grid.cols), (col_order, grid.cols), (low_bits, len(grid))]
     if out.dtype not in _DTYPES or any(tensor is not None and tensor.numel() != size for tensor, size in wanted):
         raise ValueError(f"scales or output do not fit {grid}")
+    if (high is None) != (low_bits is None):
+        raise ValueError("codes have both a high part and low_bits, or neither")
     if kind == "column" and col_scale is not None:
         raise ValueError("columns that are channels have one scale each")
-    _launch(low, high, grid, row_scale, col_scale, col_order, kind, out)
+    _launch(low, high, low_bits, grid, row_scale, col_scale, col_order, kind, out)
 
 
 def untile_codes(low: torch.Tensor, grid: Grid, out: torch.Tensor, col_order: torch.Tensor | None = None) -> None:
@@ -65,12 +69,13 @@ def untile_codes(low: torch.Tensor, grid: Grid, out: torch.Tensor, col_order: to
     check_plane(low, grid, out)
     if out.dtype != torch.int8 or (col_order is not None and col_order.numel() != grid.cols):
         raise ValueError(f"output or order do not fit {grid}")
-    _launch(low, None, grid, None, None, col_order, "row", out)
+    _launch(low, None, None, grid, None, None, col_order, "row", out)
 
 
 def _launch(
     low: torch.Tensor,
     high: torch.Tensor | None,
+    low_bits: torch.Tensor | None,
     grid: Grid,
     row_scale: torch.Tensor | None,
     col_scale: torch.Tensor | None,
@@ -92,6 +97,7 @@ def _launch(
     _dequantize_kernel[(blocks.count,)](
         low,
         low if high is None else high,
+        low if low_bits is None else low_bits,
         low if row_scale is None else row_scale,
         low if col_scale is None else col_scale,
         low if places is None else places,
@@ -99,6 +105,7 @@ def _launch(
         *blocks.geometry,
         grid.tile_rows,
         grid.tile_cols,
+        grid.across,
         WIDE_CODES=high is not None,
         BY_ROW=row_scale is not None,
         BY_COL=col_scale is not None,
@@ -127,6 +134,7 @@ def _round_to_bfloat16(values):
 def _dequantize_kernel(
     low,
     high,
+    low_bits,
     row_scale,
     col_scale,
     places,
@@ -140,6 +148,7 @@ def _dequantize_kernel(
     wide,
     stored_tile_rows,
     stored_tile_cols,
+    stored_across,
     WIDE_CODES: tl.constexpr,
     BY_ROW: tl.constexpr,
     BY_COL: tl.constexpr,
@@ -156,6 +165,7 @@ def _dequantize_kernel(
     along = tl.arange(0, BLOCK_COLS)[None, :]
     inside = (down < height) & (along < breadth)
     index = down * width + along
+    stored = col + along
     if MOVED:
         # Blocks were cut as if tiles were rows as wide as the matrix; which tile holds an element depends on its column.
         tile_row = row // stored_tile_rows * stored_tile_rows
@@ -169,9 +179,11 @@ def _dequantize_kernel(
     if BY_ROW or BY_COL:
         value = code.to(tl.float32)
         if WIDE_CODES:
-            value = (
-                tl.load(high + place + index, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.int32) * 256 + code
-            ).to(tl.float32)
+            # Blocks may span tiles that follow each other in the source's order: each element looks its own up.
+            tile = (row + down) // stored_tile_rows * stored_across + stored // stored_tile_cols
+            bits = tl.load(low_bits + tile, mask=inside, other=0)
+            rest = tl.load(high + place + index, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.int32)
+            value = ((rest << bits) + code).to(tl.float32)
         if BY_ROW:
             step = tl.load(row_scale + row + down, mask=down < height, other=0.0)
             if BY_COL:

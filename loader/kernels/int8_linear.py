@@ -189,7 +189,7 @@ def _by_panels(flat, codes, scale, bias, out, way):
         last = min(first + step, rows)
         panel = scratch[: last - first]
         grid = Grid(last - first, cols, last - first, max(cols, 1))
-        dequantize_int8(low[first * cols : last * cols], None, grid, scale[first:last], None, None, "row", panel)
+        dequantize_int8(low[first * cols : last * cols], None, None, grid, scale[first:last], None, None, "row", panel)
         if bias is None:
             torch.mm(flat, panel.t(), out=out[:, first:last])
         else:

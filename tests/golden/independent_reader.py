@@ -65,7 +65,7 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
     for side, checksum in record["xxh3"].items():
         assert _xxh3(shard[f"{name}_{side}"]) == checksum
     assert list(struct.unpack(f"<{len(record['shape'])}q", shard[name + "_shape"])) == record["shape"]
-    rows, cols, planes = _read_planes(record, shard[name + "_chunks"], payload, shard.get(name + "_tables", b""))
+    rows, cols, planes, low_bits = _read_planes(record, shard[name + "_chunks"], payload, shard.get(name + "_tables", b""))
     if record["scheme"] == "lossless":
         assert (rows, cols) == (prod(record["shape"][:-1]), record["shape"][-1])
         data = _join(planes, record["dtype"])
@@ -73,8 +73,9 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
         return data
     scales, factors = (_widened(shard.get(name + side, b""), record) for side in ("_scale", "_col_scale"))
     if name + "_col_group" in shard:
-        planes = [_in_order(plane, cols, shard[name + "_col_group"]) for plane in planes]
-    codes = _codes(planes)
+        groups = shard[name + "_col_group"]
+        planes, low_bits = ([_in_order(plane, cols, groups) for plane in some] for some in (planes, low_bits))
+    codes = _codes(planes, low_bits[-1])
     packed = struct.pack(f"<{len(codes)}{'b' if len(planes) == 1 else 'h'}", *codes)
     assert hashlib.sha256(packed + scales + factors).hexdigest() == record["digest"]
     columns = struct.unpack(f"<{cols}f", factors) if factors else None
@@ -99,28 +100,31 @@ def _in_order(plane: bytes, cols: int, groups: bytes) -> bytes:
     return bytes(source)
 
 
-def _codes(planes: list[bytes]) -> list[int]:
-    """[7.3] Signed bytes, or low + 256 * high."""
+def _codes(planes: list[bytes], low_bits: bytes) -> list[int]:
+    """[7.3] Signed bytes, or low + 2^low_bits * high."""
     low, *high = ([byte - 256 if byte > 127 else byte for byte in plane] for plane in planes)
     assert -128 not in (high[0] if high else low)
-    return low if not high else [a + 256 * b for a, b in zip(low, high[0], strict=True)]
+    return low if not high else [a + (b << bits) for a, b, bits in zip(low, high[0], low_bits, strict=True)]
 
 
-def _read_planes(record: dict[str, Any], table: bytes, payload: bytes, group_tables: bytes) -> tuple[int, int, list[bytes]]:
-    """[5] Returns the matrix and one row-major stream of symbols per plane."""
+def _read_planes(
+    record: dict[str, Any], table: bytes, payload: bytes, group_tables: bytes
+) -> tuple[int, int, list[bytes], list[bytes]]:
+    """[5] Returns the matrix, one row-major stream of symbols per plane, and one of the low_bits of their chunks per plane."""
     magic, version, count, reserved, rows, cols, tile_rows, tile_cols = struct.unpack_from("<4sBBHQQII", table)
     assert (magic, version, reserved, count) == (b"CLCT", 1, 0, len(record["planes"]))
     assert [tile_rows, tile_cols] == record["tile"]
-    planes = [bytearray(rows * cols) for _ in range(count)]
+    planes, low_bits = ([bytearray(rows * cols) for _ in range(count)] for _ in range(2))
     frequencies = _group_tables(group_tables, count, -(-rows // tile_rows), -(-cols // tile_cols)) if group_tables else {}
     used = set()
     chunk, position = 0, 0
     for row, height, col, width in _tiles(rows, cols, tile_rows, tile_cols):
         for number, plane in enumerate(planes):
-            stored_bytes, codec, reserved, checksum = struct.unpack_from("<IB3sQ", table, 32 + 16 * chunk)
+            stored_bytes, codec, bits, reserved, checksum = struct.unpack_from("<IBB2sQ", table, 32 + 16 * chunk)
             slot = payload[position : position + (stored_bytes + 15) // 16 * 16]
             assert xxhash.xxh3_64_intdigest(slot) == checksum
-            assert reserved == b"\0\0\0"
+            assert reserved == b"\0\0"
+            assert 1 <= bits <= 8 if record["scheme"] == "int8" and number == 1 else bits == 0
             assert not any(slot[stored_bytes:])
             symbols = slot[:stored_bytes]
             if codec == 1:  # [6]
@@ -133,10 +137,11 @@ def _read_planes(record: dict[str, Any], table: bytes, payload: bytes, group_tab
             for line in range(height):
                 start = (row + line) * cols + col
                 plane[start : start + width] = symbols[line * width : (line + 1) * width]
+                low_bits[number][start : start + width] = bytes([bits]) * width
             chunk, position = chunk + 1, position + len(slot)
     assert (len(table), len(payload)) == (32 + 16 * chunk, position)
     assert used == {id(f) for f in frequencies.values()}
-    return rows, cols, [bytes(plane) for plane in planes]
+    return rows, cols, [bytes(plane) for plane in planes], [bytes(bits) for bits in low_bits]
 
 
 def _group_tables(data: bytes, planes: int, down: int, across: int) -> dict[tuple[int, int, int], list[int]]:

@@ -168,11 +168,14 @@ def test_the_other_reader_shares_no_code():
 
 def test_golden_containers_hold_every_scheme_codec_and_dtype():
     schemes, codecs, dtypes, kinds, features, roundings, sides = set(), set(), set(), set(), set(), set(), set()
+    low_bits = set()
     for version, name in CONTAINERS:
         with Container(HERE / version / name) as container:
             features |= set(container.manifest.required_features)
             for record in container.manifest.tensors:
                 roundings.add(getattr(record, "rounding", None))
+                if getattr(record, "wide", False):
+                    low_bits |= set(container.tensor(record.name).table.low_bits)
                 schemes.add(record.scheme)
                 if record.scheme == "int8":
                     sides.add((record.scale_dtype, record.xxh3.col_scale is not None, record.xxh3.col_group is not None))
@@ -183,6 +186,7 @@ def test_golden_containers_hold_every_scheme_codec_and_dtype():
     assert codecs == {"raw", "zstd", "rans"}
     assert dtypes == {name for name, dtype in DTYPES.items() if dtype.planes}
     assert kinds == {"row", "column"}
+    assert len(low_bits) > 1
     assert features == KNOWN_FEATURES
     assert roundings == {None, NEAREST, "feedback"}
     assert sides == {(dtype, *columns) for dtype in (None, "BF16") for columns in ((False, False), (True, False), (True, True))}

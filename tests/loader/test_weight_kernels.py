@@ -84,18 +84,30 @@ def test_planes_that_do_not_fit_are_refused(change):
         assemble_lossless(planes, grid, DTYPES["BF16"], out)
 
 
-def dequantize(low, high, grid, row_scale, col_scale, order, kind, name):
+def dequantize(low, high, grid, row_scale, col_scale, order, kind, name, low_bits=None):
     stored = [part if part is None or order is None else part[:, order] for part in (low, high)]
     planes = [None if part is None else in_tiles(part, grid) for part in stored]
     out = torch.zeros(grid.rows, grid.cols, dtype=DTYPE_OF[name], device=DEVICE)
-    dequantize_int8(planes[0], planes[1], grid, there(row_scale), there(col_scale), there(order), kind, out)
+    sides = (there(row_scale), there(col_scale), there(order))
+    dequantize_int8(planes[0], planes[1], there(low_bits), grid, *sides, kind, out)
     return bits(out)
 
 
-def reference(low, high, steps, name):
-    codes = low.astype(np.float32) if high is None else low.astype(np.int32) + 256 * high.astype(np.int32)
+def reference(low, high, steps, name, factors=None):
+    codes = low.astype(np.float32) if high is None else low.astype(np.int32) + factors * high.astype(np.int32)
     with np.errstate(over="ignore"):
         return bits_from_float32(codes.astype(np.float32) * steps, name).tobytes()
+
+
+def factors(grid, low_bits, order):
+    """Of each element, columns in the source's order, the factor of its high part."""
+    stored = np.zeros((grid.rows, grid.cols), np.int32)
+    for tile, bits_of_tile in zip(grid, low_bits if low_bits is not None else [], strict=low_bits is not None):
+        stored[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] = 1 << int(bits_of_tile)
+    source = stored.copy()
+    if order is not None:
+        source[:, order] = stored
+    return source
 
 
 @pytest.mark.parametrize("name", DTYPE_OF)
@@ -126,8 +138,9 @@ def test_column_scales_orders_and_wide_codes(grid, wide, moved):
     high = rng.integers(-127, 128, low.shape).astype(np.int8) if wide else None
     rows, cols = (np.exp(rng.uniform(-9, 1, size)).astype(np.float32) for size in low.shape)
     order = rng.permutation(grid.cols).astype(np.int32) if moved else None
-    got = dequantize(low, high, grid, rows, cols, order, "row", "BF16")
-    assert got == reference(low, high, rows[:, None] * cols[None], "BF16")
+    low_bits = rng.integers(1, 9, len(grid)).astype(np.int32) if wide else None
+    got = dequantize(low, high, grid, rows, cols, order, "row", "BF16", low_bits)
+    assert got == reference(low, high, rows[:, None] * cols[None], "BF16", factors(grid, low_bits, order))
     out = torch.zeros(grid.rows, grid.cols, dtype=torch.int8, device=DEVICE)
     untile_codes(in_tiles(low if order is None else low[:, order], grid), grid, out, there(order))
     assert bits(out) == low.tobytes()
@@ -139,7 +152,7 @@ def test_scales_that_do_not_fit_are_refused():
     for rows, cols, kind in ((3, None, "row"), (2, 5, "row"), (2, None, "column"), (6, 6, "column")):
         col_scale = None if cols is None else torch.ones(cols)
         with pytest.raises(ValueError, match="scale"):
-            dequantize_int8(low, None, grid, torch.ones(rows), col_scale, None, kind, out)
+            dequantize_int8(low, None, None, grid, torch.ones(rows), col_scale, None, kind, out)
 
 
 WAYS = [

@@ -19,8 +19,8 @@ from codecllm.loader.kernels import assemble, dequantize, int8_linear
 
 GEOMETRY = {name: "i32" for name in ("rows", "cols", "tile_rows", "tile_cols", "across", "tall", "wide")}
 PLANES = {f"p{number}": "*u8" for number in range(8)}
-CODES = dict(low="*u8", high="*u8", row_scale="*fp32", col_scale="*fp32", places="*i32", stored_tile_rows="i32",
-             stored_tile_cols="i32", **GEOMETRY)
+CODES = dict(low="*u8", high="*u8", low_bits="*i32", row_scale="*fp32", col_scale="*fp32", places="*i32",
+             stored_tile_rows="i32", stored_tile_cols="i32", stored_across="i32", **GEOMETRY)
 EVEN = ("cols", "quads")
 PRODUCT = dict(codes="*i8", scale="*fp32", bias="*bf16", out="*bf16", rows="i32")
 

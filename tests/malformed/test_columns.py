@@ -98,6 +98,15 @@ def _payload(chunk_of_zeros, offset, value):
     return damage
 
 
+def _low_bits(name, chunk, value):
+    """Sets what the record of a chunk says of its low bits."""
+
+    def edit(tensors):
+        tensors[f"{name}_chunks"][2][32 + 16 * chunk + 5] = value
+
+    return lambda folder: rewrite_shard(folder, edit)
+
+
 def _record(document, name):
     return next(record for record in document["tensors"] if record["name"] == name)
 
@@ -126,6 +135,10 @@ def _one_plane(document):
 
 
 FLAWS = {
+    "low_bits 0 of a high plane": (_low_bits("w", 1, 0), SchemaError, "low_bits of the chunk record.*got 0, expected 1 to 8"),
+    "low_bits 9 of a high plane": (_low_bits("w", 1, 9), SchemaError, "low_bits of the chunk record.*got 9, expected 1 to 8"),
+    "low_bits of the low wide plane": (_low_bits("w", 0, 8), SchemaError, "low_bits of the chunk record.*got 8, expected 0"),
+    "low_bits of one plane": (_low_bits("q", 0, 1), SchemaError, "low_bits of the chunk record.*got 1, expected 0"),
     "steps not listed": (_without("steps"), SchemaError, "'steps' is used"),
     "col_scale not listed": (_without("col_scale"), SchemaError, "'col_scale' is used"),
     "wide not listed": (_without("wide"), SchemaError, "'wide' is used"),

@@ -233,7 +233,7 @@ FLAWS = {
     "table shorter than its header": (_resized_table(lambda t: t[:31]), LayoutError, "shorter", "q"),
     "table with a record too many": (_resized_table(lambda t: t + bytes(16)), LayoutError, "wrong size", "q"),
     "unknown codec id": (_table(36, b"\x07"), UnsupportedVersionError, "codec", "q"),
-    "record reserved bytes": (_table(37, b"\1"), SchemaError, "reserved", "q"),
+    "record reserved bytes": (_table(38, b"\1"), SchemaError, "reserved", "q"),
     "stored_bytes 0": (_table(32, bytes(4)), LayoutError, "stored_bytes", "q"),
     "stored_bytes 4 GiB": (_table(32, b"\xff" * 4), LayoutError, "stored_bytes", "q"),
     "stored_bytes one slot longer": (_table(32, (1920).to_bytes(4, "little")), LayoutError, "add up", "q"),

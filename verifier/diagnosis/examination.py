@@ -16,7 +16,7 @@ from codecllm.converter.source import SourceTensor
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, rans
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
-from codecllm.formats.codecs.zstd import ZstdCodec
+from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
 from codecllm.formats.container import Container, widened_scales
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
@@ -185,7 +185,7 @@ class Part:
 
     Attributes:
         place: the rectangle: a tile, or whole rows where tiles give the source's order only together.
-        planes: uint8 [rows, cols] per plane, columns in the source's order.
+        planes: uint8 [rows, cols] per plane, as in `reference.read_symbols`.
         first: number of the first chunk.
         chunks: symbols of the chunks, in order, as they are stored, flat.
     """
@@ -199,7 +199,7 @@ class Part:
     def codes(self) -> NDArray[np.signedinteger]:
         """The codes of an int8 tensor, [rows, cols]: int8, or int16 of a wide one."""
         low = self.planes[0].view(np.int8)
-        return low if len(self.planes) == 1 else join_codes(low, self.planes[1].view(np.int8))
+        return low if len(self.planes) == 1 else join_codes(low, self.planes[1].view(np.int8), 8)
 
 
 def decoded_parts(tensor: StoredTensor, faults: list[CodecLLMError]) -> Iterator[Part]:
@@ -296,7 +296,7 @@ def _there_and_back(tensor: StoredTensor, chunk: int, symbols: NDArray[np.uint8]
     """Returns a chunk's symbols encoded with its codec (and frequency table), and that decoded again."""
     codec = tensor.table.chunks[chunk].codec
     if codec != RANS_ID:
-        sparse = tensor.wide and chunk % 2 == 1 and codec == ZstdCodec.codec_id
+        sparse = tensor.table.records["low_bits"][chunk] >= SPARSE_LOW_BITS and codec == ZstdCodec.codec_id
         encoded = bytes(ZstdCodec().encode_sparse(symbols) if sparse else CODECS[codec].encode(symbols))
         return encoded, bytes(CODECS[codec].decode(encoded, symbols.size))
     assert tensor.tables is not None

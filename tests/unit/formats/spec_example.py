@@ -89,7 +89,9 @@ def _dump(folder: Path) -> str:
         elif name == "w_chunks":
             lines += _part(data, entry.start, entry.start + HEADER.itemsize, "w_chunks: header of the table")
             for record in range(entry.start + HEADER.itemsize, entry.end, RECORD.itemsize):
-                lines += _part(data, record, record + RECORD.itemsize, "w_chunks: record (stored_bytes, codec, 0, xxh3)")
+                lines += _part(
+                    data, record, record + RECORD.itemsize, "w_chunks: record (stored_bytes, codec, low_bits, 0, xxh3)"
+                )
         else:
             words = {"w_scale": "w_scale: four float32", "w_shape": "w_shape: two int64"}[name]
             lines += _part(data, entry.start, entry.end, words)

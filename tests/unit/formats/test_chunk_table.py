@@ -80,7 +80,8 @@ FLAWS = {
     "codec 3": (36, b"\3", UnsupportedVersionError, "codec id", 0),
     "codec 128": (52, b"\x80", UnsupportedVersionError, "codec id", 1),
     "codec raw of another size": (36, b"\0", LayoutError, "stored_bytes", 0),
-    "record reserved": (55, b"\1", SchemaError, "reserved", 1),
+    "record reserved": (54, b"\1", SchemaError, "reserved", 1),
+    "record reserved at the end": (39, b"\1", SchemaError, "reserved", 0),
 }
 
 

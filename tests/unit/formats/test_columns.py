@@ -35,18 +35,24 @@ def _f32(*values):
     return np.array(values, np.float32)
 
 
-def test_every_wide_code_has_one_pair_of_planes():
-    low, high = split_codes(EVERY_CODE)
-    assert np.array_equal(join_codes(low, high), EVERY_CODE)
-    assert np.array_equal(low.astype(int) + 256 * high.astype(int), np.arange(MIN_WIDE_CODE, MAX_WIDE_CODE + 1))
+@pytest.mark.parametrize("low_bits", range(1, 9))
+def test_every_wide_code_has_one_pair_of_planes(low_bits):
+    half = 1 << (low_bits - 1)
+    codes = np.arange(-half - (127 << low_bits), half + (127 << low_bits)).astype(np.int16)  # all that have a high part
+    low, high = split_codes(codes, low_bits)
+    assert np.array_equal(join_codes(low, high, low_bits), codes)
+    assert np.array_equal(low.astype(int) + 2**low_bits * high.astype(int), codes)
+    assert (low.min(), low.max()) == (-half, half - 1)
     assert (high.min(), high.max()) == (-127, 127)
     check_codes(high)
-    assert (high[np.abs(EVERY_CODE.astype(int)) <= MAX_CODE] == 0).all()
+    if low_bits == 8:
+        assert np.array_equal(codes, EVERY_CODE)
+        assert (high[np.abs(EVERY_CODE.astype(int)) <= MAX_CODE] == 0).all()
 
 
 def test_no_code_is_beyond_two_planes():
     low, high = np.array([-128, 127], np.int8), np.array([-127, 127], np.int8)
-    assert join_codes(low, high).tolist() == [MIN_WIDE_CODE, MAX_WIDE_CODE]
+    assert join_codes(low, high, 8).tolist() == [MIN_WIDE_CODE, MAX_WIDE_CODE]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 12))
