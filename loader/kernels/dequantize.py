@@ -165,7 +165,7 @@ def _dequantize_kernel(
     along = tl.arange(0, BLOCK_COLS)[None, :]
     inside = (down < height) & (along < breadth)
     index = down * width + along
-    stored = col + along
+    stored = col.to(tl.int32) + along
     if MOVED:
         # Blocks were cut as if tiles were rows as wide as the matrix; which tile holds an element depends on its column.
         tile_row = row // stored_tile_rows * stored_tile_rows
@@ -180,8 +180,8 @@ def _dequantize_kernel(
         value = code.to(tl.float32)
         if WIDE_CODES:
             # Blocks may span tiles that follow each other in the source's order: each element looks its own up.
-            tile = (row + down) // stored_tile_rows * stored_across + stored // stored_tile_cols
-            bits = tl.load(low_bits + tile, mask=inside, other=0)
+            above = (row + down) // stored_tile_rows * stored_across
+            bits = tl.load(low_bits + above + stored // stored_tile_cols, mask=inside, other=0)
             rest = tl.load(high + place + index, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.int32)
             value = ((rest << bits) + code).to(tl.float32)
         if BY_ROW:

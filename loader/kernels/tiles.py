@@ -109,7 +109,8 @@ def find_block(
         top = program.to(tl.int64) * BLOCK_ROWS
         height = tl.minimum(rows - top, BLOCK_ROWS).to(tl.int32)
         breadth = tl.minimum(cols - left, BLOCK_COLS).to(tl.int32)
-        return top * cols + left, cols.to(tl.int32), top, left, height, breadth
+        width = (left * 0 + cols).to(tl.int32)  # `cols` itself is a plain number where it is 1
+        return top * cols + left, width, top, left, height, breadth
     top = (program % tall).to(tl.int64) * BLOCK_ROWS
     program = program // tall
     tile_col = (program % across).to(tl.int64) * tile_cols

@@ -116,9 +116,10 @@ def test_a_wide_code_that_comes_late(tmp_path, codec):
     shards = [(tmp_path / name / "model-00001-of-00001.safetensors").read_bytes() for name in ("late", "told")]
     assert shards[0] == shards[1]
     with Container(tmp_path / "late") as container:
-        high = container.records["w"].planes[1]
-        chunks = len(container.tensor("w").table.grid)
-        assert high.stored_bytes <= chunks * (129 if codec == "rans" else 23) + 64
+        table = container.tensor("w").table
+        whole = [chunk.stored_bytes for chunk, bits in zip(table.chunks[1::2], table.low_bits, strict=True) if bits == 8]
+        assert max(whole) <= (129 if codec == "rans" else 23)
+        assert len(whole) >= len(table.grid) - (table.grid.down if codec == "rans" else 1)
         assert not container.records["x"].wide
         assert tensor_digest(container, "w") == container.records["w"].digest
 

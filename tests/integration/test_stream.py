@@ -90,7 +90,7 @@ def test_dequantize_rounds_like_the_reference_for_every_code(target):
     ]).astype(np.float32)  # fmt: skip
     codes = np.tile(np.arange(-127, 128, dtype=np.int8), (len(scales), 1))
     words = np.empty(codes.shape, np.uint32 if target == "F32" else np.uint16)
-    dequantize([codes], scales[:, None], words, target, Workspace())
+    dequantize(codes, scales[:, None], words, target, Workspace())
     exact = np.multiply(codes.astype(np.float32), scales[:, None], dtype=np.float32)
     assert np.array_equal(words, bits_from_float32(exact, target))
 
