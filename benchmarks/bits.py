@@ -9,6 +9,7 @@ from 128 tokens of the model's own. Synthetic: `demo.models.smollm2_realistic` a
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -28,7 +30,11 @@ from codecllm.converter import ConversionReport, ConvertOptions, convert
 from codecllm.converter.feedback import Feedback
 from codecllm.converter.rate import Target, fit
 from codecllm.converter.source import SourceModel
+from codecllm.formats.container import Container
+from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.schemes.int8 import join_codes
+from codecllm.formats.stored_tensor import StoredTensor, sound
 from codecllm.loader import transformers_adapter
 from codecllm.quality import stepped_tensors
 from codecllm.verifier.evaluation import evaluate
@@ -48,7 +54,8 @@ class Row:
         asked: bits per weight that were asked for; 0 for plain int8.
         refined: whether codes were chosen with error feedback.
         bits: stored per quantized weight, everything counted.
-        entropy_gap: bits per quantized weight that chunks take beyond the order-0 entropy of their symbols.
+        entropy_gap: bits per quantized weight that the payload and its tables take beyond the order-0 entropy of each tile's
+            codes.
         side: bits per quantized weight of scales and groups.
         stored_bytes: of all tensors.
         kl, top1: on the prose.
@@ -75,7 +82,8 @@ def measure(report: ConversionReport, source: Path, calibrated: str, asked: floa
     ]
     quantized = [record for record in report.manifest.tensors if isinstance(record, Int8Tensor)]
     weights = sum(record.elements for record in quantized)
-    gap = sum(8 * plane.stored_bytes - plane.entropy_bits for record in quantized for plane in record.planes)
+    with Container(report.out) as container:
+        gap = math.fsum(_bits_over_entropy(container, record) for record in quantized)
     side = 8 * sum(record.scale_bytes for record in quantized)
     return Row(
         calibrated,
@@ -90,6 +98,21 @@ def measure(report: ConversionReport, source: Path, calibrated: str, asked: floa
         scores[1].mean_kl,
         scores[1].top1,
     )
+
+
+def _bits_over_entropy(container: Container, record: Int8Tensor) -> float:
+    """Returns the bits of slots, chunk records and frequency tables, less those of the entropy of each tile's codes."""
+    tensor = container.tensor(record.name)
+    assert isinstance(tensor, StoredTensor)
+    table, planes = tensor.table, tensor.table.planes
+    left = 8.0 * (int(table.offsets[-1]) + table.records.nbytes + (record.tables_bytes or 0))
+    for tile in range(len(table.grid)):
+        first, last = tile * planes, (tile + 1) * planes
+        slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
+        low, *high = (sound(symbols).view(np.int8) for symbols in tensor.decode_run(first, last, slots, first))
+        codes = join_codes(low, high[0], table.low_bits[tile]) if high else low
+        left -= counted_entropy_bits(np.bincount(codes.astype(np.int64) - int(codes.min())))
+    return left
 
 
 def _calibrated(source: Path, kind: str, refined: Collection[str]) -> Calibrated | None:

@@ -18,7 +18,7 @@ def entropy_bits(symbols: NDArray[np.uint8]) -> float:
 
 
 def counted_entropy_bits(counts: NDArray[np.int64]) -> float:
-    """Returns `entropy_bits` of symbols that occur int64 [256] `counts` times."""
+    """Returns `entropy_bits` of symbols that occur int64 [kinds] `counts` times."""
     return _total_bits(counts[counts > 0], int(counts.sum()))
 
 
