@@ -57,7 +57,8 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "Compare with the revision that was converted, or convert this one.",
     ),
     Cause.CORRUPTED_PAYLOAD: (
-        "Scales fit the source and some stored symbols do not: the payload was damaged, and its checksums were made to fit.",
+        "Scales fit the source and some stored symbols do not: the payload or what its chunk table says of it was changed, and "
+        "checksums were made to fit.",
         _CONVERT,
     ),
     Cause.SHIFTED: ("The values are right and stand in the wrong place: a buffer is read or written at an offset.", _LOADER),
