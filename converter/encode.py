@@ -27,8 +27,7 @@ from codecllm.converter.wide_codes import choose_low_bits, halves
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.chunk_table import RECORD, slot_bytes
 from codecllm.formats.codecs import CODEC_IDS, RANS_ID, rans
-from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
-from codecllm.formats.codecs.rans_reference import STATE_BYTES
+from codecllm.formats.codecs.rans_fit import coded_bytes, fit_table
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
 from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
@@ -365,7 +364,7 @@ def _prepare_rans(planes_of: list[list[NDArray[np.uint8]]], low_bits: Sequence[i
     counts = np.array([[np.bincount(symbols, minlength=256) for symbols in planes] for planes in planes_of], np.int64)
     tables: list[FrequencyTable | None] = [fit_table(plane) for plane in counts.sum(axis=0)]
     worth = [
-        _shrinks(-(-coded_bits(table, chunk) // 8) + STATE_BYTES, int(chunk.sum()))
+        _shrinks(coded_bytes(table, chunk), int(chunk.sum()))
         for tile in counts
         for table, chunk in zip(tables, tile, strict=True)
         if table is not None

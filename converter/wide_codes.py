@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from codecllm.formats.chunk_table import MAX_LOW_BITS, slot_bytes
 from codecllm.formats.codecs import rans
-from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
-from codecllm.formats.codecs.rans_reference import STATE_BYTES
+from codecllm.formats.codecs.rans_fit import coded_bytes, fit_table
 from codecllm.formats.codecs.rans_table import pack_table
 from codecllm.formats.codecs.zstd import ZstdCodec
 from codecllm.formats.schemes.int8 import MAX_CODE, split_codes
@@ -73,7 +72,7 @@ def _coded(tiles: list[NDArray[np.int16]], low_bits: int) -> int:
     for plane in zip(*(halves(tile, low_bits) for tile in tiles), strict=True):
         counts = [np.bincount(half, minlength=256) for half in plane]
         table = fit_table(np.sum(counts, axis=0))
-        sizes = [STATE_BYTES + -(-coded_bits(table, own) // 8) for own in counts]
+        sizes = [coded_bytes(table, own) for own in counts]
         raw = [half.size for half in plane]
         total += sum(map(slot_bytes, map(min, sizes, raw)))
         if any(map(lt, sizes, raw)):

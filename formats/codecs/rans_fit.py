@@ -11,6 +11,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION, FrequencyTable
 
 _COST_BITS = 16  # costs are counted in units of 2^-16 bit
@@ -31,6 +32,11 @@ def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:
 def coded_bits(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
     """Returns the bits, rounded down, that symbols which occur int64 [256] `counts` times cost; all must be in the table."""
     return _cost(table, counts) >> _COST_BITS
+
+
+def coded_bytes(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
+    """Returns about how many bytes a chunk of such symbols is stored in: the states and `coded_bits`."""
+    return STATE_BYTES + -(-coded_bits(table, counts) // 8)
 
 
 def _cost(table: FrequencyTable, counts: NDArray[np.int64]) -> int:

@@ -81,8 +81,8 @@ def finish_bands(
     whole = source.table.grid
     grid = Grid(rows[1], whole.cols, whole.tile_rows, whole.tile_cols)
     if isinstance(source.record, Int8Tensor):
-        low_bits = sides[-1] if source.wide else None
-        scale, col_scale, order = [*sides[: -1 if source.wide else None], None, None][:3]
+        sides, low_bits = (sides[:-1], sides[-1]) if source.wide else (sides, None)
+        scale, col_scale, order = [*sides, None, None][:3]
         assert scale is not None
         if out.dtype == torch.int8:
             untile_codes(planes[0], grid, out, order)

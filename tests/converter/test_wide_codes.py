@@ -7,6 +7,7 @@ import pytest
 
 from codecllm.converter.wide_codes import choose_low_bits, halves
 from codecllm.formats.codecs.zstd import ZstdCodec
+from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE, check_codes, join_codes
 
 
@@ -15,8 +16,7 @@ def gaussian(sigma, rows=256, cols=256, seed=0):
 
 
 def entropy(codes):
-    counts = np.unique(codes, return_counts=True)[1] / codes.size
-    return float(-(counts * np.log2(counts)).sum())
+    return counted_entropy_bits(np.unique(codes, return_counts=True)[1]) / codes.size
 
 
 def packed_bits(tile, low_bits):
