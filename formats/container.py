@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +25,7 @@ from codecllm.formats.errors import (
     SchemaError,
     TruncatedError,
 )
-from codecllm.formats.files import SafeFile, refuse_foreign
+from codecllm.formats.files import Excerpt, SafeFile, refuse_foreign
 from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.manifest import (
     MANIFEST_NAME,
@@ -37,10 +38,13 @@ from codecllm.formats.manifest import (
     parse_manifest,
 )
 from codecllm.formats.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
-from codecllm.formats.safetensors_header import ShardHeader, read_header
+from codecllm.formats.safetensors_header import ShardHeader, TensorEntry, read_header
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tensor_matrix
 from codecllm.formats.tiling import Grid
+
+_BETWEEN_SIDES_BYTES = 1 << 16
+"""Most bytes between a tensor's side tensors that are read with them."""
 
 
 class Container:
@@ -175,14 +179,15 @@ class Container:
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
-        table_bytes = self._read_side(file, header, record, "chunks", record.xxh3.chunks)
+        sides = _read_together(file, [header.tensors[f"{record.name}_{side}"] for side in _sides(record)])
+        table_bytes = self._read_side(sides, header, record, "chunks", record.xxh3.chunks)
         table = parse_chunk_table(table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name)
         _check_geometry(record, table, file.name)
         table.check_low_bits(isinstance(record, Int8Tensor) and record.wide, file=file.name, tensor=record.name)
-        shape = self._read_side(file, header, record, "shape", record.xxh3.shape)
+        shape = self._read_side(sides, header, record, "shape", record.xxh3.shape)
         if np.frombuffer(shape, "<i8").tolist() != record.shape:
             raise LayoutError("stored shape differs from the manifest", file=file.name, tensor=record.name)
-        scales, columns = self._read_scales(file, header, record) if isinstance(record, Int8Tensor) else (None, None)
+        scales, columns = self._read_scales(sides, header, record) if isinstance(record, Int8Tensor) else (None, None)
         tables = self._read_tables(file, header, record, table)
         return StoredTensor(record, file, entry.start, table, scales, tables, columns)
 
@@ -200,7 +205,7 @@ class Container:
             raise
         return file, header
 
-    def _read_side(self, file: SafeFile, header: ShardHeader, record: CodedTensor, side: str, checksum: str) -> bytes:
+    def _read_side(self, file: SafeFile | Excerpt, header: ShardHeader, record: CodedTensor, side: str, checksum: str) -> bytes:
         entry = header.tensors[f"{record.name}_{side}"]
         data = file.read(entry.start, entry.bytes)
         check_xxh3(data, checksum, file.name, entry.name, entry.start)
@@ -216,7 +221,7 @@ class Container:
         return parse_group_tables(data, chunks=chunks, file=file.name, tensor=record.name)
 
     def _read_scales(
-        self, file: SafeFile, header: ShardHeader, record: Int8Tensor
+        self, file: SafeFile | Excerpt, header: ShardHeader, record: Int8Tensor
     ) -> tuple[NDArray[np.float32], Columns | None]:
         assert record.xxh3.scale is not None
         scales = widened_scales(self._read_side(file, header, record, "scale", record.xxh3.scale), record)
@@ -274,6 +279,26 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
     for name in found:
         if name not in expected:
             raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
+
+
+def _sides(record: CodedTensor) -> Iterator[str]:
+    """Yields the side tensors of a record, but for its frequency tables: their size is limited by what the others say."""
+    yield "chunks"
+    yield "shape"
+    if isinstance(record, Int8Tensor):
+        yield "scale"
+        if record.xxh3.col_scale is not None:
+            yield "col_scale"
+        if record.xxh3.col_group is not None:
+            yield "col_group"
+
+
+def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:
+    """Returns what gives the bytes of some entries: read by one call where they lie next to each other, as ours do."""
+    begin, end = min(entry.start for entry in entries), max(entry.end for entry in entries)
+    if end - begin > sum(entry.bytes for entry in entries) + _BETWEEN_SIDES_BYTES:
+        return file
+    return Excerpt(file.name, begin, file.read(begin, end - begin))
 
 
 def widened_scales(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -88,6 +89,22 @@ class SafeFile:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """Bytes of a file that were read together: `read` gives parts of them by their place in the file, as `SafeFile.read`."""
+
+    name: str
+    begin: int
+    data: bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns `length` bytes from `offset` of the file on; they must lie inside the excerpt."""
+        at = offset - self.begin
+        if not 0 <= at <= at + length <= len(self.data):
+            raise ValueError(f"{self.name}: [{offset}, {offset + length}) was not read")
+        return self.data[at : at + length]
 
 
 def is_safe_name(name: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import threading
 import weakref
 from collections import deque
@@ -71,7 +73,7 @@ class SlabMemory:
         rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
             if self._slab.size < rounded:
-                self._slab = empty_bytes(_SLAB_BYTES)
+                self._slab = _slab()
             memory, self._slab = self._slab[:size], self._slab[rounded:]
         return memory
 
@@ -118,6 +120,16 @@ class RecycledMemory:
         self._free.append(owner)
         while self._free and sum(kept.nbytes for kept in tuple(self._free)) > self._keep_bytes:
             self._free.popleft()
+
+
+def _slab() -> NDArray[np.uint8]:
+    """Returns uint8 [_SLAB_BYTES]: whole huge pages where the system has them, of which numpy's memory would lack an eighth."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return empty_bytes(_SLAB_BYTES)
+    pages = mmap.mmap(-1, _SLAB_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
 
 
 def _allocate(size: int) -> NDArray[np.uint8]:

@@ -192,7 +192,7 @@ class _Load:
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)
         try:
-            with adapter.silenced():
+            with adapter.silenced(), adapter.without_loading_threads():
                 model, found = cls.from_pretrained(
                     None,
                     config=self._config,

@@ -5,8 +5,13 @@
     take       hands a tensor out, in any order; what is asked for too early goes to the front
 
 A run stays in the cache of the core that read it, and nothing is handed from thread to thread: under the interpreter's lock
-each handing over costs as much as decoding some kilobytes. The kernel reads ahead from the disk meanwhile (`Announcer`).
-Nothing is begun while tensors that nobody has taken hold more than a budget of bytes.
+each handing over costs as much as decoding some kilobytes. For the same reason the threads stay out of their taker's way:
+
+    before the first tensor is taken    the taker is busy (it builds the model): one thread works, and plans before it decodes
+    whoever waits for a tensor          sleeps until the budget is made, and then takes many without waiting
+
+The kernel reads ahead from the disk meanwhile (`Announcer`). Nothing is begun while tensors that nobody has taken hold more
+than a budget of bytes.
 """
 
 from __future__ import annotations
@@ -75,8 +80,10 @@ class ReadAhead:
         self._started: dict[Hashable, Request] = {}
         self._unmade: set[Request] = set()
         self._busy = 0
+        self._taken = False
         self._closed = False
         self._lock = threading.RLock()
+        self._rest = threading.Condition(self._lock)
 
     def expect(self, requests: Iterable[Request]) -> None:
         """Appends tensors, of keys that were not used before, to what is made ahead."""
@@ -91,8 +98,12 @@ class ReadAhead:
         """Returns what receives the tensor: the expected one of the same key, or else the request itself, which goes first.
 
         Where the tensor was not begun yet, reading goes on behind it: whoever takes tensors in another order is followed.
+        `result` is the best way to wait for what it returns.
         """
         with self._lock:
+            if not self._taken:
+                self._taken = True
+                self._employ()
             started = self._started.pop(request.key, None)
             if started is not None:
                 self._untaken -= started.size
@@ -112,6 +123,17 @@ class ReadAhead:
             self._employ()
             return request.made
 
+    def result(self, made: Future[torch.Tensor]) -> torch.Tensor:
+        """Returns a tensor that was taken, or raises its error.
+
+        Where it is not made yet, waits until all that the budget allows is: woken for each tensor, the caller would take the
+        interpreter's lock from the threads that make the next one, and sleep again.
+        """
+        if not made.done():
+            with self._rest:
+                self._rest.wait_for(lambda: made.done() and (not self._busy or made.exception() is not None))
+        return made.result()
+
     def drop(self, key: Hashable) -> None:
         """Gives up an expected tensor that nobody will take; nothing where there is none of that key."""
         with self._lock:
@@ -130,6 +152,7 @@ class ReadAhead:
             self._closed = True
             for request in list(self._unmade):
                 self._settle(request, error=_closed_error())
+            self._rest.notify_all()
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -141,10 +164,11 @@ class ReadAhead:
         """Puts idle threads of the pool to work where there is some; hold the lock."""
         if self._closed:
             return
+        threads = self._pool.workers if self._taken else 1
         work = len(self._runs) + len(self._urgent)
         if not work and self._may_begin():
-            work = self._pool.workers  # how many runs the next tensors have is not known yet
-        for _ in range(min(work, self._pool.workers - self._busy)):
+            work = threads  # how many runs the next tensors have is not known yet
+        for _ in range(min(work, threads - self._busy)):
             self._busy += 1
             self._pool.submit(self._work)
 
@@ -155,6 +179,7 @@ class ReadAhead:
                 job = None if self._closed else self._next()
                 if job is None:
                     self._busy -= 1
+                    self._rest.notify_all()
                     return
             if isinstance(job, Request):
                 self._plan(job)
@@ -163,10 +188,10 @@ class ReadAhead:
             del job  # or it would keep its tensor while the next one is waited for
 
     def _next(self) -> Request | tuple[_Making, Run] | None:
-        """Returns a tensor to be planned, else a run to be made, else None; hold the lock."""
+        """Returns a tensor to be planned or a run to be made, whichever is due, or None; hold the lock."""
         if self._urgent:
             return self._urgent.popleft()
-        if self._runs:
+        if self._runs and (self._taken or not self._may_begin()):
             return self._runs.popleft()
         if not self._may_begin():
             return None
@@ -203,7 +228,11 @@ class ReadAhead:
         if not filling.runs:
             self._settle(request, filling.tensor)
         with self._lock:
-            self._runs.extendleft((making, run) for run in reversed(filling.runs))
+            runs = [(making, run) for run in filling.runs]
+            if self._taken:
+                self._runs.extendleft(reversed(runs))
+            else:
+                self._runs.extend(runs)
             self._employ()
 
     def _make(self, making: _Making, run: Run, workspace: Workspace) -> None:
@@ -226,6 +255,8 @@ class ReadAhead:
             self._unmade.discard(request)
         if error is not None:
             request.made.set_exception(error)
+            with self._rest:
+                self._rest.notify_all()
         else:
             assert tensor is not None
             request.made.set_result(tensor)

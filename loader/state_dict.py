@@ -142,7 +142,7 @@ class TensorReader:
             return self._feeds.feed(device).take(name, part, dtype)
         if self._expected.get((name, part), dtype) != dtype:
             self._ahead.drop((name, part))
-        tensor = self._ahead.take(self._request(name, part, dtype)).result()
+        tensor = self._ahead.result(self._ahead.take(self._request(name, part, dtype)))
         if self._meter is not None:
             self._meter.add(name, self._container.records[name].source_bytes)
         return tensor if device == CPU else tensor.to(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -35,6 +36,10 @@ try:
     from transformers.core_model_loading import ConversionOps, _IdentityOp
 except ImportError:  # older than plain loading needs: the loader's own path works without them
     ConversionOps = _IdentityOp = object
+try:
+    from transformers import core_model_loading
+except ImportError:
+    core_model_loading = None
 try:
     from transformers.core_model_loading import revert_weight_conversion
 except ImportError:  # older ones fuse nothing
@@ -220,6 +225,30 @@ def module_plan(plan: ModulePlan) -> Iterator[None]:
         yield
     finally:
         _plan.reset(token)
+
+
+_takes_itself: ContextVar[bool] = ContextVar("codecllm_takes_itself", default=False)
+
+
+def _loading_threads(*args: Any, **kwargs: Any) -> ThreadPoolExecutor | None:
+    """What transformers calls for its loading threads: it goes without where it gets none."""
+    return None if _takes_itself.get() else ThreadPoolExecutor(*args, **kwargs)
+
+
+@contextmanager
+def without_loading_threads() -> Iterator[None]:
+    """Lets the `from_pretrained` call that runs inside ask for each weight in the calling thread.
+
+    transformers asks in four threads of its own otherwise, each of which waits for ours and takes the interpreter's lock from
+    them: a fifth of a load. Loads in other threads keep theirs.
+    """
+    if hasattr(core_model_loading, "ThreadPoolExecutor"):
+        core_model_loading.ThreadPoolExecutor = _loading_threads
+    token = _takes_itself.set(True)
+    try:
+        yield
+    finally:
+        _takes_itself.reset(token)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def run(version: str, environment: Path, arguments: list[str]) -> dict[str, int]
                 install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *wanted]
                 subprocess.run(install, check=True)
         (environment / ".ready").touch()
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, *arguments]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", *TESTS, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     print(f"--- transformers {version}", *lines, done.stdout.splitlines()[-1], sep="\n", flush=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import threading
 
 import pytest
 import torch
 import transformers
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.loader import from_pretrained
 from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.state_dict import LazyTensor
 
 
 def test_from_pretrained_still_takes_a_state_dict_without_a_path(tiny):
@@ -56,6 +59,31 @@ def test_silenced_and_progress_bars_are_put_back():
         assert not logging.is_progress_bar_enabled()
         assert logging.get_verbosity() == logging.CRITICAL
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, shown)
+
+
+def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(container, monkeypatch):
+    source = inspect.getsource(transformers.core_model_loading.convert_and_load_state_dict_in_model)
+    assert "thread_pool = None" in source
+    assert "ThreadPoolExecutor(max_workers=" in source
+    asked, decode = [], LazyTensor.to
+
+    def to(self, *given, **named):
+        asked.append(threading.get_ident())
+        return decode(self, *given, **named)
+
+    monkeypatch.setattr(LazyTensor, "to", to)
+    from_pretrained(container("llama", "int8"), progress=False)
+    assert set(asked) == {threading.get_ident()}
+    with adapter.without_loading_threads():
+        assert transformers.core_model_loading.ThreadPoolExecutor(max_workers=1) is None
+        made = []
+        other = threading.Thread(target=lambda: made.append(transformers.core_model_loading.ThreadPoolExecutor(max_workers=1)))
+        other.start()
+        other.join()
+    made.append(transformers.core_model_loading.ThreadPoolExecutor(max_workers=1))
+    for pool in made:
+        assert pool.submit(int).result(20) == 0
+        pool.shutdown()
 
 
 def test_model_class_comes_from_architectures():

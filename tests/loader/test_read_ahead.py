@@ -115,10 +115,45 @@ def test_what_is_read_and_not_decoded_is_one_run_a_thread():
     bench.gate.clear()
     with DecodePool(2) as pool, ReadAhead(pool) as ahead:
         ahead.expect(bench.request(name) for name in range(30))
+        ahead.take(bench.request(30))
         assert _settled(lambda: bench.read) == 2
         bench.gate.set()
         for name in range(30):
             assert torch.equal(ahead.take(bench.request(name)).result(20), _expected(name))
+
+
+def test_before_the_first_take_one_thread_plans_everything_and_then_decodes():
+    bench = _Bench()
+    bench.gate.clear()
+    with DecodePool(4) as pool, ReadAhead(pool) as ahead:
+        ahead.expect(bench.request(name) for name in range(30))
+        assert (_settled(lambda: bench.read), bench.started) == (1, list(range(30)))
+        made = ahead.take(bench.request(0))
+        assert _settled(lambda: bench.read) == 4
+        bench.gate.set()
+        assert torch.equal(ahead.result(made), _expected(0))
+
+
+@pytest.mark.parametrize(("budget", "ready"), [(1 << 30, 30), (5 * RUN_BYTES, 5)])
+def test_whoever_waits_wakes_up_once_the_budget_is_made(budget, ready):
+    bench = _Bench()
+    bench.gate.clear()
+    threading.Timer(0.2, bench.gate.set).start()
+    with DecodePool(2) as pool, ReadAhead(pool, budget) as ahead:
+        ahead.expect(bench.request(name) for name in range(30))
+        assert torch.equal(ahead.result(ahead.take(bench.request(0))), _expected(0))
+        assert bench.decoded >= 4 * ready
+
+
+def test_an_error_is_not_waited_for_longer_than_it_takes():
+    bench = _Bench()
+    bench.gate.clear()
+    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+        ahead.expect(bench.request(name, fails="read" if name == 0 else None) for name in range(30))
+        with pytest.raises(ChecksumError):
+            ahead.result(ahead.take(bench.request(0)))
+        assert not bench.decoded
+        bench.gate.set()
 
 
 def test_the_budget_bounds_tensors_that_nobody_took():
@@ -168,7 +203,7 @@ def test_closing_lets_nobody_wait():
         bench.gate.set()
         for made in [*waiting, ahead.take(bench.request(32))]:
             with pytest.raises(RuntimeError, match="has ended"):
-                made.result(20)
+                ahead.result(made)
 
 
 def test_what_was_made_can_be_taken_after_the_end():

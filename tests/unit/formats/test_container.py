@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
+from codecllm.formats import container as container_module
 from codecllm.formats.checksums import sha256_hex, xxh3
 from codecllm.formats.codecs import ZSTD
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, DecodeError, FormatError, NotAContainerError, SchemaError, TruncatedError
+from codecllm.formats.files import SafeFile
 from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.manifest import MANIFEST_NAME, FileRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_symbols, read_tensor_bytes, tensor_digest
@@ -104,6 +106,18 @@ def test_slots_may_be_read_together_or_one_by_one(folder):
         assert len(slots) == int(tensor.table.offsets[-1]) == tensor.slots_bytes(0, count)
         together = [bytes(tensor.decode_chunk(chunk, slots, 0)) for chunk in range(count)]
         assert together == [matrix.tobytes() for matrix in read_symbols(tensor)]
+
+
+def test_side_tensors_that_lie_apart_are_read_one_by_one(folder, monkeypatch):
+    with Container(folder) as container:
+        names = [record.name for record in container.manifest.tensors]
+        together = [read_tensor_bytes(container, name) for name in names]
+        reads = []
+        monkeypatch.setattr(container_module, "_BETWEEN_SIDES_BYTES", -1)
+        monkeypatch.setattr(SafeFile, "read", lambda *where, read=SafeFile.read: (reads.append(where[1:]), read(*where))[1])
+        assert [read_tensor_bytes(container, name) for name in names] == together
+        coded = sum(isinstance(container.tensor(name), StoredTensor) for name in names)
+    assert len(reads) >= 4 * coded > 0, "chunks and shape at least, for both times that each tensor was opened"
 
 
 def test_a_damaged_chunk_is_named_with_its_place(folder, tmp_path):

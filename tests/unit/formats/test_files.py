@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePathError
-from codecllm.formats.files import SafeFile, describe_foreign, is_safe_name, refuse_foreign, write_atomically
+from codecllm.formats.files import Excerpt, SafeFile, describe_foreign, is_safe_name, refuse_foreign, write_atomically
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -24,6 +24,17 @@ def test_reads_are_exact(tmp_path):
     file.close()
     with pytest.raises(OSError, match="descriptor"):
         file.read(0, 1)
+
+
+def test_an_excerpt_reads_as_the_file_does_and_nothing_else(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    with SafeFile(tmp_path, "f") as file:
+        excerpt = Excerpt(file.name, 20, file.read(20, 30))
+        for offset, length in [(20, 30), (20, 0), (50, 0), (49, 1), (33, 5)]:
+            assert excerpt.read(offset, length) == file.read(offset, length)
+    for offset, length in [(19, 1), (50, 1), (20, 31), (49, 2), (21, -1)]:
+        with pytest.raises(ValueError, match="was not read"):
+            excerpt.read(offset, length)
 
 
 def test_a_replaced_file_is_not_mixed_in(tmp_path):
