@@ -95,7 +95,8 @@ class SourceModel:
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise SourceError("no such folder", file=str(folder))
+            what = "a file; a model is a folder with config.json in it" if self.folder.exists() else "no such folder"
+            raise SourceError(what, file=str(folder))
         if (self.folder / MANIFEST_NAME).exists():
             raise SourceError("this is a codecllm container already", file=str(folder))
         self.config = _read_config(self.folder)

@@ -68,7 +68,8 @@ class Container:
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise NotAContainerError("no such folder", file=str(folder))
+            what = f"a file; a container is the folder with {MANIFEST_NAME} in it" if self.folder.exists() else "no such folder"
+            raise NotAContainerError(what, file=str(folder))
         try:
             with SafeFile(self.folder, MANIFEST_NAME) as file:
                 if file.size > limits.MANIFEST_BYTES:

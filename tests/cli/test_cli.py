@@ -132,9 +132,11 @@ def test_dry_run_writes_nothing_and_predicts(source, container, tmp_path):
     ("arguments", "code", "words"),
     [
         (["convert", "/no/such/model", "out"], 2, "no such folder"),
+        (["convert", "SOURCE/config.json", "out"], 1, "a model is a folder"),
         (["convert", "SOURCE", "out", "--max-shard-size", "many"], 2, "not a size"),
         (["convert", "SOURCE", "out", "--scheme", "int3"], 2, "int3"),
         (["verify", "SOURCE"], 1, "codecllm.json"),
+        (["verify", "SOURCE/config.json"], 1, "the folder with codecllm.json"),
         (["info", "SOURCE"], 1, "codecllm.json"),
         (["info", "/no/such/container"], 2, "no such folder"),
         (["export", "SOURCE", "out"], 1, "codecllm.json"),
@@ -148,7 +150,7 @@ def test_dry_run_writes_nothing_and_predicts(source, container, tmp_path):
     ],
 )
 def test_errors_are_one_line_with_an_exit_code(source, tmp_path, arguments, code, words):
-    done = run(*[str(source) if word == "SOURCE" else word for word in arguments], cwd=tmp_path)
+    done = run(*[word.replace("SOURCE", str(source)) for word in arguments], cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert words in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
