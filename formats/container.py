@@ -43,8 +43,8 @@ from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tensor_matrix
 from codecllm.formats.tiling import Grid
 
-_BETWEEN_SIDES_BYTES = 1 << 16
-"""Most bytes between a tensor's side tensors that are read with them."""
+_SIDES_TOGETHER_BYTES = 4 << 20
+"""Most bytes of a tensor's side tensors, and of what lies between them, that are read by one call."""
 
 
 class Container:
@@ -295,9 +295,9 @@ def _sides(record: CodedTensor) -> Iterator[str]:
 
 
 def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:
-    """Returns what gives the bytes of some entries: read by one call where they lie next to each other, as ours do."""
+    """Returns what gives the bytes of some entries: they are read by one call where they are small and lie together."""
     begin, end = min(entry.start for entry in entries), max(entry.end for entry in entries)
-    if end - begin > sum(entry.bytes for entry in entries) + _BETWEEN_SIDES_BYTES:
+    if end - begin > min(_SIDES_TOGETHER_BYTES, 2 * sum(entry.bytes for entry in entries)):
         return file
     return Excerpt(file.name, begin, file.read(begin, end - begin))
 

@@ -126,7 +126,10 @@ def _slab() -> NDArray[np.uint8]:
     """Returns uint8 [_SLAB_BYTES]: whole huge pages where the system has them, of which numpy's memory would lack an eighth."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return empty_bytes(_SLAB_BYTES)
-    pages = mmap.mmap(-1, _SLAB_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, _SLAB_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return empty_bytes(_SLAB_BYTES)  # raises what numpy does where memory ends
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)

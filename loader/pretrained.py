@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from codecllm.formats.errors import (
 from codecllm.hub import resolve
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.device.codecs import Decoder
-from codecllm.loader.device.feed import DeviceFeeds, refuse_without_device, sole_device
+from codecllm.loader.device.feed import DeviceFeeds, has_device, refuse_without_device, sole_device
 from codecllm.loader.pool import DecodePool, loading_threads
 from codecllm.loader.progress import Meter, OnProgress, metered
 from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
@@ -192,7 +192,7 @@ class _Load:
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)
         try:
-            with adapter.silenced(), adapter.without_loading_threads():
+            with adapter.silenced(), self._asking(hf_kwargs.get("device_map")):
                 model, found = cls.from_pretrained(
                     None,
                     config=self._config,
@@ -212,6 +212,12 @@ class _Load:
             raise self._reader.first_error
         _check_loading(found, cls.__name__)
         return model
+
+    def _asking(self, device_map: Any) -> AbstractContextManager[None]:
+        """Returns how weights are asked for: from one thread, but where some go to devices for which none are made ahead."""
+        if adapter.spreads(device_map) and self._feed is None and has_device():
+            return nullcontext()
+        return adapter.without_loading_threads()
 
     def _check_materialized(self, model: PreTrainedModel) -> None:
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():

@@ -126,12 +126,12 @@ class ReadAhead:
     def result(self, made: Future[torch.Tensor]) -> torch.Tensor:
         """Returns a tensor that was taken, or raises its error.
 
-        Where it is not made yet, waits until all that the budget allows is: woken for each tensor, the caller would take the
-        interpreter's lock from the threads that make the next one, and sleep again.
+        Where it is not made yet, waits until the threads have nothing left to do, for lack of budget or of tensors: woken for
+        each tensor, the caller would take the interpreter's lock from those that make the next one, and sleep again.
         """
         if not made.done():
             with self._rest:
-                self._rest.wait_for(lambda: made.done() and (not self._busy or made.exception() is not None))
+                self._rest.wait_for(lambda: made.done() and (self._closed or not self._busy or made.exception() is not None))
         return made.result()
 
     def drop(self, key: Hashable) -> None:
@@ -169,8 +169,13 @@ class ReadAhead:
         if not work and self._may_begin():
             work = threads  # how many runs the next tensors have is not known yet
         for _ in range(min(work, threads - self._busy)):
+            try:
+                self._pool.submit(self._work)
+            except RuntimeError:  # the interpreter ends: threads that are left go on
+                if not self._busy:
+                    raise
+                return
             self._busy += 1
-            self._pool.submit(self._work)
 
     def _work(self, workspace: Workspace) -> None:
         """Plans tensors and makes runs until there are none."""

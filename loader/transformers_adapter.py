@@ -7,10 +7,10 @@ loudly when one of these names moves.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -230,9 +230,9 @@ def module_plan(plan: ModulePlan) -> Iterator[None]:
 _takes_itself: ContextVar[bool] = ContextVar("codecllm_takes_itself", default=False)
 
 
-def _loading_threads(*args: Any, **kwargs: Any) -> ThreadPoolExecutor | None:
-    """What transformers calls for its loading threads: it goes without where it gets none."""
-    return None if _takes_itself.get() else ThreadPoolExecutor(*args, **kwargs)
+def _loading_threads(usual: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What transformers calls for its loading threads, in place of `usual`: it goes without where it gets None."""
+    return None if _takes_itself.get() else usual(*args, **kwargs)
 
 
 @contextmanager
@@ -242,8 +242,9 @@ def without_loading_threads() -> Iterator[None]:
     transformers asks in four threads of its own otherwise, each of which waits for ours and takes the interpreter's lock from
     them: a fifth of a load. Loads in other threads keep theirs.
     """
-    if hasattr(core_model_loading, "ThreadPoolExecutor"):
-        core_model_loading.ThreadPoolExecutor = _loading_threads
+    usual = getattr(core_model_loading, "ThreadPoolExecutor", None)
+    if usual is not None and getattr(usual, "func", None) is not _loading_threads:
+        core_model_loading.ThreadPoolExecutor = partial(_loading_threads, usual)
     token = _takes_itself.set(True)
     try:
         yield

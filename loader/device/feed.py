@@ -139,6 +139,11 @@ def concrete(device: torch.device) -> torch.device:
     return device
 
 
+def has_device() -> bool:
+    """Whether torch finds an accelerator here."""
+    return any(getattr(torch, kind).is_available() for kind in ACCELERATORS if hasattr(torch, kind))
+
+
 def sole_device(device_map: Any, needed_bytes: int) -> torch.device | None:
     """Returns the one accelerator onto which a device map certainly puts the whole model, or None.
 
@@ -171,7 +176,7 @@ def refuse_without_device(decoder: Decoder, device_map: Any) -> None:
     """
     if decoder not in ("nvcomp", "triton"):
         return
-    if not any(getattr(torch, kind).is_available() for kind in ACCELERATORS if hasattr(torch, kind)):
+    if not has_device():
         raise UnsupportedEnvironmentError(f"decoder {decoder!r} does not work here: torch finds no GPU")
     if device_map is None or str(device_map) == "cpu":
         got = f"device_map={device_map!r}"

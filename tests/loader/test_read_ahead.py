@@ -156,6 +156,33 @@ def test_an_error_is_not_waited_for_longer_than_it_takes():
         bench.gate.set()
 
 
+def test_closing_from_another_thread_lets_no_taker_wait():
+    """Several takers wait while the load and its pool are closed: each gets its tensor or the error of the end."""
+    for turn in range(60):
+        bench, ends = _Bench(), []
+
+        def take(names, ahead, bench=bench, ends=ends):
+            try:
+                for name in names:
+                    ahead.result(ahead.take(bench.request(name)))
+                ends.append("taken")
+            except RuntimeError as exc:
+                ends.append(str(exc))
+
+        with DecodePool(4) as pool:
+            ahead = ReadAhead(pool, budget=3 * RUN_BYTES)
+            ahead.expect(bench.request(name) for name in range(30))
+            takers = [threading.Thread(target=take, args=(range(first, 30, 3), ahead), daemon=True) for first in range(3)]
+            for taker in takers:
+                taker.start()
+            time.sleep(turn * 2e-4)
+            ahead.close()
+        for taker in takers:
+            taker.join(20)
+        assert len(ends) == 3, turn
+        assert set(ends) <= {"taken", "the load has ended", "cannot schedule new futures after shutdown"}
+
+
 def test_the_budget_bounds_tensors_that_nobody_took():
     bench = _Bench()
     with DecodePool(2) as pool, ReadAhead(pool, budget=5 * RUN_BYTES) as ahead:

@@ -113,7 +113,7 @@ def test_side_tensors_that_lie_apart_are_read_one_by_one(folder, monkeypatch):
         names = [record.name for record in container.manifest.tensors]
         together = [read_tensor_bytes(container, name) for name in names]
         reads = []
-        monkeypatch.setattr(container_module, "_BETWEEN_SIDES_BYTES", -1)
+        monkeypatch.setattr(container_module, "_SIDES_TOGETHER_BYTES", -1)
         monkeypatch.setattr(SafeFile, "read", lambda *where, read=SafeFile.read: (reads.append(where[1:]), read(*where))[1])
         assert [read_tensor_bytes(container, name) for name in names] == together
         coded = sum(isinstance(container.tensor(name), StoredTensor) for name in names)
