@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
-from codecllm.loader import from_pretrained
+from codecllm.loader import from_pretrained, pretrained
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.state_dict import LazyTensor
 
@@ -74,6 +74,12 @@ def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(
     monkeypatch.setattr(LazyTensor, "to", to)
     from_pretrained(container("llama", "int8"), progress=False)
     assert set(asked) == {threading.get_ident()}
+    asked.clear()
+    monkeypatch.setattr(pretrained, "has_device", lambda: True)  # several: what goes to them is not made ahead
+    monkeypatch.setattr(pretrained, "sole_device", lambda device_map, needed: None)
+    from_pretrained(container("llama", "int8"), device_map="auto", progress=False)
+    assert asked
+    assert threading.get_ident() not in asked
     with adapter.without_loading_threads():
         assert transformers.core_model_loading.ThreadPoolExecutor(max_workers=1) is None
         made = []
