@@ -198,9 +198,31 @@ def decode_tiles(
     Raises:
         FormatError: a chunk is damaged. Tiles before it were written.
     """
+    if _join_rows(tensor, tiles, out, slots, workspace):
+        return
     for tile, planes in tiles_of(tensor, tiles, slots, workspace):
         place = out[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
         write_tile(tensor, tile, planes, place, target, workspace)
+
+
+def _join_rows(tensor: StoredTensor, tiles: range, out: NDArray[Any], slots: memoryview, workspace: Workspace) -> bool:
+    """Does what `decode_tiles` does without gathering planes, for lossless tiles of whole rows; returns whether it did."""
+    grid, planes, dtype = tensor.table.grid, tensor.table.planes, DTYPES[tensor.record.dtype]
+    if tensor.scales is not None or grid.across != 1 or not dtype.rotates or not tiles:
+        return False
+    whole = _rows_of(tensor, tiles)
+    if whole.rows * whole.cols > BLOCK_ELEMENTS:
+        return False
+    symbols = tensor.decode_together(tiles.start * planes, tiles.stop * planes, slots)
+    if symbols is None:
+        return False
+    words, at = out[whole.row : whole.row + whole.rows].reshape(1, -1), 0
+    for first in range(0, len(symbols), planes):
+        parts = [np.frombuffer(part, np.uint8)[None] for part in symbols[first : first + planes]]
+        _shift_in(parts, words[:, at : at + parts[0].size])
+        at += parts[0].size
+    _rotate(words, dtype, workspace)
+    return True
 
 
 def write_tile(
@@ -272,17 +294,27 @@ def join_planes(planes: list[NDArray[np.uint8]], dtype: DType, out: NDArray[Any]
     Raises:
         DecodeError: a boolean is neither 0 nor 1.
     """
+    _shift_in(planes, out)
+    if dtype.rotates:
+        _rotate(out, dtype, workspace)
+    if dtype.name == "BOOL" and (out > 1).any():
+        raise DecodeError("a boolean is neither 0 nor 1", got=int(out.max()))
+
+
+def _shift_in(planes: list[NDArray[np.uint8]], out: NDArray[Any]) -> None:
+    """Makes words [rows, cols] of planes, the most significant first."""
     np.copyto(out, planes[0])
     for plane in planes[1:]:
         np.multiply(out, out.dtype.type(1 << 8), out=out)  # as a shift by 8, which numpy does at half the speed
         np.bitwise_or(out, plane, out=out)
-    if dtype.rotates:
-        sign = workspace.scratch(out.shape[0], out.shape[1], out.dtype)
-        np.multiply(out, out.dtype.type(1 << (dtype.bits - 1)), out=sign)
-        np.right_shift(out, 1, out=out)
-        np.bitwise_or(out, sign, out=out)
-    if dtype.name == "BOOL" and (out > 1).any():
-        raise DecodeError("a boolean is neither 0 nor 1", got=int(out.max()))
+
+
+def _rotate(out: NDArray[Any], dtype: DType, workspace: Workspace) -> None:
+    """Rotates words [rows, cols] right by one bit: the sign was stored last."""
+    sign = workspace.scratch(out.shape[0], out.shape[1], out.dtype)
+    np.multiply(out, out.dtype.type(1 << (dtype.bits - 1)), out=sign)
+    np.right_shift(out, 1, out=out)
+    np.bitwise_or(out, sign, out=out)
 
 
 def _blocks(rows: int, cols: int) -> Iterator[tuple[slice, slice]]:
