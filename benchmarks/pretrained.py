@@ -34,12 +34,12 @@ def pretrained(settings: Settings) -> Iterator[Row]:
     for scheme, resident in _WAYS:
         works[f"{scheme}, {resident}"] = ("load", containers[scheme], resident, settings.workers)
         if resident == "dense":
-            works[f"{scheme}, cold"] = ("load", containers[scheme], resident, settings.workers, "cold")
+            works[f"{scheme}, cold"] = ("load_cold", containers[scheme], resident, settings.workers)
     sizes = {name: peers.MAKERS[name](source, OUT / name) for name in peers.installed()}
     works |= {name: ("load_peer", name, source, OUT / name) for name in sizes}
     peaks: dict[str, dict[str, float]] = {}
     for name, (work, *arguments) in works.items():  # warms the page cache up as well
-        peaks[name] = in_fresh_process("load_peak", *arguments[:3]) if work == "load" else in_fresh_process(work, *arguments)
+        peaks[name] = in_fresh_process("load_peak" if work == "load" else work, *arguments)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in works}
     for _ in range(settings.repeats):
         for name, work in works.items():

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codecllm.formats.container import Container
+from codecllm.formats.container import CONTAINER_IS, Container
 from codecllm.formats.errors import HubError, NotAContainerError, UsageError
-from codecllm.formats.files import write_atomically
+from codecllm.formats.files import describe_missing, write_atomically
 from codecllm.hub import BaseModel, Upload, check_login, read_base_model, upload_container
 from codecllm.hub.upload import CARD_NAME
 from codecllm.model_card import MARKER, make_card
@@ -112,7 +112,7 @@ def push(
     if create_pr and revision is not None:
         raise UsageError("a pull request is made against main: revision and create_pr exclude each other", got=revision)
     if not folder.is_dir():
-        raise NotAContainerError("no such folder", file=str(container))
+        raise NotAContainerError(describe_missing(folder, CONTAINER_IS), file=str(container))
     check_login(repo, token=token)
     tell(f"verifying {folder} (level {level})")
     sha256 = _verified(folder, level, workers, progress)

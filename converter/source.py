@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from codecllm.formats import limits
 from codecllm.formats.dtypes import DType
 from codecllm.formats.errors import SchemaError, SourceError, TruncatedError, UnsafePathError, UnsafeSourceError
-from codecllm.formats.files import SafeFile, is_safe_name
+from codecllm.formats.files import SafeFile, describe_missing, is_safe_name
 from codecllm.formats.manifest import INDEX_NAME, MANIFEST_NAME
 from codecllm.formats.safetensors_header import TensorEntry, read_header
 from codecllm.formats.schemes.lossless import word_dtype
@@ -95,8 +95,7 @@ class SourceModel:
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            what = "a file; a model is a folder with config.json in it" if self.folder.exists() else "no such folder"
-            raise SourceError(what, file=str(folder))
+            raise SourceError(describe_missing(self.folder, "a model is a folder with config.json in it"), file=str(folder))
         if (self.folder / MANIFEST_NAME).exists():
             raise SourceError("this is a codecllm container already", file=str(folder))
         self.config = _read_config(self.folder)

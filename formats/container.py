@@ -25,7 +25,7 @@ from codecllm.formats.errors import (
     SchemaError,
     TruncatedError,
 )
-from codecllm.formats.files import Excerpt, SafeFile, refuse_foreign
+from codecllm.formats.files import Excerpt, SafeFile, describe_missing, refuse_foreign
 from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.manifest import (
     MANIFEST_NAME,
@@ -42,6 +42,9 @@ from codecllm.formats.safetensors_header import ShardHeader, TensorEntry, read_h
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tensor_matrix
 from codecllm.formats.tiling import Grid
+
+CONTAINER_IS = f"a container is the folder with {MANIFEST_NAME} in it"
+"""For an error where a file was given."""
 
 _SIDES_TOGETHER_BYTES = 4 << 20
 """Most bytes of a tensor's side tensors, and of what lies between them, that are read by one call."""
@@ -68,8 +71,7 @@ class Container:
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            what = f"a file; a container is the folder with {MANIFEST_NAME} in it" if self.folder.exists() else "no such folder"
-            raise NotAContainerError(what, file=str(folder))
+            raise NotAContainerError(describe_missing(self.folder, CONTAINER_IS), file=str(folder))
         try:
             with SafeFile(self.folder, MANIFEST_NAME) as file:
                 if file.size > limits.MANIFEST_BYTES:

@@ -132,6 +132,11 @@ def safe_path(folder: Path, name: str) -> Path:
     raise UnsafePathError("a symbolic link leads outside the folder", file=name, got=str(real))
 
 
+def describe_missing(folder: Path, wanted: str) -> str:
+    """Says why `folder` is none, in words for an error; `wanted` tells what is meant where a file stands in its place."""
+    return f"a file; {wanted}" if folder.exists() else "no such folder"
+
+
 def describe_foreign(head: bytes) -> str | None:
     """Says what a file looks like from its first bytes, for the commonest things found in place of a shard."""
     if head.startswith(b"version https://git-lfs"):

@@ -208,7 +208,7 @@ def decode_tiles(
 def _join_rows(tensor: StoredTensor, tiles: range, out: NDArray[Any], slots: memoryview, workspace: Workspace) -> bool:
     """Does what `decode_tiles` does without gathering planes, for lossless tiles of whole rows; returns whether it did."""
     grid, planes, dtype = tensor.table.grid, tensor.table.planes, DTYPES[tensor.record.dtype]
-    if tensor.scales is not None or grid.across != 1 or not dtype.rotates or not tiles:
+    if tensor.scales is not None or grid.across != 1 or not tiles:
         return False
     whole = _rows_of(tensor, tiles)
     if whole.rows * whole.cols > BLOCK_ELEMENTS:
@@ -221,7 +221,7 @@ def _join_rows(tensor: StoredTensor, tiles: range, out: NDArray[Any], slots: mem
         parts = [np.frombuffer(part, np.uint8)[None] for part in symbols[first : first + planes]]
         _shift_in(parts, words[:, at : at + parts[0].size])
         at += parts[0].size
-    _rotate(words, dtype, workspace)
+    _finish(words, dtype, workspace)
     return True
 
 
@@ -295,10 +295,7 @@ def join_planes(planes: list[NDArray[np.uint8]], dtype: DType, out: NDArray[Any]
         DecodeError: a boolean is neither 0 nor 1.
     """
     _shift_in(planes, out)
-    if dtype.rotates:
-        _rotate(out, dtype, workspace)
-    if dtype.name == "BOOL" and (out > 1).any():
-        raise DecodeError("a boolean is neither 0 nor 1", got=int(out.max()))
+    _finish(out, dtype, workspace)
 
 
 def _shift_in(planes: list[NDArray[np.uint8]], out: NDArray[Any]) -> None:
@@ -309,12 +306,15 @@ def _shift_in(planes: list[NDArray[np.uint8]], out: NDArray[Any]) -> None:
         np.bitwise_or(out, plane, out=out)
 
 
-def _rotate(out: NDArray[Any], dtype: DType, workspace: Workspace) -> None:
-    """Rotates words [rows, cols] right by one bit: the sign was stored last."""
-    sign = workspace.scratch(out.shape[0], out.shape[1], out.dtype)
-    np.multiply(out, out.dtype.type(1 << (dtype.bits - 1)), out=sign)
-    np.right_shift(out, 1, out=out)
-    np.bitwise_or(out, sign, out=out)
+def _finish(out: NDArray[Any], dtype: DType, workspace: Workspace) -> None:
+    """Makes elements of words [rows, cols]: rotates the sign, stored last, to the front; refuses what is no boolean."""
+    if dtype.rotates:
+        sign = workspace.scratch(out.shape[0], out.shape[1], out.dtype)
+        np.multiply(out, out.dtype.type(1 << (dtype.bits - 1)), out=sign)
+        np.right_shift(out, 1, out=out)
+        np.bitwise_or(out, sign, out=out)
+    if dtype.name == "BOOL" and (out > 1).any():
+        raise DecodeError("a boolean is neither 0 nor 1", got=int(out.max()))
 
 
 def _blocks(rows: int, cols: int) -> Iterator[tuple[slice, slice]]:

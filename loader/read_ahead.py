@@ -196,10 +196,10 @@ class ReadAhead:
         """Returns a tensor to be planned or a run to be made, whichever is due, or None; hold the lock."""
         if self._urgent:
             return self._urgent.popleft()
-        if self._runs and (self._taken or not self._may_begin()):
+        if self._runs and self._taken:
             return self._runs.popleft()
         if not self._may_begin():
-            return None
+            return self._runs.popleft() if self._runs else None
         request = self._order[self._cursor]
         assert request is not None
         self._order[self._cursor] = None
@@ -223,7 +223,7 @@ class ReadAhead:
         return False
 
     def _plan(self, request: Request) -> None:
-        """Begins a tensor; its runs are for whoever is free, the next to be made."""
+        """Begins a tensor; its runs are the next to be made, or, before the first take, in the files' order."""
         try:
             filling = request.start()
         except BaseException as exc:

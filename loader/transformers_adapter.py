@@ -19,6 +19,7 @@ import transformers
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from torch import nn
+from transformers import core_model_loading
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -36,10 +37,6 @@ try:
     from transformers.core_model_loading import ConversionOps, _IdentityOp
 except ImportError:  # older than plain loading needs: the loader's own path works without them
     ConversionOps = _IdentityOp = object
-try:
-    from transformers import core_model_loading
-except ImportError:
-    core_model_loading = None
 try:
     from transformers.core_model_loading import revert_weight_conversion
 except ImportError:  # older ones fuse nothing
