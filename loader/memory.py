@@ -8,6 +8,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,17 +66,46 @@ class SlabMemory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._slab = np.empty(0, np.uint8)
+        self._noted: list[NDArray[np.uint8]] | None = None
 
     def empty_bytes(self, size: int) -> NDArray[np.uint8]:
         """As the function of that name."""
-        if not _SLAB_TAKES_BYTES <= size < _OWN_MEMORY_BYTES:
+        if size >= _OWN_MEMORY_BYTES:
+            return self._note(empty_bytes(size))
+        if size < _SLAB_TAKES_BYTES:
             return empty_bytes(size)
         rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
             if self._slab.size < rounded:
-                self._slab = _slab()
+                self._slab = self._note(_slab())
             memory, self._slab = self._slab[:size], self._slab[rounded:]
         return memory
+
+    def note(self) -> None:
+        """Begins to note what is taken from the system in large pieces."""
+        self._noted = []
+
+    def noted(self) -> list[NDArray[np.uint8]]:
+        """Returns what was taken since `note`, and ends noting."""
+        noted, self._noted = self._noted, None
+        return noted or []
+
+    def _note(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if (noted := self._noted) is not None:
+            noted.append(memory)
+        return memory
+
+
+def touch(memory: list[NDArray[np.uint8]]) -> Iterator[None]:
+    """Writes to every page of memory, so that the kernel supplies it: step by step, each one long call without the interpreter.
+
+    That is a tenth of the time of decoding into it.
+    """
+    while memory:
+        piece = memory.pop(0)
+        for begin in range(0, piece.size, _SLAB_BYTES):
+            piece[begin : begin + _SLAB_BYTES : mmap.PAGESIZE] = 0
+            yield
 
 
 class RecycledMemory:

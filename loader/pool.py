@@ -65,7 +65,7 @@ class DecodePool:
 
     def _run(self, job: Job) -> None:
         if not hasattr(self._local, "workspace"):
-            self._local.workspace = Workspace()
+            self._local.workspace = Workspace(self.workers)
         job(self._local.workspace)
 
     def _start_all(self) -> None:

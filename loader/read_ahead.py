@@ -1,14 +1,17 @@
 """Tensors made before they are asked for: reading, checking, decoding and casting overlap, memory is bounded.
 
-    expect     what will be asked for, in the order of the files
+    expect     what will be asked for, in the order of the files; what the budget holds is planned at once
+    prepare    supplies the memory of what was planned
     threads    each plans a tensor, or takes the next run of one: reads it into its own buffer, checks, decodes and casts it
     take       hands a tensor out, in any order; what is asked for too early goes to the front
 
 A run stays in the cache of the core that read it, and nothing is handed from thread to thread: under the interpreter's lock
 each handing over costs as much as decoding some kilobytes. For the same reason the threads stay out of their taker's way:
 
-    before the first tensor is taken    the taker is busy (it builds the model): one thread works, and plans before it decodes
-    whoever waits for a tensor          sleeps until the budget is made, and then takes many without waiting
+    before the first tensor is taken    the taker is busy: it builds the model. A thread that decoded meanwhile would wait for
+                                        the interpreter behind each call, up to 5 ms; one prepares, by few and long calls
+    whoever waits for a tensor          waits until the budget is made, and then takes many at once; better, it works until
+                                        then in the place of a thread: a sleeper's core often stays idle for some time
 
 The kernel reads ahead from the disk meanwhile (`Announcer`). Nothing is begun while tensors that nobody has taken hold more
 than a budget of bytes.
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -40,7 +43,7 @@ class Request:
     Attributes:
         key: what it is asked for by.
         size: about its bytes.
-        start: plans it; called at most once, by a thread of the pool.
+        start: plans it; called at most once, by a thread of the pool or by whoever expects it.
         made: receives the tensor, or the first error that prevented it.
     """
 
@@ -62,12 +65,14 @@ class _Making:
 class ReadAhead:
     """Makes tensors in the order of the files, ahead of whoever takes them. Safe to share between threads."""
 
-    def __init__(self, pool: DecodePool, budget: int = BUDGET_BYTES) -> None:
+    def __init__(self, pool: DecodePool, budget: int = BUDGET_BYTES, *, takers_help: bool = False) -> None:
         """Prepares reading; nothing runs before something is expected or taken.
 
         Args:
             pool: its threads read and decode; others may use it too, and wait while there is something to read.
             budget: see BUDGET_BYTES.
+            takers_help: whoever waits in `result` works in the place of one of the pool's threads. Best for takers that have
+                much to do before they take and little between two tensors.
         """
         self._pool = pool
         self._budget = budget
@@ -81,18 +86,36 @@ class ReadAhead:
         self._unmade: set[Request] = set()
         self._busy = 0
         self._taken = False
+        self._preparing = False
+        self._helper: Workspace | None = Workspace(pool.workers) if takers_help and pool.workers > 1 else None
         self._closed = False
         self._lock = threading.RLock()
         self._rest = threading.Condition(self._lock)
 
     def expect(self, requests: Iterable[Request]) -> None:
-        """Appends tensors, of keys that were not used before, to what is made ahead."""
+        """Appends tensors, of keys that were not used before, to what is made ahead; plans as many as the budget holds."""
         with self._lock:
             for request in requests:
                 self._place[request.key] = len(self._order)
                 self._order.append(request)
                 self._unmade.add(request)
-            self._employ()
+        with torch.inference_mode(False):  # what other threads write to has to be a plain tensor
+            while (request := self._begin()) is not None:
+                self._plan(request)
+
+    def prepare(self, steps: Iterator[None]) -> None:
+        """Lets a thread take steps, one after another, until the first tensor is taken.
+
+        They may write to memory of planned tensors: nothing is decoded before the step under way ends.
+        """
+        with self._lock:
+            if self._taken or self._closed:
+                return
+            self._preparing = True
+        try:
+            self._pool.submit(lambda _: self._prepare(steps))
+        except RuntimeError:  # the interpreter ends
+            self._preparing = False
 
     def take(self, request: Request) -> Future[torch.Tensor]:
         """Returns what receives the tensor: the expected one of the same key, or else the request itself, which goes first.
@@ -126,10 +149,11 @@ class ReadAhead:
     def result(self, made: Future[torch.Tensor]) -> torch.Tensor:
         """Returns a tensor that was taken, or raises its error.
 
-        Where it is not made yet, waits until the threads have nothing left to do, for lack of budget or of tensors: woken for
-        each tensor, the caller would take the interpreter's lock from those that make the next one, and sleep again.
+        Where it is not made yet, the caller waits, or helps, until nothing is left to do for lack of budget or of tensors:
+        woken for each tensor, it would take the interpreter's lock from those that make the next one, and sleep again.
         """
         if not made.done():
+            self._help(made)
             with self._rest:
                 self._rest.wait_for(lambda: made.done() and (self._closed or not self._busy or made.exception() is not None))
         return made.result()
@@ -162,9 +186,9 @@ class ReadAhead:
 
     def _employ(self) -> None:
         """Puts idle threads of the pool to work where there is some; hold the lock."""
-        if self._closed:
+        if self._closed or self._preparing or not self._taken:
             return
-        threads = self._pool.workers if self._taken else 1
+        threads = self._pool.workers - (self._helper is not None)  # the taker's place
         work = len(self._runs) + len(self._urgent)
         if not work and self._may_begin():
             work = threads  # how many runs the next tensors have is not known yet
@@ -177,37 +201,77 @@ class ReadAhead:
                 return
             self._busy += 1
 
+    def _prepare(self, steps: Iterator[None]) -> None:
+        """Takes the steps of `prepare` in a thread of the pool."""
+        try:
+            for _ in steps:
+                if self._taken or self._closed:
+                    break
+        finally:
+            with self._lock:
+                self._preparing = False
+                self._rest.notify_all()
+                self._employ()
+
+    def _help(self, made: Future[torch.Tensor]) -> None:
+        """Works in the calling thread, one at a time, once nothing is being prepared; `made` is what it waits for."""
+        with self._rest:
+            self._rest.wait_for(lambda: not self._preparing or made.done())
+            if self._preparing or self._helper is None:
+                return
+            helper, self._helper = self._helper, None
+            self._busy += 1
+        try:
+            with torch.inference_mode(False):
+                self._work(helper)
+        finally:
+            self._helper = helper
+
     def _work(self, workspace: Workspace) -> None:
         """Plans tensors and makes runs until there are none."""
-        while True:
-            with self._lock:
-                job = None if self._closed else self._next()
-                if job is None:
-                    self._busy -= 1
-                    self._rest.notify_all()
-                    return
-            if isinstance(job, Request):
-                self._plan(job)
-            else:
-                self._make(*job, workspace)
+        while (job := self._next()) is not None:
+            try:
+                if isinstance(job, Request):
+                    self._plan(job)
+                else:
+                    self._make(*job, workspace)
+            except BaseException:  # Ctrl-C, where the taker helps
+                self._rest_one()
+                raise
             del job  # or it would keep its tensor while the next one is waited for
 
     def _next(self) -> Request | tuple[_Making, Run] | None:
-        """Returns a tensor to be planned or a run to be made, whichever is due, or None; hold the lock."""
-        if self._urgent:
-            return self._urgent.popleft()
-        if self._runs and self._taken:
-            return self._runs.popleft()
-        if not self._may_begin():
-            return self._runs.popleft() if self._runs else None
-        request = self._order[self._cursor]
-        assert request is not None
-        self._order[self._cursor] = None
-        self._cursor += 1
-        del self._place[request.key]
-        self._started[request.key] = request
-        self._untaken += request.size
-        return request
+        """Returns a tensor to be planned or a run to be made, whichever is due; None sends the calling thread to rest."""
+        with self._lock:
+            job: Request | tuple[_Making, Run] | None = None
+            if self._urgent and not self._closed:
+                job = self._urgent.popleft()
+            elif self._runs and not self._closed:
+                job = self._runs.popleft()
+            else:
+                job = self._begin()
+            if job is None:  # under the same lock: what comes next employs another thread
+                self._rest_one()
+            return job
+
+    def _rest_one(self) -> None:
+        with self._rest:
+            self._busy -= 1
+            self._rest.notify_all()
+
+    def _begin(self) -> Request | None:
+        """Returns the next expected tensor, to be planned, or None where there is none or the budget is used up."""
+        with self._lock:
+            if self._closed or not self._may_begin():
+                return None
+            request = self._order[self._cursor]
+            assert request is not None
+            self._order[self._cursor] = None
+            self._cursor += 1
+            del self._place[request.key]
+            self._started[request.key] = request
+            self._untaken += request.size
+            return request
 
     def _may_begin(self) -> bool:
         """Moves the cursor to the next expected tensor, from the end back to those that were skipped; whether to begin it."""
@@ -228,6 +292,8 @@ class ReadAhead:
             filling = request.start()
         except BaseException as exc:
             self._settle(request, error=exc)
+            if isinstance(exc, KeyboardInterrupt):  # of whoever expects, or helps: no thread of the pool gets one
+                raise
             return
         making = _Making(request, filling)
         if not filling.runs:
@@ -246,6 +312,8 @@ class ReadAhead:
                 run.decode(run.read(workspace.slots(0 if run.place is not None else run.size)), workspace)
         except BaseException as exc:
             self._settle(making.request, error=exc)
+            if isinstance(exc, KeyboardInterrupt):  # of a taker that helps
+                raise
         with self._lock:
             making.left -= 1
             last = not making.left

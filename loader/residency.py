@@ -194,7 +194,7 @@ class ResidentCompressed(Residency):
             ModelMismatchError: a module was replaced again.
         """
         for record, checked in self._checked:
-            checked.result()
+            self._reader.kept(checked)
             self._meter.add(record.name, record.source_bytes)
         for name in self.modules:
             if not isinstance(model.get_submodule(name), CompressedWeight):

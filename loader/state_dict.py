@@ -15,7 +15,7 @@ from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.feed import DeviceFeeds, concrete
-from codecllm.loader.memory import SlabMemory
+from codecllm.loader.memory import SlabMemory, touch
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter
 from codecllm.loader.read_ahead import ReadAhead, Request
@@ -68,7 +68,7 @@ class TensorReader:
         """
         self._container = container
         self._feeds, self._device = feeds, device
-        self._ahead = ReadAhead(pool)
+        self._ahead = ReadAhead(pool, takers_help=True)
         self._memory = SlabMemory()
         self._announce = Announcer()
         self._meter = meter
@@ -100,7 +100,9 @@ class TensorReader:
             self._feeds.feed(self._device).expect((name, part, unique[name, part]) for name, part in keys)
             return
         self._expected = {(name, part): dtype for (name, part), dtype in unique.items()}
+        self._memory.note()
         self._ahead.expect([self._request(name, part, self._expected[name, part]) for name, part in keys])
+        self._ahead.prepare(touch(self._memory.noted()))
 
     def read(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device = CPU) -> torch.Tensor:
         """Decodes a stored tensor.
@@ -130,8 +132,12 @@ class TensorReader:
             raise
 
     def keep(self, name: str, filling: Filling) -> Future[torch.Tensor]:
-        """Reads the payload of a tensor into memory where it stays; returns what receives it once it is checked."""
+        """Reads the payload of a tensor into memory where it stays; returns what `kept` waits for."""
         return self._ahead.take(Request((name, "payload"), filling.tensor.nbytes, lambda: filling))
+
+    def kept(self, payload: Future[torch.Tensor]) -> torch.Tensor:
+        """Returns a payload once all of it is read and checked; raises FormatError where it is damaged."""
+        return self._ahead.result(payload)
 
     def _take(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
         if part == "scale" or part == "col_scale":

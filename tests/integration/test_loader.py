@@ -138,6 +138,21 @@ def test_dtype_is_that_of_the_caller_rounded_once(container, dtype):
     assert torch.equal(model.get_parameter(name), torch.from_numpy(exact).to(wanted))
 
 
+@pytest.mark.parametrize("scheme", ["lossless", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, None])
+def test_loading_in_inference_mode_gives_plain_tensors(container, scheme, dtype):
+    """Threads write to what the caller planned: they may not where it is an inference tensor."""
+    folder = container("llama", scheme)
+    expected = from_pretrained(folder, dtype=dtype).state_dict()
+    with torch.inference_mode():
+        model = from_pretrained(folder, dtype=dtype, workers=2)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    model.train()
+    model(torch.arange(8)[None]).logits.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_sharded_source_and_container(tmp_path):
     source = tiny_models.llama(tmp_path / "source", max_shard_size="60KB", tied=False)
     report = convert(source, tmp_path / "out", scheme="lossless", max_shard_bytes=60_000)

@@ -30,9 +30,11 @@ class _Bench:
         self.gate.set()
         self.lock = threading.Lock()
         self.started, self.read, self.decoded = [], 0, 0
+        self.on_start = self.on_decode = lambda: None
 
     def request(self, name, size=RUN_BYTES, fails=None):
         def start():
+            self.on_start()
             with self.lock:
                 self.started.append(name)
             tensor = torch.zeros(4, dtype=torch.int64)
@@ -57,6 +59,7 @@ class _Run:
         return view
 
     def decode(self, stored, workspace):
+        self.bench.on_decode()
         assert self.bench.gate.wait(20)
         assert len(set(stored)) == 1, "another run's bytes came into this buffer"
         if self.fails == "decode" and self.part == 1:
@@ -122,24 +125,97 @@ def test_what_is_read_and_not_decoded_is_one_run_a_thread():
             assert torch.equal(ahead.take(bench.request(name)).result(20), _expected(name))
 
 
-def test_before_the_first_take_one_thread_plans_everything_and_then_decodes():
+@pytest.mark.parametrize("helps", [False, True])
+def test_before_the_first_take_tensors_are_planned_and_nothing_is_decoded(helps):
     bench = _Bench()
-    bench.gate.clear()
-    with DecodePool(4) as pool, ReadAhead(pool) as ahead:
+    with DecodePool(4) as pool, ReadAhead(pool, takers_help=helps) as ahead:
         ahead.expect(bench.request(name) for name in range(30))
-        assert (_settled(lambda: bench.read), bench.started) == (1, list(range(30)))
+        assert bench.started == list(range(30))
+        assert _settled(lambda: bench.read) == 0
+        bench.gate.clear()
         made = ahead.take(bench.request(0))
-        assert _settled(lambda: bench.read) == 4
+        assert _settled(lambda: bench.read) == 4 - helps, "a place is left for the taker"
+        if helps:
+            taker = threading.Thread(target=ahead.result, args=(made,))
+            taker.start()
+            assert _settled(lambda: bench.read) == 4
         bench.gate.set()
         assert torch.equal(ahead.result(made), _expected(0))
+        if helps:
+            taker.join(20)
 
 
+def test_only_one_taker_helps():
+    bench, threads = _Bench(), set()
+    with DecodePool(2) as pool, ReadAhead(pool, takers_help=True) as ahead:
+        bench.on_decode = lambda: threads.add(threading.get_ident())
+        ahead.expect(bench.request(name) for name in range(60))
+        made = [ahead.take(bench.request(name)) for name in range(60)]
+        takers = [threading.Thread(target=ahead.result, args=(made[name],)) for name in range(0, 60, 10)]
+        for taker in takers:
+            taker.start()
+        for taker in takers:
+            taker.join(20)
+        assert [torch.equal(ahead.result(tensor), _expected(name)) for name, tensor in enumerate(made)] == [True] * 60
+    assert len(threads) <= 2
+
+
+def test_what_prepares_ends_with_the_first_take_and_nothing_is_decoded_meanwhile():
+    bench, steps, step = _Bench(), [], threading.Event()
+
+    def prepare():
+        while True:
+            steps.append(bench.read)
+            step.wait(20)
+            yield
+
+    with DecodePool(2) as pool, ReadAhead(pool, takers_help=True) as ahead:
+        ahead.expect(bench.request(name) for name in range(30))
+        ahead.prepare(prepare())
+        assert _settled(lambda: len(steps)) == 1
+        made = ahead.take(bench.request(0))
+        taker = threading.Thread(target=ahead.result, args=(made,))
+        taker.start()
+        assert _settled(lambda: bench.read) == 0, "a step is under way"
+        step.set()
+        assert torch.equal(ahead.result(made), _expected(0))
+        taker.join(20)
+        assert steps == [0]
+        ahead.prepare(prepare())
+        assert steps == [0], "a tensor was taken"
+
+
+@pytest.mark.parametrize("when", ["expected", "helping"])
+def test_ctrl_c_reaches_whoever_plans_or_helps(when):
+    bench = _Bench()
+
+    def interrupt():
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    with DecodePool(2) as pool:
+        ahead = ReadAhead(pool, takers_help=True)
+        if when == "expected":
+            bench.on_start = interrupt
+            with pytest.raises(KeyboardInterrupt):
+                ahead.expect(bench.request(name) for name in range(30))
+        else:
+            bench.on_decode = interrupt
+            ahead.expect(bench.request(name) for name in range(30))
+            with pytest.raises(KeyboardInterrupt):
+                [ahead.result(ahead.take(bench.request(name))) for name in range(30)]
+        ahead.close()
+    with pytest.raises(RuntimeError, match="has ended"):
+        ahead.result(ahead.take(bench.request(31)))
+
+
+@pytest.mark.parametrize("helps", [False, True])
 @pytest.mark.parametrize(("budget", "ready"), [(1 << 30, 30), (5 * RUN_BYTES, 5)])
-def test_whoever_waits_wakes_up_once_the_budget_is_made(budget, ready):
+def test_whoever_waits_wakes_up_once_the_budget_is_made(budget, ready, helps):
     bench = _Bench()
     bench.gate.clear()
     threading.Timer(0.2, bench.gate.set).start()
-    with DecodePool(2) as pool, ReadAhead(pool, budget) as ahead:
+    with DecodePool(2) as pool, ReadAhead(pool, budget, takers_help=helps) as ahead:
         ahead.expect(bench.request(name) for name in range(30))
         assert torch.equal(ahead.result(ahead.take(bench.request(0))), _expected(0))
         assert bench.decoded >= 4 * ready
@@ -156,7 +232,8 @@ def test_an_error_is_not_waited_for_longer_than_it_takes():
         bench.gate.set()
 
 
-def test_closing_from_another_thread_lets_no_taker_wait():
+@pytest.mark.parametrize("helps", [False, True])
+def test_closing_from_another_thread_lets_no_taker_wait(helps):
     """Several takers wait while the load and its pool are closed: each gets its tensor or the error of the end."""
     for turn in range(60):
         bench, ends = _Bench(), []
@@ -170,8 +247,9 @@ def test_closing_from_another_thread_lets_no_taker_wait():
                 ends.append(str(exc))
 
         with DecodePool(4) as pool:
-            ahead = ReadAhead(pool, budget=3 * RUN_BYTES)
+            ahead = ReadAhead(pool, budget=3 * RUN_BYTES, takers_help=helps)
             ahead.expect(bench.request(name) for name in range(30))
+            ahead.prepare(iter(range(turn)))
             takers = [threading.Thread(target=take, args=(range(first, 30, 3), ahead), daemon=True) for first in range(3)]
             for taker in takers:
                 taker.start()
@@ -238,13 +316,14 @@ def test_what_was_made_can_be_taken_after_the_end():
     with DecodePool(2) as pool:
         ahead = ReadAhead(pool, budget=3 * RUN_BYTES)
         ahead.expect(bench.request(name) for name in range(30))
-        while bench.decoded < 12:
+        ahead.take(bench.request(0)).result(20)
+        while bench.decoded < 16:  # the budget, and the one that was taken
             time.sleep(0.01)
         ahead.close()
-    for name in range(3):
+    for name in range(1, 4):
         assert torch.equal(ahead.take(bench.request(name)).result(20), _expected(name))
     with pytest.raises(RuntimeError, match="has ended"):
-        ahead.take(bench.request(3)).result(20)
+        ahead.take(bench.request(4)).result(20)
 
 
 def test_the_kernel_is_told_ahead_once_for_every_byte(tmp_path, monkeypatch):
