@@ -100,8 +100,8 @@ class ReadAhead:
                 self._order.append(request)
                 self._unmade.add(request)
         with torch.inference_mode(False):  # what other threads write to has to be a plain tensor
-            while (request := self._begin()) is not None:
-                self._plan(request)
+            while (due := self._begin()) is not None:
+                self._plan(due)
 
     def prepare(self, steps: Iterator[None]) -> None:
         """Lets a thread take steps, one after another, until the first tensor is taken.
