@@ -1,15 +1,15 @@
 """Tensors made before they are asked for: reading, checking, decoding and casting overlap, memory is bounded.
 
     expect     what will be asked for, in the order of the files; what the budget holds is planned at once
-    prepare    supplies the memory of what was planned
     threads    each plans a tensor, or takes the next run of one: reads it into its own buffer, checks, decodes and casts it
     take       hands a tensor out, in any order; what is asked for too early goes to the front
 
 A run stays in the cache of the core that read it, and nothing is handed from thread to thread: under the interpreter's lock
 each handing over costs as much as decoding some kilobytes. For the same reason the threads stay out of their taker's way:
 
-    before the first tensor is taken    the taker is busy: it builds the model. A thread that decoded meanwhile would wait for
-                                        the interpreter behind each call, up to 5 ms; one prepares, by few and long calls
+    before the first tensor is taken    the taker is busy: it builds the model. Whoever decodes meanwhile waits for the
+                                        interpreter behind each call, up to 5 ms: one thread works, and supplies memory first,
+                                        by few and long calls
     whoever waits for a tensor          waits until the budget is made, and then takes many at once; better, it works until
                                         then in the place of a thread: a sleeper's core often stays idle for some time
 
@@ -92,30 +92,27 @@ class ReadAhead:
         self._lock = threading.RLock()
         self._rest = threading.Condition(self._lock)
 
-    def expect(self, requests: Iterable[Request]) -> None:
-        """Appends tensors, of keys that were not used before, to what is made ahead; plans as many as the budget holds."""
+    def expect(self, requests: Iterable[Request], prepare: Callable[[], Iterator[None]] | None = None) -> None:
+        """Appends tensors, of keys that were not used before, to what is made ahead; plans as many as the budget holds.
+
+        Args:
+            requests: the tensors.
+            prepare: called once they are planned; gives steps that a thread takes, one after another, until the first tensor is
+                taken. They may write to memory of planned tensors: nothing is decoded before the last one, or the one under
+                way then, ends.
+        """
         with self._lock:
             for request in requests:
                 self._place[request.key] = len(self._order)
                 self._order.append(request)
                 self._unmade.add(request)
+            self._preparing = not self._taken
         with torch.inference_mode(False):  # what other threads write to has to be a plain tensor
             while (due := self._begin()) is not None:
                 self._plan(due)
-
-    def prepare(self, steps: Iterator[None]) -> None:
-        """Lets a thread take steps, one after another, until the first tensor is taken.
-
-        They may write to memory of planned tensors: nothing is decoded before the step under way ends.
-        """
-        with self._lock:
-            if self._taken or self._closed:
-                return
-            self._preparing = True
-        try:
+        steps = prepare() if prepare is not None else iter(())
+        if self._preparing:
             self._pool.submit(lambda _: self._prepare(steps))
-        except RuntimeError:  # the interpreter ends
-            self._preparing = False
 
     def take(self, request: Request) -> Future[torch.Tensor]:
         """Returns what receives the tensor: the expected one of the same key, or else the request itself, which goes first.
@@ -186,9 +183,9 @@ class ReadAhead:
 
     def _employ(self) -> None:
         """Puts idle threads of the pool to work where there is some; hold the lock."""
-        if self._closed or self._preparing or not self._taken:
+        if self._closed or self._preparing:
             return
-        threads = self._pool.workers - (self._helper is not None)  # the taker's place
+        threads = self._pool.workers - (self._helper is not None) if self._taken else 1  # the taker's place
         work = len(self._runs) + len(self._urgent)
         if not work and self._may_begin():
             work = threads  # how many runs the next tensors have is not known yet

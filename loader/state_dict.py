@@ -101,8 +101,8 @@ class TensorReader:
             return
         self._expected = {(name, part): dtype for (name, part), dtype in unique.items()}
         self._memory.note()
-        self._ahead.expect([self._request(name, part, self._expected[name, part]) for name, part in keys])
-        self._ahead.prepare(touch(self._memory.noted()))
+        requests = [self._request(name, part, self._expected[name, part]) for name, part in keys]
+        self._ahead.expect(requests, prepare=lambda: touch(self._memory.noted()))
 
     def read(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device = CPU) -> torch.Tensor:
         """Decodes a stored tensor.

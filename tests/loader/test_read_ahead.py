@@ -126,13 +126,13 @@ def test_what_is_read_and_not_decoded_is_one_run_a_thread():
 
 
 @pytest.mark.parametrize("helps", [False, True])
-def test_before_the_first_take_tensors_are_planned_and_nothing_is_decoded(helps):
+def test_before_the_first_take_tensors_are_planned_and_one_thread_works(helps):
     bench = _Bench()
+    bench.gate.clear()
     with DecodePool(4) as pool, ReadAhead(pool, takers_help=helps) as ahead:
         ahead.expect(bench.request(name) for name in range(30))
         assert bench.started == list(range(30))
-        assert _settled(lambda: bench.read) == 0
-        bench.gate.clear()
+        assert _settled(lambda: bench.read) == 1
         made = ahead.take(bench.request(0))
         assert _settled(lambda: bench.read) == 4 - helps, "a place is left for the taker"
         if helps:
@@ -160,18 +160,19 @@ def test_only_one_taker_helps():
     assert len(threads) <= 2
 
 
-def test_what_prepares_ends_with_the_first_take_and_nothing_is_decoded_meanwhile():
+@pytest.mark.parametrize("endless", [True, False])
+def test_what_prepares_ends_with_the_first_take_and_nothing_is_decoded_meanwhile(endless):
     bench, steps, step = _Bench(), [], threading.Event()
 
     def prepare():
-        while True:
+        assert bench.started == list(range(30))
+        while endless or not steps:
             steps.append(bench.read)
             step.wait(20)
             yield
 
     with DecodePool(2) as pool, ReadAhead(pool, takers_help=True) as ahead:
-        ahead.expect(bench.request(name) for name in range(30))
-        ahead.prepare(prepare())
+        ahead.expect((bench.request(name) for name in range(30)), prepare)
         assert _settled(lambda: len(steps)) == 1
         made = ahead.take(bench.request(0))
         taker = threading.Thread(target=ahead.result, args=(made,))
@@ -181,8 +182,22 @@ def test_what_prepares_ends_with_the_first_take_and_nothing_is_decoded_meanwhile
         assert torch.equal(ahead.result(made), _expected(0))
         taker.join(20)
         assert steps == [0]
-        ahead.prepare(prepare())
-        assert steps == [0], "a tensor was taken"
+
+
+def test_what_prepares_may_fail_and_may_come_too_late():
+    bench, steps = _Bench(), []
+
+    def prepare():
+        steps.append(1)
+        raise OSError("no memory to touch")
+        yield
+
+    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+        ahead.expect((bench.request(name) for name in range(10)), prepare)
+        assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in range(10))
+        ahead.expect((bench.request(name) for name in range(10, 20)), prepare)
+        assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in range(10, 20))
+    assert steps == [1]
 
 
 @pytest.mark.parametrize("when", ["expected", "helping"])
@@ -248,8 +263,7 @@ def test_closing_from_another_thread_lets_no_taker_wait(helps):
 
         with DecodePool(4) as pool:
             ahead = ReadAhead(pool, budget=3 * RUN_BYTES, takers_help=helps)
-            ahead.expect(bench.request(name) for name in range(30))
-            ahead.prepare(iter(range(turn)))
+            ahead.expect((bench.request(name) for name in range(30)), lambda turn=turn: iter(range(turn)))
             takers = [threading.Thread(target=take, args=(range(first, 30, 3), ahead), daemon=True) for first in range(3)]
             for taker in takers:
                 taker.start()
