@@ -202,11 +202,13 @@ def test_what_prepares_may_fail_and_may_come_too_late():
 
 @pytest.mark.parametrize("when", ["expected", "helping"])
 def test_ctrl_c_reaches_whoever_plans_or_helps(when):
-    bench = _Bench()
+    bench, interrupted = _Bench(), threading.Event()
 
     def interrupt():
         if threading.current_thread() is threading.main_thread():
+            interrupted.set()
             raise KeyboardInterrupt
+        assert interrupted.wait(20)
 
     with DecodePool(2) as pool:
         ahead = ReadAhead(pool, takers_help=True)
