@@ -68,7 +68,9 @@ def test_stream_casts_floats_only(every_dtype, dtype):
             assert tensor.dtype == (dtype if own.is_floating_point else own), record.name
 
 
-def test_bf16_patterns_survive(tmp_path):
+@pytest.mark.parametrize("workers", [2, 8])
+def test_bf16_patterns_survive(tmp_path, workers):
+    """Few threads join tile by tile, many gather planes first."""
     from safetensors.torch import save_file as save_torch
 
     (tmp_path / "source").mkdir()
@@ -76,7 +78,7 @@ def test_bf16_patterns_survive(tmp_path):
     save_torch({"w": bits.view(torch.bfloat16)}, tmp_path / "source" / "model.safetensors")
     convert(tmp_path / "source", tmp_path / "out", scheme="lossless")
     with Container(tmp_path / "out") as container:
-        (_, tensor), *rest = stream_tensors(container)
+        (_, tensor), *rest = stream_tensors(container, workers=workers)
     assert rest == []
     assert torch.equal(tensor.view(torch.int16), bits)
 
