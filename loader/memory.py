@@ -97,10 +97,7 @@ class SlabMemory:
 
 
 def touch(memory: list[NDArray[np.uint8]]) -> Iterator[None]:
-    """Writes to every page of memory, so that the kernel supplies it: step by step, each one long call without the interpreter.
-
-    That is a tenth of the time of decoding into it.
-    """
+    """Writes to the pages of memory, so that the kernel supplies them; step by step, each one call without the interpreter."""
     while memory:
         piece = memory.pop(0)
         for begin in range(0, piece.size, _SLAB_BYTES):

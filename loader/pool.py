@@ -89,5 +89,6 @@ class DecodePool:
 
 
 def _wait_single_threaded(barrier: threading.Barrier) -> None:
+    torch.get_num_threads()  # else torch takes the caller's number for this thread when it first needs one
     torch.set_num_threads(1)
     barrier.wait()

@@ -84,8 +84,8 @@ def from_pretrained(
             the bits of dense, and the time of decoding the whole model for every forward pass.
         decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there, as far as it can, else on the
             CPU. `cpu`: on the CPU. `nvcomp`, `triton`: zstd by nvCOMP, `rans` by our kernel, or an error that says why not.
-        workers: threads that read and decode; None takes one per core up to six, and 16 for codec `rans`. For what a GPU
-            decodes no more than three read.
+        workers: threads that read and decode, the calling one among them while it waits; None takes one per core up to six, and
+            16 for codec `rans`. For what a GPU decodes no more than three read.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;
             None leaves it to transformers' own bar.

@@ -43,7 +43,7 @@ class Request:
     Attributes:
         key: what it is asked for by.
         size: about its bytes.
-        start: plans it; called at most once, by a thread of the pool or by whoever expects it.
+        start: plans it; called at most once, by a thread of the pool, by whoever expects it or by a taker that helps.
         made: receives the tensor, or the first error that prevented it.
     """
 
@@ -71,8 +71,8 @@ class ReadAhead:
         Args:
             pool: its threads read and decode; others may use it too, and wait while there is something to read.
             budget: see BUDGET_BYTES.
-            takers_help: whoever waits in `result` works in the place of one of the pool's threads. Best for takers that have
-                much to do before they take and little between two tensors.
+            takers_help: where the pool has two threads or more, one of those who wait in `result` works in the place of one of
+                them. Best for takers that have much to do before they take and little between two tensors.
         """
         self._pool = pool
         self._budget = budget
@@ -86,8 +86,10 @@ class ReadAhead:
         self._unmade: set[Request] = set()
         self._busy = 0
         self._taken = False
+        self._prepared = False
         self._preparing = False
-        self._helper: Workspace | None = Workspace(pool.workers) if takers_help and pool.workers > 1 else None
+        self._helper = Workspace(pool.workers) if takers_help and pool.workers > 1 else None
+        self._helping = False
         self._closed = False
         self._lock = threading.RLock()
         self._rest = threading.Condition(self._lock)
@@ -99,20 +101,29 @@ class ReadAhead:
             requests: the tensors.
             prepare: called once they are planned; gives steps that a thread takes, one after another, until the first tensor is
                 taken. They may write to memory of planned tensors: nothing is decoded before the last one, or the one under
-                way then, ends.
+                way then, ends. They are not taken where a tensor was taken, or others were expected, before.
         """
         with self._lock:
             for request in requests:
                 self._place[request.key] = len(self._order)
                 self._order.append(request)
                 self._unmade.add(request)
-            self._preparing = not self._taken
-        with torch.inference_mode(False):  # what other threads write to has to be a plain tensor
-            while (due := self._begin()) is not None:
-                self._plan(due)
-        steps = prepare() if prepare is not None else iter(())
-        if self._preparing:
-            self._pool.submit(lambda _: self._prepare(steps))
+            prepares, self._prepared = not self._taken and not self._prepared, True
+            if prepares:
+                self._preparing = True
+        try:
+            with torch.inference_mode(False):  # what other threads write to has to be a plain tensor
+                while (due := self._begin()) is not None:
+                    self._plan(due)
+            steps = prepare() if prepare is not None else iter(())
+            if prepares:
+                self._pool.submit(lambda workspace: self._prepare(steps, workspace))
+        except BaseException:
+            if prepares:
+                self._preparing = False
+            raise
+        with self._lock:
+            self._employ()
 
     def take(self, request: Request) -> Future[torch.Tensor]:
         """Returns what receives the tensor: the expected one of the same key, or else the request itself, which goes first.
@@ -151,8 +162,8 @@ class ReadAhead:
         """
         if not made.done():
             self._help(made)
-            with self._rest:
-                self._rest.wait_for(lambda: made.done() and (self._closed or not self._busy or made.exception() is not None))
+            with self._lock:
+                self._rest.wait_for(lambda: made.done() and (self._closed or not self._busy or _failed(made)))
         return made.result()
 
     def drop(self, key: Hashable) -> None:
@@ -185,7 +196,8 @@ class ReadAhead:
         """Puts idle threads of the pool to work where there is some; hold the lock."""
         if self._closed or self._preparing:
             return
-        threads = self._pool.workers - (self._helper is not None) if self._taken else 1  # the taker's place
+        place = self._helper is not None and not self._helping  # of a taker
+        threads = self._pool.workers - place if self._taken else 1
         work = len(self._runs) + len(self._urgent)
         if not work and self._may_begin():
             work = threads  # how many runs the next tensors have is not known yet
@@ -198,8 +210,8 @@ class ReadAhead:
                 return
             self._busy += 1
 
-    def _prepare(self, steps: Iterator[None]) -> None:
-        """Takes the steps of `prepare` in a thread of the pool."""
+    def _prepare(self, steps: Iterator[None], workspace: Workspace) -> None:
+        """Takes the steps of `expect` in a thread of the pool, which then goes on with what they held up."""
         try:
             for _ in steps:
                 if self._taken or self._closed:
@@ -207,53 +219,61 @@ class ReadAhead:
         finally:
             with self._lock:
                 self._preparing = False
+                self._busy += 1
                 self._rest.notify_all()
                 self._employ()
+            self._work(workspace)
 
     def _help(self, made: Future[torch.Tensor]) -> None:
         """Works in the calling thread, one at a time, once nothing is being prepared; `made` is what it waits for."""
-        with self._rest:
+        with self._lock:
             self._rest.wait_for(lambda: not self._preparing or made.done())
-            if self._preparing or self._helper is None:
+            if self._preparing or self._helper is None or self._helping:
                 return
-            helper, self._helper = self._helper, None
+            self._helping = True
             self._busy += 1
-        try:
-            with torch.inference_mode(False):
-                self._work(helper)
-        finally:
-            self._helper = helper
+        with torch.inference_mode(False):
+            self._work(self._helper, made)
 
-    def _work(self, workspace: Workspace) -> None:
-        """Plans tensors and makes runs until there are none."""
-        while (job := self._next()) is not None:
-            try:
+    def _work(self, workspace: Workspace, awaited: Future[torch.Tensor] | None = None) -> None:
+        """Plans tensors and makes runs until there are none, or until what a taker that helps waits for has failed.
+
+        Such a taker plans nothing while others do, for it employs nobody: Ctrl-C inside the pool's locks would leave them held.
+        """
+        try:
+            while (job := self._next(awaited)) is not None:
                 if isinstance(job, Request):
-                    self._plan(job)
+                    self._plan(job, first=True)
+                    if awaited is None:
+                        with self._lock:
+                            self._employ()
                 else:
                     self._make(*job, workspace)
-            except BaseException:  # Ctrl-C, where the taker helps
-                self._rest_one()
-                raise
-            del job  # or it would keep its tensor while the next one is waited for
+                del job  # or it would keep its tensor while the next one is waited for
+        except BaseException:  # Ctrl-C, where a taker helps
+            self._rest_one(awaited)
+            raise
 
-    def _next(self) -> Request | tuple[_Making, Run] | None:
+    def _next(self, awaited: Future[torch.Tensor] | None) -> Request | tuple[_Making, Run] | None:
         """Returns a tensor to be planned or a run to be made, whichever is due; None sends the calling thread to rest."""
         with self._lock:
+            if awaited is not None:
+                self._rest.wait_for(lambda: self._runs or self._busy == 1 or self._closed or _failed(awaited))
             job: Request | tuple[_Making, Run] | None = None
-            if self._urgent and not self._closed:
-                job = self._urgent.popleft()
-            elif self._runs and not self._closed:
-                job = self._runs.popleft()
-            else:
-                job = self._begin()
+            if not self._closed and not (awaited is not None and _failed(awaited)):
+                if self._urgent and (awaited is None or self._busy == 1):
+                    job = self._urgent.popleft()
+                else:
+                    job = self._runs.popleft() if self._runs else self._begin()
             if job is None:  # under the same lock: what comes next employs another thread
-                self._rest_one()
+                self._rest_one(awaited)
             return job
 
-    def _rest_one(self) -> None:
-        with self._rest:
+    def _rest_one(self, awaited: Future[torch.Tensor] | None) -> None:
+        with self._lock:
             self._busy -= 1
+            if awaited is not None:
+                self._helping = False
             self._rest.notify_all()
 
     def _begin(self) -> Request | None:
@@ -283,13 +303,13 @@ class ReadAhead:
             self._cursor = 0
         return False
 
-    def _plan(self, request: Request) -> None:
-        """Begins a tensor; its runs are the next to be made, or, before the first take, in the files' order."""
+    def _plan(self, request: Request, *, first: bool = False) -> None:
+        """Begins a tensor; its runs are the first to be made, or the last."""
         try:
             filling = request.start()
         except BaseException as exc:
             self._settle(request, error=exc)
-            if isinstance(exc, KeyboardInterrupt):  # of whoever expects, or helps: no thread of the pool gets one
+            if not isinstance(exc, Exception):  # Ctrl-C, of whoever expects or helps
                 raise
             return
         making = _Making(request, filling)
@@ -297,11 +317,12 @@ class ReadAhead:
             self._settle(request, filling.tensor)
         with self._lock:
             runs = [(making, run) for run in filling.runs]
-            if self._taken:
+            if first:
                 self._runs.extendleft(reversed(runs))
             else:
                 self._runs.extend(runs)
-            self._employ()
+            if self._helping:
+                self._rest.notify_all()
 
     def _make(self, making: _Making, run: Run, workspace: Workspace) -> None:
         try:
@@ -309,7 +330,7 @@ class ReadAhead:
                 run.decode(run.read(workspace.slots(0 if run.place is not None else run.size)), workspace)
         except BaseException as exc:
             self._settle(making.request, error=exc)
-            if isinstance(exc, KeyboardInterrupt):  # of a taker that helps
+            if not isinstance(exc, Exception):  # Ctrl-C, of a taker that helps
                 raise
         with self._lock:
             making.left -= 1
@@ -325,11 +346,15 @@ class ReadAhead:
             self._unmade.discard(request)
         if error is not None:
             request.made.set_exception(error)
-            with self._rest:
+            with self._lock:
                 self._rest.notify_all()
         else:
             assert tensor is not None
             request.made.set_result(tensor)
+
+
+def _failed(made: Future[torch.Tensor]) -> bool:
+    return made.done() and made.exception() is not None
 
 
 def _closed_error() -> RuntimeError:

@@ -184,7 +184,7 @@ def test_what_prepares_ends_with_the_first_take_and_nothing_is_decoded_meanwhile
         assert steps == [0]
 
 
-def test_what_prepares_may_fail_and_may_come_too_late():
+def test_what_prepares_may_fail():
     bench, steps = _Bench(), []
 
     def prepare():
@@ -195,9 +195,47 @@ def test_what_prepares_may_fail_and_may_come_too_late():
     with DecodePool(2) as pool, ReadAhead(pool) as ahead:
         ahead.expect((bench.request(name) for name in range(10)), prepare)
         assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in range(10))
-        ahead.expect((bench.request(name) for name in range(10, 20)), prepare)
-        assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in range(10, 20))
     assert steps == [1]
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_only_the_first_expectation_is_prepared_and_nothing_is_decoded_until_that_ends(taken):
+    bench, steps, step = _Bench(), [], threading.Event()
+
+    def prepare(number):
+        steps.append(number)
+        step.wait(20)
+        yield
+
+    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+        for number in range(2):
+            ahead.expect((bench.request(10 * number + name) for name in range(10)), lambda number=number: prepare(number))
+            if taken:
+                ahead.take(bench.request(number))
+        assert _settled(lambda: bench.read) == 0
+        step.set()
+        left = range(2 if taken else 0, 20)
+        assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in left)
+    assert steps == [0]
+
+
+def test_threads_of_the_pool_never_multiply_themselves():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with DecodePool(3) as pool:
+            found, barrier = [], threading.Barrier(3)
+
+            def look(workspace):
+                torch.ones(1 << 20).mul_(2)
+                found.append(torch.get_num_threads())
+                barrier.wait(20)
+
+            pool.run_all([look] * 3)
+        assert found == [1, 1, 1]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("when", ["expected", "helping"])
@@ -238,10 +276,11 @@ def test_whoever_waits_wakes_up_once_the_budget_is_made(budget, ready, helps):
         assert bench.decoded >= 4 * ready
 
 
-def test_an_error_is_not_waited_for_longer_than_it_takes():
+@pytest.mark.parametrize("helps", [False, True])
+def test_an_error_is_not_waited_for_longer_than_it_takes(helps):
     bench = _Bench()
     bench.gate.clear()
-    with DecodePool(2) as pool, ReadAhead(pool) as ahead:
+    with DecodePool(2) as pool, ReadAhead(pool, takers_help=helps) as ahead:
         ahead.expect(bench.request(name, fails="read" if name == 0 else None) for name in range(30))
         with pytest.raises(ChecksumError):
             ahead.result(ahead.take(bench.request(0)))
