@@ -69,7 +69,10 @@ class DecodePool:
         job(self._local.workspace)
 
     def _start_all(self) -> None:
-        """Starts every thread now, each with a single torch thread: torch must not multiply them for one tile.
+        """Starts every thread now, and asks torch for a single thread in each.
+
+        torch reads the number again when a thread first needs it, and that is the caller's by then: large operations of `int8`
+        decoding may still use more. Held to one, with a taker that helps and is not, they took a fifth longer on two cores.
 
         torch keeps the number per thread, and a default for threads that have not asked yet, which the threads' own setting
         changes. The caller's number is asked for before, and set again behind.
@@ -89,6 +92,5 @@ class DecodePool:
 
 
 def _wait_single_threaded(barrier: threading.Barrier) -> None:
-    torch.get_num_threads()  # else torch takes the caller's number for this thread when it first needs one
     torch.set_num_threads(1)
     barrier.wait()

@@ -219,25 +219,6 @@ def test_only_the_first_expectation_is_prepared_and_nothing_is_decoded_until_tha
     assert steps == [0]
 
 
-def test_threads_of_the_pool_never_multiply_themselves():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        with DecodePool(3) as pool:
-            found, barrier = [], threading.Barrier(3)
-
-            def look(workspace):
-                torch.ones(1 << 20).mul_(2)
-                found.append(torch.get_num_threads())
-                barrier.wait(20)
-
-            pool.run_all([look] * 3)
-        assert found == [1, 1, 1]
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("when", ["expected", "helping"])
 def test_ctrl_c_reaches_whoever_plans_or_helps(when):
     bench, interrupted = _Bench(), threading.Event()
