@@ -85,8 +85,6 @@ class ChunkTable:
             SchemaError: the first that does not.
         """
         got = self.records["low_bits"]
-        if not wide and not np.count_nonzero(got):
-            return
         least, most = np.zeros(len(got), np.uint8), np.zeros(len(got), np.uint8)
         if wide:
             least[1::2], most[1::2] = 1, MAX_LOW_BITS
@@ -180,15 +178,15 @@ def _tile_symbols(grid: Grid) -> NDArray[np.int64]:
 def _check_records(
     records: NDArray[Any], stored: NDArray[np.int64], raw_bytes: NDArray[np.int64], where: dict[str, Any]
 ) -> None:
-    if np.count_nonzero(records["reserved"]):
+    if records["reserved"].any():
         chunk = int(records["reserved"].any(axis=1).argmax())
         raise SchemaError("reserved bytes of the chunk record are not zero", chunk=chunk, **where)
-    known = _KNOWN_CODECS[records["codec"]]
-    if np.count_nonzero(known) < len(known):
-        chunk = int(known.argmin())
+    unknown = ~_KNOWN_CODECS[records["codec"]]
+    if unknown.any():
+        chunk = int(unknown.argmax())
         raise UnsupportedVersionError("unknown codec id", chunk=chunk, got=int(records["codec"][chunk]), **where)
     wrong = (stored < 1) | (stored > limits.max_stored_bytes(raw_bytes)) | ((records["codec"] == 0) & (stored != raw_bytes))
-    if np.count_nonzero(wrong):
+    if wrong.any():
         chunk = int(wrong.argmax())
         got, expected = int(stored[chunk]), int(raw_bytes[chunk])
         raise LayoutError("stored_bytes does not fit the chunk", chunk=chunk, got=got, expected=expected, **where)

@@ -72,7 +72,7 @@ class DecodePool:
         """Starts every thread now, and asks torch for a single thread in each.
 
         torch reads the number again when a thread first needs it, and that is the caller's by then: large operations of `int8`
-        decoding may still use more. Held to one, with a taker that helps and is not, they took a fifth longer on two cores.
+        decoding may still use more.
 
         torch keeps the number per thread, and a default for threads that have not asked yet, which the threads' own setting
         changes. The caller's number is asked for before, and set again behind.

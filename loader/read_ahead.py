@@ -258,18 +258,24 @@ class ReadAhead:
         """Returns a tensor to be planned or a run to be made, whichever is due; None sends the calling thread to rest."""
         with self._lock:
             if awaited is not None:
-                self._rest.wait_for(lambda: self._runs or self._busy == 1 or self._closed or _failed(awaited))
-            job: Request | tuple[_Making, Run] | None = None
-            if not self._closed and not (awaited is not None and _failed(awaited)):
-                if self._urgent and (awaited is None or self._busy == 1):
-                    job = self._urgent.popleft()
-                else:
-                    job = self._runs.popleft() if self._runs else self._begin()
+                self._rest.wait_for(lambda: self._runs or self._busy == 1 or self._over(awaited))
+            plans = awaited is None or self._busy == 1
+            job = None if self._over(awaited) else self._due(plans)
             if job is None:  # under the same lock: what comes next employs another thread
                 self._rest_one(awaited)
             return job
 
+    def _over(self, awaited: Future[torch.Tensor] | None) -> bool:
+        return self._closed or (awaited is not None and _failed(awaited))
+
+    def _due(self, plans: bool) -> Request | tuple[_Making, Run] | None:
+        """Returns the next job; whoever does not plan calls where there is a run. Hold the lock."""
+        if plans and self._urgent:
+            return self._urgent.popleft()
+        return self._runs.popleft() if self._runs else self._begin()
+
     def _rest_one(self, awaited: Future[torch.Tensor] | None) -> None:
+        """Counts the calling thread as one that rests."""
         with self._lock:
             self._busy -= 1
             if awaited is not None:
