@@ -22,8 +22,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 
 import torch
@@ -44,13 +44,20 @@ class Request:
         key: what it is asked for by.
         size: about its bytes.
         start: plans it; called at most once, by a thread of the pool, by whoever expects it or by a taker that helps.
-        made: receives the tensor, or the first error that prevented it.
+        tensor: the tensor, once it is complete and checked.
+        error: the first error that prevented it.
     """
 
     key: Hashable
     size: int
     start: Callable[[], Filling]
-    made: Future[torch.Tensor] = field(default_factory=Future)
+    tensor: torch.Tensor | None = None
+    error: BaseException | None = None
+
+    @property
+    def made(self) -> bool:
+        """Whether there is the tensor or the error."""
+        return self.tensor is not None or self.error is not None
 
 
 class _Making:
@@ -71,8 +78,9 @@ class ReadAhead:
         Args:
             pool: its threads read and decode; others may use it too, and wait while there is something to read.
             budget: see BUDGET_BYTES.
-            takers_help: where the pool has two threads or more, one of those who wait in `result` works in the place of one of
-                them. Best for takers that have much to do before they take and little between two tensors.
+            takers_help: who waits for a tensor waits until the budget is made, and where the pool has two threads or more one
+                of those who wait works in the place of one of them. Best for takers that have much to do before they take and
+                little between two tensors; others wait for their own tensor alone.
         """
         self._pool = pool
         self._budget = budget
@@ -88,11 +96,12 @@ class ReadAhead:
         self._taken = False
         self._prepared = False
         self._preparing = False
+        self._takers_help = takers_help
         self._helper = Workspace(pool.workers) if takers_help and pool.workers > 1 else None
         self._helping = False
         self._closed = False
         self._lock = threading.RLock()
-        self._rest = threading.Condition(self._lock)
+        self._bells: list[SimpleQueue[None]] = []
 
     def expect(self, requests: Iterable[Request], prepare: Callable[[], Iterator[None]] | None = None) -> None:
         """Appends tensors, of keys that were not used before, to what is made ahead; plans as many as the budget holds.
@@ -120,16 +129,17 @@ class ReadAhead:
                 self._pool.submit(lambda workspace: self._prepare(steps, workspace))
         except BaseException:
             if prepares:
-                self._preparing = False
+                with self._lock:
+                    self._preparing = False
+                    self._ring()
             raise
         with self._lock:
             self._employ()
 
-    def take(self, request: Request) -> Future[torch.Tensor]:
-        """Returns what receives the tensor: the expected one of the same key, or else the request itself, which goes first.
+    def take(self, request: Request) -> Request:
+        """Returns what receives the tensor: the expected request of the same key, or else `request` itself, which goes first.
 
         Where the tensor was not begun yet, reading goes on behind it: whoever takes tensors in another order is followed.
-        `result` is the best way to wait for what it returns.
         """
         with self._lock:
             if not self._taken:
@@ -139,32 +149,37 @@ class ReadAhead:
             if started is not None:
                 self._untaken -= started.size
                 self._employ()
-                return started.made
+                return started
             place = self._place.pop(request.key, None)
             if place is not None:
                 expected, self._order[place] = self._order[place], None
                 assert expected is not None
                 request, self._cursor = expected, place + 1
             if self._closed:
-                if not request.made.done():
-                    request.made.set_exception(_closed_error())
-                return request.made
+                if not request.made:
+                    request.error = _closed_error()
+                return request
             self._unmade.add(request)
             self._urgent.append(request)
             self._employ()
-            return request.made
+            return request
 
-    def result(self, made: Future[torch.Tensor]) -> torch.Tensor:
+    def result(self, taken: Request) -> torch.Tensor:
         """Returns a tensor that was taken, or raises its error.
 
-        Where it is not made yet, the caller waits, or helps, until nothing is left to do for lack of budget or of tensors:
-        woken for each tensor, it would take the interpreter's lock from those that make the next one, and sleep again.
+        Where it is not made yet and takers help, the caller waits, or helps, until nothing is left to do for lack of budget
+        or of tensors: woken for each tensor, it would take the interpreter's lock from those that make the next one, and sleep
+        again.
         """
-        if not made.done():
-            self._help(made)
-            with self._lock:
-                self._rest.wait_for(lambda: made.done() and (self._closed or not self._busy or _failed(made)))
-        return made.result()
+        if not taken.made and self._takers_help:
+            self._help(taken)
+            self._wait_until(lambda: taken.made and (self._closed or not self._busy or taken.error is not None))
+        elif not taken.made:
+            self._wait_until(lambda: taken.made)
+        if taken.error is not None:
+            raise taken.error
+        assert taken.tensor is not None
+        return taken.tensor
 
     def drop(self, key: Hashable) -> None:
         """Gives up an expected tensor that nobody will take; nothing where there is none of that key."""
@@ -184,7 +199,7 @@ class ReadAhead:
             self._closed = True
             for request in list(self._unmade):
                 self._settle(request, error=_closed_error())
-            self._rest.notify_all()
+            self._ring()
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -204,7 +219,7 @@ class ReadAhead:
         for _ in range(min(work, threads - self._busy)):
             try:
                 self._pool.submit(self._work)
-            except RuntimeError:  # the interpreter ends: threads that are left go on
+            except RuntimeError:  # the pool was closed: threads that are left go on
                 if not self._busy:
                     raise
                 return
@@ -220,22 +235,22 @@ class ReadAhead:
             with self._lock:
                 self._preparing = False
                 self._busy += 1
-                self._rest.notify_all()
+                self._ring()
                 self._employ()
             self._work(workspace)
 
-    def _help(self, made: Future[torch.Tensor]) -> None:
-        """Works in the calling thread, one at a time, once nothing is being prepared; `made` is what it waits for."""
+    def _help(self, awaited: Request) -> None:
+        """Works in the calling thread, one at a time, once nothing is being prepared; `awaited` is what it waits for."""
+        self._wait_until(lambda: not self._preparing or awaited.made)
         with self._lock:
-            self._rest.wait_for(lambda: not self._preparing or made.done())
             if self._preparing or self._helper is None or self._helping:
                 return
             self._helping = True
             self._busy += 1
         with torch.inference_mode(False):
-            self._work(self._helper, made)
+            self._work(self._helper, awaited)
 
-    def _work(self, workspace: Workspace, awaited: Future[torch.Tensor] | None = None) -> None:
+    def _work(self, workspace: Workspace, awaited: Request | None = None) -> None:
         """Plans tensors and makes runs until there are none, or until what a taker that helps waits for has failed.
 
         Such a taker plans nothing while others do, for it employs nobody: Ctrl-C inside the pool's locks would leave them held.
@@ -254,19 +269,21 @@ class ReadAhead:
             self._rest_one(awaited)
             raise
 
-    def _next(self, awaited: Future[torch.Tensor] | None) -> Request | tuple[_Making, Run] | None:
+    def _next(self, awaited: Request | None) -> Request | tuple[_Making, Run] | None:
         """Returns a tensor to be planned or a run to be made, whichever is due; None sends the calling thread to rest."""
-        with self._lock:
-            if awaited is not None:
-                self._rest.wait_for(lambda: self._runs or self._busy == 1 or self._over(awaited))
-            plans = awaited is None or self._busy == 1
-            job = None if self._over(awaited) else self._due(plans)
-            if job is None:  # under the same lock: what comes next employs another thread
-                self._rest_one(awaited)
-            return job
+        while True:
+            with self._lock:
+                plans = awaited is None or self._busy == 1
+                if plans or self._runs or self._over(awaited):
+                    job = None if self._over(awaited) else self._due(plans)
+                    if job is None:  # under the same lock: what comes next employs another thread
+                        self._rest_one(awaited)
+                    return job
+                bell = self._new_bell()
+            bell.get()
 
-    def _over(self, awaited: Future[torch.Tensor] | None) -> bool:
-        return self._closed or (awaited is not None and _failed(awaited))
+    def _over(self, awaited: Request | None) -> bool:
+        return self._closed or (awaited is not None and awaited.error is not None)
 
     def _due(self, plans: bool) -> Request | tuple[_Making, Run] | None:
         """Returns the next job; whoever does not plan calls where there is a run. Hold the lock."""
@@ -274,13 +291,37 @@ class ReadAhead:
             return self._urgent.popleft()
         return self._runs.popleft() if self._runs else self._begin()
 
-    def _rest_one(self, awaited: Future[torch.Tensor] | None) -> None:
+    def _rest_one(self, awaited: Request | None) -> None:
         """Counts the calling thread as one that rests."""
         with self._lock:
             self._busy -= 1
             if awaited is not None:
                 self._helping = False
-            self._rest.notify_all()
+            self._ring()
+
+    def _wait_until(self, ready: Callable[[], bool]) -> None:
+        """Returns once `ready`, which is asked with the lock held; do not hold it.
+
+        A condition variable would do it but for Ctrl-C, which may leave one locked.
+        """
+        while True:
+            with self._lock:
+                if ready():
+                    return
+                bell = self._new_bell()
+            bell.get()
+
+    def _new_bell(self) -> SimpleQueue[None]:
+        """Returns what is rung once, when something has changed; hold the lock."""
+        bell: SimpleQueue[None] = SimpleQueue()
+        self._bells.append(bell)
+        return bell
+
+    def _ring(self) -> None:
+        """Wakes all who wait; hold the lock."""
+        for bell in self._bells:
+            bell.put(None)
+        self._bells.clear()
 
     def _begin(self) -> Request | None:
         """Returns the next expected tensor, to be planned, or None where there is none or the budget is used up."""
@@ -328,11 +369,11 @@ class ReadAhead:
             else:
                 self._runs.extend(runs)
             if self._helping:
-                self._rest.notify_all()
+                self._ring()
 
     def _make(self, making: _Making, run: Run, workspace: Workspace) -> None:
         try:
-            if not making.request.made.done():  # failed, else
+            if not making.request.made:  # failed, else
                 run.decode(run.read(workspace.slots(0 if run.place is not None else run.size)), workspace)
         except BaseException as exc:
             self._settle(making.request, error=exc)
@@ -350,17 +391,9 @@ class ReadAhead:
             if request not in self._unmade:
                 return
             self._unmade.discard(request)
-        if error is not None:
-            request.made.set_exception(error)
-            with self._lock:
-                self._rest.notify_all()
-        else:
-            assert tensor is not None
-            request.made.set_result(tensor)
-
-
-def _failed(made: Future[torch.Tensor]) -> bool:
-    return made.done() and made.exception() is not None
+            request.tensor, request.error = tensor, error
+            if error is not None or not self._takers_help:
+                self._ring()
 
 
 def _closed_error() -> RuntimeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from codecllm.loader.device.resident import DeviceCompressedTensor, DeviceDecode
 from codecllm.loader.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.pool import loading_threads
 from codecllm.loader.progress import Meter
+from codecllm.loader.read_ahead import Request
 from codecllm.loader.state_dict import COL_SCALE_SUFFIX, SCALE_SUFFIX, LazyTensor, TensorReader
 
 
@@ -168,7 +168,7 @@ class ResidentCompressed(Residency):
         self._decoder = SharedDecoder(loading_threads(container, workers))
         self._meter = meter
         self._payloads: dict[str, CodedMatrix] = {}
-        self._checked: list[tuple[CodedTensor, Future[torch.Tensor]]] = []
+        self._checked: list[tuple[CodedTensor, Request]] = []
         self._feed = feed
         self._device = DeviceDecoder(feed.streams, feed.codecs) if feed is not None else None
         self._on_device: list[DeviceCompressedTensor] = []

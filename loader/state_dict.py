@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
@@ -131,11 +130,11 @@ class TensorReader:
                 self.first_error = self.first_error or exc
             raise
 
-    def keep(self, name: str, filling: Filling) -> Future[torch.Tensor]:
+    def keep(self, name: str, filling: Filling) -> Request:
         """Reads the payload of a tensor into memory where it stays; returns what `kept` waits for."""
         return self._ahead.take(Request((name, "payload"), filling.tensor.nbytes, lambda: filling))
 
-    def kept(self, payload: Future[torch.Tensor]) -> torch.Tensor:
+    def kept(self, payload: Request) -> torch.Tensor:
         """Returns a payload once all of it is read and checked; raises FormatError where it is damaged."""
         return self._ahead.result(payload)
 

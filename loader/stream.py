@@ -49,7 +49,7 @@ def stream_tensors(
         for name in list(requests):
             record = container.records[name]
             assert not isinstance(record, AliasTensor)
-            yield record, ahead.take(requests.pop(name)).result()
+            yield record, ahead.result(ahead.take(requests.pop(name)))
 
 
 def _request(
