@@ -142,9 +142,12 @@ def fused(
 
 def can_fuse(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
     """Whether `fused` can multiply these: inputs of 16 bits on a GPU for which Triton compiles."""
-    if inputs.device.type == "cpu":  # asked first: torch.compile warns of the cached question below
-        return False
-    return inputs.dtype in (torch.bfloat16, torch.float16) and codes.is_contiguous() and _has_kernels(inputs.device)
+    return (
+        is_accelerator(inputs.device)  # asked first: torch.compile, which comes here for a CPU, warns of the cached question
+        and inputs.dtype in (torch.bfloat16, torch.float16)
+        and codes.is_contiguous()
+        and _has_kernels(inputs.device)
+    )
 
 
 def can_pack(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
@@ -167,8 +170,38 @@ def _product(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None,
 ) -> torch.Tensor:
+    if torch.compiler.is_compiling() and is_accelerator(inputs.device):
+        whole: torch.Tensor = _opaque_product(inputs, codes, scale, bias, col_scale)
+        return whole
     kernel = fused if can_fuse(inputs, codes) else packed if can_pack(inputs, codes) else exact
     return kernel(inputs, codes, scale, bias, col_scale)
+
+
+@torch.library.custom_op(
+    "codecllm::int8_linear",
+    mutates_args=(),
+    schema="(Tensor inputs, Tensor codes, Tensor scale, Tensor? bias, Tensor? col_scale) -> Tensor",
+)
+def _opaque_product(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """`_product` as one operation into which torch.compile does not look: it could not follow how a kernel is chosen."""
+    return _product(inputs, codes, scale, bias, col_scale)
+
+
+@_opaque_product.register_fake
+def _empty_product(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], codes.shape[0])
 
 
 def _ones(channels: int) -> torch.Tensor:
@@ -184,7 +217,7 @@ def _kept_ones(channels: int) -> torch.Tensor:
 
 @cache
 def _has_kernels(device: torch.device) -> bool:
-    return is_accelerator(device) and why_no_kernels(device) is None
+    return why_no_kernels(device) is None
 
 
 class _FrozenInt8(torch.autograd.Function):

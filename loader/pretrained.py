@@ -220,9 +220,8 @@ class _Load:
         return adapter.without_loading_threads()
 
     def _check_materialized(self, model: PreTrainedModel) -> None:
-        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-            return
-        empty = [name for name, value in model.named_parameters() if value.is_meta]
+        """Refuses a model with parameters that have no weights, here or where they are offloaded to."""
+        empty = [name for name, value in model.named_parameters() if value.is_meta and not adapter.is_offloaded(model, name)]
         if empty:
             raise ModelMismatchError("parameters were left without weights", tensor=empty[0], got=len(empty))
 

@@ -329,6 +329,16 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
     dispatch_model(model, device_map=device_map, offload_dir=offload_folder, offload_buffers=True)
 
 
+def is_offloaded(model: Any, name: str) -> bool:
+    """Whether a parameter's weights lie elsewhere, on the CPU or the disk, until its module or one around that runs."""
+    while name:
+        name = name.rpartition(".")[0]
+        hook = getattr(model.get_submodule(name), "_hf_hook", None)
+        if any(getattr(one, "offload", False) and one.weights_map is not None for one in getattr(hook, "hooks", (hook,))):
+            return True
+    return False
+
+
 def linear_modules(folder: Path) -> list[str]:
     """Returns the names of the nn.Linear modules of the model that a folder's config names; no weights are read or made.
 

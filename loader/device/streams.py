@@ -109,7 +109,8 @@ class DeviceStreams:
 
     def capturing(self) -> bool:
         """See `Streams`."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with self.here():
+            return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """See `Streams`."""

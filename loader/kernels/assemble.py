@@ -10,6 +10,7 @@ import triton.language as tl
 
 from codecllm.formats.dtypes import DType
 from codecllm.formats.tiling import Grid
+from codecllm.loader.kernels.on_device import on_device_of
 from codecllm.loader.kernels.tiles import WARPS, check_plane, cut_blocks, find_block
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,17 +46,18 @@ def assemble_lossless(planes: Sequence[torch.Tensor], grid: Grid, dtype: DType, 
     if blocks.count:
         sources = [planes[min(number, len(planes) - 1)] for number in range(8)]
         words = out.view(_WORDS[dtype.itemsize])
-        _assemble_kernel[(blocks.count,)](
-            *sources,
-            words,
-            *blocks.geometry,
-            PLANES=dtype.planes,
-            ROTATES=dtype.rotates,
-            ONE_TILE=blocks.one_tile,
-            BLOCK_ROWS=blocks.block_rows,
-            BLOCK_COLS=blocks.block_cols,
-            num_warps=WARPS,
-        )
+        with on_device_of(out):
+            _assemble_kernel[(blocks.count,)](
+                *sources,
+                words,
+                *blocks.geometry,
+                PLANES=dtype.planes,
+                ROTATES=dtype.rotates,
+                ONE_TILE=blocks.one_tile,
+                BLOCK_ROWS=blocks.block_rows,
+                BLOCK_COLS=blocks.block_cols,
+                num_warps=WARPS,
+            )
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from codecllm.formats.tiling import ChannelKind, Grid
+from codecllm.loader.kernels.on_device import on_device_of
 from codecllm.loader.kernels.tiles import WARPS, check_plane, cut_blocks, find_block
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -94,28 +95,29 @@ def _launch(
     if not blocks.count:
         return
     rounds = out.dtype == torch.bfloat16 and not _rounds_bfloat16(out.device)
-    _dequantize_kernel[(blocks.count,)](
-        low,
-        low if high is None else high,
-        low if low_bits is None else low_bits,
-        low if row_scale is None else row_scale,
-        low if col_scale is None else col_scale,
-        low if places is None else places,
-        out.view(torch.int16) if rounds else out,
-        *blocks.geometry,
-        grid.tile_rows,
-        grid.tile_cols,
-        grid.across,
-        WIDE_CODES=high is not None,
-        BY_ROW=row_scale is not None,
-        BY_COL=col_scale is not None,
-        MOVED=places is not None,
-        ROUNDS=rounds,
-        ONE_TILE=blocks.one_tile,
-        BLOCK_ROWS=blocks.block_rows,
-        BLOCK_COLS=blocks.block_cols,
-        num_warps=WARPS,
-    )
+    with on_device_of(out):
+        _dequantize_kernel[(blocks.count,)](
+            low,
+            low if high is None else high,
+            low if low_bits is None else low_bits,
+            low if row_scale is None else row_scale,
+            low if col_scale is None else col_scale,
+            low if places is None else places,
+            out.view(torch.int16) if rounds else out,
+            *blocks.geometry,
+            grid.tile_rows,
+            grid.tile_cols,
+            grid.across,
+            WIDE_CODES=high is not None,
+            BY_ROW=row_scale is not None,
+            BY_COL=col_scale is not None,
+            MOVED=places is not None,
+            ROUNDS=rounds,
+            ONE_TILE=blocks.one_tile,
+            BLOCK_ROWS=blocks.block_rows,
+            BLOCK_COLS=blocks.block_cols,
+            num_warps=WARPS,
+        )
 
 
 def _rounds_bfloat16(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from codecllm.formats.tiling import Grid
 from codecllm.loader.kernels.dequantize import dequantize_int8
+from codecllm.loader.kernels.on_device import on_device_of
 
 _ALIGNED = 16
 _PROGRAMS = 220
@@ -106,7 +107,7 @@ def int8_linear(
         [..., rows], dtype of the inputs.
 
     Raises:
-        ValueError: shapes or dtypes do not fit: a mistake of the caller.
+        ValueError: shapes, dtypes or devices do not fit: a mistake of the caller.
     """
     rows, cols = codes.shape
     if inputs.dtype not in (torch.bfloat16, torch.float16) or inputs.shape[-1] != cols or scale.shape != (rows,):
@@ -114,6 +115,8 @@ def int8_linear(
         raise ValueError(f"{got} does not fit codes {list(codes.shape)} and scale {list(scale.shape)}")
     if codes.dtype != torch.int8 or not codes.is_contiguous() or scale.dtype != torch.float32:
         raise ValueError("codes are not contiguous int8, or the scale is not float32")
+    if any(part is not None and part.device != inputs.device for part in (codes, scale, bias)):
+        raise ValueError(f"inputs lie on {inputs.device}, codes on {codes.device}, the scale on {scale.device}")
     flat = inputs.reshape(-1, cols).contiguous()
     tokens = flat.shape[0]
     out = torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.device)
@@ -121,7 +124,8 @@ def int8_linear(
         way = way or choose_way(tokens, rows, cols)
         if flat.data_ptr() % _ALIGNED or codes.data_ptr() % _ALIGNED:
             way = Panels()
-        _RUN[type(way)](flat, codes, scale, bias, out, way)
+        with on_device_of(flat):
+            _RUN[type(way)](flat, codes, scale, bias, out, way)
     return out.view(*inputs.shape[:-1], rows)
 
 

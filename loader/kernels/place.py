@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from codecllm.loader.kernels.on_device import on_device_of
+
 _BLOCK = 4096
 
 
@@ -21,7 +23,8 @@ def place_chunks(stored: torch.Tensor, fields: torch.Tensor, largest: int, arena
         arena: uint8 [m], contiguous.
     """
     if fields.shape[0]:
-        _place_kernel[(fields.shape[0], triton.cdiv(largest, _BLOCK))](stored, fields, arena, BLOCK=_BLOCK)
+        with on_device_of(arena):
+            _place_kernel[(fields.shape[0], triton.cdiv(largest, _BLOCK))](stored, fields, arena, BLOCK=_BLOCK)
 
 
 def find_forbidden(arena: torch.Tensor, fields: torch.Tensor, largest: int, forbidden: int, flags: torch.Tensor) -> None:
@@ -38,7 +41,8 @@ def find_forbidden(arena: torch.Tensor, fields: torch.Tensor, largest: int, forb
     """
     if fields.shape[0]:
         grid = (fields.shape[0], triton.cdiv(largest, _BLOCK))
-        _forbidden_kernel[grid](arena, fields, flags, forbidden, BLOCK=_BLOCK)
+        with on_device_of(arena):
+            _forbidden_kernel[grid](arena, fields, flags, forbidden, BLOCK=_BLOCK)
 
 
 @triton.jit

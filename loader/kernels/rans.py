@@ -26,6 +26,7 @@ from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import FrequencyTable
 from codecllm.formats.errors import DecodeError, UnsupportedEnvironmentError
 from codecllm.loader.kernels.nvrtc import Kernel
+from codecllm.loader.kernels.on_device import on_device_of
 
 FAULT_NONE = 0
 FAULT_STATE = 1
@@ -136,7 +137,8 @@ def expand_frequencies(precisions: NDArray[np.int64], frequencies: NDArray[np.in
     on_device = torch.from_numpy(ranges.astype(np.int32)).to(device)
     symbols = torch.zeros(len(ranges), slots, dtype=torch.uint8, device=device)
     if len(ranges):
-        _fill_kernel[(len(ranges), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
+        with on_device_of(symbols):
+            _fill_kernel[(len(ranges), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
     return DeviceTables(symbols, on_device, torch.from_numpy(precisions.astype(np.int32)).to(device))
 
 
@@ -190,9 +192,10 @@ def decode_rans(
         raise UnsupportedEnvironmentError(f"the kernel in CUDA C cannot be used: {compiled}")
     else:
         words = (stored.view(torch.int32), stored.view(torch.int16))
-        _decode_kernel[(count,)](
-            *words, chunks.fields, tables.symbols, tables.ranges, tables.precisions, arena, faults, slots, num_warps=1
-        )
+        with on_device_of(arena):
+            _decode_kernel[(count,)](
+                *words, chunks.fields, tables.symbols, tables.ranges, tables.precisions, arena, faults, slots, num_warps=1
+            )
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.loader import from_pretrained, int8_matmul
+from codecllm.loader.int8_modules import Int8Linear
 from tests.integration.outputs import logits
 
 RESIDENTS = ("dense", "int8", "compressed")
@@ -62,6 +63,34 @@ def test_the_forward_compiles_without_a_graph_break(container, resident):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
     torch.compiler.reset()
+
+
+def test_to_the_compiler_the_product_of_an_accelerator_is_one_operation(container, monkeypatch):
+    """There the kernel is chosen by what no compiler can follow: addresses, what is installed."""
+    made = []
+    monkeypatch.setattr(int8_matmul, "is_accelerator", lambda device: torch.compiler.is_compiling())
+    model = from_pretrained(container("llama", "int8"), resident="int8")
+    ids = torch.arange(3, 23).reshape(2, 10)
+
+    def backend(graph, inputs):
+        made.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
+    torch.compiler.reset()
+    assert made.count("codecllm.int8_linear.default") == sum(isinstance(module, Int8Linear) for module in model.modules()) > 4
+
+
+@pytest.mark.parametrize("col_scale", [None, torch.linspace(0.5, 2, 64)])
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 32).bfloat16()])
+def test_that_operation_is_what_it_tells_the_compiler(bias, col_scale):
+    codes = (torch.arange(2048) % 255 - 127).to(torch.int8).view(32, 64)
+    given = (torch.linspace(-1, 1, 192).bfloat16().view(3, 64), codes, torch.linspace(1, 2, 32), bias, col_scale)
+    torch.library.opcheck(torch.ops.codecllm.int8_linear, given)
+    assert torch.equal(torch.ops.codecllm.int8_linear(*given), int8_matmul.int8_linear(*given))
 
 
 def test_a_compressed_model_runs_under_compile(container):

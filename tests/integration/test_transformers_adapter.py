@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -97,3 +98,14 @@ def test_model_class_comes_from_architectures():
     assert adapter.model_class(transformers.BertConfig()) is transformers.AutoModel
     with pytest.raises(UnsupportedEnvironmentError, match="Nope"):
         adapter.model_class(transformers.BertConfig(architectures=["Nope"]))
+
+
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_offloaded_parameters_are_known_by_their_hooks(tiny, tmp_path, offload):
+    model = adapter.load_plain(tiny("llama"))
+    names = [name for name, _ in model.named_parameters()]
+    assert not any(adapter.is_offloaded(model, name) for name in names)
+    where = (tmp_path,) if offload == "disk_offload" else ()
+    getattr(accelerate, offload)(model, *where, execution_device=torch.device("cpu"))
+    assert all(value.is_meta for value in model.parameters())
+    assert all(adapter.is_offloaded(model, name) for name in names)

@@ -174,7 +174,7 @@ def job(_):
     begun.wait(20)
     ending.wait(20)
     time.sleep(0.5)
-    print("ended", flush=True)
+    print("ended\\n", end="", flush=True)
 pool.submit(job)
 pool.submit(job)
 pool.submit(lambda _: print("never"))
