@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit test-oldest matrix lint bench clean
+.PHONY: help setup demo test test-gpu unit test-oldest matrix lint bench clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -22,8 +22,12 @@ setup: $(READY) ## Make the environment.
 demo: $(READY) ## Convert, verify and run a small real model (SmolLM2-135M-Instruct, about 80 MB to fetch once).
 	$(BIN)/python -m demo.run
 
-test: $(READY) ## Run every test.
+test: $(READY) ## Run every test; those that need a GPU too where there is one.
 	$(BIN)/python -m pytest -n auto --dist worksteal
+	@if ls /dev/nvidiactl /dev/kfd 2>/dev/null | grep -q .; then $(MAKE) --no-print-directory test-gpu; fi
+
+test-gpu: $(READY) ## Run the tests that need a GPU, and those of the kernels there.
+	$(BIN)/python -m pytest --gpu -n 4
 
 unit: $(READY) ## Run the tests that need neither torch nor a model (under a minute).
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/malformed tests/golden tests/property

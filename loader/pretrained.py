@@ -119,7 +119,9 @@ def from_pretrained(
         with (
             metered(progress, container.manifest.source.tensor_bytes) as meter,
             DeviceFeeds(container, pool, decoder, meter) as feeds,
-            closing(_Load(container, pool, config, wanted, workers, meter, feeds, device_map)) as load,
+            closing(
+                _Load(container, pool, config, wanted, workers, meter, feeds, device_map, hf_kwargs.get("max_memory"))
+            ) as load,
         ):
             model = load.run(resident, {"device_map": device_map, **hf_kwargs})
         _read_generation_config(container, model)
@@ -140,6 +142,7 @@ class _Load:
         meter: Meter,
         feeds: DeviceFeeds,
         device_map: Any,
+        max_memory: Any,
     ) -> None:
         self._container = container
         self._config = config
@@ -147,7 +150,7 @@ class _Load:
         self._workers = workers
         self._meter = meter
         needed = container.manifest.source.tensor_bytes * max(1, dtype.itemsize // 2)
-        device = sole_device(device_map, needed)
+        device = sole_device(device_map, needed, max_memory)
         self._feed = feeds.feed(device) if device is not None else None
         self._reader = TensorReader(container, pool, meter, feeds, device or CPU)
         self._state_dict = lazy_state_dict(self._reader, container, dtype)

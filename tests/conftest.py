@@ -8,14 +8,42 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
-    # Without a GPU Triton's kernels run under its interpreter; it asks when a kernel is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+_GPU_TESTS = Path(__file__).parent / "gpu"
 
 hypothesis.settings.register_profile("default", max_examples=200, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds `--update-golden`."""
+    """Adds `--update-golden` and `--gpu`."""
     parser.addoption("--update-golden", action="store_true", help="write the golden containers of a new format version")
+    parser.addoption(
+        "--gpu", action="store_true", help="run what can be run on the GPUs of this machine, there; without it they are hidden"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs from all tests but those that need one: the others expect tensors, and Triton's kernels, on the CPU.
+
+    torch asks for the devices, and Triton for its interpreter, once in a process.
+    """
+    if config.option.gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu: torch finds no GPU here")
+    else:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests/gpu without `--gpu`; with it leaves out all else but what is marked `gpu_too`."""
+    needs = {item: _GPU_TESTS in item.path.parents for item in items}
+    if config.option.gpu:
+        left_out = [item for item in items if not needs[item] and item.get_closest_marker("gpu_too") is None]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+        return
+    for item in items:
+        if needs[item]:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: make test-gpu"))

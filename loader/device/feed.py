@@ -144,15 +144,16 @@ def has_device() -> bool:
     return any(getattr(torch, kind).is_available() for kind in ACCELERATORS if hasattr(torch, kind))
 
 
-def sole_device(device_map: Any, needed_bytes: int) -> torch.device | None:
+def sole_device(device_map: Any, needed_bytes: int, max_memory: Any = None) -> torch.device | None:
     """Returns the one accelerator onto which a device map certainly puts the whole model, or None.
 
     Args:
         device_map: as transformers takes it. The automatic ones count where there is one device and it has plenty of room.
         needed_bytes: what the model takes.
+        max_memory: as transformers takes it: with limits of the caller an automatic map may put parts elsewhere.
     """
     if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        if torch.cuda.device_count() != 1:
+        if max_memory is not None or torch.cuda.device_count() != 1:
             return None
         free, _ = torch.cuda.mem_get_info(0)
         return torch.device("cuda", 0) if free > needed_bytes + needed_bytes // 4 + (2 << 30) else None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from codecllm import doctor
 from codecllm.doctor import Finding, examine
 from codecllm.loader import stream
+
+pytestmark = pytest.mark.gpu_too
 
 
 def _run(*arguments):
@@ -22,7 +25,7 @@ def test_every_decoder_is_tested_or_says_why_not():
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["ok"] is True
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
     states = {(finding["device"], finding["decoder"]): finding for finding in found["decoders"]}
     for decoder in ("reference, zstd", "reference, rans", "loader, zstd", "loader, rans"):
         assert states["cpu", decoder]["state"] == "works"

@@ -1,4 +1,4 @@
-"""What only a real device can show. Without one every test of this folder is skipped, with the reason."""
+"""What only a real device can show: `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from tests.sources import bf16, write_source
 __all__ = ["container", "tiny"]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def gpu() -> torch.device:
-    """The device; skips where there is none."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device: torch finds none")
+    """The device."""
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from codecllm.formats.errors import UsageError
 from codecllm.loader import from_pretrained
 from tests.integration import tiny_models
 from tests.integration.outputs import same_bits
@@ -65,6 +66,22 @@ def _logits(model):
         inputs["decoder_input_ids"] = ids[:, :4]
     with torch.inference_mode():
         return model(**inputs)[0]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_what_does_not_fit_the_callers_limits_stays_on_the_cpu(container, scheme):
+    """An automatic map with limits: a part of the model is offloaded, and nothing of that is made for the device."""
+    folder = container("llama", scheme)
+    expected = _logits(from_pretrained(folder, device_map="cuda"))
+    size = sum(value.nbytes for value in from_pretrained(folder).parameters())
+    model = from_pretrained(folder, device_map="sequential", max_memory={0: size * 4 // 5, "cpu": 10 * size})
+    assert set(model.hf_device_map.values()) == {0, "cpu"}
+    assert (_logits(model) - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_a_decoder_of_the_device_is_not_asked_for_elsewhere(container):
+    with pytest.raises(UsageError, match=r"decoder 'nvcomp' decodes on a GPU, got device_map=None"):
+        from_pretrained(container("llama", "lossless"), decoder="nvcomp")
 
 
 def theirs_are_ours(expected, ours):

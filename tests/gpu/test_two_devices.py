@@ -14,7 +14,7 @@ RESIDENT = [("int8", "dense"), ("int8", "int8"), ("int8", "compressed"), ("lossl
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two(gpu):
+def two():
     """Skips where there are not two."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two CUDA devices: torch finds {torch.cuda.device_count()}")

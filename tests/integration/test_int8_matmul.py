@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from codecllm.loader import int8_matmul
 
+pytestmark = pytest.mark.gpu_too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 1), (16, 32), (48, 96), (17, 33), (256, 160), (96, 64)]
 

@@ -77,7 +77,7 @@ def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(
     assert set(asked) == {threading.get_ident()}
     asked.clear()
     monkeypatch.setattr(pretrained, "has_device", lambda: True)  # several: what goes to them is not made ahead
-    monkeypatch.setattr(pretrained, "sole_device", lambda device_map, needed: None)
+    monkeypatch.setattr(pretrained, "sole_device", lambda *_: None)
     from_pretrained(container("llama", "int8"), device_map="auto", progress=False)
     assert asked
     assert threading.get_ident() not in asked

@@ -26,6 +26,7 @@ from codecllm.loader.kernels.rans import (
 )
 from tests.loader.emulation import emulated_kernel
 
+pytestmark = pytest.mark.gpu_too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GARBAGE = 0xA5
 CHOSEN = {"kernel": "triton"}

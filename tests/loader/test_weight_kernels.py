@@ -18,6 +18,7 @@ from codecllm.loader.kernels.assemble import assemble_lossless, can_assemble
 from codecllm.loader.kernels.dequantize import dequantize_int8, untile_codes
 from codecllm.loader.kernels.int8_linear import Panels, Rows, Tiles, choose_way, int8_linear
 
+pytestmark = pytest.mark.gpu_too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE_OF = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
