@@ -32,7 +32,7 @@ from codecllm.converter.rate import Target, fit
 from codecllm.converter.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.entropy import counted_entropy_bits
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.int8 import join_codes
 from codecllm.formats.stored_tensor import StoredTensor, sound
 from codecllm.loader import transformers_adapter

@@ -21,7 +21,7 @@ from codecllm.formats.checksums import sha256_of_descriptor
 from codecllm.formats.codecs import CODEC_IDS, CODECS
 from codecllm.formats.container import Container
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile
 

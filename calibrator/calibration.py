@@ -22,7 +22,7 @@ from codecllm.converter.source import SourceModel
 from codecllm.converter.stages import now_and_then
 from codecllm.formats.errors import CodecLLMError, UnsupportedEnvironmentError
 from codecllm.formats.machine import available_memory
-from codecllm.formats.manifest import Calibration
+from codecllm.formats.records import Calibration
 from codecllm.loader import transformers_adapter as adapter
 
 _ROOM = 1.6

@@ -10,7 +10,7 @@ import torch
 
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError
-from codecllm.formats.manifest import Calibration
+from codecllm.formats.records import Calibration
 
 SEQUENCES = 64
 LENGTH = 64

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, Manifest, RawTensor, TensorRecord
+from codecllm.formats.manifest import Manifest
+from codecllm.formats.records import AliasTensor, Int8Tensor, RawTensor, TensorRecord
 from codecllm.hub import open_remote, resolve
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import BASELINE_NAME, Int8Tensor, Manifest
+from codecllm.formats.manifest import BASELINE_NAME, Manifest
+from codecllm.formats.records import Int8Tensor
 from codecllm.hub import BaseModel
 from codecllm.info import describe_manifest
 from codecllm.verifier.baseline_record import Baseline, parse_baseline

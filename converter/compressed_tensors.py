@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.formats.errors import UsageError
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, Manifest, TensorRecord
+from codecllm.formats.manifest import Manifest
+from codecllm.formats.records import AliasTensor, Int8Tensor, TensorRecord
 
 FORMAT = "pack-quantized"
 _WORD_CODES = 4

@@ -28,21 +28,17 @@ from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import SourceError, UsageError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest import (
-    INDEX_NAME,
+from codecllm.formats.manifest import INDEX_NAME, Manifest, features_of, pack_manifest, shard_name
+from codecllm.formats.records import (
     AliasTensor,
     Calibration,
     FileRecord,
     Int8Tensor,
     LosslessTensor,
-    Manifest,
     Options,
     ShardRecord,
     Source,
     TensorRecord,
-    features_of,
-    pack_manifest,
-    shard_name,
     side_names,
 )
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter

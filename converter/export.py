@@ -20,7 +20,8 @@ from codecllm.converter.tensor_writer import ordered
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
-from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, Int8Tensor, TensorRecord, shard_name
+from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, shard_name
+from codecllm.formats.records import Int8Tensor, TensorRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
 from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor

@@ -24,7 +24,7 @@ from codecllm.converter.policy import TensorPlan
 from codecllm.converter.products import InputProducts
 from codecllm.converter.quantize import as_float32, round_toward_zero
 from codecllm.converter.steps import Steps
-from codecllm.formats.manifest import FEEDBACK, FEEDBACK_DEADZONE
+from codecllm.formats.records import FEEDBACK, FEEDBACK_DEADZONE
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
 
 RIDGE = 0.01

@@ -6,7 +6,7 @@ import numpy as np
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
 
 _WAY_ROUND = "export --format safetensors, and let llama.cpp's convert_hf_to_gguf.py quantize the result as you wish"

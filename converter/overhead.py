@@ -19,15 +19,8 @@ from codecllm.converter.tensor_writer import StoredRecord
 from codecllm.formats.chunk_table import HEADER, RECORD
 from codecllm.formats.codecs import CODEC_IDS
 from codecllm.formats.limits import SLOT_ALIGNMENT
-from codecllm.formats.manifest import (
-    INDEX_NAME,
-    FileRecord,
-    ShardRecord,
-    SideChecksums,
-    pack_manifest,
-    record_bytes,
-    shard_name,
-)
+from codecllm.formats.manifest import INDEX_NAME, pack_manifest, record_bytes, shard_name
+from codecllm.formats.records import FileRecord, ShardRecord, SideChecksums
 from codecllm.formats.safetensors_header import PREFIX_BYTES
 from codecllm.formats.shard_writer import reserved_header_bytes
 

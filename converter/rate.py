@@ -27,7 +27,7 @@ from codecllm.converter.source import SourceModel
 from codecllm.converter.stages import now_and_then
 from codecllm.converter.steps import Steps
 from codecllm.formats.errors import UsageError
-from codecllm.formats.manifest import Calibration
+from codecllm.formats.records import Calibration
 
 MIN_BITS, MAX_BITS = 2.0, 8.0
 """The rates that can be asked for, in bits per weight."""

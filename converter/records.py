@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from codecllm.converter.policy import TensorPlan
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
-from codecllm.formats.manifest import Int8Tensor, LosslessTensor, PlaneRecord, RawTensor, SideChecksums
+from codecllm.formats.records import Int8Tensor, LosslessTensor, PlaneRecord, RawTensor, SideChecksums
 
 SIDE_DTYPES = {1: "U8", 2: "BF16", 4: "F32"}
 """Types of groups of columns and of scales, by the size of an item."""

@@ -12,7 +12,7 @@ from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import LimitError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest import FileRecord
+from codecllm.formats.records import FileRecord
 
 COPIED_NAMES = frozenset(
     {

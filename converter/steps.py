@@ -13,7 +13,7 @@ from codecllm.formats.columns import order_of
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import FormatError, LayoutError, UsageError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
-from codecllm.formats.manifest import DEADZONE, NEAREST
+from codecllm.formats.records import DEADZONE, NEAREST
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, default_grid
 

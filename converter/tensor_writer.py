@@ -35,8 +35,8 @@ from codecllm.formats.chunk_table import pack_chunk_table
 from codecllm.formats.codecs import rans
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
-from codecllm.formats.manifest import Int8Tensor, LosslessTensor, RawTensor, SideChecksums
 from codecllm.formats.rans_groups import pack_group_tables, tile_groups
+from codecllm.formats.records import Int8Tensor, LosslessTensor, RawTensor, SideChecksums
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.shard_writer import ShardWriter
 

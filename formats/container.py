@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -27,17 +26,9 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.files import Excerpt, SafeFile, describe_missing, refuse_foreign
 from codecllm.formats.float_bits import float32_from_bits
-from codecllm.formats.manifest import (
-    MANIFEST_NAME,
-    AliasTensor,
-    CodedTensor,
-    FileRecord,
-    Int8Tensor,
-    Manifest,
-    RawTensor,
-    parse_manifest,
-)
+from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from codecllm.formats.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
+from codecllm.formats.records import AliasTensor, CodedTensor, FileRecord, Int8Tensor, RawTensor, side_names
 from codecllm.formats.safetensors_header import ShardHeader, TensorEntry, read_header
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tensor_matrix
@@ -182,7 +173,8 @@ class Container:
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
-        sides = _read_together(file, [header.tensors[f"{record.name}_{side}"] for side in _sides(record)])
+        tables = f"{record.name}_tables"  # their size is limited by what the others say
+        sides = _read_together(file, [header.tensors[side] for side in side_names(record) if side != tables])
         table_bytes = self._read_side(sides, header, record, "chunks", record.xxh3.chunks)
         table = parse_chunk_table(table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name)
         _check_geometry(record, table, file.name)
@@ -191,8 +183,7 @@ class Container:
         if np.frombuffer(shape, "<i8").tolist() != record.shape:
             raise LayoutError("stored shape differs from the manifest", file=file.name, tensor=record.name)
         scales, columns = self._read_scales(sides, header, record) if isinstance(record, Int8Tensor) else (None, None)
-        tables = self._read_tables(file, header, record, table)
-        return StoredTensor(record, file, entry.start, table, scales, tables, columns)
+        return StoredTensor(record, file, entry.start, table, scales, self._read_tables(file, header, record, table), columns)
 
     def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         record = self.manifest.shards[number]
@@ -282,18 +273,6 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
     for name in found:
         if name not in expected:
             raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
-
-
-def _sides(record: CodedTensor) -> Iterator[str]:
-    """Yields the side tensors of a record, but for its frequency tables: their size is limited by what the others say."""
-    yield "chunks"
-    yield "shape"
-    if isinstance(record, Int8Tensor):
-        yield "scale"
-        if record.xxh3.col_scale is not None:
-            yield "col_scale"
-        if record.xxh3.col_group is not None:
-            yield "col_group"
 
 
 def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:

@@ -13,7 +13,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize, join_codes, split_codes
 from codecllm.formats.schemes.lossless import join_planes
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, sound, tile_steps

@@ -23,12 +23,8 @@ from codecllm.formats.errors import (
     TruncatedError,
 )
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest import (
-    CodedTensor,
-    Int8Tensor,
-    RawTensor,
-)
 from codecllm.formats.rans_groups import GroupTables
+from codecllm.formats.records import CodedTensor, Int8Tensor, RawTensor
 from codecllm.formats.schemes.int8 import check_codes, step_sizes
 from codecllm.formats.tiling import Tile, channel_matrix, last_axis_matrix
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.decode import Workspace, read_tiles, tiles_per_job, write_tile

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import DecodeError
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.int8 import codes_hold
 from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile, sound
 from codecllm.formats.tiling import Tile

@@ -18,7 +18,8 @@ from torch import nn
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, NotAContainerError, SchemaError
-from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, CodedTensor, RawTensor
+from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.records import AliasTensor, CodedTensor, RawTensor
 from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.hub import resolve
 from codecllm.loader.pool import DecodePool, loading_threads

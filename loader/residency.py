@@ -9,7 +9,7 @@ from torch import nn
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, UsageError
-from codecllm.formats.manifest import AliasTensor, CodedTensor, Int8Tensor, LosslessTensor, RawTensor
+from codecllm.formats.records import AliasTensor, CodedTensor, Int8Tensor, LosslessTensor, RawTensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.compressed_modules import CodedMatrix, CompressedWeight, SharedDecoder, compressed_twin
 from codecllm.loader.device.feed import DeviceFeed

@@ -11,7 +11,7 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.formats.records import AliasTensor, Int8Tensor, TensorRecord
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.feed import DeviceFeeds, concrete
 from codecllm.loader.memory import SlabMemory, touch

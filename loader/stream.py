@@ -8,7 +8,7 @@ from contextlib import closing
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import AliasTensor, CodedTensor, RawTensor
+from codecllm.formats.records import AliasTensor, CodedTensor, RawTensor
 from codecllm.loader.memory import RecycledMemory
 from codecllm.loader.pool import DecodePool, loading_threads
 from codecllm.loader.read_ahead import ReadAhead, Request

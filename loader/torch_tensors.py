@@ -18,7 +18,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, TruncatedError, UnsupportedEnvironmentError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.loader.decode import CODES, Workspace, decode_tiles, payload_span, plan_jobs, tiles_of, write_tile

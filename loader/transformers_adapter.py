@@ -333,8 +333,8 @@ def is_offloaded(model: Any, name: str) -> bool:
     """Whether a parameter's weights lie elsewhere, on the CPU or the disk, until its module or one around that runs."""
     while name:
         name = name.rpartition(".")[0]
-        hook = getattr(model.get_submodule(name), "_hf_hook", None)
-        if any(getattr(one, "offload", False) and one.weights_map is not None for one in getattr(hook, "hooks", (hook,))):
+        hook: Any = getattr(model.get_submodule(name), "_hf_hook", None)
+        if any(getattr(one, "offload", False) and one.weights_map is not None for one in getattr(hook, "hooks", [hook])):
             return True
     return False
 

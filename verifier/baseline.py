@@ -14,7 +14,8 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError, CodecLLMError
 from codecllm.formats.files import write_atomically
 from codecllm.formats.machine import available_memory
-from codecllm.formats.manifest import BASELINE_NAME, MANIFEST_NAME, FileRecord, Manifest, pack_manifest
+from codecllm.formats.manifest import BASELINE_NAME, MANIFEST_NAME, Manifest, pack_manifest
+from codecllm.formats.records import FileRecord
 from codecllm.verifier.baseline_record import Agreement, Baseline, pack_baseline, parse_baseline
 
 if TYPE_CHECKING:

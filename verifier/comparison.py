@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from codecllm.converter.source import SourceModel, SourceTensor
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.formats.records import AliasTensor, Int8Tensor, TensorRecord
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.formats.tiling import Tile
 from codecllm.verifier.decoding import Scan, blocks_in_source_order

@@ -16,7 +16,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import estimated_entropy_bits
 from codecllm.formats.errors import ChecksumError, CodecLLMError, DecodeError, FormatError
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.reference import scales_bytes
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor

@@ -12,7 +12,8 @@ from codecllm.formats import limits
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, FormatError, LayoutError, SchemaError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, AliasTensor, FileRecord
+from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME
+from codecllm.formats.records import AliasTensor, FileRecord
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.formats.strict_json import parse_json_object
 from codecllm.verifier.report import Stage

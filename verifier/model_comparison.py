@@ -24,7 +24,8 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.machine import available_memory
-from codecllm.formats.manifest import MANIFEST_NAME, Int8Tensor
+from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.int8 import dequantize
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, tile_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor
+from codecllm.formats.records import AliasTensor, Int8Tensor, RawTensor
 from codecllm.verifier.decoding import Scan
 from codecllm.verifier.report import Stage
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.formats.float_bits import float32_from_bits
-from codecllm.formats.manifest import DEADZONE, NEAREST, Int8Tensor, TensorRecord
+from codecllm.formats.records import DEADZONE, NEAREST, Int8Tensor, TensorRecord
 from codecllm.formats.schemes.int8 import quantize
 from codecllm.formats.stored_tensor import StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile

@@ -14,7 +14,7 @@ from codecllm.formats.codecs import CODEC_IDS, CODECS
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.schemes.lossless import split_planes, word_dtype
 from codecllm.formats.stored_tensor import StoredTensor

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from codecllm.formats.codecs import RANS_ID
 from codecllm.formats.codecs.rans_table import parse_tables
 from codecllm.formats.errors import DecodeError
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.codecs import RAW_ID, ZSTD_ID, DeviceCodecs
 from codecllm.loader.device.nvcomp import ZstdFrames

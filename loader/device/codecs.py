@@ -11,7 +11,7 @@ import torch
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, RANS_ID
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.formats.manifest import AliasTensor, RawTensor
+from codecllm.formats.records import AliasTensor, RawTensor
 from codecllm.loader.device.nvcomp import Nvcomp, open_nvcomp
 from codecllm.loader.device.streams import is_accelerator
 

@@ -11,7 +11,7 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.formats.manifest import AliasTensor
+from codecllm.formats.records import AliasTensor
 from codecllm.loader.device.codecs import Decoder, DeviceCodecs, choose_codecs
 from codecllm.loader.device.pipeline import DevicePipeline
 from codecllm.loader.device.plan import Part, Request

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.manifest import CodedTensor, Int8Tensor
+from codecllm.formats.records import CodedTensor, Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.formats.tiling import Grid
 from codecllm.loader.torch_tensors import TORCH_DTYPES

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.loader.decode import CODES
 from codecllm.loader.device.chunks import WORDS_PER_CHUNK, chunks_of, plane_bytes

@@ -18,7 +18,7 @@ from codecllm.formats.chunk_table import slot_bytes
 from codecllm.formats.container import Container
 from codecllm.formats.errors import NonFiniteWeightError, SourceError, UnsupportedVersionError, UsageError
 from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.manifest import DEADZONE, NEAREST, Calibration
+from codecllm.formats.records import DEADZONE, NEAREST, Calibration
 from codecllm.formats.reference import read_codes, read_rows, read_tensor_bytes, tensor_digest
 from codecllm.formats.schemes.int8 import dequantize, quantize, step_sizes
 from tests.sources import bf16, write_source

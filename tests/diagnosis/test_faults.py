@@ -8,7 +8,7 @@ import torch
 
 import codecllm
 from codecllm.converter import convert
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.verifier.diagnosis import Cause, diagnose, layer_outputs
 from codecllm.verifier.diagnosis.back_ends import BackEnd, present_back_ends
 from codecllm.verifier.diagnosis.causes import explaining

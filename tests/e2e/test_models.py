@@ -13,7 +13,7 @@ import codecllm
 from codecllm.converter import convert
 from codecllm.converter.source import SourceModel
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import Int8Tensor, RawTensor
+from codecllm.formats.records import Int8Tensor, RawTensor
 from codecllm.formats.reference import read_symbols, read_tensor_bytes
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.transformers_adapter import load_plain

@@ -16,7 +16,8 @@ from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.manifest import KNOWN_FEATURES, NEAREST, Calibration
+from codecllm.formats.manifest import KNOWN_FEATURES
+from codecllm.formats.records import NEAREST, Calibration
 from codecllm.formats.reference import read_tensor_bytes, tensor_digest
 from codecllm.formats.schemes.int8 import quantize, step_sizes
 from tests.golden import independent_reader

@@ -14,7 +14,7 @@ from codecllm.cli.app import app
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, SourceError, UnsupportedEnvironmentError, UsageError
-from codecllm.formats.manifest import side_names
+from codecllm.formats.records import side_names
 from codecllm.loader import from_pretrained
 from codecllm.loader.transformers_adapter import load_plain
 from codecllm.verifier.evaluation import evaluate, sample_text

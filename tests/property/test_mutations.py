@@ -19,7 +19,8 @@ from codecllm.converter import convert
 from codecllm.formats.chunk_table import RECORD
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError
-from codecllm.formats.manifest import MANIFEST_NAME, Calibration
+from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.records import Calibration
 from codecllm.formats.reference import read_tensor_bytes
 from tests import tampering
 from tests.malformed import builders

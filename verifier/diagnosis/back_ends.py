@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile
 from codecllm.formats.tiling import Tile

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from codecllm.converter.source import SourceTensor
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
-from codecllm.formats.manifest import Int8Tensor
+from codecllm.formats.records import Int8Tensor
 from codecllm.formats.schemes.int8 import MAX_CODE, channel_scales
 from codecllm.formats.stored_tensor import StoredTensor, tile_steps
 from codecllm.verifier.diagnosis.causes import Cause

@@ -22,7 +22,7 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.errors import CodecLLMError, DecodeError, FormatError, ModelMismatchError
 from codecllm.formats.float_bits import float32_from_bits
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
+from codecllm.formats.records import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
 from codecllm.formats.reference import join_chunks
 from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype

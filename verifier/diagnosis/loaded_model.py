@@ -13,7 +13,7 @@ from torch import nn
 from codecllm.converter.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError
-from codecllm.formats.manifest import Int8Tensor, RawTensor
+from codecllm.formats.records import Int8Tensor, RawTensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.compressed_modules import CompressedWeight
 from codecllm.loader.int8_modules import Int8Weight

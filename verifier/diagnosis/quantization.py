@@ -9,7 +9,7 @@ import numpy as np
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import NonFiniteWeightError
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor
+from codecllm.formats.records import AliasTensor, Int8Tensor, RawTensor
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.examination import FP16_LARGEST, FP16_SMALLEST, Choice, Examination
 from codecllm.verifier.report import Stage

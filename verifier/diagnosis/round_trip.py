@@ -12,7 +12,7 @@ from codecllm.converter.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
-from codecllm.formats.manifest import AliasTensor, Int8Tensor, RawTensor
+from codecllm.formats.records import AliasTensor, Int8Tensor, RawTensor
 from codecllm.formats.reference import read_run_bytes
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import StoredTensor

@@ -14,7 +14,8 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import SourceError, UnsupportedEnvironmentError, UsageError
-from codecllm.formats.manifest import MANIFEST_NAME, AliasTensor, side_names
+from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.records import AliasTensor, side_names
 from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
 from codecllm.loader import transformers_adapter as adapter

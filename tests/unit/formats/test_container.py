@@ -18,7 +18,8 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, DecodeError, FormatError, NotAContainerError, SchemaError, TruncatedError
 from codecllm.formats.files import SafeFile
 from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.manifest import MANIFEST_NAME, FileRecord
+from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.records import FileRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_symbols, read_tensor_bytes, tensor_digest
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, scales_for_tile, sound, tensor_matrix
 from tests import tampering

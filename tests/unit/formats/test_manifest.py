@@ -9,22 +9,18 @@ import pytest
 from codecllm.formats import FORMAT_VERSION, limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import LimitError, SchemaError
-from codecllm.formats.manifest import (
+from codecllm.formats.manifest import Manifest, manifest_sha256, pack_manifest, parse_manifest, shard_name
+from codecllm.formats.records import (
     AliasTensor,
     FileRecord,
     Int8Tensor,
     LosslessTensor,
-    Manifest,
     Options,
     PlaneRecord,
     RawTensor,
     ShardRecord,
     SideChecksums,
     Source,
-    manifest_sha256,
-    pack_manifest,
-    parse_manifest,
-    shard_name,
     side_names,
 )
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from codecllm.formats import FORMAT_VERSION, errors, limits
-from codecllm.formats import manifest as manifest_module
+from codecllm.formats import FORMAT_VERSION, errors, limits, records
 from codecllm.formats.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, slot_bytes
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.codecs.rans_reference import LANES, LOWER, STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MAX_TABLE_BYTES, MIN_PRECISION
 from codecllm.formats.codecs.zstd import _PARAMETERS, _SPARSE_PARAMETERS, SPARSE_SHARE
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
+from codecllm.formats.manifest import KNOWN_FEATURES, Manifest
 from codecllm.formats.rans_groups import HEADER as RANS_HEADER
 from codecllm.formats.rans_groups import MAGIC as RANS_MAGIC
 from codecllm.formats.rans_groups import SIZE, TABLES_VERSION, max_tables_bytes
@@ -114,7 +114,7 @@ def test_rans():
 
 def test_features():
     features = _tables("8. The manifest")[-1]
-    assert {name for name, _ in features} == manifest_module.KNOWN_FEATURES
+    assert {name for name, _ in features} == KNOWN_FEATURES
 
 
 def test_dtypes():
@@ -143,13 +143,13 @@ def test_int8_constants():
 
 def test_manifest_fields():
     top, schemes, _ = _tables("8. The manifest")
-    fields = list(manifest_module.Manifest.model_fields)
+    fields = list(Manifest.model_fields)
     assert [row[0] for row in top] == [*fields, "manifest_sha256"]
     classes = {
-        "raw": manifest_module.RawTensor,
-        "lossless": manifest_module.LosslessTensor,
-        "int8": manifest_module.Int8Tensor,
-        "alias": manifest_module.AliasTensor,
+        "raw": records.RawTensor,
+        "lossless": records.LosslessTensor,
+        "int8": records.Int8Tensor,
+        "alias": records.AliasTensor,
     }
     assert [row[0] for row in schemes] == list(classes)
     for name, text in schemes:
@@ -157,8 +157,7 @@ def test_manifest_fields():
         assert own == {word for word in re.findall(r"\w+", text) if word in own}
         for field in own:
             assert field in text
-    records = ("PlaneRecord", "ShardRecord", "FileRecord", "Options", "Calibration")
-    for kind in (getattr(manifest_module, name) for name in records):
+    for kind in (records.PlaneRecord, records.ShardRecord, records.FileRecord, records.Options, records.Calibration):
         assert all(f"`{field}`" in TEXT for field in kind.model_fields)
 
 
