@@ -13,8 +13,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
@@ -105,14 +106,7 @@ class DecodePool:
                 thread.join()
 
     def _start_all(self) -> None:
-        """Starts every thread now, and asks torch for a single thread in each.
-
-        torch reads the number again when a thread first needs it, and that is the caller's by then: large operations of `int8`
-        decoding may still use more.
-
-        torch keeps the number per thread, and a default for threads that have not asked yet, which the threads' own setting
-        changes. The caller's number is asked for before, and set again behind.
-        """
+        """Starts every thread now, each with one thread of torch's; the caller's number of them stays, and the default."""
         threads = torch.get_num_threads()
         ready: SimpleQueue[threading.Thread] = SimpleQueue()
         try:
@@ -132,6 +126,17 @@ class DecodePool:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Keeps torch's operations of the calling thread in that thread: others decode beside it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Batch:
@@ -195,6 +200,7 @@ def _close_all() -> None:
 
 def _serve(jobs: _Jobs, workers: int, ready: SimpleQueue[threading.Thread]) -> None:
     """Runs queued jobs in the calling thread until it is dismissed; it keeps nothing of a job that has ended."""
+    torch.get_num_threads()  # a thread that has not asked yet is given the default at its first operation, whatever it has set
     torch.set_num_threads(1)
     ready.put(threading.current_thread())
     workspace = Workspace(workers)

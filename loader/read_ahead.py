@@ -29,7 +29,7 @@ from types import TracebackType
 import torch
 
 from codecllm.loader.decode import Workspace
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.pool import DecodePool, single_threaded
 from codecllm.loader.torch_tensors import Filling, Run
 
 BUDGET_BYTES = 256 << 20
@@ -247,7 +247,7 @@ class ReadAhead:
                 return
             self._helping = True
             self._busy += 1
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), single_threaded():
             self._work(self._helper, awaited)
 
     def _work(self, workspace: Workspace, awaited: Request | None = None) -> None:

@@ -148,13 +148,17 @@ def test_nothing_of_a_job_is_kept():
         _until(lambda: gone() is None)
 
 
-def test_torchs_threads_of_the_caller_stay():
+def test_torchs_threads_of_the_caller_stay_and_each_of_ours_has_one():
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            with DecodePool(2):
+            with DecodePool(2) as pool:
                 assert torch.get_num_threads() == threads
+                found = []
+                pool.run_all([lambda _, found=found: found.append(torch.get_num_threads())] * 4)
+                assert found == [1] * 4
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
 

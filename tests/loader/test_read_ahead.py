@@ -144,10 +144,19 @@ def test_before_the_first_take_tensors_are_planned_and_one_thread_works(helps):
             taker.join(20)
 
 
-def test_only_one_taker_helps():
-    bench, threads = _Bench(), set()
+@pytest.fixture
+def three_of_torch():
+    """Gives torch three threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_only_one_taker_helps_and_all_keep_torch_to_one_thread(three_of_torch):
+    bench, threads, of_torch = _Bench(), set(), set()
     with DecodePool(2) as pool, ReadAhead(pool, takers_help=True) as ahead:
-        bench.on_decode = lambda: threads.add(threading.get_ident())
+        bench.on_decode = lambda: (threads.add(threading.get_ident()), of_torch.add(torch.get_num_threads()))
         ahead.expect(bench.request(name) for name in range(60))
         made = [ahead.take(bench.request(name)) for name in range(60)]
         takers = [threading.Thread(target=ahead.result, args=(made[name],)) for name in range(0, 60, 10)]
@@ -157,6 +166,8 @@ def test_only_one_taker_helps():
             taker.join(20)
         assert [torch.equal(ahead.result(tensor), _expected(name)) for name, tensor in enumerate(made)] == [True] * 60
     assert len(threads) <= 2
+    assert of_torch == {1}
+    assert torch.get_num_threads() == three_of_torch
 
 
 @pytest.mark.parametrize("endless", [True, False])
