@@ -50,6 +50,7 @@ class SharedDecoder:
         self.pool = DecodePool(workers)
         self.lock = threading.RLock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._written_to = False
 
     def hold(self, source: StoredTensor) -> tuple[CompressedTensor, Filling]:
         """Returns the tensor with memory for its payload, and what fills it; use the tensor only once it is filled."""
@@ -60,10 +61,22 @@ class SharedDecoder:
     def scratch(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns uninitialised memory [rows, cols]; the next call gives the same. Hold `lock`."""
         size = rows * cols * dtype.itemsize
-        if self._scratch.numel() < size:
+        if self._scratch.numel() < size or self._written_to:
             with torch.inference_mode(False):  # a later caller may be outside of it
                 self._scratch = empty_tensor((size,), torch.uint8)
+            self._written_to = False
         return self._scratch[:size].view(dtype).view(rows, cols)
+
+    def decoded(self, tensor: CompressedTensor, bands: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Returns bands of a tensor, decoded in the scratch; see `CompressedTensor.decode_bands`. Hold `lock`.
+
+        Where that does not come to its end, Ctrl-C for one, threads may write on: that memory is not used again.
+        """
+        weight = self.scratch(sum(tensor.height(band) for band in bands), tensor.cols, dtype)
+        self._written_to = True
+        tensor.decode_bands(bands, dtype, weight)
+        self._written_to = False
+        return weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +175,7 @@ class CompressedTensor(CodedMatrix):
         step = max(1, tiles_per_job(self.stored) // max(1, grid.across))
         for first in range(0, len(bands), step):
             part = bands[first : first + step]
-            rows = sum(self._height(band) for band in part)
+            rows = sum(self.height(band) for band in part)
             jobs.append(partial(self._decode_job, part, dtype, out[row : row + rows]))
             row += rows
         self.decoder.pool.run_all(jobs)
@@ -179,10 +192,8 @@ class CompressedTensor(CodedMatrix):
         step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
         for first in range(0, self.bands, step):
             bands = list(range(first, min(first + step, self.bands)))
-            begin, rows = first * grid.tile_rows, sum(self._height(band) for band in bands)
-            weight = self.decoder.scratch(rows, self.cols, dtype)
-            self.decode_bands(bands, dtype, weight)
-            yield slice(begin, begin + rows), weight
+            weight = self.decoder.decoded(self, bands, dtype)
+            yield slice(first * grid.tile_rows, first * grid.tile_rows + len(weight)), weight
 
     def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns]; decodes only the tiles that hold them."""
@@ -194,16 +205,15 @@ class CompressedTensor(CodedMatrix):
         with self.decoder.lock:
             for first in range(0, len(wanted), step):
                 part = wanted[first : first + step]
-                decoded = self.decoder.scratch(sum(self._height(band) for band in part), self.cols, dtype)
-                self.decode_bands(part, dtype, decoded)
-                start = 0
+                decoded, start = self.decoder.decoded(self, part, dtype), 0
                 for band in part:
                     chosen = (bands == band).nonzero().flatten()
                     out[chosen] = decoded[start + rows[chosen] - band * grid.tile_rows]
-                    start += self._height(band)
+                    start += self.height(band)
         return out
 
-    def _height(self, band: int) -> int:
+    def height(self, band: int) -> int:
+        """Rows of a band."""
         grid = self.stored.table.grid
         return min(grid.tile_rows, grid.rows - band * grid.tile_rows)
 
@@ -227,7 +237,7 @@ class CompressedTensor(CodedMatrix):
                     view = words_of(own, tile.rows, tile.cols).view(word_dtype(DTYPES[native]))
                     write_tile(self.stored, tile, planes, view, native, workspace)
                     out[rows, columns].copy_(own)
-            row += sum(self._height(band) for band in run)
+            row += sum(self.height(band) for band in run)
 
 
 def _consecutive(bands: list[int]) -> Iterator[range]:

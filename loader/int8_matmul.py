@@ -171,6 +171,8 @@ def _product(
     col_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     if torch.compiler.is_compiling() and is_accelerator(inputs.device):
+        if inputs.dtype == torch.float32 and torch.is_autocast_enabled(inputs.device.type):  # inside there is no autocast
+            inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
         whole: torch.Tensor = _opaque_product(inputs, codes, scale, bias, col_scale)
         return whole
     kernel = fused if can_fuse(inputs, codes) else packed if can_pack(inputs, codes) else exact

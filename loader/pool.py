@@ -8,23 +8,23 @@ inside `Future.result`, an interrupt may leave a lock held that a worker then wa
 from __future__ import annotations
 
 import atexit
-import contextlib
+import logging
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-
-import torch
 
 from codecllm.formats.codecs import rans
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.loader.decode import Workspace
+
+_LOG = logging.getLogger(__name__)
 
 Job = Callable[[Workspace], None]
 
@@ -42,7 +42,8 @@ def loading_threads(container: Container, workers: int | None) -> int:
 class DecodePool:
     """A fixed number of threads, each with buffers of its own that live as long as the pool.
 
-    They end when the pool is closed, when nothing refers to it any more, and with the interpreter.
+    They end when the pool is closed, when nothing refers to it any more, and with the interpreter. A process that was forked
+    starts its own when it first needs them.
     """
 
     def __init__(self, workers: int | None = None) -> None:
@@ -57,69 +58,87 @@ class DecodePool:
         self.workers = workers if workers is not None else max(1, len(os.sched_getaffinity(0)))
         if self.workers < 1:
             raise UsageError("workers must be 1 or more", got=workers)
-        self._jobs: _Jobs = SimpleQueue()
-        self._threads: list[threading.Thread] = []
         self._closed = False
-        self._lock = threading.Lock()
-        self._abandoned = weakref.finalize(self, _dismiss, self._jobs, self.workers)
-        self._abandoned.atexit = False  # `_close_all` does more
+        self._begin()
         _open_pools.add(self)
         self._start_all()
 
-    def submit(self, job: Job) -> Future[None]:
+    def put(self, job: Job, dropped: Callable[[], object]) -> None:
         """Queues a job; jobs start in the order in which they were queued.
+
+        Args:
+            job: does what it does without raising an error.
+            dropped: called instead of it where the pool is closed before it starts.
+
+        Raises:
+            RuntimeError: the pool was closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the pool of decoding threads is closed")
+            if not self._threads:
+                self._start_all()
+            self._jobs.put((job, dropped))
+
+    def submit(self, job: Job) -> Future[None]:
+        """Queues a job; the future gets its end or its error. Ctrl-C in a thread that uses the future may leave it locked.
 
         Raises:
             RuntimeError: the pool was closed.
         """
         ended: Future[None] = Future()
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the pool of decoding threads is closed")
-            self._jobs.put((job, ended))
+        self.put(partial(_run, job, ended), ended.cancel)
         return ended
 
     def run_all(self, jobs: list[Job]) -> None:
         """Runs jobs in all threads; returns, or raises the first job's error, once none runs any more.
 
-        That holds for Ctrl-C in the calling thread too: jobs that have not begun are dropped then.
+        Where Ctrl-C ends the wait, jobs that have not begun are dropped and the others waited for; a second one ends that too.
+
+        Raises:
+            RuntimeError: the pool was closed before all had begun.
         """
         batch = _Batch(jobs)
         try:
             for _ in range(min(self.workers, len(jobs))):
-                self.submit(batch.work)
+                self.put(batch.work, batch.drop)
             batch.wait()
         except BaseException:
-            batch.end()
+            batch.drop()
+            batch.wait()
             raise
-        batch.raise_first()
+        batch.check()
 
     def close(self) -> None:
-        """Drops queued jobs, waits for running ones and frees the buffers."""
+        """Drops queued jobs, waits for running ones and frees the buffers. May be called again, after Ctrl-C for one."""
         with self._lock:
-            first, self._closed = not self._closed, True
-        if first:
-            _drop_queued(self._jobs)
-            self._abandoned()
+            self._closed = True
+        _drop_queued(self._jobs)
+        _dismiss(self._jobs, self.workers)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
 
+    def _begin(self) -> None:
+        self._jobs: _Jobs = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        weakref.finalize(self, _dismiss, self._jobs, self.workers).atexit = False  # `_close_all` does more
+
     def _start_all(self) -> None:
-        """Starts every thread now, each with one thread of torch's; the caller's number of them stays, and the default."""
-        threads = torch.get_num_threads()
-        ready: SimpleQueue[threading.Thread] = SimpleQueue()
-        try:
-            for number in range(self.workers):
-                name = f"codecllm-decode_{number}"
-                threading.Thread(target=_serve, args=(self._jobs, self.workers, ready), name=name, daemon=True).start()
-            for _ in range(self.workers):
-                self._threads.append(ready.get())
-        except BaseException:  # Ctrl-C, or no thread can be started
-            self._abandoned()
-            raise
-        finally:
-            torch.set_num_threads(threads)
+        """Starts every thread now; a thread of its own does it, which no Ctrl-C reaches.
+
+        torch's number of threads is left as it is. With one for each of ours `int8` loads took a quarter less time where other
+        work had a core, and a quarter more where none had: a taker that helps cannot be kept to one too, because torch's number
+        is also the default of threads that others start meanwhile.
+        """
+        begun: SimpleQueue[list[threading.Thread] | Exception] = SimpleQueue()
+        given = (self._jobs, self.workers, begun)
+        threading.Thread(target=_start_threads, args=given, name="codecllm-start", daemon=True).start()
+        found = begun.get()
+        if isinstance(found, Exception):
+            raise found
+        self._threads = found
 
     def __enter__(self) -> DecodePool:
         return self
@@ -128,23 +147,13 @@ class DecodePool:
         self.close()
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Keeps torch's operations of the calling thread in that thread: others decode beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class _Batch:
     """Jobs that are waited for together."""
 
     def __init__(self, jobs: list[Job]) -> None:
         self._queued = deque(enumerate(jobs))
         self._running = 0
+        self._dropped = False
         self._errors: dict[int, BaseException] = {}
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -163,6 +172,15 @@ class _Batch:
                 self._errors[number] = exc
             with self._lock:
                 self._running -= 1
+                if not (self._queued or self._running):
+                    self._ended.put(None)
+
+    def drop(self) -> None:
+        """Drops what is queued."""
+        with self._lock:
+            if self._queued:
+                self._dropped = True
+                self._queued.clear()
             self._ended.put(None)
 
     def wait(self) -> None:
@@ -173,46 +191,81 @@ class _Batch:
                     return
             self._ended.get()
 
-    def end(self) -> None:
-        """Drops what is queued and waits for what runs, however often that is interrupted."""
-        while True:
-            with contextlib.suppress(KeyboardInterrupt):
-                with self._lock:
-                    self._queued.clear()
-                return self.wait()
-
-    def raise_first(self) -> None:
-        """Raises the error of the first job that failed."""
+    def check(self) -> None:
+        """Raises the error of the first job that failed, or RuntimeError where some were dropped."""
         if self._errors:
-            raise self._errors[min(self._errors)]
+            errors, self._errors = self._errors, {}
+            try:
+                raise errors[min(errors)]
+            finally:
+                del errors  # which the error's traceback would keep, and with it all that the job held
+        if self._dropped:
+            raise RuntimeError("the pool of decoding threads was closed")
 
 
-_Jobs = SimpleQueue[tuple[Job, Future[None]] | None]
+_Jobs = SimpleQueue[tuple[Job, Callable[[], object]] | None]
 _open_pools: weakref.WeakSet[DecodePool] = weakref.WeakSet()
+
+
+def _known_pools() -> list[DecodePool]:
+    while True:
+        try:
+            return list(_open_pools)
+        except RuntimeError:  # another thread makes one
+            continue
 
 
 @atexit.register
 def _close_all() -> None:
     """Ends the threads of pools that nobody closed, while the interpreter is still whole."""
-    for pool in list(_open_pools):
+    for pool in _known_pools():
         pool.close()
 
 
-def _serve(jobs: _Jobs, workers: int, ready: SimpleQueue[threading.Thread]) -> None:
+def _begin_again() -> None:
+    """Forgets, in a process that was forked, the threads and the jobs that it does not have."""
+    for pool in _known_pools():
+        pool._begin()
+
+
+os.register_at_fork(after_in_child=_begin_again)
+
+
+def _start_threads(jobs: _Jobs, workers: int, begun: SimpleQueue[list[threading.Thread] | Exception]) -> None:
+    """Starts threads that run `_serve`; tells which, or the error."""
+    started: list[threading.Thread] = []
+    try:
+        for number in range(workers):
+            thread = threading.Thread(target=_serve, args=(jobs, workers), name=f"codecllm-decode_{number}", daemon=True)
+            thread.start()
+            started.append(thread)
+    except Exception as exc:
+        _dismiss(jobs, len(started))
+        begun.put(exc)
+    else:
+        begun.put(started)
+
+
+def _run(job: Job, ended: Future[None], workspace: Workspace) -> None:
+    try:
+        if ended.set_running_or_notify_cancel():
+            job(workspace)
+            ended.set_result(None)
+    except BaseException as exc:
+        ended.set_exception(exc)
+    finally:
+        del job, ended  # an error's traceback would keep them
+
+
+def _serve(jobs: _Jobs, workers: int) -> None:
     """Runs queued jobs in the calling thread until it is dismissed; it keeps nothing of a job that has ended."""
-    torch.get_num_threads()  # a thread that has not asked yet is given the default at its first operation, whatever it has set
-    torch.set_num_threads(1)
-    ready.put(threading.current_thread())
     workspace = Workspace(workers)
     while (queued := jobs.get()) is not None:
-        job, ended = queued
         try:
-            job(workspace)
-        except BaseException as exc:
-            ended.set_exception(exc)
-        else:
-            ended.set_result(None)
-        del queued, job, ended
+            queued[0](workspace)
+        except BaseException:  # the thread has to live on
+            _LOG.exception("a job of a decoding thread failed")
+        del queued
 
 
 def _dismiss(jobs: _Jobs, workers: int) -> None:
@@ -227,5 +280,7 @@ def _drop_queued(jobs: _Jobs) -> None:
             queued = jobs.get_nowait()
         except Empty:
             return
-        if queued is not None:
-            queued[1].cancel()
+        if queued is None:  # threads were dismissed before: behind it there is no job
+            jobs.put(None)
+            return
+        queued[1]()

@@ -19,6 +19,7 @@ than a budget of bytes.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -29,7 +30,7 @@ from types import TracebackType
 import torch
 
 from codecllm.loader.decode import Workspace
-from codecllm.loader.pool import DecodePool, single_threaded
+from codecllm.loader.pool import DecodePool
 from codecllm.loader.torch_tensors import Filling, Run
 
 BUDGET_BYTES = 256 << 20
@@ -126,7 +127,7 @@ class ReadAhead:
                     self._plan(due)
             steps = prepare() if prepare is not None else iter(())
             if prepares:
-                self._pool.submit(lambda workspace: self._prepare(steps, workspace))
+                self._pool.put(lambda workspace: self._prepare(steps, workspace), self.close)
         except BaseException:
             if prepares:
                 with self._lock:
@@ -217,27 +218,31 @@ class ReadAhead:
         if not work and self._may_begin():
             work = threads  # how many runs the next tensors have is not known yet
         for _ in range(min(work, threads - self._busy)):
+            self._busy += 1
             try:
-                self._pool.submit(self._work)
+                self._pool.put(self._work, self._gone)
             except RuntimeError:  # the pool was closed: threads that are left go on
+                self._busy -= 1
                 if not self._busy:
                     raise
                 return
-            self._busy += 1
 
     def _prepare(self, steps: Iterator[None], workspace: Workspace) -> None:
         """Takes the steps of `expect` in a thread of the pool, which then goes on with what they held up."""
-        try:
-            for _ in steps:
-                if self._taken or self._closed:
-                    break
-        finally:
-            with self._lock:
-                self._preparing = False
-                self._busy += 1
-                self._ring()
-                self._employ()
-            self._work(workspace)
+        with contextlib.suppress(Exception):  # memory that cannot be supplied fails whoever decodes into it
+            while not (self._taken or self._closed) and next(steps, steps) is not steps:
+                pass
+        with self._lock:
+            self._preparing = False
+            self._busy += 1
+            self._ring()
+            self._employ()
+        self._work(workspace)
+
+    def _gone(self) -> None:
+        """Ends the reading where the pool was closed before a thread began to work."""
+        self._rest_one(None)
+        self.close()
 
     def _help(self, awaited: Request) -> None:
         """Works in the calling thread, one at a time, once nothing is being prepared; `awaited` is what it waits for."""
@@ -247,7 +252,7 @@ class ReadAhead:
                 return
             self._helping = True
             self._busy += 1
-        with torch.inference_mode(False), single_threaded():
+        with torch.inference_mode(False):
             self._work(self._helper, awaited)
 
     def _work(self, workspace: Workspace, awaited: Request | None = None) -> None:
@@ -267,6 +272,8 @@ class ReadAhead:
                 del job  # or it would keep its tensor while the next one is waited for
         except BaseException:  # Ctrl-C, where a taker helps
             self._rest_one(awaited)
+            if awaited is None:  # what no tensor is to blame for
+                self.close()
             raise
 
     def _next(self, awaited: Request | None) -> Request | tuple[_Making, Run] | None:

@@ -330,13 +330,17 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
 
 
 def is_offloaded(model: Any, name: str) -> bool:
-    """Whether a parameter's weights lie elsewhere, on the CPU or the disk, until its module or one around that runs."""
-    while name:
-        name = name.rpartition(".")[0]
+    """Whether a parameter's weights lie elsewhere, on the CPU or the disk, until its module, or one around that, runs."""
+    own = name = name.rpartition(".")[0]
+    while True:
         hook: Any = getattr(model.get_submodule(name), "_hf_hook", None)
-        if any(getattr(one, "offload", False) and one.weights_map is not None for one in getattr(hook, "hooks", [hook])):
-            return True
-    return False
+        for one in getattr(hook, "hooks", [hook]):
+            offloads = getattr(one, "offload", False) and one.weights_map is not None
+            if offloads and (name == own or one.place_submodules):
+                return True
+        if not name:
+            return False
+        name = name.rpartition(".")[0]
 
 
 def linear_modules(folder: Path) -> list[str]:

@@ -64,6 +64,11 @@ class _Request:
     results: list[Decoded] | None = None
     failure: BaseException | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether there is one of them."""
+        return self.results is not None or self.failure is not None
+
 
 _WAITING: deque[_Request] = deque()
 
@@ -72,9 +77,15 @@ def decode_chunks(chunks: Sequence[Coded]) -> list[Decoded]:
     """Decodes chunks together with those of every other thread that waits; returns what became of each, in order."""
     request = _Request(chunks)
     _WAITING.append(request)
-    with _TURN:
-        if request.results is None and request.failure is None:
-            _serve([_WAITING.popleft() for _ in range(len(_WAITING))])
+    try:
+        with _TURN:
+            if not request.ended:
+                _serve(list(_WAITING))
+            while _WAITING and _WAITING[0].ended:
+                _WAITING.popleft()
+    except BaseException as exc:  # Ctrl-C: others serve themselves
+        request.failure = exc
+        raise
     if request.failure is not None:
         raise request.failure
     assert request.results is not None
@@ -82,12 +93,13 @@ def decode_chunks(chunks: Sequence[Coded]) -> list[Decoded]:
 
 
 def _serve(requests: list[_Request]) -> None:
-    """Decodes the chunks of several requests as if they were one."""
+    """Decodes the chunks of several requests, but of those that have ended, as if they were one."""
+    requests = [request for request in requests if not request.ended]
     try:
         results = iter(_decode([chunk for request in requests for chunk in request.chunks]))
         for request in requests:
             request.results = list(islice(results, len(request.chunks)))
-    except BaseException as exc:
+    except Exception as exc:
         for request in requests:
             request.failure = exc
 

@@ -239,6 +239,7 @@ class DeviceDecoder:
 
     def _fill(self, buffer: _Buffer, group: _Group, dtype: torch.dtype) -> None:
         """Queues the decoding of a group into a buffer, behind every use of what lies there."""
+        buffer.group = None  # until all is queued: what fails or is interrupted leaves nothing that looks decoded
         size = sum(aligned(block.elements * dtype.itemsize) for block in group.blocks)
         if buffer.memory is None or buffer.memory.numel() < size:
             self._streams.synchronize()  # nobody may have waited for what was decoded ahead
@@ -247,13 +248,13 @@ class DeviceDecoder:
             buffer.memory = None
             with torch.inference_mode(False):  # a later caller may be outside of it
                 buffer.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-        buffer.group, buffer.dtype = group, dtype
         for event in buffer.used.values():
             self._streams.wait(self._streams.decode, event)
         buffer.used.clear()
         self._streams.follow(self._streams.decode)
         self._decode(group, self._places(buffer, group, dtype))
         buffer.ready = self._streams.record(self._streams.decode)
+        buffer.dtype, buffer.group = dtype, group
 
     def _places(self, buffer: _Buffer, group: _Group, dtype: torch.dtype) -> list[torch.Tensor]:
         assert buffer.memory is not None
@@ -286,28 +287,28 @@ class DeviceDecoder:
         """Makes a group's description, once for an arena; it stays on the device."""
         if group.work is not None and group.arena == self._arena.data_ptr():
             return
-        chunks, start = ChunkList(), 0
-        group.planes = []
+        chunks, start, places = ChunkList(), 0, list[list[int]]()
         for block in group.blocks:
             source = block.tensor.stored
             first = block.bands.start * source.table.grid.across * source.table.planes
             planes = plane_places(source, block.elements, start)
             chunks.add(source, block.bands, block.tensor.slot + int(source.table.offsets[first]), planes)
-            group.planes.append(planes)
+            places.append(planes)
             start += source.table.planes * plane_bytes(block.elements)
         if self._arena.numel() < start:
             self._streams.synchronize()
             with torch.inference_mode(False):
                 self._arena = torch.empty(start, dtype=torch.uint8, device=self.device)
-        group.arena = self._arena.data_ptr()
-        group.work = ChunkWork(chunks, self._payloads.data_ptr(), group.arena)
+        work = ChunkWork(chunks, self._payloads.data_ptr(), self._arena.data_ptr())
         with torch.inference_mode(False):
-            group.words = torch.from_numpy(group.work.words).to(self.device)
-            self._streams.keep(group.words, self._streams.decode)
-            group.tables = self._tools.expand(group.work) if group.tables is None else group.tables
+            words = torch.from_numpy(work.words).to(self.device)
+            self._streams.keep(words, self._streams.decode)
+            tables = self._tools.expand(work) if group.tables is None else group.tables
         self._streams.follow(self._streams.decode)
-        if group.tables is not None:
-            self._streams.wait(self._streams.decode, group.tables[1])
+        if tables is not None:
+            self._streams.wait(self._streams.decode, tables[1])
+        group.words, group.tables, group.planes, group.work = words, tables, places, work
+        group.arena = self._arena.data_ptr()  # last: it is what says that the rest is of this arena
 
 
 def _grouped(blocks: list[Block]) -> list[_Group]:

@@ -92,6 +92,32 @@ def test_a_vocabulary_larger_than_the_scratch_is_multiplied_in_bands(monkeypatch
     torch.testing.assert_close(logits(model), whole)
 
 
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_memory_that_threads_may_still_write_to_is_not_used_again(container, monkeypatch, at):
+    """As after two Ctrl-C in a forward pass: the second one ends the wait for the threads under way."""
+    model = from_pretrained(container("llama", "int8"), resident="compressed")
+    expected, decode, outs = logits(model), compressed_modules.CompressedTensor.decode_bands, []
+
+    def interrupted(self, bands, dtype, out):
+        outs.append(out)
+        if len(outs) == at + 1:
+            raise KeyboardInterrupt
+        decode(self, bands, dtype, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compressed_modules.CompressedTensor, "decode_bands", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+    left = outs[at]
+
+    def checked(self, bands, dtype, out):
+        assert out.untyped_storage().data_ptr() != left.untyped_storage().data_ptr()
+        decode(self, bands, dtype, out)
+
+    monkeypatch.setattr(compressed_modules.CompressedTensor, "decode_bands", checked)
+    assert torch.equal(logits(model), expected)
+
+
 def _matrices(tmp_path, rows=640, cols=320):
     generator = np.random.default_rng(3)
     values = (generator.standard_normal((rows, cols)) * 0.05).astype(np.float32)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from concurrent.futures import CancelledError
 
@@ -15,6 +18,7 @@ import pytest
 import torch
 
 from codecllm.formats.errors import UsageError
+from codecllm.loader import pool as pool_module
 from codecllm.loader.pool import DecodePool
 
 
@@ -76,17 +80,14 @@ def test_run_all_raises_the_first_jobs_error_once_none_runs_any_more():
 
 
 def test_ctrl_c_leaves_run_all_once_none_runs_any_more():
-    """Whoever catches the interrupt may use the scratch again that these jobs write to."""
+    """Whoever catches the interrupt may use the memory again that these jobs write to."""
     begun, ended = [], []
 
     def job(number):
         begun.append(number)
         if number == 0:
-            signal.raise_signal(signal.SIGINT)  # twice: the second comes while the jobs under way are waited for
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         time.sleep(0.2)
-        if number == 0:
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.2)
         ended.append(number)
 
     with DecodePool(2) as pool:
@@ -96,6 +97,76 @@ def test_ctrl_c_leaves_run_all_once_none_runs_any_more():
         assert len(ended) < 50
         pool.run_all([lambda _: ended.append("again")])
         assert ended[-1] == "again"
+
+
+def test_a_job_that_runs_cannot_be_cancelled_and_one_that_waits_never_runs():
+    gate, begun, ran = threading.Event(), threading.Event(), []
+    with DecodePool(1) as pool:
+        running = pool.submit(lambda _: (begun.set(), gate.wait(20), ran.append(1)))
+        waiting = pool.submit(lambda _: ran.append(2))
+        assert begun.wait(20)
+        assert (running.cancel(), waiting.cancel()) == (False, True)
+        gate.set()
+        assert pool.submit(lambda _: ran.append(3)).result(20) is None
+    assert ran == [1, 3]
+
+
+def test_closing_a_pool_ends_those_who_wait_for_what_it_drops():
+    gate, begun, errors = threading.Event(), threading.Event(), []
+    pool = DecodePool(1)
+    pool.submit(lambda _: (begun.set(), gate.wait(20)))
+    assert begun.wait(20)
+
+    def run():
+        try:
+            pool.run_all([lambda _: None] * 5)
+        except RuntimeError as exc:
+            errors.append(str(exc))
+
+    waiting = threading.Thread(target=run)
+    waiting.start()
+    time.sleep(0.1)
+    threading.Timer(0.1, gate.set).start()
+    pool.close()
+    waiting.join(20)
+    assert errors == ["the pool of decoding threads was closed"]
+
+
+def test_closing_may_be_interrupted_and_done_again(monkeypatch):
+    for where in ("_drop_queued", "_dismiss"):
+        pool = DecodePool(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool_module, where, lambda *_: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                pool.close()
+        pool.close()
+        assert not _threads()
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    with DecodePool(2) as pool:
+        pool.run_all([lambda _: None] * 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads
+            child = os.fork()
+        if not child:
+            ran = []
+            faulthandler.dump_traceback_later(20, exit=True)
+            pool.run_all([lambda _, n=n: ran.append(n) for n in range(4)])
+            pool.close()
+            os._exit(0 if sorted(ran) == [0, 1, 2, 3] else 3)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        pool.run_all([lambda _: None] * 4)
+
+
+def test_an_error_in_a_queued_job_costs_no_thread(caplog):
+    ran = []
+    with DecodePool(1) as pool:
+        pool.put(lambda _: 1 / 0, ran.clear)
+        pool.run_all([lambda _: ran.append(1)])
+    assert ran == [1]
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_closing_drops_what_is_queued_and_waits_for_what_runs():
@@ -148,17 +219,18 @@ def test_nothing_of_a_job_is_kept():
         _until(lambda: gone() is None)
 
 
-def test_torchs_threads_of_the_caller_stay_and_each_of_ours_has_one():
+def test_torchs_threads_stay_as_they_are():
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             with DecodePool(2) as pool:
-                assert torch.get_num_threads() == threads
-                found = []
+                found = [torch.get_num_threads()]
                 pool.run_all([lambda _, found=found: found.append(torch.get_num_threads())] * 4)
-                assert found == [1] * 4
-            assert torch.get_num_threads() == threads
+            fresh = threading.Thread(target=lambda found=found: found.append(torch.get_num_threads()))
+            fresh.start()
+            fresh.join(20)
+            assert found == [threads] * 6
     finally:
         torch.set_num_threads(before)
 
@@ -226,6 +298,8 @@ for turn in range(1200):
             ahead.expect([request(key) for key in range(20)], lambda: iter(range(3)))
             for key in range(20):
                 assert ahead.result(ahead.take(request(key))).tolist() == [0, 1, 2, 3]
+            ahead.close()
+            pool.close()
         finally:
             armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -144,19 +144,10 @@ def test_before_the_first_take_tensors_are_planned_and_one_thread_works(helps):
             taker.join(20)
 
 
-@pytest.fixture
-def three_of_torch():
-    """Gives torch three threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield 3
-    torch.set_num_threads(before)
-
-
-def test_only_one_taker_helps_and_all_keep_torch_to_one_thread(three_of_torch):
-    bench, threads, of_torch = _Bench(), set(), set()
+def test_only_one_taker_helps():
+    bench, threads = _Bench(), set()
     with DecodePool(2) as pool, ReadAhead(pool, takers_help=True) as ahead:
-        bench.on_decode = lambda: (threads.add(threading.get_ident()), of_torch.add(torch.get_num_threads()))
+        bench.on_decode = lambda: threads.add(threading.get_ident())
         ahead.expect(bench.request(name) for name in range(60))
         made = [ahead.take(bench.request(name)) for name in range(60)]
         takers = [threading.Thread(target=ahead.result, args=(made[name],)) for name in range(0, 60, 10)]
@@ -166,8 +157,6 @@ def test_only_one_taker_helps_and_all_keep_torch_to_one_thread(three_of_torch):
             taker.join(20)
         assert [torch.equal(ahead.result(tensor), _expected(name)) for name, tensor in enumerate(made)] == [True] * 60
     assert len(threads) <= 2
-    assert of_torch == {1}
-    assert torch.get_num_threads() == three_of_torch
 
 
 @pytest.mark.parametrize("endless", [True, False])
@@ -204,6 +193,7 @@ def test_what_prepares_may_fail():
 
     with DecodePool(2) as pool, ReadAhead(pool) as ahead:
         ahead.expect((bench.request(name) for name in range(10)), prepare)
+        assert _settled(lambda: len(steps)) == 1
         assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in range(10))
     assert steps == [1]
 
@@ -220,6 +210,7 @@ def test_only_the_first_expectation_is_prepared_and_nothing_is_decoded_until_tha
     with DecodePool(2) as pool, ReadAhead(pool) as ahead:
         for number in range(2):
             ahead.expect((bench.request(10 * number + name) for name in range(10)), lambda number=number: prepare(number))
+            assert _settled(lambda: len(steps)) == 1
             if taken:
                 ahead.take(bench.request(number))
         assert _settled(lambda: bench.read) == 0
@@ -315,6 +306,30 @@ def test_closing_from_another_thread_lets_no_taker_wait(helps):
             taker.join(20)
         assert len(ends) == 3, turn
         assert set(ends) <= {"taken", "the load has ended", "the pool of decoding threads is closed"}
+
+
+@pytest.mark.parametrize(("helps", "workers"), [(False, 1), (True, 1), (True, 2)])
+def test_a_pool_that_is_closed_first_lets_no_taker_wait(helps, workers):
+    bench, errors, busy = _Bench(), [], threading.Event()
+    pool = DecodePool(workers)
+    for _ in range(workers):
+        pool.submit(lambda _: busy.wait(20))
+    ahead = ReadAhead(pool, takers_help=helps)
+    ahead.expect((bench.request(name) for name in range(10)), lambda: iter(range(3)))
+
+    def take():
+        try:
+            ahead.result(ahead.take(bench.request(1)))
+        except RuntimeError as exc:
+            errors.append(str(exc))
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    threading.Timer(0.2, busy.set).start()
+    pool.close()
+    taker.join(20)
+    assert not taker.is_alive()
+    assert errors in (["the load has ended"], ["the pool of decoding threads is closed"])
 
 
 def test_the_budget_bounds_tensors_that_nobody_took():

@@ -90,6 +90,36 @@ def test_compressed_models_give_the_logits_of_dense(container, name, scheme, dev
 
 
 @pytest.mark.parametrize("device", ["ahead"], indirect=True)
+@pytest.mark.parametrize("where", [(resident.DeviceDecoder, "_decode"), (HostStreams, "keep")], ids=["decode", "describe"])
+def test_a_pass_that_is_interrupted_leaves_nothing_that_looks_decoded(container, device, monkeypatch, where):
+    """At each call of the first passes, in which the order of layers is learned and groups are described."""
+    monkeypatch.setattr(resident, "GROUP_ELEMENTS", 30_000)
+    folder = container("llama", "int8")
+    expected, real, turns = logits(_without_device(folder)), getattr(*where), 0
+    while True:
+        model, calls = from_pretrained(folder, resident="compressed"), []
+
+        def interrupted(*given, calls=calls, at=1 + 4 * turns):
+            calls.append(given)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, interrupted)
+            try:
+                for _ in range(2):
+                    logits(model)
+            except KeyboardInterrupt:
+                turns += 1
+            else:
+                break
+        for _ in range(3):
+            assert torch.equal(logits(model), expected)
+    assert turns > 1
+
+
+@pytest.mark.parametrize("device", ["ahead"], indirect=True)
 def test_a_compressed_weight_can_be_had_and_copied(container, device):
     folder = container("llama", "int8")
     model = from_pretrained(folder, resident="compressed")
