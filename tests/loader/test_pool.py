@@ -21,9 +21,12 @@ from codecllm.formats.errors import UsageError
 from codecllm.loader import pool as pool_module
 from codecllm.loader.pool import DecodePool
 
+_others: set[threading.Thread] = set()
+
 
 def _threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("codecllm-decode")]
+    """Threads of the pools of a test."""
+    return [each for each in threading.enumerate() if each.name.startswith("codecllm-decode") and each not in _others]
 
 
 def _until(ready):
@@ -34,9 +37,10 @@ def _until(ready):
 
 
 @pytest.fixture(autouse=True)
-def no_other_threads():
-    gc.collect()
-    _until(lambda: not _threads())
+def others():
+    """Leaves out threads of models that earlier tests of this process hold."""
+    _others.clear()
+    _others.update(_threads())
 
 
 @pytest.mark.parametrize("workers", [1, 3])
