@@ -58,21 +58,18 @@ class SharedDecoder:
         file = InMemoryFile(source.file.name, memoryview(filling.tensor.numpy()))
         return CompressedTensor(replace(source, file=file, offset=0), self), filling
 
-    def scratch(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        """Returns uninitialised memory [rows, cols]; the next call gives the same. Hold `lock`."""
-        size = rows * cols * dtype.itemsize
-        if self._scratch.numel() < size or self._written_to:
-            with torch.inference_mode(False):  # a later caller may be outside of it
-                self._scratch = empty_tensor((size,), torch.uint8)
-            self._written_to = False
-        return self._scratch[:size].view(dtype).view(rows, cols)
-
     def decoded(self, tensor: CompressedTensor, bands: list[int], dtype: torch.dtype) -> torch.Tensor:
         """Returns bands of a tensor, decoded in the scratch; see `CompressedTensor.decode_bands`. Hold `lock`.
 
-        Where that does not come to its end, Ctrl-C for one, threads may write on: that memory is not used again.
+        The next call gives the same memory. Where one does not come to its end, Ctrl-C for example, threads may write on: what
+        they write to is not used again.
         """
-        weight = self.scratch(sum(tensor.height(band) for band in bands), tensor.cols, dtype)
+        rows = sum(tensor.height(band) for band in bands)
+        size = rows * tensor.cols * dtype.itemsize
+        if self._scratch.numel() < size or self._written_to:
+            with torch.inference_mode(False):  # a later caller may be outside of it
+                self._scratch = empty_tensor((size,), torch.uint8)
+        weight = self._scratch[:size].view(dtype).view(rows, tensor.cols)
         self._written_to = True
         tensor.decode_bands(bands, dtype, weight)
         self._written_to = False

@@ -179,31 +179,15 @@ def _product(
     return kernel(inputs, codes, scale, bias, col_scale)
 
 
-@torch.library.custom_op(
+_opaque_product = torch.library.custom_op(
     "codecllm::int8_linear",
+    _product,
     mutates_args=(),
     schema="(Tensor inputs, Tensor codes, Tensor scale, Tensor? bias, Tensor? col_scale) -> Tensor",
 )
-def _opaque_product(
-    inputs: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    col_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """`_product` as one operation into which torch.compile does not look: it could not follow how a kernel is chosen."""
-    return _product(inputs, codes, scale, bias, col_scale)
+"""`_product` as one operation into which torch.compile does not look: it could not follow how a kernel is chosen."""
 
-
-@_opaque_product.register_fake
-def _empty_product(
-    inputs: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    col_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], codes.shape[0])
+_opaque_product.register_fake(lambda inputs, codes, *_: inputs.new_empty(*inputs.shape[:-1], codes.shape[0]))
 
 
 def _ones(channels: int) -> torch.Tensor:

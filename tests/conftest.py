@@ -38,12 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips tests/gpu without `--gpu`; with it leaves out all else but what is marked `gpu_too`."""
-    needs = {item: _GPU_TESTS in item.path.parents for item in items}
-    if config.option.gpu:
-        left_out = [item for item in items if not needs[item] and item.get_closest_marker("gpu_too") is None]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
-        return
+    kept, left_out = [], []
     for item in items:
-        if needs[item]:
+        needs = _GPU_TESTS in item.path.parents
+        if needs and not config.option.gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: make test-gpu"))
+        runs = needs or not config.option.gpu or item.get_closest_marker("gpu_too") is not None
+        (kept if runs else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
