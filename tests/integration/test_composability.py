@@ -155,10 +155,11 @@ def test_progress_counts_every_byte_of_the_weights_once(container, resident):
 
 @pytest.mark.parametrize(("progress", "words"), [(True, "loading"), (False, "")])
 def test_progress_bar_is_drawn_where_asked(container, monkeypatch, progress, words):
+    folder = container("llama", "int8")  # converted here: saving its model draws a bar of its own
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     with redirect_stderr(io.StringIO()) as stderr:
-        from_pretrained(container("llama", "int8"), progress=progress)
+        from_pretrained(folder, progress=progress)
     assert words in stderr.getvalue()
     assert "Loading weights" not in stderr.getvalue()
     assert bool(stderr.getvalue()) == progress
