@@ -44,6 +44,24 @@ def container(tmp_path_factory, source):
     return out
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs the command line in this process, whose signals and environment stay; returns the exit code."""
+    from codecllm import cli
+
+    def run_here(*arguments):
+        monkeypatch.setattr(sys, "argv", ["codecllm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code
+
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # or main would set it for all tests that follow
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run_here
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command):
     done = run(command, "--help")
@@ -207,7 +225,7 @@ def test_signals_leave_nothing_behind(tmp_path, number, code):
     assert not out.exists()
 
 
-def test_a_signal_inside_a_lock_is_still_that_signal(container, monkeypatch, capsys):
+def test_a_signal_inside_a_lock_is_still_that_signal(container, run_here, monkeypatch, capsys):
     """Raised where a condition waits, the signal's exception makes the lock's own exit fail with a RuntimeError."""
     from codecllm.cli import process
 
@@ -218,10 +236,7 @@ def test_a_signal_inside_a_lock_is_still_that_signal(container, monkeypatch, cap
             raise RuntimeError("release unlocked lock")
 
     monkeypatch.setattr("codecllm.info.describe", interrupted)
-    monkeypatch.setattr(sys, "argv", ["codecllm", "info", str(container)])
-    with pytest.raises(SystemExit) as caught:
-        process.main()
-    assert caught.value.code == 143
+    assert run_here("info", container) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
@@ -243,15 +258,10 @@ def test_unlisted_shard_is_an_error_for_people(container, tmp_path):
     assert "model-00002-of-00002.safetensors" in done.stdout
 
 
-def test_what_nobody_foresaw_is_one_line_too(container, monkeypatch, capsys):
-    from codecllm import cli
-
+def test_what_nobody_foresaw_is_one_line_too(container, run_here, monkeypatch, capsys):
     def surprise(*args, **kwargs):
         raise ZeroDivisionError("surprise\nof two lines")
 
     monkeypatch.setattr("codecllm.info.describe", surprise)
-    monkeypatch.setattr(sys, "argv", ["codecllm", "info", str(container)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 1
+    assert run_here("info", container) == 1
     assert "unexpected ZeroDivisionError: surprise of two lines" in capsys.readouterr().err
