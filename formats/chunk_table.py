@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +85,8 @@ class ChunkTable:
             SchemaError: the first that does not.
         """
         got = self.records["low_bits"]
+        if not wide and not np.count_nonzero(got):
+            return
         least, most = np.zeros(len(got), np.uint8), np.zeros(len(got), np.uint8)
         if wide:
             least[1::2], most[1::2] = 1, MAX_LOW_BITS
@@ -150,20 +152,22 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     if len(data) != expected:
         raise LayoutError("chunk table has a wrong size", got=len(data), expected=expected, **where)
     records = np.frombuffer(data, RECORD, offset=HEADER.itemsize)
-    raw_bytes = _tile_symbols(grid)
-    if planes > 1:
-        raw_bytes = np.repeat(raw_bytes, planes)
+    raw_bytes, most = _chunk_sizes(grid, planes)
     stored = records["stored_bytes"].astype(np.int64)
-    _check_records(records, stored, raw_bytes, where)
+    _check_records(records, stored, raw_bytes, most, where)
     offsets = np.zeros(len(records) + 1, np.int64)
-    np.cumsum(-(-stored // limits.SLOT_ALIGNMENT) * limits.SLOT_ALIGNMENT, out=offsets[1:])
+    np.add.accumulate((stored + (limits.SLOT_ALIGNMENT - 1)) & -limits.SLOT_ALIGNMENT, out=offsets[1:])
     if int(offsets[-1]) != payload_bytes:
         raise LayoutError("chunks do not add up to the payload", got=int(offsets[-1]), expected=payload_bytes, **where)
     return ChunkTable(grid, planes, records, offsets, raw_bytes)
 
 
-def _tile_symbols(grid: Grid) -> NDArray[np.int64]:
-    """Returns int64 [tiles]: the number of elements of each tile."""
+@lru_cache(maxsize=64)
+def _chunk_sizes(grid: Grid, planes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the symbols of each chunk, and the most bytes that it may take stored: int64 [tiles * planes], read-only.
+
+    They are kept: a model has many tensors of few shapes.
+    """
     down, across = grid.down, grid.across
     rows, cols = min(grid.tile_rows, grid.rows), min(grid.tile_cols, grid.cols)
     symbols = np.full((down, across), rows * cols, np.int64)
@@ -172,21 +176,28 @@ def _tile_symbols(grid: Grid) -> NDArray[np.int64]:
         symbols[-1] = last_rows * cols
         symbols[:, -1] = rows * last_cols
         symbols[-1, -1] = last_rows * last_cols
-    return symbols.reshape(-1)
+    raw_bytes = np.repeat(symbols.reshape(-1), planes)
+    most: NDArray[np.int64] = limits.max_stored_bytes(raw_bytes)
+    raw_bytes.flags.writeable = most.flags.writeable = False
+    return raw_bytes, most
 
 
 def _check_records(
-    records: NDArray[Any], stored: NDArray[np.int64], raw_bytes: NDArray[np.int64], where: dict[str, Any]
+    records: NDArray[Any],
+    stored: NDArray[np.int64],
+    raw_bytes: NDArray[np.int64],
+    most: NDArray[np.int64],
+    where: dict[str, Any],
 ) -> None:
-    if records["reserved"].any():
+    if np.count_nonzero(records["reserved"]):  # a quarter of the time of any()
         chunk = int(records["reserved"].any(axis=1).argmax())
         raise SchemaError("reserved bytes of the chunk record are not zero", chunk=chunk, **where)
     unknown = ~_KNOWN_CODECS[records["codec"]]
-    if unknown.any():
+    if np.count_nonzero(unknown):
         chunk = int(unknown.argmax())
         raise UnsupportedVersionError("unknown codec id", chunk=chunk, got=int(records["codec"][chunk]), **where)
-    wrong = (stored < 1) | (stored > limits.max_stored_bytes(raw_bytes)) | ((records["codec"] == 0) & (stored != raw_bytes))
-    if wrong.any():
+    wrong = (stored < 1) | (stored > most) | ((records["codec"] == 0) & (stored != raw_bytes))
+    if np.count_nonzero(wrong):
         chunk = int(wrong.argmax())
         got, expected = int(stored[chunk]), int(raw_bytes[chunk])
         raise LayoutError("stored_bytes does not fit the chunk", chunk=chunk, got=got, expected=expected, **where)

@@ -302,7 +302,7 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
             expected=str(expected),
         )
     _check_rans_planes(record, table, file)
-    stored = table.records["stored_bytes"].reshape(-1, table.planes).sum(axis=0, dtype=np.int64).tolist()
+    stored = np.add.reduce(table.records["stored_bytes"].reshape(-1, table.planes), axis=0, dtype=np.int64).tolist()
     if stored != [plane.stored_bytes for plane in record.planes]:
         raise LayoutError("chunk table and manifest disagree on stored bytes", file=file, tensor=record.name, got=stored)
 
@@ -310,7 +310,7 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
 def _check_rans_planes(record: CodedTensor, table: ChunkTable, file: str) -> None:
     """Refuses a chunk of codec `rans` in a plane for which the manifest does not announce it."""
     coded = table.records["codec"] == RANS_ID
-    if not coded.any():
+    if not np.count_nonzero(coded):
         return
     announced = np.array([plane.codec == rans.NAME for plane in record.planes])
     wrong = coded.reshape(-1, table.planes) & ~announced

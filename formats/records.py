@@ -69,6 +69,10 @@ class SideChecksums(Record):
     tables: Xxh3 | None = None
 
 
+SIDES = tuple(SideChecksums.model_fields)
+"""Suffixes of the side tensors."""
+
+
 class _Tensor(Record):
     name: str
     dtype: str
@@ -204,4 +208,4 @@ def side_names(record: TensorRecord) -> list[str]:
     """Returns the names under which a coded tensor's side data are stored; none for a plain one or an alias."""
     if isinstance(record, RawTensor | AliasTensor):
         return []
-    return [f"{record.name}_{side}" for side in SideChecksums.model_fields if getattr(record.xxh3, side) is not None]
+    return [f"{record.name}_{side}" for side in SIDES if getattr(record.xxh3, side) is not None]
