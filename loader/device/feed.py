@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from codecllm.loader.device.plan import Part, Request
 from codecllm.loader.device.streams import ACCELERATORS, DeviceStreams, Streams, is_accelerator
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.progress import Meter
+from codecllm.loader.promise import Promise
 from codecllm.loader.torch_tensors import file_order
 
 Wanted = tuple[str, Part, torch.dtype | None]
@@ -31,7 +31,7 @@ class DeviceFeed:
         """Starts the pipeline."""
         self._container, self._meter = container, meter
         self._pipeline = DevicePipeline(container, pool, streams, codecs)
-        self._ahead: dict[Wanted, Future[torch.Tensor]] = {}
+        self._ahead: dict[Wanted, Promise[torch.Tensor]] = {}
         self._lock = threading.Lock()
         self.streams, self.codecs = streams, codecs
 
@@ -52,9 +52,9 @@ class DeviceFeed:
             FormatError: the tensor, or one that is decoded ahead, is damaged.
         """
         with self._lock:
-            future = self._ahead.pop((name, part, dtype), None) or self._pipeline.request(Request(name, part, dtype))
+            promise = self._ahead.pop((name, part, dtype), None) or self._pipeline.request(Request(name, part, dtype))
         self._pipeline.start_decoding()
-        tensor = future.result()
+        tensor = promise.get()
         if self._meter is not None:
             record = self._container.records[name]
             assert not isinstance(record, AliasTensor)
@@ -68,10 +68,10 @@ class DeviceFeed:
             FormatError: one is damaged.
         """
         requests = [Request(name, "payload", None, out=places[name]) for name in file_order(self._container) if name in places]
-        futures = [self._pipeline.request(request) for request in requests]
+        promises = [self._pipeline.request(request) for request in requests]
         self._pipeline.start_decoding()
-        for future in futures:
-            future.result()
+        for promise in promises:
+            promise.get()
 
     def close(self) -> None:
         """Ends the pipeline and drops tensors that nobody took."""

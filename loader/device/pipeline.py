@@ -37,6 +37,7 @@ from codecllm.loader.device.plan import ARENA_BYTES, SLOT_BYTES, Batch, Piece, R
 from codecllm.loader.device.read import decodes_on_host, read_piece
 from codecllm.loader.device.streams import Event, Streams
 from codecllm.loader.pool import DecodePool
+from codecllm.loader.promise import Promise
 
 _LOG = logging.getLogger(__name__)
 
@@ -136,24 +137,31 @@ class DevicePipeline:
         self._least = min(SLOT_BYTES, self._size)
         self._error: BaseException | None = None
         self._lock = threading.Lock()
-        self._may_decode = threading.Event()
+        self._may_decode = False
+        self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._waited = {"files": 0.0, "copies": 0.0, "device": 0.0}
         self._thread = threading.Thread(target=self._run, name="codecllm-device", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # Ctrl-C, while the thread may have begun already: nobody else will end it
+            self._fail(RuntimeError("the load was interrupted"))
+            self._wanted.put(None)
+            raise
 
-    def request(self, request: Request) -> Future[torch.Tensor]:
-        """Queues a tensor; its future gets it, complete and checked, or the first error of the pipeline."""
+    def request(self, request: Request) -> Promise[torch.Tensor]:
+        """Queues a tensor; its promise gets it, complete and checked, or the first error of the pipeline."""
         with self._lock:
             error = self._error
             if error is None:
                 self._wanted.put(request)
         if error is not None:
-            request.done.set_exception(error)
+            request.done.fail(error)
         return request.done
 
     def start_decoding(self) -> None:
         """Lets memory be taken on the device; before, requests are only read."""
-        self._may_decode.set()
+        self._may_decode = True
+        self._changed.put(None)  # again and again, and for no one but once: a check before could be where Ctrl-C comes
 
     def close(self) -> None:
         """Drops what is still queued, waits for work under way and frees all memory but the tensors handed out."""
@@ -164,7 +172,7 @@ class DevicePipeline:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
-        self._may_decode.set()
+        self.start_decoding()  # or rather end waiting for it
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -213,10 +221,10 @@ class DevicePipeline:
 
     def _await_decoding(self) -> None:
         """Waits until memory may be taken on the device; opens what was asked for meanwhile."""
-        while not self._may_decode.is_set():
+        while not self._may_decode:
             piece = self._plan_piece(wait=False)
             if piece is None:
-                self._may_decode.wait()
+                self._changed.get()
             else:
                 self._upcoming.append(piece)
 
@@ -372,7 +380,7 @@ class DevicePipeline:
             self._open.pop(request, None)
             out, request.out = request.out, None
             assert out is not None
-            request.done.set_result(out)
+            request.done.give(out)
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
@@ -402,8 +410,8 @@ class DevicePipeline:
                 left.append(request)
         for request in left:
             request.out = None
-            if not request.done.done():
-                request.done.set_exception(self._error)
+            if not request.done.given:
+                request.done.fail(self._error)
         self._reading.clear()
         self._issued.clear()
         self._open.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +16,7 @@ from codecllm.loader.decode import CODES
 from codecllm.loader.device.chunks import WORDS_PER_CHUNK, chunks_of, plane_bytes
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finishes_on_device, side_arrays
+from codecllm.loader.promise import Promise
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 
 PIECE_SYMBOLS = 8 << 20
@@ -50,7 +50,7 @@ class Request:
     name: str
     part: Part
     dtype: torch.dtype | None
-    done: Future[torch.Tensor] = field(default_factory=Future)
+    done: Promise[torch.Tensor] = field(default_factory=Promise)
     out: torch.Tensor | None = None
 
 

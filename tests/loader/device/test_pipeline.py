@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -271,6 +273,56 @@ def test_a_closed_feed_answers_at_once(made):
         pass
     with pytest.raises(RuntimeError, match="closed"):
         feed.take("wide", "weight", torch.bfloat16)
+
+
+_INTERRUPTED = """
+import faulthandler, random, signal, sys
+import torch
+from codecllm.formats.container import Container
+from codecllm.loader.device.codecs import NOTHING
+from codecllm.loader.device.feed import DeviceFeed
+from codecllm.loader.device.streams import HostStreams
+from codecllm.loader.pool import DecodePool
+from codecllm.loader.torch_tensors import file_order
+
+faulthandler.dump_traceback_later(100, exit=True)
+rng, interrupted, armed = random.Random(7), 0, False
+
+def interrupt(*_):
+    if armed: raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+with Container(sys.argv[1]) as container, DecodePool(2) as pool:
+    wanted = [(name, "weight", None) for name in file_order(container)]
+    for turn in range(400):
+        feed = None
+        try:
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.02 + 1e-5)
+                feed = DeviceFeed(container, pool, HostStreams(), NOTHING, None)
+                feed.expect(wanted)
+                for key in wanted:
+                    try:
+                        feed.take(*key)
+                    except KeyboardInterrupt:  # as somebody who tries once more
+                        interrupted += 1
+                        feed.take(*key)
+            finally:
+                armed = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                if feed is not None: feed.close()
+        except KeyboardInterrupt:
+            interrupted += 1
+print(interrupted)
+"""
+
+
+def test_ctrl_c_at_any_moment_lets_nobody_wait(made):
+    command = [sys.executable, "-c", _INTERRUPTED, str(made["lossless"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 40
 
 
 def test_tables_reach_the_device_even_where_new_tensors_go_to_meta(rans_container):
