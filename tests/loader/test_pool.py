@@ -29,6 +29,14 @@ def _threads():
     return [each for each in threading.enumerate() if each.name.startswith("codecllm-decode") and each not in _others]
 
 
+@pytest.fixture
+def ctrl_c():
+    """Lets SIGINT raise KeyboardInterrupt: what a shell starts in the background ignores it."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
 def _until(ready):
     end = time.monotonic() + 20
     while not ready():
@@ -83,7 +91,7 @@ def test_run_all_raises_the_first_jobs_error_once_none_runs_any_more():
         pool.run_all([])
 
 
-def test_ctrl_c_leaves_run_all_once_none_runs_any_more():
+def test_ctrl_c_leaves_run_all_once_none_runs_any_more(ctrl_c):
     """Whoever catches the interrupt may use the memory again that these jobs write to."""
     begun, ended = [], []
 
@@ -136,7 +144,7 @@ def test_closing_a_pool_ends_those_who_wait_for_what_it_drops():
     assert errors == ["the pool of decoding threads was closed"]
 
 
-def test_closing_may_be_interrupted_and_done_again(monkeypatch):
+def test_closing_may_be_interrupted_and_done_again(ctrl_c, monkeypatch):
     for where in ("_drop_queued", "_dismiss"):
         pool = DecodePool(2)
         with monkeypatch.context() as patch:
