@@ -34,6 +34,9 @@ RECORD = np.dtype([("stored_bytes", "<u4"), ("codec", "u1"), ("low_bits", "u1"),
 
 MAX_LOW_BITS = 8
 
+_KEPT_CHUNKS = 1 << 14
+"""Most chunks of a tensor for which what follows from its geometry alone is kept: 256 KiB."""
+
 
 class Chunk(NamedTuple):
     """One chunk: its slot [begin, end) in the payload, its sizes, codec id and checksum, as plain numbers."""
@@ -152,7 +155,8 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     if len(data) != expected:
         raise LayoutError("chunk table has a wrong size", got=len(data), expected=expected, **where)
     records = np.frombuffer(data, RECORD, offset=HEADER.itemsize)
-    raw_bytes, most = _chunk_sizes(grid, planes)
+    sizes = _kept_chunk_sizes if len(records) <= _KEPT_CHUNKS else _chunk_sizes
+    raw_bytes, most = sizes(grid, planes)
     stored = records["stored_bytes"].astype(np.int64)
     _check_records(records, stored, raw_bytes, most, where)
     offsets = np.zeros(len(records) + 1, np.int64)
@@ -162,12 +166,8 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     return ChunkTable(grid, planes, records, offsets, raw_bytes)
 
 
-@lru_cache(maxsize=64)
 def _chunk_sizes(grid: Grid, planes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the symbols of each chunk, and the most bytes that it may take stored: int64 [tiles * planes], read-only.
-
-    They are kept: a model has many tensors of few shapes.
-    """
+    """Returns the symbols of each chunk, and the most bytes that it may take stored: int64 [tiles * planes], read-only."""
     down, across = grid.down, grid.across
     rows, cols = min(grid.tile_rows, grid.rows), min(grid.tile_cols, grid.cols)
     symbols = np.full((down, across), rows * cols, np.int64)
@@ -180,6 +180,9 @@ def _chunk_sizes(grid: Grid, planes: int) -> tuple[NDArray[np.int64], NDArray[np
     most: NDArray[np.int64] = limits.max_stored_bytes(raw_bytes)
     raw_bytes.flags.writeable = most.flags.writeable = False
     return raw_bytes, most
+
+
+_kept_chunk_sizes = lru_cache(maxsize=64)(_chunk_sizes)  # a model has many tensors of few shapes
 
 
 def _check_records(

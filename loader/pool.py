@@ -7,6 +7,7 @@ inside `Future.result`, an interrupt may leave a lock held that a worker then wa
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import logging
 import os
@@ -18,6 +19,7 @@ from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
+from typing import TypeVar
 
 from codecllm.formats.codecs import rans
 from codecllm.formats.container import Container
@@ -26,6 +28,7 @@ from codecllm.loader.decode import Workspace
 
 _LOG = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Job = Callable[[Workspace], None]
 
 USEFUL_THREADS = 6
@@ -126,19 +129,15 @@ class DecodePool:
         weakref.finalize(self, _dismiss, self._jobs, self.workers).atexit = False  # `_close_all` does more
 
     def _start_all(self) -> None:
-        """Starts every thread now; a thread of its own does it, which no Ctrl-C reaches.
+        """Starts every thread now.
 
         torch's number of threads is left as it is. With one for each of ours `int8` loads took a quarter less time where other
         work had a core, and a quarter more where none had: a taker that helps cannot be kept to one too, because torch's number
         is also the default of threads that others start meanwhile.
         """
-        begun: SimpleQueue[list[threading.Thread] | Exception] = SimpleQueue()
-        given = (self._jobs, self.workers, begun)
-        threading.Thread(target=_start_threads, args=given, name="codecllm-start", daemon=True).start()
-        found = begun.get()
-        if isinstance(found, Exception):
-            raise found
-        self._threads = found
+        serve = partial(_serve, self._jobs, self.workers)
+        names = [f"codecllm-decode_{number}" for number in range(self.workers)]
+        self._threads = _started_all(serve, names, partial(_dismiss, self._jobs))
 
     def __enter__(self) -> DecodePool:
         return self
@@ -207,43 +206,68 @@ _Jobs = SimpleQueue[tuple[Job, Callable[[], object]] | None]
 _open_pools: weakref.WeakSet[DecodePool] = weakref.WeakSet()
 
 
-def _known_pools() -> list[DecodePool]:
+def known(open_ones: weakref.WeakSet[T]) -> list[T]:
+    """Returns what is in a set to which other threads may add."""
     while True:
         try:
-            return list(_open_pools)
-        except RuntimeError:  # another thread makes one
+            return list(open_ones)
+        except RuntimeError:  # one does
             continue
 
 
 @atexit.register
 def _close_all() -> None:
     """Ends the threads of pools that nobody closed, while the interpreter is still whole."""
-    for pool in _known_pools():
+    for pool in known(_open_pools):
         pool.close()
 
 
 def _begin_again() -> None:
     """Forgets, in a process that was forked, the threads and the jobs that it does not have."""
-    for pool in _known_pools():
+    for pool in known(_open_pools):
         pool._begin()
 
 
 os.register_at_fork(after_in_child=_begin_again)
 
 
-def _start_threads(jobs: _Jobs, workers: int, begun: SimpleQueue[list[threading.Thread] | Exception]) -> None:
-    """Starts threads that run `_serve`; tells which, or the error."""
-    started: list[threading.Thread] = []
+def started(target: Callable[[], object], name: str) -> threading.Thread:
+    """Starts a daemon thread. Ctrl-C meanwhile leaves it running or not, and nothing locked."""
+    (thread,) = _started_all(target, [name], lambda count: None)
+    return thread
+
+
+def _started_all(target: Callable[[], object], names: list[str], dismiss: Callable[[int], object]) -> list[threading.Thread]:
+    """Starts daemon threads that run `target`; where one cannot be started, `dismiss` gets the number of those that were.
+
+    A thread of its own starts them, which no Ctrl-C reaches, and that is begun without `threading`: inside `Thread.start` an
+    interrupt may leave a lock held for which the new thread then waits.
+    """
+    begun: SimpleQueue[list[threading.Thread] | Exception] = SimpleQueue()
+    _thread.start_new_thread(_start_threads, (target, names, dismiss, begun))
+    found = begun.get()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _start_threads(
+    target: Callable[[], object],
+    names: list[str],
+    dismiss: Callable[[int], object],
+    begun: SimpleQueue[list[threading.Thread] | Exception],
+) -> None:
+    threads: list[threading.Thread] = []
     try:
-        for number in range(workers):
-            thread = threading.Thread(target=_serve, args=(jobs, workers), name=f"codecllm-decode_{number}", daemon=True)
+        for name in names:
+            thread = threading.Thread(target=target, name=name, daemon=True)
             thread.start()
-            started.append(thread)
+            threads.append(thread)
     except Exception as exc:
-        _dismiss(jobs, len(started))
+        dismiss(len(threads))
         begun.put(exc)
     else:
-        begun.put(started)
+        begun.put(threads)
 
 
 def _run(job: Job, ended: Future[None], workspace: Workspace) -> None:

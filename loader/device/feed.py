@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -121,9 +122,10 @@ class DeviceFeeds:
             return self._feeds[device]
 
     def close(self) -> None:
-        """Ends every feed."""
-        for feed in self._feeds.values():
-            feed.close()
+        """Ends every feed, whatever ends the wait for one of them."""
+        with ExitStack() as stack:
+            for feed in self._feeds.values():
+                stack.callback(feed.close)
 
     def __enter__(self) -> DeviceFeeds:
         return self

@@ -11,10 +11,12 @@ larger band of tiles than SLOT_BYTES and ARENA_BYTES needs as much more. The hos
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -36,7 +38,7 @@ from codecllm.loader.device.finish import finish_bands, side_arrays
 from codecllm.loader.device.plan import ARENA_BYTES, SLOT_BYTES, Batch, Piece, Request, aligned, band_rows, cut
 from codecllm.loader.device.read import decodes_on_host, read_piece
 from codecllm.loader.device.streams import Event, Streams
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.pool import DecodePool, known, started
 from codecllm.loader.promise import Promise
 
 _LOG = logging.getLogger(__name__)
@@ -51,6 +53,10 @@ device, and with more threads the pipeline waits longer for the lock than it gai
 
 STAGES = 3
 """Buffers of stored bytes on the device: one being decoded, one ready, one being copied to."""
+
+
+_EXIT_SECONDS = 10.0
+"""How long an interpreter that ends waits for a load that nobody closed: longer, and the device is broken."""
 
 
 class _Slot:
@@ -140,12 +146,11 @@ class DevicePipeline:
         self._may_decode = False
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._waited = {"files": 0.0, "copies": 0.0, "device": 0.0}
-        self._thread = threading.Thread(target=self._run, name="codecllm-device", daemon=True)
+        _running.add(self)
         try:
-            self._thread.start()
-        except BaseException:  # Ctrl-C, while the thread may have begun already: nobody else will end it
-            self._fail(RuntimeError("the load was interrupted"))
-            self._wanted.put(None)
+            self._thread = started(self._run, "codecllm-device")
+        except BaseException:  # Ctrl-C, when the thread may have begun already: nobody else will end it
+            self._end_soon()
             raise
 
     def request(self, request: Request) -> Promise[torch.Tensor]:
@@ -165,9 +170,15 @@ class DevicePipeline:
 
     def close(self) -> None:
         """Drops what is still queued, waits for work under way and frees all memory but the tensors handed out."""
-        self._fail(RuntimeError("the load was closed"))
-        self._wanted.put(None)
+        self._end_soon()
         self._thread.join()
+
+    def _end_soon(self) -> None:
+        try:
+            self._fail(RuntimeError("the load was closed"))
+        finally:  # Ctrl-C may have come first: the thread ends all the same
+            self._wanted.put(None)
+            self._changed.put(None)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -238,6 +249,7 @@ class DevicePipeline:
             except queue.Empty:
                 return None
             if request is None:
+                self._fail(RuntimeError("the load was closed"))
                 return None
             self._open[request] = None
             self._pieces = cut(request, self._container, self._codecs)
@@ -389,18 +401,29 @@ class DevicePipeline:
         self._waited[what] += time.perf_counter() - started
 
     def _end(self) -> None:
-        """Gives every request that is still open the error, and lets go of all memory once no work uses it."""
+        """Lets go of all memory once no work uses it, and gives every request that is still open the error."""
         assert self._error is not None
-        for reading in self._reading:
-            for job in reading.jobs:
-                job.cancel()
-                if not job.cancelled():
-                    job.exception()
-        self._readers.close()
-        self._streams.synchronize()
+        try:
+            for reading in self._reading:
+                for job in reading.jobs:
+                    job.cancel()
+                    if not job.cancelled():
+                        job.exception()
+            self._readers.close()
+            self._streams.synchronize()
+        except Exception:  # of a device that is broken: those who wait get the first error
+            _LOG.debug("%s: could not wait for the work under way", self._streams.device, exc_info=True)
         waits = ", ".join(f"{seconds:.3f} s for {what}" for what, seconds in self._waited.items())
         _LOG.debug("%s: %d batches; waited %s", self._streams.device, self._count, waits)
+        self._answer(self._error)
+        self._reading.clear()
+        self._issued.clear()
+        self._slots, self._stages, self._arena, self._pieces = [], [], None, None
+
+    def _answer(self, error: BaseException) -> None:
+        """Gives every request that is still open, or queued, the error."""
         left = list(self._open)
+        self._open.clear()
         while True:
             try:
                 request = self._wanted.get_nowait()
@@ -411,11 +434,21 @@ class DevicePipeline:
         for request in left:
             request.out = None
             if not request.done.given:
-                request.done.fail(self._error)
-        self._reading.clear()
-        self._issued.clear()
-        self._open.clear()
-        self._slots, self._stages, self._arena, self._pieces = [], [], None, None
+                request.done.fail(error)
+
+
+_running: weakref.WeakSet[DevicePipeline] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Ends the threads of pipelines that nobody closed (Ctrl-C came first): killed inside torch, one would end in an abort."""
+    left = known(_running)
+    for pipeline in left:
+        pipeline._end_soon()
+    for pipeline in left:
+        if (thread := getattr(pipeline, "_thread", None)) is not None:
+            thread.join(_EXIT_SECONDS)
 
 
 def _on_device(size: int, streams: Streams) -> torch.Tensor:

@@ -47,6 +47,8 @@ def container(tmp_path_factory, source):
 @pytest.fixture
 def run_here(monkeypatch):
     """Runs the command line in this process, whose signals and environment stay; returns the exit code."""
+    import huggingface_hub  # noqa: F401  # it reads the environment when it is imported
+
     from codecllm import cli
 
     def run_here(*arguments):

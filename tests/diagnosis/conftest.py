@@ -12,7 +12,7 @@ from tests.integration.conftest import container, tiny
 __all__ = ["container", "tiny"]
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     """Products of 64 x 64 cost less than waking a second thread."""
     threads = torch.get_num_threads()

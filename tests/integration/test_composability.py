@@ -54,18 +54,24 @@ def test_gradients_through_every_resident_are_those_of_dense(container):
     torch.testing.assert_close(found["compressed"], found["dense"])
 
 
+@pytest.fixture
+def compiler():
+    """Forgets afterwards what was compiled."""
+    yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("resident", ["dense", "int8"])
-def test_the_forward_compiles_without_a_graph_break(container, resident):
+def test_the_forward_compiles_without_a_graph_break(container, compiler, resident):
     model = from_pretrained(container("llama", "int8"), resident=resident)
     ids = torch.arange(3, 23).reshape(2, 10)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
-    torch.compiler.reset()
 
 
-def test_to_the_compiler_the_product_of_an_accelerator_is_one_operation(container, monkeypatch):
+def test_to_the_compiler_the_product_of_an_accelerator_is_one_operation(container, compiler, monkeypatch):
     """There the kernel is chosen by what no compiler can follow: addresses, what is installed."""
     made = []
     monkeypatch.setattr(int8_matmul, "is_accelerator", lambda device: torch.compiler.is_compiling())
@@ -80,7 +86,6 @@ def test_to_the_compiler_the_product_of_an_accelerator_is_one_operation(containe
         expected = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
-    torch.compiler.reset()
     assert made.count("codecllm.int8_linear.default") == sum(isinstance(module, Int8Linear) for module in model.modules()) > 4
 
 
@@ -93,14 +98,13 @@ def test_that_operation_is_what_it_tells_the_compiler(bias, col_scale):
     assert torch.equal(torch.ops.codecllm.int8_linear(*given), int8_matmul.int8_linear(*given))
 
 
-def test_a_compressed_model_runs_under_compile(container):
+def test_a_compressed_model_runs_under_compile(container, compiler):
     model = from_pretrained(container("llama", "int8"), resident="compressed")
     ids = torch.arange(3, 23).reshape(2, 10)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager")
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("resident", RESIDENTS)

@@ -20,6 +20,7 @@ from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.loader.device import pipeline, plan
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools
 from codecllm.loader.device.codecs import NOTHING
+from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.streams import HostStreams
 from codecllm.loader.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader
@@ -275,9 +276,56 @@ def test_a_closed_feed_answers_at_once(made):
         feed.take("wide", "weight", torch.bfloat16)
 
 
+class _Broken(HostStreams):
+    """A device that fails once, and then whatever is asked of it."""
+
+    def record(self, stream):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def synchronize(self):
+        self.record(None)
+
+
+def test_a_broken_device_lets_nobody_wait(made):
+    with Container(made["lossless"]) as container, DecodePool(2) as pool:
+        feed = DeviceFeed(container, pool, _Broken(), NOTHING, None)
+        feed.expect([("wide", "weight", None), ("tall", "weight", None)])
+        answers = []
+
+        def take(name):
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                feed.take(name, "weight", None)
+            answers.append(name)
+
+        threads = [threading.Thread(target=take, args=(name,), daemon=True) for name in ("wide", "tall", "full")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert sorted(answers) == ["full", "tall", "wide"]
+        feed.close()
+
+
+def test_closing_that_ctrl_c_ends_still_ends_the_thread(made, monkeypatch):
+    with Container(made["lossless"]) as container, DecodePool(2) as pool:
+        feed = DeviceFeed(container, pool, HostStreams(), NOTHING, None)
+        feed.expect([("wide", "weight", None)])
+
+        def interrupted(pipeline, error):
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            fail(pipeline, error)
+
+        fail = pipeline.DevicePipeline._fail
+        monkeypatch.setattr(pipeline.DevicePipeline, "_fail", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            feed.close()
+        feed._pipeline._thread.join(30)
+        assert not feed._pipeline._thread.is_alive()
+
+
 _INTERRUPTED = """
-import faulthandler, random, signal, sys
-import torch
+import faulthandler, os, random, signal, sys
 from codecllm.formats.container import Container
 from codecllm.loader.device.codecs import NOTHING
 from codecllm.loader.device.feed import DeviceFeed
@@ -314,7 +362,8 @@ with Container(sys.argv[1]) as container, DecodePool(2) as pool:
                 if feed is not None: feed.close()
         except KeyboardInterrupt:
             interrupted += 1
-print(interrupted)
+print(interrupted, flush=True)
+os._exit(0)  # threads of feeds that were interrupted while they were made are just ending, some inside torch
 """
 
 
