@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## Make the environment.
 
-demo: $(READY) ## Convert, verify and run a small real model (SmolLM2-135M-Instruct, about 180 MB to fetch once).
+demo: $(READY) ## Convert, verify and run small real models (SmolLM2-135M-Instruct, MiniLM-L6; about 180 MB to fetch once).
 	$(BIN)/python -m demo.run
 
 test: $(READY) ## Run every test; those that need a GPU too where there is one.

@@ -102,9 +102,9 @@ class ChunkTable:
             )
 
 
-def slot_bytes(stored_bytes: int) -> int:
-    """Returns the size of a chunk's slot: its stored bytes, padded with zero bytes to a multiple of 16."""
-    return -(-stored_bytes // limits.SLOT_ALIGNMENT) * limits.SLOT_ALIGNMENT
+def slot_bytes(stored_bytes: Any) -> Any:
+    """Returns the size of a chunk's slot: its stored bytes (a number or an array), zero-padded to a multiple of 16."""
+    return (stored_bytes + (limits.SLOT_ALIGNMENT - 1)) & -limits.SLOT_ALIGNMENT
 
 
 def pack_chunk_table(grid: Grid, planes: int, records: NDArray[Any]) -> bytes:
@@ -160,7 +160,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     stored = records["stored_bytes"].astype(np.int64)
     _check_records(records, stored, raw_bytes, most, where)
     offsets = np.zeros(len(records) + 1, np.int64)
-    np.add.accumulate((stored + (limits.SLOT_ALIGNMENT - 1)) & -limits.SLOT_ALIGNMENT, out=offsets[1:])
+    np.add.accumulate(slot_bytes(stored), out=offsets[1:])
     if int(offsets[-1]) != payload_bytes:
         raise LayoutError("chunks do not add up to the payload", got=int(offsets[-1]), expected=payload_bytes, **where)
     return ChunkTable(grid, planes, records, offsets, raw_bytes)

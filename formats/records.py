@@ -69,7 +69,7 @@ class SideChecksums(Record):
     tables: Xxh3 | None = None
 
 
-SIDES = tuple(SideChecksums.model_fields)
+_SIDES = tuple(SideChecksums.model_fields)
 """Suffixes of the side tensors."""
 
 
@@ -208,4 +208,4 @@ def side_names(record: TensorRecord) -> list[str]:
     """Returns the names under which a coded tensor's side data are stored; none for a plain one or an alias."""
     if isinstance(record, RawTensor | AliasTensor):
         return []
-    return [f"{record.name}_{side}" for side in SIDES if getattr(record.xxh3, side) is not None]
+    return [f"{record.name}_{side}" for side in _SIDES if getattr(record.xxh3, side) is not None]

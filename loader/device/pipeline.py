@@ -54,7 +54,6 @@ device, and with more threads the pipeline waits longer for the lock than it gai
 STAGES = 3
 """Buffers of stored bytes on the device: one being decoded, one ready, one being copied to."""
 
-
 _EXIT_SECONDS = 10.0
 """How long an interpreter that ends waits for a load that nobody closed: longer, and the device is broken."""
 
@@ -442,7 +441,7 @@ _running: weakref.WeakSet[DevicePipeline] = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
-    """Ends the threads of pipelines that nobody closed (Ctrl-C came first): killed inside torch, one would end in an abort."""
+    """Ends the threads of pipelines that nobody closed (Ctrl-C came first), before the interpreter's end kills them."""
     left = known(_running)
     for pipeline in left:
         pipeline._end_soon()
