@@ -32,6 +32,7 @@ from codecllm.formats.checksums import xxh3_stream
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
+from codecllm.loader.device.buffers import DeviceBuffer, PinnedBuffer, empty_on_device
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_places
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finish_bands, side_arrays
@@ -58,47 +59,13 @@ _EXIT_SECONDS = 10.0
 """How long an interpreter that ends waits for a load that nobody closed: longer, and the device is broken."""
 
 
-class _Slot:
-    """A pinned buffer of the ring."""
-
-    def __init__(self) -> None:
-        self.memory: torch.Tensor | None = None
-        self.copied: Event | None = None
-
-    def claim(self, size: int, least: int, streams: Streams) -> torch.Tensor:
-        """Waits until the buffer's last copy is done; returns uint8 [size] of it."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        if self.memory is None or self.memory.numel() < size:
-            self.memory = None
-            self.memory = streams.pinned(max(size, least))
-        return self.memory[:size]
-
-
-class _Stage:
-    """A buffer of stored bytes on the device."""
-
-    def __init__(self) -> None:
-        self.memory: torch.Tensor | None = None
-        self.decoded: Event | None = None
-
-    def claim(self, size: int, least: int, streams: Streams) -> torch.Tensor:
-        """Lets the copy stream wait until the buffer's last batch is decoded; returns uint8 [size] of it."""
-        if self.decoded is not None:
-            streams.wait(streams.copy, self.decoded)
-        if self.memory is None or self.memory.numel() < size:
-            self.memory = _on_device(max(size, least), streams)
-            streams.wait(streams.copy, streams.record(streams.decode))  # the memory may have been another's there
-        return self.memory[:size]
-
-
 @dataclass(slots=True, eq=False)
 class _Reading:
     """A batch whose pieces are being read."""
 
     batch: Batch
-    slot: _Slot
-    stage: _Stage
+    slot: PinnedBuffer
+    stage: DeviceBuffer
     memory: torch.Tensor
     jobs: list[Future[None]]
 
@@ -134,8 +101,8 @@ class DevicePipeline:
         self._open: dict[Request, Any] = {}
         self._reading: deque[_Reading] = deque()
         self._issued: deque[_Issued] = deque()
-        self._slots = [_Slot() for _ in range(RING)]
-        self._stages = [_Stage() for _ in range(STAGES)]
+        self._slots = [PinnedBuffer() for _ in range(RING)]
+        self._stages = [DeviceBuffer() for _ in range(STAGES)]
         self._arena: torch.Tensor | None = None
         self._count = 0
         self._size = aligned(container.manifest.source.tensor_bytes)
@@ -324,7 +291,7 @@ class DevicePipeline:
                 piece.request.out = torch.empty(piece.shape, dtype=piece.dtype, device=self._streams.device)
         if batch.arena_bytes and (self._arena is None or self._arena.numel() < batch.arena_bytes):
             self._arena = None
-            self._arena = _on_device(max(batch.arena_bytes, min(ARENA_BYTES, self._size)), self._streams)
+            self._arena = empty_on_device(max(batch.arena_bytes, min(ARENA_BYTES, self._size)), self._streams)
 
     def _describe(self, batch: Batch, staged: torch.Tensor, memory: torch.Tensor) -> ChunkWork | None:
         """Describes the chunks that the device decodes, behind the pieces in pinned memory."""
@@ -448,9 +415,3 @@ def _end_all() -> None:
     for pipeline in left:
         if (thread := getattr(pipeline, "_thread", None)) is not None:
             thread.join(_EXIT_SECONDS)
-
-
-def _on_device(size: int, streams: Streams) -> torch.Tensor:
-    """Allocates memory that only the decode and copy streams use; old memory is given back behind the decode stream's work."""
-    with streams.on(streams.decode):
-        return torch.empty(size, dtype=torch.uint8, device=streams.device)
