@@ -11,6 +11,7 @@ import torch
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError
 from codecllm.formats.records import Calibration
+from codecllm.loader.hf.folder import read_tokenizer
 
 SEQUENCES = 64
 LENGTH = 64
@@ -60,14 +61,12 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     Raises:
         UsageError: the file cannot be read, is too short, or the model has no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise UsageError(f"the calibration text cannot be read ({exc})", got=str(path)) from exc
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
         ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
     except Exception as exc:  # transformers raises whatever its many tokenizer classes happen to raise
         raise UsageError(f"no usable tokenizer for a calibration text ({' '.join(str(exc).split())[:200]})") from exc

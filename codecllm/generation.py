@@ -37,16 +37,16 @@ def generate(
     """
     files = resolve(out, revision=revision)
     import torch
-    from transformers import AutoTokenizer
 
     from codecllm.loader import from_pretrained
+    from codecllm.loader.hf.folder import read_tokenizer
 
     _check_side_files(files.folder)
     model = from_pretrained(files.folder, resident=resident, workers=workers, progress=progress)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+        tokenizer = read_tokenizer(files.folder)
     except (OSError, ValueError) as exc:
         raise UsageError(f"the container holds no usable tokenizer ({exc})", file=str(out)) from exc
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

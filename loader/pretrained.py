@@ -20,6 +20,7 @@ from codecllm.hub import resolve
 from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.feed import DeviceFeeds, has_device, refuse_without_device, sole_device
+from codecllm.loader.hf.folder import read_config, read_generation_config
 from codecllm.loader.pool import DecodePool, loading_threads
 from codecllm.loader.progress import Meter, OnProgress, metered
 from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
@@ -231,14 +232,12 @@ class _Load:
 
 def _read_config(container: Container, resident: Resident) -> Any:
     """Reads the checked config.json; our block stays in it only where modules will be replaced."""
-    from transformers import AutoConfig
-
     record = container.manifest.file(_CONFIG)
     if record is None:
         raise NotAContainerError("container has no config.json: no model can be built from it", file=str(container.folder))
     container.read_side_file(record)
     try:
-        config = AutoConfig.from_pretrained(container.folder, trust_remote_code=False)
+        config = read_config(container.folder)
     except Exception as exc:
         raise UnsupportedEnvironmentError(f"transformers cannot read the config: {_one_line(exc)}", file=_CONFIG) from exc
     if resident == "dense":
@@ -247,13 +246,11 @@ def _read_config(container: Container, resident: Resident) -> Any:
 
 
 def _read_generation_config(container: Container, model: Any) -> None:
-    from transformers import GenerationConfig
-
     record = container.manifest.file(_GENERATION_CONFIG)
     if record is None or not model.can_generate():
         return
     container.read_side_file(record)
-    model.generation_config = GenerationConfig.from_pretrained(container.folder)
+    model.generation_config = read_generation_config(container.folder)
 
 
 def _wanted_dtype(dtype: torch.dtype | str | None, config: Any, container: Container) -> torch.dtype:

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.loader.hf.folder import read_config
 from codecllm.loader.plain_loading import COMPANIONS, PlainLoad
 
 try:
@@ -274,14 +275,14 @@ def without_progress_bars() -> Iterator[None]:
 
 def load_plain(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     """Loads a plain model from its folder into the class that its config names, on the CPU; "auto" keeps its own dtype."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     with silenced():
         return model_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
 
 
 def load_offloaded(folder: Path, offload_folder: Path, memory_bytes: int) -> Any:
     """Loads a plain model as `load_plain` does, what passes `memory_bytes` left on disk: blocks are read when they run."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     with silenced():
         return model_class(config).from_pretrained(
             folder,
@@ -307,7 +308,9 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
     reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
     try:
         with silenced():
-            return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False
+            )
     finally:
         reader.tqdm = bar
 
@@ -350,7 +353,7 @@ def linear_modules(folder: Path) -> list[str]:
         UnsupportedEnvironmentError: this transformers cannot read the config, or has no such class.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
     except Exception as exc:
         reason = " ".join(str(exc).split())[:200]
         raise UnsupportedEnvironmentError(f"transformers cannot read the config: {reason}", file="config.json") from exc
@@ -375,7 +378,8 @@ def model_class(config: Any) -> Any:
     names = list(getattr(config, "architectures", None) or [])
     for name in names:
         found = getattr(transformers, name, None)
-        if isinstance(found, type) and hasattr(found, "from_pretrained"):
+        # Not one of transformers' Auto classes: these look up code of the folder.
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     if names:
         raise UnsupportedEnvironmentError(f"transformers {transformers.__version__} has no class {names[0]}")

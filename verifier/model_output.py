@@ -27,11 +27,11 @@ class PromptCoder:
 
     def __init__(self, folder: Path, config: Any) -> None:
         """Loads the tokenizer of `folder`, if there is a usable one."""
-        from transformers import AutoTokenizer
+        from codecllm.loader.hf.folder import read_tokenizer
 
         self._vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._tokenizer = read_tokenizer(folder)
         except Exception:  # transformers raises whatever its many tokenizer classes happen to raise
             self._tokenizer = None
 

@@ -22,6 +22,7 @@ from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile, default_grid
 from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.hf.folder import read_config
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 from codecllm.verifier.diagnosis.examination import Examination, asked_steps, decoded_parts, read_weights, stored_record
 from codecllm.verifier.rounding import is_repeatable, repeated
@@ -73,9 +74,7 @@ def source_tensor(tensor: SourceTensor) -> torch.Tensor:
 
 def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Returns the container's model class with the given weights, in evaluation mode."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(container.folder, trust_remote_code=False)
+    config = read_config(container.folder)
     adapter.strip_quantization(config)
     with adapter.silenced(), adapter.without_progress_bars():
         model = adapter.model_class(config).from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
@@ -84,9 +83,7 @@ def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: t
 
 def parameters_of_config(container: Container) -> int:
     """Returns how many parameters the config's model has; it is built without data, so a wrong config costs no memory."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(container.folder, trust_remote_code=False)
+    config = read_config(container.folder)
     adapter.strip_quantization(config)
     with torch.device("meta"):
         model = adapter.model_class(config)(config)

@@ -13,6 +13,7 @@ import torch
 
 from codecllm.formats.errors import UsageError
 from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.hf.folder import read_tokenizer
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
 
@@ -130,14 +131,12 @@ def evaluate(
 
 
 def _tokens(reference: Candidate, model: Any, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
     if model.config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
         raise UsageError(f"{type(model).__name__} is no causal language model", file=reference.name)
     try:
         options = {"gguf_file": reference.path.name} if reference.kind == "gguf" else {}
         folder = reference.path.parent if reference.kind == "gguf" else reference.path
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer = read_tokenizer(folder, **options)
     except (OSError, ValueError) as exc:
         raise UsageError(f"the base has no usable tokenizer ({exc})", file=reference.name) from exc
     with adapter.silenced():  # longer than the model's context: the text is read in windows

@@ -1,0 +1,1 @@
+"""Every call into transformers that reads a model folder."""

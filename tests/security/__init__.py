@@ -1,0 +1,1 @@
+"""Hostile containers: no code of theirs is run."""
