@@ -27,15 +27,15 @@ from codecllm.calibrator import Calibrated, calibrate
 from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.text import own_text, record
 from codecllm.converter import ConversionReport, ConvertOptions, convert
-from codecllm.converter.feedback import Feedback
-from codecllm.converter.rate import Target, fit
-from codecllm.converter.source import SourceModel
+from codecllm.converter.rate.feedback import Feedback
+from codecllm.converter.rate.search import Target, fit
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.entropy import counted_entropy_bits
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.int8 import join_codes
 from codecllm.formats.stored_tensor import StoredTensor, sound
-from codecllm.loader import transformers_adapter
+from codecllm.loader.hf import adapter as transformers_adapter
 from codecllm.quality import stepped_tensors
 from codecllm.verifier.evaluation import evaluate
 from demo import models
@@ -75,10 +75,13 @@ class Row:
     top1_other: float
 
 
-def measure(report: ConversionReport, source: Path, calibrated: str, asked: float, tokens: int) -> Row:
+def measure(
+    report: ConversionReport, source: Path, calibrated: str, asked: float, tokens: int
+) -> Row:
     """Evaluates a container on both texts."""
     scores = [
-        evaluate(source, [report.out], text=text, max_tokens=tokens).scores[0] for text in (None, SECOND_TEXT.read_text())
+        evaluate(source, [report.out], text=text, max_tokens=tokens).scores[0]
+        for text in (None, SECOND_TEXT.read_text())
     ]
     quantized = [record for record in report.manifest.tensors if isinstance(record, Int8Tensor)]
     weights = sum(record.elements for record in quantized)
@@ -109,7 +112,9 @@ def _bits_over_entropy(container: Container, record: Int8Tensor) -> float:
     for tile in range(len(table.grid)):
         first, last = tile * planes, (tile + 1) * planes
         slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
-        low, *high = (sound(symbols).view(np.int8) for symbols in tensor.decode_run(first, last, slots, first))
+        low, *high = (
+            sound(symbols).view(np.int8) for symbols in tensor.decode_run(first, last, slots, first)
+        )
         codes = join_codes(low, high[0], table.low_bits[tile]) if high else low
         left -= counted_entropy_bits(np.bincount(codes.astype(np.int64) - int(codes.min())))
     return left
@@ -130,14 +135,26 @@ def _calibrated(source: Path, kind: str, refined: Collection[str]) -> Calibrated
 
 
 def main(
-    rates: Annotated[list[float] | None, typer.Option("--bits", help="Bits per weight; may be repeated.")] = None,
-    kinds: Annotated[list[str] | None, typer.Option("--calibrate", help="self, random, none, inputs; may be repeated.")] = None,
-    layers: Annotated[bool, typer.Option(help="Quantize the linear layers only, not the embeddings.")] = False,
-    refine: Annotated[bool, typer.Option(help="Each rate with --refine too, where the kind of calibration allows it.")] = False,
+    rates: Annotated[
+        list[float] | None, typer.Option("--bits", help="Bits per weight; may be repeated.")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--calibrate", help="self, random, none, inputs; may be repeated."),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option(help="Quantize the linear layers only, not the embeddings.")
+    ] = False,
+    refine: Annotated[
+        bool,
+        typer.Option(help="Each rate with --refine too, where the kind of calibration allows it."),
+    ] = False,
     int8: Annotated[bool, typer.Option(help="Plain int8 too.")] = True,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 2048,
     keep: Annotated[Path | None, typer.Option(help="Leave the containers in this folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON list instead of a table.")
+    ] = False,
 ) -> None:
     """Converts and evaluates."""
     source = models.smollm2_realistic()
@@ -146,29 +163,65 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = keep or Path(temporary)
         if int8:
-            rows.append(measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens))
+            rows.append(
+                measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens)
+            )
         for kind in kinds or ["self"]:
-            found = _calibrated(source, kind, stepped_tensors(source, ConvertOptions(**options)) if refine else ())
+            found = _calibrated(
+                source, kind, stepped_tensors(source, ConvertOptions(**options)) if refine else ()
+            )
             statistics = {} if found is None else found.statistics
             feedback = None if found is None or found.products is None else Feedback(found.products)
             for rate, refiner in product(rates or RATES, (None, feedback) if feedback else (None,)):
-                fitted = fit(source, ConvertOptions(**options), Target(bits=rate), statistics, refiner)
-                asked: dict[str, Any] = {"bits": rate, "calibrate": kind, "calibration": found and found.record}
+                fitted = fit(
+                    source, ConvertOptions(**options), Target(bits=rate), statistics, refiner
+                )
+                asked: dict[str, Any] = {
+                    "bits": rate,
+                    "calibrate": kind,
+                    "calibration": found and found.record,
+                }
                 out = folder / f"{kind}-{rate:g}{'-refined' if refiner else ''}"
-                report = convert(source, out, steps=fitted, refine=True if refiner else None, **asked, **options)
+                report = convert(
+                    source, out, steps=fitted, refine=True if refiner else None, **asked, **options
+                )
                 rows.append(measure(report, source, kind, rate, tokens))
                 Console(stderr=True).print(rows[-1], f"{report.seconds:.1f} s of conversion")
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("calibrated", "asked", "bits", "over entropy", "scales", "MB", "KL prose", "top-1", "KL second", "top-1"):
+    for column in (
+        "calibrated",
+        "asked",
+        "bits",
+        "over entropy",
+        "scales",
+        "MB",
+        "KL prose",
+        "top-1",
+        "KL second",
+        "top-1",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
-        sizes = (f"{row.bits:.3f}", f"{row.entropy_gap:.3f}", f"{row.side:.3f}", f"{row.stored_bytes / 1e6:.1f}")
-        quality = (f"{row.kl:.5f}", f"{row.top1:.1%}", f"{row.kl_other:.5f}", f"{row.top1_other:.1%}")
+        sizes = (
+            f"{row.bits:.3f}",
+            f"{row.entropy_gap:.3f}",
+            f"{row.side:.3f}",
+            f"{row.stored_bytes / 1e6:.1f}",
+        )
+        quality = (
+            f"{row.kl:.5f}",
+            f"{row.top1:.1%}",
+            f"{row.kl_other:.5f}",
+            f"{row.top1_other:.1%}",
+        )
         table.add_row(
-            row.calibrated + (", refined" if row.refined else ""), f"{row.asked:g}" if row.asked else "int8", *sizes, *quality
+            row.calibrated + (", refined" if row.refined else ""),
+            f"{row.asked:g}" if row.asked else "int8",
+            *sizes,
+            *quality,
         )
     Console(width=140).print(table)
 

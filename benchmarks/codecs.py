@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from codecllm.converter.planes import split_planes
-from codecllm.converter.source import SourceModel
-from codecllm.formats.chunk_table import slot_bytes
+from codecllm.converter.encode.planes import split_planes
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.codecs import CODEC_IDS, CODECS, rans
 from codecllm.formats.codecs.rans_fit import fit_table
 from codecllm.formats.codecs.rans_table import pack_table
 from codecllm.formats.entropy import entropy_bits
+from codecllm.formats.shards.chunk_table import slot_bytes
 from demo import models
 
 ENTROPIES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5)
@@ -84,19 +84,27 @@ def _rounded_entropy(sigma: float) -> float:
 def minilm_planes() -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Yields both byte planes of MiniLM's bf16 matrices, one after another."""
     with SourceModel(models.minilm_bf16()) as model:
-        matrices = [tensor for tensor in model.tensors.values() if tensor.dtype.name == "BF16" and len(tensor.shape) == 2]
+        matrices = [
+            tensor
+            for tensor in model.tensors.values()
+            if tensor.dtype.name == "BF16" and len(tensor.shape) == 2
+        ]
         planes: list[list[NDArray[np.uint8]]] = [[], []]
         for tensor in matrices:
             words = np.frombuffer(tensor.read_bytes(0, tensor.entry.bytes), np.uint16)
             for plane, symbols in zip(planes, split_planes(words, tensor.dtype), strict=True):
                 plane.append(symbols)
-    for name, parts in zip(("MiniLM bf16 exponent", "MiniLM bf16 sign, mantissa"), planes, strict=True):
+    for name, parts in zip(
+        ("MiniLM bf16 exponent", "MiniLM bf16 sign, mantissa"), planes, strict=True
+    ):
         yield name, np.concatenate(parts)
 
 
 def measure(name: str, symbols: NDArray[np.uint8], chunk: int) -> Row:
     """Codes symbols (uint8 [n]) in chunks with both codecs, checks that they come back, and returns sizes and speeds."""
-    groups = [symbols[start : start + GROUP_SYMBOLS] for start in range(0, len(symbols), GROUP_SYMBOLS)]
+    groups = [
+        symbols[start : start + GROUP_SYMBOLS] for start in range(0, len(symbols), GROUP_SYMBOLS)
+    ]
     tables = [fit_table(np.bincount(group, minlength=256)) for group in groups]
     uncoded = [
         rans.Uncoded(group[start : start + chunk], table)
@@ -104,18 +112,31 @@ def measure(name: str, symbols: NDArray[np.uint8], chunk: int) -> Row:
         for start in range(0, len(group), chunk)
     ]
     encoded, encode_s = _timed(lambda: rans.encode_chunks(uncoded))
-    coded = [rans.Coded(data, len(part.symbols), part.table) for data, part in zip(encoded, uncoded, strict=True)]
+    coded = [
+        rans.Coded(data, len(part.symbols), part.table)
+        for data, part in zip(encoded, uncoded, strict=True)
+    ]
     decoded, decode_s = _timed(lambda: rans.decode_chunks(coded))
     zstd = CODECS[CODEC_IDS["zstd"]]
     frames, zstd_encode_s = _timed(lambda: [zstd.encode(part.symbols) for part in uncoded])
     plain, zstd_decode_s = _timed(
-        lambda: [zstd.decode(frame, len(part.symbols)) for frame, part in zip(frames, uncoded, strict=True)]
+        lambda: [
+            zstd.decode(frame, len(part.symbols))
+            for frame, part in zip(frames, uncoded, strict=True)
+        ]
     )
     for got, frame, part in zip(decoded, plain, uncoded, strict=True):
-        if isinstance(got, Exception) or not np.array_equal(got, part.symbols) or bytes(frame) != part.symbols.tobytes():
+        if (
+            isinstance(got, Exception)
+            or not np.array_equal(got, part.symbols)
+            or bytes(frame) != part.symbols.tobytes()
+        ):
             raise RuntimeError(f"{name}: a chunk did not come back")
     table_bytes = sum(len(pack_table(table)) + SIZE_BYTES for table in tables)
-    speeds = [len(symbols) / seconds / 1e6 for seconds in (encode_s, decode_s, zstd_encode_s, zstd_decode_s)]
+    speeds = [
+        len(symbols) / seconds / 1e6
+        for seconds in (encode_s, decode_s, zstd_encode_s, zstd_decode_s)
+    ]
     return Row(
         name,
         chunk >> 10,
@@ -136,21 +157,48 @@ def _timed(work):  # type: ignore[no-untyped-def]
 
 def main(
     mib: Annotated[int, typer.Option(help="Gaussian symbols per entropy, in MiB.", min=1)] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON list instead of a table.")
+    ] = False,
 ) -> None:
     """Measures all kinds of symbols at both chunk sizes."""
     kinds = [(f"Gaussian int8, {bits} bits", gaussian_codes(bits, mib << 20)) for bits in ENTROPIES]
-    rows = [measure(name, symbols, chunk) for name, symbols in (*kinds, *minilm_planes()) for chunk in CHUNKS]
+    rows = [
+        measure(name, symbols, chunk)
+        for name, symbols in (*kinds, *minilm_planes())
+        for chunk in CHUNKS
+    ]
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("symbols", "KiB", "entropy", "rans", "over", "zstd", "over", "bits", "rans enc, dec", "zstd enc, dec"):
+    for column in (
+        "symbols",
+        "KiB",
+        "entropy",
+        "rans",
+        "over",
+        "zstd",
+        "over",
+        "bits",
+        "rans enc, dec",
+        "zstd enc, dec",
+    ):
         table.add_column(column, justify="left" if column == "symbols" else "right")
     for row in rows:
         over, zstd_over = (f"{value - row.group_entropy:+.3f}" for value in (row.rans, row.zstd))
-        speeds = (f"{row.rans_encode:.0f}, {row.rans_decode:.0f}", f"{row.zstd_encode:.0f}, {row.zstd_decode:.0f}")
-        sizes = (f"{row.group_entropy:.3f}", f"{row.rans:.3f}", over, f"{row.zstd:.3f}", zstd_over, str(row.precision))
+        speeds = (
+            f"{row.rans_encode:.0f}, {row.rans_decode:.0f}",
+            f"{row.zstd_encode:.0f}, {row.zstd_decode:.0f}",
+        )
+        sizes = (
+            f"{row.group_entropy:.3f}",
+            f"{row.rans:.3f}",
+            over,
+            f"{row.zstd:.3f}",
+            zstd_over,
+            str(row.precision),
+        )
         table.add_row(row.symbols, str(row.chunk_kib), *sizes, *speeds)
     Console(width=140).print(table)
 

@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from codecllm.converter import convert
-from codecllm.converter.policy import TensorPlan
-from codecllm.converter.source import SourceModel
-from codecllm.converter.steps import Steps, column_tiles, like_columns
-from codecllm.formats.chunk_table import slot_bytes
+from codecllm.converter.plan.policy import TensorPlan
+from codecllm.converter.plan.steps import Steps, column_tiles, like_columns
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.reference import read_codes
-from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.schemes.float_bits import float32_from_bits
+from codecllm.formats.shards.chunk_table import slot_bytes
+from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 from codecllm.formats.stored_tensor import StoredTensor
 from demo import models
 
@@ -62,11 +62,22 @@ class Row:
     rans: float
 
 
-def main(as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False) -> None:
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
     """Print both tables."""
-    narrow = [row for name, weights in matrices() for step in STEPS for row in measure(name, weights, step, GROUPS)]
+    narrow = [
+        row
+        for name, weights in matrices()
+        for step in STEPS
+        for row in measure(name, weights, step, GROUPS)
+    ]
     gaussian = np.random.default_rng(1).standard_normal((1024, 2048)).astype(np.float32)
-    wide = [row for step in WIDE_STEPS for row in measure("Gaussian, 1024 x 2048", gaussian, step, (8,), sigma=0)]
+    wide = [
+        row
+        for step in WIDE_STEPS
+        for row in measure("Gaussian, 1024 x 2048", gaussian, step, (8,), sigma=0)
+    ]
     if as_json:
         print(json.dumps([asdict(row) for row in narrow + wide], indent=1))
         return
@@ -76,17 +87,30 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="Print all figures
 
 def matrices() -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yields names and weights: a Gaussian matrix and some of SmolLM2's."""
-    yield "Gaussian, 1024 x 2048", np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32)
+    yield (
+        "Gaussian, 1024 x 2048",
+        np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32),
+    )
     with SourceModel(models.smollm2_realistic()) as source:
         for name in MATRICES:
             tensor = source.tensors[f"model.layers.{name}"]
-            weights = float32_from_bits(tensor.read_elements(0, tensor.entry.elements), tensor.dtype.name)
+            weights = float32_from_bits(
+                tensor.read_elements(0, tensor.entry.elements), tensor.dtype.name
+            )
             yield name, weights.reshape(tensor.shape)
 
 
-def measure(name: str, weights: NDArray[np.float32], step: float, groups: tuple[int, ...], sigma: float = 0.5) -> Iterator[Row]:
+def measure(
+    name: str,
+    weights: NDArray[np.float32],
+    step: float,
+    groups: tuple[int, ...],
+    sigma: float = 0.5,
+) -> Iterator[Row]:
     """Converts a matrix under one step with several groupings and either codec; yields what was stored."""
-    factors = np.exp(sigma * np.random.default_rng(2).standard_normal(weights.shape[1])).astype(np.float32)
+    factors = np.exp(sigma * np.random.default_rng(2).standard_normal(weights.shape[1])).astype(
+        np.float32
+    )
     scaled = weights / factors
     rows = (step * np.sqrt(np.square(scaled).mean(axis=1))).astype(np.float32)
     squares = np.square(scaled, dtype=np.float64).mean(axis=0)
@@ -101,7 +125,9 @@ def measure(name: str, weights: NDArray[np.float32], step: float, groups: tuple[
         yield Row(name, step, len(parts), escapes, entropy, found["zstd"][0], found["rans"][0])
 
 
-def _stored(weights: NDArray[np.float32], steps: Steps, codec: CodecName) -> tuple[float, NDArray[np.signedinteger]]:
+def _stored(
+    weights: NDArray[np.float32], steps: Steps, codec: CodecName
+) -> tuple[float, NDArray[np.signedinteger]]:
     """Returns bits per weight and the codes of a container of one matrix."""
 
     def provide(plan: TensorPlan) -> Steps:
@@ -111,7 +137,9 @@ def _stored(weights: NDArray[np.float32], steps: Steps, codec: CodecName) -> tup
         source, out = Path(folder) / "source", Path(folder) / "out"
         source.mkdir()
         writer = ShardWriter(
-            source / "model.safetensors", [PlannedTensor("w", DTYPES["F32"], weights.shape, weights.nbytes)], {"format": "pt"}
+            source / "model.safetensors",
+            [PlannedTensor("w", DTYPES["F32"], weights.shape, weights.nbytes)],
+            {"format": "pt"},
         )
         writer.add("w", "F32", weights.shape, weights.tobytes())
         writer.finish()
@@ -134,7 +162,14 @@ def _table(title: str, rows: list[Row]) -> Table:
         table.add_column(column, justify="left" if column == "weights" else "right")
     for row in rows:
         stored = [f"{bits:.3f} ({bits - row.entropy:+.3f})" for bits in (row.zstd, row.rans)]
-        table.add_row(row.weights, f"{row.step}", f"{row.groups}", f"{row.escapes:.2%}", f"{row.entropy:.3f}", *stored)
+        table.add_row(
+            row.weights,
+            f"{row.step}",
+            f"{row.groups}",
+            f"{row.escapes:.2%}",
+            f"{row.entropy:.3f}",
+            *stored,
+        )
     return table
 
 

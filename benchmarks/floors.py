@@ -15,13 +15,13 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from codecllm.converter.quantize import quantize_block, row_absmax
-from codecllm.converter.source import SourceModel, SourceTensor
+from codecllm.converter.encode.quantize import quantize_block, row_absmax
+from codecllm.converter.source.source import SourceModel, SourceTensor
 from codecllm.formats.checksums import sha256_of_descriptor
 from codecllm.formats.codecs import CODEC_IDS, CODECS
 from codecllm.formats.container import Container
 from codecllm.formats.files import SafeFile
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile
 
@@ -62,7 +62,12 @@ def quantize_seconds(elements: int = 1 << 24) -> float:
     started = time.perf_counter()
     for row in range(0, len(words), 256):
         block = words[row : row + 256]
-        quantize_block(block, "BF16", channel_scales(row_absmax(block, "BF16").absmax)[:, None], codes[: len(block)])
+        quantize_block(
+            block,
+            "BF16",
+            channel_scales(row_absmax(block, "BF16").absmax)[:, None],
+            codes[: len(block)],
+        )
     return time.perf_counter() - started
 
 
@@ -96,7 +101,10 @@ def _encode_rows(tensor: SourceTensor, row: int, rows: int) -> list[Any]:
 
 
 def _in_threads(
-    workers: int, items: Iterator[Item], work: Callable[[Item], None], prepare: Callable[[], None] | None = None
+    workers: int,
+    items: Iterator[Item],
+    work: Callable[[Item], None],
+    prepare: Callable[[], None] | None = None,
 ) -> None:
     lock = threading.Lock()
     failures: list[BaseException] = []
@@ -179,7 +187,11 @@ class _Run:
 class _Buffers(threading.local):
     def __init__(self) -> None:
         self.slots = bytearray(4 * _RUN * _TILE)
-        self.floats, self.sign, self.out = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint16), np.empty(_TILE, np.uint16)
+        self.floats, self.sign, self.out = (
+            np.empty(_TILE, np.float32),
+            np.empty(_TILE, np.uint16),
+            np.empty(_TILE, np.uint16),
+        )
 
 
 _BUFFERS = _Buffers()
@@ -198,19 +210,27 @@ def _decode_run(run: _Run) -> None:
             xxhash.xxh3_64_intdigest(slot)
             stored = slot[: int(table.records["stored_bytes"][chunk])]
             codec = CODECS[int(table.records["codec"][chunk])]
-            symbols.append(np.frombuffer(codec.decode(stored, tile.symbols), np.uint8).reshape(tile.rows, tile.cols))
+            symbols.append(
+                np.frombuffer(codec.decode(stored, tile.symbols), np.uint8).reshape(
+                    tile.rows, tile.cols
+                )
+            )
         if run.out is not None:
             out = run.out[tile.row : tile.row + tile.rows]
         else:
             out = _BUFFERS.out[: tile.symbols].reshape(tile.rows, tile.cols)
         if isinstance(record, Int8Tensor):
             assert run.tensor.scales is not None
-            _dequantize(symbols[0].view(np.int8), scales_for_tile(record, run.tensor.scales, tile), out)
+            _dequantize(
+                symbols[0].view(np.int8), scales_for_tile(record, run.tensor.scales, tile), out
+            )
         else:
             _join(symbols, out)
 
 
-def _dequantize(codes: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[np.uint16]) -> None:
+def _dequantize(
+    codes: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[np.uint16]
+) -> None:
     values = _BUFFERS.floats[: codes.size].reshape(codes.shape)
     np.copyto(values, codes)
     np.multiply(values, scales, out=values)

@@ -58,7 +58,12 @@ def run_section(name: str, machine: Machine) -> dict[str, Any]:
             rows.append(row)
     except Exception:
         failure = traceback.format_exc(limit=-6)
-    return {"section": name, "seconds": time.perf_counter() - started, "rows": rows, "failure": failure}
+    return {
+        "section": name,
+        "seconds": time.perf_counter() - started,
+        "rows": rows,
+        "failure": failure,
+    }
 
 
 def _figure(row: Row) -> str:
@@ -82,10 +87,17 @@ def _print(console: Console, done: list[dict[str, Any]]) -> None:
 
 
 def main(
-    only: Annotated[str, typer.Option(help=f"Sections, with commas between: {', '.join(SECTIONS)}.")] = "",
+    only: Annotated[
+        str, typer.Option(help=f"Sections, with commas between: {', '.join(SECTIONS)}.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
-    report: Annotated[list[Path] | None, typer.Option(help="Print such JSON files as Markdown, and measure nothing.")] = None,
-    rehearse: Annotated[bool, typer.Option(help="Small sizes; on the CPU where there is no GPU.")] = False,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="Print such JSON files as Markdown, and measure nothing."),
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option(help="Small sizes; on the CPU where there is no GPU.")
+    ] = False,
 ) -> None:
     """Runs the sections one after another, prints a table and writes JSON."""
     if report:
@@ -103,8 +115,12 @@ def main(
     for name in names:
         done.append(run_section(name, machine))
         if out is not None:
-            sections = [section | {"rows": [asdict(row) for row in section["rows"]]} for section in done]
-            out.write_text(json.dumps({"machine": machine.describe(), "sections": sections}, indent=1))
+            sections = [
+                section | {"rows": [asdict(row) for row in section["rows"]]} for section in done
+            ]
+            out.write_text(
+                json.dumps({"machine": machine.describe(), "sections": sections}, indent=1)
+            )
     console.print(machine.describe())
     _print(console, done)
     wrong = any(row.value is False for section in done for row in section["rows"])

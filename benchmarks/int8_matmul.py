@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.rows import Row, Settings, ratio, turns
-from codecllm.loader.int8_matmul import can_pack, dequantize_rows, exact, packed
+from codecllm.loader.resident.int8_matmul import can_pack, dequantize_rows, exact, packed
 
 _SHAPES = ((4096, 4096), (1536, 576))
 _TOKENS = (1, 8, 64, 512)
@@ -30,17 +30,30 @@ def int8_matmul(settings: Settings) -> Iterator[Row]:
             ways = _ways(inputs, codes)
             dense, *ours = turns(
                 settings.repeats,
-                lambda inputs=inputs, weight=weight: _seconds(lambda: functional.linear(inputs, weight)),
+                lambda inputs=inputs, weight=weight: _seconds(
+                    lambda: functional.linear(inputs, weight)
+                ),
                 *(
-                    lambda way=way, inputs=inputs, codes=codes, scale=scale: _seconds(lambda: way(inputs, codes, scale, None))
+                    lambda way=way, inputs=inputs, codes=codes, scale=scale: _seconds(
+                        lambda: way(inputs, codes, scale, None)
+                    )
                     for way in ways.values()
                 ),
             )
             for name, seconds in zip(ways, ours, strict=True):
                 taken = name == ("packed" if can_pack(inputs, codes) else "dequantized")
-                what = f"int8 product {rows} x {cols}, {tokens} tokens: {name}" + (", taken" if taken else "")
+                what = f"int8 product {rows} x {cols}, {tokens} tokens: {name}" + (
+                    ", taken" if taken else ""
+                )
                 measured = {"seconds": seconds, "dense_seconds": dense}
-                yield Row(what, f"{ratio(dense, seconds):.2f}x", "speed of a dense bf16 layer", "", None, measured)
+                yield Row(
+                    what,
+                    f"{ratio(dense, seconds):.2f}x",
+                    "speed of a dense bf16 layer",
+                    "",
+                    None,
+                    measured,
+                )
 
 
 def _ways(inputs: torch.Tensor, codes: torch.Tensor) -> dict[str, Product]:
@@ -53,9 +66,13 @@ def _ways(inputs: torch.Tensor, codes: torch.Tensor) -> dict[str, Product]:
     return ways
 
 
-def _dequantized(inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: None) -> torch.Tensor:
+def _dequantized(
+    inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: None
+) -> torch.Tensor:
     """`exact` in one expression, for the compiler to fuse."""
-    return functional.linear(inputs, (codes.to(torch.float32) * scale[:, None]).to(inputs.dtype), bias)
+    return functional.linear(
+        inputs, (codes.to(torch.float32) * scale[:, None]).to(inputs.dtype), bias
+    )
 
 
 @torch.inference_mode()

@@ -29,7 +29,12 @@ SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 SUPER_BLOCK = 256
 """Weights that share the outer scale of a K-quant."""
 
-_CMAKE = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_OPENMP=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]
+_CMAKE = [
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_OPENMP=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+]
 _CMAKE += ["-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"]
 
 
@@ -51,10 +56,20 @@ class LlamaCpp:
         """
         reader = GGUFReader(self.template)
         writer = GGUFWriter(out, arch="llama")
-        skipped = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
+        skipped = (
+            "GGUF.",
+            "general.architecture",
+            "general.file_type",
+            "general.quantization_version",
+        )
         for name, field in reader.fields.items():
             if not name.startswith(skipped):
-                writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+                writer.add_key_value(
+                    name,
+                    field.contents(),
+                    field.types[0],
+                    field.types[-1] if len(field.types) > 1 else None,
+                )
         heads = _heads(reader)
         for name, tensor in load_file(model / "model.safetensors").items():
             gguf_name = _gguf_name(name, reader)
@@ -62,7 +77,9 @@ class LlamaCpp:
                 writer.add_tensor(gguf_name, tensor.float().numpy())
                 continue
             rows = _permuted(tensor, heads.get(gguf_name.split(".")[-2]))
-            columns = rows.shape[1] * (_together(rows.shape[1]) if joined and gguf_name.startswith("blk.") else 1)
+            columns = rows.shape[1] * (
+                _together(rows.shape[1]) if joined and gguf_name.startswith("blk.") else 1
+            )
             data = rows.contiguous().view(torch.uint8).numpy().reshape(-1, 2 * columns)
             writer.add_tensor(gguf_name, data, raw_dtype=GGMLQuantizationType.BF16)
         writer.write_header_to_file()
@@ -72,9 +89,30 @@ class LlamaCpp:
 
     def importance(self, model: Path, text: Path, out: Path, context: int) -> None:
         """Writes the importance matrix of a GGUF file on a text, read in windows of `context` tokens."""
-        self._run("llama-imatrix", "-m", model, "-f", text, "-o", out, "-c", str(context), "--no-ppl", "-t", "2")
+        self._run(
+            "llama-imatrix",
+            "-m",
+            model,
+            "-f",
+            text,
+            "-o",
+            out,
+            "-c",
+            str(context),
+            "--no-ppl",
+            "-t",
+            "2",
+        )
 
-    def quantize(self, model: Path, out: Path, kind: str, *, pure: bool = False, importance: Path | None = None) -> None:
+    def quantize(
+        self,
+        model: Path,
+        out: Path,
+        kind: str,
+        *,
+        pure: bool = False,
+        importance: Path | None = None,
+    ) -> None:
         """Quantizes the layers of a GGUF file; the embedding stays in bf16."""
         options: list[str | Path] = ["--token-embedding-type", "bf16"]
         options += ["--pure"] if pure else []
@@ -83,7 +121,9 @@ class LlamaCpp:
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         command = [self.programs / program, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
         if done.returncode != 0:
             raise RuntimeError(f"{program}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
         if "did not find weights for" in done.stdout + done.stderr:
@@ -95,7 +135,12 @@ def join_importance(source: Path, out: Path) -> None:
     reader, writer = GGUFReader(source), GGUFWriter(out, arch="imatrix")
     for name, field in reader.fields.items():
         if not name.startswith(("GGUF.", "general.architecture")):
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                name,
+                field.contents(),
+                field.types[0],
+                field.types[-1] if len(field.types) > 1 else None,
+            )
     for tensor in reader.tensors:
         times = _together(tensor.data.shape[-1]) if tensor.name.endswith(".in_sum2") else 1
         writer.add_tensor(tensor.name, np.tile(tensor.data, (1, times)))
@@ -119,15 +164,25 @@ def read_matrices(path: Path, model: Path) -> dict[str, tuple[torch.Tensor, int]
             continue
         tensor = tensors[gguf_name]
         values: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type)
-        rows = _unpermuted(torch.from_numpy(values.copy()).reshape(plain.shape), heads.get(gguf_name.split(".")[-2]))
-        described = sum(part.nbytes for part in tensor.field.parts) + -int(tensor.n_bytes) % reader.alignment
+        rows = _unpermuted(
+            torch.from_numpy(values.copy()).reshape(plain.shape),
+            heads.get(gguf_name.split(".")[-2]),
+        )
+        described = (
+            sum(part.nbytes for part in tensor.field.parts)
+            + -int(tensor.n_bytes) % reader.alignment
+        )
         found[name] = (rows, 8 * (int(tensor.n_bytes) + described))
     return found
 
 
 def stored_types(path: Path) -> dict[str, int]:
     """Returns how many of the layers' matrices of a GGUF file are stored in which type."""
-    types = [tensor.tensor_type.name for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1 and "blk." in tensor.name]
+    types = [
+        tensor.tensor_type.name
+        for tensor in GGUFReader(path).tensors
+        if len(tensor.shape) > 1 and "blk." in tensor.name
+    ]
     return {name: types.count(name) for name in sorted(set(types))}
 
 
@@ -147,7 +202,9 @@ def build() -> Path:
         source = next(Path(temporary).glob("*/vendor/llama.cpp"))
         print("building llama.cpp ...", file=sys.stderr, flush=True)
         _checked("cmake", "-S", str(source), "-B", str(folder), *_CMAKE)
-        _checked("cmake", "--build", str(folder), "-j2", "--target", "llama-quantize", "llama-imatrix")
+        _checked(
+            "cmake", "--build", str(folder), "-j2", "--target", "llama-quantize", "llama-imatrix"
+        )
     return programs
 
 
@@ -187,8 +244,16 @@ def _heads(reader: GGUFReader) -> dict[str, int]:
 
 
 def _permuted(rows: torch.Tensor, heads: int | None) -> torch.Tensor:
-    return rows if heads is None else rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows
+        if heads is None
+        else rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    )
 
 
 def _unpermuted(rows: torch.Tensor, heads: int | None) -> torch.Tensor:
-    return rows if heads is None else rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows
+        if heads is None
+        else rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    )

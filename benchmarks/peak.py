@@ -108,7 +108,9 @@ def load_peer(name: str, source: str, folder: str) -> dict[str, float]:
 
     logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(source)
-    cls = getattr(transformers, config.architectures[0])  # not built here: that would warm its memory up
+    cls = getattr(
+        transformers, config.architectures[0]
+    )  # not built here: that would warm its memory up
     started = _start()
     state = peers.LOADERS[name](Path(folder))
     decoded = time.perf_counter() - started
@@ -122,12 +124,16 @@ def generate(container: str, resident: str, workers: str) -> dict[str, float]:
     _import_model_class(container)
     import torch
 
-    from codecllm.loader import compressed_modules, from_pretrained
+    from codecllm.loader import from_pretrained
+    from codecllm.loader.resident import compressed_modules
 
     decoding = _TimedDecoding(compressed_modules.CompressedTensor)
     with PeakMemory() as peak:
         model = from_pretrained(container, resident=resident, workers=int(workers), progress=False)  # type: ignore[arg-type]
-        prompt = {"input_ids": torch.arange(100, 116)[None], "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
+        prompt = {
+            "input_ids": torch.arange(100, 116)[None],
+            "attention_mask": torch.ones(1, 16, dtype=torch.int64),
+        }
         tokens = 4 if resident == "compressed" else 32
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         with torch.inference_mode():
@@ -136,7 +142,11 @@ def generate(container: str, resident: str, workers: str) -> dict[str, float]:
             started = time.perf_counter()
             model.generate(**prompt, **options)
             seconds = time.perf_counter() - started
-    return {"seconds_per_token": seconds / tokens, "mib": peak.mib, "decoding_share": decoding.seconds / seconds}
+    return {
+        "seconds_per_token": seconds / tokens,
+        "mib": peak.mib,
+        "decoding_share": decoding.seconds / seconds,
+    }
 
 
 class _TimedDecoding:
@@ -165,7 +175,11 @@ def _touch(model: Any) -> None:
 def _model_mib(model: Any) -> float:
     """Returns the bytes of a model's tensors and payloads, in MiB."""
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    payloads = {id(m.tensor): int(m.tensor.stored.table.offsets[-1]) for m in model.modules() if hasattr(m, "tensor")}
+    payloads = {
+        id(m.tensor): int(m.tensor.stored.table.offsets[-1])
+        for m in model.modules()
+        if hasattr(m, "tensor")
+    }
     return float(sum(sizes.values()) + sum(payloads.values())) / 2**20
 
 

@@ -37,7 +37,9 @@ def load_zipnn(folder: Path) -> dict[str, Any]:
 
     state = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        state[name] = ZipNN(input_format="torch", threads=os.cpu_count() or 1).decompress(bytearray(tensor.numpy()))
+        state[name] = ZipNN(input_format="torch", threads=os.cpu_count() or 1).decompress(
+            bytearray(tensor.numpy())
+        )
     return state
 
 
@@ -60,7 +62,10 @@ def load_bigsmall(folder: Path) -> dict[str, Any]:
 
 
 MAKERS: dict[str, Callable[[Path, Path], int]] = {"zipnn": make_zipnn, "bigsmall": make_bigsmall}
-LOADERS: dict[str, Callable[[Path], dict[str, Any]]] = {"zipnn": load_zipnn, "bigsmall": load_bigsmall}
+LOADERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "zipnn": load_zipnn,
+    "bigsmall": load_bigsmall,
+}
 
 
 def installed() -> list[str]:

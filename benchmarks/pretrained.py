@@ -21,7 +21,13 @@ from codecllm.formats.container import Container
 from codecllm.formats.stored_tensor import StoredTensor
 from demo.models import smollm2_realistic
 
-_WAYS = (("lossless", "dense"), ("int8", "dense"), ("int8", "int8"), ("lossless", "compressed"), ("int8", "compressed"))
+_WAYS = (
+    ("lossless", "dense"),
+    ("int8", "dense"),
+    ("int8", "int8"),
+    ("lossless", "compressed"),
+    ("int8", "compressed"),
+)
 
 
 def pretrained(settings: Settings) -> Iterator[Row]:
@@ -29,7 +35,10 @@ def pretrained(settings: Settings) -> Iterator[Row]:
     source = smollm2_realistic()
     containers = _containers(source)
     works: dict[str, tuple[object, ...]] = {"plain": ("load_plain", source)}
-    works |= {f"{scheme} floor": ("load_floor", folder, settings.workers) for scheme, folder in containers.items()}
+    works |= {
+        f"{scheme} floor": ("load_floor", folder, settings.workers)
+        for scheme, folder in containers.items()
+    }
     works["floor of one"] = ("load_floor", containers["lossless"], 1)
     for scheme, resident in _WAYS:
         works[f"{scheme}, {resident}"] = ("load", containers[scheme], resident, settings.workers)
@@ -49,26 +58,66 @@ def pretrained(settings: Settings) -> Iterator[Row]:
         name = f"{scheme}, {resident}"
         times = 1 / ratio(seconds["plain"], seconds[name])
         goal, met = ("<= 1.5x", times <= 1.5) if name == "lossless, dense" else ("", None)
-        against = f"plain transformers, every page touched: {statistics.median(seconds['plain']):.2f} s"
+        against = (
+            f"plain transformers, every page touched: {statistics.median(seconds['plain']):.2f} s"
+        )
         measured = {"seconds": seconds[name], "plain_seconds": seconds["plain"]}
-        yield Row(f"from_pretrained SmolLM2 {name}", f"{times:.2f}x its time", against, goal, met, measured)
+        yield Row(
+            f"from_pretrained SmolLM2 {name}",
+            f"{times:.2f}x its time",
+            against,
+            goal,
+            met,
+            measured,
+        )
         if resident == "dense":
             cold = f"{1 / ratio(seconds['plain'], seconds[f'{scheme}, cold']):.2f}x its time"
             measured = {"seconds": seconds[f"{scheme}, cold"]}
-            yield Row("  in free memory as the machine has it", cold, "plain transformers, as above", "", None, measured)
+            yield Row(
+                "  in free memory as the machine has it",
+                cold,
+                "plain transformers, as above",
+                "",
+                None,
+                measured,
+            )
             yield _beside_floor(name, seconds[name], seconds["plain"], seconds[f"{scheme} floor"])
-        extra, against = peaks[name]["mib"], f"over imports and model ({peaks[name]['model_mib']:.0f} MiB)"
-        yield Row("  peak memory", f"{extra:.0f} MiB", against, "<= 512 MiB", extra <= 512, {"mib": extra})
+        extra, against = (
+            peaks[name]["mib"],
+            f"over imports and model ({peaks[name]['model_mib']:.0f} MiB)",
+        )
+        yield Row(
+            "  peak memory", f"{extra:.0f} MiB", against, "<= 512 MiB", extra <= 512, {"mib": extra}
+        )
     gain = ratio(seconds["floor of one"], seconds["lossless floor"])
     against = "the same loop in one thread: what the cores of this machine give together"
-    yield Row(f"bare decoding loop, lossless, {settings.workers} threads", f"{gain:.2f}x as fast", against, "", None)
+    yield Row(
+        f"bare decoding loop, lossless, {settings.workers} threads",
+        f"{gain:.2f}x as fast",
+        against,
+        "",
+        None,
+    )
     for name, size in sizes.items():
         times = ratio(seconds[name], seconds["lossless, dense"])
         against = f"{name}: {statistics.median(seconds[name]):.2f} s, {size / _stored(containers['lossless']):.4f} of our bytes"
         measured = {"seconds": seconds["lossless, dense"], f"{name}_seconds": seconds[name]}
-        yield Row(f"lossless, dense: speed beside {name}", f"{times:.1f}x", against, "> 1x", times > 1, measured)
+        yield Row(
+            f"lossless, dense: speed beside {name}",
+            f"{times:.1f}x",
+            against,
+            "> 1x",
+            times > 1,
+            measured,
+        )
     for name in sorted(peers.MAKERS.keys() - sizes.keys()):
-        yield Row(f"lossless, dense: speed beside {name}", "not measured", f"{name} is not installed", "> 1x", None)
+        yield Row(
+            f"lossless, dense: speed beside {name}",
+            "not measured",
+            f"{name} is not installed",
+            "> 1x",
+            None,
+        )
     _clean()
 
 
@@ -77,13 +126,16 @@ def resident(settings: Settings) -> Iterator[Row]:
     source = smollm2_realistic()
     containers = _containers(source)
     works: dict[str, tuple[object, ...]] = {
-        f"{scheme}, {how}": ("generate", containers[scheme], how, settings.workers) for scheme, how in _WAYS
+        f"{scheme}, {how}": ("generate", containers[scheme], how, settings.workers)
+        for scheme, how in _WAYS
     }
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in works}
     for _ in range(settings.repeats):
         for name, work in works.items():
             figures[name].append(in_fresh_process(*work))
-    seconds = {name: [figure["seconds_per_token"] for figure in taken] for name, taken in figures.items()}
+    seconds = {
+        name: [figure["seconds_per_token"] for figure in taken] for name, taken in figures.items()
+    }
     for scheme, how in _WAYS[2:]:
         name, dense = f"{scheme}, {how}", f"{scheme}, dense"
         faster = ratio(seconds[dense], seconds[name])
@@ -96,29 +148,47 @@ def resident(settings: Settings) -> Iterator[Row]:
         yield Row(f"tokens/s, SmolLM2 {name}", f"{faster:.2f}x", against, goal, met, measured)
         peak = max(figure["mib"] for figure in figures[name])
         bound = _memory_bound(containers[scheme], how)
-        yield Row("  peak memory, load to last token", f"{peak:.0f} MiB", "over imports", f"<= {bound:.0f} MiB", peak <= bound)
+        yield Row(
+            "  peak memory, load to last token",
+            f"{peak:.0f} MiB",
+            "over imports",
+            f"<= {bound:.0f} MiB",
+            peak <= bound,
+        )
     _clean()
 
 
 def _beside_floor(name: str, ours: list[float], plain: list[float], floor: list[float]) -> Row:
     """Compares with what transformers does anyway and then the bare decoding loop, as if nothing overlapped."""
     whole = [a + b for a, b in zip(plain, floor, strict=True)]
-    against = (
-        f"plain {statistics.median(plain):.2f} s + bare decoding loop {statistics.median(floor):.2f} s, one after the other"
-    )
+    against = f"plain {statistics.median(plain):.2f} s + bare decoding loop {statistics.median(floor):.2f} s, one after the other"
     return Row(
-        "  beside its floor", f"{1 / ratio(whole, ours):.2f}x", against, "", None, {"seconds": ours, "floor_seconds": floor}
+        "  beside its floor",
+        f"{1 / ratio(whole, ours):.2f}x",
+        against,
+        "",
+        None,
+        {"seconds": ours, "floor_seconds": floor},
     )
 
 
 def _memory_bound(container: Path, how: str) -> float:
     """Returns 1.15 x (what stays resident + the largest decoded layer) + 256 MiB, in MiB."""
     with Container(container) as opened:
-        tensors = [opened.tensor(record.name) for record in opened.manifest.tensors if record.scheme != "alias"]
+        tensors = [
+            opened.tensor(record.name)
+            for record in opened.manifest.tensors
+            if record.scheme != "alias"
+        ]
         coded = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]
-        plain = sum(tensor.record.source_bytes for tensor in tensors if not isinstance(tensor, StoredTensor))
+        plain = sum(
+            tensor.record.source_bytes for tensor in tensors if not isinstance(tensor, StoredTensor)
+        )
         if how == "int8":
-            stays = sum(t.record.elements if t.record.scheme == "int8" else t.record.source_bytes for t in coded)
+            stays = sum(
+                t.record.elements if t.record.scheme == "int8" else t.record.source_bytes
+                for t in coded
+            )
             return (1.15 * stays + plain) / 2**20 + 256
         stored = _stored(container)
         return 1.15 * (stored + max(tensor.record.source_bytes for tensor in coded)) / 2**20 + 256

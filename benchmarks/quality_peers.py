@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import llama_cpp, quantizers
 from codecllm.calibrator import calibrate
 from codecllm.converter import ConvertOptions, convert
-from codecllm.converter.feedback import Feedback
-from codecllm.converter.rate import Target, fit
+from codecllm.converter.rate.feedback import Feedback
+from codecllm.converter.rate.search import Target, fit
 from codecllm.quality import stepped_tensors
 from demo.models import smollm2_gguf, smollm2_realistic
 
@@ -96,9 +96,19 @@ def calibration_text(base: Path, out: Path) -> Path:
     sequences, tokens = CALIBRATION
     torch.manual_seed(0)
     start = torch.full((sequences, 1), tokenizer.bos_token_id)
-    drawing: dict[str, Any] = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": tokenizer.eos_token_id}
-    ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=tokens, **drawing)
-    out.write_text("\n\n".join(tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)) + "\n", encoding="utf-8")
+    drawing: dict[str, Any] = {
+        "do_sample": True,
+        "top_k": 0,
+        "eos_token_id": None,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    ids = model.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=tokens, **drawing
+    )
+    out.write_text(
+        "\n\n".join(tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)) + "\n",
+        encoding="utf-8",
+    )
     return out
 
 
@@ -120,10 +130,20 @@ def make_llama_cpp(base: Path, calibration: Path) -> list[Path]:
                     continue  # its blocks are of 32, and it has no use for importance
                 if name.endswith("_M") and source is joined:
                     continue  # the mixtures are judged as users get them
-                title = name + ("-joined" if source is joined else "") + ("-imatrix" if informed else "")
+                title = (
+                    name
+                    + ("-joined" if source is joined else "")
+                    + ("-imatrix" if informed else "")
+                )
                 file = ROOT / f"{title}.gguf"
                 if not file.exists():
-                    tool.quantize(source, file, kind, pure=pure, importance=importance[source] if informed else None)
+                    tool.quantize(
+                        source,
+                        file,
+                        kind,
+                        pure=pure,
+                        importance=importance[source] if informed else None,
+                    )
                     print(title, llama_cpp.stored_types(file), file=sys.stderr, flush=True)
                 folder = ROOT / title
                 if source is joined and not folder.exists():
@@ -144,7 +164,9 @@ def make_others(base: Path) -> list[Path]:
         if not (ROOT / name).exists():
             quantize = tool()
             layers = quantizers.linear_layers(base)
-            quantizers.write_dequantized(base, ROOT / name, {title: quantize(matrix) for title, matrix in layers.items()})
+            quantizers.write_dequantized(
+                base, ROOT / name, {title: quantize(matrix) for title, matrix in layers.items()}
+            )
     return [ROOT / name for name in tools]
 
 
@@ -166,7 +188,11 @@ def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
         if refine:
             feedback = feedback or Feedback(found.products)
         steps = fit(base, chosen, Target(bits=bits), found.statistics, feedback if refine else None)
-        recorded = {"calibrate": found.record.kind, "calibration": found.record, "refine": True if refine else None}
+        recorded = {
+            "calibrate": found.record.kind,
+            "calibration": found.record,
+            "refine": True if refine else None,
+        }
         convert(base, out, steps=steps, bits=bits, **recorded, **options)
     return made
 
@@ -179,7 +205,11 @@ def table(evaluation: dict[str, Any]) -> list[Row]:
     scores = evaluation["scores"]
     containers = [score for score in scores if score["kind"] == "container"]
     curves = {
-        title: sorted((s["mean_kl"], s["layer_bits_per_weight"]) for s in containers if Path(s["name"]).name.startswith(title))
+        title: sorted(
+            (s["mean_kl"], s["layer_bits_per_weight"])
+            for s in containers
+            if Path(s["name"]).name.startswith(title)
+        )
         for title in (SELF, REFINED, SAME_TEXT)
     }
     rows = []
@@ -187,7 +217,12 @@ def table(evaluation: dict[str, Any]) -> list[Row]:
         if score["kind"] != "container":
             name = Path(score["name"]).name.removesuffix(".gguf")
             informed = "imatrix" in name
-            figures = (score["layer_bits_per_weight"], score["mean_kl"], score["kl_99"], score["top1"])
+            figures = (
+                score["layer_bits_per_weight"],
+                score["mean_kl"],
+                score["kl_99"],
+                score["top1"],
+            )
             goal = None if informed else _GOALS.get(name.removesuffix("-joined"), _GOAL)
             ours = _bits_at(curves[SAME_TEXT if informed else SELF], score["mean_kl"])
             refined = None if informed else _bits_at(curves[REFINED], score["mean_kl"])
@@ -205,7 +240,9 @@ def _bits_at(curve: list[tuple[float, float]], kl: float) -> float | None:
 
 def print_table(evaluation: dict[str, Any], rows: list[Row]) -> None:
     """Prints Markdown: the peers, then our containers."""
-    print("\n| peer | bits | KL | 99 % | top-1 | ours at that KL | saved | goal | refined | saved |")
+    print(
+        "\n| peer | bits | KL | 99 % | top-1 | ours at that KL | saved | goal | refined | saved |"
+    )
     print("|---" * 10 + "|")
     for row in rows:
         saved = "" if row.saved is None else f"{row.saved:.1f} %"
@@ -220,11 +257,15 @@ def print_table(evaluation: dict[str, Any], rows: list[Row]) -> None:
     for score in evaluation["scores"]:
         if score["kind"] == "container":
             figures = f"{score['mean_kl']:.5f} | {score['kl_99']:.4f} | {score['top1']:.2%}"
-            print(f"| {Path(score['name']).name} | {score['layer_bits_per_weight']:.3f} | {figures} |")
+            print(
+                f"| {Path(score['name']).name} | {score['layer_bits_per_weight']:.3f} | {figures} |"
+            )
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
     return done.stdout
@@ -233,8 +274,16 @@ def _run(*command: str) -> str:
 def main() -> None:
     """Makes what is not there yet, evaluates, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs=2, default=(1024, 512), help="of the built-in text, of the second")
-    parser.add_argument("--codec", choices=("zstd", "rans"), default="zstd", help="of our containers")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs=2,
+        default=(1024, 512),
+        help="of the built-in text, of the second",
+    )
+    parser.add_argument(
+        "--codec", choices=("zstd", "rans"), default="zstd", help="of our containers"
+    )
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw KL against bits on the first text")
     given = parser.parse_args()
@@ -244,14 +293,29 @@ def main() -> None:
     candidates = make_llama_cpp(base, calibration) + make_others(base)
     candidates += make_ours(base, calibration, given.codec)
     results = {}
-    for title, text, tokens in zip(("built-in", "second"), ([], ["--text", str(SECOND_TEXT)]), given.tokens, strict=True):
+    for title, text, tokens in zip(
+        ("built-in", "second"), ([], ["--text", str(SECOND_TEXT)]), given.tokens, strict=True
+    ):
         plot = ["--plot", str(given.plot)] if given.plot and not text else []
-        command = ["codecllm", "eval", str(base), *map(str, candidates), "--tokens", str(tokens), "--json", *text, *plot]
+        command = [
+            "codecllm",
+            "eval",
+            str(base),
+            *map(str, candidates),
+            "--tokens",
+            str(tokens),
+            "--json",
+            *text,
+            *plot,
+        ]
         evaluation = json.loads(_run(*command))
         rows = table(evaluation)
         results[title] = {
             "evaluation": evaluation,
-            "rows": [asdict(row) | {"saved": row.saved, "saved_refined": row.saved_refined} for row in rows],
+            "rows": [
+                asdict(row) | {"saved": row.saved, "saved_refined": row.saved_refined}
+                for row in rows
+            ],
         }
         print(f"\n{title} text, {evaluation['tokens']} tokens")
         print_table(evaluation, rows)

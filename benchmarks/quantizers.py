@@ -25,7 +25,9 @@ def nf4(double: bool) -> Quantizer:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     def quantize(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
-        codes, state = quantize_4bit(matrix, blocksize=64, quant_type="nf4", compress_statistics=double)
+        codes, state = quantize_4bit(
+            matrix, blocksize=64, quant_type="nf4", compress_statistics=double
+        )
         bits = _bits(codes) + _bits(state.absmax)
         if double:
             bits += _bits(state.state2.absmax) + _bits(state.offset)
@@ -52,10 +54,16 @@ def hqq(axis: int) -> Quantizer:
 def linear_layers(model: Path) -> dict[str, torch.Tensor]:
     """Returns the matrices inside the layers of a plain model, in float32."""
     tensors = load_file(model / "model.safetensors")
-    return {name: tensor.float() for name, tensor in tensors.items() if tensor.ndim == 2 and ".layers." in name}
+    return {
+        name: tensor.float()
+        for name, tensor in tensors.items()
+        if tensor.ndim == 2 and ".layers." in name
+    }
 
 
-def write_dequantized(model: Path, out: Path, matrices: dict[str, tuple[torch.Tensor, int]]) -> Path:
+def write_dequantized(
+    model: Path, out: Path, matrices: dict[str, tuple[torch.Tensor, int]]
+) -> Path:
     """Writes a plain folder with a model's matrices replaced and the bits of everything stated; returns it.
 
     Args:

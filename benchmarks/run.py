@@ -43,11 +43,17 @@ class Section(StrEnum):
 
 
 def main(
-    only: Annotated[list[Section] | None, typer.Option(help="Only this section; may be repeated.")] = None,
+    only: Annotated[
+        list[Section] | None, typer.Option(help="Only this section; may be repeated.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Threads of tool and floor.", min=1)] = 2,
     repeats: Annotated[int, typer.Option(help="Turns of floor and tool.", min=1)] = 5,
-    convert_mib: Annotated[int, typer.Option(help="Size of the bf16 source to convert.", min=64)] = 512,
-    stream_gib: Annotated[int, typer.Option(help="Size of the bf16 source whose container is streamed.", min=1)] = 2,
+    convert_mib: Annotated[
+        int, typer.Option(help="Size of the bf16 source to convert.", min=64)
+    ] = 512,
+    stream_gib: Annotated[
+        int, typer.Option(help="Size of the bf16 source whose container is streamed.", min=1)
+    ] = 2,
     keep: Annotated[bool, typer.Option(help="Keep benchmarks/out/run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -69,11 +75,20 @@ def main(
 def quantizer(settings: Settings) -> Iterator[Row]:
     """The int8 quantizer alone, one core, weights in memory."""
     millions = (1 << 24) / 1e6
-    ours, theirs = turns(settings.repeats, floors.quantize_seconds, floors.whole_tensor_quantize_seconds)
+    ours, theirs = turns(
+        settings.repeats, floors.quantize_seconds, floors.whole_tensor_quantize_seconds
+    )
     speed = millions / statistics.median(ours)
     against = f"whole-tensor torch expressions: {millions / statistics.median(theirs):.0f} M, ours {ratio(theirs, ours):.1f}x"
     measured = {"seconds": ours, "torch_seconds": theirs}
-    yield Row("int8 quantizer, one core", f"{speed:.0f} M weights/s", against, ">= 200 M", speed >= 200, measured)
+    yield Row(
+        "int8 quantizer, one core",
+        f"{speed:.0f} M weights/s",
+        against,
+        ">= 200 M",
+        speed >= 200,
+        measured,
+    )
 
 
 def conversion(settings: Settings) -> Iterator[Row]:
@@ -109,7 +124,10 @@ def stream(settings: Settings) -> Iterator[Row]:
             lambda out=out: floors.load_floor(out, settings.workers, keep=False),
             lambda out=out: _stream_seconds(out, settings.workers),
         )
-        speed, share = settings.stream_gib * 2**30 / statistics.median(tool) / 1e9, ratio(floor, tool)
+        speed, share = (
+            settings.stream_gib * 2**30 / statistics.median(tool) / 1e9,
+            ratio(floor, tool),
+        )
         yield Row(
             f"stream {scheme}, {settings.stream_gib} GiB of bf16",
             f"{share:.2f} of the floor",
@@ -127,7 +145,9 @@ def memory(settings: Settings) -> Iterator[Row]:
     peaks = []
     out = OUT / "memory"
     for label, rows in (("64 MiB", 4096), ("2 GiB", 131_072)):
-        peaks.append(in_fresh_process("convert", gaussian_model(rows, 8192), out, settings.workers)["mib"])
+        peaks.append(
+            in_fresh_process("convert", gaussian_model(rows, 8192), out, settings.workers)["mib"]
+        )
         what, peak = f"convert one tensor of {label}: peak memory", f"{peaks[-1]:.0f} MiB"
         yield Row(what, peak, "over imports", "<= 640 MiB", peaks[-1] <= 640)
     apart = abs(peaks[0] - peaks[1])
@@ -135,7 +155,11 @@ def memory(settings: Settings) -> Iterator[Row]:
     figures = in_fresh_process("stream", out, settings.workers)
     over = figures["mib"] - figures["largest_mib"]
     yield Row(
-        "stream the 2 GiB tensor: peak memory", f"{over:.0f} MiB", "over imports and the tensor", "<= 512 MiB", over <= 512
+        "stream the 2 GiB tensor: peak memory",
+        f"{over:.0f} MiB",
+        "over imports and the tensor",
+        "<= 512 MiB",
+        over <= 512,
     )
 
 

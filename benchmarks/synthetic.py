@@ -26,7 +26,11 @@ def gaussian_model(rows: int, cols: int, *, tensors: int = 1) -> Path:
 def _write(path: Path, rows: int, cols: int, tensors: int) -> None:
     size = rows * cols * 2
     header = {
-        f"layers.{n}.weight": {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [n * size, (n + 1) * size]}
+        f"layers.{n}.weight": {
+            "dtype": "BF16",
+            "shape": [rows, cols],
+            "data_offsets": [n * size, (n + 1) * size],
+        }
         for n in range(tensors)
     }
     text = json.dumps(header).encode()

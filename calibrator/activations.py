@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from codecllm.calibrator.names import known_name
-from codecllm.converter.allocation import Sensitivity
+from codecllm.converter.rate.allocation import Sensitivity
 
 
-def mean_squared_inputs(model: Any, tokens: torch.Tensor, known: set[str]) -> dict[str, Sensitivity]:
+def mean_squared_inputs(
+    model: Any, tokens: torch.Tensor, known: set[str]
+) -> dict[str, Sensitivity]:
     """Runs a model once, its layers one after another wherever they lie.
 
     Args:
@@ -42,7 +44,9 @@ def mean_squared_inputs(model: Any, tokens: torch.Tensor, known: set[str]) -> di
     return seen
 
 
-def _watcher(target: str, seen: dict[str, Sensitivity]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _watcher(
+    target: str, seen: dict[str, Sensitivity]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         values = inputs[0].detach()
         squares = values.reshape(-1, values.shape[-1]).float().square().mean(0).cpu()

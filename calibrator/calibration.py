@@ -15,15 +15,22 @@ from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.gradients import squared_gradients
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.names import by_source
-from codecllm.calibrator.text import LENGTH, REFINED_LENGTH, file_text, own_text, random_text, record
-from codecllm.converter.allocation import Sensitivity
-from codecllm.converter.products import InputProducts
-from codecllm.converter.source import SourceModel
-from codecllm.converter.stages import now_and_then
+from codecllm.calibrator.text import (
+    LENGTH,
+    REFINED_LENGTH,
+    file_text,
+    own_text,
+    random_text,
+    record,
+)
+from codecllm.converter.rate.allocation import Sensitivity
+from codecllm.converter.rate.products import InputProducts
+from codecllm.converter.rate.stages import now_and_then
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import CodecLLMError, UnsupportedEnvironmentError
 from codecllm.formats.machine import available_memory
-from codecllm.formats.records import Calibration
-from codecllm.loader import transformers_adapter as adapter
+from codecllm.formats.manifest.records import Calibration
+from codecllm.loader.hf import adapter
 
 _ROOM = 1.6
 """Memory for weights, the gradient of the largest parameter and activations, in units of the weights."""
@@ -62,7 +69,11 @@ class _Task:
 
 
 def calibrate(
-    folder: str | Path, kind: str, on_stage: Callable[[str], None] | None = None, *, refined: Collection[str] = ()
+    folder: str | Path,
+    kind: str,
+    on_stage: Callable[[str], None] | None = None,
+    *,
+    refined: Collection[str] = (),
 ) -> Calibrated:
     """Runs the source model on a short text and learns where quantization hurts.
 
@@ -98,7 +109,9 @@ def calibrate(
         if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
             raise
         reason = " ".join(str(exc).split())[:200]
-        raise UnsupportedEnvironmentError(f"the model cannot be calibrated ({type(exc).__name__}: {reason})") from exc
+        raise UnsupportedEnvironmentError(
+            f"the model cannot be calibrated ({type(exc).__name__}: {reason})"
+        ) from exc
 
 
 def _with_gradients(model: Any, task: _Task) -> Calibrated:
@@ -127,7 +140,12 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
 
 
 def _layer_by_layer(task: _Task) -> Calibrated:
-    kind, notes = task.kind, ["the model does not fit in memory: activations instead of gradients, layer by layer from disk"]
+    kind, notes = (
+        task.kind,
+        [
+            "the model does not fit in memory: activations instead of gradients, layer by layer from disk"
+        ],
+    )
     if kind == "self":
         notes.append("and random tokens instead of its own text")
         kind = "random"
@@ -135,13 +153,21 @@ def _layer_by_layer(task: _Task) -> Calibrated:
         notes.append("no refinement, which needs the whole model in memory")
     task.tell(f"calibrating: {', '.join(notes)}")
     with tempfile.TemporaryDirectory(prefix="codecllm-") as offload:
-        model = adapter.load_offloaded(task.folder, Path(offload), int(available_memory() / _ROOM)).eval()
+        model = adapter.load_offloaded(
+            task.folder, Path(offload), int(available_memory() / _ROOM)
+        ).eval()
         tokens = _text(model, task.folder, kind, LENGTH)[:_FEW]
-        return Calibrated(mean_squared_inputs(model, tokens, set(task.shapes)), record(_kind(kind), tokens), notes)
+        return Calibrated(
+            mean_squared_inputs(model, tokens, set(task.shapes)), record(_kind(kind), tokens), notes
+        )
 
 
 def _text(model: Any, folder: Path, kind: str, length: int) -> torch.Tensor:
-    return random_text(model, length) if kind == "random" else file_text(model, folder, Path(kind), length)
+    return (
+        random_text(model, length)
+        if kind == "random"
+        else file_text(model, folder, Path(kind), length)
+    )
 
 
 def _kind(kind: str) -> str:

@@ -29,7 +29,9 @@ _TOGETHER = 4
 """Sequences that run at once."""
 
 
-def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[int, int], None] | None = None) -> Sums:
+def squared_gradients(
+    model: Any, tokens: torch.Tensor, on_sequence: Callable[[int, int], None] | None = None
+) -> Sums:
     """Runs a model forward and back over all sequences.
 
     Args:
@@ -44,9 +46,13 @@ def squared_gradients(model: Any, tokens: torch.Tensor, on_sequence: Callable[[i
     sums: Sums = {}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    watched = {name: parameter for name, parameter in model.named_parameters() if _wanted(parameter)}
+    watched = {
+        name: parameter for name, parameter in model.named_parameters() if _wanted(parameter)
+    }
     layers = _layers_in_use(model, tokens[:1], watched)
-    hooks: list[Any] = [layer.register_forward_hook(_token_collector(name, sums)) for layer, name in layers]
+    hooks: list[Any] = [
+        layer.register_forward_hook(_token_collector(name, sums)) for layer, name in layers
+    ]
     others = watched.keys() - {name for _, name in layers}
     for name in others:
         watched[name].requires_grad_(True)
@@ -72,7 +78,9 @@ def _wanted(parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and parameter.is_floating_point()
 
 
-def _layers_in_use(model: Any, ids: torch.Tensor, watched: dict[str, torch.Tensor]) -> list[tuple[nn.Module, str]]:
+def _layers_in_use(
+    model: Any, ids: torch.Tensor, watched: dict[str, torch.Tensor]
+) -> list[tuple[nn.Module, str]]:
     """Returns the plain linear layers and embeddings whose weights are used by them alone, each with the name of its weight.
 
     Some models multiply with a layer's weight themselves, tie it to a module of another kind, or call the layer for some tokens
@@ -84,9 +92,17 @@ def _layers_in_use(model: Any, ids: torch.Tensor, watched: dict[str, torch.Tenso
         for parameter in module.parameters(recurse=False):
             if id(parameter) in names:
                 holders.setdefault(names[id(parameter)], []).append(module)
-    plain = {name: held for name, held in holders.items() if all(type(one) in (nn.Linear, nn.Embedding) for one in held)}
+    plain = {
+        name: held
+        for name, held in holders.items()
+        if all(type(one) in (nn.Linear, nn.Embedding) for one in held)
+    }
     called: set[nn.Module] = set()
-    hooks = [one.register_forward_hook(lambda layer, *_: called.add(layer)) for held in plain.values() for one in held]
+    hooks = [
+        one.register_forward_hook(lambda layer, *_: called.add(layer))
+        for held in plain.values()
+        for one in held
+    ]
     try:
         with torch.no_grad():
             run(model, ids.to(model.device))
@@ -96,16 +112,22 @@ def _layers_in_use(model: Any, ids: torch.Tensor, watched: dict[str, torch.Tenso
     return [(one, name) for name, held in plain.items() if called.issuperset(held) for one in held]
 
 
-def _token_collector(name: str, sums: Sums) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+def _token_collector(
+    name: str, sums: Sums
+) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
     def watch(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        if not output.requires_grad:  # the first layer: nothing before it needs a gradient, but its output does
+        if (
+            not output.requires_grad
+        ):  # the first layer: nothing before it needs a gradient, but its output does
             output = output.detach().requires_grad_(True).clone()
         held = inputs[0].detach()
 
         def collect(gradient: torch.Tensor) -> None:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
             if isinstance(layer, nn.Embedding):
-                rows = torch.zeros(len(layer.weight), device=squares.device).index_add_(0, held.reshape(-1), squares.sum(1))
+                rows = torch.zeros(len(layer.weight), device=squares.device).index_add_(
+                    0, held.reshape(-1), squares.sum(1)
+                )
                 _add(sums, name, rows, squares.sum(0))
             else:
                 entering = held.reshape(-1, held.shape[-1]).float().square()

@@ -12,7 +12,7 @@ from torch import nn
 
 from codecllm.calibrator.gradients import run
 from codecllm.calibrator.names import known_name
-from codecllm.converter.products import InputProducts
+from codecllm.converter.rate.products import InputProducts
 
 _TOGETHER = 4
 """Sequences that run at once."""
@@ -43,7 +43,9 @@ def input_products(
     """
     watch = _Watch()
     hooks = [
-        layer.register_forward_pre_hook(watch.hook(name)) for name, layer in _layers(model, shapes).items() if name in wanted
+        layer.register_forward_pre_hook(watch.hook(name))
+        for name, layer in _layers(model, shapes).items()
+        if name in wanted
     ]
     try:
         with torch.inference_mode():
@@ -60,7 +62,11 @@ def input_products(
 
 def _layers(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Linear]:
     """Returns the layers to watch by the source's names of their weights."""
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    uses = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
     known, found = set(shapes), {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and uses[id(module.weight)] == 1:
@@ -107,7 +113,9 @@ class _Watch:
         same = self._last is not None and values is self._last
         if name not in self._follows:
             self._follows[name] = same
-            self._products.assign(name, self._last_number if same else self._products.new(values.shape[-1]))
+            self._products.assign(
+                name, self._last_number if same else self._products.new(values.shape[-1])
+            )
         number = self._products.number(name)
         if self._follows[name]:
             self._followed[name] += 1 if same and number == self._last_number else 0

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from codecllm.calibrator.gradients import Sums
-from codecllm.converter.allocation import Sensitivity
-from codecllm.loader import transformers_adapter as adapter
+from codecllm.converter.rate.allocation import Sensitivity
+from codecllm.loader.hf import adapter
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 

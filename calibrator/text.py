@@ -10,7 +10,7 @@ import torch
 
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError
-from codecllm.formats.records import Calibration
+from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.folder import read_tokenizer
 
 SEQUENCES = 64
@@ -33,7 +33,9 @@ def own_text(model: Any, length: int = LENGTH) -> torch.Tensor | None:
     generator = torch.Generator().manual_seed(SEED)
     current = torch.full((SEQUENCES, 1), _start_token(model.config), device=model.device)
     past, tokens = None, []
-    with torch.no_grad():  # inference mode would leave tensors in the model's caches that no gradient may pass
+    with (
+        torch.no_grad()
+    ):  # inference mode would leave tensors in the model's caches that no gradient may pass
         for _ in range(min(length, _longest(model) - 1)):
             output = model(input_ids=current, past_key_values=past, use_cache=True)
             past = getattr(output, "past_key_values", None)
@@ -50,7 +52,9 @@ def random_text(model: Any, length: int = LENGTH) -> torch.Tensor:
     """Draws token ids evenly from the model's vocabulary: int64 [SEQUENCES, length]."""
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
     if vocabulary < 1:
-        raise UsageError("the model's config names no vocab_size: it cannot be calibrated on tokens")
+        raise UsageError(
+            "the model's config names no vocab_size: it cannot be calibrated on tokens"
+        )
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(vocabulary, (SEQUENCES, min(length, _longest(model))), generator=generator)
 
@@ -68,19 +72,32 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     try:
         tokenizer = read_tokenizer(folder)
         ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
-    except Exception as exc:  # transformers raises whatever its many tokenizer classes happen to raise
-        raise UsageError(f"no usable tokenizer for a calibration text ({' '.join(str(exc).split())[:200]})") from exc
+    except (
+        Exception
+    ) as exc:  # transformers raises whatever its many tokenizer classes happen to raise
+        raise UsageError(
+            f"no usable tokenizer for a calibration text ({' '.join(str(exc).split())[:200]})"
+        ) from exc
     length = min(length, _longest(model))
     count = min(SEQUENCES, len(ids) // length)
     if count < 1:
-        raise UsageError("the calibration text is too short", got=f"{len(ids)} tokens", expected=f"{length} or more")
+        raise UsageError(
+            "the calibration text is too short",
+            got=f"{len(ids)} tokens",
+            expected=f"{length} or more",
+        )
     return torch.tensor(ids[: count * length]).reshape(count, length)
 
 
 def record(kind: str, tokens: torch.Tensor) -> Calibration:
     """Returns what the manifest says of a text: int64 [sequences, length]."""
     data = np.ascontiguousarray(tokens.numpy().astype("<i8")).tobytes()
-    return Calibration(kind=kind, tokens=tokens.numel(), seed=None if kind == "file" else SEED, sha256=sha256_hex(data))
+    return Calibration(
+        kind=kind,
+        tokens=tokens.numel(),
+        seed=None if kind == "file" else SEED,
+        sha256=sha256_hex(data),
+    )
 
 
 def _start_token(config: Any) -> int:

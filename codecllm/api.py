@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from codecllm.converter import ConversionReport, gguf
+from codecllm.converter import ConversionReport
 from codecllm.converter import convert as convert_folder
-from codecllm.converter.compressed_tensors import PackedLayout, plan_layout
 from codecllm.converter.conversion import Progress
-from codecllm.converter.export import ExportReport
-from codecllm.converter.export import export as export_folder
+from codecllm.converter.exports import gguf
+from codecllm.converter.exports.compressed_tensors import PackedLayout, plan_layout
+from codecllm.converter.exports.export import ExportReport
+from codecllm.converter.exports.export import export as export_folder
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.hub import resolve
@@ -80,7 +81,13 @@ def convert(
         CodecLLMError: see `codecllm.converter.convert` and `codecllm.hub.resolve`.
     """
     files = resolve(model, revision=revision, token=token, cache_dir=cache_dir, kind="source")
-    rate: dict[str, Any] = {"bits": bits, "ratio": ratio, "quality": quality, "calibrate": calibrate, "refine": refine}
+    rate: dict[str, Any] = {
+        "bits": bits,
+        "ratio": ratio,
+        "quality": quality,
+        "calibrate": calibrate,
+        "refine": refine,
+    }
     steps, notes = chosen_steps(files.folder, options, on_stage=on_stage, **rate)
     whence = {"repo": files.repo, "commit": files.commit}
     report = convert_folder(files.folder, out, progress=progress, **whence, **options, **steps)
@@ -90,7 +97,9 @@ def convert(
     if baseline is not False:
         from codecllm.verifier import record_baseline
 
-        outcome = record_baseline(report.out, files.folder, required=baseline is True, on_stage=on_stage)
+        outcome = record_baseline(
+            report.out, files.folder, required=baseline is True, on_stage=on_stage
+        )
         with Container(report.out) as container:
             pinned = container.manifest_sha256
     return Converted(report, pinned, outcome)
@@ -106,7 +115,7 @@ def export(
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> ExportReport:
-    """Writes a container's model (a folder or Hub id) for others to read; see `codecllm.converter.export`.
+    """Writes a container's model (a folder or Hub id) for others to read; see `codecllm.converter.exports.export`.
 
     Args:
         container: folder or Hub id.
@@ -116,14 +125,16 @@ def export(
         revision: branch, tag or commit of a Hub id.
         token: Hub token.
         cache_dir: Hub cache.
-        options: see `codecllm.converter.export`.
+        options: see `codecllm.converter.exports.export`.
 
     Raises:
         UsageError: the format cannot hold what the container holds.
-        CodecLLMError: see `codecllm.converter.export` and `codecllm.hub.resolve`.
+        CodecLLMError: see `codecllm.converter.exports.export` and `codecllm.hub.resolve`.
     """
     if format not in get_args(ExportFormat):
-        raise UsageError("no such format", got=repr(format), expected=", ".join(get_args(ExportFormat)))
+        raise UsageError(
+            "no such format", got=repr(format), expected=", ".join(get_args(ExportFormat))
+        )
     folder = resolve(container, revision=revision, token=token, cache_dir=cache_dir).folder
     layout = None
     with Container(folder) as opened:
@@ -140,7 +151,7 @@ def _compressed_tensors_layout(container: Container) -> PackedLayout:
     config = manifest.file("config.json")
     if config is None or manifest.options.scheme != "int8":
         return plan_layout(manifest, ())
-    from codecllm.loader.transformers_adapter import linear_modules
+    from codecllm.loader.hf.adapter import linear_modules
 
     container.read_side_file(config)
     return plan_layout(manifest, linear_modules(container.folder))

@@ -89,13 +89,19 @@ class Examination:
 def examine() -> Examination:
     """Looks at the machine and tests every decoder on a small container of each codec, made here."""
     devices = _devices()
-    with tempfile.TemporaryDirectory(prefix="codecllm-doctor-") as base, _containers(Path(base)) as containers:
+    with (
+        tempfile.TemporaryDirectory(prefix="codecllm-doctor-") as base,
+        _containers(Path(base)) as containers,
+    ):
         findings = [_reference_finding(containers, codec) for codec in CODECS]
         findings += _cpu_findings(containers)
         for device in devices:
             findings += _device_findings(containers, device)
         if not devices:
-            findings += [Finding("gpu", decoder, "absent", _why_no_device()) for decoder in ("nvcomp", "triton")]
+            findings += [
+                Finding("gpu", decoder, "absent", _why_no_device())
+                for decoder in ("nvcomp", "triton")
+            ]
     return Examination(_versions(), devices, findings)
 
 
@@ -129,10 +135,16 @@ def _devices() -> dict[str, str]:
     found = {}
     for kind in ACCELERATORS:
         module: Any = getattr(torch, kind, None)
-        for index in range(module.device_count() if module is not None and module.is_available() else 0):
+        for index in range(
+            module.device_count() if module is not None and module.is_available() else 0
+        ):
             facts = module.get_device_properties(index)
-            capability = f", compute capability {facts.major}.{facts.minor}" if kind == "cuda" else ""
-            found[f"{kind}:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB{capability}"
+            capability = (
+                f", compute capability {facts.major}.{facts.minor}" if kind == "cuda" else ""
+            )
+            found[f"{kind}:{index}"] = (
+                f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB{capability}"
+            )
     return found
 
 
@@ -141,21 +153,32 @@ def _containers(base: Path) -> Iterator[dict[str, Path]]:
     """Yields containers by codec: int8 by rows and by columns, lossless, and plain."""
     rng = np.random.default_rng(0)
     values = {"rows.weight": (400, 384), "h.0.attn.c_attn.weight": (200, 384), "kept": (300, 300)}
-    arrays = {name: (0.02 * rng.standard_normal(shape)).astype(np.float32) for name, shape in values.items()}
+    arrays = {
+        name: (0.02 * rng.standard_normal(shape)).astype(np.float32)
+        for name, shape in values.items()
+    }
     arrays["kept"][7, 7] = np.nan  # int8 cannot hold it: stored without loss
     arrays["norm.weight"] = np.ones(300, np.float32)
     source = base / "source"
     source.mkdir()
     save_file(arrays, source / "model.safetensors", {"format": "pt"})
     (source / "config.json").write_text('{"model_type": "gpt2"}')
-    yield {codec: convert(source, base / codec, codec=codec, non_finite="lossless", chunk_kib=16).out for codec in CODECS}
+    yield {
+        codec: convert(source, base / codec, codec=codec, non_finite="lossless", chunk_kib=16).out
+        for codec in CODECS
+    }
 
 
 def _finding(device: str, decoder: str, detail: str, test: Callable[[], None]) -> Finding:
     try:
         test()
     except Exception as exc:
-        return Finding(device, decoder, "wrong", f"{detail}: {' '.join(str(exc).split())[:300] or type(exc).__name__}")
+        return Finding(
+            device,
+            decoder,
+            "wrong",
+            f"{detail}: {' '.join(str(exc).split())[:300] or type(exc).__name__}",
+        )
     return Finding(device, decoder, "works", detail)
 
 
@@ -180,7 +203,10 @@ def _cpu_findings(containers: dict[str, Path]) -> list[Finding]:
             for record, tensor in stream_tensors(container):
                 _compare(container, record.name, tensor)
 
-    return [_finding("cpu", f"loader, {codec}", "same bits as the reference", partial(test, codec)) for codec in CODECS]
+    return [
+        _finding("cpu", f"loader, {codec}", "same bits as the reference", partial(test, codec))
+        for codec in CODECS
+    ]
 
 
 def _device_findings(containers: dict[str, Path], name: str) -> list[Finding]:
@@ -193,8 +219,14 @@ def _device_findings(containers: dict[str, Path], name: str) -> list[Finding]:
     findings = []
     for codec in CODECS:
         test = partial(_feed, containers[codec], device, NOTHING)
-        findings.append(_finding(name, f"cpu, {codec}", "decoded on the CPU; same bits as the reference", test))
-    library = f"nvCOMP {codecs.nvcomp.version} for CUDA {codecs.nvcomp.cuda}" if codecs.nvcomp is not None else "nvCOMP"
+        findings.append(
+            _finding(name, f"cpu, {codec}", "decoded on the CPU; same bits as the reference", test)
+        )
+    library = (
+        f"nvCOMP {codecs.nvcomp.version} for CUDA {codecs.nvcomp.cuda}"
+        if codecs.nvcomp is not None
+        else "nvCOMP"
+    )
     for decoder, codec, what in (
         ("nvcomp", "zstd", f"zstd by {library}"),
         ("triton", "rans", "rans and weights by our kernels"),
@@ -215,14 +247,16 @@ def _feed(folder: Path, device: Any, codecs: Any) -> None:
     """
     from codecllm.loader.device.feed import DeviceFeed
     from codecllm.loader.device.streams import DeviceStreams
-    from codecllm.loader.pool import DecodePool
+    from codecllm.loader.host.pool import DecodePool
     from codecllm.loader.torch_tensors import torch_dtype
 
     with Container(folder) as container, DecodePool(2) as pool:
         feed = DeviceFeed(container, pool, DeviceStreams(device), codecs, None)
         try:
             for name, record in container.records.items():
-                _compare(container, name, feed.take(name, "weight", torch_dtype(record.dtype)).cpu())
+                _compare(
+                    container, name, feed.take(name, "weight", torch_dtype(record.dtype)).cpu()
+                )
         finally:
             feed.close()
 

@@ -53,7 +53,12 @@ def generate(
     if inputs["input_ids"].shape[-1] == 0:
         raise UsageError("the prompt has no tokens", got=repr(prompt))
     with torch.inference_mode():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 

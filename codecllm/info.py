@@ -9,19 +9,23 @@ from rich.console import Console
 from rich.table import Table
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import Manifest
-from codecllm.formats.records import AliasTensor, Int8Tensor, RawTensor, TensorRecord
+from codecllm.formats.manifest.manifest import Manifest
+from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, RawTensor, TensorRecord
 from codecllm.hub import open_remote, resolve
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
     """Returns the figures of a container in a local folder as JSON values; see `describe_manifest`."""
     with Container(folder) as container:
-        facts = describe_manifest(container.manifest, container.manifest_sha256, container.manifest_bytes)
+        facts = describe_manifest(
+            container.manifest, container.manifest_sha256, container.manifest_bytes
+        )
         return {"folder": str(folder), **facts}
 
 
-def describe_name(name: str, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+def describe_name(
+    name: str, *, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, Any]:
     """Returns the figures of a container: a local folder, or a Hub repository of which no weights are downloaded.
 
     Of a repository the manifest and the headers of all shards are read by range requests and compared; `hub` holds repository,
@@ -43,21 +47,26 @@ def describe_name(name: str, *, revision: str | None = None, token: str | bool |
         "repo": repository.name,
         "commit": repository.commit,
         "transferred_bytes": repository.transferred_bytes,
-        "listed_bytes": remote.manifest_bytes + sum(file.bytes for file in (*manifest.shards, *manifest.files)),
+        "listed_bytes": remote.manifest_bytes
+        + sum(file.bytes for file in (*manifest.shards, *manifest.files)),
         "shard_headers": len(remote.headers),
         "known_sha256": remote.large_files,
     }
     return {"folder": None, **facts, "hub": hub}
 
 
-def describe_manifest(manifest: Manifest, manifest_sha256: str, manifest_bytes: int) -> dict[str, Any]:
+def describe_manifest(
+    manifest: Manifest, manifest_sha256: str, manifest_bytes: int
+) -> dict[str, Any]:
     """Returns what a manifest says as JSON values.
 
     `stored_bytes` of a tensor counts its chunks, scales and frequency tables, not its share of headers and manifest; those are
     in the totals.
     """
     tensors = [_describe_tensor(record) for record in manifest.tensors]
-    weights = sum(record.elements for record in manifest.tensors if not isinstance(record, AliasTensor))
+    weights = sum(
+        record.elements for record in manifest.tensors if not isinstance(record, AliasTensor)
+    )
     entropy = sum(tensor["entropy_bits"] for tensor in tensors)
     stored = manifest_bytes + sum(shard.bytes for shard in manifest.shards)
     return {
@@ -117,14 +126,20 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         row["stored_bytes"], row["entropy_bits"] = record.source_bytes, 8 * record.source_bytes
     else:
         row["codec"] = "+".join(dict.fromkeys(plane.codec for plane in record.planes))
-        row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes) + (record.tables_bytes or 0)
+        row["stored_bytes"] = sum(plane.stored_bytes for plane in record.planes) + (
+            record.tables_bytes or 0
+        )
         row["entropy_bits"] = sum(plane.entropy_bits for plane in record.planes)
     if isinstance(record, Int8Tensor):
         scales = record.scale_bytes
         row["stored_bytes"] += scales
         row["entropy_bits"] += 8 * scales
         row["worst_error"], row["scale_range"] = record.worst_error, record.scale_range
-        row |= {"rounding": record.rounding, "deadzone": record.deadzone, "worst_steps": record.worst_steps}
+        row |= {
+            "rounding": record.rounding,
+            "deadzone": record.deadzone,
+            "worst_steps": record.worst_steps,
+        }
         row["wide"] = record.wide
         row["column_scales"] = record.xxh3.col_scale is not None
     elements = max(1, record.elements)
@@ -148,12 +163,23 @@ def render(facts: dict[str, Any], console: Console) -> None:
     origin = f"{source['repo']} @ {source['commit']}" if source["repo"] else "a local folder"
     dtypes = ", ".join(f"{name} {size:,} B" for name, size in facts["source_dtypes"].items())
     console.print(
-        f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}", highlight=False
+        f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}",
+        highlight=False,
     )
-    asked = {name: facts["options"][name] for name in ("bits", "ratio", "calibrate", "refine") if name in facts["options"]}
+    asked = {
+        name: facts["options"][name]
+        for name in ("bits", "ratio", "calibrate", "refine")
+        if name in facts["options"]
+    }
     if asked:
-        console.print("asked for  " + ", ".join(f"{name} {value}" for name, value in asked.items()), highlight=False)
-    console.print(f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})", highlight=False)
+        console.print(
+            "asked for  " + ", ".join(f"{name} {value}" for name, value in asked.items()),
+            highlight=False,
+        )
+    console.print(
+        f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})",
+        highlight=False,
+    )
     console.print(
         f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest",
         highlight=False,
@@ -181,7 +207,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
     scheme = row["scheme"] + ("*" if row["fallback"] else "")
     scheme += ("+cols" if row["column_scales"] else "") + ("+wide" if row["wide"] else "")
     if row["alias_of"]:
-        return [row["name"], row["dtype"], _shape(row["shape"]), "alias", f"= {row['alias_of']}", "", "", "", ""]
+        return [
+            row["name"],
+            row["dtype"],
+            _shape(row["shape"]),
+            "alias",
+            f"= {row['alias_of']}",
+            "",
+            "",
+            "",
+            "",
+        ]
     worst = f"{row['worst_error']:.3g}" if row["worst_error"] is not None else ""
     return [
         row["name"],

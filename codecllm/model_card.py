@@ -7,18 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest import BASELINE_NAME, Manifest
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.hub import BaseModel
 from codecllm.info import describe_manifest
-from codecllm.verifier.baseline_record import Baseline, parse_baseline
+from codecllm.verifier.baseline.record import Baseline, parse_baseline
 
 MARKER = "<!-- Written by `codecllm push`. A README.md without this line is never replaced. -->"
 _SCHEMES = {
     "int8": "int8, one float32 scale per output channel; norms, biases, routers and positional embeddings keep every bit",
     "lossless": "lossless: every tensor comes back bit for bit",
 }
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def make_card(container: Container, repo: str, base: BaseModel | None) -> str:
@@ -51,13 +57,22 @@ def _metadata(container: Container, base: BaseModel | None) -> str:
     from huggingface_hub import ModelCardData
 
     manifest = container.manifest
-    codecs = {plane.codec for record in manifest.tensors for plane in getattr(record, "planes", [])} - {"raw"}
-    fields: dict[str, Any] = {"pipeline_tag": _pipeline_tag(container), **(base.card if base is not None else {})}
+    codecs = {
+        plane.codec for record in manifest.tensors for plane in getattr(record, "planes", [])
+    } - {"raw"}
+    fields: dict[str, Any] = {
+        "pipeline_tag": _pipeline_tag(container),
+        **(base.card if base is not None else {}),
+    }
     base_name = base.repo if base is not None else manifest.source.repo
     if base_name is not None:
         fields |= {"base_model": base_name, "base_model_relation": "quantized"}
     fields["license_link"] = _licence_link(fields.get("license_link"), base, manifest)
-    data = ModelCardData(library_name="transformers", tags=["codecllm", manifest.options.scheme, *sorted(codecs)], **fields)
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["codecllm", manifest.options.scheme, *sorted(codecs)],
+        **fields,
+    )
     return str(data.to_yaml()).strip()
 
 
@@ -89,7 +104,11 @@ def _loading(container: Container, repo: str) -> str:
     has_tokenizer = any(container.manifest.file(name) is not None for name in _TOKENIZERS)
     lines = ["import codecllm, transformers"] if has_tokenizer else ["import codecllm"]
     lines += [f'model = codecllm.from_pretrained("{repo}")']
-    lines += ["tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)"] if has_tokenizer else []
+    lines += (
+        ["tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)"]
+        if has_tokenizer
+        else []
+    )
     text = "```python\n" + "\n".join(lines) + "\n```"
     if any(isinstance(record, Int8Tensor) for record in container.manifest.tensors):
         text += (
@@ -99,14 +118,19 @@ def _loading(container: Container, repo: str) -> str:
     return text
 
 
-def _figures(facts: dict[str, Any], base: str | None, baseline: Baseline | None) -> Iterator[tuple[str, str]]:
+def _figures(
+    facts: dict[str, Any], base: str | None, baseline: Baseline | None
+) -> Iterator[tuple[str, str]]:
     dtypes = ", ".join(facts["source_dtypes"])
     yield "weights", f"{facts['weights']:,}"
     yield f"source ({dtypes})", f"{facts['source_bytes']:,} bytes"
     yield "container (shards and manifest)", f"{facts['container_bytes']:,} bytes"
     yield "ratio", f"{facts['ratio']:.3f}x"
     yield "bits per weight, all counted", f"{facts['bits_per_weight']:.3f}"
-    yield "order-0 entropy of what is coded", f"{facts['entropy_bits_per_weight']:.3f} bits per weight"
+    yield (
+        "order-0 entropy of what is coded",
+        f"{facts['entropy_bits_per_weight']:.3f} bits per weight",
+    )
     schemes: dict[str, int] = {}
     for tensor in facts["tensors"]:
         schemes[tensor["scheme"]] = schemes.get(tensor["scheme"], 0) + 1
@@ -129,7 +153,9 @@ def _figures(facts: dict[str, Any], base: str | None, baseline: Baseline | None)
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:
-    return "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(
+        ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    )
 
 
 def _remarks(facts: dict[str, Any], baseline: Baseline | None) -> str:
@@ -157,5 +183,7 @@ def _licence(base: BaseModel | None) -> str:
     if base is None or "license" not in base.card:
         return ""
     licence = base.card.get("license_name") or base.card["license"]
-    gated = " Access to it is gated; its conditions hold for these weights too." if base.gated else ""
+    gated = (
+        " Access to it is gated; its conditions hold for these weights too." if base.gated else ""
+    )
     return f"## Licence\n\nThat of the [base model](https://huggingface.co/{base.repo}): {licence}.{gated}"

@@ -14,7 +14,7 @@ from codecllm.hub import BaseModel, Upload, check_login, read_base_model, upload
 from codecllm.hub.upload import CARD_NAME
 from codecllm.model_card import MARKER, make_card
 from codecllm.verifier import verify
-from codecllm.verifier.integrity import Progress
+from codecllm.verifier.checks.integrity import Progress
 from codecllm.verifier.verification import Level
 
 _FREE_LICENCES = frozenset(
@@ -110,7 +110,10 @@ def push(
     """
     folder, tell = Path(container), on_stage or (lambda text: None)
     if create_pr and revision is not None:
-        raise UsageError("a pull request is made against main: revision and create_pr exclude each other", got=revision)
+        raise UsageError(
+            "a pull request is made against main: revision and create_pr exclude each other",
+            got=revision,
+        )
     if not folder.is_dir():
         raise NotAContainerError(describe_missing(folder, CONTAINER_IS), file=str(container))
     check_login(repo, token=token)
@@ -135,9 +138,13 @@ def push(
             token=token,
         )
         if not upload.card:
-            warnings.append(f"{CARD_NAME} on the Hub is not one that codecllm wrote: it stays as it is")
+            warnings.append(
+                f"{CARD_NAME} on the Hub is not one that codecllm wrote: it stays as it is"
+            )
         files = len(manifest.shards) + len(manifest.files) + 1 + upload.card
-        return PushReport(repo, upload, sha256, files, opened.stored_bytes, card and upload.card, warnings)
+        return PushReport(
+            repo, upload, sha256, files, opened.stored_bytes, card and upload.card, warnings
+        )
 
 
 def _verified(folder: Path, level: Level, workers: int | None, progress: Progress | None) -> str:
@@ -146,29 +153,45 @@ def _verified(folder: Path, level: Level, workers: int | None, progress: Progres
     faults = [finding.error for stage in report.stages for finding in stage.findings]
     if faults:
         count = len(faults)
-        faults[0].message = f"not pushed, {count} fault{'s' * (count != 1)} found; the first: {faults[0].message}"
+        faults[
+            0
+        ].message = (
+            f"not pushed, {count} fault{'s' * (count != 1)} found; the first: {faults[0].message}"
+        )
         raise faults[0]
     assert report.manifest_sha256 is not None
     return report.manifest_sha256
 
 
-def _ask_base(repo: str | None, private: bool, token: str | bool | None) -> tuple[BaseModel | None, list[str]]:
+def _ask_base(
+    repo: str | None, private: bool, token: str | bool | None
+) -> tuple[BaseModel | None, list[str]]:
     """Returns what the Hub knows of the base model, and what its publisher has to know."""
     if repo is None:
-        return None, ["the source was a local folder: the card names no base model and no licence (--base-model names it)"]
+        return None, [
+            "the source was a local folder: the card names no base model and no licence (--base-model names it)"
+        ]
     try:
         base = read_base_model(repo, token=token)
     except HubError as exc:
-        return None, [f"the card states no licence, because the base model could not be looked up: {exc}"]
+        return None, [
+            f"the card states no licence, because the base model could not be looked up: {exc}"
+        ]
     warnings = []
     if base.gated and not private:
-        warnings.append(f"{repo} is gated, and gating does not travel: everyone can read a public copy (--private hides it)")
+        warnings.append(
+            f"{repo} is gated, and gating does not travel: everyone can read a public copy (--private hides it)"
+        )
     licence = base.card.get("license")
     if licence is None:
-        warnings.append(f"{repo} states no licence: without one its weights may not be published by others")
+        warnings.append(
+            f"{repo} states no licence: without one its weights may not be published by others"
+        )
     elif str(licence) not in _FREE_LICENCES:
         name = base.card.get("license_name") or licence
-        warnings.append(f"the licence of {repo} ({name}) binds its copies too: read it before you publish")
+        warnings.append(
+            f"the licence of {repo} ({name}) binds its copies too: read it before you publish"
+        )
     return base, warnings
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
-from codecllm.converter.feedback import Feedback
-from codecllm.converter.rate import Target, fit
-from codecllm.converter.source import SourceModel
+from codecllm.converter.rate.feedback import Feedback
+from codecllm.converter.rate.search import Target, fit
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 
 QUALITIES = {"high": 6.0, "balanced": 5.0, "small": 4.0}
@@ -52,7 +52,9 @@ def chosen_steps(
         raise UsageError("bits, ratio and quality exclude one another")
     if bits is None and ratio is None and quality is None:
         if calibrate is not None:
-            raise UsageError("calibrate needs bits, ratio or quality: plain int8 takes its steps from the largest weights")
+            raise UsageError(
+                "calibrate needs bits, ratio or quality: plain int8 takes its steps from the largest weights"
+            )
         if refine:
             raise UsageError("refine needs bits, ratio or quality: plain int8 rounds to nearest")
         return {}, []
@@ -62,7 +64,10 @@ def chosen_steps(
     target = Target(bits=QUALITIES[quality] if quality is not None else bits, ratio=ratio)
     target.check(chosen)
     if refine and calibrate == "none":
-        raise UsageError("refine needs a calibration: errors are fed back by what enters each layer", got="calibrate none")
+        raise UsageError(
+            "refine needs a calibration: errors are fed back by what enters each layer",
+            got="calibrate none",
+        )
     refined = stepped_tensors(folder, chosen) if refine else frozenset()
     kind, found, notes = _calibrated(folder, calibrate, refined, on_stage)
     if on_stage is not None:
@@ -72,8 +77,17 @@ def chosen_steps(
     else:
         feedback = None if found.products is None else Feedback(found.products)
         fitted = fit(folder, chosen, target, found.statistics, feedback, on_stage)
-    asked = {"steps": fitted, "bits": target.bits, "ratio": ratio, "calibrate": kind, "refine": True if refine else None}
-    return {**asked, "calibration": None if found is None else found.record}, [*notes, *fitted.notes]
+    asked = {
+        "steps": fitted,
+        "bits": target.bits,
+        "ratio": ratio,
+        "calibrate": kind,
+        "refine": True if refine else None,
+    }
+    return {**asked, "calibration": None if found is None else found.record}, [
+        *notes,
+        *fitted.notes,
+    ]
 
 
 def stepped_tensors(folder: Path, options: ConvertOptions) -> frozenset[str]:
@@ -84,19 +98,26 @@ def stepped_tensors(folder: Path, options: ConvertOptions) -> frozenset[str]:
 
 
 def _calibrated(
-    folder: Path, calibrate: str | Path | None, refined: Collection[str], on_stage: Callable[[str], None] | None
+    folder: Path,
+    calibrate: str | Path | None,
+    refined: Collection[str],
+    on_stage: Callable[[str], None] | None,
 ) -> tuple[str, Any, list[str]]:
     """Returns the kind of calibration, what came of it or None, and notes."""
     if calibrate == "none":
         return "none", None, []
     kind = "self" if calibrate is None else str(calibrate)
     if kind not in ("self", "random") and not Path(kind).is_file():
-        raise UsageError("no such calibration", got=kind, expected="self, random, none or a text file")
+        raise UsageError(
+            "no such calibration", got=kind, expected="self, random, none or a text file"
+        )
     try:
         try:
             from codecllm.calibrator import calibrate as run
         except ImportError as exc:
-            raise UnsupportedEnvironmentError(f"calibration needs torch and transformers ({exc})") from exc
+            raise UnsupportedEnvironmentError(
+                f"calibration needs torch and transformers ({exc})"
+            ) from exc
         found = run(folder, kind, on_stage, refined=refined)
     except UnsupportedEnvironmentError as exc:
         if calibrate is not None or refined:

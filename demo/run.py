@@ -45,7 +45,11 @@ def main() -> None:
         language, encoder = smollm2(), minilm_bf16()
     except ModelUnavailableError as exc:
         sys.exit(f"demo: {exc}")
-    int8, lossless, honest = OUT / "smollm2-int8", OUT / "smollm2-lossless", OUT / "minilm-bf16-lossless"
+    int8, lossless, honest = (
+        OUT / "smollm2-int8",
+        OUT / "smollm2-lossless",
+        OUT / "minilm-bf16-lossless",
+    )
     codecllm("convert", language, int8, "--force")
     codecllm("convert", language, lossless, "--scheme", "lossless", "--force")
     codecllm("convert", encoder, honest, "--scheme", "lossless", "--force")
@@ -68,7 +72,9 @@ def codecllm(*arguments: object) -> str:
     """Runs the command line, shows command and output, and returns the output; ends the demo where it fails."""
     words = [str(argument) for argument in arguments]
     _console.print(f"\n$ codecllm {shlex.join(words)}", style="bold", markup=False)
-    done = subprocess.run([sys.executable, "-m", "codecllm", *words], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "codecllm", *words], stdout=subprocess.PIPE, text=True, check=False
+    )
     _console.print(done.stdout.rstrip(), markup=False)
     if done.returncode != 0:
         sys.exit(f"demo: exit code {done.returncode}")
@@ -79,7 +85,9 @@ def verified(out: Path, source: Path) -> dict[str, Any]:
     """Verifies a container against its source, for people and for machines; returns the stages by name."""
     codecllm("verify", out, "--source", source, "--require-baseline")
     command = [sys.executable, "-m", "codecllm", "verify", str(out), "--no-baseline", "--json"]
-    report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    report = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
     return {stage["name"]: stage for stage in report["stages"]} | {"ok": report["ok"]}
 
 
@@ -96,7 +104,15 @@ def row(out: Path, stages: dict[str, Any], text: str) -> Row:
     facts = stages["ratio"]["facts"]
     model, _, scheme = out.name.rpartition("-")
     verdict = "ok" if stages["ok"] else "FAILED"
-    return Row(model, scheme, facts["ratio"], facts["bits_per_weight"], facts["entropy_bound_bits_per_weight"], verdict, text)
+    return Row(
+        model,
+        scheme,
+        facts["ratio"],
+        facts["bits_per_weight"],
+        facts["entropy_bound_bits_per_weight"],
+        verdict,
+        text,
+    )
 
 
 def table_of(rows: list[Row]) -> Table:

@@ -52,7 +52,9 @@ def sha256_hex(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of_descriptor(descriptor: int, progress: Callable[[int], None] | None = None) -> tuple[str, int]:
+def sha256_of_descriptor(
+    descriptor: int, progress: Callable[[int], None] | None = None
+) -> tuple[str, int]:
     """Reads an open file from its start to its end.
 
     Args:
@@ -94,5 +96,10 @@ def check_xxh3(data: Any, expected: str, file: str, tensor: str | None, byte: in
     if got != expected:
         what = "header" if tensor is None else "stored bytes"
         raise ChecksumError(
-            f"{what} differ from the manifest: xxh3", file=file, tensor=tensor, byte=byte, got=got, expected=expected
+            f"{what} differ from the manifest: xxh3",
+            file=file,
+            tensor=tensor,
+            byte=byte,
+            got=got,
+            expected=expected,
         )

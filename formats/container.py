@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import check_xxh3, sha256_hex, sha256_of_descriptor
-from codecllm.formats.chunk_table import ChunkTable, parse_chunk_table
 from codecllm.formats.codecs import RANS_ID, rans
-from codecllm.formats.columns import Columns, make_columns
+from codecllm.formats.codecs.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
 from codecllm.formats.errors import (
     ChecksumError,
     DecodeError,
@@ -25,12 +24,20 @@ from codecllm.formats.errors import (
     TruncatedError,
 )
 from codecllm.formats.files import Excerpt, SafeFile, describe_missing, refuse_foreign
-from codecllm.formats.float_bits import float32_from_bits
-from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from codecllm.formats.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
-from codecllm.formats.records import AliasTensor, CodedTensor, FileRecord, Int8Tensor, RawTensor, side_names
-from codecllm.formats.safetensors_header import ShardHeader, TensorEntry, read_header
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.formats.manifest.records import (
+    AliasTensor,
+    CodedTensor,
+    FileRecord,
+    Int8Tensor,
+    RawTensor,
+    side_names,
+)
+from codecllm.formats.schemes.columns import Columns, make_columns
+from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import check_steps
+from codecllm.formats.shards.chunk_table import ChunkTable, parse_chunk_table
+from codecllm.formats.shards.safetensors_header import ShardHeader, TensorEntry, read_header
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tensor_matrix
 from codecllm.formats.tiling import Grid
 
@@ -72,7 +79,10 @@ class Container:
             raise NotAContainerError(f"folder holds no {MANIFEST_NAME}", file=str(folder)) from exc
         self.manifest_sha256 = sha256_hex(data)
         self.manifest_bytes = len(data)
-        if expected_manifest_sha256 is not None and self.manifest_sha256 != expected_manifest_sha256.lower():
+        if (
+            expected_manifest_sha256 is not None
+            and self.manifest_sha256 != expected_manifest_sha256.lower()
+        ):
             raise ChecksumError(
                 "manifest is not the expected one",
                 file=MANIFEST_NAME,
@@ -94,7 +104,12 @@ class Container:
     def __enter__(self) -> Container:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def decoding_threads(self, workers: int | None) -> int:
@@ -123,7 +138,12 @@ class Container:
             data = file.read(0, file.size)
         got = sha256_hex(data)
         if got != record.sha256:
-            raise ChecksumError("file differs from the manifest: sha256", file=record.name, got=got, expected=record.sha256)
+            raise ChecksumError(
+                "file differs from the manifest: sha256",
+                file=record.name,
+                got=got,
+                expected=record.sha256,
+            )
         return data
 
     def check_presence(self, record: FileRecord) -> None:
@@ -143,7 +163,12 @@ class Container:
             _check_size(file, record)
             got, _ = sha256_of_descriptor(file.descriptor)
         if got != record.sha256:
-            raise ChecksumError("file differs from the manifest: sha256", file=record.name, got=got, expected=record.sha256)
+            raise ChecksumError(
+                "file differs from the manifest: sha256",
+                file=record.name,
+                got=got,
+                expected=record.sha256,
+            )
 
     def shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         """Opens shard `number` (from 0) and checks its size, its header and that it holds what the manifest says.
@@ -174,16 +199,36 @@ class Container:
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
         tables = f"{record.name}_tables"  # their size is limited by what the others say
-        sides = _read_together(file, [header.tensors[side] for side in side_names(record) if side != tables])
+        sides = _read_together(
+            file, [header.tensors[side] for side in side_names(record) if side != tables]
+        )
         table_bytes = self._read_side(sides, header, record, "chunks", record.xxh3.chunks)
-        table = parse_chunk_table(table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name)
+        table = parse_chunk_table(
+            table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name
+        )
         _check_geometry(record, table, file.name)
-        table.check_low_bits(isinstance(record, Int8Tensor) and record.wide, file=file.name, tensor=record.name)
+        table.check_low_bits(
+            isinstance(record, Int8Tensor) and record.wide, file=file.name, tensor=record.name
+        )
         shape = self._read_side(sides, header, record, "shape", record.xxh3.shape)
         if np.frombuffer(shape, "<i8").tolist() != record.shape:
-            raise LayoutError("stored shape differs from the manifest", file=file.name, tensor=record.name)
-        scales, columns = self._read_scales(sides, header, record) if isinstance(record, Int8Tensor) else (None, None)
-        return StoredTensor(record, file, entry.start, table, scales, self._read_tables(file, header, record, table), columns)
+            raise LayoutError(
+                "stored shape differs from the manifest", file=file.name, tensor=record.name
+            )
+        scales, columns = (
+            self._read_scales(sides, header, record)
+            if isinstance(record, Int8Tensor)
+            else (None, None)
+        )
+        return StoredTensor(
+            record,
+            file,
+            entry.start,
+            table,
+            scales,
+            self._read_tables(file, header, record, table),
+            columns,
+        )
 
     def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         record = self.manifest.shards[number]
@@ -199,18 +244,36 @@ class Container:
             raise
         return file, header
 
-    def _read_side(self, file: SafeFile | Excerpt, header: ShardHeader, record: CodedTensor, side: str, checksum: str) -> bytes:
+    def _read_side(
+        self,
+        file: SafeFile | Excerpt,
+        header: ShardHeader,
+        record: CodedTensor,
+        side: str,
+        checksum: str,
+    ) -> bytes:
         entry = header.tensors[f"{record.name}_{side}"]
         data = file.read(entry.start, entry.bytes)
         check_xxh3(data, checksum, file.name, entry.name, entry.start)
         return data
 
-    def _read_tables(self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable) -> GroupTables | None:
+    def _read_tables(
+        self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable
+    ) -> GroupTables | None:
         if record.xxh3.tables is None:
             return None
-        got, most = header.tensors[record.name + "_tables"].bytes, max_tables_bytes(len(chunks.records))
+        got, most = (
+            header.tensors[record.name + "_tables"].bytes,
+            max_tables_bytes(len(chunks.records)),
+        )
         if got > most:
-            raise LayoutError("rans tables are too large", file=file.name, tensor=record.name, got=got, expected=f"<= {most}")
+            raise LayoutError(
+                "rans tables are too large",
+                file=file.name,
+                tensor=record.name,
+                got=got,
+                expected=f"<= {most}",
+            )
         data = self._read_side(file, header, record, "tables", record.xxh3.tables)
         return parse_group_tables(data, chunks=chunks, file=file.name, tensor=record.name)
 
@@ -218,13 +281,20 @@ class Container:
         self, file: SafeFile | Excerpt, header: ShardHeader, record: Int8Tensor
     ) -> tuple[NDArray[np.float32], Columns | None]:
         assert record.xxh3.scale is not None
-        scales = widened_scales(self._read_side(file, header, record, "scale", record.xxh3.scale), record)
+        scales = widened_scales(
+            self._read_side(file, header, record, "scale", record.xxh3.scale), record
+        )
         columns = None
         if record.xxh3.col_scale is not None:
-            factors = widened_scales(self._read_side(file, header, record, "col_scale", record.xxh3.col_scale), record)
+            factors = widened_scales(
+                self._read_side(file, header, record, "col_scale", record.xxh3.col_scale), record
+            )
             groups = None
             if record.xxh3.col_group is not None:
-                groups = np.frombuffer(self._read_side(file, header, record, "col_group", record.xxh3.col_group), np.uint8)
+                groups = np.frombuffer(
+                    self._read_side(file, header, record, "col_group", record.xxh3.col_group),
+                    np.uint8,
+                )
             columns = make_columns(factors, groups)
         try:
             check_steps(scales, columns.scales if columns is not None else None, record.wide)
@@ -258,21 +328,36 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
         if isinstance(record, Int8Tensor):
             rows, cols = tensor_matrix(record)
             scale_dtype = record.scale_dtype or "F32"
-            expected[record.name + "_scale"] = (scale_dtype, [rows if record.channel_kind == "row" else cols])
+            expected[record.name + "_scale"] = (
+                scale_dtype,
+                [rows if record.channel_kind == "row" else cols],
+            )
             if record.xxh3.col_scale is not None:
                 expected[record.name + "_col_scale"] = (scale_dtype, [cols])
             if record.xxh3.col_group is not None:
                 expected[record.name + "_col_group"] = ("U8", [cols])
     for name, (dtype, shape) in expected.items():
         if name not in found:
-            raise LayoutError("shard lacks a tensor that the manifest places there", file=file, tensor=name)
+            raise LayoutError(
+                "shard lacks a tensor that the manifest places there", file=file, tensor=name
+            )
         got_dtype, got_shape = found[name]
         if got_dtype != dtype or (got_shape != shape if shape is not None else len(got_shape) != 1):
             got = f"{got_dtype} {got_shape}"
-            raise LayoutError("stored type differs from the manifest", file=file, tensor=name, got=got, expected=dtype)
+            raise LayoutError(
+                "stored type differs from the manifest",
+                file=file,
+                tensor=name,
+                got=got,
+                expected=dtype,
+            )
     for name in found:
         if name not in expected:
-            raise LayoutError("shard holds a tensor that the manifest does not place there", file=file, tensor=name)
+            raise LayoutError(
+                "shard holds a tensor that the manifest does not place there",
+                file=file,
+                tensor=name,
+            )
 
 
 def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:
@@ -302,9 +387,16 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
             expected=str(expected),
         )
     _check_rans_planes(record, table, file)
-    stored = np.add.reduce(table.records["stored_bytes"].reshape(-1, table.planes), axis=0, dtype=np.int64).tolist()
+    stored = np.add.reduce(
+        table.records["stored_bytes"].reshape(-1, table.planes), axis=0, dtype=np.int64
+    ).tolist()
     if stored != [plane.stored_bytes for plane in record.planes]:
-        raise LayoutError("chunk table and manifest disagree on stored bytes", file=file, tensor=record.name, got=stored)
+        raise LayoutError(
+            "chunk table and manifest disagree on stored bytes",
+            file=file,
+            tensor=record.name,
+            got=stored,
+        )
 
 
 def _check_rans_planes(record: CodedTensor, table: ChunkTable, file: str) -> None:
@@ -316,11 +408,20 @@ def _check_rans_planes(record: CodedTensor, table: ChunkTable, file: str) -> Non
     wrong = coded.reshape(-1, table.planes) & ~announced
     if wrong.any():
         chunk = int(wrong.reshape(-1).argmax())
-        raise LayoutError("chunk uses codec 'rans', its plane does not", file=file, tensor=record.name, chunk=chunk)
+        raise LayoutError(
+            "chunk uses codec 'rans', its plane does not",
+            file=file,
+            tensor=record.name,
+            chunk=chunk,
+        )
 
 
 def _check_size(file: SafeFile, record: FileRecord) -> None:
     if file.size < record.bytes:
-        raise TruncatedError("file is too short", file=record.name, got=file.size, expected=f"{record.bytes} bytes")
+        raise TruncatedError(
+            "file is too short", file=record.name, got=file.size, expected=f"{record.bytes} bytes"
+        )
     if file.size > record.bytes:
-        raise LayoutError("file is too long", file=record.name, got=file.size, expected=f"{record.bytes} bytes")
+        raise LayoutError(
+            "file is too long", file=record.name, got=file.size, expected=f"{record.bytes} bytes"
+        )

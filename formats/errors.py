@@ -51,7 +51,10 @@ class CodecLLMError(Exception):
     def __str__(self) -> str:
         place = [f"{self.file}:"] if self.file else []
         if self.tensor is not None:
-            place.append(f"tensor {self.tensor!r}" + ("" if self.chunk is not None or self.byte is not None else ":"))
+            place.append(
+                f"tensor {self.tensor!r}"
+                + ("" if self.chunk is not None or self.byte is not None else ":")
+            )
         if self.chunk is not None:
             place.append(f"chunk {self.chunk}" + ("" if self.byte is not None else ":"))
         if self.byte is not None:

@@ -67,7 +67,9 @@ class SafeFile:
         while done < length:
             count = os.preadv(self.descriptor, [target[done:]], offset + done)
             if count == 0:
-                raise TruncatedError("file ends early", file=self.name, byte=offset + done, expected=offset + length)
+                raise TruncatedError(
+                    "file ends early", file=self.name, byte=offset + done, expected=offset + length
+                )
             done += count
 
     def unchanged(self) -> bool:
@@ -87,7 +89,12 @@ class SafeFile:
     def __enter__(self) -> SafeFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

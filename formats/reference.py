@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import DecodeError
-from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.formats.schemes.int8 import dequantize, join_codes, split_codes
 from codecllm.formats.schemes.lossless import join_planes
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, sound, tile_steps
@@ -49,7 +49,9 @@ def runs(tensor: StoredTensor) -> list[range]:
     return [range(first, min(first + step, len(grid))) for first in range(0, len(grid), step)]
 
 
-def _decoded_parts(tensor: StoredTensor, tiles: range) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
+def _decoded_parts(
+    tensor: StoredTensor, tiles: range
+) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
     """Reads a run of tiles with one read; yields each rectangle of the source and its planes, uint8 [rows, cols]."""
     planes, together = tensor.table.planes, tensor.tiles_together
     first, last = tiles.start * planes, tiles.stop * planes
@@ -60,7 +62,9 @@ def _decoded_parts(tensor: StoredTensor, tiles: range) -> Iterator[tuple[Tile, l
         yield tensor.part(start), join_chunks(tensor, start, chunks)
 
 
-def join_chunks(tensor: StoredTensor, start: int, chunks: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+def join_chunks(
+    tensor: StoredTensor, start: int, chunks: list[NDArray[np.uint8]]
+) -> list[NDArray[np.uint8]]:
     """Returns the planes, uint8 [rows, cols] as in `read_symbols`, of the `tiles_together` tiles from `start` on.
 
     Args:
@@ -75,7 +79,9 @@ def join_chunks(tensor: StoredTensor, start: int, chunks: list[NDArray[np.uint8]
         left = tile.col - part.col
         own = chunks[number * planes : (number + 1) * planes]
         if tensor.wide:
-            codes = join_codes(own[0].view(np.int8), own[1].view(np.int8), tensor.table.low_bits[start + number])
+            codes = join_codes(
+                own[0].view(np.int8), own[1].view(np.int8), tensor.table.low_bits[start + number]
+            )
             own = [half.view(np.uint8) for half in split_codes(codes, 8)]
         for plane, symbols in zip(stored, own, strict=True):
             plane[:, left : left + tile.cols] = symbols.reshape(tile.rows, tile.cols)
@@ -108,7 +114,9 @@ def read_run_codes(tensor: StoredTensor, tiles: range) -> list[NDArray[np.signed
 
 def read_run_bytes(tensor: StoredTensor, tiles: range) -> bytes:
     """Returns the elements of a run of tiles (see `runs`), part by part, each row-major."""
-    return b"".join(_part_bytes(tensor, part, planes) for part, planes in _decoded_parts(tensor, tiles))
+    return b"".join(
+        _part_bytes(tensor, part, planes) for part, planes in _decoded_parts(tensor, tiles)
+    )
 
 
 def read_rows(tensor: StoredTensor, first: int, last: int) -> bytes:

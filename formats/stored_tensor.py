@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import check_xxh3, xxh3_each, xxh3_here
-from codecllm.formats.chunk_table import ChunkTable
 from codecllm.formats.codecs import CODECS, RANS_ID, ZSTD, rans
-from codecllm.formats.columns import Columns
+from codecllm.formats.codecs.rans_groups import GroupTables
 from codecllm.formats.errors import (
     ChecksumError,
     DecodeError,
@@ -23,9 +22,10 @@ from codecllm.formats.errors import (
     TruncatedError,
 )
 from codecllm.formats.files import SafeFile
-from codecllm.formats.rans_groups import GroupTables
-from codecllm.formats.records import CodedTensor, Int8Tensor, RawTensor
+from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, RawTensor
+from codecllm.formats.schemes.columns import Columns
 from codecllm.formats.schemes.int8 import check_codes, step_sizes
+from codecllm.formats.shards.chunk_table import ChunkTable
 from codecllm.formats.tiling import Tile, channel_matrix, last_axis_matrix
 
 _Symbols = TypeVar("_Symbols", np.uint8, np.int16)
@@ -101,7 +101,9 @@ class StoredTensor:
     @property
     def tiles_together(self) -> int:
         """Tiles that give whole rows in the source's order only together: a row of tiles, or 1 where each tile does so."""
-        return 1 if self.table.grid.in_source_order and not self.permuted else self.table.grid.across
+        return (
+            1 if self.table.grid.in_source_order and not self.permuted else self.table.grid.across
+        )
 
     @property
     def permuted(self) -> bool:
@@ -111,9 +113,15 @@ class StoredTensor:
     def part(self, tile: int) -> Tile:
         """Returns the rectangle of the source's matrix that `tiles_together` tiles from `tile` on hold."""
         found = self.table.grid.tile(tile)
-        return found if self.tiles_together == 1 else Tile(found.row, 0, found.rows, self.table.grid.cols)
+        return (
+            found
+            if self.tiles_together == 1
+            else Tile(found.row, 0, found.rows, self.table.grid.cols)
+        )
 
-    def in_order(self, part: NDArray[_Symbols], out: NDArray[_Symbols] | None = None) -> NDArray[_Symbols]:
+    def in_order(
+        self, part: NDArray[_Symbols], out: NDArray[_Symbols] | None = None
+    ) -> NDArray[_Symbols]:
         """Returns symbols or codes [rows, cols] of whole rows, given with columns as they are stored, in the source's order.
 
         Args:
@@ -153,7 +161,9 @@ class StoredTensor:
         slot = slots[record.begin - base : record.end - base]
         got = xxh3_here(slot)
         if got != record.xxh3:
-            error = ChecksumError("stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{record.xxh3:016x}")
+            error = ChecksumError(
+                "stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{record.xxh3:016x}"
+            )
             raise error.located(**self.place(chunk))
         if any(slot[record.stored_bytes :]):
             raise SchemaError("padding is not zero").located(**self.place(chunk))
@@ -170,16 +180,23 @@ class StoredTensor:
         Raises:
             ChecksumError, SchemaError: what `stored_chunk` raises for the first chunk that is wrong.
         """
-        records, ends = self.table.records[first:last], self.table.offsets[first : last + 1] - self.table.offsets[first]
+        records, ends = (
+            self.table.records[first:last],
+            self.table.offsets[first : last + 1] - self.table.offsets[first],
+        )
         places, view = ends.tolist(), memoryview(slots)
         wrong = xxh3_each([view[begin:end] for begin, end in pairwise(places)]) != records["xxh3"]
-        tails = slots.reshape(-1, limits.SLOT_ALIGNMENT)[ends[1:] // limits.SLOT_ALIGNMENT - 1]  # padding is shorter
+        tails = slots.reshape(-1, limits.SLOT_ALIGNMENT)[
+            ends[1:] // limits.SLOT_ALIGNMENT - 1
+        ]  # padding is shorter
         used = records["stored_bytes"] - ends[1:] + limits.SLOT_ALIGNMENT + ends[:-1]
         wrong |= ((tails != 0) & (np.arange(limits.SLOT_ALIGNMENT) >= used[:, None])).any(axis=1)
         if wrong.any():
             chunk = first + int(wrong.argmax())
             self.stored_chunk(chunk, view, first)
-            raise ChecksumError("stored bytes changed while they were checked").located(**self.place(chunk))
+            raise ChecksumError("stored bytes changed while they were checked").located(
+                **self.place(chunk)
+            )
 
     def decode_together(self, first: int, last: int, slots: memoryview) -> list[memoryview] | None:
         """Verifies and decodes chunks [first, last) with few calls: as `decode_run`, but for the codes' range (`check_codes`).
@@ -197,14 +214,20 @@ class StoredTensor:
             return None
         records = self.table.chunks[first:last]
         try:
-            symbols: list[memoryview] = [self.stored_chunk(chunk, slots, first) for chunk in range(first, last)]
+            symbols: list[memoryview] = [
+                self.stored_chunk(chunk, slots, first) for chunk in range(first, last)
+            ]
         except (ChecksumError, SchemaError):
             return None
         coded = [number for number, record in enumerate(records) if record.codec == ZSTD.codec_id]
         if coded:
             base = records[0].begin
-            spans = [(records[number].begin - base, records[number].stored_bytes) for number in coded]
-            frames = ZSTD.decode_together(slots, spans, [records[number].raw_bytes for number in coded])
+            spans = [
+                (records[number].begin - base, records[number].stored_bytes) for number in coded
+            ]
+            frames = ZSTD.decode_together(
+                slots, spans, [records[number].raw_bytes for number in coded]
+            )
             if frames is None:
                 return None
             for number, decoded in zip(coded, frames, strict=True):
@@ -246,15 +269,21 @@ class StoredTensor:
                         raise symbols
                 else:
                     stored = self.stored_chunk(chunk, slots, first)
-                    symbols = np.frombuffer(CODECS[record.codec].decode(stored, record.raw_bytes), np.uint8)
+                    symbols = np.frombuffer(
+                        CODECS[record.codec].decode(stored, record.raw_bytes), np.uint8
+                    )
                 if self.scales is not None and (chunk + 1) % self.table.planes == 0:
-                    check_codes(symbols.view(np.int8))  # of a wide tensor only the high plane is bounded
+                    check_codes(
+                        symbols.view(np.int8)
+                    )  # of a wide tensor only the high plane is bounded
             except (ChecksumError, SchemaError, DecodeError) as exc:
                 yield exc.located(**self.place(chunk))
                 continue
             yield symbols
 
-    def _decode_rans(self, begin: int, end: int, slots: memoryview, first: int) -> dict[int, Decoded]:
+    def _decode_rans(
+        self, begin: int, end: int, slots: memoryview, first: int
+    ) -> dict[int, Decoded]:
         """Verifies and decodes the chunks of [begin, end) that use codec `rans`; returns symbols or error of each."""
         assert self.tables is not None
         results: dict[int, Decoded] = {}
@@ -265,7 +294,9 @@ class StoredTensor:
                 continue
             try:
                 table = self.tables.table(*divmod(chunk, self.table.planes))
-                coded[chunk] = rans.Coded(self.stored_chunk(chunk, slots, first), record.raw_bytes, table)
+                coded[chunk] = rans.Coded(
+                    self.stored_chunk(chunk, slots, first), record.raw_bytes, table
+                )
             except (ChecksumError, SchemaError, DecodeError) as exc:
                 results[chunk] = exc
         return results | dict(zip(coded, rans.decode_chunks(list(coded.values())), strict=True))
@@ -296,7 +327,9 @@ def tile_steps(tensor: StoredTensor, tile: Tile) -> NDArray[np.float32]:
     return step_sizes(tensor.scales[rows], tensor.columns.scales[cols])
 
 
-def scales_for_tile(record: CodedTensor, scales: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:
+def scales_for_tile(
+    record: CodedTensor, scales: NDArray[np.float32], tile: Tile
+) -> NDArray[np.float32]:
     """Returns the scales of a tile's channels, shaped to broadcast against its codes: [rows, 1] or [1, cols]."""
     if isinstance(record, Int8Tensor) and record.channel_kind == "column":
         return scales[None, tile.col : tile.col + tile.cols]

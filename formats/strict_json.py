@@ -9,7 +9,9 @@ from codecllm.formats import limits
 from codecllm.formats.errors import LimitError, SchemaError
 
 
-def parse_json_object(data: bytes, *, file: str, max_bytes: int, max_depth: int = limits.JSON_DEPTH) -> dict[str, Any]:
+def parse_json_object(
+    data: bytes, *, file: str, max_bytes: int, max_depth: int = limits.JSON_DEPTH
+) -> dict[str, Any]:
     """Parses UTF-8 JSON whose top level is an object.
 
     Args:
@@ -23,7 +25,9 @@ def parse_json_object(data: bytes, *, file: str, max_bytes: int, max_depth: int 
         SchemaError: not UTF-8, not JSON, a repeated key at any depth, NaN or an infinity, or not an object.
     """
     if len(data) > max_bytes:
-        raise LimitError("JSON text is too long", file=file, got=len(data), expected=f"at most {max_bytes} bytes")
+        raise LimitError(
+            "JSON text is too long", file=file, got=len(data), expected=f"at most {max_bytes} bytes"
+        )
     try:
         text = data.decode("utf-8")
         value = json.loads(
@@ -38,7 +42,9 @@ def parse_json_object(data: bytes, *, file: str, max_bytes: int, max_depth: int 
     except json.JSONDecodeError as exc:
         raise SchemaError(f"not JSON ({exc.msg})", file=file, byte=exc.pos) from exc
     except RecursionError as exc:
-        raise LimitError("JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels") from exc
+        raise LimitError(
+            "JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels"
+        ) from exc
     if not isinstance(value, dict):
         raise SchemaError("top level is not an object", file=file, got=type(value).__name__)
     _check_depth(value, file, max_depth)
@@ -64,7 +70,9 @@ def _refuse_constant(name: str, file: str) -> NoReturn:
 
 def _bounded_int(digits: str, file: str) -> int:
     if len(digits) > 17 or abs(value := int(digits)) > limits.INTEGER:
-        raise LimitError("integer is too large", file=file, got=digits[:40], expected="at most 2^53 in magnitude")
+        raise LimitError(
+            "integer is too large", file=file, got=digits[:40], expected="at most 2^53 in magnitude"
+        )
     return value
 
 
@@ -80,9 +88,14 @@ def _check_depth(root: Any, file: str, max_depth: int) -> None:
     level, depth = [root], 1
     while level:
         if depth > max_depth:
-            raise LimitError("JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels")
+            raise LimitError(
+                "JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels"
+            )
         parts = [value.values() if isinstance(value, dict) else value for value in level]
-        level, depth = [item for part in parts for item in part if isinstance(item, (dict, list))], depth + 1
+        level, depth = (
+            [item for part in parts for item in part if isinstance(item, (dict, list))],
+            depth + 1,
+        )
 
 
 def _check_strings(root: Any, file: str) -> None:
@@ -95,5 +108,9 @@ def _check_strings(root: Any, file: str) -> None:
             stack.extend(value.values())
         elif isinstance(value, list):
             stack.extend(value)
-        elif isinstance(value, str) and not value.isascii() and any(0xD800 <= ord(char) < 0xE000 for char in value):
+        elif (
+            isinstance(value, str)
+            and not value.isascii()
+            and any(0xD800 <= ord(char) < 0xE000 for char in value)
+        ):
             raise SchemaError("string holds a lone surrogate", file=file, got=ascii(value)[:60])

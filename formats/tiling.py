@@ -63,7 +63,9 @@ class Grid:
         """Returns tile `index` of the row-major order, 0 <= index < len(self)."""
         i, j = divmod(index, self.across)
         row, col = i * self.tile_rows, j * self.tile_cols
-        return Tile(row, col, min(self.tile_rows, self.rows - row), min(self.tile_cols, self.cols - col))
+        return Tile(
+            row, col, min(self.tile_rows, self.rows - row), min(self.tile_cols, self.cols - col)
+        )
 
     def __iter__(self) -> Iterator[Tile]:
         return (self.tile(index) for index in range(len(self)))
@@ -104,7 +106,13 @@ def channel_matrix(shape: tuple[int, ...], axis: int, kind: ChannelKind) -> tupl
     Raises:
         LayoutError: the axis does not exist, or a column axis is not the last.
     """
-    if not 0 <= axis < len(shape) or len(shape) < 2 or (kind == "column" and axis != len(shape) - 1):
-        raise LayoutError("channel axis does not fit the shape", got=f"axis {axis} ({kind}) of {list(shape)}")
+    if (
+        not 0 <= axis < len(shape)
+        or len(shape) < 2
+        or (kind == "column" and axis != len(shape) - 1)
+    ):
+        raise LayoutError(
+            "channel axis does not fit the shape", got=f"axis {axis} ({kind}) of {list(shape)}"
+        )
     split = axis + 1 if kind == "row" else axis
     return math.prod(shape[:split]), math.prod(shape[split:])

@@ -19,7 +19,10 @@ def one_line_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except CodecLLMError:
         raise
     except Exception as exc:
-        reason = next((reason for cause in _chain(exc) if (reason := explain(cause, revision)) is not None), None)
+        reason = next(
+            (reason for cause in _chain(exc) if (reason := explain(cause, revision)) is not None),
+            None,
+        )
         if reason is None:
             raise
         raise HubError(reason, file=repo) from exc
@@ -37,7 +40,10 @@ def explain(exc: BaseException, revision: str | None) -> str | None:
         (errors.RevisionNotFoundError, lambda _: f"no such revision: {revision!r}"),
         (errors.LocalEntryNotFoundError, lambda exc: _explain_missing(exc, local)),
         (errors.OfflineModeIsEnabled, lambda _: local + "offline mode is on (HF_HUB_OFFLINE)"),
-        (errors.EntryNotFoundError, lambda exc: f"the repository has no such file{at}: {_first_line(exc)}"),
+        (
+            errors.EntryNotFoundError,
+            lambda exc: f"the repository has no such file{at}: {_first_line(exc)}",
+        ),
         (errors.LocalTokenNotFoundError, lambda _: f"no Hub token: {_LOG_IN}"),
         (errors.HFValidationError, lambda exc: f"not a Hub id: {_first_line(exc)}"),
         (errors.HfHubHTTPError, _explain_status),
@@ -47,7 +53,9 @@ def explain(exc: BaseException, revision: str | None) -> str | None:
     for cls, words in table:
         if isinstance(exc, cls):
             return words(exc)
-    return _explain_unreachable(exc) if type(exc).__module__.split(".")[0].startswith("http") else None
+    return (
+        _explain_unreachable(exc) if type(exc).__module__.split(".")[0].startswith("http") else None
+    )
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
@@ -86,4 +94,6 @@ def _explain_unreachable(exc: BaseException) -> str:
 
 
 def _first_line(exc: BaseException) -> str:
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+    return next(
+        (line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__
+    )

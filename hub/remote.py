@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING
 from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import check_shard_header
-from codecllm.formats.errors import HubError, LayoutError, LimitError, NotAContainerError, TruncatedError
-from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from codecllm.formats.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
+from codecllm.formats.errors import (
+    HubError,
+    LayoutError,
+    LimitError,
+    NotAContainerError,
+    TruncatedError,
+)
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.resolve import check_repo_id, listed_names
 
@@ -42,7 +48,9 @@ class RemoteRepository:
         transferred_bytes: bytes of file content received so far.
     """
 
-    def __init__(self, name: str, *, revision: str | None = None, token: str | bool | None = None) -> None:
+    def __init__(
+        self, name: str, *, revision: str | None = None, token: str | bool | None = None
+    ) -> None:
         """Asks the Hub for the commit.
 
         Raises:
@@ -88,14 +96,18 @@ class RemoteRepository:
             with get_session().stream("GET", url, headers=headers) as response:
                 hf_raise_for_status(response)
                 if response.status_code != 206 and offset:
-                    raise HubError("the Hub serves no ranges of this file", file=file, got=response.status_code)
+                    raise HubError(
+                        "the Hub serves no ranges of this file", file=file, got=response.status_code
+                    )
                 for block in response.iter_raw():
                     data += block
                     self.transferred_bytes += len(block)
                     if len(data) >= length:
                         break
         if len(data) < length:
-            raise TruncatedError("file ends early", file=file, byte=offset + len(data), expected=offset + length)
+            raise TruncatedError(
+                "file ends early", file=file, byte=offset + len(data), expected=offset + length
+            )
         return bytes(data[:length])
 
 
@@ -105,9 +117,13 @@ def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict
 
     entries = {}
     for first in range(0, len(names), _NAMES_AT_ONCE):
-        for file in api.get_paths_info(repo, names[first : first + _NAMES_AT_ONCE], revision=revision):
+        for file in api.get_paths_info(
+            repo, names[first : first + _NAMES_AT_ONCE], revision=revision
+        ):
             if isinstance(file, RepoFile):
-                entries[file.path] = RemoteEntry(file.size, file.lfs.sha256 if file.lfs is not None else None)
+                entries[file.path] = RemoteEntry(
+                    file.size, file.lfs.sha256 if file.lfs is not None else None
+                )
     return entries
 
 
@@ -132,7 +148,9 @@ class RemoteContainer:
     large_files: int
 
 
-def open_remote(name: str, *, revision: str | None = None, token: str | bool | None = None) -> RemoteContainer:
+def open_remote(
+    name: str, *, revision: str | None = None, token: str | bool | None = None
+) -> RemoteContainer:
     """Reads manifest and shard headers of a container on the Hub; no weights are transferred.
 
     Sizes of all listed files, and the sha256 of those that the Hub keeps as large files, are compared with the manifest.
@@ -174,10 +192,18 @@ def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
         if entry is None:
             raise TruncatedError("file is missing on the Hub", file=record.name)
         if entry.size != record.bytes:
-            raise LayoutError("file on the Hub has another size", file=record.name, got=entry.size, expected=record.bytes)
+            raise LayoutError(
+                "file on the Hub has another size",
+                file=record.name,
+                got=entry.size,
+                expected=record.bytes,
+            )
         if entry.sha256 not in (None, record.sha256):
             raise LayoutError(
-                "file on the Hub differs from the manifest: sha256", file=record.name, got=entry.sha256, expected=record.sha256
+                "file on the Hub differs from the manifest: sha256",
+                file=record.name,
+                got=entry.sha256,
+                expected=record.sha256,
             )
         known += entry.sha256 is not None
     return known
@@ -188,4 +214,6 @@ def _read_header(repository: RemoteRepository, name: str, file_bytes: int) -> Sh
     size = int.from_bytes(prefix, "little")
     if size > min(file_bytes - PREFIX_BYTES, limits.HEADER_BYTES):
         raise LimitError("header is too long", file=name, got=size)
-    return parse_header(prefix + repository.read(name, PREFIX_BYTES, size), file_bytes=file_bytes, file=name)
+    return parse_header(
+        prefix + repository.read(name, PREFIX_BYTES, size), file_bytes=file_bytes, file=name
+    )

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from codecllm.formats import limits
-from codecllm.formats.errors import HubError, LimitError, NotAContainerError, UnsafeSourceError, UsageError
-from codecllm.formats.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.formats.errors import (
+    HubError,
+    LimitError,
+    NotAContainerError,
+    UnsafeSourceError,
+    UsageError,
+)
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from codecllm.hub.failures import one_line_errors
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -106,16 +112,28 @@ def _local(folder: Path) -> ModelFiles:
     """A folder inside a Hub cache knows its repository and commit by its path."""
     real = folder.resolve()
     cache_entry = real.parent.parent.name
-    if real.parent.name == "snapshots" and cache_entry.startswith("models--") and _COMMIT.fullmatch(real.name):
-        return ModelFiles(folder, cache_entry.removeprefix("models--").replace("--", "/"), real.name)
+    if (
+        real.parent.name == "snapshots"
+        and cache_entry.startswith("models--")
+        and _COMMIT.fullmatch(real.name)
+    ):
+        return ModelFiles(
+            folder, cache_entry.removeprefix("models--").replace("--", "/"), real.name
+        )
     return ModelFiles(folder)
 
 
 def _download_container(
-    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, kind: Kind
+    repo: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    kind: Kind,
 ) -> ModelFiles:
     """Fetches the manifest, and of its commit what the manifest lists."""
-    folder = _snapshot(repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"])  # both are needed in any case
+    folder = _snapshot(
+        repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"]
+    )  # both are needed in any case
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
     path = folder / MANIFEST_NAME
     if not path.exists():
@@ -130,21 +148,33 @@ def _download_container(
 
 
 def _model_names(manifest: Manifest) -> list[str]:
-    return [name for name in listed_names(manifest) if name.endswith(".safetensors") or name in _MODEL_FILES]
+    return [
+        name
+        for name in listed_names(manifest)
+        if name.endswith(".safetensors") or name in _MODEL_FILES
+    ]
 
 
-def _download_source(repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None) -> ModelFiles:
+def _download_source(
+    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
+) -> ModelFiles:
     folder = _snapshot(repo, revision, token, cache_dir, ["model*.safetensors", *_SIDE_PATTERNS])
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
     if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(repo, commit or revision, token, cache_dir, ["*.safetensors", *_SIDE_PATTERNS])
+        folder = _snapshot(
+            repo, commit or revision, token, cache_dir, ["*.safetensors", *_SIDE_PATTERNS]
+        )
         if not any(folder.glob("*.safetensors")):
             _refuse_pickles(repo, commit or revision, token)
     return ModelFiles(folder, repo, commit)
 
 
 def _snapshot(
-    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, patterns: list[str]
+    repo: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    patterns: list[str],
 ) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -167,6 +197,8 @@ def _refuse_pickles(repo: str, revision: str | None, token: str | bool | None) -
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise UnsafeSourceError(
-            "the repository's weights are pickles, which run code when they are opened", file=repo, got=pickles[0]
+            "the repository's weights are pickles, which run code when they are opened",
+            file=repo,
+            got=pickles[0],
         )
     raise HubError("the repository holds no safetensors weights", file=repo)

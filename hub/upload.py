@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.formats.errors import HubError, UsageError
-from codecllm.formats.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
+from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.remote import RemoteRepository, compare_entries, read_entries
 from codecllm.hub.resolve import check_repo_id, listed_names
@@ -128,12 +128,18 @@ def upload_container(
     with one_line_errors(repo, revision):
         url = str(api.create_repo(repo, private=private or None, exist_ok=True))
         if private and not api.model_info(repo).private:
-            raise UsageError("the repository exists and is public: --private cannot hide it", file=repo)
+            raise UsageError(
+                "the repository exists and is public: --private cannot hide it", file=repo
+            )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
         names = [MANIFEST_NAME, *listed_names(manifest)]
-        card = _is_own_card(folder, card_marker) or not _has_own_card(repo, revision, token, card_marker)
-        commit = _upload(api, folder, [*names, CARD_NAME] if card else names, repo, revision, create_pr, message)
+        card = _is_own_card(folder, card_marker) or not _has_own_card(
+            repo, revision, token, card_marker
+        )
+        commit = _upload(
+            api, folder, [*names, CARD_NAME] if card else names, repo, revision, create_pr, message
+        )
         pull_request = commit.pr_url if create_pr else None
         reached = str(commit.pr_revision) if pull_request else revision or "main"
         compare_entries(manifest, read_entries(api, repo, listed_names(manifest), reached))
@@ -153,7 +159,15 @@ def _has_own_card(repo: str, revision: str | None, token: str | bool | None, mar
     return marker.encode() not in remote.read(CARD_NAME, 0, min(entry.size, _CARD_BYTES))
 
 
-def _upload(api: Any, folder: Path, names: list[str], repo: str, revision: str | None, create_pr: bool, message: str) -> Any:
+def _upload(
+    api: Any,
+    folder: Path,
+    names: list[str],
+    repo: str,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # remarks on the card's metadata
             return api.upload_folder(
@@ -166,6 +180,10 @@ def _upload(api: Any, folder: Path, names: list[str], repo: str, revision: str |
                 delete_patterns=_REPLACED,
             )
     except ValueError as exc:
-        if isinstance(exc, OSError):  # an answer of the Hub that is also a ValueError: `one_line_errors` knows it
+        if isinstance(
+            exc, OSError
+        ):  # an answer of the Hub that is also a ValueError: `one_line_errors` knows it
             raise
-        raise HubError(f"the Hub refuses the upload: {' '.join(str(exc).split())}", file=repo) from exc
+        raise HubError(
+            f"the Hub refuses the upload: {' '.join(str(exc).split())}", file=repo
+        ) from exc

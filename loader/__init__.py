@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from codecllm.loader.transformers_adapter import register
+from codecllm.loader.hf.adapter import register
 
 if TYPE_CHECKING:
     from codecllm.loader.pretrained import from_pretrained
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pretrained", "stream_tensors"]
 
-_HOMES = {"from_pretrained": "codecllm.loader.pretrained", "stream_tensors": "codecllm.loader.stream"}
+_HOMES = {
+    "from_pretrained": "codecllm.loader.pretrained",
+    "stream_tensors": "codecllm.loader.stream",
+}
 
 
 register()

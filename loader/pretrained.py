@@ -17,13 +17,13 @@ from codecllm.formats.errors import (
     UsageError,
 )
 from codecllm.hub import resolve
-from codecllm.loader import transformers_adapter as adapter
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.feed import DeviceFeeds, has_device, refuse_without_device, sole_device
+from codecllm.loader.hf import adapter
 from codecllm.loader.hf.folder import read_config, read_generation_config
-from codecllm.loader.pool import DecodePool, loading_threads
+from codecllm.loader.host.pool import DecodePool, loading_threads
 from codecllm.loader.progress import Meter, OnProgress, metered
-from codecllm.loader.residency import Residency, ResidentCompressed, ResidentInt8
+from codecllm.loader.resident.residency import Residency, ResidentCompressed, ResidentInt8
 from codecllm.loader.state_dict import CPU, TensorReader, lazy_state_dict, main_dtype
 
 if TYPE_CHECKING:
@@ -106,9 +106,13 @@ def from_pretrained(
     if refused:
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
     if resident not in get_args(Resident):
-        raise UsageError("no such resident", got=repr(resident), expected=" or ".join(get_args(Resident)))
+        raise UsageError(
+            "no such resident", got=repr(resident), expected=" or ".join(get_args(Resident))
+        )
     if decoder not in get_args(Decoder):
-        raise UsageError("no such decoder", got=repr(decoder), expected=" or ".join(get_args(Decoder)))
+        raise UsageError(
+            "no such decoder", got=repr(decoder), expected=" or ".join(get_args(Decoder))
+        )
     refuse_without_device(decoder, device_map)
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     with (
@@ -121,7 +125,17 @@ def from_pretrained(
             metered(progress, container.manifest.source.tensor_bytes) as meter,
             DeviceFeeds(container, pool, decoder, meter) as feeds,
             closing(
-                _Load(container, pool, config, wanted, workers, meter, feeds, device_map, hf_kwargs.get("max_memory"))
+                _Load(
+                    container,
+                    pool,
+                    config,
+                    wanted,
+                    workers,
+                    meter,
+                    feeds,
+                    device_map,
+                    hf_kwargs.get("max_memory"),
+                )
             ) as load,
         ):
             model = load.run(resident, {"device_map": device_map, **hf_kwargs})
@@ -179,8 +193,16 @@ class _Load:
         device_map = hf_kwargs.get("device_map")
         spread = adapter.spreads(device_map)
         if spread:
-            spreading = {name: hf_kwargs[name] for name in ("max_memory", "offload_folder") if name in hf_kwargs}
-            hf_kwargs = {name: value for name, value in hf_kwargs.items() if name not in ("device_map", *spreading)}
+            spreading = {
+                name: hf_kwargs[name]
+                for name in ("max_memory", "offload_folder")
+                if name in hf_kwargs
+            }
+            hf_kwargs = {
+                name: value
+                for name, value in hf_kwargs.items()
+                if name not in ("device_map", *spreading)
+            }
         with adapter.module_plan(plan):
             model = self._build(hf_kwargs)
         plan.finish(model)
@@ -191,7 +213,9 @@ class _Load:
     def _plan(self, resident: Resident) -> Residency:
         if resident == "int8":
             return ResidentInt8(self._container, self._reader, self._state_dict)
-        return ResidentCompressed(self._container, self._reader, self._state_dict, self._workers, self._meter, self._feed)
+        return ResidentCompressed(
+            self._container, self._reader, self._state_dict, self._workers, self._meter, self._feed
+        )
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         cls = adapter.model_class(self._config)
@@ -211,7 +235,9 @@ class _Load:
                 raise self._reader.first_error from exc
             if isinstance(exc, CodecLLMError):
                 raise
-            raise ModelMismatchError(f"transformers could not build {cls.__name__}: {_one_line(exc)}") from exc
+            raise ModelMismatchError(
+                f"transformers could not build {cls.__name__}: {_one_line(exc)}"
+            ) from exc
         if self._reader.first_error is not None:
             raise self._reader.first_error
         _check_loading(found, cls.__name__)
@@ -225,21 +251,32 @@ class _Load:
 
     def _check_materialized(self, model: PreTrainedModel) -> None:
         """Refuses a model with parameters that have no weights, here or where they are offloaded to."""
-        empty = [name for name, value in model.named_parameters() if value.is_meta and not adapter.is_offloaded(model, name)]
+        empty = [
+            name
+            for name, value in model.named_parameters()
+            if value.is_meta and not adapter.is_offloaded(model, name)
+        ]
         if empty:
-            raise ModelMismatchError("parameters were left without weights", tensor=empty[0], got=len(empty))
+            raise ModelMismatchError(
+                "parameters were left without weights", tensor=empty[0], got=len(empty)
+            )
 
 
 def _read_config(container: Container, resident: Resident) -> Any:
     """Reads the checked config.json; our block stays in it only where modules will be replaced."""
     record = container.manifest.file(_CONFIG)
     if record is None:
-        raise NotAContainerError("container has no config.json: no model can be built from it", file=str(container.folder))
+        raise NotAContainerError(
+            "container has no config.json: no model can be built from it",
+            file=str(container.folder),
+        )
     container.read_side_file(record)
     try:
         config = read_config(container.folder)
     except Exception as exc:
-        raise UnsupportedEnvironmentError(f"transformers cannot read the config: {_one_line(exc)}", file=_CONFIG) from exc
+        raise UnsupportedEnvironmentError(
+            f"transformers cannot read the config: {_one_line(exc)}", file=_CONFIG
+        ) from exc
     if resident == "dense":
         adapter.strip_quantization(config)
     return config
@@ -253,13 +290,17 @@ def _read_generation_config(container: Container, model: Any) -> None:
     model.generation_config = read_generation_config(container.folder)
 
 
-def _wanted_dtype(dtype: torch.dtype | str | None, config: Any, container: Container) -> torch.dtype:
+def _wanted_dtype(
+    dtype: torch.dtype | str | None, config: Any, container: Container
+) -> torch.dtype:
     if dtype is None or dtype == "auto":
         dtype = getattr(config, "dtype", None) or main_dtype(container)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None) or dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError("not a float dtype", got=repr(dtype), expected="for example torch.bfloat16")
+        raise UsageError(
+            "not a float dtype", got=repr(dtype), expected="for example torch.bfloat16"
+        )
     return dtype
 
 
@@ -270,11 +311,20 @@ def _check_loading(found: dict[str, Any], cls: str) -> None:
         ModelMismatchError: something is missing, extra or mis-shaped.
     """
     missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    shapes = sorted(f"{name} {tuple(got)} for {tuple(wanted)}" for name, got, wanted in found["mismatched_keys"])
-    lists = [("missing", missing), ("not in the model", extra), ("mis-shaped", shapes), ("failed", found["error_msgs"])]
+    shapes = sorted(
+        f"{name} {tuple(got)} for {tuple(wanted)}" for name, got, wanted in found["mismatched_keys"]
+    )
+    lists = [
+        ("missing", missing),
+        ("not in the model", extra),
+        ("mis-shaped", shapes),
+        ("failed", found["error_msgs"]),
+    ]
     faults = [f"{what}: {', '.join(map(str, names))}" for what, names in lists if names]
     if faults:
-        raise ModelMismatchError(f"the container's tensors are not those of {cls}; " + "; ".join(faults))
+        raise ModelMismatchError(
+            f"the container's tensors are not those of {cls}; " + "; ".join(faults)
+        )
 
 
 def _separate_untied(model: Any) -> None:

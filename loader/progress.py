@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.hf import adapter
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of the tensor just read, the bytes of weights read so far, and all of them."""

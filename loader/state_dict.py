@@ -11,13 +11,13 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError
-from codecllm.formats.records import AliasTensor, Int8Tensor, TensorRecord
+from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, TensorRecord
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.feed import DeviceFeeds, concrete
-from codecllm.loader.memory import SlabMemory, touch
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.memory import SlabMemory, touch
+from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.host.read_ahead import ReadAhead, Request
 from codecllm.loader.progress import Meter
-from codecllm.loader.read_ahead import ReadAhead, Request
 from codecllm.loader.torch_tensors import (
     DTYPE_NAMES,
     Announcer,
@@ -93,17 +93,25 @@ class TensorReader:
     def expect(self, wanted: Iterable[Wanted]) -> None:
         """Starts to decode what will be asked for, in the order of the files; call once. See `read` for the arguments."""
         place = {name: number for number, name in enumerate(file_order(self._container))}
-        unique = {(name, part): self._dtype(name, part, dtype) for name, part, dtype in wanted if part in ("weight", "codes")}
+        unique = {
+            (name, part): self._dtype(name, part, dtype)
+            for name, part, dtype in wanted
+            if part in ("weight", "codes")
+        }
         keys = sorted(unique, key=lambda key: place[key[0]])
         if self._feeds is not None and self._feeds.serves(self._device):
-            self._feeds.feed(self._device).expect((name, part, unique[name, part]) for name, part in keys)
+            self._feeds.feed(self._device).expect(
+                (name, part, unique[name, part]) for name, part in keys
+            )
             return
         self._expected = {(name, part): dtype for (name, part), dtype in unique.items()}
         self._memory.note()
         requests = [self._request(name, part, self._expected[name, part]) for name, part in keys]
         self._ahead.expect(requests, prepare=lambda: touch(self._memory.noted()))
 
-    def read(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device = CPU) -> torch.Tensor:
+    def read(
+        self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device = CPU
+    ) -> torch.Tensor:
         """Decodes a stored tensor.
 
         Args:
@@ -138,10 +146,16 @@ class TensorReader:
         """Returns a payload once all of it is read and checked; raises FormatError where it is damaged."""
         return self._ahead.result(payload)
 
-    def _take(self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+    def _take(
+        self, name: str, part: Part, dtype: torch.dtype | None, device: torch.device
+    ) -> torch.Tensor:
         if part == "scale" or part == "col_scale":
             held = self._scales.pop(name, None) if part == "scale" else None
-            return (held if held is not None else open_scales(self._container, name, of_columns=part == "col_scale")).to(device)
+            return (
+                held
+                if held is not None
+                else open_scales(self._container, name, of_columns=part == "col_scale")
+            ).to(device)
         dtype = self._dtype(name, part, dtype)
         if self._feeds is not None and self._feeds.serves(device):
             return self._feeds.feed(device).take(name, part, dtype)
@@ -153,7 +167,11 @@ class TensorReader:
         return tensor if device == CPU else tensor.to(device)
 
     def _dtype(self, name: str, part: Part, dtype: torch.dtype | None) -> torch.dtype:
-        return torch.int8 if part == "codes" else dtype or torch_dtype(self._container.records[name].dtype, name)
+        return (
+            torch.int8
+            if part == "codes"
+            else dtype or torch_dtype(self._container.records[name].dtype, name)
+        )
 
     def _request(self, name: str, part: Part, dtype: torch.dtype) -> Request:
         def start() -> Filling:
@@ -175,7 +193,9 @@ class LazyTensor:
     the object itself, so that an `int8` tensor is rounded once, directly to the dtype that the parameter wants.
     """
 
-    def __init__(self, reader: TensorReader, record: TensorRecord, part: Part, dtype: torch.dtype) -> None:
+    def __init__(
+        self, reader: TensorReader, record: TensorRecord, part: Part, dtype: torch.dtype
+    ) -> None:
         """Describes a tensor without reading it.
 
         Args:
@@ -239,17 +259,27 @@ class LazyTensor:
             ModelMismatchError: the model wants a float where the container holds integers, or the other way round.
         """
         wanted = self.dtype if dtype is None or self._part != "weight" else dtype
-        if self._part == "weight" and wanted.is_floating_point != self._source_dtype.is_floating_point:
-            error = ModelMismatchError("dtype", tensor=self.name, got=self._source_dtype, expected=wanted)
+        if (
+            self._part == "weight"
+            and wanted.is_floating_point != self._source_dtype.is_floating_point
+        ):
+            error = ModelMismatchError(
+                "dtype", tensor=self.name, got=self._source_dtype, expected=wanted
+            )
             self._reader.first_error = self._reader.first_error or error
             raise error
         place = CPU if device is None else concrete(torch.device(device))
         return self._reader.read(self._stored_name, self._part, wanted, place)
 
 
-def lazy_state_dict(reader: TensorReader, container: Container, dtype: torch.dtype) -> dict[str, LazyTensor]:
+def lazy_state_dict(
+    reader: TensorReader, container: Container, dtype: torch.dtype
+) -> dict[str, LazyTensor]:
     """Returns every tensor of a container, aliases included, as a lazy weight."""
-    return {record.name: LazyTensor(reader, record, "weight", dtype) for record in container.manifest.tensors}
+    return {
+        record.name: LazyTensor(reader, record, "weight", dtype)
+        for record in container.manifest.tensors
+    }
 
 
 def main_dtype(container: Container) -> torch.dtype:

@@ -8,11 +8,18 @@ from contextlib import closing
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.formats.records import AliasTensor, CodedTensor, RawTensor
-from codecllm.loader.memory import RecycledMemory
-from codecllm.loader.pool import DecodePool, loading_threads
-from codecllm.loader.read_ahead import ReadAhead, Request
-from codecllm.loader.torch_tensors import Announcer, Filling, file_order, is_model_float, start_filling, torch_dtype
+from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTensor
+from codecllm.loader.host.memory import RecycledMemory
+from codecllm.loader.host.pool import DecodePool, loading_threads
+from codecllm.loader.host.read_ahead import ReadAhead, Request
+from codecllm.loader.torch_tensors import (
+    Announcer,
+    Filling,
+    file_order,
+    is_model_float,
+    start_filling,
+    torch_dtype,
+)
 
 AHEAD_BYTES = 64 << 20
 """Bytes of tensors that are made ahead; the next tensor always is."""
@@ -44,7 +51,10 @@ def stream_tensors(
         ReadAhead(pool, AHEAD_BYTES) as ahead,
     ):
         announce = Announcer()
-        requests = {name: _request(container, name, dtype, memory, announce) for name in file_order(container)}
+        requests = {
+            name: _request(container, name, dtype, memory, announce)
+            for name in file_order(container)
+        }
         ahead.expect(requests.values())
         for name in list(requests):
             record = container.records[name]
@@ -53,10 +63,18 @@ def stream_tensors(
 
 
 def _request(
-    container: Container, name: str, dtype: torch.dtype | None, memory: RecycledMemory, announce: Announcer
+    container: Container,
+    name: str,
+    dtype: torch.dtype | None,
+    memory: RecycledMemory,
+    announce: Announcer,
 ) -> Request:
     record = container.records[name]
-    wanted = dtype if dtype is not None and is_model_float(record.dtype) else torch_dtype(record.dtype, name)
+    wanted = (
+        dtype
+        if dtype is not None and is_model_float(record.dtype)
+        else torch_dtype(record.dtype, name)
+    )
 
     def start() -> Filling:
         source = container.tensor(name)

@@ -18,11 +18,19 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, TruncatedError, UnsupportedEnvironmentError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
-from codecllm.loader.decode import CODES, Workspace, decode_tiles, payload_span, plan_jobs, tiles_of, write_tile
-from codecllm.loader.memory import empty_bytes, tensor_over
+from codecllm.loader.host.decode import (
+    CODES,
+    Workspace,
+    decode_tiles,
+    payload_span,
+    plan_jobs,
+    tiles_of,
+    write_tile,
+)
+from codecllm.loader.host.memory import empty_bytes, tensor_over
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -64,7 +72,9 @@ def torch_dtype(name: str, tensor: str | None = None) -> torch.dtype:
     """
     dtype = TORCH_DTYPES.get(name)
     if dtype is None:
-        raise UnsupportedEnvironmentError(f"torch {torch.__version__} has no dtype for {name}", tensor=tensor)
+        raise UnsupportedEnvironmentError(
+            f"torch {torch.__version__} has no dtype for {name}", tensor=tensor
+        )
     return dtype
 
 
@@ -109,7 +119,9 @@ class Run:
             self.source.file.read_into(offset, view)
         except TruncatedError as exc:
             chunk = (
-                self.tiles.start * self.source.table.planes if isinstance(self.source, StoredTensor) and self.tiles else None
+                self.tiles.start * self.source.table.planes
+                if isinstance(self.source, StoredTensor) and self.tiles
+                else None
             )
             raise exc.located(tensor=self.source.record.name, chunk=chunk) from None
         return view
@@ -147,7 +159,13 @@ def start_filling(
     if isinstance(source, PlainTensor):
         return Filling(out, [_plain_run(source, out, memory)])
     native = DTYPE_NAMES.get(wanted, "")
-    target = record.dtype if not isinstance(record, Int8Tensor) else native if native in _INT8_TARGETS else "F32"
+    target = (
+        record.dtype
+        if not isinstance(record, Int8Tensor)
+        else native
+        if native in _INT8_TARGETS
+        else "F32"
+    )
     if TORCH_DTYPES[target] != wanted:
         return Filling(out, _cast_runs(source, out, target))
     return Filling(out, _coded_runs(source, memory, wanted, target))
@@ -156,7 +174,10 @@ def start_filling(
 def start_filling_codes(source: StoredTensor, allocate: Allocate = empty_bytes) -> Filling:
     """Allocates an int8 tensor of the source's shape and plans the runs that fill it with the codes."""
     memory = allocate(source.record.elements)
-    return Filling(tensor_over(memory, tuple(source.record.shape), torch.int8), _coded_runs(source, memory, torch.int8, CODES))
+    return Filling(
+        tensor_over(memory, tuple(source.record.shape), torch.int8),
+        _coded_runs(source, memory, torch.int8, CODES),
+    )
 
 
 def start_keeping(source: StoredTensor) -> Filling:
@@ -166,7 +187,9 @@ def start_keeping(source: StoredTensor) -> Filling:
     for tiles in plan_jobs(source):
         offset, size = payload_span(source, tiles)
         begin = offset - source.offset
-        runs.append(Run(source, tiles, partial(_check_chunks, source, tiles), payload[begin : begin + size]))
+        runs.append(
+            Run(source, tiles, partial(_check_chunks, source, tiles), payload[begin : begin + size])
+        )
     return Filling(torch.from_numpy(memory), runs)
 
 
@@ -190,28 +213,47 @@ def _plain_run(source: PlainTensor, out: torch.Tensor, memory: NDArray[np.uint8]
     def check(data: memoryview, workspace: Workspace) -> None:
         got = xxh3_hex(data)
         if got != source.record.xxh3:
-            where: dict[str, Any] = {"file": source.file.name, "tensor": source.record.name, "byte": source.offset}
+            where: dict[str, Any] = {
+                "file": source.file.name,
+                "tensor": source.record.name,
+                "byte": source.offset,
+            }
             expected = source.record.xxh3
-            raise ChecksumError("stored bytes differ from the manifest: xxh3", got=got, expected=expected, **where)
+            raise ChecksumError(
+                "stored bytes differ from the manifest: xxh3", got=got, expected=expected, **where
+            )
         if target is not out:
             out.copy_(target)
 
     return Run(source, None, check, place)
 
 
-def _coded_runs(source: StoredTensor, memory: NDArray[np.uint8], dtype: torch.dtype, target: str) -> list[Run]:
+def _coded_runs(
+    source: StoredTensor, memory: NDArray[np.uint8], dtype: torch.dtype, target: str
+) -> list[Run]:
     grid = source.table.grid
     words = memory.view(f"<u{dtype.itemsize}").reshape(grid.rows, grid.cols)
-    return [Run(source, tiles, partial(decode_tiles, source, tiles, words, target)) for tiles in plan_jobs(source)]
+    return [
+        Run(source, tiles, partial(decode_tiles, source, tiles, words, target))
+        for tiles in plan_jobs(source)
+    ]
 
 
 def _cast_runs(source: StoredTensor, out: torch.Tensor, target: str) -> list[Run]:
     matrix = out.view(source.table.grid.rows, source.table.grid.cols)
-    return [Run(source, tiles, partial(_decode_cast, source, tiles, matrix, target)) for tiles in plan_jobs(source)]
+    return [
+        Run(source, tiles, partial(_decode_cast, source, tiles, matrix, target))
+        for tiles in plan_jobs(source)
+    ]
 
 
 def _decode_cast(
-    source: StoredTensor, tiles: range, out: torch.Tensor, target: str, slots: memoryview, workspace: Workspace
+    source: StoredTensor,
+    tiles: range,
+    out: torch.Tensor,
+    target: str,
+    slots: memoryview,
+    workspace: Workspace,
 ) -> None:
     """Decodes tiles to `target` and casts each into its place in `out` [rows, cols]."""
     for tile, planes in tiles_of(source, tiles, slots, workspace):
@@ -221,7 +263,9 @@ def _decode_cast(
         out[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols].copy_(values)
 
 
-def _check_chunks(source: StoredTensor, tiles: range, slots: memoryview, workspace: Workspace) -> None:
+def _check_chunks(
+    source: StoredTensor, tiles: range, slots: memoryview, workspace: Workspace
+) -> None:
     first, last = tiles.start * source.table.planes, tiles.stop * source.table.planes
     for chunk in range(first, last):
         source.stored_chunk(chunk, slots, first)

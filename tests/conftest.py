@@ -10,15 +10,23 @@ import pytest
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
 
-hypothesis.settings.register_profile("default", max_examples=200, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "default", max_examples=200, deadline=None, derandomize=True, database=None
+)
 hypothesis.settings.load_profile("default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--update-golden` and `--gpu`."""
-    parser.addoption("--update-golden", action="store_true", help="write the golden containers of a new format version")
     parser.addoption(
-        "--gpu", action="store_true", help="run what can be run on the GPUs of this machine, there; without it they are hidden"
+        "--update-golden",
+        action="store_true",
+        help="write the golden containers of a new format version",
+    )
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run what can be run on the GPUs of this machine, there; without it they are hidden",
     )
 
 
@@ -33,7 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
         if not torch.cuda.is_available():
             raise pytest.UsageError("--gpu: torch finds no GPU here")
     else:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        os.environ |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            "HIP_VISIBLE_DEVICES": "",
+            "TRITON_INTERPRET": "1",
+        }
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

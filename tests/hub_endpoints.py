@@ -67,7 +67,14 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
         finally:
-            exchange = Exchange(self.command, self.path, self._status, self._received, self._sent, self.headers.get("Range"))
+            exchange = Exchange(
+                self.command,
+                self.path,
+                self._status,
+                self._received,
+                self._sent,
+                self.headers.get("Range"),
+            )
             with self.hub.lock:
                 self.hub.log.append(exchange)
 
@@ -109,7 +116,11 @@ class Handler(BaseHTTPRequestHandler):
         raise ConnectionResetError
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        fault = self.hub.take_fault(f"{self.command} {self.path}") if data and self.command == "GET" else None
+        fault = (
+            self.hub.take_fault(f"{self.command} {self.path}")
+            if data and self.command == "GET"
+            else None
+        )
         self._status = status
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
@@ -126,7 +137,11 @@ class Handler(BaseHTTPRequestHandler):
         self._sent += len(data)
 
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+        self._send(
+            status,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
 
     def _fail(self, stop: _StopError) -> None:
         headers = {"X-Error-Message": stop.message} if stop.message else {}
@@ -152,7 +167,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and user != owner):
             raise _StopError(404 if user else 401, "RepoNotFound", "Repository not found")
         if content and repo.gated and user != owner and user not in self.hub.approved:
-            raise _StopError(403 if user else 401, "GatedRepo", f"Access to model {name} is restricted.")
+            raise _StopError(
+                403 if user else 401, "GatedRepo", f"Access to model {name} is restricted."
+            )
         return repo
 
     def repo_to_write(self, name: str) -> Repo:
@@ -182,13 +199,18 @@ class Handler(BaseHTTPRequestHandler):
         owner = request.get("organization") or user
         name = f"{owner}/{request['name']}"
         if owner != user:
-            raise _StopError(403, message=f'You don\'t have the rights to create a model under the namespace "{owner}"')
+            raise _StopError(
+                403,
+                message=f'You don\'t have the rights to create a model under the namespace "{owner}"',
+            )
         url = {"url": f"{self.hub.url}/{name}", "id": name}
         if name in self.hub.repos:
             self._json({**url, "error": "You already created this model repo"}, 409)
             return
         private = request.get("private") or request.get("visibility") == "private"
-        self.hub.add_repo(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=bool(private))
+        self.hub.add_repo(
+            name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=bool(private)
+        )
         self._json(url)
 
     def whoami(self) -> None:
@@ -224,7 +246,12 @@ class Handler(BaseHTTPRequestHandler):
         self._json([self._tree_entry(path, files[path]) for path in wanted if path in files])
 
     def _tree_entry(self, path: str, entry: Entry) -> dict[str, Any]:
-        facts: dict[str, Any] = {"type": "file", "path": path, "size": entry.size, "oid": self._git_oid(entry)}
+        facts: dict[str, Any] = {
+            "type": "file",
+            "path": path,
+            "size": entry.size,
+            "oid": self._git_oid(entry),
+        }
         if entry.lfs:
             facts["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 134}
         return facts
@@ -248,12 +275,18 @@ class Handler(BaseHTTPRequestHandler):
         oid = self.revision(found, rev)
         entry = found.commits[oid].get(path)
         if entry is None:
-            headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": oid}
+            headers = {
+                "X-Error-Code": "EntryNotFound",
+                "X-Error-Message": "Entry not found",
+                "X-Repo-Commit": oid,
+            }
             self._json({"error": "Entry not found"}, 404, headers)
             return
         common = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
         if not entry.lfs:
-            self._file(self.hub.blobs[entry.sha256], {**common, "ETag": f'"{self._git_oid(entry)}"'})
+            self._file(
+                self.hub.blobs[entry.sha256], {**common, "ETag": f'"{self._git_oid(entry)}"'}
+            )
             return
         linked = {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
         location = f"{self.hub.cdn_url}/cdn/{entry.sha256}/{urllib.parse.quote(path)}"
@@ -272,7 +305,11 @@ class Handler(BaseHTTPRequestHandler):
         first, last = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
         if first > last:
             raise _StopError(416, message="Requested range not satisfiable")
-        self._send(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
+        self._send(
+            206,
+            data[first : last + 1],
+            {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"},
+        )
 
     # Uploads.
 
@@ -289,8 +326,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, repo: str) -> None:
         self.repo_to_write(repo)
-        objects = [self._lfs_object(item["oid"], item["size"]) for item in json.loads(self._body)["objects"]]
-        self._json({"transfer": "multipart", "objects": objects}, headers={"Content-Type": "application/vnd.git-lfs+json"})
+        objects = [
+            self._lfs_object(item["oid"], item["size"])
+            for item in json.loads(self._body)["objects"]
+        ]
+        self._json(
+            {"transfer": "multipart", "objects": objects},
+            headers={"Content-Type": "application/vnd.git-lfs+json"},
+        )
 
     def _lfs_object(self, oid: str, size: int) -> dict[str, Any]:
         answer: dict[str, Any] = {"oid": oid, "size": size}
@@ -302,7 +345,9 @@ class Handler(BaseHTTPRequestHandler):
         parts = -(-size // self.hub.part_bytes)
         header = {str(part): f"{self.hub.url}/lfs/{oid}/{part}" for part in range(1, parts + 1)}
         header["chunk_size"] = str(self.hub.part_bytes)
-        answer["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{oid}/complete", "header": header}}
+        answer["actions"] = {
+            "upload": {"href": f"{self.hub.url}/lfs/{oid}/complete", "header": header}
+        }
         return answer
 
     def lfs_put(self, oid: str) -> None:
@@ -333,7 +378,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             parent = self.revision(found, rev)
             if header["value"].get("parentCommit") not in (None, parent):
-                raise _StopError(412, message="A commit has happened since. Please refresh and try again.")
+                raise _StopError(
+                    412, message="A commit has happened since. Please refresh and try again."
+                )
             tree, ref = dict(found.commits[parent]), rev
             for operation in operations:
                 self._apply(tree, operation["key"], operation["value"])
@@ -341,7 +388,9 @@ class Handler(BaseHTTPRequestHandler):
             if self._query.get("create_pr") == "1":
                 found.pull_requests += 1
                 ref = f"refs/pr/{found.pull_requests}"
-                answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{found.pull_requests}"
+                answer["pullRequestUrl"] = (
+                    f"{self.hub.url}/{repo}/discussions/{found.pull_requests}"
+                )
             oid = self.hub.commit(found, tree, header["value"]["summary"], ref)
         self._json({**answer, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"})
 
@@ -360,7 +409,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self) -> None:
         content = json.loads(self._body)["content"]
-        errors = [] if content.startswith("---\n") and "\n---\n" in content[4:] else [{"message": "no YAML block"}]
+        errors = (
+            []
+            if content.startswith("---\n") and "\n---\n" in content[4:]
+            else [{"message": "no YAML block"}]
+        )
         self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 

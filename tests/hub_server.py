@@ -99,7 +99,9 @@ class HubServer:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self.cdn_url = f"http://localhost:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
 
     def __enter__(self) -> HubServer:
         self._thread.start()
@@ -129,7 +131,12 @@ class HubServer:
     def add_repo(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:
         """Makes a repository with one commit."""
         repo = self.repos[name] = Repo(**options)
-        self.commit(repo, {path: self.store(path, data) for path, data in (files or {}).items()}, "initial commit", "main")
+        self.commit(
+            repo,
+            {path: self.store(path, data) for path, data in (files or {}).items()},
+            "initial commit",
+            "main",
+        )
         return repo
 
     def store(self, path: str, data: bytes) -> Entry:
@@ -140,7 +147,9 @@ class HubServer:
 
     def commit(self, repo: Repo, tree: dict[str, Entry], message: str, ref: str) -> str:
         """Adds a commit with exactly `tree` and points `ref` at it."""
-        text = json.dumps([repo.refs.get(ref), message, sorted((path, e.sha256) for path, e in tree.items())])
+        text = json.dumps(
+            [repo.refs.get(ref), message, sorted((path, e.sha256) for path, e in tree.items())]
+        )
         oid = hashlib.sha1(text.encode()).hexdigest()
         repo.commits[oid], repo.messages[oid], repo.refs[ref] = tree, message, oid
         return oid
@@ -175,7 +184,11 @@ class HubServer:
     def exchanges(self, method: str, pattern: str) -> list[Exchange]:
         """Returns the logged exchanges of a method whose path matches."""
         with self.lock:
-            return [exchange for exchange in self.log if exchange.method == method and re.search(pattern, exchange.path)]
+            return [
+                exchange
+                for exchange in self.log
+                if exchange.method == method and re.search(pattern, exchange.path)
+            ]
 
     def sent(self) -> int:
         """Returns the bytes of all bodies sent so far."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 """Name -> (dtype of the container, array whose bytes are the data)."""
@@ -37,12 +37,17 @@ def write_sharded_source(folder: Path, shards: list[Tensors]) -> Path:
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
 def _write_file(path: Path, tensors: Tensors) -> None:
-    plan = [PlannedTensor(name, DTYPES[dtype], data.shape, data.nbytes) for name, (dtype, data) in tensors.items()]
+    plan = [
+        PlannedTensor(name, DTYPES[dtype], data.shape, data.nbytes)
+        for name, (dtype, data) in tensors.items()
+    ]
     writer = ShardWriter(path, plan, {"format": "pt"})
     for name, (dtype, data) in tensors.items():
         writer.add(name, dtype, data.shape, np.ascontiguousarray(data).tobytes())

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from codecllm.converter.policy import TensorPlan
-from codecllm.converter.steps import Steps, nearest_bf16
-from codecllm.formats.float_bits import float32_from_bits
+from codecllm.converter.plan.policy import TensorPlan
+from codecllm.converter.plan.steps import Steps, nearest_bf16
+from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import quantize, step_sizes
 
 WIDE = "model.layers.1.mlp.up_proj.weight"
@@ -22,7 +22,14 @@ def weights_of(plan: TensorPlan) -> np.ndarray:
     return float32_from_bits(words, plan.source.dtype.name).reshape(plan.matrix)
 
 
-def make_steps(plan: TensorPlan, factor: float = 0.1, *, columns: bool = True, short: bool = False, **fields: object) -> Steps:
+def make_steps(
+    plan: TensorPlan,
+    factor: float = 0.1,
+    *,
+    columns: bool = True,
+    short: bool = False,
+    **fields: object,
+) -> Steps:
     """Returns steps of `factor` times the root mean square of each channel; smaller than 0.01 makes wide codes.
 
     Args:
@@ -57,7 +64,9 @@ def mixed(plan: TensorPlan) -> Steps:
         return make_steps(plan, 0.012, short=True)
     if name == "model.layers.0.self_attn.q_proj.weight":
         return make_steps(plan, 0.1, columns=False)
-    steps = make_steps(plan, 0.1, short="self_attn" not in name, tile=(24, 20) if "down" in name else None)
+    steps = make_steps(
+        plan, 0.1, short="self_attn" not in name, tile=(24, 20) if "down" in name else None
+    )
     if name == "model.layers.0.mlp.up_proj.weight":
         codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
         codes[::2, ::3] += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.formats.checksums import sha256_hex
-from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
 
 
 def copy_of(container: Path, target: Path) -> Path:
@@ -39,7 +39,9 @@ def reseal(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     document.pop("manifest_sha256")
     edit(document)
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)[:-1].encode() + b",\n"
-    (folder / MANIFEST_NAME).write_bytes(text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode())
+    (folder / MANIFEST_NAME).write_bytes(
+        text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode()
+    )
 
 
 def replace_listed(folder: Path, name: str, data: bytes) -> None:

@@ -18,20 +18,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from codecllm.converter.source import SourceModel
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError
-from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.machine import available_memory
-from codecllm.formats.manifest import MANIFEST_NAME
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.schemes.int8 import dequantize
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, tile_steps
 from codecllm.hub import resolve
-from codecllm.verifier.baseline import MEMORY_FACTOR
-from codecllm.verifier.integrity import Progress, in_order
+from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
+from codecllm.verifier.checks.integrity import Progress, in_order
 
 ROWS_SHOWN = 20
 _BLOCK_ELEMENTS = 1 << 20
@@ -67,12 +67,16 @@ class Side:
         if (self.folder / MANIFEST_NAME).exists():
             self._container = Container(self.folder)
             records = self._container.records.values()
-            self.tensors = {one.name: Described(one.dtype, tuple(one.shape), one.scheme) for one in records}
+            self.tensors = {
+                one.name: Described(one.dtype, tuple(one.shape), one.scheme) for one in records
+            }
             self.stored_bytes = self._container.stored_bytes
         else:
             self._source = SourceModel(self.folder)
             held = self._source.tensors.values()
-            self.tensors = {one.name: Described(one.dtype.name, one.shape, "source") for one in held}
+            self.tensors = {
+                one.name: Described(one.dtype.name, one.shape, "source") for one in held
+            }
             self.stored_bytes = self._source.tensor_bytes
 
     @property
@@ -92,7 +96,9 @@ class Side:
             entry = self._source.tensors[name].entry
             for first in range(0, entry.bytes, 8 * _BLOCK_ELEMENTS):
                 last = min(first + 8 * _BLOCK_ELEMENTS, entry.bytes)
-                yield np.frombuffer(self._source.tensors[name].read_bytes(first, last), _words(entry.dtype.name))
+                yield np.frombuffer(
+                    self._source.tensors[name].read_bytes(first, last), _words(entry.dtype.name)
+                )
             return
         assert self._container is not None
         yield from _decoded_blocks(self._container, name)
@@ -100,10 +106,14 @@ class Side:
     def load(self) -> Any:
         """Returns the model, ready to run, on the CPU."""
         from codecllm.loader import from_pretrained
-        from codecllm.loader.transformers_adapter import load_plain, without_progress_bars
+        from codecllm.loader.hf.adapter import load_plain, without_progress_bars
 
         with without_progress_bars():
-            return from_pretrained(self.folder) if self.is_container else load_plain(self.folder).eval()
+            return (
+                from_pretrained(self.folder)
+                if self.is_container
+                else load_plain(self.folder).eval()
+            )
 
     def close(self) -> None:
         """Closes the files."""
@@ -114,12 +124,22 @@ class Side:
     def __enter__(self) -> Side:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def compare_models(
-    a: str | Path, b: str | Path, *, run: bool = True, workers: int | None = None, progress: Progress | None = None
+    a: str | Path,
+    b: str | Path,
+    *,
+    run: bool = True,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compares two containers or plain models.
 
@@ -147,7 +167,9 @@ def compare_models(
         total = sum(math.prod(left.tensors[name].shape) for name in common)
         threads = workers or max(1, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(threads) as pool:
-            for name, row in in_order(pool, common, lambda name: compare_tensors(left, right, name)):
+            for name, row in in_order(
+                pool, common, lambda name: compare_tensors(left, right, name)
+            ):
                 rows.append(row)
                 done += math.prod(left.tensors[name].shape)
                 if progress is not None:
@@ -171,10 +193,22 @@ def compare_models(
 def compare_tensors(a: Side, b: Side, name: str) -> dict[str, Any]:
     """Returns what differs between two tensors of one name, as JSON values; errors relative to `a`'s root mean square."""
     left, right = a.tensors[name], b.tensors[name]
-    row: dict[str, Any] = {"name": name, "shape": list(left.shape), "dtype": left.dtype, "schemes": [left.scheme, right.scheme]}
+    row: dict[str, Any] = {
+        "name": name,
+        "shape": list(left.shape),
+        "dtype": left.dtype,
+        "schemes": [left.scheme, right.scheme],
+    }
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         other = {"other_dtype": right.dtype, "other_shape": list(right.shape)}
-        return {**row, **other, "same": False, "differing": None, "relative_error": None, "worst_error": None}
+        return {
+            **row,
+            **other,
+            "same": False,
+            "differing": None,
+            "relative_error": None,
+            "worst_error": None,
+        }
     differing, energy, error, worst = 0, 0.0, 0.0, 0.0
     for x, y in aligned(a.blocks(name), b.blocks(name)):
         bad = x != y
@@ -191,7 +225,11 @@ def compare_tensors(a: Side, b: Side, name: str) -> dict[str, Any]:
             gap = np.where(np.isnan(gap), np.inf, gap)
             error, worst = error + float(np.square(gap).sum()), max(worst, float(gap.max()))
     known = _values(np.empty(0, _words(left.dtype)), left.dtype) is not None
-    relative = math.sqrt(error / energy) if energy and math.isfinite(error) else (0.0 if not error else None)
+    relative = (
+        math.sqrt(error / energy)
+        if energy and math.isfinite(error)
+        else (0.0 if not error else None)
+    )
     return {
         **row,
         "same": differing == 0,
@@ -201,7 +239,9 @@ def compare_tensors(a: Side, b: Side, name: str) -> dict[str, Any]:
     }
 
 
-def aligned(a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+def aligned(
+    a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """Cuts two streams of flat arrays, equally long in all, into pairs of equal length."""
     left = right = np.empty(0)
     while True:
@@ -220,11 +260,16 @@ def aligned(a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]) -> Iterator[tu
 def render_comparison(found: dict[str, Any], console: Console) -> None:
     """Prints a comparison: the tensors that differ most, then logits and text."""
     different = [row for row in found["tensors"] if not row["same"]]
-    worst = sorted(different, key=lambda row: -(math.inf if row["relative_error"] is None else row["relative_error"]))
+    worst = sorted(
+        different,
+        key=lambda row: -(math.inf if row["relative_error"] is None else row["relative_error"]),
+    )
     if worst:
         table = Table(title=f"{len(worst)} of {len(found['tensors'])} tensors differ", box=None)
         for name in ("tensor", "schemes", "differing", "relative error", "worst"):
-            table.add_column(name, justify="left" if name in ("tensor", "schemes") else "right", overflow="fold")
+            table.add_column(
+                name, justify="left" if name in ("tensor", "schemes") else "right", overflow="fold"
+            )
         for row in worst[:ROWS_SHOWN]:
             table.add_row(escape(row["name"]), " / ".join(row["schemes"]), *_cells(row))
         console.print(table)
@@ -233,7 +278,10 @@ def render_comparison(found: dict[str, Any], console: Console) -> None:
             console.print(f"only in {escape(found[side])}: {escape(name)}", highlight=False)
     sizes = " and ".join(f"{size:,}" for size in found["stored_bytes"])
     same = len(found["tensors"]) - len(different)
-    console.print(f"tensors    {same} of {len(found['tensors'])} have the same bits; {sizes} bytes stored", highlight=False)
+    console.print(
+        f"tensors    {same} of {len(found['tensors'])} have the same bits; {sizes} bytes stored",
+        highlight=False,
+    )
     if "outputs" in found:
         from codecllm.verifier.diagnosis.rendering import text_table
 
@@ -242,14 +290,24 @@ def render_comparison(found: dict[str, Any], console: Console) -> None:
         console.print(f"outputs    {escape(found['outputs']['summary'])}", highlight=False)
     elif "not_run" in found:
         console.print(f"outputs    not compared: {escape(found['not_run'])}", highlight=False)
-    console.print("[bold green]the same model, bit for bit[/]" if found["same"] else "[bold]different[/]", highlight=False)
+    console.print(
+        "[bold green]the same model, bit for bit[/]" if found["same"] else "[bold]different[/]",
+        highlight=False,
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["differing"] is None:
-        return [f"{row['dtype']} {row['shape']} / {row['other_dtype']} {row['other_shape']}", "", ""]
+        return [
+            f"{row['dtype']} {row['shape']} / {row['other_dtype']} {row['other_shape']}",
+            "",
+            "",
+        ]
     figures = (row["relative_error"], row["worst_error"])
-    return [f"{row['differing']:,}", *("-" if value is None else f"{value:.3e}" for value in figures)]
+    return [
+        f"{row['differing']:,}",
+        *("-" if value is None else f"{value:.3e}" for value in figures),
+    ]
 
 
 def _folder(name: str | Path) -> Path:
@@ -258,7 +316,7 @@ def _folder(name: str | Path) -> Path:
 
 
 def _decoded_blocks(container: Container, name: str) -> Iterator[NDArray[Any]]:
-    from codecllm.verifier.decoding import Scan, blocks_in_source_order
+    from codecllm.verifier.checks.decoding import Scan, blocks_in_source_order
 
     tensor = container.tensor(name)
     if isinstance(tensor, PlainTensor):
@@ -267,7 +325,9 @@ def _decoded_blocks(container: Container, name: str) -> Iterator[NDArray[Any]]:
     scan = Scan(entropy_bits=[0.0] * tensor.table.planes)
     for tile, elements in blocks_in_source_order(tensor, scan):
         if isinstance(tensor.record, Int8Tensor):
-            values = dequantize(elements.view(np.int16 if tensor.record.wide else np.int8), tile_steps(tensor, tile))
+            values = dequantize(
+                elements.view(np.int16 if tensor.record.wide else np.int8), tile_steps(tensor, tile)
+            )
             yield bits_from_float32(values, tensor.record.dtype).reshape(-1)
         else:
             yield np.array(elements).reshape(-1)
@@ -295,14 +355,19 @@ def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
     """Runs both models on the fixed prompts; the source of divergences is `left`."""
     needed = int(2 * MEMORY_FACTOR * sum(_tensor_bytes(side) for side in (left, right)) / 2)
     if needed > available_memory():
-        return {"not_run": f"two models need {needed / 2**30:.1f} GiB, {available_memory() / 2**30:.1f} GiB are free"}
-    from codecllm.verifier import model_output as output
-    from codecllm.verifier.diagnosis import text
+        return {
+            "not_run": f"two models need {needed / 2**30:.1f} GiB, {available_memory() / 2**30:.1f} GiB are free"
+        }
+    from codecllm.verifier.baseline import model_output as output
+    from codecllm.verifier.diagnosis.model import text
     from codecllm.verifier.report import Stage
 
     try:
         first, second = left.load(), right.load()
-        coders = (output.PromptCoder(left.folder, first.config), output.PromptCoder(right.folder, second.config))
+        coders = (
+            output.PromptCoder(left.folder, first.config),
+            output.PromptCoder(right.folder, second.config),
+        )
         script = text.write_script(coders[0], None, None)
         base = text.listen(first, script)
         other = text.listen(second, script, base)
@@ -318,4 +383,8 @@ def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
 
 
 def _tensor_bytes(side: Side) -> int:
-    return sum(math.prod(one.shape) * DTYPES[one.dtype].bits // 8 for one in side.tensors.values() if one.scheme != "alias")
+    return sum(
+        math.prod(one.shape) * DTYPES[one.dtype].bits // 8
+        for one in side.tensors.values()
+        if one.scheme != "alias"
+    )

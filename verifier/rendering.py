@@ -8,17 +8,26 @@ from rich.markup import escape
 from codecllm.verifier.report import Report, Verdict
 
 FINDINGS_SHOWN = 100
-_MARKS = {Verdict.OK: "[green]ok     [/]", Verdict.FAILED: "[bold red]FAILED [/]", Verdict.SKIPPED: "[yellow]SKIPPED[/]"}
+_MARKS = {
+    Verdict.OK: "[green]ok     [/]",
+    Verdict.FAILED: "[bold red]FAILED [/]",
+    Verdict.SKIPPED: "[yellow]SKIPPED[/]",
+}
 
 
 def render_report(report: Report, console: Console) -> None:
     """Prints a report; at most 100 faults per stage (`--json` lists all)."""
     for stage in report.stages:
-        console.print(f"{stage.name:<11}{_MARKS[stage.verdict]} {escape(stage.summary)}", highlight=False)
+        console.print(
+            f"{stage.name:<11}{_MARKS[stage.verdict]} {escape(stage.summary)}", highlight=False
+        )
         for finding in stage.findings[:FINDINGS_SHOWN]:
             console.print(f"           - {escape(str(finding.error))}", highlight=False)
         if len(stage.findings) > FINDINGS_SHOWN:
-            console.print(f"           ... and {len(stage.findings) - FINDINGS_SHOWN} more; --json lists all", highlight=False)
+            console.print(
+                f"           ... and {len(stage.findings) - FINDINGS_SHOWN} more; --json lists all",
+                highlight=False,
+            )
     for warning in report.warnings:
         console.print(f"warning    {escape(warning)}", style="yellow", highlight=False)
     if report.commit:
@@ -32,4 +41,7 @@ def render_report(report: Report, console: Console) -> None:
         console.print(f"[bold green]verified[/]: {', '.join(ran)}", highlight=False)
     else:
         faults = sum(len(stage.findings) for stage in report.stages)
-        console.print(f"[bold red]not what was published[/]: {faults} fault{'s' * (faults != 1)}", highlight=False)
+        console.print(
+            f"[bold red]not what was published[/]: {faults} fault{'s' * (faults != 1)}",
+            highlight=False,
+        )

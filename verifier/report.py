@@ -40,10 +40,19 @@ class Finding:
         """Returns class, message, place, and the whole line, as JSON values."""
         error = self.error
         facts = {name: getattr(error, name) for name in _PLACE}
-        plain = {name: value if isinstance(value, int | str | None) else str(value) for name, value in facts.items()}
+        plain = {
+            name: value if isinstance(value, int | str | None) else str(value)
+            for name, value in facts.items()
+        }
         found = {"cause": self.cause, "channel": self.channel, "module": self.module}
         known = {name: value for name, value in found.items() if value is not None}
-        return {"error": type(error).__name__, "message": error.message, **plain, **known, "text": str(error)}
+        return {
+            "error": type(error).__name__,
+            "message": error.message,
+            **plain,
+            **known,
+            "text": str(error),
+        }
 
 
 @dataclass(slots=True)
@@ -72,7 +81,12 @@ class Stage:
         return Verdict.SKIPPED if self.skipped else Verdict.OK
 
     def fail(
-        self, error: CodecLLMError, *, cause: str | None = None, channel: int | None = None, module: str | None = None
+        self,
+        error: CodecLLMError,
+        *,
+        cause: str | None = None,
+        channel: int | None = None,
+        module: str | None = None,
     ) -> None:
         """Adds a fault."""
         self.findings.append(Finding(error, cause, channel, module))
@@ -108,7 +122,9 @@ class Report:
     @property
     def exit_code(self) -> int:
         """0, or the exit code of the first fault's error class."""
-        return next((finding.error.exit_code for stage in self.stages for finding in stage.findings), 0)
+        return next(
+            (finding.error.exit_code for stage in self.stages for finding in stage.findings), 0
+        )
 
     def stage(self, name: str) -> Stage | None:
         """Returns the stage of that name, or None."""

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from codecllm.converter.source import SourceModel
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.hub import resolve
-from codecllm.verifier.integrity import Progress, check_checksums, check_structure
+from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.report import Report, Stage, Verdict
 
 Level = Literal["structure", "checksums", "full"]
@@ -63,12 +63,17 @@ def verify(
     if level not in LEVELS:
         raise UsageError("no such level", got=repr(level), expected=", ".join(LEVELS))
     if level != "full" and (source is not None or require_baseline):
-        raise UsageError("comparing with the source or requiring a baseline needs level full", got=level)
+        raise UsageError(
+            "comparing with the source or requiring a baseline needs level full", got=level
+        )
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
     report = Report(str(name_or_path), level, commit=files.commit)
     threads = workers or max(1, len(os.sched_getaffinity(0)))
     pinned = expected_manifest_sha256
-    with _stage(report, "structure") as stage, Container(files.folder, expected_manifest_sha256=pinned) as container:
+    with (
+        _stage(report, "structure") as stage,
+        Container(files.folder, expected_manifest_sha256=pinned) as container,
+    ):
         report.manifest_sha256 = container.manifest_sha256
         check_structure(container, stage, report.warnings)
     if report.manifest_sha256 is None or level == "structure":
@@ -78,7 +83,15 @@ def verify(
             check_checksums(container, stage, threads, progress)
         if level == "full":
             threads = container.decoding_threads(workers or None)
-            _check_contents(container, report, source, baseline or require_baseline, require_baseline, threads, progress)
+            _check_contents(
+                container,
+                report,
+                source,
+                baseline or require_baseline,
+                require_baseline,
+                threads,
+                progress,
+            )
     return report
 
 
@@ -92,10 +105,10 @@ def _check_contents(
     progress: Progress | None,
 ) -> None:
     """Runs the stages that need decoded tensors."""
-    from codecllm.verifier.baseline import check_baseline
-    from codecllm.verifier.comparison import check_source
-    from codecllm.verifier.decoding import check_decoding
-    from codecllm.verifier.ratio import report_ratio
+    from codecllm.verifier.baseline.baseline import check_baseline
+    from codecllm.verifier.checks.comparison import check_source
+    from codecllm.verifier.checks.decoding import check_decoding
+    from codecllm.verifier.checks.ratio import report_ratio
 
     scans = {}
     with _stage(report, "decode") as stage:
@@ -106,7 +119,10 @@ def _check_contents(
         else:
             _skip(stage, "not stated for a damaged container")
     if source is not None:
-        with SourceModel(resolve(source, kind="source").folder) as model, _stage(report, "source") as stage:
+        with (
+            SourceModel(resolve(source, kind="source").folder) as model,
+            _stage(report, "source") as stage,
+        ):
             check_source(container, model, stage, threads, progress)
     if not baseline:
         return

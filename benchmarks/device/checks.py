@@ -13,9 +13,9 @@ from benchmarks.device.machine import Machine, Row
 from codecllm.formats.codecs import CODEC_IDS, CODECS
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.formats.schemes.lossless import split_planes, word_dtype
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.formats.tiling import Grid
@@ -26,7 +26,13 @@ from codecllm.loader.kernels.int8_linear import Panels, Rows, Tiles, Way, int8_l
 from codecllm.loader.kernels.rans import decode_rans, describe_chunks, expand_tables
 
 _GOLDEN = Path("tests/golden")
-_GRIDS = (Grid(7, 33, 2, 10), Grid(300, 17, 64, 5), Grid(64, 4096, 32, 4096), Grid(40, 5000, 8, 1250), Grid(1, 70000, 1, 70000))
+_GRIDS = (
+    Grid(7, 33, 2, 10),
+    Grid(300, 17, 64, 5),
+    Grid(64, 4096, 32, 4096),
+    Grid(40, 5000, 8, 1250),
+    Grid(1, 70000, 1, 70000),
+)
 _SMALL_ELEMENTS = 3000
 _WAYS: tuple[tuple[Way, int], ...] = (
     (Rows(4), 1),
@@ -43,7 +49,10 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def in_tiles(matrix: NDArray[np.generic], grid: Grid, device: torch.device) -> torch.Tensor:
     """Returns the bytes of a matrix of one-byte elements, tile after tile: uint8 [rows * cols] on the device."""
-    parts = [matrix[t.row : t.row + t.rows, t.col : t.col + t.cols].reshape(-1).view(np.uint8) for t in grid]
+    parts = [
+        matrix[t.row : t.row + t.rows, t.col : t.col + t.cols].reshape(-1).view(np.uint8)
+        for t in grid
+    ]
     return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
@@ -61,13 +70,18 @@ def _assembled(machine: Machine, grid: Grid, name: str, rng: np.random.Generator
     if name == "BF16" and len(words) > 1 << 16:
         words = words.copy()
         words[: 1 << 16] = np.arange(1 << 16)
-    planes = [in_tiles(plane.reshape(grid.rows, grid.cols), grid, machine.device) for plane in split_planes(words, dtype)]
+    planes = [
+        in_tiles(plane.reshape(grid.rows, grid.cols), grid, machine.device)
+        for plane in split_planes(words, dtype)
+    ]
     out = torch.zeros(grid.rows, grid.cols, dtype=_WORDS[dtype.itemsize], device=machine.device)
     assemble_lossless(planes, grid, dtype, out)
     return _same(out, words)
 
 
-def _dequantized(machine: Machine, grid: Grid, name: str, rng: np.random.Generator, wide: bool, moved: bool) -> bool:
+def _dequantized(
+    machine: Machine, grid: Grid, name: str, rng: np.random.Generator, wide: bool, moved: bool
+) -> bool:
     """Compares one setting with numpy: float32 products, rounded once."""
     low = rng.integers(-127, 128, (grid.rows, grid.cols)).astype(np.int8)
     high = rng.integers(-127, 128, low.shape).astype(np.int8)
@@ -78,17 +92,27 @@ def _dequantized(machine: Machine, grid: Grid, name: str, rng: np.random.Generat
     with np.errstate(over="ignore"):
         steps = rows[:, None] if cols is None else rows[:, None] * cols[None]
         wanted = bits_from_float32(codes.astype(np.float32) * steps, name)
-    stored = [in_tiles(part if order is None else part[:, order], grid, machine.device) for part in (low, high)]
-    there = [None if part is None else torch.from_numpy(part).to(machine.device) for part in (rows, cols, order)]
+    stored = [
+        in_tiles(part if order is None else part[:, order], grid, machine.device)
+        for part in (low, high)
+    ]
+    there = [
+        None if part is None else torch.from_numpy(part).to(machine.device)
+        for part in (rows, cols, order)
+    ]
     out = torch.zeros(grid.rows, grid.cols, dtype=_DTYPES[name], device=machine.device)
-    low_bits = torch.full((len(grid),), 3, dtype=torch.int32, device=machine.device) if wide else None
+    low_bits = (
+        torch.full((len(grid),), 3, dtype=torch.int32, device=machine.device) if wide else None
+    )
     dequantize_int8(stored[0], stored[1] if wide else None, low_bits, grid, *there, "row", out)
     codes_out = torch.zeros(grid.rows, grid.cols, dtype=torch.int8, device=machine.device)
     untile_codes(stored[0], grid, codes_out, there[2])
     return _same(out, wanted) and _same(codes_out, low)
 
 
-def _product_error(machine: Machine, way, tokens: int, rows: int, cols: int, dtype: torch.dtype) -> float:  # type: ignore[no-untyped-def]
+def _product_error(
+    machine: Machine, way, tokens: int, rows: int, cols: int, dtype: torch.dtype
+) -> float:  # type: ignore[no-untyped-def]
     inputs = torch.randn(tokens, cols, device=machine.device).to(dtype)
     codes = torch.randint(-127, 128, (rows, cols), dtype=torch.int8, device=machine.device)
     scale = torch.rand(rows, device=machine.device) * 1e-2 + 1e-4
@@ -102,7 +126,9 @@ def _symbols(machine: Machine, tensor: StoredTensor) -> list[torch.Tensor]:
     """Decodes the planes of a stored tensor: `rans` chunks by the kernel, others by their codecs on the host."""
     grid, table = tensor.table.grid, tensor.table
     planes = [torch.empty(grid.rows * grid.cols, dtype=torch.uint8) for _ in range(table.planes)]
-    payload = tensor.read_slots(0, len(table.records), bytearray(tensor.slots_bytes(0, len(table.records))))
+    payload = tensor.read_slots(
+        0, len(table.records), bytearray(tensor.slots_bytes(0, len(table.records)))
+    )
     blob = np.frombuffer(bytes(payload) + bytes(-len(payload) % 16), np.uint8)
     coded: list[list[tuple[int, int, int, int, int]]] = [[] for _ in planes]
     places = np.concatenate([[0], np.cumsum([tile.symbols for tile in grid])])
@@ -124,7 +150,9 @@ def _symbols(machine: Machine, tensor: StoredTensor) -> list[torch.Tensor]:
     there = [plane.to(machine.device) for plane in planes]
     for arena, fields in zip(there, coded, strict=True):
         if fields:
-            chunks = describe_chunks(*(np.array(column, np.int64) for column in zip(*fields, strict=True))).to(machine.device)
+            chunks = describe_chunks(
+                *(np.array(column, np.int64) for column in zip(*fields, strict=True))
+            ).to(machine.device)
             faults = torch.full((len(fields),), -1, dtype=torch.int32, device=machine.device)
             stored_there = torch.from_numpy(blob.copy()).to(machine.device)
             decode_rans(stored_there, chunks, expand_tables(tables, machine.device), arena, faults)
@@ -139,7 +167,9 @@ def _golden_tensor(machine: Machine, container: Container, name: str) -> bool | 
         return None
     grid, planes = tensor.table.grid, _symbols(machine, tensor)
     if isinstance(tensor.record, Int8Tensor):
-        out = torch.zeros(grid.rows, grid.cols, dtype=_DTYPES[tensor.record.dtype], device=machine.device)
+        out = torch.zeros(
+            grid.rows, grid.cols, dtype=_DTYPES[tensor.record.dtype], device=machine.device
+        )
         sides = to_device(side_arrays(tensor, (0, grid.rows)), machine.device)
         finish_bands(tensor, (0, grid.rows), planes, sides, out)
     else:
@@ -166,12 +196,28 @@ def checks(machine: Machine) -> Iterator[Row]:
     for dtype, most in ((torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
         for way, tokens in _WAYS:
             error = max(_product_error(machine, way, tokens, *shape, dtype) for shape in shapes)
-            yield Row(f"{way} in {dtype}", error < most, note=f"relative error {error:.1e}, at most {most:.0e}")
+            yield Row(
+                f"{way} in {dtype}",
+                error < most,
+                note=f"relative error {error:.1e}, at most {most:.0e}",
+            )
     for folder in sorted(path.parent for path in _GOLDEN.glob("v*/*/codecllm.json")):
         with Container(folder) as container:
-            records = [record for record in container.manifest.tensors if record.scheme in ("lossless", "int8")]
-            names = [record.name for record in records if not machine.small or record.elements < _SMALL_ELEMENTS]
+            records = [
+                record
+                for record in container.manifest.tensors
+                if record.scheme in ("lossless", "int8")
+            ]
+            names = [
+                record.name
+                for record in records
+                if not machine.small or record.elements < _SMALL_ELEMENTS
+            ]
             found = [_golden_tensor(machine, container, name) for name in names]
             judged = [good for good in found if good is not None]
             if judged:
-                yield Row(f"golden {folder.parent.name}/{folder.name}", all(judged), note=f"same bits, {len(judged)} tensors")
+                yield Row(
+                    f"golden {folder.parent.name}/{folder.name}",
+                    all(judged),
+                    note=f"same bits, {len(judged)} tensors",
+                )

@@ -20,8 +20,13 @@ _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 def elements(machine: Machine) -> Iterator[Row]:
     """GB/s of symbols read and elements written, for matrices that no cache holds; tiles of whole rows and narrow ones."""
     for rows, cols in _SHAPES if not machine.small else ((20, 256),):
-        planes = [torch.randint(0, 256, (rows * cols,), dtype=torch.uint8, device=machine.device) for _ in range(4)]
-        row_scale, col_scale = (torch.rand(size, device=machine.device) + 0.5 for size in (rows, cols))
+        planes = [
+            torch.randint(0, 256, (rows * cols,), dtype=torch.uint8, device=machine.device)
+            for _ in range(4)
+        ]
+        row_scale, col_scale = (
+            torch.rand(size, device=machine.device) + 0.5 for size in (rows, cols)
+        )
         order = torch.randperm(cols, device=machine.device).to(torch.int32)
         whole = default_grid(rows, cols)
         narrow = Grid(rows, cols, min(rows, 512), max(1, cols // 16))
@@ -29,16 +34,38 @@ def elements(machine: Machine) -> Iterator[Row]:
             out = torch.empty(rows, cols, dtype=dtype, device=machine.device)
             own = planes[: DTYPES[name].planes]
 
-            def dequantize(high, grid, col_scale, order, out=out, low=planes[0], row_scale=row_scale) -> None:  # type: ignore[no-untyped-def]
-                low_bits = None if high is None else torch.full((len(grid),), 3, dtype=torch.int32, device=high.device)
+            def dequantize(
+                high, grid, col_scale, order, out=out, low=planes[0], row_scale=row_scale
+            ) -> None:  # type: ignore[no-untyped-def]
+                low_bits = (
+                    None
+                    if high is None
+                    else torch.full((len(grid),), 3, dtype=torch.int32, device=high.device)
+                )
                 dequantize_int8(low, high, low_bits, grid, row_scale, col_scale, order, "row", out)
 
             cases: list[tuple[str, int, Callable[[], None]]] = [
-                (f"assemble {name}", len(own), partial(assemble_lossless, own, whole, DTYPES[name], out)),
+                (
+                    f"assemble {name}",
+                    len(own),
+                    partial(assemble_lossless, own, whole, DTYPES[name], out),
+                ),
                 (f"dequantize to {name}", 1, partial(dequantize, None, whole, None, None)),
-                (f"dequantize to {name}, column scales", 1, partial(dequantize, None, narrow, col_scale, None)),
-                (f"dequantize to {name}, columns moved", 1, partial(dequantize, None, narrow, col_scale, order)),
-                (f"dequantize to {name}, wide", 2, partial(dequantize, planes[1], whole, col_scale, None)),
+                (
+                    f"dequantize to {name}, column scales",
+                    1,
+                    partial(dequantize, None, narrow, col_scale, None),
+                ),
+                (
+                    f"dequantize to {name}, columns moved",
+                    1,
+                    partial(dequantize, None, narrow, col_scale, order),
+                ),
+                (
+                    f"dequantize to {name}, wide",
+                    2,
+                    partial(dequantize, planes[1], whole, col_scale, None),
+                ),
             ]
             if name == "BF16":
                 codes = torch.empty(rows, cols, dtype=torch.int8, device=machine.device)
@@ -47,4 +74,9 @@ def elements(machine: Machine) -> Iterator[Row]:
                 seconds = machine.seconds([work])
                 written = 1 if what == "codes" else out.element_size()
                 rate = rows * cols * (read + written) / seconds / 1e9
-                yield Row(f"{what}, {rows} x {cols}", rate, "GB/s", f"{rows * cols / seconds / 1e9:.0f}e9 elements/s")
+                yield Row(
+                    f"{what}, {rows} x {cols}",
+                    rate,
+                    "GB/s",
+                    f"{rows * cols / seconds / 1e9:.0f}e9 elements/s",
+                )

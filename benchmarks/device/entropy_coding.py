@@ -11,12 +11,18 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.device.machine import Machine, Row
-from codecllm.formats.chunk_table import slot_bytes
 from codecllm.formats.codecs import CODEC_IDS, CODECS, rans
 from codecllm.formats.codecs.rans_fit import fit_table
 from codecllm.formats.entropy import entropy_bits
+from codecllm.formats.shards.chunk_table import slot_bytes
 from codecllm.loader.device.nvcomp import Nvcomp, ZstdFrames, open_nvcomp
-from codecllm.loader.kernels.rans import DecodeKernel, cuda_kernel, decode_rans, describe_chunks, expand_tables
+from codecllm.loader.kernels.rans import (
+    DecodeKernel,
+    cuda_kernel,
+    decode_rans,
+    describe_chunks,
+    expand_tables,
+)
 
 CHUNKS_KIB = (16, 32, 64, 128, 256)
 GROUP_SYMBOLS = 1 << 20
@@ -60,9 +66,14 @@ def encode(symbols: NDArray[np.uint8], chunk: int) -> Coded:
     """Codes symbols in chunks, about a million symbols to a table."""
     per_group = max(1, GROUP_SYMBOLS // chunk)
     parts = [symbols[start : start + chunk] for start in range(0, len(symbols), chunk)]
-    groups = [symbols[start : start + per_group * chunk] for start in range(0, len(symbols), per_group * chunk)]
+    groups = [
+        symbols[start : start + per_group * chunk]
+        for start in range(0, len(symbols), per_group * chunk)
+    ]
     tables = [fit_table(np.bincount(group, minlength=256)) for group in groups]
-    stored = rans.encode_chunks([rans.Uncoded(part, tables[number // per_group]) for number, part in enumerate(parts)])
+    stored = rans.encode_chunks(
+        [rans.Uncoded(part, tables[number // per_group]) for number, part in enumerate(parts)]
+    )
     sizes = np.array([len(data) for data in stored], np.int64)
     spans = np.array([slot_bytes(len(data)) for data in stored], np.int64)
     slots = np.cumsum(spans) - spans
@@ -75,7 +86,9 @@ def encode(symbols: NDArray[np.uint8], chunk: int) -> Coded:
     return Coded(symbols, payload, slots, sizes, raw, tables_of, tables, bits)
 
 
-def decode_copies(machine: Machine, coded: Coded, copies: int, kernel: DecodeKernel = "auto") -> tuple[float, bool]:
+def decode_copies(
+    machine: Machine, coded: Coded, copies: int, kernel: DecodeKernel = "auto"
+) -> tuple[float, bool]:
     """Decodes `copies` copies of the chunks, each at its own place in device memory.
 
     Returns:
@@ -85,12 +98,16 @@ def decode_copies(machine: Machine, coded: Coded, copies: int, kernel: DecodeKer
     slots = (coded.slots[None] + shift * len(coded.payload)).reshape(-1)
     places = (np.cumsum(coded.raw) - coded.raw)[None] + shift * len(coded.symbols)
     again = [np.tile(values, copies) for values in (coded.sizes, coded.raw, coded.tables_of)]
-    chunks = describe_chunks(slots, again[0], again[1], places.reshape(-1), again[2]).to(machine.device)
+    chunks = describe_chunks(slots, again[0], again[1], places.reshape(-1), again[2]).to(
+        machine.device
+    )
     stored = torch.from_numpy(coded.payload).to(machine.device).repeat(copies)
     tables = expand_tables(coded.tables, machine.device)
     arena = torch.full((copies, len(coded.symbols)), 0xA5, dtype=torch.uint8, device=machine.device)
     faults = torch.full((len(slots),), -1, dtype=torch.int32, device=machine.device)
-    seconds = machine.seconds([lambda: decode_rans(stored, chunks, tables, arena.view(-1), faults, kernel)])
+    seconds = machine.seconds(
+        [lambda: decode_rans(stored, chunks, tables, arena.view(-1), faults, kernel)]
+    )
     wanted = torch.from_numpy(coded.symbols).to(machine.device)
     return arena.numel() / seconds / 1e9, bool((arena == wanted).all()) and not bool(faults.any())
 
@@ -126,7 +143,9 @@ def decoders(machine: Machine) -> Iterator[Row]:
         for kernel in kernels:
             rate, sound = decode_copies(machine, coded, max(1, (mib << 20) // unique), kernel)
             note = f"{len(coded.raw) * mib // 8} chunks, {'same bits' if sound else 'WRONG BITS'}"
-            yield Row(f"rans, int8, {mib} MiB at once, {kernel}", rate, "GB/s", note, {"sound": sound})
+            yield Row(
+                f"rans, int8, {mib} MiB at once, {kernel}", rate, "GB/s", note, {"sound": sound}
+            )
 
 
 def zstd_decoders(machine: Machine) -> Iterator[Row]:
@@ -142,19 +161,27 @@ def zstd_decoders(machine: Machine) -> Iterator[Row]:
                 yield _nvcomp_row(machine, library, name, symbols, kib, mib)
 
 
-def _nvcomp_row(machine: Machine, library: Nvcomp, name: str, symbols: NDArray[np.uint8], kib: int, mib: int) -> Row:
+def _nvcomp_row(
+    machine: Machine, library: Nvcomp, name: str, symbols: NDArray[np.uint8], kib: int, mib: int
+) -> Row:
     copies = (mib << 20) // len(symbols)
     parts = [symbols[start : start + (kib << 10)] for start in range(0, len(symbols), kib << 10)]
     frames = [CODECS[CODEC_IDS["zstd"]].encode(part) for part in parts]
     spans = np.array([slot_bytes(len(frame)) for frame in frames], np.int64)
-    payload = b"".join(bytes(frame).ljust(int(span), b"\0") for frame, span in zip(frames, spans, strict=True))
-    stored = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(machine.device).repeat(copies)
+    payload = b"".join(
+        bytes(frame).ljust(int(span), b"\0") for frame, span in zip(frames, spans, strict=True)
+    )
+    stored = (
+        torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(machine.device).repeat(copies)
+    )
     arena = torch.full((copies, len(symbols)), 0xA5, dtype=torch.uint8, device=machine.device)
     shift = np.arange(copies, dtype=np.int64)[:, None]
     raw = np.array([len(part) for part in parts], np.int64)
     words = np.stack(
         [
-            (stored.data_ptr() + (np.cumsum(spans) - spans)[None] + shift * len(payload)).reshape(-1),
+            (stored.data_ptr() + (np.cumsum(spans) - spans)[None] + shift * len(payload)).reshape(
+                -1
+            ),
             np.tile(np.array([len(frame) for frame in frames], np.int64), copies),
             np.tile(raw, copies),
             (arena.data_ptr() + (np.cumsum(raw) - raw)[None] + shift * len(symbols)).reshape(-1),
@@ -164,13 +191,24 @@ def _nvcomp_row(machine: Machine, library: Nvcomp, name: str, symbols: NDArray[n
     count = words.shape[1]
     places = [there.data_ptr() + 8 * count * number for number in range(4)]
     batch = ZstdFrames(*places, count, int(raw.max()), arena.numel())
-    temp = torch.empty(library.temp_bytes(count, int(raw.max()), arena.numel()), dtype=torch.uint8, device=machine.device)
+    temp = torch.empty(
+        library.temp_bytes(count, int(raw.max()), arena.numel()),
+        dtype=torch.uint8,
+        device=machine.device,
+    )
     sizes = torch.zeros(count, dtype=torch.int64, device=machine.device)
     statuses = torch.full((count,), -1, dtype=torch.int32, device=machine.device)
     stream = torch.cuda.current_stream().cuda_stream
     work = partial(library.decode, batch, temp, sizes.data_ptr(), statuses.data_ptr(), stream)
     seconds = machine.seconds([work], graph=False)
-    sound = not bool(statuses.any()) and bool((arena == torch.from_numpy(symbols).to(machine.device)).all())
+    sound = not bool(statuses.any()) and bool(
+        (arena == torch.from_numpy(symbols).to(machine.device)).all()
+    )
     bits = 8 * len(payload) / len(symbols)
     note = f"{bits:.2f} bits stored, {count} chunks, temp {temp.numel() >> 20} MiB, {'same bits' if sound else 'WRONG BITS'}"
-    return Row(f"nvCOMP zstd, {name}, {kib} KiB chunks, {mib} MiB at once", arena.numel() / seconds / 1e9, "GB/s", note)
+    return Row(
+        f"nvCOMP zstd, {name}, {kib} KiB chunks, {mib} MiB at once",
+        arena.numel() / seconds / 1e9,
+        "GB/s",
+        note,
+    )

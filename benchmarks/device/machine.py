@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 _REPLAYS = 5
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "nvidia-libnvcomp-cu13", "nvidia-libnvcomp-cu12")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "nvidia-libnvcomp-cu13",
+    "nvidia-libnvcomp-cu12",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,20 @@ from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader import from_pretrained
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.pool import DecodePool
 
-FULL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+FULL = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 LAYERS, VOCABULARY, WHOLE = 4, 128256 // 8, 8
 SMALL_CHUNKS = 32
 """KiB of symbols in the chunks of the container that is made for `compressed`: four times as many to decode at once."""
@@ -90,17 +100,35 @@ def _write_source(machine: Machine, folder: Path) -> tuple[Path, int]:
     sizes, vocabulary = (SMALL, 512) if machine.small else (FULL, VOCABULARY)
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     narrow = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
-    parts = {"q": (hidden, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, hidden)}
+    parts = {
+        "q": (hidden, hidden),
+        "k": (narrow, hidden),
+        "v": (narrow, hidden),
+        "o": (hidden, hidden),
+    }
     shapes = {f"self_attn.{name}_proj": shape for name, shape in parts.items()}
-    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    shapes |= {
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
     matrices = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
     for layer in range(LAYERS):
         matrices |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
-    norms = [f"model.layers.{n}.{name}_layernorm" for n in range(LAYERS) for name in ("input", "post_attention")]
-    tensors = {f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in (*norms, "model.norm")}
+    norms = [
+        f"model.layers.{n}.{name}_layernorm"
+        for n in range(LAYERS)
+        for name in ("input", "post_attention")
+    ]
+    tensors = {
+        f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+        for name in (*norms, "model.norm")
+    }
     for name, shape in matrices.items():
         scale = 0.02 * torch.exp(0.3 * torch.randn(shape[0], 1, device=machine.device))
-        tensors[f"{name}.weight"] = (torch.randn(shape, device=machine.device) * scale).to(torch.bfloat16).cpu()
+        tensors[f"{name}.weight"] = (
+            (torch.randn(shape, device=machine.device) * scale).to(torch.bfloat16).cpu()
+        )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         **sizes, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS, "dtype": "bfloat16",
@@ -122,13 +150,19 @@ def _seconds(machine: Machine, work: Callable[[], Any]) -> tuple[float, Any]:
 def _read(folder: Path) -> None:
     """Reads every chunk into memory and compares its checksum, in threads, as a load does."""
     with Container(folder) as container, DecodePool(container.decoding_threads(None)) as pool:
-        names = [record.name for record in container.manifest.tensors if record.scheme in ("int8", "lossless")]
+        names = [
+            record.name
+            for record in container.manifest.tensors
+            if record.scheme in ("int8", "lossless")
+        ]
         jobs = []
         for tensor in (container.tensor(name) for name in names):
             assert isinstance(tensor, StoredTensor)
             chunks = len(tensor.table.records)
             for first in range(0, chunks, 64):
-                jobs.append(pool.submit(partial(_read_chunks, tensor, first, min(first + 64, chunks))))
+                jobs.append(
+                    pool.submit(partial(_read_chunks, tensor, first, min(first + 64, chunks)))
+                )
         for job in jobs:
             job.result()
 
@@ -142,7 +176,9 @@ def _read_chunks(tensor: StoredTensor, first: int, last: int, _workspace: object
 def _plain(machine: Machine, source: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_map=machine.device.type)
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, device_map=machine.device.type
+    )
 
 
 def _copy_seconds(machine: Machine, size: int) -> float:
@@ -162,11 +198,23 @@ def loading(machine: Machine) -> Iterator[Row]:
     for kind, folder in made.containers.items():
         what, (scheme, codec, _) = _named(kind), kind
         stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        yield Row(f"convert, {what}", made.seconds[kind], "s", f"{size / 1e9 / made.seconds[kind]:.2f} GB of source a second")
+        yield Row(
+            f"convert, {what}",
+            made.seconds[kind],
+            "s",
+            f"{size / 1e9 / made.seconds[kind]:.2f} GB of source a second",
+        )
         read = min(_seconds(machine, partial(_read, folder))[0] for _ in range(2))
-        yield Row(f"read and check alone, {what}", read, "s", f"{stored / 1e9:.2f} GB, {stored / read / 1e9:.1f} GB/s")
+        yield Row(
+            f"read and check alone, {what}",
+            read,
+            "s",
+            f"{stored / 1e9:.2f} GB, {stored / read / 1e9:.1f} GB/s",
+        )
         yield Row(f"copy alone, {what}", _copy_seconds(machine, stored), "s", "")
-        for resident in ("dense", "int8", "compressed") if scheme == "int8" else ("dense", "compressed"):
+        for resident in (
+            ("dense", "int8", "compressed") if scheme == "int8" else ("dense", "compressed")
+        ):
             yield _load_row(machine, folder, what, resident, "auto", plain)
         if (scheme, codec) == ("int8", "zstd") and not machine.rehearses:
             yield _load_row(machine, folder, what, "dense", "cpu", plain)
@@ -176,11 +224,18 @@ def _named(kind: tuple[str, str, int]) -> str:
     return f"{kind[0]} {kind[1]} {kind[2]} KiB"
 
 
-def _load_row(machine: Machine, folder: Path, what: str, resident: str, decoder: str, plain: float) -> Row:
+def _load_row(
+    machine: Machine, folder: Path, what: str, resident: str, decoder: str, plain: float
+) -> Row:
     try:
-        taken = min(_seconds(machine, partial(_ours, machine, folder, resident, decoder))[0] for _ in range(3))
+        taken = min(
+            _seconds(machine, partial(_ours, machine, folder, resident, decoder))[0]
+            for _ in range(3)
+        )
     except Exception as exc:
-        return Row(f"load {resident}, {what}, decoder {decoder}", False, note=f"failed: {exc!r}"[:300])
+        return Row(
+            f"load {resident}, {what}, decoder {decoder}", False, note=f"failed: {exc!r}"[:300]
+        )
     note = f"{plain / taken:.2f}x as fast as plain; {taken * WHOLE:.2f} s for 8B at this rate"
     return Row(f"load {resident}, {what}, decoder {decoder}", taken, "s", note)
 
@@ -193,7 +248,11 @@ def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") 
 def generating(machine: Machine) -> Iterator[Row]:
     """Tokens a second in each form of residency, against dense; and whether the tokens are dense's."""
     made = made_models(machine)
-    cases = [(("lossless", "zstd", 128), "dense"), (("int8", "rans", 128), "dense"), (("int8", "rans", 128), "int8")]
+    cases = [
+        (("lossless", "zstd", 128), "dense"),
+        (("int8", "rans", 128), "dense"),
+        (("int8", "rans", 128), "int8"),
+    ]
     cases += [(kind, "compressed") for kind in KINDS]
     first: float | None = None
     tokens: dict[str, list[int]] = {}
@@ -207,7 +266,9 @@ def generating(machine: Machine) -> Iterator[Row]:
             continue
         first = first or taken
         alike = tokens.setdefault(kind[0], found) == found
-        speed = f"{first / taken:.2f}x as fast as dense bf16; {1 / (taken * WHOLE):.1f} tokens/s for 8B"
+        speed = (
+            f"{first / taken:.2f}x as fast as dense bf16; {1 / (taken * WHOLE):.1f} tokens/s for 8B"
+        )
         note = f"{how}; {speed}; same tokens: {alike}"
         measured = {"tokens_alike": alike, "memory": _held(machine)}
         yield Row(f"token, {what}", 1 / taken, "tokens/s", note, measured)

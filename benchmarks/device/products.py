@@ -33,12 +33,20 @@ _TRIED: dict[int, tuple[Way, ...]] = {
 }
 
 
-def _weights(machine: Machine, rows: int, cols: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _weights(
+    machine: Machine, rows: int, cols: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Returns (codes, scale, dense) in enough copies that none stays in the cache from one use to the next."""
     copies = max(2, -(-machine.size(_COLD_BYTES, 1) // (rows * cols)))
     made = []
     for _ in range(min(copies, 40)):
-        codes = torch.randn(rows, cols, device=machine.device).mul_(33).round_().clamp_(-127, 127).to(torch.int8)
+        codes = (
+            torch.randn(rows, cols, device=machine.device)
+            .mul_(33)
+            .round_()
+            .clamp_(-127, 127)
+            .to(torch.int8)
+        )
         scale = torch.rand(rows, device=machine.device) * 1e-3 + 1e-4
         made.append((codes, scale, (codes * scale[:, None]).to(torch.bfloat16)))
     return made
@@ -46,8 +54,15 @@ def _weights(machine: Machine, rows: int, cols: int) -> list[tuple[torch.Tensor,
 
 def _measure(machine: Machine, weights: list, inputs: torch.Tensor, way: Way | None) -> float:
     if way is None:
-        return machine.seconds([lambda dense=dense: functional.linear(inputs, dense) for _, _, dense in weights])
-    return machine.seconds([lambda c=codes, s=scale: int8_linear(inputs, c, s, None, way) for codes, scale, _ in weights])
+        return machine.seconds(
+            [lambda dense=dense: functional.linear(inputs, dense) for _, _, dense in weights]
+        )
+    return machine.seconds(
+        [
+            lambda c=codes, s=scale: int8_linear(inputs, c, s, None, way)
+            for codes, scale, _ in weights
+        ]
+    )
 
 
 def products(machine: Machine) -> Iterator[Row]:
@@ -72,11 +87,22 @@ def _products(machine: Machine, ways) -> Iterator[Row]:  # type: ignore[no-untyp
                 try:
                     ours = _measure(machine, weights, inputs, way)
                 except Exception as exc:  # a way that this device cannot take is a result
-                    yield Row(f"int8 {rows} x {cols}, {tokens} tokens, {way}", 0.0, "x", f"failed: {exc!r}"[:200])
+                    yield Row(
+                        f"int8 {rows} x {cols}, {tokens} tokens, {way}",
+                        0.0,
+                        "x",
+                        f"failed: {exc!r}"[:200],
+                    )
                     continue
                 rate = 2e-12 * tokens * rows * cols / ours
                 speed = f"{moved / ours / 1e9:.0f} GB/s" if tokens <= 64 else f"{rate:.0f} TFLOP/s"
                 measured = {"seconds": ours, "dense_seconds": dense, "way": str(way)}
                 note = f"{ours * 1e6:.1f} us, {speed}; dense {dense * 1e6:.1f} us"
-                yield Row(f"int8 {rows} x {cols}, {tokens} tokens, {way}", dense / ours, "x", note, measured)
+                yield Row(
+                    f"int8 {rows} x {cols}, {tokens} tokens, {way}",
+                    dense / ours,
+                    "x",
+                    note,
+                    measured,
+                )
         del weights

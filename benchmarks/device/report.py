@@ -30,7 +30,9 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
 
 def markdown(run: dict[str, Any]) -> str:
     """Returns a line about the machine, one about the checks, and a table per section."""
-    machine = {key: value for key, value in run["machine"].items() if key not in ("command", "device")}
+    machine = {
+        key: value for key, value in run["machine"].items() if key not in ("command", "device")
+    }
     versions = ", ".join(f"{key} {value}" for key, value in machine.items())
     parts = [f"{run['machine'].get('device', 'unknown device')}: {versions}."]
     checks = run["sections"].get("checks", {}).get("rows", [])

@@ -10,7 +10,15 @@ import typer
 
 from codecllm.cli.app import app
 from codecllm.cli.console import progress_bar, stdout
-from codecllm.cli.options import EvalDtypeName, Json, LevelName, ResidentName, Revision, Workers, read_text
+from codecllm.cli.options import (
+    EvalDtypeName,
+    Json,
+    LevelName,
+    ResidentName,
+    Revision,
+    Workers,
+    read_text,
+)
 from codecllm.formats.errors import UsageError
 
 
@@ -23,25 +31,43 @@ def verify(
             help="structure: names, sizes, headers. checksums: every byte. full: decode all and run the baseline too."
         ),
     ] = LevelName.full,
-    source: Annotated[str | None, typer.Option(help="Compare every decoded tensor with this model (folder or Hub id).")] = None,
-    require_baseline: Annotated[bool, typer.Option(help="Fail where no baseline is recorded.")] = False,
-    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Run the recorded prompts (level full).")] = True,
+    source: Annotated[
+        str | None,
+        typer.Option(help="Compare every decoded tensor with this model (folder or Hub id)."),
+    ] = None,
+    require_baseline: Annotated[
+        bool, typer.Option(help="Fail where no baseline is recorded.")
+    ] = False,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline/--no-baseline", help="Run the recorded prompts (level full)."),
+    ] = True,
     manifest_sha256: Annotated[
         str | None, typer.Option(help="Accept only the manifest with this sha256: pins every byte.")
     ] = None,
     diagnose: Annotated[
         bool,
-        typer.Option("--diagnose", help="Say why the output is wrong: stage by stage, then one paragraph. Needs the source."),
+        typer.Option(
+            "--diagnose",
+            help="Say why the output is wrong: stage by stage, then one paragraph. Needs the source.",
+        ),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option("--report", help="Write the diagnosis as one HTML file with plots.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--report", help="Write the diagnosis as one HTML file with plots.", metavar="FILE"
+        ),
     ] = None,
     first_layers: Annotated[
         int | None,
-        typer.Option(help="Diagnose with only the first N layers from the container, the others from the source.", min=0),
+        typer.Option(
+            help="Diagnose with only the first N layers from the container, the others from the source.",
+            min=0,
+        ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text file for the diagnosis' perplexity instead of the built-in one.")
+        Path | None,
+        typer.Option(help="Text file for the diagnosis' perplexity instead of the built-in one."),
     ] = None,
     resident: Annotated[
         ResidentName | None,
@@ -66,10 +92,24 @@ def verify(
 
     if diagnose:
         if level is not LevelName.full or require_baseline or not baseline:
-            raise UsageError("--diagnose runs its own stages: it takes no --level, --require-baseline or --no-baseline")
+            raise UsageError(
+                "--diagnose runs its own stages: it takes no --level, --require-baseline or --no-baseline"
+            )
         kept = ResidentName.dense if resident is None else resident
-        options = {"first_layers": first_layers, "revision": revision, "expected_manifest_sha256": manifest_sha256}
-        _diagnose(out, source, html, text, {**options, "resident": kept.value, "workers": workers}, as_json, quiet)
+        options = {
+            "first_layers": first_layers,
+            "revision": revision,
+            "expected_manifest_sha256": manifest_sha256,
+        }
+        _diagnose(
+            out,
+            source,
+            html,
+            text,
+            {**options, "resident": kept.value, "workers": workers},
+            as_json,
+            quiet,
+        )
     if any(option is not None for option in (html, first_layers, text, resident)):
         raise UsageError("--report, --first-layers, --text and --resident go with --diagnose")
     with progress_bar("verifying", not (quiet or as_json)) as advance:
@@ -92,7 +132,13 @@ def verify(
 
 
 def _diagnose(
-    out: str, source: str | None, html: Path | None, text: Path | None, options: dict[str, Any], as_json: bool, quiet: bool
+    out: str,
+    source: str | None,
+    html: Path | None,
+    text: Path | None,
+    options: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Runs a diagnosis, writes and prints its report, and exits with its code."""
     from codecllm.verifier.diagnosis import diagnose, render_diagnosis, write_html
@@ -113,9 +159,13 @@ def _diagnose(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="Container or plain model: a folder or a Hub id.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="Container or plain model: a folder or a Hub id.")
+    ],
     b: Annotated[str, typer.Argument(metavar="B", help="The one to compare with it.")],
-    run: Annotated[bool, typer.Option("--run/--no-run", help="Run both and compare logits and text.")] = True,
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Run both and compare logits and text.")
+    ] = True,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
@@ -139,13 +189,28 @@ def compare(
 
 @app.command("eval")
 def evaluate(
-    base: Annotated[str, typer.Argument(help="The model that the others are compared with: folder, Hub id or container.")],
-    candidates: Annotated[list[str], typer.Argument(help="Containers, folders, Hub ids or GGUF files.")],
-    text: Annotated[Path | None, typer.Option(help="Text to read. Default: a built-in one of some 2,000 tokens.")] = None,
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="The model that the others are compared with: folder, Hub id or container."
+        ),
+    ],
+    candidates: Annotated[
+        list[str], typer.Argument(help="Containers, folders, Hub ids or GGUF files.")
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to read. Default: a built-in one of some 2,000 tokens."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="How much of the text at most.", min=2)] = 2048,
     window: Annotated[int, typer.Option(help="Tokens that a model sees at once.", min=2)] = 512,
-    dtype: Annotated[EvalDtypeName, typer.Option(help="In which all models compute.")] = EvalDtypeName.float32,
-    plot: Annotated[Path | None, typer.Option(help="Draw KL against bits (png, svg or pdf; needs codecllm[plot]).")] = None,
+    dtype: Annotated[
+        EvalDtypeName, typer.Option(help="In which all models compute.")
+    ] = EvalDtypeName.float32,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw KL against bits (png, svg or pdf; needs codecllm[plot])."),
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
@@ -187,7 +252,15 @@ def _print_evaluation(result: Any) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("candidate", "bits/weight", "in layers", "mean KL", "99th percentile", "top-1", "perplexity"):
+    for column in (
+        "candidate",
+        "bits/weight",
+        "in layers",
+        "mean KL",
+        "99th percentile",
+        "top-1",
+        "perplexity",
+    ):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     for score in result.scores:
         bits = (f"{score.bits_per_weight:.3f}", f"{score.layer_bits_per_weight:.3f}")

@@ -25,9 +25,21 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 @contextmanager
 def progress_bar(verb: str, shown: bool, unit: str = "bytes") -> Iterator[Any]:
     """Yields a callback (name, done, total) that draws a bar on a terminal's stderr and does nothing elsewhere."""
-    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
-    columns = (TextColumn(verb), BarColumn(), *counts, TimeRemainingColumn(), TextColumn("{task.fields[tensor]}"))
-    with Progress(*columns, console=stderr, transient=True, disable=not (shown and stderr.is_terminal)) as bar:
+    counts = (
+        (DownloadColumn(), TransferSpeedColumn())
+        if unit == "bytes"
+        else (MofNCompleteColumn(), TextColumn(unit))
+    )
+    columns = (
+        TextColumn(verb),
+        BarColumn(),
+        *counts,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[tensor]}"),
+    )
+    with Progress(
+        *columns, console=stderr, transient=True, disable=not (shown and stderr.is_terminal)
+    ) as bar:
         task = bar.add_task(verb, total=None, tensor="")
 
         def advance(name: str, done: int, total: int) -> None:

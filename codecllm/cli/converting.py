@@ -28,24 +28,38 @@ RATE_PANEL = "Rate: how many bits a weight may take"
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="Hub id (user/name) or local folder with safetensors weights.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub id (user/name) or local folder with safetensors weights.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     scheme: Annotated[
         SchemeName, typer.Option(help="int8: one scale per output channel. lossless: every bit.")
     ] = SchemeName.int8,
     codec: Annotated[
-        CodecName, typer.Option(help="zstd: fast everywhere. rans: smaller, made for GPUs, slow to decode on a CPU.")
+        CodecName,
+        typer.Option(
+            help="zstd: fast everywhere. rans: smaller, made for GPUs, slow to decode on a CPU."
+        ),
     ] = CodecName.zstd,
     bits: Annotated[
         float | None,
-        typer.Option(help="Bits per quantized weight, everything counted: any number from 2 to 8.", rich_help_panel=RATE_PANEL),
+        typer.Option(
+            help="Bits per quantized weight, everything counted: any number from 2 to 8.",
+            rich_help_panel=RATE_PANEL,
+        ),
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Instead of --bits: source bytes / stored bytes.", rich_help_panel=RATE_PANEL)
+        float | None,
+        typer.Option(
+            help="Instead of --bits: source bytes / stored bytes.", rich_help_panel=RATE_PANEL
+        ),
     ] = None,
     quality: Annotated[
         QualityName | None,
-        typer.Option(help="Instead of --bits: high is 6 bits, balanced 5, small 4.", rich_help_panel=RATE_PANEL),
+        typer.Option(
+            help="Instead of --bits: high is 6 bits, balanced 5, small 4.",
+            rich_help_panel=RATE_PANEL,
+        ),
     ] = None,
     calibrate: Annotated[
         str | None,
@@ -66,18 +80,31 @@ def convert(
             rich_help_panel=RATE_PANEL,
         ),
     ] = False,
-    include: Annotated[list[str] | None, typer.Option(help="Quantize tensors matching this glob too. May be repeated.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Quantize tensors matching this glob too. May be repeated."),
+    ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Do not quantize tensors matching this glob. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Do not quantize tensors matching this glob. May be repeated."),
     ] = None,
     non_finite: Annotated[
-        NonFiniteName, typer.Option(help="NaN or infinite weights under int8: stop, or keep such tensors lossless.")
+        NonFiniteName,
+        typer.Option(
+            help="NaN or infinite weights under int8: stop, or keep such tensors lossless."
+        ),
     ] = NonFiniteName.error,
     chunk_kib: Annotated[
         int,
-        typer.Option(min=4, max=1024, help="KiB of symbols in a chunk; small ones suit GPUs and cost some size."),
+        typer.Option(
+            min=4,
+            max=1024,
+            help="KiB of symbols in a chunk; small ones suit GPUs and cost some size.",
+        ),
     ] = 128,
-    max_shard_size: Annotated[str, typer.Option(help="No shard is longer: bytes, or with kB, MB, GB, KiB, MiB, GiB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="No shard is longer: bytes, or with kB, MB, GB, KiB, MiB, GiB.")
+    ] = "5GB",
     workers: Workers = None,
     baseline: Annotated[
         bool | None,
@@ -88,9 +115,16 @@ def convert(
     ] = None,
     revision: Revision = None,
     force: Annotated[bool, typer.Option(help="Replace a container that is in the way.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Predict sizes per tensor and in all; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Predict sizes per tensor and in all; write nothing.")
+    ] = False,
     push_to: Annotated[
-        str | None, typer.Option("--push", metavar="USER/NAME", help="Then verify it and upload it to this Hub repository.")
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="USER/NAME",
+            help="Then verify it and upload it to this Hub repository.",
+        ),
     ] = None,
     private: Annotated[bool, typer.Option(help="With --push: a private repository.")] = False,
     as_json: Json = False,
@@ -166,7 +200,9 @@ def convert(
 
 @app.command()
 def export(
-    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="Container: a folder or a Hub id.")],
+    container: Annotated[
+        str, typer.Argument(metavar="CONTAINER", help="Container: a folder or a Hub id.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     format: Annotated[
         FormatName,
@@ -201,23 +237,45 @@ def export(
             progress=advance,
         )
     if as_json:
-        typer.echo(json.dumps({"out": str(report.out), "shards": report.shards, "tensor_bytes": report.tensor_bytes}))
+        typer.echo(
+            json.dumps(
+                {
+                    "out": str(report.out),
+                    "shards": report.shards,
+                    "tensor_bytes": report.tensor_bytes,
+                }
+            )
+        )
     else:
-        stdout.print(f"wrote {report.tensor_bytes:,} bytes of tensors in {len(report.shards)} files to {report.out}")
+        stdout.print(
+            f"wrote {report.tensor_bytes:,} bytes of tensors in {len(report.shards)} files to {report.out}"
+        )
 
 
 @app.command()
 def push(
     out: Annotated[Path, typer.Argument(help="Container: a local folder.")],
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Hub repository; made where it does not exist.")],
-    private: Annotated[bool, typer.Option(help="Make it private; stop where it exists and is public.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made where it does not exist.")] = None,
-    create_pr: Annotated[bool, typer.Option(help="Open a pull request against main.")] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="First line of the commit.")] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the source, where it was converted from a local folder.")
+    repo: Annotated[
+        str,
+        typer.Argument(metavar="USER/NAME", help="Hub repository; made where it does not exist."),
+    ],
+    private: Annotated[
+        bool, typer.Option(help="Make it private; stop where it exists and is public.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to; made where it does not exist.")
     ] = None,
-    level: Annotated[LevelName, typer.Option(help="How far to verify before anything is sent.")] = LevelName.full,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request against main.")] = False,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="First line of the commit.")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the source, where it was converted from a local folder."),
+    ] = None,
+    level: Annotated[
+        LevelName, typer.Option(help="How far to verify before anything is sent.")
+    ] = LevelName.full,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
@@ -262,7 +320,11 @@ def _push(out: Path, repo: str, as_json: bool, quiet: bool, **options: Any) -> A
 def _print_push(published: Any) -> None:
     print_warnings(published.warnings)
     upload = published.upload
-    where = f"pull request {upload.pull_request}" if upload.pull_request else f"{upload.url} ({upload.revision})"
+    where = (
+        f"pull request {upload.pull_request}"
+        if upload.pull_request
+        else f"{upload.url} ({upload.revision})"
+    )
     stdout.print(f"pushed {published.files} files to {where}, commit {upload.commit}", markup=False)
     stdout.print(f"manifest sha256 {published.manifest_sha256}", markup=False)
 

@@ -72,8 +72,12 @@ class FormatName(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a Hub id.")]
-Workers = Annotated[int | None, typer.Option(help="Threads. Default: one per core. Never changes a byte.", min=1)]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit, where the model is a Hub id.")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Threads. Default: one per core. Never changes a byte.", min=1)
+]
 
 
 def parse_size(text: str) -> int:
@@ -82,7 +86,16 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: not a positive size.
     """
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+    }
     number = text.strip().rstrip("abgikmABGIKM")
     unit = text.strip()[len(number) :].lower()
     try:

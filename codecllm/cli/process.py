@@ -21,7 +21,9 @@ def main() -> None:
         signal.signal(number, _stop)
     debug = "--debug" in sys.argv[1:2]
     if not sys.stderr.isatty() or {"--json", "--quiet", "-q"} & set(sys.argv[1:]):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported, which is later
+        os.environ.setdefault(
+            "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+        )  # read when huggingface_hub is imported, which is later
     try:
         app()
     except _StopError as exc:
@@ -38,7 +40,9 @@ def main() -> None:
         if stop is not None:
             _fail(_stopped(stop), 128 + stop.number)
         reason = " ".join(str(exc).split())[:300]
-        _fail(f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc)
+        _fail(
+            f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc
+        )
 
 
 class _StopError(BaseException):
@@ -67,7 +71,10 @@ def _stop_behind(exc: BaseException | None) -> _StopError | None:
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:
     """Prints one line (with --json one object on stdout) and exits."""
     if "--json" in sys.argv[1:]:
-        facts: dict[str, Any] = {"error": type(error).__name__ if error else "Interrupted", "message": message}
+        facts: dict[str, Any] = {
+            "error": type(error).__name__ if error else "Interrupted",
+            "message": message,
+        }
         for name in ("file", "tensor", "chunk", "byte", "expected", "got"):
             value = getattr(error, name, None)
             if value is not None:

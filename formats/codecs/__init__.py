@@ -32,7 +32,9 @@ CODECS: dict[int, Codec] = {codec.codec_id: codec for codec in (RawCodec(), ZSTD
 """Codecs whose chunks decode by themselves. A chunk of `rans` needs the table of its group: see `codecs.rans`."""
 
 RANS_ID = rans.CODEC_ID
-CODEC_NAMES: dict[int, str] = {codec_id: codec.name for codec_id, codec in CODECS.items()} | {RANS_ID: rans.NAME}
+CODEC_NAMES: dict[int, str] = {codec_id: codec.name for codec_id, codec in CODECS.items()} | {
+    RANS_ID: rans.NAME
+}
 CODEC_IDS: dict[str, int] = {name: codec_id for codec_id, name in CODEC_NAMES.items()}
 
 CodecName = Literal["zstd", "rans"]

@@ -108,7 +108,9 @@ def _decode(chunks: list[Coded]) -> list[Decoded]:
     results: dict[int, Decoded] = {}
     for number, chunk in enumerate(chunks):
         if len(chunk.stored) < STATE_BYTES or len(chunk.stored) % 2:
-            results[number] = DecodeError("rans chunk has an impossible size", got=len(chunk.stored))
+            results[number] = DecodeError(
+                "rans chunk has an impossible size", got=len(chunk.stored)
+            )
     sound = [number for number in range(len(chunks)) if number not in results]
     for batch in _batches(sound, [chunk.raw_bytes for chunk in chunks]):
         results |= zip(batch, _decode_batch([chunks[number] for number in batch]), strict=True)
@@ -148,7 +150,9 @@ class _Run:
 def _runs(lengths: list[int]) -> list[_Run]:
     """Cuts the steps of a batch into runs of at most 64, and wherever a chunk ends."""
     missing = LANES - 1 - np.arange(LANES)
-    stops = ((np.array(lengths)[:, None] + missing) // LANES).reshape(-1)  # in how many steps each lane works
+    stops = ((np.array(lengths)[:, None] + missing) // LANES).reshape(
+        -1
+    )  # in how many steps each lane works
     steps = int(stops.max())
     bounds = sorted({*range(0, steps, _RUN_STEPS), *stops.tolist()})
     return [_Run(first, last, np.flatnonzero(stops == first)) for first, last in pairwise(bounds)]
@@ -194,7 +198,9 @@ class _DecodingLanes:
         self._base = np.repeat(bases[places], LANES)
         self._precision = np.repeat(precisions, LANES)
         self._mask = (np.uint32(1) << self._precision) - np.uint32(1)
-        self._states = np.concatenate([np.frombuffer(chunk.stored, "<u4", LANES) for chunk in chunks]).astype(np.uint32)
+        self._states = np.concatenate(
+            [np.frombuffer(chunk.stored, "<u4", LANES) for chunk in chunks]
+        ).astype(np.uint32)
         self._smallest = self._states.reshape(count, LANES).min(axis=1)
         np.maximum(self._states, np.uint32(LOWER), out=self._states)
         words = [np.frombuffer(chunk.stored, "<u2", offset=STATE_BYTES) for chunk in chunks]
@@ -220,8 +226,17 @@ class _DecodingLanes:
 
     def decode(self, rows: NDArray[np.uint8]) -> None:
         """Decodes one symbol per lane into each row of uint8 [steps, lanes], at most 64 rows."""
-        states, by_chunk, index, need = self._states, self._states.reshape(self._need.shape), self._index, self._need
-        lane_needs, lane_places, last_place = self._needs[:, 1:], self._places[:, 1:], self._places[:, LANES]
+        states, by_chunk, index, need = (
+            self._states,
+            self._states.reshape(self._need.shape),
+            self._index,
+            self._need,
+        )
+        lane_needs, lane_places, last_place = (
+            self._needs[:, 1:],
+            self._places[:, 1:],
+            self._places[:, LANES],
+        )
         fields = self._found.view(np.uint16).reshape(*self._found.shape, 4)
         lower = np.uint32(LOWER)
         for step in range(len(rows)):
@@ -245,12 +260,17 @@ class _DecodingLanes:
         """Returns what is wrong with each chunk, once all steps are done."""
         whole = (self._states.reshape(self._need.shape) == LOWER).all(axis=1)
         left = self._ends - 1 - self._needs[:, 0]
-        return [_fault(*facts) for facts in zip(self._smallest.tolist(), left.tolist(), whole.tolist(), strict=True)]
+        return [
+            _fault(*facts)
+            for facts in zip(self._smallest.tolist(), left.tolist(), whole.tolist(), strict=True)
+        ]
 
 
 def _fault(smallest: int, words_left: int, whole: bool) -> DecodeError | None:
     if smallest < LOWER:
-        return DecodeError("state of a lane is too small", got=smallest, expected=f"at least {LOWER}")
+        return DecodeError(
+            "state of a lane is too small", got=smallest, expected=f"at least {LOWER}"
+        )
     if words_left < 0:
         return DecodeError("rans chunk ends early", got=f"{-words_left} words too few")
     if words_left > 0:
@@ -293,7 +313,8 @@ def _encode_batch(chunks: list[Uncoded]) -> list[bytes]:
         lanes.resume(run.idle)
     states = lanes.states.reshape(count, LANES).astype("<u4")
     return [
-        own.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes() for own, words in zip(states, pieces, strict=True)
+        own.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes()
+        for own, words in zip(states, pieces, strict=True)
     ]
 
 
@@ -312,7 +333,9 @@ class _EncodingLanes:
         totals = [np.uint32(1 << table.precision) for table in distinct]
         self._frequencies = _per_symbol(_UNREACHED, [table.frequencies for table in distinct])
         self._starts = _per_symbol(0, [table.starts for table in distinct])
-        self._complements = _per_symbol(0, [total - table.frequencies for total, table in zip(totals, distinct, strict=True)])
+        self._complements = _per_symbol(
+            0, [total - table.frequencies for total, table in zip(totals, distinct, strict=True)]
+        )
         self._own_base = np.repeat(256 * (1 + places), LANES)
         self._base = self._own_base.copy()
         precisions = np.array([table.precision for table in distinct], np.uint32)[places]

@@ -15,7 +15,9 @@ from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION, FrequencyTable
 
 _COST_BITS = 16  # costs are counted in units of 2^-16 bit
-_LOG2 = np.rint(np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)).astype(np.int64)
+_LOG2 = np.rint(
+    np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)
+).astype(np.int64)
 _TOLERANCE = (1 << _COST_BITS) // 256
 """A lower precision is taken where it costs at most 1/256 bit per symbol more than the highest: its table is smaller."""
 
@@ -23,7 +25,10 @@ _TOLERANCE = (1 << _COST_BITS) // 256
 def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:
     """Returns the table for symbols that occur int64 [256] `counts` times, at least one of them."""
     counts = counts.astype(np.int64, copy=False)
-    tables = [FrequencyTable(n, fit_frequencies(counts, n)) for n in range(MIN_PRECISION, MAX_PRECISION + 1)]
+    tables = [
+        FrequencyTable(n, fit_frequencies(counts, n))
+        for n in range(MIN_PRECISION, MAX_PRECISION + 1)
+    ]
     costs = [_cost(table, counts) for table in tables]
     enough = costs[-1] + _TOLERANCE * int(counts.sum())
     return next(table for table, cost in zip(tables, costs, strict=True) if cost <= enough)
@@ -61,7 +66,9 @@ def fit_frequencies(counts: NDArray[np.int64], precision: int) -> NDArray[np.int
 def _move(frequencies: NDArray[np.int64], counts: NDArray[np.int64], units: int, step: int) -> None:
     """Adds `step` (1 or -1) to a frequency `units` times, each time where it costs least; ties go to the smaller symbol."""
     heap = [
-        entry for symbol in np.flatnonzero(counts).tolist() if (entry := _offer(frequencies, counts, symbol, step)) is not None
+        entry
+        for symbol in np.flatnonzero(counts).tolist()
+        if (entry := _offer(frequencies, counts, symbol, step)) is not None
     ]
     heapq.heapify(heap)
     for _ in range(units):
@@ -72,7 +79,9 @@ def _move(frequencies: NDArray[np.int64], counts: NDArray[np.int64], units: int,
             heapq.heappush(heap, entry)
 
 
-def _offer(frequencies: NDArray[np.int64], counts: NDArray[np.int64], symbol: int, step: int) -> tuple[int, int] | None:
+def _offer(
+    frequencies: NDArray[np.int64], counts: NDArray[np.int64], symbol: int, step: int
+) -> tuple[int, int] | None:
     """Returns (cost of the step, symbol), or None where the frequency would become 0."""
     now = int(frequencies[symbol])
     if now + step < 1:

@@ -26,8 +26,14 @@ def decode(stored: bytes, raw_bytes: int, table: FrequencyTable) -> bytes:
     states = list(struct.unpack_from(f"<{LANES}I", stored))
     words = list(struct.unpack_from(f"<{(len(stored) - STATE_BYTES) // 2}H", stored, STATE_BYTES))
     if min(states) < LOWER:
-        raise DecodeError("state of a lane is too small", got=min(states), expected=f"at least {LOWER}")
-    precision, frequencies, starts = table.precision, table.frequencies.tolist(), table.starts.tolist()
+        raise DecodeError(
+            "state of a lane is too small", got=min(states), expected=f"at least {LOWER}"
+        )
+    precision, frequencies, starts = (
+        table.precision,
+        table.frequencies.tolist(),
+        table.starts.tolist(),
+    )
     symbol_of_slot = [symbol for symbol in range(256) for _ in range(frequencies[symbol])]
     symbols, position = bytearray(), 0
     for index in range(raw_bytes):
@@ -51,7 +57,11 @@ def decode(stored: bytes, raw_bytes: int, table: FrequencyTable) -> bytes:
 
 def encode(symbols: bytes, table: FrequencyTable) -> bytes:
     """Returns the stored bytes of a chunk; every symbol must have a frequency in the table."""
-    precision, frequencies, starts = table.precision, table.frequencies.tolist(), table.starts.tolist()
+    precision, frequencies, starts = (
+        table.precision,
+        table.frequencies.tolist(),
+        table.starts.tolist(),
+    )
     states, words = [LOWER] * LANES, list[int]()
     for index in reversed(range(len(symbols))):
         lane, symbol = index % LANES, symbols[index]

@@ -56,16 +56,24 @@ def parse_table(data: Any) -> FrequencyTable:
     """
     packed = bytes(data)
     if len(packed) < _HEAD_BYTES:
-        raise DecodeError("rans table is shorter than its head", got=len(packed), expected=_HEAD_BYTES)
+        raise DecodeError(
+            "rans table is shorter than its head", got=len(packed), expected=_HEAD_BYTES
+        )
     precision = packed[0]
     if not MIN_PRECISION <= precision <= MAX_PRECISION:
-        raise DecodeError("precision of rans table", got=precision, expected=f"{MIN_PRECISION} to {MAX_PRECISION}")
-    present = np.unpackbits(np.frombuffer(packed, np.uint8, _BITMAP_BYTES, 1), bitorder="little").astype(bool)
+        raise DecodeError(
+            "precision of rans table", got=precision, expected=f"{MIN_PRECISION} to {MAX_PRECISION}"
+        )
+    present = np.unpackbits(
+        np.frombuffer(packed, np.uint8, _BITMAP_BYTES, 1), bitorder="little"
+    ).astype(bool)
     frequencies = np.zeros(256, np.int64)
     frequencies[present] = _read_frequencies(packed[_HEAD_BYTES:], int(present.sum()))
     total = int(frequencies.sum())
     if total != 1 << precision:
-        raise DecodeError("frequencies of rans table do not add up", got=total, expected=1 << precision)
+        raise DecodeError(
+            "frequencies of rans table do not add up", got=total, expected=1 << precision
+        )
     return FrequencyTable(precision, frequencies)
 
 
@@ -80,7 +88,9 @@ def parse_tables(packed: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np
     """
     sizes = np.array([len(data) for data in packed], np.int64)
     width = int(sizes.clip(_HEAD_BYTES, MAX_TABLE_BYTES).max(initial=_HEAD_BYTES)) + 1
-    joined = np.frombuffer(b"".join(bytes(data[: width - 1]).ljust(width, b"\0") for data in packed), np.uint8)
+    joined = np.frombuffer(
+        b"".join(bytes(data[: width - 1]).ljust(width, b"\0") for data in packed), np.uint8
+    )
     rows = joined.reshape(len(packed), width)
     precisions = rows[:, 0].astype(np.int64)
     present = np.unpackbits(rows[:, 1:_HEAD_BYTES], axis=1, bitorder="little").astype(np.bool_)
@@ -94,7 +104,9 @@ def parse_tables(packed: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np
     starts = inside & ~second
     sound = (sizes >= _HEAD_BYTES) & (sizes <= MAX_TABLE_BYTES)
     sound &= (precisions >= MIN_PRECISION) & (precisions <= MAX_PRECISION)
-    sound &= ~(second & (wide | ~inside | (body == 0))).any(axis=1) & (starts.sum(axis=1) == present.sum(axis=1))
+    sound &= ~(second & (wide | ~inside | (body == 0))).any(axis=1) & (
+        starts.sum(axis=1) == present.sum(axis=1)
+    )
     frequencies = np.zeros((len(packed), 256), np.int64)
     if sound.all():
         values = (body & (_CONTINUED - 1)) + np.where(wide, following << 7, 0) + 1
@@ -112,7 +124,9 @@ def _read_frequencies(data: bytes, count: int) -> list[int]:
     frequencies, position = [], 0
     for _ in range(count):
         piece = data[position : position + 2]
-        if not piece or (piece[0] & _CONTINUED and (len(piece) < 2 or not 0 < piece[1] < _CONTINUED)):
+        if not piece or (
+            piece[0] & _CONTINUED and (len(piece) < 2 or not 0 < piece[1] < _CONTINUED)
+        ):
             raise DecodeError("frequency of rans table is cut off or malformed", got=piece.hex())
         wide = bool(piece[0] & _CONTINUED)
         frequencies.append(((piece[0] & 0x7F) | (piece[1] << 7 if wide else 0)) + 1)

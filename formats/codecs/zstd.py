@@ -46,9 +46,16 @@ def _parameters(strategy: int, **sizes: int) -> zstandard.ZstdCompressionParamet
     )
 
 
-_PARAMETERS = _parameters(zstandard.STRATEGY_FAST, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0)
+_PARAMETERS = _parameters(
+    zstandard.STRATEGY_FAST, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0
+)
 _SPARSE_PARAMETERS = _parameters(
-    zstandard.STRATEGY_BTULTRA, hash_log=17, chain_log=17, search_log=4, min_match=4, target_length=64
+    zstandard.STRATEGY_BTULTRA,
+    hash_log=17,
+    chain_log=17,
+    search_log=4,
+    min_match=4,
+    target_length=64,
 )
 
 
@@ -120,9 +127,13 @@ class ZstdCodec:
                 if not _is_one_frame(frame):
                     return None
             numbers = [number for span in spans for number in span]
-            segments = zstandard.BufferWithSegments(frames, struct.pack(f"={len(numbers)}Q", *numbers))
+            segments = zstandard.BufferWithSegments(
+                frames, struct.pack(f"={len(numbers)}Q", *numbers)
+            )
             sizes = struct.pack(f"={len(raw_bytes)}Q", *raw_bytes)
-            decoded: Any = _STATE.decompressor.multi_decompress_to_buffer(segments, decompressed_sizes=sizes, threads=1)
+            decoded: Any = _STATE.decompressor.multi_decompress_to_buffer(
+                segments, decompressed_sizes=sizes, threads=1
+            )
             return [memoryview(symbols) for symbols in decoded]
         except (DecodeError, zstandard.ZstdError):
             return None
@@ -162,9 +173,13 @@ def check_frame(stored: Any, raw_bytes: int) -> None:
     except zstandard.ZstdError as exc:
         raise DecodeError(f"Zstandard: {exc}") from exc
     if parameters.content_size != raw_bytes:
-        raise DecodeError("frame declares a wrong size", got=parameters.content_size, expected=raw_bytes)
+        raise DecodeError(
+            "frame declares a wrong size", got=parameters.content_size, expected=raw_bytes
+        )
     if parameters.dict_id or parameters.window_size > limits.ZSTD_WINDOW_BYTES:
-        raise DecodeError("frame needs a dictionary or too large a window", got=parameters.window_size)
+        raise DecodeError(
+            "frame needs a dictionary or too large a window", got=parameters.window_size
+        )
 
 
 def are_alike(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> bool:
@@ -172,7 +187,11 @@ def are_alike(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> bool:
     descriptor = int(heads[0, 4])
     length = _header_bytes(descriptor)
     head = heads[:, : min(length, HEAD_BYTES)]
-    return length <= HEAD_BYTES and bool((head == head[0]).all()) and bool((raw_bytes == raw_bytes[0]).all())
+    return (
+        length <= HEAD_BYTES
+        and bool((head == head[0]).all())
+        and bool((raw_bytes == raw_bytes[0]).all())
+    )
 
 
 def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -191,10 +210,16 @@ def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray
     places = size_at[:, None] + np.arange(8)
     digits = np.take_along_axis(heads, places, axis=1).astype(np.uint64)
     digits[np.arange(8) >= size_bytes[:, None]] = 0
-    declared = (digits << (np.arange(8, dtype=np.uint64) * np.uint64(8))).sum(axis=1, dtype=np.uint64)
+    declared = (digits << (np.arange(8, dtype=np.uint64) * np.uint64(8))).sum(
+        axis=1, dtype=np.uint64
+    )
     declared[size_bytes == 2] += np.uint64(256)
     magic = (heads[:, :4] == np.frombuffer(_MAGIC, np.uint8)).all(axis=1)
     simple = (descriptor & 0x1F) == 0  # no dictionary, no checksum, nothing reserved
-    fits = (declared == raw_bytes.astype(np.uint64)) & (window <= limits.ZSTD_WINDOW_BYTES) & (size_bytes > 0)
+    fits = (
+        (declared == raw_bytes.astype(np.uint64))
+        & (window <= limits.ZSTD_WINDOW_BYTES)
+        & (size_bytes > 0)
+    )
     plain: NDArray[np.bool_] = magic & simple & fits
     return plain

@@ -42,7 +42,10 @@ def channel_scales(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def quantize(
-    weights: NDArray[np.float32], scales: NDArray[np.float32], wide: bool = False, deadzone: float = 0.0
+    weights: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    wide: bool = False,
+    deadzone: float = 0.0,
 ) -> NDArray[np.signedinteger[Any]]:
     """Returns the codes of finite float32 `weights`: int8, or int16 where `wide`. `scales` (steps) broadcast against them.
 
@@ -59,25 +62,33 @@ def quantize(
     return np.clip(rounded, -MAX_CODE, MAX_CODE).astype(np.int8)
 
 
-def dequantize(codes: NDArray[np.signedinteger], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+def dequantize(
+    codes: NDArray[np.signedinteger], scales: NDArray[np.float32]
+) -> NDArray[np.float32]:
     """Returns fl32(code * scale); `scales` float32 must broadcast against `codes`."""
     return np.multiply(codes.astype(np.float32), scales, dtype=np.float32)
 
 
-def step_sizes(row_scales: NDArray[np.float32], col_scales: NDArray[np.float32] | None) -> NDArray[np.float32]:
+def step_sizes(
+    row_scales: NDArray[np.float32], col_scales: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
     """Returns fl32(row * col), float32 [rows, cols], or [rows, 1] where there are no column scales."""
     if col_scales is None:
         return row_scales[:, None]
     return np.multiply(row_scales[:, None], col_scales[None, :], dtype=np.float32)
 
 
-def split_codes(codes: NDArray[np.int16], low_bits: int) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+def split_codes(
+    codes: NDArray[np.int16], low_bits: int
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """Returns the low and the high plane of int16 codes, int8 of the same shape.
 
     low is the code modulo 2**low_bits (1 to 8), in [-2**(low_bits - 1), 2**(low_bits - 1)); high is the rest, which must fit.
     """
     low = codes << (16 - low_bits) >> (16 - low_bits)
-    return low.astype(np.int8), ((codes - low) >> low_bits).astype(np.int8)  # within int16 for every code of the range
+    return low.astype(np.int8), ((codes - low) >> low_bits).astype(
+        np.int8
+    )  # within int16 for every code of the range
 
 
 def join_codes(low: NDArray[np.int8], high: NDArray[np.int8], low_bits: int) -> NDArray[np.int16]:
@@ -93,7 +104,9 @@ def codes_hold(codes: NDArray[np.int8]) -> bool:
 def check_codes(codes: NDArray[np.int8]) -> None:
     """Raises DecodeError where `codes_hold` does not."""
     if not codes_hold(codes):
-        raise DecodeError("code -128 is not allowed", got=-128, expected=f"-{MAX_CODE} to {MAX_CODE}")
+        raise DecodeError(
+            "code -128 is not allowed", got=-128, expected=f"-{MAX_CODE} to {MAX_CODE}"
+        )
 
 
 def check_scales(scales: NDArray[np.float32], what: str = "channel") -> None:
@@ -102,11 +115,15 @@ def check_scales(scales: NDArray[np.float32], what: str = "channel") -> None:
     if bad.any():
         channel = int(bad.argmax())
         raise DecodeError(
-            f"scale of {what} {channel} is not allowed", got=scales[channel], expected=f"{MIN_SCALE} to {MAX_SCALE}"
+            f"scale of {what} {channel} is not allowed",
+            got=scales[channel],
+            expected=f"{MIN_SCALE} to {MAX_SCALE}",
         )
 
 
-def check_steps(row_scales: NDArray[np.float32], col_scales: NDArray[np.float32] | None, wide: bool) -> None:
+def check_steps(
+    row_scales: NDArray[np.float32], col_scales: NDArray[np.float32] | None, wide: bool
+) -> None:
     """Checks all scales of a tensor, and that no step (product of a row's and a column's) is subnormal or too large.
 
     Raises:
@@ -121,4 +138,8 @@ def check_steps(row_scales: NDArray[np.float32], col_scales: NDArray[np.float32]
         # Rounding is monotonic: the extreme steps are the products of the extreme scales.
         lowest, highest = row_scales.min() * factors.min(), row_scales.max() * factors.max()
     if not (lowest >= np.float32(MIN_SCALE) and highest <= np.float32(largest)):
-        raise DecodeError("a step is not allowed", got=f"{lowest} to {highest}", expected=f"{MIN_SCALE} to {largest}")
+        raise DecodeError(
+            "a step is not allowed",
+            got=f"{lowest} to {highest}",
+            expected=f"{MIN_SCALE} to {largest}",
+        )

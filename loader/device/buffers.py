@@ -37,7 +37,9 @@ class DeviceBuffer:
             streams.wait(streams.copy, self.decoded)
         if self.memory is None or self.memory.numel() < size:
             self.memory = empty_on_device(max(size, least), streams)
-            streams.wait(streams.copy, streams.record(streams.decode))  # the memory may have been another's there
+            streams.wait(
+                streams.copy, streams.record(streams.decode)
+            )  # the memory may have been another's there
         return self.memory[:size]
 
 

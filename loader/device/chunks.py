@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from codecllm.formats.codecs import RANS_ID
 from codecllm.formats.codecs.rans_table import parse_tables
 from codecllm.formats.errors import DecodeError
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.codecs import RAW_ID, ZSTD_ID, DeviceCodecs
 from codecllm.loader.device.nvcomp import ZstdFrames
@@ -67,7 +67,11 @@ class ChunkList:
         places = (in_plane[:, None] + np.array(planes, np.int64)[None, :]).reshape(-1)
         records = table.records[first:last]
         slots = slot + table.offsets[first:last] - table.offsets[first]
-        self.columns.append(np.stack([slots, records["stored_bytes"], raw, places, records["codec"]]).astype(np.int64))
+        self.columns.append(
+            np.stack([slots, records["stored_bytes"], raw, places, records["codec"]]).astype(
+                np.int64
+            )
+        )
         self.table_of.append(self._tables_of(source, first, records["codec"]))
         last_plane = np.arange(first + 1, last + 1) % count == 0
         self.codes.append(last_plane & isinstance(source.record, Int8Tensor))
@@ -79,14 +83,21 @@ class ChunkList:
             if index < last - first:
                 chunk = first + index
                 byte = source.offset + int(source.table.offsets[chunk])
-                return {"file": source.file.name, "tensor": source.record.name, "chunk": chunk, "byte": byte}
+                return {
+                    "file": source.file.name,
+                    "tensor": source.record.name,
+                    "chunk": chunk,
+                    "byte": byte,
+                }
             index -= last - first
         raise IndexError(index)
 
     def __len__(self) -> int:
         return sum(column.shape[1] for column in self.columns)
 
-    def _tables_of(self, source: StoredTensor, first: int, codecs: NDArray[Any]) -> NDArray[np.int64]:
+    def _tables_of(
+        self, source: StoredTensor, first: int, codecs: NDArray[Any]
+    ) -> NDArray[np.int64]:
         """Adds the tables of a tensor's `rans` chunks; returns the number of each chunk's table."""
         found = np.zeros(len(codecs), np.int64)
         coded = np.flatnonzero(codecs == RANS_ID)
@@ -94,8 +105,13 @@ class ChunkList:
             tables = source.tables
             assert tables is not None
             row, col = np.divmod((first + coded) // tables.planes, tables.groups.cols)
-            group = row // tables.groups.tile_rows * tables.groups.across + col // tables.groups.tile_cols
-            places, numbers = np.unique(group * tables.planes + (first + coded) % tables.planes, return_inverse=True)
+            group = (
+                row // tables.groups.tile_rows * tables.groups.across
+                + col // tables.groups.tile_cols
+            )
+            places, numbers = np.unique(
+                group * tables.planes + (first + coded) % tables.planes, return_inverse=True
+            )
             found[coded] = len(self.tables) + numbers
             begins, ends = tables.offsets[places].tolist(), tables.offsets[places + 1].tolist()
             self.tables += [tables.data[begin:end] for begin, end in zip(begins, ends, strict=True)]
@@ -125,11 +141,18 @@ class ChunkWork:
         slots, stored, raw, places, codecs = np.concatenate(chunks.columns, axis=1)
         tables = np.concatenate(chunks.table_of)
         self._raw = raw
-        rans, zstd, plain = (np.flatnonzero(codecs == codec) for codec in (RANS_ID, ZSTD_ID, RAW_ID))
+        rans, zstd, plain = (
+            np.flatnonzero(codecs == codec) for codec in (RANS_ID, ZSTD_ID, RAW_ID)
+        )
         self._order = np.concatenate([rans, zstd])
         self._rans = self._describe_rans(rans, slots, stored, raw, places, tables)
         self.tables = self._parse_tables(tables, codecs == RANS_ID)
-        frames = [slots[zstd] + stored_address, stored[zstd], raw[zstd], places[zstd] + arena_address]
+        frames = [
+            slots[zstd] + stored_address,
+            stored[zstd],
+            raw[zstd],
+            places[zstd] + arena_address,
+        ]
         checked = np.flatnonzero(np.concatenate(chunks.codes))
         self._counts = (len(rans), len(zstd), len(plain), len(checked))
         self._largest, self._total = int(raw[zstd].max(initial=0)), int(raw[zstd].sum())
@@ -148,7 +171,12 @@ class ChunkWork:
         return (self._counts[1], self._largest, self._total) if self._counts[1] else None
 
     def launch(
-        self, words: torch.Tensor, stored: torch.Tensor, arena: torch.Tensor, tools: DeviceTools, tables: DeviceTables | None
+        self,
+        words: torch.Tensor,
+        stored: torch.Tensor,
+        arena: torch.Tensor,
+        tools: DeviceTools,
+        tables: DeviceTables | None,
     ) -> Verdict:
         """Queues the decoding of all chunks on the current stream, which must be `tools.streams.decode` or a later one.
 
@@ -168,22 +196,39 @@ class ChunkWork:
         rans, zstd, plain, checked = self._counts
         frames_at, raw_at, check_at = self._starts[1], self._starts[5], self._starts[6]
         # First the decoded sizes of zstd's frames (int64), then a fault per decoded chunk and a flag per chunk (int32).
-        status = torch.zeros(zstd + (rans + zstd + len(self._chunks) + 1) // 2, dtype=torch.int64, device=arena.device)
+        status = torch.zeros(
+            zstd + (rans + zstd + len(self._chunks) + 1) // 2,
+            dtype=torch.int64,
+            device=arena.device,
+        )
         faults = status[zstd:].view(torch.int32)
         if rans:
             assert tables is not None
             fields = words[: rans * 5].view(rans, 5)
-            described = RansChunks(fields, self._rans.stored_bytes, self._rans.arena_bytes, self._rans.tables)
+            described = RansChunks(
+                fields, self._rans.stored_bytes, self._rans.arena_bytes, self._rans.tables
+            )
             decode_rans(stored, described, tables, arena, faults[:rans])
         if zstd:
             address = words.data_ptr() + 8 * frames_at
             step = 8 * zstd
             frames = ZstdFrames(
-                address, address + step, address + 2 * step, address + 3 * step, zstd, self._largest, self._total
+                address,
+                address + step,
+                address + 2 * step,
+                address + 3 * step,
+                zstd,
+                self._largest,
+                self._total,
             )
             tools.decode_zstd(frames, status, faults[rans : rans + zstd])
         if plain:
-            place_chunks(stored, words[raw_at : raw_at + 3 * plain].view(plain, 3), int(self._raw.max()), arena)
+            place_chunks(
+                stored,
+                words[raw_at : raw_at + 3 * plain].view(plain, 3),
+                int(self._raw.max()),
+                arena,
+            )
         if checked:
             fields = words[check_at : check_at + 3 * checked].view(checked, 3)
             find_forbidden(arena, fields, int(self._raw.max()), CODE_128, faults[rans + zstd :])
@@ -197,7 +242,10 @@ class ChunkWork:
         """
         rans, zstd = self._counts[:2]
         faults = status[zstd:].view(np.int32)
-        decoded, flags = faults[: rans + zstd], faults[rans + zstd : rans + zstd + len(self._chunks)]
+        decoded, flags = (
+            faults[: rans + zstd],
+            faults[rans + zstd : rans + zstd + len(self._chunks)],
+        )
         bad = np.zeros(len(self._chunks), np.bool_)
         wrong = decoded != NO_FAULT
         wrong[rans:] |= status[:zstd] != self._raw[self._order[rans:]]
@@ -208,7 +256,9 @@ class ChunkWork:
         index = int(bad.argmax())
         raise self._fault(index, decoded, status, tools).located(**self._chunks.locate(index))
 
-    def _fault(self, index: int, decoded: NDArray[np.int32], status: NDArray[np.int64], tools: DeviceTools) -> DecodeError:
+    def _fault(
+        self, index: int, decoded: NDArray[np.int32], status: NDArray[np.int64], tools: DeviceTools
+    ) -> DecodeError:
         from codecllm.loader.kernels.rans import fault_error
 
         rans = self._counts[0]
@@ -220,7 +270,9 @@ class ChunkWork:
                 return DecodeError(tools.explain_zstd(int(decoded[position])))
             got = int(status[position - rans])
             if got != int(self._raw[index]):
-                return DecodeError("frame decodes to a wrong size", got=got, expected=int(self._raw[index]))
+                return DecodeError(
+                    "frame decodes to a wrong size", got=got, expected=int(self._raw[index])
+                )
         return DecodeError("code -128 is not allowed", got=-128, expected="-127 to 127")
 
     def _parse_tables(

@@ -11,7 +11,7 @@ import torch
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, RANS_ID
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.formats.records import AliasTensor, RawTensor
+from codecllm.formats.manifest.records import AliasTensor, RawTensor
 from codecllm.loader.device.nvcomp import Nvcomp, open_nvcomp
 from codecllm.loader.device.streams import is_accelerator
 
@@ -104,14 +104,20 @@ def choose_codecs(decoder: Decoder, device: torch.device, container: Container) 
     if _DECODES[decoder] not in used:
         names = ", ".join(sorted(CODEC_NAMES[codec] for codec in used)) or "none"
         raise UsageError(
-            f"decoder {decoder!r} has nothing to decode", got=f"codecs {names}", expected=CODEC_NAMES[_DECODES[decoder]]
+            f"decoder {decoder!r} has nothing to decode",
+            got=f"codecs {names}",
+            expected=CODEC_NAMES[_DECODES[decoder]],
         )
     return found
 
 
 def codecs_of(container: Container) -> set[int]:
     """Returns the ids of the codecs that a container's planes name in its manifest."""
-    coded = [record for record in container.manifest.tensors if not isinstance(record, RawTensor | AliasTensor)]
+    coded = [
+        record
+        for record in container.manifest.tensors
+        if not isinstance(record, RawTensor | AliasTensor)
+    ]
     return {CODEC_IDS[plane.codec] for record in coded for plane in record.planes}
 
 

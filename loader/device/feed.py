@@ -11,14 +11,14 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.formats.records import AliasTensor
+from codecllm.formats.manifest.records import AliasTensor
 from codecllm.loader.device.codecs import Decoder, DeviceCodecs, choose_codecs
 from codecllm.loader.device.pipeline import DevicePipeline
 from codecllm.loader.device.plan import Part, Request
 from codecllm.loader.device.streams import ACCELERATORS, DeviceStreams, Streams, is_accelerator
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.host.promise import Promise
 from codecllm.loader.progress import Meter
-from codecllm.loader.promise import Promise
 from codecllm.loader.torch_tensors import file_order
 
 Wanted = tuple[str, Part, torch.dtype | None]
@@ -28,7 +28,14 @@ Wanted = tuple[str, Part, torch.dtype | None]
 class DeviceFeed:
     """Tensors of a container on one device."""
 
-    def __init__(self, container: Container, pool: DecodePool, streams: Streams, codecs: DeviceCodecs, meter: Meter | None):
+    def __init__(
+        self,
+        container: Container,
+        pool: DecodePool,
+        streams: Streams,
+        codecs: DeviceCodecs,
+        meter: Meter | None,
+    ):
         """Starts the pipeline."""
         self._container, self._meter = container, meter
         self._pipeline = DevicePipeline(container, pool, streams, codecs)
@@ -53,7 +60,9 @@ class DeviceFeed:
             FormatError: the tensor, or one that is decoded ahead, is damaged.
         """
         with self._lock:
-            promise = self._ahead.pop((name, part, dtype), None) or self._pipeline.request(Request(name, part, dtype))
+            promise = self._ahead.pop((name, part, dtype), None) or self._pipeline.request(
+                Request(name, part, dtype)
+            )
         self._pipeline.start_decoding()
         tensor = promise.get()
         if self._meter is not None:
@@ -68,7 +77,11 @@ class DeviceFeed:
         Raises:
             FormatError: one is damaged.
         """
-        requests = [Request(name, "payload", None, out=places[name]) for name in file_order(self._container) if name in places]
+        requests = [
+            Request(name, "payload", None, out=places[name])
+            for name in file_order(self._container)
+            if name in places
+        ]
         promises = [self._pipeline.request(request) for request in requests]
         self._pipeline.start_decoding()
         for promise in promises:
@@ -117,7 +130,9 @@ class DeviceFeeds:
         with self._lock:
             if device not in self._feeds:
                 codecs = choose_codecs(self._decoder, device, self._container)
-                made = DeviceFeed(self._container, self._pool, self._make_streams(device), codecs, self._meter)
+                made = DeviceFeed(
+                    self._container, self._pool, self._make_streams(device), codecs, self._meter
+                )
                 self._feeds[device] = made
             return self._feeds[device]
 
@@ -154,16 +169,27 @@ def sole_device(device_map: Any, needed_bytes: int, max_memory: Any = None) -> t
         needed_bytes: what the model takes.
         max_memory: as transformers takes it: with limits of the caller an automatic map may put parts elsewhere.
     """
-    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if isinstance(device_map, str) and device_map in (
+        "auto",
+        "balanced",
+        "balanced_low_0",
+        "sequential",
+    ):
         if max_memory is not None or torch.cuda.device_count() != 1:
             return None
         free, _ = torch.cuda.mem_get_info(0)
-        return torch.device("cuda", 0) if free > needed_bytes + needed_bytes // 4 + (2 << 30) else None
+        return (
+            torch.device("cuda", 0) if free > needed_bytes + needed_bytes // 4 + (2 << 30) else None
+        )
     if isinstance(device_map, dict):
         places = {str(place) for place in device_map.values()}
         device_map = next(iter(device_map.values())) if len(places) == 1 else None
     try:
-        device = torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
+        device = (
+            torch.device("cuda", device_map)
+            if isinstance(device_map, int)
+            else torch.device(device_map)
+        )
     except (RuntimeError, TypeError):  # none, or "disk"
         return None
     usable = is_accelerator(device) and getattr(torch, device.type).is_available()
@@ -180,7 +206,11 @@ def refuse_without_device(decoder: Decoder, device_map: Any) -> None:
     if decoder not in ("nvcomp", "triton"):
         return
     if not has_device():
-        raise UnsupportedEnvironmentError(f"decoder {decoder!r} does not work here: torch finds no GPU")
+        raise UnsupportedEnvironmentError(
+            f"decoder {decoder!r} does not work here: torch finds no GPU"
+        )
     if device_map is None or str(device_map) == "cpu":
         got = f"device_map={device_map!r}"
-        raise UsageError(f"decoder {decoder!r} decodes on a GPU", got=got, expected='for example "cuda"')
+        raise UsageError(
+            f"decoder {decoder!r} decodes on a GPU", got=got, expected='for example "cuda"'
+        )

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.records import CodedTensor, Int8Tensor
+from codecllm.formats.manifest.records import CodedTensor, Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.formats.tiling import Grid
 from codecllm.loader.torch_tensors import TORCH_DTYPES
@@ -64,7 +64,11 @@ def sides_of_rows(source: StoredTensor, sides: list[_Side], rows: tuple[int, int
 
 
 def finish_bands(
-    source: StoredTensor, rows: tuple[int, int], planes: list[torch.Tensor], sides: list[torch.Tensor], out: torch.Tensor
+    source: StoredTensor,
+    rows: tuple[int, int],
+    planes: list[torch.Tensor],
+    sides: list[torch.Tensor],
+    out: torch.Tensor,
 ) -> None:
     """Queues the kernel that writes the elements of whole bands of tiles, on the current stream.
 
@@ -89,7 +93,17 @@ def finish_bands(
             return
         high = planes[1] if source.wide else None
         with _as_dtype(out, out.dtype if out.dtype in _FLOATS else torch.float32) as target:
-            dequantize_int8(planes[0], high, low_bits, grid, scale, col_scale, order, source.record.channel_kind, target)
+            dequantize_int8(
+                planes[0],
+                high,
+                low_bits,
+                grid,
+                scale,
+                col_scale,
+                order,
+                source.record.channel_kind,
+                target,
+            )
     else:
         with _as_dtype(out, TORCH_DTYPES[source.record.dtype]) as target:
             assemble_lossless(planes, grid, DTYPES[source.record.dtype], target)

@@ -49,8 +49,18 @@ class Properties(ctypes.Structure):
 _SIZE, _POINTER = ctypes.c_size_t, ctypes.c_void_p
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "nvcompGetProperties": (ctypes.POINTER(Properties),),
-    "nvcompBatchedZstdDecompressGetRequiredAlignments": (DecompressOptions, ctypes.POINTER(Alignments)),
-    "nvcompBatchedZstdDecompressGetTempSize": (_SIZE, _SIZE, DecompressOptions, ctypes.POINTER(_SIZE), _SIZE, _POINTER),
+    "nvcompBatchedZstdDecompressGetRequiredAlignments": (
+        DecompressOptions,
+        ctypes.POINTER(Alignments),
+    ),
+    "nvcompBatchedZstdDecompressGetTempSize": (
+        _SIZE,
+        _SIZE,
+        DecompressOptions,
+        ctypes.POINTER(_SIZE),
+        _SIZE,
+        _POINTER,
+    ),
     "nvcompBatchedZstdDecompressAsync": (
         _POINTER,  # device_compressed_chunk_ptrs
         _POINTER,  # device_compressed_chunk_bytes
@@ -112,19 +122,29 @@ class Nvcomp:
             self._library.nvcompGetStatusString.restype = ctypes.c_char_p
             self._library.nvcompGetStatusString.argtypes = (ctypes.c_int,)
         except (OSError, AttributeError) as exc:
-            raise UnsupportedEnvironmentError(f"nvCOMP cannot be loaded: {exc}", file=path.name) from exc
+            raise UnsupportedEnvironmentError(
+                f"nvCOMP cannot be loaded: {exc}", file=path.name
+            ) from exc
         properties = Properties()
         self._call("nvcompGetProperties", ctypes.byref(properties))
         major, rest = divmod(properties.version, 1000)
         self.version = f"{major}.{rest // 100}.{rest % 100}"
         self.cuda = f"{properties.cudart_version // 1000}.{properties.cudart_version % 1000 // 10}"
         if major != SUPPORTED_MAJOR:
-            raise UnsupportedEnvironmentError("nvCOMP has another version", got=self.version, expected=f"{SUPPORTED_MAJOR}.x")
+            raise UnsupportedEnvironmentError(
+                "nvCOMP has another version", got=self.version, expected=f"{SUPPORTED_MAJOR}.x"
+            )
         needed = Alignments()
-        self._call("nvcompBatchedZstdDecompressGetRequiredAlignments", DecompressOptions(), ctypes.byref(needed))
+        self._call(
+            "nvcompBatchedZstdDecompressGetRequiredAlignments",
+            DecompressOptions(),
+            ctypes.byref(needed),
+        )
         if needed.input > _ALIGNED_BYTES or needed.output > 1 or needed.temp > _ALIGNED_BYTES:
             got = f"{needed.input}, {needed.output}, {needed.temp} bytes"
-            raise UnsupportedEnvironmentError("nvCOMP asks for stricter alignment", got=got, expected="16, 1, 16 bytes at most")
+            raise UnsupportedEnvironmentError(
+                "nvCOMP asks for stricter alignment", got=got, expected="16, 1, 16 bytes at most"
+            )
 
     def temp_bytes(self, count: int, largest: int, symbols: int) -> int:
         """Returns the scratch that a batch needs, about three times its symbols: `count` chunks of at most `largest` bytes."""
@@ -135,7 +155,9 @@ class Nvcomp:
         )  # fmt: skip
         return size.value
 
-    def decode(self, frames: ZstdFrames, temp: torch.Tensor, sizes: int, statuses: int, stream: int) -> None:
+    def decode(
+        self, frames: ZstdFrames, temp: torch.Tensor, sizes: int, statuses: int, stream: int
+    ) -> None:
         """Queues the decoding of a batch on `stream`; nothing is synchronized.
 
         Args:
@@ -172,7 +194,9 @@ def open_nvcomp(device: torch.device) -> Nvcomp:
         UnsupportedEnvironmentError: it is not installed, was built for a newer CUDA than torch, or does not know this GPU.
     """
     if device.type != "cuda" or torch.version.cuda is None:
-        raise UnsupportedEnvironmentError("nvCOMP needs an NVIDIA GPU and a torch built for CUDA", got=str(device))
+        raise UnsupportedEnvironmentError(
+            "nvCOMP needs an NVIDIA GPU and a torch built for CUDA", got=str(device)
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         got = ".".join(map(str, capability))
@@ -182,7 +206,9 @@ def open_nvcomp(device: torch.device) -> Nvcomp:
     library = Nvcomp(find_library())
     if int(library.cuda.split(".")[0]) > int(torch.version.cuda.split(".")[0]):
         raise UnsupportedEnvironmentError(
-            "nvCOMP was built for a newer CUDA than torch", got=library.cuda, expected=f"{torch.version.cuda} or older"
+            "nvCOMP was built for a newer CUDA than torch",
+            got=library.cuda,
+            expected=f"{torch.version.cuda} or older",
         )
     return library
 
@@ -199,10 +225,14 @@ def find_library() -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         major = (torch.version.cuda or "13").split(".")[0]
-        raise UnsupportedEnvironmentError(f"nvCOMP is not installed: pip install 'codecllm[cu{major}]'")
+        raise UnsupportedEnvironmentError(
+            f"nvCOMP is not installed: pip install 'codecllm[cu{major}]'"
+        )
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / "lib64" / LIBRARY
     if not path.is_file():
         found = sorted(file.name for file in folder.glob("lib*/libnvcomp.so*"))
-        raise UnsupportedEnvironmentError("nvCOMP has another version", got=", ".join(found) or "no library", expected=LIBRARY)
+        raise UnsupportedEnvironmentError(
+            "nvCOMP has another version", got=", ".join(found) or "no library", expected=LIBRARY
+        )
     return path

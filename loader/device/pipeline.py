@@ -36,11 +36,20 @@ from codecllm.loader.device.buffers import DeviceBuffer, PinnedBuffer, empty_on_
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_places
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finish_bands, side_arrays
-from codecllm.loader.device.plan import ARENA_BYTES, SLOT_BYTES, Batch, Piece, Request, aligned, band_rows, cut
+from codecllm.loader.device.plan import (
+    ARENA_BYTES,
+    SLOT_BYTES,
+    Batch,
+    Piece,
+    Request,
+    aligned,
+    band_rows,
+    cut,
+)
 from codecllm.loader.device.read import decodes_on_host, read_piece
 from codecllm.loader.device.streams import Event, Streams
-from codecllm.loader.pool import DecodePool, known, started
-from codecllm.loader.promise import Promise
+from codecllm.loader.host.pool import DecodePool, known, started
+from codecllm.loader.host.promise import Promise
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,7 +99,9 @@ class _Issued:
 class DevicePipeline:
     """Loads tensors of one container onto one device; requests may come from any thread."""
 
-    def __init__(self, container: Container, pool: DecodePool, streams: Streams, codecs: DeviceCodecs) -> None:
+    def __init__(
+        self, container: Container, pool: DecodePool, streams: Streams, codecs: DeviceCodecs
+    ) -> None:
         """Starts the thread; memory is allocated when the first tensor is asked for."""
         self._container, self._pool, self._streams, self._codecs = container, pool, streams, codecs
         self._readers = DecodePool(min(READERS, pool.workers))
@@ -115,7 +126,9 @@ class DevicePipeline:
         _running.add(self)
         try:
             self._thread = started(self._run, "codecllm-device")
-        except BaseException:  # Ctrl-C, when the thread may have begun already: nobody else will end it
+        except (
+            BaseException
+        ):  # Ctrl-C, when the thread may have begun already: nobody else will end it
             self._end_soon()
             raise
 
@@ -132,7 +145,9 @@ class DevicePipeline:
     def start_decoding(self) -> None:
         """Lets memory be taken on the device; before, requests are only read."""
         self._may_decode = True
-        self._changed.put(None)  # again and again, and for no one but once: a check before could be where Ctrl-C comes
+        self._changed.put(
+            None
+        )  # again and again, and for no one but once: a check before could be where Ctrl-C comes
 
     def close(self) -> None:
         """Drops what is still queued, waits for work under way and frees all memory but the tensors handed out."""
@@ -155,7 +170,9 @@ class DevicePipeline:
     def _run(self) -> None:
         try:
             with self._streams.here():
-                for slot in self._slots:  # pinning takes a tenth of a second, which the model's building may hide
+                for slot in (
+                    self._slots
+                ):  # pinning takes a tenth of a second, which the model's building may hide
                     slot.claim(self._least, self._least, self._streams)
                 while self._error is None:
                     self._step()
@@ -251,7 +268,9 @@ class DevicePipeline:
             staged.copy_(reading.memory, non_blocking=True)
         reading.slot.copied = streams.record(streams.copy)
         streams.wait(streams.decode, reading.slot.copied)
-        streams.follow(streams.decode)  # the memory of new tensors may have been another's on the caller's stream
+        streams.follow(
+            streams.decode
+        )  # the memory of new tensors may have been another's on the caller's stream
         with streams.on(streams.decode):
             verdict = None
             if work is not None:
@@ -259,7 +278,9 @@ class DevicePipeline:
                     streams.wait(streams.decode, tables[1])
                 assert self._arena is not None
                 words = staged[batch.host_bytes :].view(torch.int64)
-                verdict = work.launch(words, staged, self._arena, self._tools, tables[0] if tables else None)
+                verdict = work.launch(
+                    words, staged, self._arena, self._tools, tables[0] if tables else None
+                )
             for piece, place, symbols in batch.pieces:
                 self._finish(piece, staged[place : place + piece.host_bytes], symbols)
             status = None
@@ -280,20 +301,35 @@ class DevicePipeline:
             hasher.update(reading.memory[place : place + piece.host_bytes].numpy())
             got = hasher.hexdigest()
             if piece.ends and got != source.record.xxh3:
-                where: dict[str, Any] = {"file": source.file.name, "tensor": source.record.name, "byte": source.offset}
+                where: dict[str, Any] = {
+                    "file": source.file.name,
+                    "tensor": source.record.name,
+                    "byte": source.offset,
+                }
                 expected = source.record.xxh3
-                raise ChecksumError("stored bytes differ from the manifest: xxh3", got=got, expected=expected, **where)
+                raise ChecksumError(
+                    "stored bytes differ from the manifest: xxh3",
+                    got=got,
+                    expected=expected,
+                    **where,
+                )
 
     def _allocate(self, batch: Batch) -> None:
         """Makes the tensors that begin in a batch, on the caller's stream: theirs is the pool that the model's memory is of."""
         for piece, _, _ in batch.pieces:
             if piece.request.out is None:
-                piece.request.out = torch.empty(piece.shape, dtype=piece.dtype, device=self._streams.device)
+                piece.request.out = torch.empty(
+                    piece.shape, dtype=piece.dtype, device=self._streams.device
+                )
         if batch.arena_bytes and (self._arena is None or self._arena.numel() < batch.arena_bytes):
             self._arena = None
-            self._arena = empty_on_device(max(batch.arena_bytes, min(ARENA_BYTES, self._size)), self._streams)
+            self._arena = empty_on_device(
+                max(batch.arena_bytes, min(ARENA_BYTES, self._size)), self._streams
+            )
 
-    def _describe(self, batch: Batch, staged: torch.Tensor, memory: torch.Tensor) -> ChunkWork | None:
+    def _describe(
+        self, batch: Batch, staged: torch.Tensor, memory: torch.Tensor
+    ) -> ChunkWork | None:
         """Describes the chunks that the device decodes, behind the pieces in pinned memory."""
         chunks = ChunkList()
         for piece, place, symbols in batch.pieces:
@@ -325,7 +361,11 @@ class DevicePipeline:
             out.view(-1)[piece.bands.start : piece.bands.stop].copy_(staged.view(piece.staged))
             return
         if piece.request.part == "payload":
-            first = int(source.table.offsets[piece.bands.start * source.table.grid.across * source.table.planes])
+            first = int(
+                source.table.offsets[
+                    piece.bands.start * source.table.grid.across * source.table.planes
+                ]
+            )
             out[first : first + staged.numel()].copy_(staged)
             return
         grid = source.table.grid
@@ -335,11 +375,17 @@ class DevicePipeline:
             target.copy_(staged.view(piece.staged).view(rows, grid.cols))
             return
         assert self._arena is not None
-        planes = [self._arena[place : place + rows * grid.cols] for place in self._planes(piece, symbols)]
+        planes = [
+            self._arena[place : place + rows * grid.cols] for place in self._planes(piece, symbols)
+        ]
         sides, end = [], staged.numel()
         for side in reversed(side_arrays(source, (row, rows))):
             end -= aligned(side.nbytes)
-            sides.append(staged[end : end + side.nbytes].view(torch.int32 if side.dtype.kind == "i" else torch.float32))
+            sides.append(
+                staged[end : end + side.nbytes].view(
+                    torch.int32 if side.dtype.kind == "i" else torch.float32
+                )
+            )
         finish_bands(source, (row, rows), planes, sides[::-1], target)
 
     def _settle(self) -> None:
@@ -378,7 +424,9 @@ class DevicePipeline:
             self._readers.close()
             self._streams.synchronize()
         except Exception:  # of a device that is broken: those who wait get the first error
-            _LOG.debug("%s: could not wait for the work under way", self._streams.device, exc_info=True)
+            _LOG.debug(
+                "%s: could not wait for the work under way", self._streams.device, exc_info=True
+            )
         waits = ", ".join(f"{seconds:.3f} s for {what}" for what, seconds in self._waited.items())
         _LOG.debug("%s: %d batches; waited %s", self._streams.device, self._count, waits)
         self._answer(self._error)

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.formats.records import Int8Tensor
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
-from codecllm.loader.decode import CODES
 from codecllm.loader.device.chunks import WORDS_PER_CHUNK, chunks_of, plane_bytes
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finishes_on_device, side_arrays
-from codecllm.loader.promise import Promise
+from codecllm.loader.host.decode import CODES
+from codecllm.loader.host.promise import Promise
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 
 PIECE_SYMBOLS = 8 << 20
@@ -99,7 +99,10 @@ class Batch:
 
     def takes(self, piece: Piece) -> bool:
         """Whether a piece fits; an empty batch takes any."""
-        return not self.pieces or (self.bytes_with(piece) <= SLOT_BYTES and self.arena_bytes + piece.arena_bytes <= ARENA_BYTES)
+        return not self.pieces or (
+            self.bytes_with(piece) <= SLOT_BYTES
+            and self.arena_bytes + piece.arena_bytes <= ARENA_BYTES
+        )
 
     def add(self, piece: Piece) -> None:
         """Adds a piece behind the others."""
@@ -139,12 +142,24 @@ def cut(request: Request, container: Container, codecs: DeviceCodecs) -> Iterato
         for bands in _runs_of_bands(source):
             first, last = chunks_of(source, bands)
             size = source.slots_bytes(first, last)
-            yield Piece(request, source, shape, torch.uint8, torch.uint8, bands, size, 0, _ends(source, bands))
+            yield Piece(
+                request,
+                source,
+                shape,
+                torch.uint8,
+                torch.uint8,
+                bands,
+                size,
+                0,
+                _ends(source, bands),
+            )
     else:
         yield from _coded_pieces(request, source, own, codecs)
 
 
-def _coded_pieces(request: Request, source: StoredTensor, own: torch.dtype, codecs: DeviceCodecs) -> Iterator[Piece]:
+def _coded_pieces(
+    request: Request, source: StoredTensor, own: torch.dtype, codecs: DeviceCodecs
+) -> Iterator[Piece]:
     record, grid = source.record, source.table.grid
     dtype = torch.int8 if request.part == "codes" else request.dtype or own
     staged = None if decodes_on_device(source, codecs) else host_dtype(source, request.part, dtype)
@@ -153,7 +168,9 @@ def _coded_pieces(request: Request, source: StoredTensor, own: torch.dtype, code
         ends = _ends(source, bands)
         shape = tuple(record.shape)
         if staged is not None:
-            yield Piece(request, source, shape, dtype, staged, bands, symbols * staged.itemsize, 0, ends)
+            yield Piece(
+                request, source, shape, dtype, staged, bands, symbols * staged.itemsize, 0, ends
+            )
             continue
         stored = aligned(source.slots_bytes(*chunks_of(source, bands)))
         arena = source.table.planes * plane_bytes(symbols)
@@ -167,7 +184,17 @@ def _plain_pieces(request: Request, source: PlainTensor, own: torch.dtype) -> It
     step = max(1, PIECE_SYMBOLS // own.itemsize)
     for first in range(0, max(1, elements), step):
         run = range(first, min(first + step, elements))
-        yield Piece(request, source, shape, dtype, own, run, len(run) * own.itemsize, 0, run.stop == elements)
+        yield Piece(
+            request,
+            source,
+            shape,
+            dtype,
+            own,
+            run,
+            len(run) * own.itemsize,
+            0,
+            run.stop == elements,
+        )
 
 
 def decodes_on_device(source: StoredTensor, codecs: DeviceCodecs) -> bool:
@@ -202,7 +229,9 @@ def band_rows(source: StoredTensor, bands: range) -> tuple[int, int]:
 def _runs_of_bands(source: StoredTensor) -> Iterator[range]:
     """Cuts a tensor into runs of bands of about PIECE_SYMBOLS symbols, at least one band; one empty run for no elements."""
     grid = source.table.grid
-    step = max(1, PIECE_SYMBOLS // max(1, source.table.planes * min(grid.tile_rows, grid.rows) * grid.cols))
+    step = max(
+        1, PIECE_SYMBOLS // max(1, source.table.planes * min(grid.tile_rows, grid.rows) * grid.cols)
+    )
     for first in range(0, max(1, grid.down), step):
         yield range(first, min(first + step, grid.down))
 

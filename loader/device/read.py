@@ -10,11 +10,11 @@ from codecllm.formats.codecs.zstd import HEAD_BYTES, are_alike, are_plain, check
 from codecllm.formats.errors import DecodeError, TruncatedError
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
-from codecllm.loader.decode import Workspace, read_tiles, write_tile
 from codecllm.loader.device.chunks import chunks_of
 from codecllm.loader.device.codecs import ZSTD_ID
 from codecllm.loader.device.finish import side_arrays
 from codecllm.loader.device.plan import Piece, aligned, band_rows, target_name
+from codecllm.loader.host.decode import Workspace, read_tiles, write_tile
 from codecllm.loader.torch_tensors import words_of
 
 
@@ -40,7 +40,11 @@ def read_piece(piece: Piece, buffer: torch.Tensor, workspace: Workspace) -> None
 
 def decodes_on_host(piece: Piece) -> bool:
     """Whether `read_piece` decodes a piece, besides reading and checking it."""
-    return isinstance(piece.source, StoredTensor) and piece.staged is not None and piece.request.part != "payload"
+    return (
+        isinstance(piece.source, StoredTensor)
+        and piece.staged is not None
+        and piece.request.part != "payload"
+    )
 
 
 def _read_slots(source: StoredTensor, piece: Piece, buffer: NDArray[np.uint8]) -> None:

@@ -21,7 +21,9 @@ def can_assemble(dtype: DType) -> bool:
     return dtype.planes > 0 and dtype.name != "BOOL"
 
 
-def assemble_lossless(planes: Sequence[torch.Tensor], grid: Grid, dtype: DType, out: torch.Tensor) -> None:
+def assemble_lossless(
+    planes: Sequence[torch.Tensor], grid: Grid, dtype: DType, out: torch.Tensor
+) -> None:
     """Writes elements from their planes.
 
         word = sum over k of plane_k << (bits - 8 * (k + 1)), and where the type rotates: word >> 1 | word << (bits - 1)
@@ -38,7 +40,11 @@ def assemble_lossless(planes: Sequence[torch.Tensor], grid: Grid, dtype: DType, 
     Raises:
         ValueError: a tensor does not fit: a mistake of the caller.
     """
-    if not can_assemble(dtype) or len(planes) != dtype.planes or out.element_size() != dtype.itemsize:
+    if (
+        not can_assemble(dtype)
+        or len(planes) != dtype.planes
+        or out.element_size() != dtype.itemsize
+    ):
         raise ValueError(f"cannot assemble {dtype.name} in {out.dtype} from {len(planes)} planes")
     for plane in planes:
         check_plane(plane, grid, out)
@@ -112,4 +118,8 @@ def _assemble_kernel(
         word |= tl.load(p7 + place + index, mask=inside).to(tl.uint64)
     if ROTATES:
         word = (word >> 1) | (word << (8 * PLANES - 1))
-    tl.store(out + (row * cols + col) + down * cols + along, word.to(out.dtype.element_ty, bitcast=True), mask=inside)
+    tl.store(
+        out + (row * cols + col) + down * cols + along,
+        word.to(out.dtype.element_ty, bitcast=True),
+        mask=inside,
+    )

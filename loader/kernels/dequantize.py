@@ -51,8 +51,15 @@ def dequantize_int8(
         if plane is not None:
             check_plane(plane, grid, out)
     channels = grid.rows if kind == "row" else grid.cols
-    wanted = [(row_scale, channels), (col_scale, grid.cols), (col_order, grid.cols), (low_bits, len(grid))]
-    if out.dtype not in _DTYPES or any(tensor is not None and tensor.numel() != size for tensor, size in wanted):
+    wanted = [
+        (row_scale, channels),
+        (col_scale, grid.cols),
+        (col_order, grid.cols),
+        (low_bits, len(grid)),
+    ]
+    if out.dtype not in _DTYPES or any(
+        tensor is not None and tensor.numel() != size for tensor, size in wanted
+    ):
         raise ValueError(f"scales or output do not fit {grid}")
     if (high is None) != (low_bits is None):
         raise ValueError("codes have both a high part and low_bits, or neither")
@@ -61,7 +68,9 @@ def dequantize_int8(
     _launch(low, high, low_bits, grid, row_scale, col_scale, col_order, kind, out)
 
 
-def untile_codes(low: torch.Tensor, grid: Grid, out: torch.Tensor, col_order: torch.Tensor | None = None) -> None:
+def untile_codes(
+    low: torch.Tensor, grid: Grid, out: torch.Tensor, col_order: torch.Tensor | None = None
+) -> None:
     """Writes int8 [rows, cols] codes from uint8 [rows * cols] in the order of the tiles; 2 bytes an element move.
 
     Raises:
@@ -90,7 +99,9 @@ def _launch(
     if col_order is not None:
         # A gather per element of the output: writes stay in a row.
         places = torch.empty_like(col_order)
-        places[col_order.long()] = torch.arange(len(col_order), dtype=torch.int32, device=col_order.device)
+        places[col_order.long()] = torch.arange(
+            len(col_order), dtype=torch.int32, device=col_order.device
+        )
     blocks = cut_blocks(grid, across_tiles=places is not None)
     if not blocks.count:
         return
@@ -122,7 +133,11 @@ def _launch(
 
 def _rounds_bfloat16(device: torch.device) -> bool:
     """Whether a conversion to bfloat16 rounds in hardware; Triton's interpreter, for one, cuts off instead."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 @triton.jit
@@ -184,7 +199,11 @@ def _dequantize_kernel(
             # Blocks may span tiles that follow each other in the source's order: each element looks its own up.
             above = (row + down) // stored_tile_rows * stored_across
             bits = tl.load(low_bits + above + stored // stored_tile_cols, mask=inside, other=0)
-            rest = tl.load(high + place + index, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.int32)
+            rest = (
+                tl.load(high + place + index, mask=inside, other=0)
+                .to(tl.int8, bitcast=True)
+                .to(tl.int32)
+            )
             value = ((rest << bits) + code).to(tl.float32)
         if BY_ROW:
             step = tl.load(row_scale + row + down, mask=down < height, other=0.0)

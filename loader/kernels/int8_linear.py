@@ -89,7 +89,11 @@ def _splits(rows: int, cols: int, tile_rows: int) -> int:
 
 
 def int8_linear(
-    inputs: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, way: Way | None = None
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    way: Way | None = None,
 ) -> torch.Tensor:
     """Multiplies inputs with the transposed weight codes * scale.
 
@@ -110,13 +114,21 @@ def int8_linear(
         ValueError: shapes, dtypes or devices do not fit: a mistake of the caller.
     """
     rows, cols = codes.shape
-    if inputs.dtype not in (torch.bfloat16, torch.float16) or inputs.shape[-1] != cols or scale.shape != (rows,):
+    if (
+        inputs.dtype not in (torch.bfloat16, torch.float16)
+        or inputs.shape[-1] != cols
+        or scale.shape != (rows,)
+    ):
         got = f"{inputs.dtype} {list(inputs.shape)}"
-        raise ValueError(f"{got} does not fit codes {list(codes.shape)} and scale {list(scale.shape)}")
+        raise ValueError(
+            f"{got} does not fit codes {list(codes.shape)} and scale {list(scale.shape)}"
+        )
     if codes.dtype != torch.int8 or not codes.is_contiguous() or scale.dtype != torch.float32:
         raise ValueError("codes are not contiguous int8, or the scale is not float32")
     if any(part is not None and part.device != inputs.device for part in (codes, scale, bias)):
-        raise ValueError(f"inputs lie on {inputs.device}, codes on {codes.device}, the scale on {scale.device}")
+        raise ValueError(
+            f"inputs lie on {inputs.device}, codes on {codes.device}, the scale on {scale.device}"
+        )
     flat = inputs.reshape(-1, cols).contiguous()
     tokens = flat.shape[0]
     out = torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.device)
@@ -150,7 +162,11 @@ def _by_rows(flat, codes, scale, bias, out, way):
 
 def _by_tiles(flat, codes, scale, bias, out, way):
     tokens, (rows, cols) = flat.shape[0], codes.shape
-    sums = out if way.splits == 1 else torch.empty(way.splits, tokens, rows, dtype=torch.float32, device=out.device)
+    sums = (
+        out
+        if way.splits == 1
+        else torch.empty(way.splits, tokens, rows, dtype=torch.float32, device=out.device)
+    )
     _tiles_kernel[(triton.cdiv(rows, way.rows) * triton.cdiv(tokens, way.tokens), way.splits)](
         flat,
         codes,
@@ -193,7 +209,17 @@ def _by_panels(flat, codes, scale, bias, out, way):
         last = min(first + step, rows)
         panel = scratch[: last - first]
         grid = Grid(last - first, cols, last - first, max(cols, 1))
-        dequantize_int8(low[first * cols : last * cols], None, None, grid, scale[first:last], None, None, "row", panel)
+        dequantize_int8(
+            low[first * cols : last * cols],
+            None,
+            None,
+            grid,
+            scale[first:last],
+            None,
+            None,
+            "row",
+            panel,
+        )
         if bias is None:
             torch.mm(flat, panel.t(), out=out[:, first:last])
         else:
@@ -263,7 +289,9 @@ def _rows_kernel(
     sums3 = tl.zeros((QUADS,), tl.float32)
     for first in range(0, quads, QUADS):
         quad = first + tl.arange(0, QUADS)
-        vector = tl.load(inputs + quad) if EVEN else tl.load(inputs + quad, mask=quad < quads, other=0)
+        vector = (
+            tl.load(inputs + quad) if EVEN else tl.load(inputs + quad, mask=quad < quads, other=0)
+        )
         vector = vector.to(tl.uint64, bitcast=True)
         x0 = _widen(vector.to(tl.uint32) & 0xFFFF, IS_BFLOAT16)
         x1 = _widen(vector.to(tl.uint32) >> 16, IS_BFLOAT16)
@@ -330,11 +358,25 @@ def _tiles_kernel(
     else:
         value = sums
         out += tl.program_id(1).to(tl.int64) * tokens * rows
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside[:, None] & (token < tokens)[None, :])
+    tl.store(
+        out + place,
+        value.to(out.dtype.element_ty),
+        mask=inside[:, None] & (token < tokens)[None, :],
+    )
 
 
 @triton.jit
-def _sum_kernel(sums, scale, bias, out, tokens, rows, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    sums,
+    scale,
+    bias,
+    out,
+    tokens,
+    rows,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
     inside = row < rows

@@ -34,10 +34,16 @@ class Kernel:
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # makes the device's context current
             _check_driver(self._driver.cuModuleLoadData(ctypes.byref(module), image))
-            _check_driver(self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+            _check_driver(
+                self._driver.cuModuleGetFunction(
+                    ctypes.byref(self._function), module, name.encode()
+                )
+            )
         self._device = device
 
-    def launch(self, blocks: int, threads: int, shared: int, arguments: Sequence[torch.Tensor | int]) -> None:
+    def launch(
+        self, blocks: int, threads: int, shared: int, arguments: Sequence[torch.Tensor | int]
+    ) -> None:
         """Queues the function on the device's current stream; nothing is synchronized.
 
         Args:
@@ -47,14 +53,21 @@ class Kernel:
             arguments: tensors give their addresses, integers are 32-bit.
         """
         values: list[Any] = [
-            ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int(value) for value in arguments
+            ctypes.c_void_p(value.data_ptr())
+            if isinstance(value, torch.Tensor)
+            else ctypes.c_int(value)
+            for value in arguments
         ]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values))
+        pointers = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
+        )
         with torch.cuda.device(self._device):
             stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
             self._own_context()
             _check_driver(
-                self._driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
+                self._driver.cuLaunchKernel(
+                    self._function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None
+                )
             )
 
     def _own_context(self) -> None:
@@ -79,30 +92,48 @@ def _nvrtc() -> ctypes.CDLL:
     if torch.version.cuda is None:
         raise UnsupportedEnvironmentError("NVRTC needs a torch built for CUDA")
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
-    for place in (name, *_packaged(name)):  # a library that torch has loaded is found by its name alone
+    for place in (
+        name,
+        *_packaged(name),
+    ):  # a library that torch has loaded is found by its name alone
         try:
             library = ctypes.CDLL(place)
         except OSError:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
-    raise UnsupportedEnvironmentError(f"{name} was not found; it comes with torch for CUDA as nvidia-cuda-nvrtc")
+    raise UnsupportedEnvironmentError(
+        f"{name} was not found; it comes with torch for CUDA as nvidia-cuda-nvrtc"
+    )
 
 
 def _packaged(name: str) -> list[str]:
     spec = find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec is not None and spec.submodule_search_locations else []
+    folders = (
+        spec.submodule_search_locations
+        if spec is not None and spec.submodule_search_locations
+        else []
+    )
     return [str(path) for folder in folders for path in sorted(Path(folder).glob(f"*/lib/{name}"))]
 
 
 def _compile(source: str, capability: tuple[int, int]) -> bytes:
     """Returns machine code for a compute capability."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"codecllm.cu", 0, None, None))
+    _check(
+        nvrtc,
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), b"codecllm.cu", 0, None, None
+        ),
+    )
     try:
-        options = (ctypes.c_char_p * 1)(f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode())
+        options = (ctypes.c_char_p * 1)(
+            f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()
+        )
         if nvrtc.nvrtcCompileProgram(program, 1, options) != _SUCCESS:
-            raise UnsupportedEnvironmentError(f"NVRTC cannot compile for sm_{capability[0]}{capability[1]}: {_log(program)}")
+            raise UnsupportedEnvironmentError(
+                f"NVRTC cannot compile for sm_{capability[0]}{capability[1]}: {_log(program)}"
+            )
         size = ctypes.c_size_t()
         _check(nvrtc, nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         image = ctypes.create_string_buffer(size.value)
@@ -122,11 +153,15 @@ def _log(program: ctypes.c_void_p) -> str:
 
 def _check(nvrtc: ctypes.CDLL, status: int) -> None:
     if status != _SUCCESS:
-        raise UnsupportedEnvironmentError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(status).decode()}")
+        raise UnsupportedEnvironmentError(
+            f"NVRTC failed: {nvrtc.nvrtcGetErrorString(status).decode()}"
+        )
 
 
 def _check_driver(status: int) -> None:
     if status != _SUCCESS:
         words = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(words))
-        raise UnsupportedEnvironmentError(f"CUDA's driver failed: {(words.value or b'unknown error').decode()} ({status})")
+        raise UnsupportedEnvironmentError(
+            f"CUDA's driver failed: {(words.value or b'unknown error').decode()} ({status})"
+        )

@@ -11,7 +11,9 @@ from codecllm.loader.kernels.on_device import on_device_of
 _BLOCK = 4096
 
 
-def place_chunks(stored: torch.Tensor, fields: torch.Tensor, largest: int, arena: torch.Tensor) -> None:
+def place_chunks(
+    stored: torch.Tensor, fields: torch.Tensor, largest: int, arena: torch.Tensor
+) -> None:
     """Copies chunks from where they are stored to their places: arena[place : place + size] = stored[slot : slot + size].
 
     Each byte is read and written once: 2 bytes a symbol over the memory bandwidth.
@@ -24,10 +26,14 @@ def place_chunks(stored: torch.Tensor, fields: torch.Tensor, largest: int, arena
     """
     if fields.shape[0]:
         with on_device_of(arena):
-            _place_kernel[(fields.shape[0], triton.cdiv(largest, _BLOCK))](stored, fields, arena, BLOCK=_BLOCK)
+            _place_kernel[(fields.shape[0], triton.cdiv(largest, _BLOCK))](
+                stored, fields, arena, BLOCK=_BLOCK
+            )
 
 
-def find_forbidden(arena: torch.Tensor, fields: torch.Tensor, largest: int, forbidden: int, flags: torch.Tensor) -> None:
+def find_forbidden(
+    arena: torch.Tensor, fields: torch.Tensor, largest: int, forbidden: int, flags: torch.Tensor
+) -> None:
     """Sets flags[index] to 1 where one of the symbols arena[place : place + size] is `forbidden`.
 
     Each byte is read once.

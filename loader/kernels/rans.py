@@ -86,7 +86,12 @@ class RansChunks:
 
     def to(self, device: torch.device) -> RansChunks:
         """Returns a copy on `device`; from pinned memory the copy is asynchronous."""
-        return RansChunks(self.fields.to(device, non_blocking=True), self.stored_bytes, self.arena_bytes, self.tables)
+        return RansChunks(
+            self.fields.to(device, non_blocking=True),
+            self.stored_bytes,
+            self.arena_bytes,
+            self.tables,
+        )
 
 
 def describe_chunks(
@@ -112,8 +117,12 @@ def describe_chunks(
     wrong = (stored_bytes < STATE_BYTES) | (stored_bytes % 2 != 0)
     if wrong.any():
         chunk = int(wrong.argmax())
-        raise DecodeError("rans chunk has an impossible size", chunk=chunk, got=int(stored_bytes[chunk]))
-    fields = np.stack([slots, (stored_bytes - STATE_BYTES) // 2, raw_bytes, places, tables], axis=1).astype(np.int64)
+        raise DecodeError(
+            "rans chunk has an impossible size", chunk=chunk, got=int(stored_bytes[chunk])
+        )
+    fields = np.stack(
+        [slots, (stored_bytes - STATE_BYTES) // 2, raw_bytes, places, tables], axis=1
+    ).astype(np.int64)
     if fields.size and (fields.min() < 0 or (slots % _ALIGNMENT).any()):
         raise ValueError("a place is negative or not aligned")
     return RansChunks(
@@ -126,11 +135,17 @@ def describe_chunks(
 
 def expand_tables(tables: Sequence[FrequencyTable], device: torch.device) -> DeviceTables:
     """Copies parsed tables to a device, 1 KiB each, and expands them there to 4 to 16 KiB."""
-    frequencies = np.array([table.frequencies for table in tables], np.int64).reshape(len(tables), 256)
-    return expand_frequencies(np.array([table.precision for table in tables], np.int64), frequencies, device)
+    frequencies = np.array([table.frequencies for table in tables], np.int64).reshape(
+        len(tables), 256
+    )
+    return expand_frequencies(
+        np.array([table.precision for table in tables], np.int64), frequencies, device
+    )
 
 
-def expand_frequencies(precisions: NDArray[np.int64], frequencies: NDArray[np.int64], device: torch.device) -> DeviceTables:
+def expand_frequencies(
+    precisions: NDArray[np.int64], frequencies: NDArray[np.int64], device: torch.device
+) -> DeviceTables:
     """As `expand_tables`, from what `rans_table.parse_tables` returns: int64 [tables] and int64 [tables, 256]."""
     slots = 1 << int(precisions.max(initial=0))
     ranges = frequencies | np.cumsum(frequencies, axis=1) - frequencies << 16
@@ -139,7 +154,9 @@ def expand_frequencies(precisions: NDArray[np.int64], frequencies: NDArray[np.in
     if len(ranges):
         with on_device_of(symbols):
             _fill_kernel[(len(ranges), 256)](on_device, symbols, slots, BLOCK=_FILL_BLOCK)
-    return DeviceTables(symbols, on_device, torch.from_numpy(precisions.astype(np.int32)).to(device))
+    return DeviceTables(
+        symbols, on_device, torch.from_numpy(precisions.astype(np.int32)).to(device)
+    )
 
 
 def decode_rans(
@@ -179,14 +196,25 @@ def decode_rans(
         and tables.precisions.numel() >= chunks.tables
         and faults.numel() >= count
     )
-    if not enough or not all(tensor.is_contiguous() for tensor in (stored, arena, faults, chunks.fields)):
+    if not enough or not all(
+        tensor.is_contiguous() for tensor in (stored, arena, faults, chunks.fields)
+    ):
         raise ValueError("a tensor is too small for these chunks or not contiguous")
     if not count:
         return
     slots = tables.symbols.shape[1]
     compiled = None if kernel == "triton" else cuda_kernel(stored.device)
     if isinstance(compiled, Kernel):
-        given = (stored, chunks.fields, tables.symbols, tables.ranges, tables.precisions, arena, faults, slots)
+        given = (
+            stored,
+            chunks.fields,
+            tables.symbols,
+            tables.ranges,
+            tables.precisions,
+            arena,
+            faults,
+            slots,
+        )
         compiled.launch(count, 32, slots + _SHARED_BYTES, given)
     elif kernel == "cuda":
         raise UnsupportedEnvironmentError(f"the kernel in CUDA C cannot be used: {compiled}")
@@ -194,7 +222,15 @@ def decode_rans(
         words = (stored.view(torch.int32), stored.view(torch.int16))
         with on_device_of(arena):
             _decode_kernel[(count,)](
-                *words, chunks.fields, tables.symbols, tables.ranges, tables.precisions, arena, faults, slots, num_warps=1
+                *words,
+                chunks.fields,
+                tables.symbols,
+                tables.ranges,
+                tables.precisions,
+                arena,
+                faults,
+                slots,
+                num_warps=1,
             )
 
 
@@ -224,7 +260,11 @@ def _fill_kernel(ranges, symbols, slots, BLOCK: tl.constexpr):
     for first in range(start, end, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         place = table.to(tl.int64) * slots + slot
-        tl.store(symbols + place, (symbol + tl.zeros_like(slot)).to(tl.uint8), mask=(slot < end) & (slot < slots))
+        tl.store(
+            symbols + place,
+            (symbol + tl.zeros_like(slot)).to(tl.uint8),
+            mask=(slot < end) & (slot < slots),
+        )
 
 
 @triton.jit
@@ -283,7 +323,9 @@ def _decode_kernel(as_int32, as_int16, fields, symbols, ranges, precisions, aren
     active = whole + lane < length
     symbol, following = _step(states, symbols, ranges, precision)
     tl.store(out + whole + lane, symbol, mask=active)
-    following, position = _refill(following, position, active & (following < 65536), words, count, lane)
+    following, position = _refill(
+        following, position, active & (following < 65536), words, count, lane
+    )
     states = tl.where(active, following, states)
     open_lanes = tl.max((states != 65536).to(tl.int32), axis=0)
     fault = tl.where(small > 0, 1, tl.where(position != count, 2, tl.where(open_lanes > 0, 3, 0)))

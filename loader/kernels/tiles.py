@@ -48,7 +48,15 @@ class Blocks:
     @property
     def geometry(self) -> tuple[int, ...]:
         """What `find_block` wants to know at run time."""
-        return self.rows, self.cols, self.tile_rows, self.tile_cols, self.across, self.tall, self.wide
+        return (
+            self.rows,
+            self.cols,
+            self.tile_rows,
+            self.tile_cols,
+            self.across,
+            self.tall,
+            self.wide,
+        )
 
 
 def cut_blocks(grid: Grid, *, as_line: bool = False, across_tiles: bool = False) -> Blocks:
@@ -66,18 +74,42 @@ def cut_blocks(grid: Grid, *, as_line: bool = False, across_tiles: bool = False)
         rows, cols = (1, rows * cols) if as_line else (rows, cols)
         tile_rows, tile_cols = max(rows, 1), max(cols, 1)
     block_cols = min(triton.next_power_of_2(min(tile_cols, max(cols, 1))), BLOCK_ELEMENTS)
-    block_rows = min(BLOCK_ELEMENTS // block_cols, triton.next_power_of_2(min(tile_rows, max(rows, 1))))
+    block_rows = min(
+        BLOCK_ELEMENTS // block_cols, triton.next_power_of_2(min(tile_rows, max(rows, 1)))
+    )
     tall, wide = -(-min(tile_rows, rows) // block_rows), -(-min(tile_cols, cols) // block_cols)
     down, across = -(-rows // tile_rows), -(-cols // tile_cols)
     count = down * across * tall * wide
-    return Blocks(rows, cols, tile_rows, tile_cols, across, tall, wide, block_rows, block_cols, count, down * across == 1)
+    return Blocks(
+        rows,
+        cols,
+        tile_rows,
+        tile_cols,
+        across,
+        tall,
+        wide,
+        block_rows,
+        block_cols,
+        count,
+        down * across == 1,
+    )
 
 
 def check_plane(plane: torch.Tensor, grid: Grid, out: torch.Tensor) -> None:
     """Raises ValueError where a plane or the output does not fit the grid: a mistake of the caller."""
-    if plane.dtype != torch.uint8 or plane.numel() != grid.rows * grid.cols or not plane.is_contiguous():
-        raise ValueError(f"a plane is not contiguous uint8 [{grid.rows * grid.cols}]: {plane.dtype} {list(plane.shape)}")
-    if out.numel() != grid.rows * grid.cols or not out.is_contiguous() or out.device != plane.device:
+    if (
+        plane.dtype != torch.uint8
+        or plane.numel() != grid.rows * grid.cols
+        or not plane.is_contiguous()
+    ):
+        raise ValueError(
+            f"a plane is not contiguous uint8 [{grid.rows * grid.cols}]: {plane.dtype} {list(plane.shape)}"
+        )
+    if (
+        out.numel() != grid.rows * grid.cols
+        or not out.is_contiguous()
+        or out.device != plane.device
+    ):
         raise ValueError(f"output does not fit {grid}: {list(out.shape)} on {out.device}")
 
 

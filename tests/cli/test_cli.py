@@ -23,16 +23,22 @@ COMMANDS = ("convert", "push", "verify", "compare", "eval", "info", "export", "g
 def run(*arguments, cwd=None):
     """Runs the command line as a process."""
     command = [sys.executable, "-m", "codecllm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=240, cwd=cwd
+    )
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     rng = np.random.default_rng(0)
-    tensors = {f"layer.{i}.weight": rng.standard_normal((512, 512)).astype(np.float32) for i in range(4)}
+    tensors = {
+        f"layer.{i}.weight": rng.standard_normal((512, 512)).astype(np.float32) for i in range(4)
+    }
     save_file({**tensors, "norm": np.ones(512, np.float32)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
     return folder
 
 
@@ -57,7 +63,9 @@ def run_here(monkeypatch):
             cli.main()
         return caught.value.code
 
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # or main would set it for all tests that follow
+    monkeypatch.setenv(
+        "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+    )  # or main would set it for all tests that follow
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run_here
     for number, handler in kept.items():
@@ -83,12 +91,16 @@ def test_codec_rans(container, source, tmp_path):
     done = run("convert", source, tmp_path / "c", "--no-baseline", "--codec", "rans", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["codec"] == "rans"
-    info, other = (json.loads(run("info", folder, "--json").stdout) for folder in (tmp_path / "c", container))
+    info, other = (
+        json.loads(run("info", folder, "--json").stdout) for folder in (tmp_path / "c", container)
+    )
     assert (info["codec"], other["codec"]) == ("rans", "zstd")
     assert info["container_bytes"] < other["container_bytes"]
     assert {row["codec"] for row in info["tensors"]} == {"rans", None}
     assert run("verify", tmp_path / "c", "--source", source, "--no-baseline").returncode == 0
-    predicted = json.loads(run("convert", source, tmp_path / "d", "--codec", "rans", "--dry-run", "--json").stdout)
+    predicted = json.loads(
+        run("convert", source, tmp_path / "d", "--codec", "rans", "--dry-run", "--json").stdout
+    )
     assert abs(predicted["stored_bytes"] / info["container_bytes"] - 1) < 0.01
 
 
@@ -135,14 +147,24 @@ def test_convert_json_and_existing_output(source, tmp_path):
     assert again.returncode == 2
     assert "--force" in again.stderr
     assert run("convert", source, tmp_path / "c", "--no-baseline", "--force").returncode == 0
-    pinned = run("verify", tmp_path / "c", "--level", "structure", "--manifest-sha256", report["manifest_sha256"])
+    pinned = run(
+        "verify",
+        tmp_path / "c",
+        "--level",
+        "structure",
+        "--manifest-sha256",
+        report["manifest_sha256"],
+    )
     assert pinned.returncode == 0
 
 
 def test_dry_run_writes_nothing_and_predicts(source, container, tmp_path):
     done = run("convert", source, tmp_path / "c", "--dry-run", "--json")
     predicted = json.loads(done.stdout)["stored_bytes"]
-    real = sum(path.stat().st_size for path in container.glob("*.safetensors")) + (container / "codecllm.json").stat().st_size
+    real = (
+        sum(path.stat().st_size for path in container.glob("*.safetensors"))
+        + (container / "codecllm.json").stat().st_size
+    )
     assert abs(predicted - real) < 0.03 * real
     assert not (tmp_path / "c").exists()
     assert "layer.0.weight" in run("convert", source, tmp_path / "c", "--dry-run").stdout
@@ -164,7 +186,11 @@ def test_dry_run_writes_nothing_and_predicts(source, container, tmp_path):
         (["compare", "SOURCE", "/no/such/model"], 2, "no such folder"),
         (["verify", "SOURCE", "--report", "page.html"], 2, "--diagnose"),
         (["verify", "SOURCE", "--resident", "int8"], 2, "--diagnose"),
-        (["verify", "SOURCE", "--diagnose", "--report", "absent/page.html"], 2, "folder that exists"),
+        (
+            ["verify", "SOURCE", "--diagnose", "--report", "absent/page.html"],
+            2,
+            "folder that exists",
+        ),
         (["verify", "SOURCE", "--diagnose", "--no-baseline"], 2, "--diagnose"),
         (["frobnicate"], 2, "frobnicate"),
     ],
@@ -215,7 +241,17 @@ def test_signals_leave_nothing_behind(tmp_path, number, code):
     source.mkdir()
     block = np.random.default_rng(0).standard_normal((2048, 4096)).astype(np.float32)
     save_file({f"layer.{i}.weight": block + i for i in range(16)}, source / "model.safetensors")
-    command = [sys.executable, "-m", "codecllm", "convert", str(source), str(out), "--no-baseline", "--scheme", "lossless"]
+    command = [
+        sys.executable,
+        "-m",
+        "codecllm",
+        "convert",
+        str(source),
+        str(out),
+        "--no-baseline",
+        "--scheme",
+        "lossless",
+    ]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     staging = out / ".codecllm-partial"
     while not any(staging.glob("*.safetensors")) and child.poll() is None:

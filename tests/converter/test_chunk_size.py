@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from codecllm.converter import ConvertOptions, convert, estimate
-from codecllm.converter.steps import Steps
+from codecllm.converter.plan.steps import Steps
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.formats.reference import read_tensor_bytes
@@ -21,7 +21,9 @@ def source(tmp_path_factory):
         "kept": ("BF16", bf16(rng.standard_normal((300, 300)))),
     }
     tensors["kept"][1][5, 5] = 0x7FC0  # NaN: int8 cannot hold it
-    return write_source(tmp_path_factory.mktemp("source") / "model", tensors, {"model_type": "llama"})
+    return write_source(
+        tmp_path_factory.mktemp("source") / "model", tensors, {"model_type": "llama"}
+    )
 
 
 def _bits(folder):

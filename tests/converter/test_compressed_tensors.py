@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from codecllm.converter import convert
-from codecllm.converter.compressed_tensors import pack_codes, packed_columns, plan_layout
-from codecllm.converter.export import export
+from codecllm.converter.exports.compressed_tensors import pack_codes, packed_columns, plan_layout
+from codecllm.converter.exports.export import export
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, UsageError
 from codecllm.formats.reference import read_codes, read_run_codes, read_tensor_bytes
@@ -31,7 +31,10 @@ def container(tmp_path):
         "experts.0.weight": (64, 48),
         "moe.experts.0.up.weight": (64, 48),
     }
-    tensors = {name: ("F32", RNG.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
+    tensors = {
+        name: ("F32", RNG.standard_normal(shape).astype(np.float32))
+        for name, shape in shapes.items()
+    }
     tensors["head.weight"] = tensors["tied.weight"]
     tensors["norm.weight"] = ("F32", np.ones(11, np.float32))
     source = sources.write_source(tmp_path / "source", tensors, {"model_type": "llama"})
@@ -69,7 +72,12 @@ def test_packed_words_byte_for_byte():
 def test_export_holds_the_containers_codes_and_scales(container, tmp_path):
     with Container(container) as opened:
         layout = plan_layout(opened.manifest, LINEAR)
-        assert layout.packed == {"a.proj.weight", "b.proj.weight", "odd.weight", "moe.experts.0.up.weight"}
+        assert layout.packed == {
+            "a.proj.weight",
+            "b.proj.weight",
+            "odd.weight",
+            "moe.experts.0.up.weight",
+        }
         assert layout.ignore == ("conv", "embed", "experts.0", "head", "small", "tied")
         export(container, tmp_path / "packed", layout=layout)
         written = load_file(tmp_path / "packed" / "model.safetensors")
@@ -81,7 +89,14 @@ def test_export_holds_the_containers_codes_and_scales(container, tmp_path):
             assert written[name + "_scale"].tobytes() == tensor.scales.tobytes()
             assert written[name + "_shape"].tolist() == list(codes.shape)
             assert name not in written
-        for name in ("embed.weight", "head.weight", "tied.weight", "conv.weight", "small.weight", "norm.weight"):
+        for name in (
+            "embed.weight",
+            "head.weight",
+            "tied.weight",
+            "conv.weight",
+            "small.weight",
+            "norm.weight",
+        ):
             assert written[name].tobytes() == read_tensor_bytes(opened, name)
     block = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert block["quant_method"] == "compressed-tensors"
@@ -100,12 +115,23 @@ def test_tiles_are_read_as_the_whole_is(container):
 
 def test_several_shards_have_an_index(container, tmp_path):
     with Container(container) as opened:
-        report = export(container, tmp_path / "packed", layout=plan_layout(opened.manifest, LINEAR), max_shard_bytes=50_000)
+        report = export(
+            container,
+            tmp_path / "packed",
+            layout=plan_layout(opened.manifest, LINEAR),
+            max_shard_bytes=50_000,
+        )
     assert len(report.shards) > 1
     index = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())
-    held = {name: shard for shard in report.shards for name in load_file(tmp_path / "packed" / shard)}
+    held = {
+        name: shard for shard in report.shards for name in load_file(tmp_path / "packed" / shard)
+    }
     assert index["weight_map"] == held
-    sizes = sum(value.nbytes for shard in report.shards for value in load_file(tmp_path / "packed" / shard).values())
+    sizes = sum(
+        value.nbytes
+        for shard in report.shards
+        for value in load_file(tmp_path / "packed" / shard).values()
+    )
     assert index["metadata"]["total_size"] == report.tensor_bytes == sizes
 
 
@@ -121,7 +147,12 @@ def test_damage_leaves_nothing(container, tmp_path):
 
 def test_what_has_nothing_to_pack_is_refused(container, tmp_path):
     convert(tmp_path / "source", tmp_path / "lossless", scheme="lossless")
-    with Container(tmp_path / "lossless") as opened, pytest.raises(UsageError, match="this container is lossless"):
+    with (
+        Container(tmp_path / "lossless") as opened,
+        pytest.raises(UsageError, match="this container is lossless"),
+    ):
         plan_layout(opened.manifest, LINEAR)
     with Container(container) as opened, pytest.raises(UsageError, match="no int8 tensor"):
-        plan_layout(opened.manifest.model_copy(update={"tensors": opened.manifest.tensors[:1]}), ("other",))
+        plan_layout(
+            opened.manifest.model_copy(update={"tensors": opened.manifest.tensors[:1]}), ("other",)
+        )

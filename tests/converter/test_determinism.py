@@ -16,7 +16,13 @@ from tests.sources import bf16, write_sharded_source
 def source(tmp_path_factory):
     rng = np.random.default_rng(0)
     shards = [
-        {f"s{shard}.{i}.weight": ("BF16", bf16(rng.standard_normal((300, 1000 + i))).reshape(300, 1000 + i)) for i in range(5)}
+        {
+            f"s{shard}.{i}.weight": (
+                "BF16",
+                bf16(rng.standard_normal((300, 1000 + i))).reshape(300, 1000 + i),
+            )
+            for i in range(5)
+        }
         for shard in range(3)
     ]
     shards[0]["long"] = ("F32", rng.standard_normal((3, 400_001)).astype(np.float32))
@@ -49,12 +55,25 @@ def test_same_bytes_from_any_number_of_workers_and_any_folder(tmp_path, source, 
 
 def test_same_bytes_in_another_process_locale_and_folder(tmp_path, source):
     results = []
-    for number, extra in enumerate(({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo"})):
+    for number, extra in enumerate(
+        ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo"})
+    ):
         out, cwd = tmp_path / f"out{number}", tmp_path / f"cwd{number}"
         cwd.mkdir()
         flags = ["-O"] if number else []
-        command = [sys.executable, *flags, "-m", "codecllm", "convert", str(source), str(out), "--no-baseline"]
-        subprocess.run(command, check=True, cwd=cwd, env={**os.environ, **extra}, capture_output=True)
+        command = [
+            sys.executable,
+            *flags,
+            "-m",
+            "codecllm",
+            "convert",
+            str(source),
+            str(out),
+            "--no-baseline",
+        ]
+        subprocess.run(
+            command, check=True, cwd=cwd, env={**os.environ, **extra}, capture_output=True
+        )
         results.append(_bytes(out))
     assert results[0] == results[1]
 

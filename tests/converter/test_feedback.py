@@ -10,12 +10,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from codecllm.converter import ConvertOptions, convert, feedback
+from codecllm.converter import ConvertOptions, convert
 from codecllm.converter.conversion import plan_conversion
-from codecllm.converter.feedback import RIDGE, Feedback, factor_of, refined_codes, shrinkage
-from codecllm.converter.products import InputProducts
-from codecllm.converter.rate import Target, fit
-from codecllm.converter.source import SourceModel
+from codecllm.converter.rate.feedback import RIDGE, Feedback, factor_of, refined_codes, shrinkage
+from codecllm.converter.rate.products import InputProducts
+from codecllm.converter.rate.search import Target, feedback, fit
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, step_sizes
@@ -33,9 +33,9 @@ def _inputs(tokens, cols, seed=0):
 
 def _weights(rows, cols, seed=1):
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((rows, cols)).astype(np.float32), np.exp(0.3 * rng.standard_normal(max(rows, cols))).astype(
-        np.float32
-    )
+    return rng.standard_normal((rows, cols)).astype(np.float32), np.exp(
+        0.3 * rng.standard_normal(max(rows, cols))
+    ).astype(np.float32)
 
 
 def _textbook(weights, steps, products, shrunk, deadzone):
@@ -77,7 +77,9 @@ def test_outputs_are_nearer_than_with_the_nearest_codes():
     seen, unseen = inputs[:1500], inputs[1500:]
     codes = refined_codes(weights, (0.5 * factors[:60], None), factor_of(seen.T @ seen, 0.2))
     nearest = np.rint(weights / steps)
-    harm = [float((((weights - chosen * steps) @ unseen.T) ** 2).sum()) for chosen in (codes, nearest)]
+    harm = [
+        float((((weights - chosen * steps) @ unseen.T) ** 2).sum()) for chosen in (codes, nearest)
+    ]
     assert harm[0] < 0.6 * harm[1]
     assert np.abs(weights / steps - codes).max() > 0.6
 
@@ -88,11 +90,15 @@ def test_inputs_that_are_never_used_or_always_alike():
     weights, factors = _weights(20, 30)
     codes = refined_codes(weights, (factors[:20], None), factor_of(inputs.T @ inputs, 0.2))
     assert np.array_equal(codes[:, 7], np.rint(weights[:, 7] / factors[:20]))
-    assert np.array_equal(codes, _textbook(weights, factors[:20, None] * np.ones((1, 30)), inputs.T @ inputs, 0.2, 0))
+    assert np.array_equal(
+        codes, _textbook(weights, factors[:20, None] * np.ones((1, 30)), inputs.T @ inputs, 0.2, 0)
+    )
 
 
 def test_the_fewer_tokens_the_less_is_made_of_pairs():
-    assert [shrinkage(tokens) for tokens in (65536, 16384, 4096, 655, 0)] == pytest.approx([0.1, 0.2, 0.4, 1, 1], abs=0.001)
+    assert [shrinkage(tokens) for tokens in (65536, 16384, 4096, 655, 0)] == pytest.approx(
+        [0.1, 0.2, 0.4, 1, 1], abs=0.001
+    )
     weights, factors = _weights(20, 30)
     inputs = _inputs(100, 30)
     codes = refined_codes(weights, (factors[:20], None), factor_of(inputs.T @ inputs, 1.0))
@@ -116,7 +122,8 @@ def made(tmp_path):
         "words": rows.standard_normal((400, 300)),
     }
     source = write_source(
-        tmp_path / "source", {name: ("BF16", bf16(values.astype(np.float32))) for name, values in tensors.items()}
+        tmp_path / "source",
+        {name: ("BF16", bf16(values.astype(np.float32))) for name, values in tensors.items()},
     )
 
     def products():
@@ -135,11 +142,17 @@ def test_rows_have_the_same_codes_however_they_are_asked_for(made):
     source, products, shared = made
     with SourceModel(source) as model:
         plan = next(
-            plan for plan in plan_conversion(model, ConvertOptions(steps=lambda plan: None)).tensors if plan.source.name == "up"
+            plan
+            for plan in plan_conversion(model, ConvertOptions(steps=lambda plan: None)).tensors
+            if plan.source.name == "up"
         )
         steps = make_steps(plan, 0.3)
         weights = weights_of(plan)
-        whole = refined_codes(weights, (steps.row_scale, steps.col_scale), factor_of(shared.T @ shared, shrinkage(3000)))
+        whole = refined_codes(
+            weights,
+            (steps.row_scale, steps.col_scale),
+            factor_of(shared.T @ shared, shrinkage(3000)),
+        )
         refined = Feedback(products()).refine(plan, steps)
         assert (refined.rounding, steps.rounding) == ("feedback", "nearest")
         first = refined.codes(0, 2500)
@@ -151,15 +164,31 @@ def test_rows_have_the_same_codes_however_they_are_asked_for(made):
         assert not refined.codes._groups
 
 
-def test_refined_codes_have_the_rate_and_less_harm_and_the_same_bytes_from_any_number_of_workers(tmp_path, made, monkeypatch):
+def test_refined_codes_have_the_rate_and_less_harm_and_the_same_bytes_from_any_number_of_workers(
+    tmp_path, made, monkeypatch
+):
     source, products, shared = made
     monkeypatch.setattr(feedback, "_GROUP_ROWS", 400)
     bits, made_bytes, harm = 3.5, [], []
     for workers, held in ((1, products()), (4, products()), (2, None)):
         out = tmp_path / f"{workers}"
         told = []
-        steps = fit(source, ConvertOptions(workers=workers), Target(bits=bits), {}, held and Feedback(held), told.append)
-        report = convert(source, out, steps=steps, bits=bits, workers=workers, refine=None if held is None else True)
+        steps = fit(
+            source,
+            ConvertOptions(workers=workers),
+            Target(bits=bits),
+            {},
+            held and Feedback(held),
+            told.append,
+        )
+        report = convert(
+            source,
+            out,
+            steps=steps,
+            bits=bits,
+            workers=workers,
+            refine=None if held is None else True,
+        )
         assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
         made_bytes.append({path.name: path.read_bytes() for path in out.iterdir()})
         with Container(out) as container, SourceModel(source) as model:
@@ -167,7 +196,11 @@ def test_refined_codes_have_the_rate_and_less_harm_and_the_same_bytes_from_any_n
             errors = _floats(container, "up") - _floats_of(model, "up")
             harm.append(float(((errors @ shared.T) ** 2).sum()))
         if held is not None:
-            assert rounded == {"up": "feedback-deadzone", "gate": "feedback-deadzone", "words": "deadzone"}
+            assert rounded == {
+                "up": "feedback-deadzone",
+                "gate": "feedback-deadzone",
+                "words": "deadzone",
+            }
             assert any("1 of 3 tensors" in note and "words" in note for note in steps.notes)
             assert any(sentence.startswith("refining") for sentence in told)
     assert made_bytes[0] == made_bytes[1]

@@ -8,8 +8,8 @@ import pytest
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import NonFiniteWeightError
-from codecllm.formats.float_bits import float32_from_bits
 from codecllm.formats.reference import read_codes, read_tensor_bytes
+from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import channel_scales, quantize
 from tests.sources import bf16, write_source
 
@@ -31,9 +31,14 @@ def _floats(dtype, words):
 @pytest.mark.parametrize("shape", [(96, 96), (5, 1237), (700, 33), (3, 300_001), (2, 5_000_000)])
 def test_codes_and_scales_are_those_of_the_reference(tmp_path, dtype, shape):
     rng = np.random.default_rng(0)
-    values = (rng.standard_normal(shape, np.float32) * np.exp(rng.standard_normal((shape[0], 1), np.float32))) ** 3
+    values = (
+        rng.standard_normal(shape, np.float32)
+        * np.exp(rng.standard_normal((shape[0], 1), np.float32))
+    ) ** 3
     words = (
-        bf16(values).reshape(shape) if dtype == "BF16" else np.clip(values, -6e4, 6e4).astype("f2" if dtype == "F16" else "f4")
+        bf16(values).reshape(shape)
+        if dtype == "BF16"
+        else np.clip(values, -6e4, 6e4).astype("f2" if dtype == "F16" else "f4")
     )
     weights = _floats(dtype, words)
     with _quantized(tmp_path, dtype, words) as container:
@@ -56,7 +61,9 @@ def test_columns_of_conv1d(tmp_path):
 
 def test_every_output_row_of_every_fused_expert_has_a_scale(tmp_path):
     values = (np.random.default_rng(0).standard_normal((4, 48, 80)) ** 3).astype(np.float32)
-    with _quantized(tmp_path, "F32", values, "model.layers.0.mlp.experts.gate_up_proj") as container:
+    with _quantized(
+        tmp_path, "F32", values, "model.layers.0.mlp.experts.gate_up_proj"
+    ) as container:
         tensor = container.tensor("model.layers.0.mlp.experts.gate_up_proj")
         rows = values.reshape(192, 80)
         assert np.array_equal(tensor.scales, channel_scales(np.abs(rows).max(axis=1)))
@@ -65,7 +72,9 @@ def test_every_output_row_of_every_fused_expert_has_a_scale(tmp_path):
 
 def test_error_stays_within_half_a_step_in_exact_arithmetic(tmp_path):
     rng = np.random.default_rng(7)
-    values = (rng.standard_normal((40, 160)) * 10.0 ** rng.integers(-20, 20, (40, 1))).astype(np.float32)
+    values = (rng.standard_normal((40, 160)) * 10.0 ** rng.integers(-20, 20, (40, 1))).astype(
+        np.float32
+    )
     with _quantized(tmp_path, "F32", values) as container:
         tensor = container.tensor("w")
         codes = read_codes(tensor)
@@ -117,7 +126,9 @@ def test_channels_too_small_for_a_normal_scale_keep_every_bit(tmp_path):
 def test_non_finite_weights_are_named(tmp_path, bad, count, shape):
     values = np.ones(shape, np.float32)
     values[1, 7 : 7 + count] = bad
-    source = write_source(tmp_path / "source", {"ok": ("F32", np.ones((4, 4), np.float32)), "w": ("F32", values)})
+    source = write_source(
+        tmp_path / "source", {"ok": ("F32", np.ones((4, 4), np.float32)), "w": ("F32", values)}
+    )
     with pytest.raises(NonFiniteWeightError) as caught:
         convert(source, tmp_path / "out", include=("*",))
     assert caught.value.tensor == "w"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
-from codecllm.converter.policy import channel_axis
+from codecllm.converter.plan.policy import channel_axis
 from codecllm.formats import BASE_VERSION
 from tests.sources import bf16, write_source
 
@@ -15,7 +15,10 @@ BIG, SMALL = (256, 256), (255, 256)
 
 def _schemes(tmp_path, shapes, config=None, **options):
     rng = np.random.default_rng(0)
-    tensors = {name: ("BF16", bf16(rng.standard_normal(shape)).reshape(shape)) for name, shape in shapes.items()}
+    tensors = {
+        name: ("BF16", bf16(rng.standard_normal(shape)).reshape(shape))
+        for name, shape in shapes.items()
+    }
     out = tmp_path / "out"
     report = convert(write_source(tmp_path / "source", tensors, config), out, force=True, **options)
     return {record.name: record.scheme for record in report.manifest.tensors}
@@ -35,14 +38,23 @@ def test_default_choice(tmp_path):
         "model.layers.0.mlp.gate_proj.weight",
         "model.layers.0.self_attn.q_proj.weight",
     ]
-    schemes = _schemes(tmp_path, dict.fromkeys(kept + quantized, BIG) | {"small.weight": SMALL, "norm.weight": (70_000,)})
+    schemes = _schemes(
+        tmp_path,
+        dict.fromkeys(kept + quantized, BIG) | {"small.weight": SMALL, "norm.weight": (70_000,)},
+    )
     assert {name for name, scheme in schemes.items() if scheme == "int8"} == set(quantized)
     assert {schemes[name] for name in [*kept, "small.weight"]} == {"lossless"}
     assert schemes["norm.weight"] == "raw"
 
 
 def test_include_and_exclude(tmp_path):
-    shapes = {"a.weight": BIG, "b.weight": BIG, "small.weight": SMALL, "c.gate.weight": BIG, "norm": (512,)}
+    shapes = {
+        "a.weight": BIG,
+        "b.weight": BIG,
+        "small.weight": SMALL,
+        "c.gate.weight": BIG,
+        "norm": (512,),
+    }
     schemes = _schemes(tmp_path, shapes, include=("small*", "*.gate.*", "norm"), exclude=("b.*",))
     assert schemes == {
         "a.weight": "int8", "b.weight": "lossless", "small.weight": "int8", "c.gate.weight": "int8", "norm": "raw",
@@ -75,15 +87,47 @@ def test_channel_axis(name, shape, model_type, expected):
 
 
 def test_side_files_are_an_allow_list(tmp_path):
-    source = write_source(tmp_path / "source", {"a": ("F32", np.ones((4, 4), np.float32))}, {"model_type": "x"})
-    for name in ("tokenizer.json", "vocab.txt", "merges.txt", "generation_config.json", "LICENSE", "spiece.model"):
+    source = write_source(
+        tmp_path / "source", {"a": ("F32", np.ones((4, 4), np.float32))}, {"model_type": "x"}
+    )
+    for name in (
+        "tokenizer.json",
+        "vocab.txt",
+        "merges.txt",
+        "generation_config.json",
+        "LICENSE",
+        "spiece.model",
+    ):
         (source / name).write_text("{}")
-    for name in ("modeling_x.py", "pytorch_model.bin", "x.pt", "x.pkl", "notes.md", ".hidden", "run.sh"):
+    for name in (
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "x.pt",
+        "x.pkl",
+        "notes.md",
+        ".hidden",
+        "run.sh",
+    ):
         (source / name).write_text("evil")
     convert(source, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"tokenizer.json", "vocab.txt", "merges.txt", "generation_config.json", "LICENSE", "spiece.model"} <= names
-    assert not names & {"modeling_x.py", "pytorch_model.bin", "x.pt", "x.pkl", "notes.md", ".hidden", "run.sh"}
+    assert {
+        "tokenizer.json",
+        "vocab.txt",
+        "merges.txt",
+        "generation_config.json",
+        "LICENSE",
+        "spiece.model",
+    } <= names
+    assert not names & {
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "x.pt",
+        "x.pkl",
+        "notes.md",
+        ".hidden",
+        "run.sh",
+    }
 
 
 def test_config_is_the_sources_with_one_block_more(tmp_path):
@@ -93,4 +137,8 @@ def test_config_is_the_sources_with_one_block_more(tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     block = written.pop("quantization_config")
     assert written == config
-    assert (block["quant_method"], block["format_version"], block["scheme"]) == ("codecllm", BASE_VERSION, "int8")
+    assert (block["quant_method"], block["format_version"], block["scheme"]) == (
+        "codecllm",
+        BASE_VERSION,
+        "int8",
+    )

@@ -5,8 +5,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from codecllm.converter import ConvertOptions, convert
-from codecllm.converter.allocation import Sensitivity, factors_of, row_steps
-from codecllm.converter.rate import Target, deadzone_at, fit
+from codecllm.converter.rate.allocation import Sensitivity, factors_of, row_steps
+from codecllm.converter.rate.search import Target, deadzone_at, fit
 from codecllm.formats.container import Container
 from codecllm.formats.errors import NonFiniteWeightError, UsageError
 from codecllm.formats.reference import read_tensor_bytes
@@ -19,7 +19,10 @@ def made(tmp_path):
     def save(**tensors):
         folder = tmp_path / "source"
         folder.mkdir()
-        save_file({name: np.asarray(values, np.float32) for name, values in tensors.items()}, folder / "model.safetensors")
+        save_file(
+            {name: np.asarray(values, np.float32) for name, values in tensors.items()},
+            folder / "model.safetensors",
+        )
         return folder
 
     return save
@@ -59,10 +62,17 @@ def test_the_rate_is_hit(tmp_path, made, bits):
 
 
 def test_low_rates_have_a_deadzone(tmp_path, made):
-    assert [deadzone_at(bits) for bits in (2, 3, 3.75, 4.5, 8)] == pytest.approx([0.05, 0.05, 0.025, 0, 0])
+    assert [deadzone_at(bits) for bits in (2, 3, 3.75, 4.5, 8)] == pytest.approx(
+        [0.05, 0.05, 0.025, 0, 0]
+    )
     folder = made(w=_gaussian(400, 700))
     for bits, rounding in ((3, "deadzone"), (4.5, "nearest")):
-        report = convert(folder, tmp_path / rounding, steps=fit(folder, ConvertOptions(), Target(bits=bits), {}), bits=bits)
+        report = convert(
+            folder,
+            tmp_path / rounding,
+            steps=fit(folder, ConvertOptions(), Target(bits=bits), {}),
+            bits=bits,
+        )
         (record,) = report.manifest.tensors
         assert record.rounding == rounding
         assert record.worst_steps == pytest.approx(0.5 + deadzone_at(bits), abs=1e-3)
@@ -72,7 +82,9 @@ def test_low_rates_have_a_deadzone(tmp_path, made):
 
 def test_the_rate_is_hit_where_the_rows_of_a_large_tensor_are_unlike(tmp_path, made):
     rows = 12000
-    folder = made(words=_gaussian(rows, 500) * np.geomspace(1, 20, rows)[:, None])  # six blocks, of which two are tried
+    folder = made(
+        words=_gaussian(rows, 500) * np.geomspace(1, 20, rows)[:, None]
+    )  # six blocks, of which two are tried
     seen = Sensitivity(np.ones(500), np.geomspace(1, 1e-5, rows) ** 2)
     steps = fit(folder, ConvertOptions(), Target(bits=4), {"words": seen})
     report = convert(folder, tmp_path / "out", steps=steps, bits=4)
@@ -112,7 +124,10 @@ def test_a_weight_that_is_no_number_stops_or_stays_lossless(tmp_path, made):
     with pytest.raises(NonFiniteWeightError):
         convert(folder, tmp_path / "out", steps=steps)
     report = convert(folder, tmp_path / "out", steps=steps, non_finite="lossless")
-    assert {record.name: record.scheme for record in report.manifest.tensors} == {"v": "int8", "w": "lossless"}
+    assert {record.name: record.scheme for record in report.manifest.tensors} == {
+        "v": "int8",
+        "w": "lossless",
+    }
 
 
 def test_a_model_without_matrices_has_no_rate(made):

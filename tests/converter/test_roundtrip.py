@@ -6,14 +6,26 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from codecllm.converter import convert
-from codecllm.converter.export import export
-from codecllm.converter.source import SourceModel
+from codecllm.converter.exports.export import export
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.reference import read_tensor_bytes, tensor_digest
 from tests.sources import bf16, write_sharded_source, write_source
 
-SHAPES = [(), (1,), (0, 7), (7, 0), (1, 1), (5, 123), (64, 64), (1, 65_537), (65_537, 3), (3, 5, 70), (2, 1, 3, 4, 90)]
+SHAPES = [
+    (),
+    (1,),
+    (0, 7),
+    (7, 0),
+    (1, 1),
+    (5, 123),
+    (64, 64),
+    (1, 65_537),
+    (65_537, 3),
+    (3, 5, 70),
+    (2, 1, 3, 4, 90),
+]
 
 
 def _random(dtype, shape, seed=0):
@@ -22,7 +34,9 @@ def _random(dtype, shape, seed=0):
     if dtype == "BF16":
         return bf16(rng.standard_normal(shape) * 0.02).reshape(shape)
     if dtype in ("F16", "F32", "F64"):
-        return (rng.standard_normal(shape) * 0.02).astype({"F16": "f2", "F32": "f4", "F64": "f8"}[dtype])
+        return (rng.standard_normal(shape) * 0.02).astype(
+            {"F16": "f2", "F32": "f4", "F64": "f8"}[dtype]
+        )
     if dtype == "BOOL":
         return rng.integers(0, 2, shape).astype(bool)
     return rng.integers(0, 9, shape).astype(f"<u{DTYPES[dtype].itemsize}")
@@ -32,7 +46,9 @@ def _check(source, out):
     with SourceModel(source) as model, Container(out) as container:
         assert model.tensors.keys() == container.records.keys()
         for name, tensor in model.tensors.items():
-            assert read_tensor_bytes(container, name) == tensor.read_bytes(0, tensor.entry.bytes), name
+            assert read_tensor_bytes(container, name) == tensor.read_bytes(0, tensor.entry.bytes), (
+                name
+            )
             record = container.records[name]
             if record.scheme != "alias":
                 assert tensor_digest(container, name) == record.digest
@@ -41,17 +57,24 @@ def _check(source, out):
 
 @pytest.mark.parametrize("dtype", [name for name, dtype in DTYPES.items() if dtype.bits % 8 == 0])
 def test_lossless_keeps_every_dtype(tmp_path, dtype):
-    shapes = {f"t{number}": (dtype, _random(dtype, shape, number)) for number, shape in enumerate(SHAPES)}
+    shapes = {
+        f"t{number}": (dtype, _random(dtype, shape, number)) for number, shape in enumerate(SHAPES)
+    }
     source = write_source(tmp_path / "source", shapes)
     convert(source, tmp_path / "out", scheme="lossless")
     _check(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("dtype", "scheme"), [("BF16", "lossless"), ("F16", "lossless"), ("U16", "lossless")])
+@pytest.mark.parametrize(
+    ("dtype", "scheme"), [("BF16", "lossless"), ("F16", "lossless"), ("U16", "lossless")]
+)
 def test_all_65536_patterns_survive(tmp_path, dtype, scheme):
     ordered = np.arange(1 << 16, dtype=np.uint16)
     mixed = np.random.default_rng(0).permutation(ordered)
-    tensors = {"ordered": (dtype, ordered.reshape(64, 1024)), "mixed": (dtype, mixed.reshape(1024, 64))}
+    tensors = {
+        "ordered": (dtype, ordered.reshape(64, 1024)),
+        "mixed": (dtype, mixed.reshape(1024, 64)),
+    }
     # Beside many ordinary values the exponents shrink, so that the patterns go through the codec too.
     usual = _random(dtype, (1024, 1024)).view(np.uint16)
     usual[:64] = mixed.reshape(64, 1024)
@@ -66,7 +89,9 @@ def test_sub_byte_types_are_stored_plainly(tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
     header = b'{"w":{"dtype":"F4","shape":[6,8],"data_offsets":[0,24]}}'
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + packed.tobytes())
+    (folder / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + packed.tobytes()
+    )
     convert(folder, tmp_path / "out", scheme="lossless")
     assert _check(folder, tmp_path / "out") == {"w": "raw"}
 
@@ -74,7 +99,9 @@ def test_sub_byte_types_are_stored_plainly(tmp_path):
 def test_every_stored_shape_of_a_coded_tensor_differs_from_the_parameters(tmp_path):
     """Someone without codecllm must get a shape error, never random weights: payloads are U8 and one-dimensional."""
     tensors = {f"w{rows}": ("F32", _random("F32", (rows, 256))) for rows in (16, 64, 700)}
-    source = write_source(tmp_path / "source", {**tensors, "norm": ("F32", np.ones(32, np.float32))})
+    source = write_source(
+        tmp_path / "source", {**tensors, "norm": ("F32", np.ones(32, np.float32))}
+    )
     for scheme, include in (("int8", ("*",)), ("lossless", ())):
         out = tmp_path / scheme
         convert(source, out, scheme=scheme, include=include)
@@ -88,12 +115,20 @@ def test_every_stored_shape_of_a_coded_tensor_differs_from_the_parameters(tmp_pa
 def test_shards_are_ordinary_safetensors(tmp_path):
     source = write_source(tmp_path / "source", {"w": ("F32", _random("F32", (300, 300)))})
     convert(source, tmp_path / "out", include=("*",))
-    assert set(load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")) == {"w", "w_scale", "w_shape", "w_chunks"}
+    assert set(load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")) == {
+        "w",
+        "w_scale",
+        "w_shape",
+        "w_chunks",
+    }
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 200_000])
 def test_export_of_a_lossless_container_is_the_source(tmp_path, max_shard_bytes):
-    shards = [{f"a{i}": ("BF16", _random("BF16", (256, 300), i)) for i in range(4)}, {"b": ("I64", _random("I64", (9,)))}]
+    shards = [
+        {f"a{i}": ("BF16", _random("BF16", (256, 300), i)) for i in range(4)},
+        {"b": ("I64", _random("I64", (9,)))},
+    ]
     shards[1]["tied"] = shards[0]["a1"]
     source = write_sharded_source(tmp_path / "source", shards)
     convert(source, tmp_path / "out", scheme="lossless", max_shard_bytes=max_shard_bytes)
@@ -103,7 +138,9 @@ def test_export_of_a_lossless_container_is_the_source(tmp_path, max_shard_bytes)
         for name, tensor in before.tensors.items():
             other = after.tensors[name]
             assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
-            assert tensor.read_bytes(0, tensor.entry.bytes) == other.read_bytes(0, other.entry.bytes)
+            assert tensor.read_bytes(0, tensor.entry.bytes) == other.read_bytes(
+                0, other.entry.bytes
+            )
 
 
 def test_export_of_int8_is_the_dequantized_model(tmp_path):

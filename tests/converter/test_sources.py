@@ -25,7 +25,9 @@ from tests.sources import bf16, write_sharded_source, write_source
 
 
 def _weights(rows=256, cols=300, seed=0):
-    return "BF16", bf16(np.random.default_rng(seed).standard_normal((rows, cols))).reshape(rows, cols)
+    return "BF16", bf16(np.random.default_rng(seed).standard_normal((rows, cols))).reshape(
+        rows, cols
+    )
 
 
 def _one(tmp_path):
@@ -40,9 +42,15 @@ def _refused(source, tmp_path, error, words):
 
 
 def test_identical_tensors_are_stored_once(tmp_path):
-    source = write_source(tmp_path / "source", {"a": _weights(), "b": _weights(), "c": _weights(seed=1)})
+    source = write_source(
+        tmp_path / "source", {"a": _weights(), "b": _weights(), "c": _weights(seed=1)}
+    )
     report = convert(source, tmp_path / "out", scheme="lossless")
-    assert {r.name: r.scheme for r in report.manifest.tensors} == {"a": "lossless", "b": "alias", "c": "lossless"}
+    assert {r.name: r.scheme for r in report.manifest.tensors} == {
+        "a": "lossless",
+        "b": "alias",
+        "c": "lossless",
+    }
     with Container(tmp_path / "out") as container:
         assert read_tensor_bytes(container, "b") == _weights()[1].tobytes()
 
@@ -50,7 +58,9 @@ def test_identical_tensors_are_stored_once(tmp_path):
 def test_identical_bits_of_another_type_or_shape_are_not_aliases(tmp_path):
     dtype, words = _weights()
     tensors = {"a": (dtype, words), "b": ("F16", words), "c": (dtype, words.reshape(300, 256))}
-    report = convert(write_source(tmp_path / "source", tensors), tmp_path / "out", scheme="lossless")
+    report = convert(
+        write_source(tmp_path / "source", tensors), tmp_path / "out", scheme="lossless"
+    )
     assert [record.scheme for record in report.manifest.tensors].count("alias") == 0
 
 
@@ -61,7 +71,9 @@ def test_max_shard_bytes(tmp_path):
     for shard in report.manifest.shards:
         assert shard.bytes <= 300_000
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == {f"t{i}{side}" for i in range(6) for side in ("", "_shape", "_chunks")}
+    assert set(index["weight_map"]) == {
+        f"t{i}{side}" for i in range(6) for side in ("", "_shape", "_chunks")
+    }
     assert index["metadata"]["total_parameters"] == 6 * 256 * 300
 
 
@@ -81,7 +93,9 @@ def test_nothing_to_convert(tmp_path):
 
 def test_quantized_source_is_refused_by_its_name(tmp_path):
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
-    _refused(write_source(tmp_path / "source", {"a": _weights()}, config), tmp_path, SourceError, "gptq")
+    _refused(
+        write_source(tmp_path / "source", {"a": _weights()}, config), tmp_path, SourceError, "gptq"
+    )
 
 
 def test_names_like_side_data_are_refused(tmp_path):
@@ -121,8 +135,12 @@ def test_index_that_does_not_fit_is_refused(tmp_path, change, error):
 
 def test_index_with_traversal_reads_nothing_outside(tmp_path):
     source = write_sharded_source(tmp_path / "source", [{"a": _weights()}])
-    (tmp_path / "evil.safetensors").write_bytes((source / "model-00001-of-00001.safetensors").read_bytes())
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../evil.safetensors"}}))
+    (tmp_path / "evil.safetensors").write_bytes(
+        (source / "model-00001-of-00001.safetensors").read_bytes()
+    )
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../evil.safetensors"}})
+    )
     with pytest.raises((UnsafeSourceError, UnsafePathError)) as caught:
         convert(source, tmp_path / "out")
     assert caught.value.exit_code == 5
@@ -130,7 +148,9 @@ def test_index_with_traversal_reads_nothing_outside(tmp_path):
 
 def test_lfs_pointer_in_place_of_weights(tmp_path):
     source = _one(tmp_path)
-    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (source / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
     _refused(source, tmp_path, NotAContainerError, "Git LFS pointer")
 
 
@@ -203,7 +223,10 @@ def test_options_are_checked():
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])
 def test_estimate_is_close(tmp_path, scheme):
     rng = np.random.default_rng(0)
-    tensors = {f"t{i}": ("BF16", bf16(rng.standard_normal((900, 1500)) * 0.02).reshape(900, 1500)) for i in range(3)}
+    tensors = {
+        f"t{i}": ("BF16", bf16(rng.standard_normal((900, 1500)) * 0.02).reshape(900, 1500))
+        for i in range(3)
+    }
     tensors |= {"tied": tensors["t0"], "norm": ("F32", np.ones(900, np.float32))}
     source = write_source(tmp_path / "source", tensors)
     predicted = estimate(source, ConvertOptions(scheme=scheme))
@@ -214,7 +237,10 @@ def test_estimate_is_close(tmp_path, scheme):
 
 def test_progress_ends_at_the_total(tmp_path):
     seen = []
-    source = write_source(tmp_path / "source", {"a": _weights(), "b": _weights(), "n": ("F32", np.ones(9, np.float32))})
+    source = write_source(
+        tmp_path / "source",
+        {"a": _weights(), "b": _weights(), "n": ("F32", np.ones(9, np.float32))},
+    )
     convert(source, tmp_path / "out", progress=lambda *args: seen.append(args))
     assert seen[-1][1:] == (2 * 256 * 300 + 36,) * 2
     assert all(a[1] <= b[1] for a, b in pairwise(seen))

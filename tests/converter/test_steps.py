@@ -9,18 +9,23 @@ import pytest
 
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.conversion import plan_conversion
-from codecllm.converter.estimate import blocks, sample_steps
-from codecllm.converter.overhead import frame_bytes, tensor_bytes
-from codecllm.converter.source import SourceModel
-from codecllm.converter.steps import Steps, column_tiles, max_tiles
-from codecllm.formats import manifest as manifest_module
-from codecllm.formats.chunk_table import slot_bytes
+from codecllm.converter.plan.steps import Steps, column_tiles, max_tiles
+from codecllm.converter.rate.estimate import blocks, sample_steps
+from codecllm.converter.rate.overhead import frame_bytes, tensor_bytes
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
-from codecllm.formats.errors import NonFiniteWeightError, SourceError, UnsupportedVersionError, UsageError
-from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.records import DEADZONE, NEAREST, Calibration
+from codecllm.formats.errors import (
+    NonFiniteWeightError,
+    SourceError,
+    UnsupportedVersionError,
+    UsageError,
+)
+from codecllm.formats.manifest.manifest import manifest as manifest_module
+from codecllm.formats.manifest.records import DEADZONE, NEAREST, Calibration
 from codecllm.formats.reference import read_codes, read_rows, read_tensor_bytes, tensor_digest
+from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.formats.schemes.int8 import dequantize, quantize, step_sizes
+from codecllm.formats.shards.chunk_table import slot_bytes
 from tests.sources import bf16, write_source
 from tests.stepped import make_steps, provider, weights_of
 
@@ -43,7 +48,9 @@ TENSORS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("steps") / "source", TENSORS, {"model_type": "gpt2"})
+    return write_source(
+        tmp_path_factory.mktemp("steps") / "source", TENSORS, {"model_type": "gpt2"}
+    )
 
 
 def _plan(folder, name):
@@ -59,7 +66,9 @@ def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, cod
     given = {}
 
     def provide(plan):
-        flat = plan.source.name == "flat"  # a scale for each column would be larger than what it saves
+        flat = (
+            plan.source.name == "flat"
+        )  # a scale for each column would be larger than what it saves
         short = plan.source.name in ("zeros", "half", "flat", "h.0.attn.c_attn.weight")
         steps = make_steps(plan, factor, columns=not flat, short=short, tile=None if flat else tile)
         given[plan.source.name] = (steps, weights_of(plan))
@@ -72,7 +81,11 @@ def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, cod
         assert quantized == TENSORS.keys()
         for name, (steps, weights) in given.items():
             tensor = container.tensor(name)
-            sizes = steps.row_scale[None, :] if "c_attn" in name else step_sizes(steps.row_scale, steps.col_scale)
+            sizes = (
+                steps.row_scale[None, :]
+                if "c_attn" in name
+                else step_sizes(steps.row_scale, steps.col_scale)
+            )
             codes = quantize(weights, sizes, wide=True)
             assert np.array_equal(read_codes(tensor), codes), name
             assert tensor.wide == bool((np.abs(codes.astype(int)) > 127).any())
@@ -86,8 +99,14 @@ def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, cod
             assert tensor.record.scale_dtype == (
                 "BF16" if name in ("zeros", "half", "flat", "h.0.attn.c_attn.weight") else None
             )
-            assert tensor.record.scale_range == pytest.approx([steps.row_scale.min(), steps.row_scale.max()])
-            for first, last in ((0, 1), (len(codes) // 3, len(codes)), (len(codes) // 2, len(codes) // 2 + 1)):
+            assert tensor.record.scale_range == pytest.approx(
+                [steps.row_scale.min(), steps.row_scale.max()]
+            )
+            for first, last in (
+                (0, 1),
+                (len(codes) // 3, len(codes)),
+                (len(codes) // 2, len(codes) // 2 + 1),
+            ):
                 assert read_rows(tensor, first, last) == expected[first:last].tobytes()
         assert ("wide" in container.manifest.required_features) == (factor == 0.012)
 
@@ -96,8 +115,19 @@ def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, cod
 def test_same_bytes_from_any_number_of_workers(source, tmp_path, codec):
     for workers in (1, 2, 8):
         out = tmp_path / f"{workers}"
-        convert(source, out, codec=codec, include=("*",), steps=provider(0.02), workers=workers, max_shard_bytes=60_000)
-    made = [{path.name: path.read_bytes() for path in (tmp_path / f"{workers}").iterdir()} for workers in (1, 2, 8)]
+        convert(
+            source,
+            out,
+            codec=codec,
+            include=("*",),
+            steps=provider(0.02),
+            workers=workers,
+            max_shard_bytes=60_000,
+        )
+    made = [
+        {path.name: path.read_bytes() for path in (tmp_path / f"{workers}").iterdir()}
+        for workers in (1, 2, 8)
+    ]
     assert made[0] == made[1] == made[2]
     assert len(made[0]) > 4
 
@@ -110,14 +140,24 @@ def test_a_wide_code_that_comes_late(tmp_path, codec):
     source = write_source(tmp_path / "source", {"w": ("F32", values), "x": ("F32", values[:1000])})
     options = {"columns": False, "tile": (60, 512)}
     convert(source, tmp_path / "late", codec=codec, steps=provider(0.1, **options))
-    told = [make_steps(plan := _plan(source, name), 0.1, wide=name == "w", **options) for name in ("w", "x")]
+    told = [
+        make_steps(plan := _plan(source, name), 0.1, wide=name == "w", **options)
+        for name in ("w", "x")
+    ]
     assert blocks(plan, told[1]) == 3
     convert(source, tmp_path / "told", codec=codec, steps=lambda p: told[p.source.name == "x"])
-    shards = [(tmp_path / name / "model-00001-of-00001.safetensors").read_bytes() for name in ("late", "told")]
+    shards = [
+        (tmp_path / name / "model-00001-of-00001.safetensors").read_bytes()
+        for name in ("late", "told")
+    ]
     assert shards[0] == shards[1]
     with Container(tmp_path / "late") as container:
         table = container.tensor("w").table
-        whole = [chunk.stored_bytes for chunk, bits in zip(table.chunks[1::2], table.low_bits, strict=True) if bits == 8]
+        whole = [
+            chunk.stored_bytes
+            for chunk, bits in zip(table.chunks[1::2], table.low_bits, strict=True)
+            if bits == 8
+        ]
         assert max(whole) <= (129 if codec == "rans" else 23)
         assert len(whole) >= len(table.grid) - (table.grid.down if codec == "rans" else 1)
         assert not container.records["x"].wide
@@ -127,7 +167,9 @@ def test_a_wide_code_that_comes_late(tmp_path, codec):
 @pytest.mark.parametrize("codec", ["zstd", "rans"])
 @pytest.mark.parametrize("factor", [0.3, 0.012])
 def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
-    values = (RNG.standard_normal((2500, 600)) * np.exp(RNG.standard_normal(600))).astype(np.float32)
+    values = (RNG.standard_normal((2500, 600)) * np.exp(RNG.standard_normal(600))).astype(
+        np.float32
+    )
     source = write_source(tmp_path / "source", {"w": ("F32", values)})
     convert(source, tmp_path / "c", codec=codec, steps=provider(factor))
     with Container(tmp_path / "c") as container:
@@ -145,8 +187,12 @@ def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
         half = sample_steps(plan, steps, 1)
     assert sample.elements == values.size
     assert sample.wide == (factor == 0.012)
-    assert 0 <= 8 * (stored + tables) - sample.stored_bits <= 8 * 2 * 40  # header and sizes of the tables
-    assert half.stored_bits / half.elements == pytest.approx(sample.stored_bits / sample.elements, rel=0.02)
+    assert (
+        0 <= 8 * (stored + tables) - sample.stored_bits <= 8 * 2 * 40
+    )  # header and sizes of the tables
+    assert half.stored_bits / half.elements == pytest.approx(
+        sample.stored_bits / sample.elements, rel=0.02
+    )
     predicted_bytes = sample.stored_bits / 8 + tensor_bytes(plan, steps, wide=sample.wide) + frame
     assert predicted_bytes == pytest.approx(whole / 8, abs=100)
     predicted = estimate(source, ConvertOptions(steps=provider(factor), codec=codec))
@@ -154,11 +200,16 @@ def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
 
 
 @pytest.mark.parametrize("deadzone", [2.0**-5, float(np.float32(0.05))])
-def test_a_deadzone_takes_the_smaller_code_where_both_are_nearly_as_near(source, tmp_path, deadzone):
+def test_a_deadzone_takes_the_smaller_code_where_both_are_nearly_as_near(
+    source, tmp_path, deadzone
+):
     given = {}
 
     def provide(plan):
-        given[plan.source.name] = (replace(make_steps(plan, 0.8), deadzone=deadzone), weights_of(plan))
+        given[plan.source.name] = (
+            replace(make_steps(plan, 0.8), deadzone=deadzone),
+            weights_of(plan),
+        )
         return given[plan.source.name][0]
 
     convert(source, tmp_path / "c", include=("*",), steps=provide)
@@ -168,15 +219,23 @@ def test_a_deadzone_takes_the_smaller_code_where_both_are_nearly_as_near(source,
             if name == "flat":  # too short for so wide a step to save what describes it
                 continue
             assert tensor.record.rounding == DEADZONE
-            sizes = steps.row_scale[None, :] if "c_attn" in name else step_sizes(steps.row_scale, steps.col_scale)
+            sizes = (
+                steps.row_scale[None, :]
+                if "c_attn" in name
+                else step_sizes(steps.row_scale, steps.col_scale)
+            )
             quotients = weights / sizes
-            expected = np.sign(quotients) * np.ceil(np.abs(quotients).astype(np.float64) + 0.5 - deadzone - 1)
+            expected = np.sign(quotients) * np.ceil(
+                np.abs(quotients).astype(np.float64) + 0.5 - deadzone - 1
+            )
             codes = read_codes(tensor)
             near_a_tie = np.abs((np.abs(quotients) - deadzone) % 1 - 0.5) < 1e-5
             assert near_a_tie.mean() < 0.001
             assert (codes == expected)[~near_a_tie].all(), name
             stored = float(np.float32(tensor.record.deadzone))
-            assert np.array_equal(codes, quantize(weights, sizes, wide=True, deadzone=stored)), "the reference, bit for bit"
+            assert np.array_equal(codes, quantize(weights, sizes, wide=True, deadzone=stored)), (
+                "the reference, bit for bit"
+            )
             assert 0.5 < tensor.record.worst_steps <= 0.5 + deadzone + 1e-6 or not weights.any()
             assert (np.abs(codes) <= np.abs(quantize(weights, sizes, wide=True))).all()
 
@@ -184,7 +243,9 @@ def test_a_deadzone_takes_the_smaller_code_where_both_are_nearly_as_near(source,
 def test_refined_codes_are_kept_as_they_are(source, tmp_path):
     def provide(plan):
         steps = make_steps(plan, 0.1)
-        codes = weights_of(plan).astype(np.int16) * 0 + np.arange(plan.matrix[1], dtype=np.int16) % 5
+        codes = (
+            weights_of(plan).astype(np.int16) * 0 + np.arange(plan.matrix[1], dtype=np.int16) % 5
+        )
         return replace(steps, refined="feedback", codes=lambda first, last: codes[first:last])
 
     convert(source, tmp_path / "c", include=("odd",), exclude=("[!o]*",), steps=provide)
@@ -209,11 +270,22 @@ def test_without_steps_nothing_changes(source, tmp_path):
 
 def test_what_was_asked_for_is_recorded(source, tmp_path):
     calibration = Calibration(kind="self", tokens=128, seed=3, sha256="ab" * 32)
-    options = {"bits": 5, "ratio": 3.2, "calibrate": "self", "refine": True, "calibration": calibration}
+    options = {
+        "bits": 5,
+        "ratio": 3.2,
+        "calibrate": "self",
+        "refine": True,
+        "calibration": calibration,
+    }
     convert(source, tmp_path / "c", **options)
     with Container(tmp_path / "c") as container:
         held = container.manifest
-        assert (held.options.bits, held.options.ratio, held.options.calibrate, held.options.refine) == (5, 3.2, "self", True)
+        assert (
+            held.options.bits,
+            held.options.ratio,
+            held.options.calibrate,
+            held.options.refine,
+        ) == (5, 3.2, "self", True)
         assert held.calibration == calibration
         assert held.required_features == ["steps"]
 
@@ -233,23 +305,38 @@ def _with(**fields):
 
 
 WRONG = {
-    "row_scale of another type": (lambda s: replace(s, row_scale=s.row_scale.astype(np.float64)), "row_scale"),
+    "row_scale of another type": (
+        lambda s: replace(s, row_scale=s.row_scale.astype(np.float64)),
+        "row_scale",
+    ),
     "row_scale of another shape": (lambda s: replace(s, row_scale=s.row_scale[1:]), "row_scale"),
     "col_scale of another shape": (lambda s: replace(s, col_scale=s.col_scale[1:]), "col_scale"),
     "groups alone": (_with(col_scale=None), "need scales"),
     "groups of another type": (lambda s: replace(s, col_groups=np.zeros(123, int)), "col_groups"),
     "groups of another shape": (lambda s: replace(s, col_groups=s.col_groups[1:]), "col_groups"),
-    "a subnormal step": (lambda s: replace(s, row_scale=s.row_scale * np.float32(2.0**-126)), "not allowed"),
+    "a subnormal step": (
+        lambda s: replace(s, row_scale=s.row_scale * np.float32(2.0**-126)),
+        "not allowed",
+    ),
     "a step of zero": (lambda s: replace(s, row_scale=s.row_scale * 0), "not allowed"),
     "too many tiles": (_with(tile=(1, 1)), "too many tiles"),
     "a tile without extent": (_with(tile=(0, 5)), "no extent"),
     "codes without a name": (_with(codes=lambda a, b: None), "rounding"),
     "a name without codes": (_with(refined="feedback"), "rounding"),
-    "codes under the name of another rounding": (_with(refined="nearest", codes=lambda a, b: None), "rounding"),
+    "codes under the name of another rounding": (
+        _with(refined="nearest", codes=lambda a, b: None),
+        "rounding",
+    ),
     "a deadzone of half a step": (_with(deadzone=0.5), "deadzone"),
     "a deadzone that float32 has not": (_with(deadzone=0.05), "deadzone"),
-    "codes of another shape": (_with(refined="x", codes=lambda a, b: np.zeros((1, 1), np.int16)), "wrong type or shape"),
-    "codes of another type": (_with(refined="x", codes=lambda a, b: np.zeros((90, 123), np.int8)), "wrong type or shape"),
+    "codes of another shape": (
+        _with(refined="x", codes=lambda a, b: np.zeros((1, 1), np.int16)),
+        "wrong type or shape",
+    ),
+    "codes of another type": (
+        _with(refined="x", codes=lambda a, b: np.zeros((90, 123), np.int8)),
+        "wrong type or shape",
+    ),
 }
 
 
@@ -257,7 +344,9 @@ WRONG = {
 def test_steps_that_do_not_fit_are_refused_before_anything_is_written(source, tmp_path, name):
     change, words = WRONG[name]
     with pytest.raises(UsageError, match=words) as caught:
-        convert(source, tmp_path / "c", include=("odd",), steps=lambda plan: change(make_steps(plan)))
+        convert(
+            source, tmp_path / "c", include=("odd",), steps=lambda plan: change(make_steps(plan))
+        )
     assert caught.value.tensor == "odd"
     assert not (tmp_path / "c").exists()
 
@@ -298,10 +387,14 @@ def test_weights_that_are_no_numbers(tmp_path, bad, refined):
     source = write_source(tmp_path / "source", {"w": ("F32", values)})
     steps = Steps(np.ones(90, np.float32), np.ones(123, np.float32))
     if refined:
-        steps = replace(steps, refined="x", codes=lambda first, last: np.zeros((last - first, 123), np.int16))
+        steps = replace(
+            steps, refined="x", codes=lambda first, last: np.zeros((last - first, 123), np.int16)
+        )
     with pytest.raises(NonFiniteWeightError, match="first in row 4"):
         convert(source, tmp_path / "c", include=("*",), steps=lambda plan: steps)
-    convert(source, tmp_path / "kept", include=("*",), steps=lambda plan: steps, non_finite="lossless")
+    convert(
+        source, tmp_path / "kept", include=("*",), steps=lambda plan: steps, non_finite="lossless"
+    )
     with Container(tmp_path / "kept") as container:
         assert read_tensor_bytes(container, "w") == values.tobytes()
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from codecllm.converter.wide_codes import choose_low_bits, halves
+from codecllm.converter.encode.wide_codes import choose_low_bits, halves
 from codecllm.formats.codecs.zstd import ZstdCodec
 from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE, check_codes, join_codes
 
 
 def gaussian(sigma, rows=256, cols=256, seed=0):
-    return np.rint(sigma * np.random.default_rng(seed).standard_normal((rows, cols))).astype(np.int16)
+    return np.rint(sigma * np.random.default_rng(seed).standard_normal((rows, cols))).astype(
+        np.int16
+    )
 
 
 def entropy(codes):
@@ -20,7 +22,9 @@ def entropy(codes):
 
 
 def packed_bits(tile, low_bits):
-    return 8 * sum(len(ZstdCodec().encode_sparse(half)) for half in halves(tile, low_bits)) / tile.size
+    return (
+        8 * sum(len(ZstdCodec().encode_sparse(half)) for half in halves(tile, low_bits)) / tile.size
+    )
 
 
 @pytest.mark.parametrize("codec", ["zstd", "rans"])

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from codecllm.formats.checksums import xxh3
-from codecllm.formats.chunk_table import RECORD, pack_chunk_table, slot_bytes
 from codecllm.formats.codecs import CODECS
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_codes
 from codecllm.formats.schemes.int8 import channel_scales
+from codecllm.formats.shards.chunk_table import RECORD, pack_chunk_table, slot_bytes
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader import from_pretrained
-from codecllm.loader.int8_modules import Int8Linear
+from codecllm.loader.resident.int8_modules import Int8Linear
 from tests import tampering
 from tests.malformed.builders import Tensors, rewrite_shard
 
@@ -38,7 +38,9 @@ Codes = NDArray[np.int8]
 Scales = NDArray[np.float32]
 
 
-def rewrite_tensor(folder: Path, name: str, edit: Callable[[Codes, Scales], tuple[Codes, Scales]]) -> None:
+def rewrite_tensor(
+    folder: Path, name: str, edit: Callable[[Codes, Scales], tuple[Codes, Scales]]
+) -> None:
     """Replaces codes [rows, cols] and scales of an int8 tensor; chunks, tables, checksums, digest and sizes are made to fit."""
     with Container(folder) as container:
         stored = container.tensor(name)
@@ -47,11 +49,17 @@ def rewrite_tensor(folder: Path, name: str, edit: Callable[[Codes, Scales], tupl
         codes, scales = edit(read_codes(stored).copy(), stored.scales.copy())
     slots, records = [], np.zeros(len(grid), RECORD)
     for index, tile in enumerate(grid):
-        symbols = np.ascontiguousarray(codes[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]).tobytes()
+        symbols = np.ascontiguousarray(
+            codes[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
+        ).tobytes()
         packed = CODECS[1].encode(symbols)
         codec, data = (1, packed) if len(packed) < len(symbols) else (0, symbols)
         slots.append(data.ljust(slot_bytes(len(data)), b"\0"))
-        records[index]["stored_bytes"], records[index]["codec"], records[index]["xxh3"] = len(data), codec, xxh3(slots[-1])
+        records[index]["stored_bytes"], records[index]["codec"], records[index]["xxh3"] = (
+            len(data),
+            codec,
+            xxh3(slots[-1]),
+        )
 
     def put(tensors: Tensors) -> None:
         payload = b"".join(slots)
@@ -78,12 +86,18 @@ def source_weights(source: Path, name: str) -> NDArray[np.float32]:
     return load_file(source / "model.safetensors")[name].float().numpy()
 
 
-def edit_source(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def edit_source(
+    source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]
+) -> Path:
     """Copies a one-file source and edits its tensors."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     edit(tensors)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()},
+        target / "model.safetensors",
+        {"format": "pt"},
+    )
     return target
 
 
@@ -99,7 +113,11 @@ def corrupt_payload(folder: Path) -> None:
 
 def shift_payload(folder: Path) -> None:
     """Writes the codes three elements late, as an encoder does that forgot to skip a header."""
-    rewrite_tensor(folder, UP, lambda codes, scales: (np.roll(codes.reshape(-1), 3).reshape(codes.shape), scales))
+    rewrite_tensor(
+        folder,
+        UP,
+        lambda codes, scales: (np.roll(codes.reshape(-1), 3).reshape(codes.shape), scales),
+    )
 
 
 def swap_scales(folder: Path) -> None:
@@ -112,7 +130,9 @@ def swap_scales(folder: Path) -> None:
     rewrite_tensor(folder, UP, edit)
 
 
-def requantize(folder: Path, source: Path, name: str, scales_of: Callable[[Scales], Scales]) -> None:
+def requantize(
+    folder: Path, source: Path, name: str, scales_of: Callable[[Scales], Scales]
+) -> None:
     """Quantizes a tensor of the source again with scales of one's own."""
     weights = source_weights(source, name)
 
@@ -183,7 +203,9 @@ def other_revision(tensors: dict[str, torch.Tensor]) -> None:
     """Trains on: every weight moves a little."""
     generator = torch.Generator().manual_seed(7)
     for value in tensors.values():
-        value += (torch.randn(value.shape, generator=generator) * 0.01 * value.float().std()).to(value.dtype)
+        value += (torch.randn(value.shape, generator=generator) * 0.01 * value.float().std()).to(
+            value.dtype
+        )
 
 
 def loading(broken: Callable[[Any, Path], None], *, only: str | None = None) -> Callable[..., Any]:
@@ -204,7 +226,9 @@ def parts(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     with Container(folder) as container:
         stored = container.tensor(name)
         assert isinstance(stored, StoredTensor) and stored.scales is not None
-        return torch.from_numpy(read_codes(stored).astype(np.float32)), torch.from_numpy(stored.scales.copy())
+        return torch.from_numpy(read_codes(stored).astype(np.float32)), torch.from_numpy(
+            stored.scales.copy()
+        )
 
 
 def put_weight(model: Any, name: str, value: torch.Tensor) -> None:
@@ -291,7 +315,9 @@ def swapped_loaded_heads(model: Any, folder: Path) -> None:
 def stale_kv_layout(model: Any, folder: Path) -> None:
     """Leaves the weights alone and hands the key heads on in another order, as a stale cache layout does."""
     module = model.get_submodule(KEYS.removesuffix(".weight"))
-    module.register_forward_hook(lambda module, inputs, output: output[..., torch.arange(32).roll(16)])
+    module.register_forward_hook(
+        lambda module, inputs, output: output[..., torch.arange(32).roll(16)]
+    )
 
 
 def stale_cache(model: Any, folder: Path) -> None:
@@ -303,7 +329,9 @@ def stale_cache(model: Any, folder: Path) -> None:
             layer, cache.exchanged = cache.layers[1], True
             layer.keys, layer.values = layer.keys.flip(1), layer.values.flip(1)
 
-    model.get_submodule("model.layers.1.self_attn").register_forward_pre_hook(exchange, with_kwargs=True)
+    model.get_submodule("model.layers.1.self_attn").register_forward_pre_hook(
+        exchange, with_kwargs=True
+    )
 
 
 def late_key_heads(model: Any, folder: Path) -> None:
@@ -349,7 +377,9 @@ def untied(model: Any, folder: Path) -> None:
 def on_meta(model: Any, folder: Path) -> None:
     """Leaves a parameter without data."""
     module = model.get_submodule(UP.removesuffix(".weight"))
-    module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+    module.weight = nn.Parameter(
+        torch.empty_like(module.weight, device="meta"), requires_grad=False
+    )
 
 
 def wrong_tensor(model: Any, folder: Path) -> None:
@@ -370,10 +400,17 @@ def write_tokenizer(folder: Path, *, shifted: bool = False) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet = alphabet[1:] + alphabet[:1] if shifted else alphabet
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + i for i, letter in enumerate(alphabet)}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {
+        letter: 3 + i for i, letter in enumerate(alphabet)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -8,13 +8,23 @@ from xml.etree import ElementTree
 
 import pytest
 
-from codecllm.verifier.diagnosis.charts import CHARACTER, HEIGHT, LEFT, RIGHT, WIDTH, Series, chart
+from codecllm.verifier.diagnosis.report.charts import (
+    CHARACTER,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Series,
+    chart,
+)
 
 
 def _drawn(*series, labels, **options):
     """Returns the root of the drawing and the caption below it."""
     page = chart(series, labels, y="y", x="x", **options)
-    svg, caption = re.fullmatch(r"<figure>(<svg.*</svg>)(<figcaption>.*</figcaption>)</figure>", page).groups()
+    svg, caption = re.fullmatch(
+        r"<figure>(<svg.*</svg>)(<figcaption>.*</figcaption>)</figure>", page
+    ).groups()
     return ElementTree.fromstring(svg), caption
 
 
@@ -31,7 +41,9 @@ def _span(text):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 15, 211])
-@pytest.mark.parametrize("name", ["{}", "model.layers.{}", "model.layers.{}.self_attn.q_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["{}", "model.layers.{}", "model.layers.{}.self_attn.q_proj.weight"]
+)
 def test_labels_below_the_axis_do_not_touch(count, name):
     labels = [name.format(index) for index in range(count)]
     root, _ = _drawn(Series("a", [1.0 + index for index in range(count)], 1), labels=labels)
@@ -69,7 +81,9 @@ def test_equal_values_and_none():
     root, _ = _drawn(Series("a", [0.5, 0.5, None], 1), labels=["a", "b", "c"], log=True)
     assert len(list(root.iter("circle"))) == 2
     assert len(_texts(root, below=False)) > 1
-    assert "Nothing to draw" in chart([Series("a", [None, float("nan")], 1)], ["a", "b"], y="y", x="x")
+    assert "Nothing to draw" in chart(
+        [Series("a", [None, float("nan")], 1)], ["a", "b"], y="y", x="x"
+    )
 
 
 def test_places_that_findings_name_are_shaded():
@@ -80,4 +94,6 @@ def test_places_that_findings_name_are_shaded():
     assert float(mark.get("x")) < middle < float(mark.get("x")) + float(mark.get("width"))
     assert "named by a finding" in caption
     assert len([one for one in root.iter("line") if one.get("class") == "stem"]) == 2
-    assert "named by a finding" not in _drawn(*series, labels=["a", "b", "c"], marked={"elsewhere"})[1]
+    assert (
+        "named by a finding" not in _drawn(*series, labels=["a", "b", "c"], marked={"elsewhere"})[1]
+    )

@@ -37,7 +37,9 @@ def test_the_diagnosis_finds_nothing_in_a_clean_container(source, tmp_path, code
     (stage,) = [stage for stage in report.stages if stage.name == "round trip"]
     assert "1 rounded otherwise" in stage.summary
     (stage,) = [stage for stage in report.stages if stage.name == "loaded"]
-    replaced = {facts["resident"]: facts["modules_replaced"] for facts in stage.facts["residencies"]}
+    replaced = {
+        facts["resident"]: facts["modules_replaced"] for facts in stage.facts["residencies"]
+    }
     assert replaced == {"dense": 0, "int8": 15, "compressed": 16}
 
 
@@ -57,7 +59,10 @@ def test_codes_with_a_deadzone_are_repeated_one_by_one(source, tmp_path):
         tensor = container.tensor(name)
         codes = read_codes(tensor)
         row, col = (int(place[0]) for place in np.nonzero((codes > 2) & (codes < 8)))
-        step, code = float(step_sizes(tensor.scales, tensor.columns.scales)[row, col]), int(codes[row, col])
+        step, code = (
+            float(step_sizes(tensor.scales, tensor.columns.scales)[row, col]),
+            int(codes[row, col]),
+        )
     tensors = load_file(other / "model.safetensors")
     tensors[name][row, col] = step * (code - 0.45)
     save_file(tensors, other / "model.safetensors", {"format": "pt"})

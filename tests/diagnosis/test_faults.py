@@ -8,16 +8,20 @@ import torch
 
 import codecllm
 from codecllm.converter import convert
-from codecllm.formats.records import Int8Tensor
-from codecllm.verifier.diagnosis import Cause, diagnose, layer_outputs
-from codecllm.verifier.diagnosis.back_ends import BackEnd, present_back_ends
+from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.verifier.diagnosis import Cause, diagnose
 from codecllm.verifier.diagnosis.causes import explaining
+from codecllm.verifier.diagnosis.codes.back_ends import BackEnd, present_back_ends
+from codecllm.verifier.diagnosis.model import layer_outputs
 from codecllm.verifier.report import Verdict
 from tests import tampering
 from tests.diagnosis import faults
 from tests.integration import tiny_models
 
-FAST = {"prompts": ["The capital", "1, 1, 2, 3,"], "text": "To be, or not to be, that is the question."}
+FAST = {
+    "prompts": ["The capital", "1, 1, 2, 3,"],
+    "text": "To be, or not to be, that is the question.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,9 @@ CONTAINER_FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("fault", "cause", "tensor", "channel"), CONTAINER_FAULTS, ids=lambda value: getattr(value, "__name__", None)
+    ("fault", "cause", "tensor", "channel"),
+    CONTAINER_FAULTS,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_faults_of_a_container(copy, source, fault, cause, tensor, channel):
     fault(copy)
@@ -102,7 +108,10 @@ def test_head_orders_are_described(copy, source):
     (stage,) = [one for one in diagnose(copy, source, **FAST).stages if one.name == "round trip"]
     texts = {finding.error.tensor: finding.error.message for finding in stage.findings}
     assert "whole heads of 16 rows, in the order [1, 0]" in texts[faults.KEYS]
-    assert "inside each head of 16 rows, in the order [0, 8, 1, 9, 2, 10, 3, 11]" in texts[faults.SQUARE]
+    assert (
+        "inside each head of 16 rows, in the order [0, 8, 1, 9, 2, 10, 3, 11]"
+        in texts[faults.SQUARE]
+    )
 
 
 def test_a_step_ten_times_too_coarse(copy, source):
@@ -110,14 +119,18 @@ def test_a_step_ten_times_too_coarse(copy, source):
     report = diagnose(copy, source, **FAST)
     finding = _found(report, "round trip", Cause.COARSE_STEP, faults.UP, 0)
     assert "10 times" in finding.error.message
-    departure = next(stage for stage in report.stages if stage.name == "layers").facts["first_departure"]
+    departure = next(stage for stage in report.stages if stage.name == "layers").facts[
+        "first_departure"
+    ]
     assert departure["module"] == faults.UP.removesuffix(".weight")
 
 
 def test_an_outlier_that_crushes_a_per_tensor_scale(tmp_path, source):
     edited, out = _made_from(tmp_path, source, faults.outlier)
     faults.per_tensor_scale(out, edited)
-    finding = _found(diagnose(out, edited, **FAST), "round trip", Cause.PER_TENSOR_SCALE, faults.UP, 17)
+    finding = _found(
+        diagnose(out, edited, **FAST), "round trip", Cause.PER_TENSOR_SCALE, faults.UP, 17
+    )
     assert "codes up to 0 of 127" in finding.error.message
 
 
@@ -171,7 +184,9 @@ LOADER_FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("fault", "only", "cause", "tensor", "channel"), LOADER_FAULTS, ids=lambda value: getattr(value, "__name__", None)
+    ("fault", "only", "cause", "tensor", "channel"),
+    LOADER_FAULTS,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_faults_of_a_loader(clean, source, fault, only, cause, tensor, channel):
     load = faults.loading(fault, only=only or "dense")
@@ -182,7 +197,10 @@ def test_faults_of_a_loader(clean, source, fault, only, cause, tensor, channel):
 
 def test_scales_that_overflow_in_the_loader(tmp_path, source):
     edited, out = _made_from(tmp_path, source, faults.large_channel)
-    for broken, only in ((faults.scales_through_fp16, "dense"), (faults.fp16_module_scales, "int8")):
+    for broken, only in (
+        (faults.scales_through_fp16, "dense"),
+        (faults.fp16_module_scales, "int8"),
+    ):
         report = diagnose(out, edited, load=faults.loading(broken, only=only), **FAST)
         finding = _found(report, "loaded", Cause.SCALE_OVERFLOW, channel=21)
         assert finding.module == faults.UP.removesuffix(".weight")
@@ -194,7 +212,9 @@ def test_weights_are_right_and_the_computation_is_not(clean, source, resident):
         (faults.stale_kv_layout, Cause.HEAD_ORDER, None, faults.KEYS),
         (faults.scaled_output, Cause.COMPUTATION, 29, faults.UP),
     ):
-        report = diagnose(clean, source, load=faults.loading(fault, only=resident), resident=resident, **FAST)
+        report = diagnose(
+            clean, source, load=faults.loading(fault, only=resident), resident=resident, **FAST
+        )
         finding = _found(report, "layers", cause, channel=channel)
         assert finding.module == module.removesuffix(".weight")
         assert "'model.layers.1'" in finding.error.message
@@ -205,18 +225,24 @@ def test_a_prompt_of_few_tokens_is_no_finding_under_resident_int8(clean, source,
     report = diagnose(clean, source, resident="int8", **FAST)
     layers_stage = next(stage for stage in report.stages if stage.name == "layers")
     assert report.ok and "first_departure" not in layers_stage.facts
-    assert [layer_outputs.slack_for(*case) > 1 for case in (("int8", 32), ("int8", 33), ("dense", 16))] == [True, False, False]
+    assert [
+        layer_outputs.slack_for(*case) > 1 for case in (("int8", 32), ("int8", 33), ("dense", 16))
+    ] == [True, False, False]
 
 
 @pytest.mark.parametrize("resident", ["dense", "int8", "compressed"])
 def test_a_cache_whose_layout_is_stale(clean, source, resident):
     """The whole prompt at once is right; only tokens that come one at a time meet the cache."""
-    order = Cause.CACHE if resident == "int8" else Cause.HEAD_ORDER  # the kernel for few rows rounds differently
+    order = (
+        Cause.CACHE if resident == "int8" else Cause.HEAD_ORDER
+    )  # the kernel for few rows rounds differently
     for fault, cause, module in (
         (faults.stale_cache, Cause.CACHE, "model.layers.1.self_attn"),
         (faults.late_key_heads, order, faults.KEYS.removesuffix(".weight")),
     ):
-        report = diagnose(clean, source, load=faults.loading(fault, only=resident), resident=resident, **FAST)
+        report = diagnose(
+            clean, source, load=faults.loading(fault, only=resident), resident=resident, **FAST
+        )
         finding = _found(report, "layers", cause)
         assert finding.module == module
         assert "only where tokens come one at a time" in finding.error.message
@@ -230,14 +256,20 @@ def test_rounding_of_the_kernel_for_few_rows_is_no_departure():
     found[:, 7] *= 1.9
     runs = [layer_outputs.Run({"mlp": value}, value) for value in (right, found)]
     assert layer_outputs.first_departure(*runs, torch.bfloat16) == "mlp"
-    assert layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.FEW_ROWS_SLACK) is None
+    assert (
+        layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.FEW_ROWS_SLACK) is None
+    )
     found *= 1.3
-    assert layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.FEW_ROWS_SLACK) == "mlp"
+    assert (
+        layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.FEW_ROWS_SLACK) == "mlp"
+    )
 
 
 def test_what_attention_computes_itself_is_not_blamed_on_a_module_in_it(clean, source):
     finding = _found(
-        diagnose(clean, source, load=faults.loading(faults.attention_scaled, only="dense"), **FAST), "layers", Cause.COMPUTATION
+        diagnose(clean, source, load=faults.loading(faults.attention_scaled, only="dense"), **FAST),
+        "layers",
+        Cause.COMPUTATION,
     )
     assert finding.module == "model.layers.1.self_attn"
     assert "what 'model.layers.1.self_attn.o_proj' is given" in finding.error.message
@@ -246,7 +278,9 @@ def test_what_attention_computes_itself_is_not_blamed_on_a_module_in_it(clean, s
 def test_a_layer_that_still_holds_the_source(tmp_path, source):
     edited, out = _made_from(tmp_path, source, lambda tensors: None)
     load = faults.loading(faults.keeps_source_weight, only="dense")
-    finding = _found(diagnose(out, edited, load=load, **FAST), "loaded", Cause.NOT_REPLACED, faults.UP)
+    finding = _found(
+        diagnose(out, edited, load=load, **FAST), "loaded", Cause.NOT_REPLACED, faults.UP
+    )
     assert "the source's own weight" in finding.error.message
 
 
@@ -258,7 +292,9 @@ def test_a_decode_back_end_that_returns_a_shifted_buffer(clean, source):
         return np.roll(words, 1) if tensor.record.name == faults.UP else words
 
     back_ends = [good, BackEnd("late", "0.1", good.takes, late)]
-    finding = _found(diagnose(clean, source, back_ends=back_ends, **FAST), "round trip", Cause.SHIFTED, faults.UP)
+    finding = _found(
+        diagnose(clean, source, back_ends=back_ends, **FAST), "round trip", Cause.SHIFTED, faults.UP
+    )
     assert "'late' (0.1)" in finding.error.message
     assert "-1 elements away" in finding.error.message
 
@@ -270,10 +306,14 @@ def test_a_decode_back_end_that_is_wrong_or_fails(clean, source):
         raise RuntimeError("no device")
 
     wrong = BackEnd("wrong", "1", good.takes, lambda tensor, index: good.decode(tensor, index) ^ 1)
-    finding = _found(diagnose(clean, source, back_ends=[wrong], **FAST), "round trip", Cause.BACK_END)
+    finding = _found(
+        diagnose(clean, source, back_ends=[wrong], **FAST), "round trip", Cause.BACK_END
+    )
     assert "differs from the reference" in finding.error.message
     finding = _found(
-        diagnose(clean, source, back_ends=[BackEnd("b", "1", good.takes, fails)], **FAST), "round trip", Cause.BACK_END
+        diagnose(clean, source, back_ends=[BackEnd("b", "1", good.takes, fails)], **FAST),
+        "round trip",
+        Cause.BACK_END,
     )
     assert "RuntimeError: no device" in finding.error.message
 
@@ -323,7 +363,9 @@ def test_first_layers_separates_a_broken_layer(clean, source):
 
 def test_a_baseline_that_is_not_met(tmp_path, source):
     codecllm.convert(source, tmp_path / "out", include=("*",), baseline=True)
-    report = diagnose(tmp_path / "out", source, load=faults.loading(faults.negated_logits, only="dense"))
+    report = diagnose(
+        tmp_path / "out", source, load=faults.loading(faults.negated_logits, only="dense")
+    )
     assert _found(report, "layers", Cause.COMPUTATION).module == "lm_head"
     stage = report.stage("baseline")
     assert stage.findings
@@ -336,5 +378,8 @@ def test_manifest_of_the_library_is_int8(clean):
     from codecllm.formats.container import Container
 
     with Container(clean) as container:
-        assert all(isinstance(container.records[name], Int8Tensor) for name in (faults.UP, faults.KEYS, faults.SQUARE))
+        assert all(
+            isinstance(container.records[name], Int8Tensor)
+            for name in (faults.UP, faults.KEYS, faults.SQUARE)
+        )
     assert torch.get_num_threads() >= 1

@@ -15,11 +15,11 @@ from tests.sources import bf16, write_source
 LIMIT_MIB = 64
 _MEASURE = """
 import json, sys
-import codecllm.verifier.diagnosis.back_ends as back_ends
-import codecllm.verifier.diagnosis.quantization as quantization
-import codecllm.verifier.diagnosis.round_trip as round_trip
+import codecllm.verifier.diagnosis.codes.back_ends as back_ends
+import codecllm.verifier.diagnosis.codes.quantization as quantization
+import codecllm.verifier.diagnosis.codes.round_trip as round_trip
 from benchmarks.memory import PeakMemory
-from codecllm.converter.source import SourceModel
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.verifier.report import Stage
 

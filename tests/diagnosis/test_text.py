@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from codecllm.verifier.baseline.model_output import PromptTokens
 from codecllm.verifier.diagnosis.causes import Cause
-from codecllm.verifier.diagnosis.text import Script, Spoken, compare_text, kl_per_position
-from codecllm.verifier.model_output import PromptTokens
+from codecllm.verifier.diagnosis.model.text import Script, Spoken, compare_text, kl_per_position
 from codecllm.verifier.report import Stage
 
 SCRIPT = Script([PromptTokens("The capital of France is", [1, 2])], [])
@@ -62,7 +62,9 @@ def test_too_little_precision_and_lost_logits():
 def test_a_lossless_container_must_say_the_same():
     assert not _judged(_said(b"abcdef", 5), _said(b"abcdef", 5), lossless=True).findings
     for other in (_said(b"abcdxf", 5), _said(b"abcdef", 5, noise=0.01)):
-        assert [one.cause for one in _judged(_said(b"abcdef", 5), other, lossless=True).findings] == [Cause.TEXT_DIFFERS]
+        assert [
+            one.cause for one in _judged(_said(b"abcdef", 5), other, lossless=True).findings
+        ] == [Cause.TEXT_DIFFERS]
         assert not _judged(_said(b"abcdef", 5), other).findings
 
 

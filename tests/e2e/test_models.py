@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 
 import codecllm
 from codecllm.converter import convert
-from codecllm.converter.source import SourceModel
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
-from codecllm.formats.records import Int8Tensor, RawTensor
+from codecllm.formats.manifest.records import Int8Tensor, RawTensor
 from codecllm.formats.reference import read_symbols, read_tensor_bytes
 from codecllm.formats.stored_tensor import StoredTensor
-from codecllm.loader.transformers_adapter import load_plain
+from codecllm.loader.hf.adapter import load_plain
 from codecllm.verifier import verify
 from codecllm.verifier.diagnosis import Cause, diagnose
 from codecllm.verifier.diagnosis.causes import explaining
@@ -57,7 +57,9 @@ def test_every_residency_gives_the_logits_of_dense(smollm2, scheme):
     ids = torch.arange(500, 548)[None]
     with torch.inference_mode():
         dense = codecllm.from_pretrained(smollm2 / scheme)(ids).logits
-        assert torch.equal(codecllm.from_pretrained(smollm2 / scheme, resident="compressed")(ids).logits, dense)
+        assert torch.equal(
+            codecllm.from_pretrained(smollm2 / scheme, resident="compressed")(ids).logits, dense
+        )
         if scheme == "int8":
             model = codecllm.from_pretrained(smollm2 / scheme, resident="int8")
             assert torch.equal(model(ids).logits, dense)  # too many rows for the packed kernel
@@ -67,9 +69,13 @@ def test_every_residency_gives_the_logits_of_dense(smollm2, scheme):
 
 def test_evaluation_of_a_gguf_file(tmp_path):
     """The bf16 source was made from that very file: their distance is the rounding to bf16."""
-    score, other = evaluate(models.smollm2(), [models.smollm2_gguf(), _int8(tmp_path)], max_tokens=256).scores
+    score, other = evaluate(
+        models.smollm2(), [models.smollm2_gguf(), _int8(tmp_path)], max_tokens=256
+    ).scores
     assert score.kind == "gguf"
-    assert 5 < score.layer_bits_per_weight < 6  # Q4_1 is 5 bits; some layers are stored in larger types
+    assert (
+        5 < score.layer_bits_per_weight < 6
+    )  # Q4_1 is 5 bits; some layers are stored in larger types
     assert score.mean_kl < 1e-3 < other.mean_kl < 0.05
     assert 7.1 < other.layer_bits_per_weight < 7.4
 
@@ -85,7 +91,9 @@ def test_lossless_container_generates_exactly_the_sources_tokens(smollm2):
     assert ours == source
 
 
-@pytest.mark.parametrize("get", [models.minilm, models.minilm_bf16, models.smollm2], ids=lambda get: get.__name__)
+@pytest.mark.parametrize(
+    "get", [models.minilm, models.minilm_bf16, models.smollm2], ids=lambda get: get.__name__
+)
 def test_lossless_is_bit_for_bit(tmp_path, get):
     convert(get(), tmp_path / "c", scheme="lossless")
     report = verify(tmp_path / "c", source=get(), baseline=False)
@@ -120,9 +128,14 @@ def _overhead_bytes(container, records):
             text = f'"{record.name}":{{"dtype":"{entry.dtype.name}","shape":{list(entry.shape)},"data_offsets":{offsets}}},'
             foreign += entry.bytes + len(text.replace(" ", ""))
     foreign += sum(
-        len(line) + 1 for line in data.splitlines() for r in others if line.startswith(f'{{"name":"{r.name}",'.encode())
+        len(line) + 1
+        for line in data.splitlines()
+        for r in others
+        if line.startswith(f'{{"name":"{r.name}",'.encode())
     )
-    payload = sum(plane.stored_bytes for r in records if not isinstance(r, RawTensor) for plane in r.planes)
+    payload = sum(
+        plane.stored_bytes for r in records if not isinstance(r, RawTensor) for plane in r.planes
+    )
     payload += sum(r.source_bytes for r in records if isinstance(r, RawTensor))
     return container.stored_bytes - foreign - payload, payload
 
@@ -166,7 +179,11 @@ def _chunk_entropy(container, records):
         tensor = _stored(container, record.name)
         symbols = read_symbols(tensor)[0]
         for tile in tensor.table.grid:
-            counts = np.bincount(symbols[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols].reshape(-1))
+            counts = np.bincount(
+                symbols[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols].reshape(
+                    -1
+                )
+            )
             bits += sum(-n * math.log2(n / tile.symbols) for n in counts.tolist() if n)
     return bits
 
@@ -194,5 +211,9 @@ def test_a_coarse_step_in_one_layer_of_smollm2_is_found(smollm2, tmp_path):
     faults.requantize(folder, models.smollm2(), name, lambda scales: scales * np.float32(10))
     report = diagnose(folder, models.smollm2(), prompts=[PROMPT])
     stage, finding = explaining(report)
-    assert (stage.name, finding.cause, finding.error.tensor) == ("round trip", Cause.COARSE_STEP, name)
+    assert (stage.name, finding.cause, finding.error.tensor) == (
+        "round trip",
+        Cause.COARSE_STEP,
+        name,
+    )
     assert report.stage("layers").facts["first_departure"]["module"] == name.removesuffix(".weight")

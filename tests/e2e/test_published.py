@@ -39,7 +39,13 @@ def test_push_info_verify_generate_by_name(container, hub, run):  # noqa: F811
     done = run("verify", REPO, "--json", "--manifest-sha256", report.manifest_sha256)
     assert done.returncode == 0, done.stderr
     verdicts = {stage["name"]: stage["verdict"] for stage in json.loads(done.stdout)["stages"]}
-    assert verdicts == {"structure": "ok", "checksums": "ok", "decode": "ok", "ratio": "ok", "baseline": "skipped"}
+    assert verdicts == {
+        "structure": "ok",
+        "checksums": "ok",
+        "decode": "ok",
+        "ratio": "ok",
+        "baseline": "skipped",
+    }
     done = run("generate", REPO, "The capital of France is", "--max-new-tokens", "4")
     assert done.stdout.startswith("The capital of France is Paris.")
     card = hub.blobs[hub.entry(REPO, "README.md").sha256].decode()
@@ -47,7 +53,10 @@ def test_push_info_verify_generate_by_name(container, hub, run):  # noqa: F811
 
 
 def test_compressed_tensors_gives_our_logits(container, tmp_path):
-    pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed (extra 'test')")
+    pytest.importorskip(
+        "compressed_tensors",
+        reason="the package compressed-tensors is not installed (extra 'test')",
+    )
     from transformers import CompressedTensorsConfig
 
     export(container, tmp_path / "packed", format="compressed-tensors")
@@ -55,11 +64,17 @@ def test_compressed_tensors_gives_our_logits(container, tmp_path):
     ours = _logits(codecllm.from_pretrained(container), inputs)
     for dequantize in (True, False):
         config = CompressedTensorsConfig(dequantize=dequantize)
-        with warnings.catch_warnings(action="ignore"):  # transformers: an option given beside the model's own block
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16, quantization_config=config)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # transformers: an option given beside the model's own block
+            model = AutoModelForCausalLM.from_pretrained(
+                tmp_path / "packed", dtype=torch.bfloat16, quantization_config=config
+            )
         theirs = _logits(model, inputs)
         difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
-        print(f"compressed-tensors, dequantize={dequantize}: largest difference {difference:.4f}, largest logit {largest:.4f}")
+        print(
+            f"compressed-tensors, dequantize={dequantize}: largest difference {difference:.4f}, largest logit {largest:.4f}"
+        )
         assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
         assert difference <= (0 if dequantize else 0.05 * largest)
 

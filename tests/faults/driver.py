@@ -51,7 +51,7 @@ class _File(io.FileIO):
 
 def main() -> None:
     """Arguments: source, out, fault, number of the operation (0: none)."""
-    import codecllm.formats.shard_writer as shard_writer
+    import codecllm.formats.shards.shard_writer as shard_writer
     from codecllm.converter import convert
 
     source, out, fault, at = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
-from codecllm.converter.staging import STAGING_NAME, Staging
+from codecllm.converter.write.staging import STAGING_NAME, Staging
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.formats.reference import tensor_digest
@@ -24,8 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     rng = np.random.default_rng(0)
-    tensors = {f"t{i}": ("BF16", bf16(rng.standard_normal((200, 300))).reshape(200, 300)) for i in range(4)}
-    return write_source(tmp_path_factory.mktemp("source") / "model", tensors, {"model_type": "llama"})
+    tensors = {
+        f"t{i}": ("BF16", bf16(rng.standard_normal((200, 300))).reshape(200, 300)) for i in range(4)
+    }
+    return write_source(
+        tmp_path_factory.mktemp("source") / "model", tensors, {"model_type": "llama"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,9 @@ def undisturbed(tmp_path_factory, source):
 
 def _drive(source, out, fault, at):
     command = [sys.executable, "-m", "tests.faults.driver", str(source), str(out), fault, str(at)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def _bytes(folder):
@@ -56,14 +62,18 @@ def _whole_or_nothing(out, expected):
 
 
 @pytest.mark.parametrize("fault", ["kill", "EIO", "ENOSPC", "stop"])
-def test_a_fault_at_any_operation_leaves_a_whole_container_or_none(tmp_path, source, undisturbed, fault):
+def test_a_fault_at_any_operation_leaves_a_whole_container_or_none(
+    tmp_path, source, undisturbed, fault
+):
     expected, operations = undisturbed
     assert operations > 20
 
     def one(at):
         out = tmp_path / f"out{at}"
         done = _drive(source, out, fault, at)
-        if done.returncode == 0:  # a fault that does no harm: the folder was there already, or the work was done
+        if (
+            done.returncode == 0
+        ):  # a fault that does no harm: the folder was there already, or the work was done
             assert _bytes(out) == expected, at
         if out.exists():
             _whole_or_nothing(out, expected)
@@ -75,7 +85,9 @@ def test_a_fault_at_any_operation_leaves_a_whole_container_or_none(tmp_path, sou
         outs = list(pool.map(one, range(1, operations + 1, 1 if fault == "kill" else 3)))
     for out in outs[:: max(1, len(outs) // 4)]:
         if not (out / "codecllm.json").exists():
-            leftovers = [path.name for path in out.iterdir() if path.is_file()] if out.exists() else []
+            leftovers = (
+                [path.name for path in out.iterdir() if path.is_file()] if out.exists() else []
+            )
             if not leftovers:
                 convert(source, out, scheme="lossless", max_shard_bytes=150_000)
                 assert _bytes(out) == expected
@@ -93,10 +105,23 @@ def test_a_file_size_limit_is_an_error_with_nothing_left(tmp_path, source):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    command = [sys.executable, "-m", "codecllm", "convert", str(source), str(tmp_path / "out"), "--no-baseline"]
+    command = [
+        sys.executable,
+        "-m",
+        "codecllm",
+        "convert",
+        str(source),
+        str(tmp_path / "out"),
+        "--no-baseline",
+    ]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [*command, "--scheme", "lossless"], capture_output=True, text=True, check=False, preexec_fn=limit, env=environment
+        [*command, "--scheme", "lossless"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit,
+        env=environment,
     )
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr
@@ -104,7 +129,10 @@ def test_a_file_size_limit_is_an_error_with_nothing_left(tmp_path, source):
 
 
 def test_two_conversions_into_one_folder(tmp_path, source):
-    with Staging(tmp_path / "out", force=False), pytest.raises(UsageError, match="another conversion"):
+    with (
+        Staging(tmp_path / "out", force=False),
+        pytest.raises(UsageError, match="another conversion"),
+    ):
         convert(source, tmp_path / "out")
     convert(source, tmp_path / "out")
 

@@ -35,7 +35,10 @@ def read_container(folder: Path) -> dict[str, bytes]:
     assert set(manifest["required_features"]) <= {"rans", "steps", "col_scale", "wide"}
     for record in manifest["files"] + manifest["shards"]:
         content = (folder / record["name"]).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (record["bytes"], record["sha256"])
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (
+            record["bytes"],
+            record["sha256"],
+        )
     shards = [_read_shard(folder / record["name"], record) for record in manifest["shards"]]
     tensors = {record["name"]: record for record in manifest["tensors"]}
     result = {}
@@ -53,7 +56,10 @@ def _read_shard(path: Path, record: dict[str, Any]) -> dict[str, bytes]:
     assert _xxh3(raw[:base]) == record["header_xxh3"]
     header = json.loads(raw[8:base])
     header.pop("__metadata__", None)
-    return {name: raw[base + entry["data_offsets"][0] : base + entry["data_offsets"][1]] for name, entry in header.items()}
+    return {
+        name: raw[base + entry["data_offsets"][0] : base + entry["data_offsets"][1]]
+        for name, entry in header.items()
+    }
 
 
 def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
@@ -64,22 +70,32 @@ def _read_tensor(record: dict[str, Any], shard: dict[str, bytes]) -> bytes:
         return payload
     for side, checksum in record["xxh3"].items():
         assert _xxh3(shard[f"{name}_{side}"]) == checksum
-    assert list(struct.unpack(f"<{len(record['shape'])}q", shard[name + "_shape"])) == record["shape"]
-    rows, cols, planes, low_bits = _read_planes(record, shard[name + "_chunks"], payload, shard.get(name + "_tables", b""))
+    assert (
+        list(struct.unpack(f"<{len(record['shape'])}q", shard[name + "_shape"])) == record["shape"]
+    )
+    rows, cols, planes, low_bits = _read_planes(
+        record, shard[name + "_chunks"], payload, shard.get(name + "_tables", b"")
+    )
     if record["scheme"] == "lossless":
         assert (rows, cols) == (prod(record["shape"][:-1]), record["shape"][-1])
         data = _join(planes, record["dtype"])
         assert hashlib.sha256(data).hexdigest() == record["digest"]
         return data
-    scales, factors = (_widened(shard.get(name + side, b""), record) for side in ("_scale", "_col_scale"))
+    scales, factors = (
+        _widened(shard.get(name + side, b""), record) for side in ("_scale", "_col_scale")
+    )
     if name + "_col_group" in shard:
         groups = shard[name + "_col_group"]
-        planes, low_bits = ([_in_order(plane, cols, groups) for plane in some] for some in (planes, low_bits))
+        planes, low_bits = (
+            [_in_order(plane, cols, groups) for plane in some] for some in (planes, low_bits)
+        )
     codes = _codes(planes, low_bits[-1])
     packed = struct.pack(f"<{len(codes)}{'b' if len(planes) == 1 else 'h'}", *codes)
     assert hashlib.sha256(packed + scales + factors).hexdigest() == record["digest"]
     columns = struct.unpack(f"<{cols}f", factors) if factors else None
-    return _dequantize(record, (rows, cols), codes, struct.unpack(f"<{len(scales) // 4}f", scales), columns)
+    return _dequantize(
+        record, (rows, cols), codes, struct.unpack(f"<{len(scales) // 4}f", scales), columns
+    )
 
 
 def _widened(scales: bytes, record: dict[str, Any]) -> bytes:
@@ -104,23 +120,35 @@ def _codes(planes: list[bytes], low_bits: bytes) -> list[int]:
     """[7.3] Signed bytes, or low + 2^low_bits * high."""
     low, *high = ([byte - 256 if byte > 127 else byte for byte in plane] for plane in planes)
     assert -128 not in (high[0] if high else low)
-    return low if not high else [a + (b << bits) for a, b, bits in zip(low, high[0], low_bits, strict=True)]
+    return (
+        low
+        if not high
+        else [a + (b << bits) for a, b, bits in zip(low, high[0], low_bits, strict=True)]
+    )
 
 
 def _read_planes(
     record: dict[str, Any], table: bytes, payload: bytes, group_tables: bytes
 ) -> tuple[int, int, list[bytes], list[bytes]]:
     """[5] Returns the matrix, one row-major stream of symbols per plane, and one of the low_bits of their chunks per plane."""
-    magic, version, count, reserved, rows, cols, tile_rows, tile_cols = struct.unpack_from("<4sBBHQQII", table)
+    magic, version, count, reserved, rows, cols, tile_rows, tile_cols = struct.unpack_from(
+        "<4sBBHQQII", table
+    )
     assert (magic, version, reserved, count) == (b"CLCT", 1, 0, len(record["planes"]))
     assert [tile_rows, tile_cols] == record["tile"]
     planes, low_bits = ([bytearray(rows * cols) for _ in range(count)] for _ in range(2))
-    frequencies = _group_tables(group_tables, count, -(-rows // tile_rows), -(-cols // tile_cols)) if group_tables else {}
+    frequencies = (
+        _group_tables(group_tables, count, -(-rows // tile_rows), -(-cols // tile_cols))
+        if group_tables
+        else {}
+    )
     used = set()
     chunk, position = 0, 0
     for row, height, col, width in _tiles(rows, cols, tile_rows, tile_cols):
         for number, plane in enumerate(planes):
-            stored_bytes, codec, bits, reserved, checksum = struct.unpack_from("<IBB2sQ", table, 32 + 16 * chunk)
+            stored_bytes, codec, bits, reserved, checksum = struct.unpack_from(
+                "<IBB2sQ", table, 32 + 16 * chunk
+            )
             slot = payload[position : position + (stored_bytes + 15) // 16 * 16]
             assert xxhash.xxh3_64_intdigest(slot) == checksum
             assert reserved == b"\0\0"
@@ -144,7 +172,9 @@ def _read_planes(
     return rows, cols, [bytes(plane) for plane in planes], [bytes(bits) for bits in low_bits]
 
 
-def _group_tables(data: bytes, planes: int, down: int, across: int) -> dict[tuple[int, int, int], list[int]]:
+def _group_tables(
+    data: bytes, planes: int, down: int, across: int
+) -> dict[tuple[int, int, int], list[int]]:
     """[6.1] X_tables: returns the frequencies for each (i, j, plane) of the grid of tiles that has any."""
     magic, version, count, reserved, group_rows, group_cols = struct.unpack_from("<4sBBHII", data)
     assert (magic, version, reserved, count) == (b"CLRT", 1, 0, planes)
@@ -187,7 +217,10 @@ def _decode_rans(stored: bytes, raw_bytes: int, f: list[int]) -> bytes:
     start = [symbol_of.index(s) if f[s] else 0 for s in range(256)]
     total = len(symbol_of)
     words = (len(stored) - 128) // 2
-    x, word = list(struct.unpack_from("<32I", stored)), struct.unpack_from(f"<{words}H", stored, 128)
+    x, word = (
+        list(struct.unpack_from("<32I", stored)),
+        struct.unpack_from(f"<{words}H", stored, 128),
+    )
     assert len(stored) == 128 + 2 * words
     assert min(x) >= 65536
     read, symbols = 0, bytearray()
@@ -204,7 +237,9 @@ def _decode_rans(stored: bytes, raw_bytes: int, f: list[int]) -> bytes:
     return bytes(symbols)
 
 
-def _tiles(rows: int, cols: int, tile_rows: int, tile_cols: int) -> Iterator[tuple[int, int, int, int]]:
+def _tiles(
+    rows: int, cols: int, tile_rows: int, tile_cols: int
+) -> Iterator[tuple[int, int, int, int]]:
     for row in range(0, rows, tile_rows):
         for col in range(0, cols, tile_cols):
             yield row, min(tile_rows, rows - row), col, min(tile_cols, cols - col)
@@ -240,7 +275,11 @@ def _dequantize(
         step: Any = scales[index % cols if column else index // cols]
         if columns is not None:
             step = _round(Fraction(step) * Fraction(columns[index % cols]), 24, -126)
-        assert Fraction(2) ** -126 <= step < Fraction(2) ** (112 if len(record["planes"]) == 2 else 122)
+        assert (
+            Fraction(2) ** -126
+            <= step
+            < Fraction(2) ** (112 if len(record["planes"]) == 2 else 122)
+        )
         key = (code, step)
         if key not in known:
             known[key] = _cast(_round(key[0] * Fraction(key[1]), 24, -126), record["dtype"])

@@ -16,8 +16,8 @@ from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.manifest import KNOWN_FEATURES
-from codecllm.formats.records import NEAREST, Calibration
+from codecllm.formats.manifest.manifest import KNOWN_FEATURES
+from codecllm.formats.manifest.records import NEAREST, Calibration
 from codecllm.formats.reference import read_tensor_bytes, tensor_digest
 from codecllm.formats.schemes.int8 import quantize, step_sizes
 from tests.golden import independent_reader
@@ -41,9 +41,14 @@ def _lossless_tensors():
         elif dtype.is_float and dtype.bits > 8:
             values = rng.standard_normal((24, 90)).astype(f"f{dtype.itemsize}")
         else:
-            values = rng.integers(0, 2 if name == "BOOL" else 5, (48, 90)).astype(f"<u{dtype.itemsize}")
+            values = rng.integers(0, 2 if name == "BOOL" else 5, (48, 90)).astype(
+                f"<u{dtype.itemsize}"
+            )
         tensors[f"{name.lower()}.weight"] = (name, values)
-    return tensors | {"scalar": ("F32", np.array(1.5, np.float32)), "empty": ("F16", np.zeros((0, 4), np.float16))}
+    return tensors | {
+        "scalar": ("F32", np.array(1.5, np.float32)),
+        "empty": ("F16", np.zeros((0, 4), np.float16)),
+    }
 
 
 def _int8_tensors():
@@ -52,7 +57,10 @@ def _int8_tensors():
     return {
         "rows": ("F32", heavy),
         "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((48, 36)) ** 3).astype(np.float32)),
-        "experts.down_proj": ("BF16", bf16(rng.standard_normal((3, 20, 50)) ** 3).reshape(3, 20, 50)),
+        "experts.down_proj": (
+            "BF16",
+            bf16(rng.standard_normal((3, 20, 50)) ** 3).reshape(3, 20, 50),
+        ),
         "half": ("F16", (rng.standard_normal((30, 70)) ** 3).astype(np.float16)),
         "long": ("BF16", bf16(np.arange(140_000) % 251).reshape(1, -1)),
         "norm": ("F32", np.ones(16, np.float32)),
@@ -76,7 +84,9 @@ def _make(folder):
         source = write_source(folder / "source" / name, _column_tensors(), {"model_type": "gpt2"})
         convert(source, folder / name, codec=codec, steps=steps, include=("*",), **options)
         with Container(folder / name) as container:
-            expected[name] = {key: sha256_hex(read_tensor_bytes(container, key)) for key in container.records}
+            expected[name] = {
+                key: sha256_hex(read_tensor_bytes(container, key)) for key in container.records
+            }
     shutil.rmtree(folder / "source")
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
@@ -94,7 +104,10 @@ def _column_tensors():
         "absmax": ("F32", plain + 1),
         "refined": ("BF16", bf16(plain * 2)),
         "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((48, 36)) ** 3).astype(np.float32)),
-        "experts.down_proj": ("BF16", bf16(rng.standard_normal((3, 20, 50)) ** 3).reshape(3, 20, 50)),
+        "experts.down_proj": (
+            "BF16",
+            bf16(rng.standard_normal((3, 20, 50)) ** 3).reshape(3, 20, 50),
+        ),
         "norm": ("F32", np.ones(16, np.float32)),
     }
 
@@ -105,13 +118,20 @@ def _column_steps(factor):
     def provide(plan):
         name = plan.source.name
         short = name in ("ordered", "refined", "tiles", "h.0.attn.c_attn.weight")
-        steps = make_steps(plan, factor, short=short, tile=(16, 24) if name in ("tiles", "experts.down_proj") else None)
+        steps = make_steps(
+            plan,
+            factor,
+            short=short,
+            tile=(16, 24) if name in ("tiles", "experts.down_proj") else None,
+        )
         if name == "absmax":
             return None
         if name in ("tiles", "huge"):
             return replace(steps, col_groups=None)
         if name == "refined":
-            codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
+            codes = quantize(
+                weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True
+            )
             codes[::3] += 1
             return replace(steps, refined="feedback", codes=lambda first, last: codes[first:last])
         return steps
@@ -127,7 +147,9 @@ def _tensors_of_two_groups():
 def test_update_golden(request):
     """Does nothing unless --update-golden is given."""
     if not request.config.getoption("--update-golden"):
-        assert all((HERE / version / "expected.json").exists() for version in VERSIONS), "golden containers are missing"
+        assert all((HERE / version / "expected.json").exists() for version in VERSIONS), (
+            "golden containers are missing"
+        )
         return
     assert not os.environ.get("CI"), "golden containers are not made in CI"
     shutil.rmtree(NEWEST, ignore_errors=True)
@@ -164,11 +186,21 @@ def test_a_reader_written_from_the_specification_gives_the_same_bits(version, na
 
 
 def test_the_other_reader_shares_no_code():
-    assert "codecllm" not in re.findall(r"^(?:from|import) (\w+)", Path(independent_reader.__file__).read_text(), re.MULTILINE)
+    assert "codecllm" not in re.findall(
+        r"^(?:from|import) (\w+)", Path(independent_reader.__file__).read_text(), re.MULTILINE
+    )
 
 
 def test_golden_containers_hold_every_scheme_codec_and_dtype():
-    schemes, codecs, dtypes, kinds, features, roundings, sides = set(), set(), set(), set(), set(), set(), set()
+    schemes, codecs, dtypes, kinds, features, roundings, sides = (
+        set(),
+        set(),
+        set(),
+        set(),
+        set(),
+        set(),
+        set(),
+    )
     low_bits = set()
     for version, name in CONTAINERS:
         with Container(HERE / version / name) as container:
@@ -179,7 +211,13 @@ def test_golden_containers_hold_every_scheme_codec_and_dtype():
                     low_bits |= set(container.tensor(record.name).table.low_bits)
                 schemes.add(record.scheme)
                 if record.scheme == "int8":
-                    sides.add((record.scale_dtype, record.xxh3.col_scale is not None, record.xxh3.col_group is not None))
+                    sides.add(
+                        (
+                            record.scale_dtype,
+                            record.xxh3.col_scale is not None,
+                            record.xxh3.col_group is not None,
+                        )
+                    )
                 codecs |= {plane.codec for plane in getattr(record, "planes", [])}
                 dtypes |= {record.dtype} if record.scheme == "lossless" else set()
                 kinds.add(getattr(record, "channel_kind", "row"))
@@ -190,13 +228,20 @@ def test_golden_containers_hold_every_scheme_codec_and_dtype():
     assert len(low_bits) > 1
     assert features == KNOWN_FEATURES
     assert roundings == {None, NEAREST, "feedback"}
-    assert sides == {(dtype, *columns) for dtype in (None, "BF16") for columns in ((False, False), (True, False), (True, True))}
+    assert sides == {
+        (dtype, *columns)
+        for dtype in (None, "BF16")
+        for columns in ((False, False), (True, False), (True, True))
+    }
 
 
 def test_golden_tensors_are_those_of_their_sources():
     """The recorded bits are not only stable but right."""
     lossless = _lossless_tensors()
-    for path, tensors in (("v1.0/lossless", lossless), ("v1.1/lossless-rans", lossless | _tensors_of_two_groups())):
+    for path, tensors in (
+        ("v1.0/lossless", lossless),
+        ("v1.1/lossless-rans", lossless | _tensors_of_two_groups()),
+    ):
         with Container(HERE / path) as container:
             for key, (_, values) in tensors.items():
                 assert read_tensor_bytes(container, key) == values.tobytes(), key

@@ -44,7 +44,10 @@ def nvcomp(gpu: torch.device) -> None:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """Returns containers of 180 MB of weights, by scheme and codec: several batches, odd shapes, long rows, plain tensors."""
     rng = np.random.default_rng(3)
-    tensors = {f"layers.{n}.weight": ("BF16", bf16(0.02 * rng.standard_normal((4096, 4096)))) for n in range(4)}
+    tensors = {
+        f"layers.{n}.weight": ("BF16", bf16(0.02 * rng.standard_normal((4096, 4096))))
+        for n in range(4)
+    }
     tensors |= {
         "odd": ("BF16", bf16(rng.standard_normal((1001, 777)))),
         "half": ("F16", rng.standard_normal((999, 1003)).astype(np.float16)),
@@ -58,7 +61,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
         "none": ("F32", np.ones((0, 4), np.float32)),
     }
     base = tmp_path_factory.mktemp("large")
-    source = write_source(base / "source", tensors, {"model_type": "gpt2", "architectures": ["GPT2Model"]})
+    source = write_source(
+        base / "source", tensors, {"model_type": "gpt2", "architectures": ["GPT2Model"]}
+    )
     made: dict[tuple[str, str], Path] = {}
 
     def get(scheme: str, codec: str) -> Path:

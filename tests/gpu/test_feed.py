@@ -14,7 +14,7 @@ from codecllm.formats.errors import ChecksumError, DecodeError
 from codecllm.loader.device.codecs import NOTHING
 from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.streams import DeviceStreams
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.pool import DecodePool
 from codecllm.loader.stream import stream_tensors
 from codecllm.loader.torch_tensors import file_order, torch_dtype
 from tests import tampering
@@ -36,7 +36,8 @@ def _feed(folder, gpu, codecs):
 
 def _same(ours, expected):
     return ours.shape == expected.shape and torch.equal(
-        ours.cpu().contiguous().view(-1).view(torch.uint8), expected.contiguous().view(-1).view(torch.uint8)
+        ours.cpu().contiguous().view(-1).view(torch.uint8),
+        expected.contiguous().view(-1).view(torch.uint8),
     )
 
 
@@ -48,7 +49,9 @@ def test_every_tensor_has_the_bits_of_the_cpu_path(large, gpu, codecs, scheme, c
         expected = {record.name: tensor for record, tensor in stream_tensors(container)}
     with _feed(folder, gpu, codecs if where == "device" else NOTHING) as (container, feed):
         names = list(file_order(container))
-        wanted = {name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names}
+        wanted = {
+            name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names
+        }
         feed.expect(wanted.values())
         assert [name for name in names if not _same(feed.take(*wanted[name]), expected[name])] == []
 
@@ -58,7 +61,9 @@ def test_twenty_loads_in_a_row_give_the_same_bits(large, gpu, codecs, scheme, co
     """A wait that is missing shows itself only now and then; the caller's stream is kept busy with the same memory."""
     folder = large(scheme, codec)
     with Container(folder) as container:
-        expected = {r.name: t.to(gpu) for r, t in stream_tensors(container) if r.name.startswith("layers")}
+        expected = {
+            r.name: t.to(gpu) for r, t in stream_tensors(container) if r.name.startswith("layers")
+        }
     for _ in range(20):
         with _feed(folder, gpu, codecs) as (_, feed):
             feed.expect([(name, "weight", torch.bfloat16) for name in expected])
@@ -66,13 +71,21 @@ def test_twenty_loads_in_a_row_give_the_same_bits(large, gpu, codecs, scheme, co
                 garbage = torch.full_like(tensor, float("nan"))
                 torch.matmul(garbage, garbage)
                 del garbage
-                assert torch.equal(feed.take(name, "weight", torch.bfloat16).view(torch.int16), tensor.view(torch.int16))
+                assert torch.equal(
+                    feed.take(name, "weight", torch.bfloat16).view(torch.int16),
+                    tensor.view(torch.int16),
+                )
 
 
 def test_codes_of_int8(large, gpu, codecs):
-    with _feed(large("int8", "zstd"), gpu, codecs) as (_, on_device), _feed(large("int8", "zstd"), gpu, NOTHING) as (_, on_cpu):
+    with (
+        _feed(large("int8", "zstd"), gpu, codecs) as (_, on_device),
+        _feed(large("int8", "zstd"), gpu, NOTHING) as (_, on_cpu),
+    ):
         for name in ("layers.0.weight", "odd", "h.0.attn.c_attn.weight"):
-            assert torch.equal(on_device.take(name, "codes", None), on_cpu.take(name, "codes", None))
+            assert torch.equal(
+                on_device.take(name, "codes", None), on_cpu.take(name, "codes", None)
+            )
 
 
 @pytest.mark.parametrize("codec", ["zstd", "rans"])
@@ -85,7 +98,9 @@ def test_device_memory_beside_the_tensors_is_bounded(large, gpu, codecs, codec):
         names = [name for name, record in container.records.items() if record.dtype == "BF16"]
         feed.expect([(name, "weight", torch.bfloat16) for name in names])
         tensors = [feed.take(name, "weight", torch.bfloat16) for name in names]
-        beside = torch.cuda.max_memory_allocated() - before - sum(tensor.nbytes for tensor in tensors)
+        beside = (
+            torch.cuda.max_memory_allocated() - before - sum(tensor.nbytes for tensor in tensors)
+        )
     assert beside <= (3 * 64 + 128 + (400 if codec == "zstd" else 32)) << 20, beside / 2**20
 
 

@@ -42,10 +42,15 @@ def test_compressed_gives_the_logits_of_dense(container, name, scheme):
 
 def test_compressed_generates_the_tokens_of_dense(container):
     folder = container("qwen3", "int8")
-    prompt = {"input_ids": torch.arange(5, 12)[None].cuda(), "attention_mask": torch.ones(1, 7, dtype=torch.int64).cuda()}
+    prompt = {
+        "input_ids": torch.arange(5, 12)[None].cuda(),
+        "attention_mask": torch.ones(1, 7, dtype=torch.int64).cuda(),
+    }
     options = {"max_new_tokens": 16, "do_sample": False}
     dense = from_pretrained(folder, device_map="cuda").generate(**prompt, **options)
-    compressed = from_pretrained(folder, device_map="cuda", resident="compressed").generate(**prompt, **options)
+    compressed = from_pretrained(folder, device_map="cuda", resident="compressed").generate(
+        **prompt, **options
+    )
     assert torch.equal(compressed, dense)
 
 
@@ -74,7 +79,9 @@ def test_what_does_not_fit_the_callers_limits_stays_on_the_cpu(container, scheme
     folder = container("llama", scheme)
     expected = _logits(from_pretrained(folder, device_map="cuda"))
     size = sum(value.nbytes for value in from_pretrained(folder).parameters())
-    model = from_pretrained(folder, device_map="sequential", max_memory={0: size * 4 // 5, "cpu": 10 * size})
+    model = from_pretrained(
+        folder, device_map="sequential", max_memory={0: size * 4 // 5, "cpu": 10 * size}
+    )
     assert set(model.hf_device_map.values()) == {0, "cpu"}
     assert (_logits(model) - expected).norm() <= 0.02 * expected.norm()
 
@@ -85,4 +92,6 @@ def test_a_decoder_of_the_device_is_not_asked_for_elsewhere(container):
 
 
 def theirs_are_ours(expected, ours):
-    return expected.keys() == ours.keys() and all(same_bits(expected[key], ours[key].cpu()) for key in expected)
+    return expected.keys() == ours.keys() and all(
+        same_bits(expected[key], ours[key].cpu()) for key in expected
+    )

@@ -10,7 +10,13 @@ from codecllm.converter import convert
 from codecllm.loader import from_pretrained
 from tests.gpu.test_models import NAMES, theirs_are_ours
 
-RESIDENT = [("int8", "dense"), ("int8", "int8"), ("int8", "compressed"), ("lossless", "dense"), ("lossless", "compressed")]
+RESIDENT = [
+    ("int8", "dense"),
+    ("int8", "int8"),
+    ("int8", "compressed"),
+    ("lossless", "dense"),
+    ("lossless", "compressed"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +51,9 @@ def large_llama(tmp_path_factory):
 
 def _logits(model, device=None):
     with torch.inference_mode():
-        return model(input_ids=torch.arange(3, 23).reshape(2, 10).to(device or model.device))[0].cpu()
+        return model(input_ids=torch.arange(3, 23).reshape(2, 10).to(device or model.device))[
+            0
+        ].cpu()
 
 
 def _places(model):
@@ -62,20 +70,27 @@ def _split(layers):
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_on_a_device_that_is_not_the_current_one(container, name, decoder):
     model = from_pretrained(container(name, "int8"), device_map="cuda:1", decoder=decoder)
-    assert theirs_are_ours(from_pretrained(container(name, "int8")).state_dict(), model.state_dict())
+    assert theirs_are_ours(
+        from_pretrained(container(name, "int8")).state_dict(), model.state_dict()
+    )
     assert _places(model) == {"cuda:1"}
     assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize(("scheme", "resident"), RESIDENT)
 def test_logits_are_the_same_on_either_device(large_llama, scheme, resident):
-    first, second = (from_pretrained(large_llama[scheme], device_map=f"cuda:{n}", resident=resident) for n in (0, 1))
+    first, second = (
+        from_pretrained(large_llama[scheme], device_map=f"cuda:{n}", resident=resident)
+        for n in (0, 1)
+    )
     assert _places(second) <= {"cuda:1"}
     assert torch.equal(_logits(first), _logits(second))
 
 
 @pytest.mark.parametrize("way", ["ours", "plain"])
-@pytest.mark.parametrize("device_map", ["auto", "balanced", _split(10)], ids=["auto", "balanced", "halves"])
+@pytest.mark.parametrize(
+    "device_map", ["auto", "balanced", _split(10)], ids=["auto", "balanced", "halves"]
+)
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])
 def test_dense_over_two_devices_has_the_bits_of_the_cpu(large_llama, scheme, device_map, way):
     load = from_pretrained if way == "ours" else AutoModelForCausalLM.from_pretrained
@@ -88,13 +103,17 @@ def test_dense_over_two_devices_has_the_bits_of_the_cpu(large_llama, scheme, dev
 
 @pytest.mark.parametrize(("scheme", "resident"), RESIDENT)
 @pytest.mark.parametrize("device_map", ["balanced", _split(10)], ids=["balanced", "halves"])
-def test_logits_of_a_spread_model_are_those_of_one_device(large_llama, scheme, device_map, resident):
+def test_logits_of_a_spread_model_are_those_of_one_device(
+    large_llama, scheme, device_map, resident
+):
     expected = _logits(from_pretrained(large_llama[scheme], device_map="cuda:0", resident=resident))
     model = from_pretrained(large_llama[scheme], device_map=device_map, resident=resident)
     assert set(model.hf_device_map.values()) == {0, 1}
     assert torch.equal(_logits(model), expected)
     ids = torch.arange(5, 12)[None].to(model.device)
-    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    tokens = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+    )
     assert tokens.shape == (1, 15)
 
 
@@ -109,7 +128,9 @@ def test_a_part_stays_on_the_cpu(large_llama, scheme, resident):
 
 @pytest.mark.parametrize("resident", ["dense", "int8"])
 def test_compiled_on_a_device_that_is_not_the_current_one(container, resident):
-    model = from_pretrained(container("llama", "int8"), device_map="cuda:1", dtype="bfloat16", resident=resident)
+    model = from_pretrained(
+        container("llama", "int8"), device_map="cuda:1", dtype="bfloat16", resident=resident
+    )
     expected = _logits(model)
     model.forward = torch.compile(model.forward, fullgraph=True)
     assert (_logits(model) - expected).norm() <= 0.02 * expected.norm()
@@ -118,6 +139,9 @@ def test_compiled_on_a_device_that_is_not_the_current_one(container, resident):
 def test_int8_refuses_tensors_of_two_devices():
     from codecllm.loader.kernels.int8_linear import int8_linear
 
-    codes, scale = torch.zeros(64, 64, dtype=torch.int8, device="cuda:1"), torch.ones(64, device="cuda:1")
+    codes, scale = (
+        torch.zeros(64, 64, dtype=torch.int8, device="cuda:1"),
+        torch.ones(64, device="cuda:1"),
+    )
     with pytest.raises(ValueError, match="inputs lie on cuda:0, codes on cuda:1"):
         int8_linear(torch.zeros(1, 64, dtype=torch.bfloat16, device="cuda:0"), codes, scale, None)

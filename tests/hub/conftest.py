@@ -26,7 +26,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A server, and this process's huggingface_hub turned to it: logged in as `user`, with an empty cache."""
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         for name, value in server.environment(token="hf_writer").items():
@@ -63,7 +67,12 @@ def lossless(_containers: dict[str, Path], tmp_path: Path) -> Path:
 def run(hub: HubServer, tmp_path: Path) -> Run:
     """Runs the command line as a process; `token` and `cache` are its own, `environment` adds or (None) removes variables."""
 
-    def call(*arguments: Any, token: str | None = "hf_writer", cache: str = "cache", **environment: str | None) -> Any:
+    def call(
+        *arguments: Any,
+        token: str | None = "hf_writer",
+        cache: str = "cache",
+        **environment: str | None,
+    ) -> Any:
         return subprocess.run(
             [sys.executable, "-m", "codecllm", *map(str, arguments)],
             capture_output=True,
@@ -77,7 +86,9 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
     return call
 
 
-def variables(hub: HubServer, cache: Path, token: str | None = "hf_writer", **more: str | None) -> dict[str, str]:
+def variables(
+    hub: HubServer, cache: Path, token: str | None = "hf_writer", **more: str | None
+) -> dict[str, str]:
     """Returns the environment of a process that talks to `hub`."""
     base = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
     merged = {**base, **hub.environment(token=token, cache=str(cache)), **more}

@@ -8,7 +8,14 @@ import torch
 import codecllm
 import codecllm.loader
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError, HubError, LayoutError, NotAContainerError, TruncatedError, UsageError
+from codecllm.formats.errors import (
+    ChecksumError,
+    HubError,
+    LayoutError,
+    NotAContainerError,
+    TruncatedError,
+    UsageError,
+)
 from codecllm.info import describe, describe_name
 from codecllm.publishing import push
 from tests import tampering
@@ -31,7 +38,9 @@ def fetched(hub):
     return {
         exchange.path.partition("?")[0].rpartition("/")[2]
         for exchange in hub.log
-        if exchange.method == "GET" and exchange.sent and ("/resolve/" in exchange.path or "/cdn/" in exchange.path)
+        if exchange.method == "GET"
+        and exchange.sent
+        and ("/resolve/" in exchange.path or "/cdn/" in exchange.path)
     }
 
 
@@ -40,10 +49,14 @@ def test_info_reads_headers_by_ranges_and_no_weights(hub, published, tmp_path):
     local = describe(published)
     assert {**facts, "folder": None, "hub": None} == {**local, "folder": None, "hub": None}
     with Container(published) as opened:
-        headers = [len(opened.shard(number)[1].raw) for number in range(len(opened.manifest.shards))]
+        headers = [
+            len(opened.shard(number)[1].raw) for number in range(len(opened.manifest.shards))
+        ]
         expected = opened.manifest_bytes + sum(headers)
     assert facts["hub"]["transferred_bytes"] == expected
-    content = [e for e in hub.log if e.method == "GET" and ("/cdn/" in e.path or "/resolve/" in e.path)]
+    content = [
+        e for e in hub.log if e.method == "GET" and ("/cdn/" in e.path or "/resolve/" in e.path)
+    ]
     assert sum(exchange.sent for exchange in content) == expected
     assert all(exchange.range for exchange in content)
     assert expected < facts["hub"]["listed_bytes"] / 2
@@ -56,14 +69,24 @@ def test_info_as_a_command_says_what_it_read(hub, published, run):
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("read "))
     assert "no weights" in line
-    sent = sum(e.sent for e in hub.log if e.method == "GET" and ("/cdn/" in e.path or "/resolve/" in e.path))
+    sent = sum(
+        e.sent
+        for e in hub.log
+        if e.method == "GET" and ("/cdn/" in e.path or "/resolve/" in e.path)
+    )
     assert f"read       {sent:,} of " in line
-    assert json.loads(run("info", REPO, "--json").stdout)["hub"]["commit"] == hub.repos[REPO].refs["main"]
+    assert (
+        json.loads(run("info", REPO, "--json").stdout)["hub"]["commit"]
+        == hub.repos[REPO].refs["main"]
+    )
 
 
 def test_only_listed_files_are_fetched(hub, published):
     repo = hub.repos[REPO]
-    extra = {name: hub.store(name, b"x" * 100) for name in ("pytorch_model.bin", "notes.json", "run.py", "other.safetensors")}
+    extra = {
+        name: hub.store(name, b"x" * 100)
+        for name in ("pytorch_model.bin", "notes.json", "run.py", "other.safetensors")
+    }
     hub.commit(repo, {**repo.commits[repo.refs["main"]], **extra}, "more", "main")
     assert codecllm.verify(REPO, baseline=False).ok
     assert fetched(hub) == names_in(published)
@@ -85,7 +108,13 @@ def test_verify_by_name_at_every_level(hub, published, run):
     report = json.loads(done.stdout)
     assert report["commit"] == hub.repos[REPO].refs["main"]
     stages = {stage["name"]: stage["verdict"] for stage in report["stages"]}
-    assert stages == {"structure": "ok", "checksums": "ok", "decode": "ok", "ratio": "ok", "baseline": "skipped"}
+    assert stages == {
+        "structure": "ok",
+        "checksums": "ok",
+        "decode": "ok",
+        "ratio": "ok",
+        "baseline": "skipped",
+    }
 
 
 def test_transformers_alone_loads_by_name(hub, published, tmp_path):
@@ -103,7 +132,12 @@ def test_a_byte_changed_on_the_server_is_refused(hub, published):
     hub.tamper(REPO, path.name, byte)
     with pytest.raises(ChecksumError, match="stored bytes are damaged") as caught:
         codecllm.from_pretrained(REPO)
-    assert (caught.value.file, caught.value.tensor, caught.value.chunk, caught.value.byte) == (path.name, TENSOR, 0, byte)
+    assert (caught.value.file, caught.value.tensor, caught.value.chunk, caught.value.byte) == (
+        path.name,
+        TENSOR,
+        0,
+        byte,
+    )
     report = codecllm.verify(REPO)
     assert not report.ok
     assert {finding.error.file for finding in report.stage("checksums").findings} == {path.name}
@@ -135,7 +169,9 @@ def test_info_compares_headers_and_sizes(hub, published):
     hub.commit(repo, {**files, shard: hub.store(shard, b"short")}, "shorter", "main")
     with pytest.raises(LayoutError, match="another size"):
         describe_name(REPO)
-    hub.commit(repo, {name: entry for name, entry in files.items() if name != shard}, "missing", "main")
+    hub.commit(
+        repo, {name: entry for name, entry in files.items() if name != shard}, "missing", "main"
+    )
     with pytest.raises(TruncatedError, match="missing on the Hub"):
         describe_name(REPO)
     with pytest.raises(TruncatedError, match="missing"):
@@ -160,6 +196,8 @@ def test_a_repository_that_is_no_container(hub):
 def test_a_server_without_ranges_is_not_drained(hub, published, monkeypatch):
     from tests import hub_endpoints
 
-    monkeypatch.setattr(hub_endpoints.Handler, "_file", lambda self, data, headers: self._send(200, data, headers))
+    monkeypatch.setattr(
+        hub_endpoints.Handler, "_file", lambda self, data, headers: self._send(200, data, headers)
+    )
     with pytest.raises((HubError, UsageError), match="serves no ranges"):
         describe_name(REPO)

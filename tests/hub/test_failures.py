@@ -15,7 +15,10 @@ CASES = {
     "gated": ({"token": "hf_reader"}, "gated: ask for access"),
     "gated, not logged in": ({"token": None}, "gated: ask for access"),
     "missing": ({"repo": "user/absent"}, "not found on the Hub"),
-    "private": ({"token": "hf_reader", "repo": "user/hidden"}, "not found on the Hub (or private: log in"),
+    "private": (
+        {"token": "hf_reader", "repo": "user/hidden"},
+        "not found on the Hub (or private: log in",
+    ),
     "wrong token": ({"token": "hf_wrong"}, "the Hub refuses the token"),
     "no such revision": ({"revision": "v9"}, "no such revision: 'v9'"),
     "offline": ({"HF_HUB_OFFLINE": "1"}, "not in the local cache, and offline mode is on"),

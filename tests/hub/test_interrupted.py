@@ -23,7 +23,9 @@ CUT = "model-00003-of-00006.safetensors"
 def start(hub, cache, *arguments):
     """Starts the command line and returns the process."""
     command = [sys.executable, "-m", "codecllm", *map(str, arguments)]
-    return subprocess.Popen(command, env=variables(hub, cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=variables(hub, cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def kill_when(process, fault):
@@ -37,7 +39,9 @@ def kill_when(process, fault):
 
 def test_a_download_whose_connection_breaks_goes_on_inside_the_file(hub, container, monkeypatch):
     push(container, REPO, level="structure")
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept is whole blocks of this size; usually 10 MB
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 1000
+    )  # what is kept is whole blocks of this size; usually 10 MB
     fault = hub.fault(rf"GET /cdn/\w+/{CUT}", after=5000)
     report = codecllm.verify(REPO, level="checksums")
     assert report.ok
@@ -70,7 +74,11 @@ def test_a_killed_download_fetches_only_what_is_missing(hub, container, run, tmp
     hub.log.clear()
     done = run("verify", REPO, "--level", "checksums")
     assert done.returncode == 0, done.stderr
-    again = {exchange.path.rpartition("/")[2] for exchange in hub.log if exchange.method == "GET" and "/cdn/" in exchange.path}
+    again = {
+        exchange.path.rpartition("/")[2]
+        for exchange in hub.log
+        if exchange.method == "GET" and "/cdn/" in exchange.path
+    }
     assert CUT in again
     assert not again & complete
 
@@ -85,12 +93,16 @@ def test_an_upload_whose_connection_breaks_is_repeated(hub, container):
 
 def test_a_killed_upload_sends_only_what_is_missing(hub, container, run, tmp_path):
     shards = sorted(container.glob("*.safetensors"))
-    sha256 = {record["name"]: record["sha256"] for record in codecllm.info.describe(container)["shards"]}
+    sha256 = {
+        record["name"]: record["sha256"] for record in codecllm.info.describe(container)["shards"]
+    }
     fault = hub.fault(f"PUT /lfs/{sha256[CUT]}", after=3000, stall=True)
     process = start(hub, tmp_path / "cache", "push", container, REPO, "--level", "structure")
     assert fault.reached.wait(60)
     others = {digest for name, digest in sha256.items() if name != CUT}
-    for _ in range(600):  # five uploads run beside each other: the others arrive while this one stands still
+    for _ in range(
+        600
+    ):  # five uploads run beside each other: the others arrive while this one stands still
         if others <= hub.blobs.keys():
             break
         fault.release.wait(0.05)

@@ -9,17 +9,28 @@ from huggingface_hub import ModelCard
 import codecllm
 from codecllm.formats import BASE_VERSION
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError, HubError, LayoutError, NotAContainerError, UsageError
+from codecllm.formats.errors import (
+    ChecksumError,
+    HubError,
+    LayoutError,
+    NotAContainerError,
+    UsageError,
+)
 from codecllm.hub.resolve import listed_names
-from codecllm.loader.transformers_adapter import load_plain
+from codecllm.loader.hf.adapter import load_plain
 from codecllm.model_card import MARKER
 from codecllm.publishing import push
-from codecllm.verifier.baseline import _attach
-from codecllm.verifier.baseline_record import Agreement, Baseline, Environment, pack_baseline
+from codecllm.verifier.baseline.baseline import _attach
+from codecllm.verifier.baseline.record import Agreement, Baseline, Environment, pack_baseline
 from tests import tampering
 
 REPO = "user/tiny-codecllm-int8"
-CARD = {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE", "language": ["en", "de"]}
+CARD = {
+    "license": "other",
+    "license_name": "llama3.1",
+    "license_link": "LICENSE",
+    "language": ["en", "de"],
+}
 
 
 def names_in(folder):
@@ -76,7 +87,9 @@ def test_revisions(hub, container, lossless):
     plain = codecllm.from_pretrained(lossless)
     for revision in ("lossless", second.commit):
         assert_same_weights(codecllm.from_pretrained(REPO, revision=revision), plain)
-    assert_same_weights(codecllm.from_pretrained(REPO, revision=first.commit), codecllm.from_pretrained(container))
+    assert_same_weights(
+        codecllm.from_pretrained(REPO, revision=first.commit), codecllm.from_pretrained(container)
+    )
 
 
 def test_pull_request(hub, container, lossless):
@@ -132,7 +145,9 @@ def test_no_container_and_no_owner(hub, container, tmp_path):
 def test_what_arrived_is_compared(hub, container, monkeypatch):
     from tests import hub_endpoints
 
-    monkeypatch.setattr(hub_endpoints.Handler, "_tree_entry", _lying(hub_endpoints.Handler._tree_entry))
+    monkeypatch.setattr(
+        hub_endpoints.Handler, "_tree_entry", _lying(hub_endpoints.Handler._tree_entry)
+    )
     with pytest.raises(LayoutError, match="differs from the manifest"):
         push(container, REPO, level="structure")
 
@@ -176,8 +191,12 @@ def test_card_of_a_gated_base(hub, container):
     assert (data["license"], data["license_name"]) == ("other", "llama3.1")
     assert data["license_link"] == "https://huggingface.co/base/model/blob/main/LICENSE"
     assert data["language"] == ["en", "de"]
-    assert [word for word in ("gated", "llama3.1") if any(word in text for text in report.warnings)] == ["gated", "llama3.1"]
-    private = push(container, "user/hidden", level="structure", base_model="base/model", private=True)
+    assert [
+        word for word in ("gated", "llama3.1") if any(word in text for text in report.warnings)
+    ] == ["gated", "llama3.1"]
+    private = push(
+        container, "user/hidden", level="structure", base_model="base/model", private=True
+    )
     assert not any("gated" in text for text in private.warnings)
 
 
@@ -221,7 +240,9 @@ def test_card_states_the_baseline(hub, container):
         threads=2,
     )
     agreement = Agreement(top1=0.9531, mean_kl=0.00669, same_tokens=0.25)
-    baseline = Baseline(format="codecllm-baseline", version=1, kind="greedy", environment=where, agreement=agreement)
+    baseline = Baseline(
+        format="codecllm-baseline", version=1, kind="greedy", environment=where, agreement=agreement
+    )
     with Container(container) as opened:
         _attach(container, opened.manifest, pack_baseline(baseline))
     push(container, REPO, level="structure")
@@ -256,7 +277,10 @@ def test_readme_that_somebody_wrote_on_the_hub_stays(hub, container):
     push(container, REPO, level="structure")
     repo = hub.repos[REPO]
     files = repo.commits[repo.refs["main"]]
-    edited = {**files, "README.md": hub.store("README.md", b"---\nlicense: mit\n---\n# Edited in the browser\n")}
+    edited = {
+        **files,
+        "README.md": hub.store("README.md", b"---\nlicense: mit\n---\n# Edited in the browser\n"),
+    }
     hub.commit(repo, edited, "edit", "main")
     report = push(container, REPO, level="structure")
     assert not report.card
@@ -279,7 +303,16 @@ def test_push_and_convert_push_as_commands(hub, container, run, tmp_path):
     assert facts["commit"] == hub.repos[REPO].refs["main"]
     assert hub.repos[REPO].messages[facts["commit"]] == "First"
     source = tiny_models.llama(tmp_path / "source")
-    done = run("convert", source, tmp_path / "out", "--no-baseline", "--push", "user/converted", "--private", "-q")
+    done = run(
+        "convert",
+        source,
+        tmp_path / "out",
+        "--no-baseline",
+        "--push",
+        "user/converted",
+        "--private",
+        "-q",
+    )
     assert done.returncode == 0, done.stderr
     assert "pushed" in done.stdout
     assert hub.repos["user/converted"].private
@@ -291,16 +324,36 @@ def test_from_a_source_on_the_hub_to_a_card_that_names_it(hub, run, tmp_path):
 
     source = tiny_models.llama(tmp_path / "source", max_shard_size="30KB")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
-    more = {"pytorch_model.bin": b"pickle", "README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"}
-    hub.add_repo("base/tiny", {**files, **more}, card_data={"license": "mit", "license_link": "LICENSE"})
+    more = {
+        "pytorch_model.bin": b"pickle",
+        "README.md": b"---\nlicense: mit\n---\n",
+        "LICENSE": b"MIT",
+    }
+    hub.add_repo(
+        "base/tiny", {**files, **more}, card_data={"license": "mit", "license_link": "LICENSE"}
+    )
     hub.log.clear()
-    done = run("convert", "base/tiny", tmp_path / "out", "--no-baseline", "--scheme", "lossless", "--push", REPO, "--json")
+    done = run(
+        "convert",
+        "base/tiny",
+        tmp_path / "out",
+        "--no-baseline",
+        "--scheme",
+        "lossless",
+        "--push",
+        REPO,
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     assert not [exchange for exchange in hub.log if "pytorch_model.bin" in exchange.path]
     published = json.loads(done.stdout)["push"]
     commit = hub.repos["base/tiny"].refs["main"]
     data, text = card_of(hub).data.to_dict(), card_of(hub).text
-    assert (data["base_model"], data["license"], data["license_link"]) == ("base/tiny", "mit", "LICENSE")
+    assert (data["base_model"], data["license"], data["license_link"]) == (
+        "base/tiny",
+        "mit",
+        "LICENSE",
+    )
     assert data["tags"] == ["codecllm", "lossless", "zstd"]
     assert f"| source commit | `{commit}` |" in text
     assert published["warnings"] == []

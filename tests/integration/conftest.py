@@ -26,7 +26,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def container(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]) -> Callable[[str, str], Path]:
+def container(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]
+) -> Callable[[str, str], Path]:
     """Returns the container of a tiny model: all its matrices int8, or everything lossless."""
     made: dict[tuple[str, str], Path] = {}
 

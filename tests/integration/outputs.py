@@ -20,11 +20,16 @@ def logits(model: Any) -> torch.Tensor:
     ids = torch.arange(3, 23).reshape(2, 10)
     inputs = {"input_ids": ids}
     if model.config.model_type == "whisper":
-        inputs = {"input_features": torch.linspace(-1, 1, 16 * 64).reshape(1, 16, 64), "decoder_input_ids": ids[:1, :4]}
+        inputs = {
+            "input_features": torch.linspace(-1, 1, 16 * 64).reshape(1, 16, 64),
+            "decoder_input_ids": ids[:1, :4],
+        }
     elif model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :4]
     elif model.config.model_type == "llava":
-        inputs["pixel_values"] = torch.linspace(-1, 1, 2 * 3 * 16 * 16, dtype=model.dtype).reshape(2, 3, 16, 16)
+        inputs["pixel_values"] = torch.linspace(-1, 1, 2 * 3 * 16 * 16, dtype=model.dtype).reshape(
+            2, 3, 16, 16
+        )
         inputs["input_ids"][:, 2:6] = 511
     with torch.inference_mode():
         return model(**inputs)[0]
@@ -32,4 +37,6 @@ def logits(model: Any) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaNs and zeros included."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(_BITS[a.dtype]), b.contiguous().view(_BITS[b.dtype]))
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(_BITS[a.dtype]), b.contiguous().view(_BITS[b.dtype])
+    )

@@ -17,11 +17,11 @@ from codecllm.calibrator.gradients import _projected, squared_gradients
 from codecllm.calibrator.text import random_text
 from codecllm.cli.app import app
 from codecllm.converter import ConvertOptions, convert, estimate
-from codecllm.converter.rate import Target, fit
-from codecllm.converter.source import SourceModel
+from codecllm.converter.rate.search import Target, fit
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.loader.transformers_adapter import load_plain
+from codecllm.loader.hf.adapter import load_plain
 from codecllm.quality import QUALITIES, chosen_steps
 from tests.integration import tiny_models
 
@@ -30,7 +30,9 @@ MATRICES = ("*_proj.weight", "*embed_tokens*", "*.dense.weight", "*.c_*.weight",
 
 
 def _moe():
-    config = hf.Qwen3MoeConfig(**{**tiny_models.EXPERTS, **WIDE, "moe_intermediate_size": 128}, num_experts=4, head_dim=32)
+    config = hf.Qwen3MoeConfig(
+        **{**tiny_models.EXPERTS, **WIDE, "moe_intermediate_size": 128}, num_experts=4, head_dim=32
+    )
     return hf.Qwen3MoeForCausalLM(config)
 
 
@@ -39,7 +41,9 @@ def _bert():
 
 
 def _gpt2():
-    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=64, **tiny_models.TEXT_ONLY))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=64, **tiny_models.TEXT_ONLY)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,9 @@ def source(tmp_path_factory):
 
 # Of the encoder's 344,064 weights in 39 tensors a fifth of the size is header and manifest.
 @pytest.mark.parametrize(("name", "kind"), [("moe", "self"), ("bert", "random"), ("gpt2", "self")])
-def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(tmp_path, source, name, kind):
+def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(
+    tmp_path, source, name, kind
+):
     done = api.convert(source(name), tmp_path / "out", bits=5, include=MATRICES, baseline=False)
     assert done.report.quantized_bits_per_weight == pytest.approx(5, rel=0.005)
     manifest = done.report.manifest
@@ -69,8 +75,17 @@ def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(tmp_pat
 
 
 def test_low_rates_verify_against_their_source_and_say_how_codes_were_rounded(tmp_path, source):
-    done = api.convert(source("gpt2"), tmp_path / "out", bits=3.5, calibrate="none", include=MATRICES, baseline=False)
-    rounded = [record.rounding for record in done.report.manifest.tensors if record.scheme == "int8"]
+    done = api.convert(
+        source("gpt2"),
+        tmp_path / "out",
+        bits=3.5,
+        calibrate="none",
+        include=MATRICES,
+        baseline=False,
+    )
+    rounded = [
+        record.rounding for record in done.report.manifest.tensors if record.scheme == "int8"
+    ]
     assert rounded and set(rounded) == {"deadzone"}
     assert done.report.quantized_bits_per_weight == pytest.approx(3.5, rel=0.005)
     report = codecllm.verify(tmp_path / "out", source=source("gpt2"), baseline=False)
@@ -85,7 +100,9 @@ def test_every_expert_has_statistics_of_its_own(source):
         assert experts
         for name in experts:
             assert (len(found[name].rows), len(found[name].cols)) == model.tensors[name].shape
-    first, second = (found[f"model.layers.0.mlp.experts.{number}.up_proj.weight"].rows for number in (0, 1))
+    first, second = (
+        found[f"model.layers.0.mlp.experts.{number}.up_proj.weight"].rows for number in (0, 1)
+    )
     assert not (first == second).all()
 
 
@@ -130,15 +147,27 @@ def test_a_tied_weight_has_the_sums_of_both_its_uses():
     apart = hf.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         apart.lm_head.weight.copy_(apart.model.embed_tokens.weight)
-    tied = hf.LlamaForCausalLM(hf.LlamaConfig(**tiny_models.GROUPED, tie_word_embeddings=True)).eval()
-    tied.load_state_dict({name: value for name, value in apart.state_dict().items() if name != "lm_head.weight"}, strict=False)
+    tied = hf.LlamaForCausalLM(
+        hf.LlamaConfig(**tiny_models.GROUPED, tie_word_embeddings=True)
+    ).eval()
+    tied.load_state_dict(
+        {name: value for name, value in apart.state_dict().items() if name != "lm_head.weight"},
+        strict=False,
+    )
     tokens = torch.arange(24).reshape(3, 8) % config.vocab_size
     found, both = squared_gradients(tied, tokens), squared_gradients(apart, tokens)
-    assert found.keys() == both.keys() - {"lm_head.weight"} == {n for n, p in tied.named_parameters() if p.ndim > 1}
+    assert (
+        found.keys()
+        == both.keys() - {"lm_head.weight"}
+        == {n for n, p in tied.named_parameters() if p.ndim > 1}
+    )
     for part in (0, 1):
         together = both["model.embed_tokens.weight"][part] + both["lm_head.weight"][part]
         assert torch.allclose(found["model.embed_tokens.weight"][part], together, rtol=1e-4)
-        assert torch.allclose(found["model.layers.1.mlp.up_proj.weight"][part], both["model.layers.1.mlp.up_proj.weight"][part])
+        assert torch.allclose(
+            found["model.layers.1.mlp.up_proj.weight"][part],
+            both["model.layers.1.mlp.up_proj.weight"][part],
+        )
     assert not any(parameter.requires_grad for parameter in tied.parameters())
 
 
@@ -166,7 +195,9 @@ def test_the_bytes_do_not_depend_on_workers(tmp_path, source):
         options = {"include": MATRICES, "workers": workers}
         steps = fit(source("moe"), ConvertOptions(**options), Target(bits=4.5), statistics)
         convert(source("moe"), tmp_path / str(workers), steps=steps, **options)
-        results.append({path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()})
+        results.append(
+            {path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()}
+        )
     assert results[0] == results[1]
 
 
@@ -188,9 +219,14 @@ def test_a_model_larger_than_memory_is_watched_layer_by_layer_from_disk(monkeypa
     model = load_plain(source("moe"))
     tokens = random_text(model)[:16]
     whole = mean_squared_inputs(model, tokens, known)
-    assert "model.layers.1.self_attn.o_proj.weight" in whole and found.statistics.keys() == whole.keys()
+    assert (
+        "model.layers.1.self_attn.o_proj.weight" in whole
+        and found.statistics.keys() == whole.keys()
+    )
     assert found.record.tokens == tokens.numel()
-    assert all(np.allclose(found.statistics[name].cols, whole[name].cols, rtol=1e-3) for name in whole)
+    assert all(
+        np.allclose(found.statistics[name].cols, whole[name].cols, rtol=1e-3) for name in whole
+    )
 
 
 def test_a_text_that_is_of_no_use_is_refused(tmp_path, source):
@@ -202,13 +238,22 @@ def test_a_text_that_is_of_no_use_is_refused(tmp_path, source):
 
 def test_a_dry_run_predicts(source):
     options = {"include": MATRICES}
-    more, _ = chosen_steps(source("gpt2"), options, bits=None, ratio=2.5, quality=None, calibrate="none")
+    more, _ = chosen_steps(
+        source("gpt2"), options, bits=None, ratio=2.5, quality=None, calibrate="none"
+    )
     predicted = estimate(source("gpt2"), ConvertOptions(**options, **more))
     assert predicted.source_bytes / predicted.stored_bytes == pytest.approx(2.5, rel=0.02)
 
 
 def test_a_ratio_is_reached(tmp_path, source):
-    report = api.convert(source("gpt2"), tmp_path / "out", ratio=2.5, calibrate="none", include=MATRICES, baseline=False).report
+    report = api.convert(
+        source("gpt2"),
+        tmp_path / "out",
+        ratio=2.5,
+        calibrate="none",
+        include=MATRICES,
+        baseline=False,
+    ).report
     assert report.ratio == pytest.approx(2.5, rel=0.01)
     assert report.manifest.options.ratio == 2.5
     assert report.manifest.calibration is None
@@ -223,9 +268,13 @@ def test_what_cannot_run_is_converted_uncalibrated_with_a_line_that_says_so(tmp_
     (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["NoSuchModel"]}')
     report = api.convert(folder, tmp_path / "out", bits=6, include=MATRICES, baseline=False).report
     assert report.manifest.options.calibrate == "none"
-    assert any("not calibrated" in warning and "NoSuchModel" in warning for warning in report.warnings)
+    assert any(
+        "not calibrated" in warning and "NoSuchModel" in warning for warning in report.warnings
+    )
     with pytest.raises(UnsupportedEnvironmentError, match="NoSuchModel"):
-        api.convert(folder, tmp_path / "other", bits=6, calibrate="self", include=MATRICES, baseline=False)
+        api.convert(
+            folder, tmp_path / "other", bits=6, calibrate="self", include=MATRICES, baseline=False
+        )
     assert not (tmp_path / "other").exists()
 
 
@@ -251,7 +300,15 @@ def test_what_cannot_be_meant_is_refused(tmp_path, source, asked, message):
 def test_the_command_line_takes_a_quality(tmp_path, source):
     run = partial(CliRunner().invoke, app)
     include = [part for pattern in MATRICES for part in ("--include", pattern)]
-    command = ["convert", str(source("gpt2")), str(tmp_path / "out"), "--no-baseline", "--calibrate", "none", *include]
+    command = [
+        "convert",
+        str(source("gpt2")),
+        str(tmp_path / "out"),
+        "--no-baseline",
+        "--calibrate",
+        "none",
+        *include,
+    ]
     done = run([*command, "--quality", "high"])
     assert done.exit_code == 0, done.output
     with Container(tmp_path / "out") as container:

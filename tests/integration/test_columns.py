@@ -14,8 +14,9 @@ from codecllm.formats.errors import UsageError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.formats.schemes.int8 import step_sizes
 from codecllm.info import describe
-from codecllm.loader import from_pretrained, int8_matmul, stream_tensors
-from codecllm.loader.int8_modules import Int8Weight
+from codecllm.loader import from_pretrained, stream_tensors
+from codecllm.loader.resident import int8_matmul
+from codecllm.loader.resident.int8_modules import Int8Weight
 from codecllm.verifier import verify
 from codecllm.verifier.model_comparison import compare_models
 from tests import tampering
@@ -34,7 +35,9 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module", params=["zstd", "rans"])
 def folder(request, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("columns") / "c"
-    convert(source, out, include=("*.weight",), exclude=("*norm*",), codec=request.param, steps=mixed)
+    convert(
+        source, out, include=("*.weight",), exclude=("*norm*",), codec=request.param, steps=mixed
+    )
     return out
 
 
@@ -68,12 +71,16 @@ def test_other_dtypes_are_rounded_once(folder, dtype):
             steps = step_sizes(tensor.scales, tensor.columns.scales)
             expected = torch.from_numpy(read_codes(tensor).astype(np.float32) * steps).to(dtype)
             assert torch.equal(weights[name], expected)
-            assert torch.equal(compressed.get_submodule(name.removesuffix(".weight")).weight, expected)
+            assert torch.equal(
+                compressed.get_submodule(name.removesuffix(".weight")).weight, expected
+            )
 
 
 def test_int8_modules_fold_the_columns_into_their_inputs(folder):
     dense, resident = from_pretrained(folder), from_pretrained(folder, resident="int8")
-    modules = {name: module for name, module in resident.named_modules() if isinstance(module, Int8Weight)}
+    modules = {
+        name: module for name, module in resident.named_modules() if isinstance(module, Int8Weight)
+    }
     assert WIDE.removesuffix(".weight") not in modules  # 16 bits are no less than its dtype has
     assert len(modules) == 15
     assert modules["model.layers.0.self_attn.q_proj"].weight_col_scale is None
@@ -88,8 +95,16 @@ def test_int8_modules_fold_the_columns_into_their_inputs(folder):
 
 
 def test_casts_leave_the_scales_alone(folder):
-    module = from_pretrained(folder, resident="int8").model.layers[0].mlp.down_proj.to(torch.float16).double()
-    assert (module.weight_scale.dtype, module.weight_col_scale.dtype) == (torch.float32, torch.float32)
+    module = (
+        from_pretrained(folder, resident="int8")
+        .model.layers[0]
+        .mlp.down_proj.to(torch.float16)
+        .double()
+    )
+    assert (module.weight_scale.dtype, module.weight_col_scale.dtype) == (
+        torch.float32,
+        torch.float32,
+    )
     with Container(folder) as container:
         tensor = container.tensor("model.layers.0.mlp.down_proj.weight")
         assert np.array_equal(module.weight_col_scale.numpy(), tensor.columns.scales)
@@ -104,7 +119,9 @@ def test_packed_products_stay_within_the_stated_rounding(tokens):
     if not int8_matmul.can_pack(inputs, codes):
         pytest.skip("this CPU or torch has no packed kernel")
     got = int8_matmul.int8_linear(inputs, codes, scale, None, columns)
-    products = inputs.double()[:, None, :] * (codes.double() * scale.double()[:, None] * columns.double())
+    products = inputs.double()[:, None, :] * (
+        codes.double() * scale.double()[:, None] * columns.double()
+    )
     error = (got.double() - products.sum(-1)).abs()
     assert (error <= 2**-8 * (products.abs().sum(-1) + products.sum(-1).abs())).all()
     assert error.max() > 0
@@ -117,7 +134,9 @@ def test_gradients_know_the_columns():
     inputs = torch.randn(3, 96, dtype=torch.float64, generator=generator).requires_grad_()
     weight = int8_matmul.dequantize_rows(codes, scale, torch.float64, columns)
     (expected,) = torch.autograd.grad((inputs @ weight.T).sum(), inputs)
-    (got,) = torch.autograd.grad(int8_matmul.int8_linear(inputs, codes, scale, None, columns).sum(), inputs)
+    (got,) = torch.autograd.grad(
+        int8_matmul.int8_linear(inputs, codes, scale, None, columns).sum(), inputs
+    )
     torch.testing.assert_close(got, expected)
 
 
@@ -168,7 +187,9 @@ def test_exports_that_cannot_hold_columns_say_so(source, folder, tmp_path):
     with pytest.raises(UsageError, match="scales for their columns"):
         export(tmp_path / "c", tmp_path / "gguf", format="gguf")
     assert not (tmp_path / "packed").exists()
-    export(folder, tmp_path / "mixed", format="compressed-tensors")  # q_proj has channels only: it stays int8
+    export(
+        folder, tmp_path / "mixed", format="compressed-tensors"
+    )  # q_proj has channels only: it stays int8
     names = {name for name in _names(tmp_path / "mixed") if name.endswith("_packed")}
     assert names == {"model.layers.0.self_attn.q_proj.weight_packed"}
 
@@ -190,4 +211,6 @@ def test_info_counts_every_scale(folder):
         record = container.records[WIDE]
         assert record.scale_bytes == 2 * (128 + 64) + 64
         payload = sum(plane.stored_bytes for plane in record.planes)
-        assert rows[WIDE]["stored_bytes"] == payload + (record.tables_bytes or 0) + record.scale_bytes
+        assert (
+            rows[WIDE]["stored_bytes"] == payload + (record.tables_bytes or 0) + record.scale_bytes
+        )

@@ -32,11 +32,17 @@ def test_int8_against_lossless(container, tiny):
     rows, source = _rows(found), load_file(tiny("llama") / "model.safetensors")
     with Container(container("llama", "int8")) as opened:
         for name, weights in source.items():
-            other = torch.frombuffer(bytearray(read_tensor_bytes(opened, name)), dtype=weights.dtype).reshape(weights.shape)
+            other = torch.frombuffer(
+                bytearray(read_tensor_bytes(opened, name)), dtype=weights.dtype
+            ).reshape(weights.shape)
             a, b = weights.double(), other.double()
-            assert rows[name]["relative_error"] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-9)
+            assert rows[name]["relative_error"] == pytest.approx(
+                float((a - b).norm() / a.norm()), rel=1e-9
+            )
             assert rows[name]["worst_error"] == float((a - b).abs().max())
-            assert rows[name]["differing"] == int((weights.view(torch.int16) != other.view(torch.int16)).sum())
+            assert rows[name]["differing"] == int(
+                (weights.view(torch.int16) != other.view(torch.int16)).sum()
+            )
     assert rows["model.norm.weight"]["same"]
     assert 0 < found["outputs"]["mean_kl"] < 0.1
     assert len(found["outputs"]["prompts"]) == 8

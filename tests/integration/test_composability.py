@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.loader import from_pretrained, int8_matmul
-from codecllm.loader.int8_modules import Int8Linear
+from codecllm.loader import from_pretrained
+from codecllm.loader.resident import int8_matmul
+from codecllm.loader.resident.int8_modules import Int8Linear
 from tests.integration.outputs import logits
 
 RESIDENTS = ("dense", "int8", "compressed")
@@ -23,9 +24,13 @@ def test_lora_trains_one_step(container, resident):
     torch.manual_seed(0)
     model = from_pretrained(container("llama", "int8"), resident=resident)
     before = logits(model)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
+    )
     assert torch.equal(logits(model), before)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert len(trained) == 8
     assert all("lora_" in name for name in trained)
     optimizer = torch.optim.Adam(trained.values(), lr=0.01)
@@ -37,7 +42,9 @@ def test_lora_trains_one_step(container, resident):
         optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in trained.values()]
-        assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+        assert all(
+            gradient is not None and torch.isfinite(gradient).all() for gradient in gradients
+        )
         optimizer.step()
     assert sum(bool(gradient.any()) for gradient in gradients) == 8
     assert losses[-1] < losses[0]
@@ -46,7 +53,9 @@ def test_lora_trains_one_step(container, resident):
 def test_gradients_through_every_resident_are_those_of_dense(container):
     found = {}
     for resident in RESIDENTS:
-        model = from_pretrained(container("llama", "int8"), resident=resident, dtype=torch.float32).requires_grad_(False)
+        model = from_pretrained(
+            container("llama", "int8"), resident=resident, dtype=torch.float32
+        ).requires_grad_(False)
         embeddings = torch.linspace(-1, 1, 8 * 64).reshape(1, 8, 64).requires_grad_()
         model(inputs_embeds=embeddings).logits.square().mean().backward()
         found[resident] = embeddings.grad
@@ -68,10 +77,14 @@ def test_the_forward_compiles_without_a_graph_break(container, compiler, residen
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(
+            compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02
+        )
 
 
-def test_to_the_compiler_the_product_of_an_accelerator_is_one_operation(container, compiler, monkeypatch):
+def test_to_the_compiler_the_product_of_an_accelerator_is_one_operation(
+    container, compiler, monkeypatch
+):
     """There the kernel is chosen by what no compiler can follow: addresses, what is installed."""
     made = []
     monkeypatch.setattr(int8_matmul, "is_accelerator", lambda device: torch.compiler.is_compiling())
@@ -85,15 +98,27 @@ def test_to_the_compiler_the_product_of_an_accelerator_is_one_operation(containe
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend=backend, fullgraph=True)
-        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
-    assert made.count("codecllm.int8_linear.default") == sum(isinstance(module, Int8Linear) for module in model.modules()) > 4
+        torch.testing.assert_close(
+            compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02
+        )
+    assert (
+        made.count("codecllm.int8_linear.default")
+        == sum(isinstance(module, Int8Linear) for module in model.modules())
+        > 4
+    )
 
 
 @pytest.mark.parametrize("col_scale", [None, torch.linspace(0.5, 2, 64)])
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 32).bfloat16()])
 def test_that_operation_is_what_it_tells_the_compiler(bias, col_scale):
     codes = (torch.arange(2048) % 255 - 127).to(torch.int8).view(32, 64)
-    given = (torch.linspace(-1, 1, 192).bfloat16().view(3, 64), codes, torch.linspace(1, 2, 32), bias, col_scale)
+    given = (
+        torch.linspace(-1, 1, 192).bfloat16().view(3, 64),
+        codes,
+        torch.linspace(1, 2, 32),
+        bias,
+        col_scale,
+    )
     torch.library.opcheck(torch.ops.codecllm.int8_linear, given)
     assert torch.equal(torch.ops.codecllm.int8_linear(*given), int8_matmul.int8_linear(*given))
 
@@ -104,7 +129,9 @@ def test_a_compressed_model_runs_under_compile(container, compiler):
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager")
-        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(
+            compiled(input_ids=ids, use_cache=False).logits, expected, rtol=0.02, atol=0.02
+        )
 
 
 @pytest.mark.parametrize("resident", RESIDENTS)
@@ -130,7 +157,12 @@ def test_device_maps(container, resident, device_map, monkeypatch):
 def test_layers_offloaded_to_disk(tmp_path, container, resident, monkeypatch):
     monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
     folder = container("llama_untied", "int8")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+    }
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = from_pretrained(folder, resident=resident, device_map=places, offload_folder=tmp_path)
     assert any("layers.1.mlp" in path.name for path in tmp_path.iterdir())

@@ -15,9 +15,14 @@ from torch.nn import functional
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, UsageError
-from codecllm.loader import compressed_modules, from_pretrained
-from codecllm.loader.compressed_modules import CompressedEmbedding, CompressedLinear, CompressedWeight
-from codecllm.loader.decode import Workspace
+from codecllm.loader import from_pretrained
+from codecllm.loader.host.decode import Workspace
+from codecllm.loader.resident import compressed_modules
+from codecllm.loader.resident.compressed_modules import (
+    CompressedEmbedding,
+    CompressedLinear,
+    CompressedWeight,
+)
 from tests import tampering
 from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
@@ -27,7 +32,11 @@ NAMES = sorted(tiny_models.MAKERS)
 
 
 def _modules(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedWeight)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedWeight)
+    }
 
 
 @pytest.mark.parametrize("scheme", ["lossless", "int8"])
@@ -46,17 +55,29 @@ def test_every_compressed_weight_is_the_dense_one(container, scheme):
     folder = container("llama", scheme)
     dense, compressed = from_pretrained(folder), from_pretrained(folder, resident="compressed")
     modules = _modules(compressed)
-    linear = [name for name, module in dense.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]
+    linear = [
+        name
+        for name, module in dense.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    ]
     assert sorted(modules) == sorted(linear)
-    assert all(same_bits(module.weight, dense.get_submodule(name).weight) for name, module in modules.items())
+    assert all(
+        same_bits(module.weight, dense.get_submodule(name).weight)
+        for name, module in modules.items()
+    )
 
 
 def test_generate_with_cache_gives_the_tokens_of_dense(container):
     folder = container("qwen3", "int8")
-    prompt = {"input_ids": torch.arange(5, 12)[None], "attention_mask": torch.ones(1, 7, dtype=torch.int64)}
+    prompt = {
+        "input_ids": torch.arange(5, 12)[None],
+        "attention_mask": torch.ones(1, 7, dtype=torch.int64),
+    }
     options = {"max_new_tokens": 8, "do_sample": False}
     dense = from_pretrained(folder).generate(**prompt, **options)
-    assert torch.equal(from_pretrained(folder, resident="compressed").generate(**prompt, **options), dense)
+    assert torch.equal(
+        from_pretrained(folder, resident="compressed").generate(**prompt, **options), dense
+    )
 
 
 def test_tied_modules_share_one_payload(container):
@@ -70,7 +91,9 @@ def test_tied_modules_share_one_payload(container):
 def test_other_dtypes(container, dtype):
     folder = container("llama", "int8")
     expected = logits(from_pretrained(folder, dtype=dtype))
-    assert torch.equal(logits(from_pretrained(folder, dtype=dtype, resident="compressed")), expected)
+    assert torch.equal(
+        logits(from_pretrained(folder, dtype=dtype, resident="compressed")), expected
+    )
     moved = from_pretrained(folder, resident="compressed").to(dtype)
     assert same_bits(moved.lm_head.weight, from_pretrained(folder, dtype=dtype).lm_head.weight)
 
@@ -79,8 +102,13 @@ def test_payload_is_the_stored_one_and_nothing_else_is_kept(container):
     """The model holds what is plain, and for the rest what the shards hold."""
     model = from_pretrained(container("llama", "int8"), resident="compressed")
     plain = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    payloads = {id(module.tensor): int(module.tensor.stored.table.offsets[-1]) for module in _modules(model).values()}
-    dense = sum(parameter.nbytes for parameter in from_pretrained(container("llama", "int8")).parameters())
+    payloads = {
+        id(module.tensor): int(module.tensor.stored.table.offsets[-1])
+        for module in _modules(model).values()
+    }
+    dense = sum(
+        parameter.nbytes for parameter in from_pretrained(container("llama", "int8")).parameters()
+    )
     assert plain + sum(payloads.values()) < 0.6 * dense
 
 
@@ -121,7 +149,12 @@ def test_memory_that_threads_may_still_write_to_is_not_used_again(container, mon
 def _matrices(tmp_path, rows=640, cols=320):
     generator = np.random.default_rng(3)
     values = (generator.standard_normal((rows, cols)) * 0.05).astype(np.float32)
-    return convert(write_source(tmp_path / "s", {"w": ("F32", values)}), tmp_path / "c", scheme="int8", include=("*",)).out
+    return convert(
+        write_source(tmp_path / "s", {"w": ("F32", values)}),
+        tmp_path / "c",
+        scheme="int8",
+        include=("*",),
+    ).out
 
 
 def _tensor(folder):
@@ -152,10 +185,16 @@ def test_gradients_are_those_of_a_linear_layer(tmp_path, monkeypatch, elements):
     bias = torch.randn(3000, generator=generator).requires_grad_()
     upstream = torch.randn(2, 3, 3000, generator=generator)
     weight = tensor.dense(torch.float32)
-    expected = torch.autograd.grad(functional.linear(inputs, weight, bias), (inputs, bias), upstream)
+    expected = torch.autograd.grad(
+        functional.linear(inputs, weight, bias), (inputs, bias), upstream
+    )
     output = tensor.linear(inputs, bias)
-    tensor.linear(torch.zeros(1, 320), None)  # the scratch is used again before the gradients are asked for
-    for got, wanted in zip(torch.autograd.grad(output, (inputs, bias), upstream), expected, strict=True):
+    tensor.linear(
+        torch.zeros(1, 320), None
+    )  # the scratch is used again before the gradients are asked for
+    for got, wanted in zip(
+        torch.autograd.grad(output, (inputs, bias), upstream), expected, strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
 
 
@@ -178,7 +217,9 @@ def test_a_copy_of_the_model_works(container):
     assert torch.equal(logits(twin), logits(model))
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"]
+)
 def test_damaged_chunk_is_named_and_nothing_is_returned(tmp_path, container, name):
     folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
     tampering.flip_bit(*tampering.payload_place(folder, name))
@@ -201,7 +242,11 @@ def test_no_thread_outlives_the_model(container):
     before = set(threading.enumerate())
     model = from_pretrained(container("llama", "int8"), resident="compressed", workers=2)
     logits(model)
-    own = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("codecllm")]
+    own = [
+        thread
+        for thread in set(threading.enumerate()) - before
+        if thread.name.startswith("codecllm")
+    ]
     assert len(own) == 2
     del model
     gc.collect()
@@ -212,7 +257,9 @@ def test_no_thread_outlives_the_model(container):
 
 def test_it_is_not_saved_as_if_it_were_plain(tmp_path, container):
     with pytest.raises(UsageError, match="codecllm convert"):
-        from_pretrained(container("llama", "int8"), resident="compressed").save_pretrained(tmp_path / "plain")
+        from_pretrained(container("llama", "int8"), resident="compressed").save_pretrained(
+            tmp_path / "plain"
+        )
 
 
 def test_a_container_without_coded_tensors_is_a_usage_error(tmp_path, tiny):

@@ -20,7 +20,10 @@ TOKENS = torch.arange(1, 33)[None]
 
 @pytest.fixture
 def package():
-    pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed (extra 'test')")
+    pytest.importorskip(
+        "compressed_tensors",
+        reason="the package compressed-tensors is not installed (extra 'test')",
+    )
 
 
 def logits(model):
@@ -29,7 +32,9 @@ def logits(model):
 
 
 def load(folder, dtype, **options):
-    with warnings.catch_warnings(action="ignore"):  # transformers: an option given beside the model's own block
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # transformers: an option given beside the model's own block
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
@@ -42,11 +47,15 @@ def load(folder, dtype, **options):
         ("gemma3", torch.bfloat16, 14),
     ],
 )
-def test_dequantized_at_load_it_is_bit_for_bit_ours(package, tiny, container, tmp_path, name, dtype, packed):
+def test_dequantized_at_load_it_is_bit_for_bit_ours(
+    package, tiny, container, tmp_path, name, dtype, packed
+):
     from transformers import CompressedTensorsConfig
 
     export(container(name, "int8"), tmp_path / "packed", format="compressed-tensors")
-    theirs = load(tmp_path / "packed", dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
+    theirs = load(
+        tmp_path / "packed", dtype, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
     ours = codecllm.from_pretrained(container(name, "int8"), dtype=dtype)
     assert torch.equal(logits(theirs), logits(ours))
     weights = ours.state_dict()
@@ -62,7 +71,11 @@ def test_experts_are_ours_before_their_rounding(package, tiny, container, tmp_pa
     from transformers import CompressedTensorsConfig
 
     export(container("qwen3_moe", "int8"), tmp_path / "packed", format="compressed-tensors")
-    theirs = load(tmp_path / "packed", torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True))
+    theirs = load(
+        tmp_path / "packed",
+        torch.bfloat16,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
     ours = codecllm.from_pretrained(container("qwen3_moe", "int8"), dtype=torch.bfloat16)
     weights = ours.state_dict()
     for key, value in theirs.state_dict().items():

@@ -13,10 +13,15 @@ from tokenizers.models import WordLevel
 from codecllm.cli.app import app
 from codecllm.converter import convert
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ModelMismatchError, SourceError, UnsupportedEnvironmentError, UsageError
-from codecllm.formats.records import side_names
+from codecllm.formats.errors import (
+    ModelMismatchError,
+    SourceError,
+    UnsupportedEnvironmentError,
+    UsageError,
+)
+from codecllm.formats.manifest.records import side_names
 from codecllm.loader import from_pretrained
-from codecllm.loader.transformers_adapter import load_plain
+from codecllm.loader.hf.adapter import load_plain
 from codecllm.verifier.evaluation import evaluate, sample_text
 from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
@@ -31,10 +36,14 @@ TEXT = " ".join(f"t{(7 * number * number + number) % 500}" for number in range(1
 def base(tiny, tmp_path_factory):
     """A tiny model with a tokenizer of one token per word."""
     folder = tampering.copy_of(tiny("llama"), tmp_path_factory.mktemp("eval") / "base")
-    tokenizer = Tokenizer(WordLevel({f"t{number}": number for number in range(512)}, unk_token="t0"))
+    tokenizer = Tokenizer(
+        WordLevel({f"t{number}": number for number in range(512)}, unk_token="t0")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     return folder
 
 
@@ -49,7 +58,10 @@ def _distributions(model, window):
     ids = torch.tensor([int(word[1:]) for word in TEXT.split()])
     parts = [ids[first : first + window] for first in range(0, len(ids), window)]
     with torch.inference_mode():
-        return [torch.log_softmax(model(input_ids=part[None]).logits[0, :-1].double(), -1) for part in parts], parts
+        return [
+            torch.log_softmax(model(input_ids=part[None]).logits[0, :-1].double(), -1)
+            for part in parts
+        ], parts
 
 
 def test_figures_are_those_of_a_direct_computation(base, converted):
@@ -61,10 +73,17 @@ def test_figures_are_those_of_a_direct_computation(base, converted):
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(p, q, strict=True)])
     assert result.tokens == len(kl) == 150 - 5
     assert score.mean_kl == pytest.approx(float(kl.mean()), rel=1e-6)
-    assert score.kl_99 == pytest.approx(float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]), rel=1e-6)
+    assert score.kl_99 == pytest.approx(
+        float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]), rel=1e-6
+    )
     assert score.top1 == pytest.approx(float(same.double().mean()))
     for found, distributions in ((result.base_perplexity, p), (score.perplexity, q)):
-        nll = torch.cat([-d.gather(1, part[1:, None])[:, 0] for d, part in zip(distributions, parts, strict=True)])
+        nll = torch.cat(
+            [
+                -d.gather(1, part[1:, None])[:, 0]
+                for d, part in zip(distributions, parts, strict=True)
+            ]
+        )
         assert found == pytest.approx(float(nll.mean().exp()), rel=1e-6)
     assert 0 < score.mean_kl < 0.01
 
@@ -103,9 +122,16 @@ def test_a_dequantized_folder_has_the_bits_that_it_states(base, tmp_path):
     (folder / STORED_BITS_NAME).write_text(json.dumps(stated))
     found = find_candidate(folder)
     assert (found.kind, found.bits().stored) == ("dequantized", sum(stated.values()))
-    assert found.bits().layer_stored == 1000 * sum(".layers." in name and "norm" not in name for name in names)
+    assert found.bits().layer_stored == 1000 * sum(
+        ".layers." in name and "norm" not in name for name in names
+    )
     assert found.bits().weights == find_candidate(base).bits().weights
-    for wrong in ({**stated, "more": 1}, {**stated, next(iter(names)): "many"}, [], {**stated, next(iter(names)): True}):
+    for wrong in (
+        {**stated, "more": 1},
+        {**stated, next(iter(names)): "many"},
+        [],
+        {**stated, next(iter(names)): True},
+    ):
         (folder / STORED_BITS_NAME).write_text(json.dumps(wrong))
         with pytest.raises(SourceError, match=r"stored_bits\.json"):
             found.bits()
@@ -114,7 +140,9 @@ def test_a_dequantized_folder_has_the_bits_that_it_states(base, tmp_path):
 def test_other_vocabularies_and_other_kinds_of_models_are_errors(base, tiny, tmp_path):
     source = tiny_models.save(
         tmp_path / "other",
-        tiny_models.hf.LlamaForCausalLM(tiny_models.hf.LlamaConfig(**{**tiny_models.GROUPED, "vocab_size": 640})),
+        tiny_models.hf.LlamaForCausalLM(
+            tiny_models.hf.LlamaConfig(**{**tiny_models.GROUPED, "vocab_size": 640})
+        ),
     )
     with pytest.raises(ModelMismatchError, match="vocabularies differ"):
         evaluate(base, [source], text=TEXT)
@@ -150,7 +178,16 @@ def test_the_built_in_text_is_long_enough_to_measure_on():
 
 def test_command(base, converted, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ["eval", str(base), str(converted), str(base), "--text", str(tmp_path / "text.txt"), "--window", "50"]
+    arguments = [
+        "eval",
+        str(base),
+        str(converted),
+        str(base),
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--window",
+        "50",
+    ]
     app([*arguments, "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert [score["kind"] for score in found["scores"]] == ["container", "folder"]
@@ -162,7 +199,9 @@ def test_command(base, converted, tmp_path, capsys):
 
 
 def test_plot(base, converted, tmp_path):
-    matplotlib = pytest.importorskip("matplotlib", reason="plots are an extra: pip install codecllm[plot]")
+    matplotlib = pytest.importorskip(
+        "matplotlib", reason="plots are an extra: pip install codecllm[plot]"
+    )
     from codecllm.verifier.evaluation.plot import draw
 
     result = evaluate(base, [converted, base], text=TEXT, max_tokens=40)
@@ -200,7 +239,10 @@ def test_a_base_that_does_more_than_its_head_runs_whole_each_time(base, converte
         def forward(self, **inputs):
             return SimpleNamespace(logits=5 * torch.tanh(self.model(**inputs).logits / 5))
 
-    capped, other = Capped(load_plain(base, torch.float32)), Capped(from_pretrained(converted, dtype=torch.float32))
+    capped, other = (
+        Capped(load_plain(base, torch.float32)),
+        Capped(from_pretrained(converted, dtype=torch.float32)),
+    )
     reading = Base(capped, [int(word[1:]) for word in TEXT.split()], 64)
     first, second = reading.compare(other), reading.compare(other)
     assert first.kl == second.kl

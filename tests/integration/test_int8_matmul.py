@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from codecllm.loader import int8_matmul
+from codecllm.loader.resident import int8_matmul
 
 pytestmark = pytest.mark.gpu_too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +31,9 @@ def test_exact_is_a_linear_layer_of_the_dequantized_weight(monkeypatch, rows, co
     weight = (codes.to(torch.float32) * scale[:, None]).to(dtype)
     assert torch.equal(int8_matmul.dequantize_rows(codes, scale, dtype), weight)
     for b in (None, bias):
-        assert torch.equal(int8_matmul.exact(inputs, codes, scale, b), functional.linear(inputs, weight, b))
+        assert torch.equal(
+            int8_matmul.exact(inputs, codes, scale, b), functional.linear(inputs, weight, b)
+        )
 
 
 def test_a_large_weight_is_multiplied_in_blocks(monkeypatch):
@@ -51,7 +53,9 @@ def test_packed_is_within_two_roundings_of_the_exact_product(rows, cols, tokens,
     got = int8_matmul.int8_linear(inputs, codes, scale, bias if biased else None)
     products = inputs.double() @ codes.double().T * scale.double()
     expected = products + bias.double() if biased else products
-    assert ((got.double() - expected).abs() <= 2**-8 * (products.abs() + expected.abs()) + 1e-6).all()
+    assert (
+        (got.double() - expected).abs() <= 2**-8 * (products.abs() + expected.abs()) + 1e-6
+    ).all()
 
 
 @pytest.mark.parametrize("by_column", [False, True])
@@ -59,7 +63,9 @@ def test_packed_is_within_two_roundings_of_the_exact_product(rows, cols, tokens,
 def test_fused_is_within_its_roundings_of_the_exact_product(rows, cols, tokens, by_column):
     """On a GPU where there is one, else under Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    inputs, codes, scale, bias = (tensor.to(DEVICE) for tensor in _operands(rows, cols, tokens, torch.bfloat16))
+    inputs, codes, scale, bias = (
+        tensor.to(DEVICE) for tensor in _operands(rows, cols, tokens, torch.bfloat16)
+    )
     columns = torch.linspace(0.5, 2, cols, device=DEVICE) if by_column else None
     got = int8_matmul.fused(inputs, codes, scale, bias, columns)
     step = scale[:, None] if columns is None else scale[:, None] * columns
@@ -95,7 +101,9 @@ def test_packed_is_kept_from_what_it_cannot_do(rows, cols, tokens, dtype):
 def test_inputs_of_any_rank():
     inputs, codes, scale, bias = _operands(48, 96, 6, torch.bfloat16)
     flat = int8_matmul.int8_linear(inputs, codes, scale, bias)
-    assert torch.equal(int8_matmul.int8_linear(inputs.view(2, 3, 96), codes, scale, bias), flat.view(2, 3, 48))
+    assert torch.equal(
+        int8_matmul.int8_linear(inputs.view(2, 3, 96), codes, scale, bias), flat.view(2, 3, 48)
+    )
     assert torch.equal(int8_matmul.int8_linear(inputs[0], codes, scale, bias).view(1, -1), flat[:1])
 
 
@@ -107,7 +115,11 @@ def test_gradients_are_those_of_a_linear_layer(monkeypatch, blocks):
     weight = int8_matmul.dequantize_rows(codes, scale, torch.float64)
     generator = torch.Generator().manual_seed(0)
     upstream = torch.randn(2, 2, 48, dtype=torch.float64, generator=generator)
-    expected = torch.autograd.grad(functional.linear(inputs.view(2, 2, 96), weight, bias), (inputs, bias), upstream)
-    got = torch.autograd.grad(int8_matmul.int8_linear(inputs.view(2, 2, 96), codes, scale, bias), (inputs, bias), upstream)
+    expected = torch.autograd.grad(
+        functional.linear(inputs.view(2, 2, 96), weight, bias), (inputs, bias), upstream
+    )
+    got = torch.autograd.grad(
+        int8_matmul.int8_linear(inputs.view(2, 2, 96), codes, scale, bias), (inputs, bias), upstream
+    )
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -20,10 +20,11 @@ from codecllm.formats.errors import (
     UsageError,
 )
 from codecllm.formats.reference import read_tensor_bytes
-from codecllm.loader import from_pretrained, int8_matmul
-from codecllm.loader.int8_modules import Int8Embedding, Int8Linear
+from codecllm.loader import from_pretrained
+from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.resident import int8_matmul
+from codecllm.loader.resident.int8_modules import Int8Embedding, Int8Linear
 from codecllm.loader.torch_tensors import TORCH_DTYPES
-from codecllm.loader.transformers_adapter import load_plain
 from tests import tampering
 from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
@@ -51,10 +52,16 @@ def test_int8_dense_weights_are_those_of_the_reference(container, name):
     compared = 0
     with Container(folder) as opened:
         for record in opened.manifest.tensors:
-            key = next((key for key in ours if key == record.name or key.endswith("." + record.name)), None)
+            key = next(
+                (key for key in ours if key == record.name or key.endswith("." + record.name)), None
+            )
             assert key is not None, record.name
-            value = ours[key].to(TORCH_DTYPES[record.dtype])  # older transformers keep gpt_oss's norms in float32
-            assert value.contiguous().view(torch.uint8).numpy().tobytes() == read_tensor_bytes(opened, record.name)
+            value = ours[key].to(
+                TORCH_DTYPES[record.dtype]
+            )  # older transformers keep gpt_oss's norms in float32
+            assert value.contiguous().view(torch.uint8).numpy().tobytes() == read_tensor_bytes(
+                opened, record.name
+            )
             compared += record.scheme == "int8"
     assert compared > 5
 
@@ -63,9 +70,14 @@ def test_int8_dense_weights_are_those_of_the_reference(container, name):
 def test_int8_resident_gives_the_logits_of_dense(container, name, monkeypatch):
     folder = container(name, "int8")
     dense, resident = from_pretrained(folder), from_pretrained(folder, resident="int8")
-    kept = [module for module in resident.modules() if isinstance(module, Int8Linear | Int8Embedding)]
+    kept = [
+        module for module in resident.modules() if isinstance(module, Int8Linear | Int8Embedding)
+    ]
     assert kept
-    assert all(module.codes.dtype == torch.int8 and module.weight_scale.dtype == torch.float32 for module in kept)
+    assert all(
+        module.codes.dtype == torch.int8 and module.weight_scale.dtype == torch.float32
+        for module in kept
+    )
     expected, quick = logits(dense), logits(resident)
     assert (quick - expected).norm() <= 0.02 * expected.norm()
     monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
@@ -84,13 +96,17 @@ def test_int8_resident_halves_the_bytes_of_the_weights(container):
     sizes = {}
     for how in ("dense", "int8"):
         model = from_pretrained(folder, resident=how)
-        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        tensors = {
+            tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())
+        }
         sizes[how] = sum(tensors.values())
     assert sizes["int8"] < 0.54 * sizes["dense"]
 
 
 def test_weight_of_an_int8_module_is_the_dequantized_one(container):
-    dense, resident = (from_pretrained(container("llama", "int8"), resident=how) for how in ("dense", "int8"))
+    dense, resident = (
+        from_pretrained(container("llama", "int8"), resident=how) for how in ("dense", "int8")
+    )
     for name, module in resident.named_modules():
         if isinstance(module, Int8Linear | Int8Embedding):
             assert same_bits(module.weight, dense.get_submodule(name).weight)
@@ -101,7 +117,9 @@ def test_int8_resident_moves_to_another_dtype_without_touching_scales(container)
     folder = container("llama", "int8")
     model = from_pretrained(folder, resident="int8").to(torch.float32)
     assert model.lm_head.weight_scale.dtype == torch.float32
-    torch.testing.assert_close(logits(model), logits(from_pretrained(folder, dtype=torch.float32)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(model), logits(from_pretrained(folder, dtype=torch.float32)), rtol=0, atol=0
+    )
 
 
 def test_dense_tied_weights_are_one_tensor(container):
@@ -126,7 +144,9 @@ def test_equal_but_untied_weights_get_memory_of_their_own(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "bfloat16", "auto", None])
 def test_dtype_is_that_of_the_caller_rounded_once(container, dtype):
     folder = container("llama", "int8")
-    wanted = {"bfloat16": torch.bfloat16, "auto": torch.bfloat16, None: torch.bfloat16}.get(dtype, dtype)
+    wanted = {"bfloat16": torch.bfloat16, "auto": torch.bfloat16, None: torch.bfloat16}.get(
+        dtype, dtype
+    )
     model = from_pretrained(folder, dtype=dtype)
     assert model.dtype == wanted
     name = "model.layers.0.mlp.up_proj.weight"
@@ -163,7 +183,9 @@ def test_sharded_source_and_container(tmp_path):
 def test_generation_config_comes_from_the_container(tmp_path, tiny):
     folder = tmp_path / "source"
     tampering.copy_of(tiny("llama"), folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "max_new_tokens": 3}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 7, "max_new_tokens": 3})
+    )
     convert(folder, tmp_path / "out", scheme="lossless")
     assert from_pretrained(tmp_path / "out").generation_config.eos_token_id == 7
 
@@ -266,14 +288,20 @@ def test_loading_leaves_threads_and_their_number_alone(container):
     alive = set(threading.enumerate())
     from_pretrained(container("llama", "int8"), workers=4)
     assert torch.get_num_threads() == before
-    assert [thread.name for thread in set(threading.enumerate()) - alive if thread.name.startswith("codecllm")] == []
+    assert [
+        thread.name
+        for thread in set(threading.enumerate()) - alive
+        if thread.name.startswith("codecllm")
+    ] == []
 
 
 @pytest.mark.parametrize("resident", ["int8", "compressed"])
 def test_a_coded_model_refuses_to_be_saved_and_says_what_to_do(tmp_path, container, resident):
     model = from_pretrained(container("llama", "int8"), resident=resident)
     for one in (model, copy.deepcopy(model)):
-        with pytest.raises((UsageError, ValueError), match="codecllm convert" if one is model else "serializ"):
+        with pytest.raises(
+            (UsageError, ValueError), match="codecllm convert" if one is model else "serializ"
+        ):
             one.save_pretrained(tmp_path / "plain")
     assert not list(tmp_path.glob("plain/*.safetensors"))
 

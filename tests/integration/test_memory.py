@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from codecllm.loader.memory import RecycledMemory, SlabMemory, empty_tensor, tensor_over, touch
+from codecllm.loader.host.memory import RecycledMemory, SlabMemory, empty_tensor, tensor_over, touch
 
 SHAPE = (1024, 4096)
 
@@ -67,7 +67,10 @@ def test_small_tensors_share_slabs_but_no_storage():
     memory = SlabMemory()
     tensors = [_tensor(memory, (300, 577), torch.bfloat16).fill_(number) for number in range(100)]
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() % 64 == 0 for tensor in tensors)
+    assert all(
+        tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() % 64 == 0
+        for tensor in tensors
+    )
     places = sorted(tensor.data_ptr() for tensor in tensors)
     assert all(b - a >= tensors[0].nbytes for a, b in pairwise(places))
     kept = tensors.pop(50)

@@ -14,14 +14,15 @@ from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError
 from codecllm.loader import from_pretrained
-from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.hf import adapter
 from tests import tampering
 from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
 
 NAMES = sorted(tiny_models.MAKERS)
 newer = pytest.mark.skipif(
-    not adapter.LOADS_PLAINLY, reason=f"transformers {transformers.__version__} asks no quantizer for stored tensors; 5.21 does"
+    not adapter.LOADS_PLAINLY,
+    reason=f"transformers {transformers.__version__} asks no quantizer for stored tensors; 5.21 does",
 )
 
 
@@ -44,13 +45,17 @@ def test_transformers_loads_a_container_by_itself(tmp_path, container, name, sch
 
 @newer
 @pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel"])
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"device_map": "auto"}, {"device_map": "cpu"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.float32}, {"device_map": "auto"}, {"device_map": "cpu"}]
+)
 def test_auto_classes_load_a_container(container, auto, options):
     model = getattr(transformers, auto).from_pretrained(container("llama", "int8"), **options)
     reference = from_pretrained(container("llama", "int8"), dtype=options.get("dtype"))
     assert model.dtype == reference.dtype
     base = reference if auto == "AutoModelForCausalLM" else reference.model
-    assert all(same_bits(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        same_bits(value, base.state_dict()[key]) for key, value in model.state_dict().items()
+    )
 
 
 @newer
@@ -152,8 +157,8 @@ import codecllm.loader
 from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 importlib.reload(codecllm.loader)
-importlib.reload(sys.modules["codecllm.loader.transformers_adapter"])
-sys.modules["codecllm.loader.transformers_adapter"].register()
+importlib.reload(sys.modules["codecllm.loader.hf.adapter"])
+sys.modules["codecllm.loader.hf.adapter"].register()
 assert list(AUTO_QUANTIZER_MAPPING).count("codecllm") == 1
 model = codecllm.loader.from_pretrained(sys.argv[1], resident="int8")
 config = pickle.loads(pickle.dumps(model.config))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codecllm.converter import ConvertOptions, convert, estimate
-from codecllm.converter.export import export
+from codecllm.converter.exports.export import export
 from codecllm.formats.codecs import RANS_ID, rans
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_tensor_bytes
@@ -61,7 +61,10 @@ def test_tensors_have_the_bits_of_the_other_codec(pair):
         expected = {record.name: tensor for record, tensor in stream_tensors(zstd)}
         for workers in (1, 3):
             for record, tensor in stream_tensors(coded, workers=workers):
-                assert torch.equal(tensor.view(-1).view(torch.uint8), expected[record.name].view(-1).view(torch.uint8))
+                assert torch.equal(
+                    tensor.view(-1).view(torch.uint8),
+                    expected[record.name].view(-1).view(torch.uint8),
+                )
 
 
 def test_groups_have_tables_of_their_own(pair):
@@ -114,13 +117,17 @@ def test_export_is_the_same(pair, tmp_path):
     digests = []
     for codec, folder in pair.items():
         export(folder, tmp_path / codec)
-        digests.append(hashlib.sha256((tmp_path / codec / "model.safetensors").read_bytes()).hexdigest())
+        digests.append(
+            hashlib.sha256((tmp_path / codec / "model.safetensors").read_bytes()).hexdigest()
+        )
     assert digests[0] == digests[1]
 
 
 def test_estimates_are_near(source, pair):
     with Container(pair["rans"]) as container:
-        options = ConvertOptions(scheme=container.manifest.options.scheme, codec="rans", non_finite="lossless")
+        options = ConvertOptions(
+            scheme=container.manifest.options.scheme, codec="rans", non_finite="lossless"
+        )
         predicted = estimate(source, options)
         assert abs(predicted.stored_bytes / container.stored_bytes - 1) < 0.03
 

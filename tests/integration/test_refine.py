@@ -19,17 +19,24 @@ from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.text import own_text
 from codecllm.cli.app import app
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.loader.transformers_adapter import load_plain
+from codecllm.loader.hf.adapter import load_plain
 from tests.integration import tiny_models
 
 MATRICES = ("*_proj.weight", "*embed_tokens*")
-SIZES = {**tiny_models.GROUPED, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 80}
+SIZES = {
+    **tiny_models.GROUPED,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "max_position_embeddings": 80,
+}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     config = hf.LlamaConfig(**SIZES, tie_word_embeddings=True)
-    return tiny_models.save(tmp_path_factory.mktemp("refine") / "source", hf.LlamaForCausalLM(config))
+    return tiny_models.save(
+        tmp_path_factory.mktemp("refine") / "source", hf.LlamaForCausalLM(config)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,9 @@ def _shapes(model):
 
 
 @pytest.mark.parametrize(("bits", "rounding"), [(3.5, "feedback-deadzone"), (5, "feedback")])
-def test_a_refined_container_has_its_bits_and_verifies(tmp_path, source, monkeypatch, bits, rounding):
+def test_a_refined_container_has_its_bits_and_verifies(
+    tmp_path, source, monkeypatch, bits, rounding
+):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -53,16 +62,26 @@ def test_a_refined_container_has_its_bits_and_verifies(tmp_path, source, monkeyp
 
     asked = {"bits": bits, "refine": True, "include": MATRICES, "baseline": False}
     report = api.convert(source, tmp_path / "out", on_stage=on_stage, **asked).report
-    assert any("pairs of inputs" in text for text in stages) and any("refining" in text for text in stages)
+    assert any("pairs of inputs" in text for text in stages) and any(
+        "refining" in text for text in stages
+    )
     assert not any(stages.values())
     assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
     manifest = report.manifest
     assert manifest.options.refine is True
     assert manifest.calibration.tokens == 64 * 77
-    roundings = {record.name: record.rounding for record in manifest.tensors if record.scheme == "int8"}
-    assert {roundings.pop("model.embed_tokens.weight"), rounding} <= {"nearest", "deadzone", rounding}
+    roundings = {
+        record.name: record.rounding for record in manifest.tensors if record.scheme == "int8"
+    }
+    assert {roundings.pop("model.embed_tokens.weight"), rounding} <= {
+        "nearest",
+        "deadzone",
+        rounding,
+    }
     assert len(roundings) == 14 and set(roundings.values()) == {rounding}
-    assert any("1 of 15 tensors are rounded without refinement" in warning for warning in report.warnings)
+    assert any(
+        "1 of 15 tensors are rounded without refinement" in warning for warning in report.warnings
+    )
     verified = codecllm.verify(tmp_path / "out", source=source, baseline=False)
     assert verified.ok and rounding in verified.to_json()
 
@@ -75,7 +94,9 @@ def test_the_text_begins_as_it_does_without_refinement(model):
 
 def test_sums_are_those_of_what_enters_the_layers_and_layers_with_the_same_inputs_share_them(model):
     tokens = torch.arange(7 * 20).reshape(7, 20) % 512
-    products = input_products(model, tokens, _shapes(model), {name for name in _shapes(model) if "layers.1" in name})
+    products = input_products(
+        model, tokens, _shapes(model), {name for name in _shapes(model) if "layers.1" in name}
+    )
     seen, hooks = {}, []
 
     def watch(name):
@@ -93,8 +114,16 @@ def test_sums_are_those_of_what_enters_the_layers_and_layers_with_the_same_input
     for name, inputs in seen.items():
         assert products.tokens(numbers[name]) == 140
         expected = (inputs.T @ inputs).numpy()
-        assert np.allclose(products.matrix(numbers[name]), expected, rtol=1e-3, atol=1e-3 * expected.diagonal().mean()), name
-    shared = [{numbers[f"self_attn.{name}_proj"] for name in "qkv"}, {numbers["mlp.gate_proj"], numbers["mlp.up_proj"]}]
+        assert np.allclose(
+            products.matrix(numbers[name]),
+            expected,
+            rtol=1e-3,
+            atol=1e-3 * expected.diagonal().mean(),
+        ), name
+    shared = [
+        {numbers[f"self_attn.{name}_proj"] for name in "qkv"},
+        {numbers["mlp.gate_proj"], numbers["mlp.up_proj"]},
+    ]
     assert [len(some) for some in shared] == [1, 1] and len(set(numbers.values())) == 4
 
 
@@ -123,8 +152,13 @@ def test_a_layer_that_does_not_share_its_inputs_after_all_has_no_sum():
     steady, moving = torch.zeros((8, 3), dtype=torch.int64), torch.zeros((8, 3), dtype=torch.int64)
     moving[4:] = 1
     with torch.no_grad():
-        assert set(input_products(model, steady, _shapes(model), names).names()) == names - {"tied.weight"}
-        assert set(input_products(model, moving, _shapes(model), names).names()) == {"first.weight", "third.weight"}
+        assert set(input_products(model, steady, _shapes(model), names).names()) == names - {
+            "tied.weight"
+        }
+        assert set(input_products(model, moving, _shapes(model), names).names()) == {
+            "first.weight",
+            "third.weight",
+        }
         model.words.weight[0, 0] = torch.inf
         assert not len(input_products(model, steady, _shapes(model), names))
 
@@ -162,7 +196,17 @@ def test_a_model_larger_than_memory_is_not_refined_and_that_is_said(source, monk
 
 def test_the_command_line_refines(tmp_path, source):
     include = [part for pattern in MATRICES for part in ("--include", pattern)]
-    command = ["convert", str(source), str(tmp_path / "out"), "--no-baseline", "--bits", "5", "--refine", "--json", *include]
+    command = [
+        "convert",
+        str(source),
+        str(tmp_path / "out"),
+        "--no-baseline",
+        "--bits",
+        "5",
+        "--refine",
+        "--json",
+        *include,
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["refine"] is True

@@ -8,10 +8,10 @@ from safetensors.numpy import save_file
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, UsageError
-from codecllm.formats.float_bits import bits_from_float32
 from codecllm.formats.reference import read_codes, read_tensor_bytes
+from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.loader import stream_tensors
-from codecllm.loader.decode import Workspace, dequantize
+from codecllm.loader.host.decode import Workspace, dequantize
 from codecllm.loader.torch_tensors import TORCH_DTYPES
 from tests import tampering
 
@@ -55,7 +55,9 @@ def test_stream_gives_the_bits_of_the_reference(every_dtype, workers):
         for record, tensor in stream_tensors(container, workers=workers):
             assert tensor.dtype == TORCH_DTYPES[record.dtype]
             assert list(tensor.shape) == record.shape
-            assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == read_tensor_bytes(container, record.name)
+            assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == read_tensor_bytes(
+                container, record.name
+            )
             seen.append(record.name)
         assert sorted(seen) == sorted(container.records)
 
@@ -110,7 +112,9 @@ def test_damage_stops_the_stream_before_the_tensor(every_dtype, tmp_path):
 
 def test_int8_codes_reach_the_stream_once_per_element(every_dtype):
     with Container(every_dtype) as container:
-        quantized = [record.name for record in container.manifest.tensors if record.scheme == "int8"]
+        quantized = [
+            record.name for record in container.manifest.tensors if record.scheme == "int8"
+        ]
         assert bool(quantized) == (container.manifest.options.scheme == "int8")
         for name in quantized:
             assert read_codes(container.tensor(name)).size == container.records[name].elements

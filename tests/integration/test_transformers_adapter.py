@@ -12,7 +12,7 @@ import transformers
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.loader import from_pretrained, pretrained
-from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.hf import adapter
 from codecllm.loader.state_dict import LazyTensor
 
 
@@ -27,7 +27,12 @@ def test_from_pretrained_still_takes_a_state_dict_without_a_path(tiny):
 
 def test_quantizer_hooks_are_still_called_by_these_names():
     base = transformers.quantizers.base.HfQuantizer
-    for name in ("_process_model_before_weight_loading", "validate_environment", "is_serializable", "is_trainable"):
+    for name in (
+        "_process_model_before_weight_loading",
+        "validate_environment",
+        "is_serializable",
+        "is_trainable",
+    ):
         assert hasattr(base, name)
     source = inspect.getsource(base.preprocess_model)
     assert "self._process_model_before_weight_loading(model, **kwargs)" in source
@@ -44,7 +49,9 @@ def test_tied_parameters_of_a_tied_model():
 def test_registering_twice_changes_nothing():
     adapter.register()
     adapter.register()
-    assert transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["codecllm"] is adapter.CodecLLMQuantizer
+    assert (
+        transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["codecllm"] is adapter.CodecLLMQuantizer
+    )
 
 
 def test_config_block_keeps_unknown_keys():
@@ -62,7 +69,9 @@ def test_silenced_and_progress_bars_are_put_back():
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, shown)
 
 
-def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(container, monkeypatch):
+def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(
+    container, monkeypatch
+):
     source = inspect.getsource(transformers.core_model_loading.convert_and_load_state_dict_in_model)
     assert "thread_pool = None" in source
     assert "ThreadPoolExecutor(max_workers=" in source
@@ -76,7 +85,9 @@ def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(
     from_pretrained(container("llama", "int8"), progress=False)
     assert set(asked) == {threading.get_ident()}
     asked.clear()
-    monkeypatch.setattr(pretrained, "has_device", lambda: True)  # several: what goes to them is not made ahead
+    monkeypatch.setattr(
+        pretrained, "has_device", lambda: True
+    )  # several: what goes to them is not made ahead
     monkeypatch.setattr(pretrained, "sole_device", lambda *_: None)
     from_pretrained(container("llama", "int8"), device_map="auto", progress=False)
     assert asked
@@ -84,7 +95,11 @@ def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(
     with adapter.without_loading_threads():
         assert transformers.core_model_loading.ThreadPoolExecutor(max_workers=1) is None
         made = []
-        other = threading.Thread(target=lambda: made.append(transformers.core_model_loading.ThreadPoolExecutor(max_workers=1)))
+        other = threading.Thread(
+            target=lambda: made.append(
+                transformers.core_model_loading.ThreadPoolExecutor(max_workers=1)
+            )
+        )
         other.start()
         other.join()
     made.append(transformers.core_model_loading.ThreadPoolExecutor(max_workers=1))
@@ -94,7 +109,10 @@ def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(
 
 
 def test_model_class_comes_from_architectures():
-    assert adapter.model_class(transformers.BertConfig(architectures=["BertForMaskedLM"])) is transformers.BertForMaskedLM
+    assert (
+        adapter.model_class(transformers.BertConfig(architectures=["BertForMaskedLM"]))
+        is transformers.BertForMaskedLM
+    )
     assert adapter.model_class(transformers.BertConfig()) is transformers.AutoModel
     with pytest.raises(UnsupportedEnvironmentError, match="Nope"):
         adapter.model_class(transformers.BertConfig(architectures=["Nope"]))

@@ -13,10 +13,10 @@ from tokenizers.models import WordLevel
 
 from codecllm.converter import convert
 from codecllm.formats.errors import ModelMismatchError
-from codecllm.formats.manifest import MANIFEST_NAME, parse_manifest
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, parse_manifest
 from codecllm.loader import from_pretrained
-from codecllm.loader import transformers_adapter as adapter
-from codecllm.loader.transformers_adapter import load_plain
+from codecllm.loader.hf import adapter
+from codecllm.loader.hf.adapter import load_plain
 from tests import tampering
 from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
@@ -29,7 +29,10 @@ def _is_tied(model):
 
 
 def _records(folder):
-    return {record.name: record for record in parse_manifest((folder / MANIFEST_NAME).read_bytes()).tensors}
+    return {
+        record.name: record
+        for record in parse_manifest((folder / MANIFEST_NAME).read_bytes()).tensors
+    }
 
 
 def _changed(tiny, tmp_path, change, name="llama"):
@@ -37,7 +40,11 @@ def _changed(tiny, tmp_path, change, name="llama"):
     source = tampering.copy_of(tiny(name), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     change(tensors)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
     return source
 
 
@@ -111,34 +118,59 @@ class WithExtraHead(transformers.LlamaForCausalLM):
 
 def test_a_class_with_extra_heads(tmp_path, monkeypatch):
     monkeypatch.setattr(adapter.transformers, "WithExtraHead", WithExtraHead, raising=False)
-    source = tiny_models.save(tmp_path / "source", WithExtraHead(transformers.LlamaConfig(**tiny_models.GROUPED)))
+    source = tiny_models.save(
+        tmp_path / "source", WithExtraHead(transformers.LlamaConfig(**tiny_models.GROUPED))
+    )
     convert(source, tmp_path / "c", scheme="int8", include=("*",))
     dense = from_pretrained(tmp_path / "c")
     assert type(dense) is WithExtraHead
     inputs = torch.ones(1, 64, dtype=torch.bfloat16)
     for resident in ("int8", "compressed"):
         model = from_pretrained(tmp_path / "c", resident=resident)
-        torch.testing.assert_close(model.extra["trained"](inputs), dense.extra["trained"](inputs), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(
+            model.extra["trained"](inputs), dense.extra["trained"](inputs), rtol=0.02, atol=0.02
+        )
 
 
 def test_a_tower_can_be_left_out_by_a_glob(tiny, tmp_path):
-    convert(tiny("llava"), tmp_path / "c", scheme="int8", include=("*",), exclude=("*vision_tower*", "*multi_modal_projector*"))
+    convert(
+        tiny("llava"),
+        tmp_path / "c",
+        scheme="int8",
+        include=("*",),
+        exclude=("*vision_tower*", "*multi_modal_projector*"),
+    )
     records = _records(tmp_path / "c")
-    tower = {name: record.scheme for name, record in records.items() if "vision" in name or "projector" in name}
+    tower = {
+        name: record.scheme
+        for name, record in records.items()
+        if "vision" in name or "projector" in name
+    }
     assert len(tower) > 10
     assert not {"int8"} & set(tower.values())
     assert sum(record.scheme == "int8" for record in records.values()) > 10
-    source, model = load_plain(tiny("llava")).state_dict(), from_pretrained(tmp_path / "c").state_dict()
-    assert all(same_bits(source[name], model[name]) for name in source if "vision" in name or "projector" in name)
+    source, model = (
+        load_plain(tiny("llava")).state_dict(),
+        from_pretrained(tmp_path / "c").state_dict(),
+    )
+    assert all(
+        same_bits(source[name], model[name])
+        for name in source
+        if "vision" in name or "projector" in name
+    )
 
 
 def test_chat_template_and_generation_config_are_kept(tiny, tmp_path):
     source = tampering.copy_of(tiny("llama"), tmp_path / "source")
     words = WordLevel({f"t{number}": number for number in range(512)}, unk_token="t0")
     Tokenizer(words).save(str(source / "tokenizer.json"))
-    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "temperature": 0.5, "do_sample": True}))
+    (source / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 7, "temperature": 0.5, "do_sample": True})
+    )
     convert(source, tmp_path / "c", scheme="int8")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "c").chat_template == TEMPLATE
     for resident in ("dense", "compressed"):

@@ -10,7 +10,7 @@ import codecllm
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError, UsageError
-from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.verifier import Verdict, record_baseline, verify
 from tests import tampering
 from tests.integration import tiny_models
@@ -24,7 +24,13 @@ def recorded(tmp_path_factory, tiny):
     def get(name, scheme):
         if (name, scheme) not in made:
             out = tmp_path_factory.mktemp("recorded") / "c"
-            codecllm.convert(tiny(name), out, scheme=scheme, include=("*",) if scheme == "int8" else (), baseline=True)
+            codecllm.convert(
+                tiny(name),
+                out,
+                scheme=scheme,
+                include=("*",) if scheme == "int8" else (),
+                baseline=True,
+            )
             made[name, scheme] = out
         return made[name, scheme]
 
@@ -45,7 +51,14 @@ def test_whole_container_passes_every_stage(recorded, tiny, name, scheme):
     report = verify(recorded(name, scheme), source=tiny(name), require_baseline=True)
     assert report.exit_code == 0, report.to_json()
     assert set(_names(report).values()) == {Verdict.OK}
-    assert list(_names(report)) == ["structure", "checksums", "decode", "ratio", "source", "baseline"]
+    assert list(_names(report)) == [
+        "structure",
+        "checksums",
+        "decode",
+        "ratio",
+        "source",
+        "baseline",
+    ]
     assert report.warnings == []
     facts = report.stage("ratio").facts
     with Container(recorded(name, scheme)) as container:
@@ -65,7 +78,11 @@ def test_lossless_baseline_says_exactly_what_the_source_says(recorded):
 
 def test_every_damaged_chunk_is_listed(container, tmp_path):
     folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
-    hurt = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+    hurt = [
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    ]
     for name in hurt:
         tampering.flip_bit(*tampering.payload_place(folder, name), bit=2)
     report = verify(folder)
@@ -154,7 +171,9 @@ def test_unlisted_files(tmp_path, container):
     report = verify(folder, level="structure")
     assert report.exit_code == 0
     assert report.warnings == ["notes.txt is not listed in the manifest: not checked"]
-    shutil.copy(sorted(folder.glob("model-*.safetensors"))[0], folder / "model-00002-of-00002.safetensors")
+    shutil.copy(
+        sorted(folder.glob("model-*.safetensors"))[0], folder / "model-00002-of-00002.safetensors"
+    )
     assert verify(folder, level="structure").exit_code == 1
 
 
@@ -163,14 +182,16 @@ def test_another_source_is_told_apart(tmp_path, container, tiny):
     report = verify(container("llama", "lossless"), source=other, baseline=False)
     faults = [str(finding.error) for finding in report.stage("source").findings]
     assert report.exit_code == 1
-    assert any("the container lacks this tensor" in fault and "lm_head" in fault for fault in faults)
+    assert any(
+        "the container lacks this tensor" in fault and "lm_head" in fault for fault in faults
+    )
 
 
 @pytest.mark.parametrize("scheme", ["lossless", "int8"])
 def test_one_changed_weight_of_the_source_is_found(tmp_path, container, tiny, scheme):
     source = tampering.copy_of(tiny("llama"), tmp_path / "source")
     name = "model.layers.1.mlp.gate_proj.weight"
-    from codecllm.converter.source import SourceModel
+    from codecllm.converter.source.source import SourceModel
 
     with SourceModel(source) as model:
         place = model.tensors[name].entry.start + 2 * (5 * 64 + 7)
@@ -251,7 +272,11 @@ def test_pinned_manifest(container):
 
 def test_verification_reports_progress(container):
     seen = []
-    verify(container("llama", "int8"), baseline=False, progress=lambda name, done, total: seen.append((name, done, total)))
+    verify(
+        container("llama", "int8"),
+        baseline=False,
+        progress=lambda name, done, total: seen.append((name, done, total)),
+    )
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)
     assert seen[-1][1] == seen[-1][2]

@@ -24,10 +24,15 @@ class EmulatedKernel(nvrtc.Kernel):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def launch(self, blocks: int, threads: int, shared: int, arguments: Sequence[torch.Tensor | int]) -> None:
+    def launch(
+        self, blocks: int, threads: int, shared: int, arguments: Sequence[torch.Tensor | int]
+    ) -> None:
         assert threads == 32
         assert shared <= 48 << 10
-        given = [value if isinstance(value, int) else ctypes.c_void_p(value.data_ptr()) for value in arguments]
+        given = [
+            value if isinstance(value, int) else ctypes.c_void_p(value.data_ptr())
+            for value in arguments
+        ]
         self._library.launch(blocks, *given)
 
 
@@ -39,9 +44,26 @@ def emulated_kernel() -> EmulatedKernel:
         pytest.skip("needs g++ to run rans.cu on a CPU")
     with TemporaryDirectory() as folder:
         made = Path(folder) / "rans.so"
-        parts = [HERE / "warp.hpp", Path(rans.__file__).with_name("rans.cu"), HERE / "warp_main.hpp"]
+        parts = [
+            HERE / "warp.hpp",
+            Path(rans.__file__).with_name("rans.cu"),
+            HERE / "warp_main.hpp",
+        ]
         source = "".join(f'#include "{part}"\n' for part in parts)
-        command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", "-o", str(made), "-"]
-        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False, timeout=120)
+        command = [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-x",
+            "c++",
+            "-o",
+            str(made),
+            "-",
+        ]
+        done = subprocess.run(
+            command, input=source, capture_output=True, text=True, check=False, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return EmulatedKernel(ctypes.CDLL(str(made)))

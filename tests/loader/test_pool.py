@@ -18,15 +18,19 @@ import pytest
 import torch
 
 from codecllm.formats.errors import UsageError
-from codecllm.loader import pool as pool_module
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host import pool as pool_module
+from codecllm.loader.host.pool import DecodePool
 
 _others: set[threading.Thread] = set()
 
 
 def _threads():
     """Threads of the pools of a test."""
-    return [each for each in threading.enumerate() if each.name.startswith("codecllm-decode") and each not in _others]
+    return [
+        each
+        for each in threading.enumerate()
+        if each.name.startswith("codecllm-decode") and each not in _others
+    ]
 
 
 @pytest.fixture
@@ -56,7 +60,12 @@ def test_each_job_runs_once_in_order_and_each_thread_has_one_workspace(workers):
     begun, spaces = [], {}
     with DecodePool(workers) as pool:
         ended = [
-            pool.submit(lambda space, n=n: (begun.append(n), spaces.setdefault(id(space), set()).add(threading.get_ident())))
+            pool.submit(
+                lambda space, n=n: (
+                    begun.append(n),
+                    spaces.setdefault(id(space), set()).add(threading.get_ident()),
+                )
+            )
             for n in range(200)
         ]
         assert [future.result(20) for future in ended] == [None] * 200
@@ -239,7 +248,9 @@ def test_torchs_threads_stay_as_they_are():
             with DecodePool(2) as pool:
                 found = [torch.get_num_threads()]
                 pool.run_all([lambda _, found=found: found.append(torch.get_num_threads())] * 4)
-            fresh = threading.Thread(target=lambda found=found: found.append(torch.get_num_threads()))
+            fresh = threading.Thread(
+                target=lambda found=found: found.append(torch.get_num_threads())
+            )
             fresh.start()
             fresh.join(20)
             assert found == [threads] * 6
@@ -254,7 +265,7 @@ def test_workers_have_to_be_some():
 
 _EXITS = """
 import atexit, threading, time
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.pool import DecodePool
 pool = DecodePool(2)
 begun, ending = threading.Barrier(3), threading.Event()
 atexit.register(ending.set)
@@ -271,14 +282,16 @@ begun.wait(20)
 
 
 def test_an_interpreter_ends_with_a_pool_that_nobody_closed():
-    done = subprocess.run([sys.executable, "-c", _EXITS], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", _EXITS], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\nended\n", "")
 
 
 _INTERRUPTED = """
 import faulthandler, random, signal, torch
-from codecllm.loader.pool import DecodePool
-from codecllm.loader.read_ahead import ReadAhead, Request
+from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.host.read_ahead import ReadAhead, Request
 from codecllm.loader.torch_tensors import Filling
 
 faulthandler.dump_traceback_later(100, exit=True)
@@ -324,6 +337,8 @@ print(interrupted)
 
 
 def test_ctrl_c_at_any_moment_of_a_load_lets_nobody_wait():
-    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 100

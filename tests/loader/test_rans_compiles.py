@@ -39,11 +39,15 @@ print(json.dumps([kernel.metadata.shared, kernel.asm.get("ptx", "")]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [["cuda", 75, 32], ["cuda", 90, 32], ["hip", "gfx942", 64]], ids=str)
+@pytest.mark.parametrize(
+    "target", [["cuda", 75, 32], ["cuda", 90, 32], ["hip", "gfx942", 64]], ids=str
+)
 def test_the_kernels_compile(target, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", _SCRIPT, json.dumps(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=280, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     shared, ptx = json.loads(done.stdout.splitlines()[-1])
     if target == ["cuda", 90, 32]:
@@ -57,9 +61,20 @@ def test_the_kernels_compile(target, tmp_path):
 def test_the_kernel_in_cuda_c_compiles_without_local_memory(architecture, tmp_path):
     compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if compiler is None:
-        pytest.skip("needs nvcc; where torch has CUDA, NVRTC compiles the kernel in test_rans_kernel.py")
+        pytest.skip(
+            "needs nvcc; where torch has CUDA, NVRTC compiles the kernel in test_rans_kernel.py"
+        )
     source = Path(__file__).parents[2] / "loader" / "kernels" / "rans.cu"
-    command = [compiler, f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "rans.cubin"), str(source)]
+    command = [
+        compiler,
+        f"-arch={architecture}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        "-o",
+        str(tmp_path / "rans.cubin"),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr

@@ -56,11 +56,15 @@ def _decode(stored, raw_bytes, places_of, tables):
     payload, slots = bytearray(rng.bytes(32)), []
     for data in stored:
         slots.append(len(payload))
-        payload += bytes(data).ljust(-(-len(data) // 16) * 16, b"\0") + rng.bytes(16 * int(rng.integers(0, 3)))
+        payload += bytes(data).ljust(-(-len(data) // 16) * 16, b"\0") + rng.bytes(
+            16 * int(rng.integers(0, 3))
+        )
     raw = np.array(raw_bytes, np.int64)
     places = np.cumsum(raw + 7) - raw
     sizes = np.array([len(data) for data in stored], np.int64)
-    chunks = describe_chunks(np.array(slots, np.int64), sizes, raw, places, np.array(places_of, np.int64)).to(DEVICE)
+    chunks = describe_chunks(
+        np.array(slots, np.int64), sizes, raw, places, np.array(places_of, np.int64)
+    ).to(DEVICE)
     arena = torch.full((int(chunks.arena_bytes) + 40,), GARBAGE, dtype=torch.uint8, device=DEVICE)
     faults = torch.full((len(stored),), -1, dtype=torch.int32, device=DEVICE)
     payload = torch.frombuffer(payload, dtype=torch.uint8).to(DEVICE)
@@ -83,13 +87,17 @@ def _rare(precision):
 def test_every_kind_of_chunk_has_the_bits_of_the_reference():
     uniform = np.random.default_rng(1).integers(0, 256, 500).astype(np.uint8)
     cases = [
-        (_symbols(length, sigma, length), None) for length, sigma in ((1, 9), (31, 2), (32, 30), (33, 30), (64, 1), (999, 30))
+        (_symbols(length, sigma, length), None)
+        for length, sigma in ((1, 9), (31, 2), (32, 30), (33, 30), (64, 1), (999, 30))
     ]
     cases += [(np.full(100, 128, np.uint8), None), (uniform, fit_table(np.ones(256, np.int64)))]
     cases += [(uniform, _rare(precision)) for precision in (12, 13, 14)]
     symbols = [symbols for symbols, _ in cases]
     tables = [table or fit_table(np.bincount(symbols, minlength=256)) for symbols, table in cases]
-    stored = [rans_reference.encode(part.tobytes(), table) for part, table in zip(symbols, tables, strict=True)]
+    stored = [
+        rans_reference.encode(part.tobytes(), table)
+        for part, table in zip(symbols, tables, strict=True)
+    ]
     found, faults = _decode(stored, [len(part) for part in symbols], range(len(cases)), tables)
     assert faults == [FAULT_NONE] * len(cases)
     for got, expected in zip(found, symbols, strict=True):
@@ -100,7 +108,9 @@ def test_chunks_share_tables_in_any_order():
     tables = [fit_table(np.bincount(_symbols(5000, sigma), minlength=256) + 1) for sigma in (3, 30)]
     used = [1, 0, 0, 1]
     symbols = [_symbols(40 + 10 * number, 20, number) for number in range(4)]
-    stored = rans.encode_chunks([rans.Uncoded(part, tables[place]) for part, place in zip(symbols, used, strict=True)])
+    stored = rans.encode_chunks(
+        [rans.Uncoded(part, tables[place]) for part, place in zip(symbols, used, strict=True)]
+    )
     found, faults = _decode(stored, [len(part) for part in symbols], used, tables)
     assert faults == [FAULT_NONE] * 4
     assert all(np.array_equal(*pair) for pair in zip(found, symbols, strict=True))
@@ -132,7 +142,9 @@ def test_damaged_chunks_end_in_a_fault_and_write_nothing_else():
     assert faults[0] == faults[-1] == FAULT_NONE
     assert set(faults[1:-1]) == {FAULT_STATE, FAULT_WORDS, FAULT_END}
     results = rans.decode_chunks([rans.Coded(data, 100, table) for data in stored])
-    assert [isinstance(result, DecodeError) for result in results] == [fault != FAULT_NONE for fault in faults]
+    assert [isinstance(result, DecodeError) for result in results] == [
+        fault != FAULT_NONE for fault in faults
+    ]
 
 
 def test_another_number_of_symbols_is_a_fault():
@@ -152,7 +164,9 @@ def test_no_chunks():
 @pytest.mark.parametrize("size", [0, 127, 129])
 def test_sizes_are_checked_on_the_host(size):
     with pytest.raises(DecodeError, match="impossible size") as caught:
-        describe_chunks(*(np.array(values) for values in ([0, 160], [130, size], [5, 5], [0, 16], [0, 0])))
+        describe_chunks(
+            *(np.array(values) for values in ([0, 160], [130, size], [5, 5], [0, 16], [0, 0]))
+        )
     assert caught.value.chunk == 1
 
 
@@ -166,7 +180,9 @@ def test_places_are_checked_on_the_host(change):
 @pytest.mark.parametrize("short", ["stored", "arena", "faults", "tables"])
 def test_tensors_that_are_too_small_are_refused(short):
     table = fit_table(np.bincount([1, 2], minlength=256))
-    chunks = describe_chunks(*(np.array(values) for values in ([16], [128], [5], [3], [0]))).to(DEVICE)
+    chunks = describe_chunks(*(np.array(values) for values in ([16], [128], [5], [3], [0]))).to(
+        DEVICE
+    )
     sizes = {"stored": 144, "arena": 8, "faults": 1, "tables": 1}
     sizes[short] -= 4 if short == "stored" else 1
     with pytest.raises(ValueError, match="too small"):
@@ -182,7 +198,10 @@ def test_tensors_that_are_too_small_are_refused(short):
 def test_long_chunks_run_through_the_ring_of_words(kernel):
     if kernel == "triton" and DEVICE.type == "cpu":
         pytest.skip("takes minutes under Triton's interpreter, which has no ring")
-    symbols = [_symbols(length, sigma, length) for length, sigma in ((40_000, 40), (33_333, 1), (20_001, 9), (65_536, 127))]
+    symbols = [
+        _symbols(length, sigma, length)
+        for length, sigma in ((40_000, 40), (33_333, 1), (20_001, 9), (65_536, 127))
+    ]
     tables = [fit_table(np.bincount(part, minlength=256)) for part in symbols]
     stored = rans.encode_chunks([rans.Uncoded(*pair) for pair in zip(symbols, tables, strict=True)])
     found, faults = _decode(stored, [len(part) for part in symbols], range(4), tables)

@@ -14,8 +14,8 @@ from codecllm.formats.errors import ChecksumError
 from codecllm.formats.files import SafeFile
 from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.loader import torch_tensors
-from codecllm.loader.pool import DecodePool
-from codecllm.loader.read_ahead import ReadAhead, Request
+from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.host.read_ahead import ReadAhead, Request
 from codecllm.loader.torch_tensors import Announcer, Filling
 
 RUN_BYTES = 1000
@@ -81,7 +81,10 @@ def _settled(count):
     return now
 
 
-@pytest.mark.parametrize("order", [range(30), reversed(range(30)), [*range(15, 30), *range(15)], [7, 3, 29, 0, *range(10, 20)]])
+@pytest.mark.parametrize(
+    "order",
+    [range(30), reversed(range(30)), [*range(15, 30), *range(15)], [7, 3, 29, 0, *range(10, 20)]],
+)
 @pytest.mark.parametrize("budget", [1, 3 * RUN_BYTES, 1 << 30])
 def test_tensors_are_taken_in_any_order_once_each(order, budget):
     bench, order = _Bench(), list(order)
@@ -150,12 +153,16 @@ def test_only_one_taker_helps():
         bench.on_decode = lambda: threads.add(threading.get_ident())
         ahead.expect(bench.request(name) for name in range(60))
         made = [ahead.take(bench.request(name)) for name in range(60)]
-        takers = [threading.Thread(target=ahead.result, args=(made[name],)) for name in range(0, 60, 10)]
+        takers = [
+            threading.Thread(target=ahead.result, args=(made[name],)) for name in range(0, 60, 10)
+        ]
         for taker in takers:
             taker.start()
         for taker in takers:
             taker.join(20)
-        assert [torch.equal(ahead.result(tensor), _expected(name)) for name, tensor in enumerate(made)] == [True] * 60
+        assert [
+            torch.equal(ahead.result(tensor), _expected(name)) for name, tensor in enumerate(made)
+        ] == [True] * 60
     assert len(threads) <= 2
 
 
@@ -194,7 +201,10 @@ def test_what_prepares_may_fail():
     with DecodePool(2) as pool, ReadAhead(pool) as ahead:
         ahead.expect((bench.request(name) for name in range(10)), prepare)
         assert _settled(lambda: len(steps)) == 1
-        assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in range(10))
+        assert all(
+            torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name))
+            for name in range(10)
+        )
     assert steps == [1]
 
 
@@ -209,14 +219,20 @@ def test_only_the_first_expectation_is_prepared_and_nothing_is_decoded_until_tha
 
     with DecodePool(2) as pool, ReadAhead(pool) as ahead:
         for number in range(2):
-            ahead.expect((bench.request(10 * number + name) for name in range(10)), lambda number=number: prepare(number))
+            ahead.expect(
+                (bench.request(10 * number + name) for name in range(10)),
+                lambda number=number: prepare(number),
+            )
             assert _settled(lambda: len(steps)) == 1
             if taken:
                 ahead.take(bench.request(number))
         assert _settled(lambda: bench.read) == 0
         step.set()
         left = range(2 if taken else 0, 20)
-        assert all(torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name)) for name in left)
+        assert all(
+            torch.equal(ahead.result(ahead.take(bench.request(name))), _expected(name))
+            for name in left
+        )
     assert steps == [0]
 
 
@@ -296,8 +312,13 @@ def test_closing_from_another_thread_lets_no_taker_wait(helps):
 
         with DecodePool(4) as pool:
             ahead = ReadAhead(pool, budget=3 * RUN_BYTES, takers_help=helps)
-            ahead.expect((bench.request(name) for name in range(30)), lambda turn=turn: iter(range(turn)))
-            takers = [threading.Thread(target=take, args=(range(first, 30, 3), ahead), daemon=True) for first in range(3)]
+            ahead.expect(
+                (bench.request(name) for name in range(30)), lambda turn=turn: iter(range(turn))
+            )
+            takers = [
+                threading.Thread(target=take, args=(range(first, 30, 3), ahead), daemon=True)
+                for first in range(3)
+            ]
             for taker in takers:
                 taker.start()
             time.sleep(turn * 2e-4)
@@ -305,7 +326,11 @@ def test_closing_from_another_thread_lets_no_taker_wait(helps):
         for taker in takers:
             taker.join(20)
         assert len(ends) == 3, turn
-        assert set(ends) <= {"taken", "the load has ended", "the pool of decoding threads is closed"}
+        assert set(ends) <= {
+            "taken",
+            "the load has ended",
+            "the pool of decoding threads is closed",
+        }
 
 
 @pytest.mark.parametrize(("helps", "workers"), [(False, 1), (True, 1), (True, 2)])
@@ -401,7 +426,11 @@ def test_the_kernel_is_told_ahead_once_for_every_byte(tmp_path, monkeypatch):
     """Tensors of 1 MB in the order of their file, then some far behind and in front."""
     told = []
     monkeypatch.setattr(torch_tensors, "ANNOUNCED_BYTES", 8 << 20)
-    monkeypatch.setattr(torch_tensors.os, "posix_fadvise", lambda _, begin, size, advice: told.append((begin, begin + size)))
+    monkeypatch.setattr(
+        torch_tensors.os,
+        "posix_fadvise",
+        lambda _, begin, size, advice: told.append((begin, begin + size)),
+    )
     (tmp_path / "f").write_bytes(b"x")
     with SafeFile(tmp_path, "f") as file:
         announce = Announcer()
@@ -409,7 +438,9 @@ def test_the_kernel_is_told_ahead_once_for_every_byte(tmp_path, monkeypatch):
             told_before = len(told)
             announce(PlainTensor(SimpleNamespace(source_bytes=1 << 20), file, place << 20))
             ends = [end for _, end in told]
-            assert place == 10 or max(ends) >= (place + 5) << 20, "half of what is announced lies ahead at least"
+            assert place == 10 or max(ends) >= (place + 5) << 20, (
+                "half of what is announced lies ahead at least"
+            )
             assert len(told) <= told_before + 1
         announce(PlainTensor(SimpleNamespace(source_bytes=0), file, 0))
     assert told[0] == (0, 9 << 20)

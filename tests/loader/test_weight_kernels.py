@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.float_bits import bits_from_float32
+from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.formats.schemes.int8 import MAX_SCALE, MIN_SCALE
 from codecllm.formats.schemes.lossless import split_planes, word_dtype
 from codecllm.formats.tiling import Grid
@@ -22,7 +22,13 @@ pytestmark = pytest.mark.gpu_too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE_OF = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ODD = [Grid(7, 33, 2, 10), Grid(3, 4100, 2, 4100), Grid(1, 5000, 1, 1250), Grid(70, 5, 32, 3), Grid(5, 1, 5, 1)]
+ODD = [
+    Grid(7, 33, 2, 10),
+    Grid(3, 4100, 2, 4100),
+    Grid(1, 5000, 1, 1250),
+    Grid(70, 5, 32, 3),
+    Grid(5, 1, 5, 1),
+]
 EMPTY = [Grid(0, 8, 1, 8), Grid(8, 0, 1, 1)]
 
 # numpy, which the interpreter computes with, says that a float16 overflows; that it becomes an infinity is meant.
@@ -30,7 +36,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 
 
 def in_tiles(matrix, grid):
-    parts = [matrix[t.row : t.row + t.rows, t.col : t.col + t.cols].reshape(-1).view(np.uint8) for t in grid]
+    parts = [
+        matrix[t.row : t.row + t.rows, t.col : t.col + t.cols].reshape(-1).view(np.uint8)
+        for t in grid
+    ]
     return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.uint8)])).to(DEVICE)
 
 
@@ -44,7 +53,10 @@ def bits(tensor):
 
 def assemble(words, grid, name):
     dtype = DTYPES[name]
-    planes = [in_tiles(plane.reshape(grid.rows, grid.cols), grid) for plane in split_planes(words.reshape(-1), dtype)]
+    planes = [
+        in_tiles(plane.reshape(grid.rows, grid.cols), grid)
+        for plane in split_planes(words.reshape(-1), dtype)
+    ]
     out = torch.zeros(grid.rows, grid.cols, dtype=WORDS[dtype.itemsize], device=DEVICE)
     assemble_lossless(planes, grid, dtype, out)
     return bits(out)
@@ -59,7 +71,9 @@ def test_every_16_bit_pattern_is_assembled(name):
 @pytest.mark.parametrize("grid", ODD + EMPTY, ids=str)
 @pytest.mark.parametrize("name", ["BF16", "F32", "F64", "F8_E4M3"])
 def test_elements_are_assembled_from_any_tiles(grid, name):
-    words = np.random.default_rng(3).integers(0, 1 << DTYPES[name].bits, grid.rows * grid.cols, np.uint64)
+    words = np.random.default_rng(3).integers(
+        0, 1 << DTYPES[name].bits, grid.rows * grid.cols, np.uint64
+    )
     words = words.astype(word_dtype(DTYPES[name]))
     assert assemble(words, grid, name) == words.tobytes()
 
@@ -72,7 +86,11 @@ def test_which_types_are_assembled():
 
 @pytest.mark.parametrize("change", ["planes", "size", "dtype", "strided"])
 def test_planes_that_do_not_fit_are_refused(change):
-    grid, planes, out = Grid(2, 6, 2, 6), [torch.zeros(12, dtype=torch.uint8)] * 2, torch.zeros(2, 6, dtype=torch.int16)
+    grid, planes, out = (
+        Grid(2, 6, 2, 6),
+        [torch.zeros(12, dtype=torch.uint8)] * 2,
+        torch.zeros(2, 6, dtype=torch.int16),
+    )
     if change == "planes":
         planes = planes[:1]
     elif change == "size":
@@ -95,7 +113,11 @@ def dequantize(low, high, grid, row_scale, col_scale, order, kind, name, low_bit
 
 
 def reference(low, high, steps, name, factors=None):
-    codes = low.astype(np.float32) if high is None else low.astype(np.int32) + factors * high.astype(np.int32)
+    codes = (
+        low.astype(np.float32)
+        if high is None
+        else low.astype(np.int32) + factors * high.astype(np.int32)
+    )
     with np.errstate(over="ignore"):
         return bits_from_float32(codes.astype(np.float32) * steps, name).tobytes()
 
@@ -103,8 +125,12 @@ def reference(low, high, steps, name, factors=None):
 def factors(grid, low_bits, order):
     """Of each element, columns in the source's order, the factor of its high part."""
     stored = np.zeros((grid.rows, grid.cols), np.int32)
-    for tile, bits_of_tile in zip(grid, low_bits if low_bits is not None else [], strict=low_bits is not None):
-        stored[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] = 1 << int(bits_of_tile)
+    for tile, bits_of_tile in zip(
+        grid, low_bits if low_bits is not None else [], strict=low_bits is not None
+    ):
+        stored[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] = 1 << int(
+            bits_of_tile
+        )
     source = stored.copy()
     if order is not None:
         source[:, order] = stored
@@ -116,7 +142,10 @@ def test_every_code_times_scales_of_every_size(name):
     codes = np.tile(np.arange(-127, 128, dtype=np.int8), (60, 1))
     scales = np.exp2(np.linspace(-126, 120.9, 60)).astype(np.float32)
     # Halfway between two bfloat16 or float16, subnormal and infinite as float16, and the two ends.
-    scales[:8] = np.array([1.00390625, 1.01171875, 1.00048828125, 2**-24, 2**-25, 516.1, MIN_SCALE, MAX_SCALE], np.float32)
+    scales[:8] = np.array(
+        [1.00390625, 1.01171875, 1.00048828125, 2**-24, 2**-25, 516.1, MIN_SCALE, MAX_SCALE],
+        np.float32,
+    )
     got = dequantize(codes, None, Grid(60, 255, 16, 255), scales, None, None, "row", name)
     assert got == reference(codes, None, scales[:, None], name)
 
@@ -126,9 +155,13 @@ def test_every_code_times_scales_of_every_size(name):
 def test_codes_are_dequantized_from_any_tiles(grid, kind):
     rng = np.random.default_rng(4)
     codes = rng.integers(-127, 128, (grid.rows, grid.cols)).astype(np.int8)
-    scales = np.exp(rng.uniform(-20, 5, grid.rows if kind == "row" else grid.cols)).astype(np.float32)
+    scales = np.exp(rng.uniform(-20, 5, grid.rows if kind == "row" else grid.cols)).astype(
+        np.float32
+    )
     steps = scales[:, None] if kind == "row" else scales[None]
-    assert dequantize(codes, None, grid, scales, None, None, kind, "BF16") == reference(codes, None, steps, "BF16")
+    assert dequantize(codes, None, grid, scales, None, None, kind, "BF16") == reference(
+        codes, None, steps, "BF16"
+    )
 
 
 @pytest.mark.parametrize("grid", ODD, ids=str)
@@ -141,7 +174,9 @@ def test_column_scales_orders_and_wide_codes(grid, wide, moved):
     order = rng.permutation(grid.cols).astype(np.int32) if moved else None
     low_bits = rng.integers(1, 9, len(grid)).astype(np.int32) if wide else None
     got = dequantize(low, high, grid, rows, cols, order, "row", "BF16", low_bits)
-    assert got == reference(low, high, rows[:, None] * cols[None], "BF16", factors(grid, low_bits, order))
+    assert got == reference(
+        low, high, rows[:, None] * cols[None], "BF16", factors(grid, low_bits, order)
+    )
     out = torch.zeros(grid.rows, grid.cols, dtype=torch.int8, device=DEVICE)
     untile_codes(in_tiles(low if order is None else low[:, order], grid), grid, out, there(order))
     assert bits(out) == low.tobytes()
@@ -150,7 +185,12 @@ def test_column_scales_orders_and_wide_codes(grid, wide, moved):
 def test_scales_that_do_not_fit_are_refused():
     grid, low = Grid(2, 6, 2, 6), torch.zeros(12, dtype=torch.uint8)
     out = torch.zeros(2, 6, dtype=torch.bfloat16)
-    for rows, cols, kind in ((3, None, "row"), (2, 5, "row"), (2, None, "column"), (6, 6, "column")):
+    for rows, cols, kind in (
+        (3, None, "row"),
+        (2, 5, "row"),
+        (2, None, "column"),
+        (6, 6, "column"),
+    ):
         col_scale = None if cols is None else torch.ones(cols)
         with pytest.raises(ValueError, match="scale"):
             dequantize_int8(low, None, None, grid, torch.ones(rows), col_scale, None, kind, out)
@@ -183,7 +223,11 @@ def test_products_are_within_the_stated_tolerance(tokens, way, dtype):
     rounding = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-11
     spread = inputs.double().abs() @ weight.abs().T
     # Panels hold weights rounded to the dtype, as a dense layer's.
-    allowed = rounding * exact.abs() + spread * (rounding if isinstance(way, Panels) else cols * 2.0**-24) + 2.0**-24
+    allowed = (
+        rounding * exact.abs()
+        + spread * (rounding if isinstance(way, Panels) else cols * 2.0**-24)
+        + 2.0**-24
+    )
     assert ((found - exact).abs() <= allowed).all()
     bias = torch.ones(rows, dtype=dtype, device=DEVICE) * 64
     biased = int8_linear(inputs.view(1, tokens, cols), codes, scale, bias, way)
@@ -192,7 +236,10 @@ def test_products_are_within_the_stated_tolerance(tokens, way, dtype):
 
 
 def test_few_tokens_of_aligned_columns_get_a_kernel_and_the_rest_panels():
-    chosen = [type(choose_way(tokens, 4096, cols)) for tokens, cols in ((1, 4096), (8, 4096), (1, 4097), (2048, 4096))]
+    chosen = [
+        type(choose_way(tokens, 4096, cols))
+        for tokens, cols in ((1, 4096), (8, 4096), (1, 4097), (2048, 4096))
+    ]
     assert chosen == [Rows, Tiles, Panels, Panels]
 
 

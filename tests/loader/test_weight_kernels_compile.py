@@ -53,11 +53,15 @@ print(json.dumps([plain, rows, tiles]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [["cuda", 75, 32], ["cuda", 90, 32], ["hip", "gfx942", 64]], ids=str)
+@pytest.mark.parametrize(
+    "target", [["cuda", 75, 32], ["cuda", 90, 32], ["hip", "gfx942", 64]], ids=str
+)
 def test_the_kernels_compile(target, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", _SCRIPT, json.dumps(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=280, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     plain, rows, tiles = json.loads(done.stdout.splitlines()[-1])
     if target == ["cuda", 90, 32]:

@@ -11,11 +11,11 @@ import numpy as np
 
 from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex, xxh3_hex
-from codecllm.formats.chunk_table import RECORD
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.reference import read_tensor_bytes
-from codecllm.formats.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
+from codecllm.formats.shards.chunk_table import RECORD
+from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
 from tests import tampering
 from tests.sources import bf16, write_source
 
@@ -32,7 +32,9 @@ def make_container(base: Path) -> Path:
         "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((40, 48)) ** 3).astype(np.float32)),
         "n": ("F32", np.linspace(0, 1, 9, dtype=np.float32)),
     }
-    source = write_source(base / "source", tensors, {"model_type": "gpt2", "architectures": ["GPT2Model"]})
+    source = write_source(
+        base / "source", tensors, {"model_type": "gpt2", "architectures": ["GPT2Model"]}
+    )
     convert(source, base / "container", include=("*",), exclude=("l",))
     return base / "container"
 
@@ -75,7 +77,9 @@ def rewrite_shard(folder: Path, edit: Callable[[Tensors], None], *, fix_sides: b
     edit(tensors)
     entries, position = [], 0
     for name, (dtype, shape, data) in tensors.items():
-        entries.append(TensorEntry(name, DTYPES[dtype], tuple(shape), position, position + len(data)))
+        entries.append(
+            TensorEntry(name, DTYPES[dtype], tuple(shape), position, position + len(data))
+        )
         position += len(data)
     head = pack_header(entries, metadata)
     put_shard(folder, head, b"".join(bytes(data) for _, _, data in tensors.values()))
@@ -88,7 +92,9 @@ def put_shard(folder: Path, head: bytes, body: bytes) -> None:
     (folder / SHARD).write_bytes(head + body)
 
     def edit(document: dict[str, Any]) -> None:
-        document["shards"][0].update(bytes=len(head + body), sha256=sha256_hex(head + body), header_xxh3=xxh3_hex(head))
+        document["shards"][0].update(
+            bytes=len(head + body), sha256=sha256_hex(head + body), header_xxh3=xxh3_hex(head)
+        )
 
     tampering.reseal(folder, edit)
 

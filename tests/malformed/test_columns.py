@@ -11,10 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codecllm.converter import convert
-from codecllm.formats.columns import order_of
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError, DecodeError, LayoutError, SchemaError, UnsupportedVersionError
+from codecllm.formats.errors import (
+    CodecLLMError,
+    DecodeError,
+    LayoutError,
+    SchemaError,
+    UnsupportedVersionError,
+)
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.schemes.columns import order_of
 from codecllm.verifier import verify
 from tests import tampering
 from tests.malformed.builders import fix_chunks, read_tensors, rewrite_shard
@@ -37,7 +43,9 @@ def columns_container(tmp_path_factory):
     source = write_source(base / "source", tensors, {"model_type": "gpt2"})
 
     def provide(plan):
-        steps = make_steps(plan, 0.012 if plan.source.name == "w" else 0.2, short=plan.source.name == "q")
+        steps = make_steps(
+            plan, 0.012 if plan.source.name == "w" else 0.2, short=plan.source.name == "q"
+        )
         return steps if plan.source.name != "s" else replace(steps, col_groups=None, tile=(20, 30))
 
     convert(source, base / "container", include=("*",), steps=provide)
@@ -64,7 +72,9 @@ def _everywhere(name, factor):
 
     def edit(tensors):
         with np.errstate(over="ignore", under="ignore"):
-            tensors[name][2][:] = (np.frombuffer(tensors[name][2], "<f4") * np.float32(factor)).tobytes()
+            tensors[name][2][:] = (
+                np.frombuffer(tensors[name][2], "<f4") * np.float32(factor)
+            ).tobytes()
 
     return lambda folder: rewrite_shard(folder, edit)
 
@@ -93,7 +103,9 @@ def _payload(chunk_of_zeros, offset, value):
 
     def damage(folder):
         rewrite_shard(folder, edit)
-        tampering.reseal(folder, lambda d: _record(d, "w")["planes"][1].update(stored_bytes=40 * 64, codec="raw"))
+        tampering.reseal(
+            folder, lambda d: _record(d, "w")["planes"][1].update(stored_bytes=40 * 64, codec="raw")
+        )
 
     return damage
 
@@ -127,7 +139,10 @@ def _drop(side):
     def edit(tensors):
         del tensors[f"q_{side}"]
 
-    return _both(lambda folder: rewrite_shard(folder, edit), _manifest(lambda d: _record(d, "q")["xxh3"].pop(side)))
+    return _both(
+        lambda folder: rewrite_shard(folder, edit),
+        _manifest(lambda d: _record(d, "q")["xxh3"].pop(side)),
+    )
 
 
 def _one_plane(document):
@@ -135,35 +150,77 @@ def _one_plane(document):
 
 
 FLAWS = {
-    "low_bits 0 of a high plane": (_low_bits("w", 1, 0), SchemaError, "low_bits of the chunk record.*got 0, expected 1 to 8"),
-    "low_bits 9 of a high plane": (_low_bits("w", 1, 9), SchemaError, "low_bits of the chunk record.*got 9, expected 1 to 8"),
-    "low_bits of the low wide plane": (_low_bits("w", 0, 8), SchemaError, "low_bits of the chunk record.*got 8, expected 0"),
-    "low_bits of one plane": (_low_bits("q", 0, 1), SchemaError, "low_bits of the chunk record.*got 1, expected 0"),
+    "low_bits 0 of a high plane": (
+        _low_bits("w", 1, 0),
+        SchemaError,
+        "low_bits of the chunk record.*got 0, expected 1 to 8",
+    ),
+    "low_bits 9 of a high plane": (
+        _low_bits("w", 1, 9),
+        SchemaError,
+        "low_bits of the chunk record.*got 9, expected 1 to 8",
+    ),
+    "low_bits of the low wide plane": (
+        _low_bits("w", 0, 8),
+        SchemaError,
+        "low_bits of the chunk record.*got 8, expected 0",
+    ),
+    "low_bits of one plane": (
+        _low_bits("q", 0, 1),
+        SchemaError,
+        "low_bits of the chunk record.*got 1, expected 0",
+    ),
     "steps not listed": (_without("steps"), SchemaError, "'steps' is used"),
     "col_scale not listed": (_without("col_scale"), SchemaError, "'col_scale' is used"),
     "wide not listed": (_without("wide"), SchemaError, "'wide' is used"),
     "calibration without its feature": (
-        _manifest(lambda d: d.update(calibration={"kind": "self", "tokens": "1", "sha256": "0" * 64})),
+        _manifest(
+            lambda d: d.update(calibration={"kind": "self", "tokens": "1", "sha256": "0" * 64})
+        ),
         SchemaError,
         "calibration",
     ),
-    "unknown feature": (_manifest(lambda d: d["required_features"].append("rows")), UnsupportedVersionError, "'rows'"),
+    "unknown feature": (
+        _manifest(lambda d: d["required_features"].append("rows")),
+        UnsupportedVersionError,
+        "'rows'",
+    ),
     "no rounding": (_manifest(lambda d: _record(d, "q").pop("rounding")), SchemaError, "rounding"),
-    "no worst error": (_manifest(lambda d: _record(d, "q").pop("worst_steps")), SchemaError, "rounding"),
+    "no worst error": (
+        _manifest(lambda d: _record(d, "q").pop("worst_steps")),
+        SchemaError,
+        "rounding",
+    ),
     "neither": (
         _manifest(lambda d: [_record(d, "q").pop(key) for key in ("rounding", "worst_steps")]),
         SchemaError,
         "rounding",
     ),
-    "a rounding of many words": (_manifest(lambda d: _record(d, "q").update(rounding="To Nearest")), SchemaError, "rounding"),
-    "no deadzone": (_manifest(lambda d: _record(d, "q").update(rounding="deadzone")), SchemaError, "deadzone"),
-    "a deadzone where none is": (_manifest(lambda d: _record(d, "q").update(deadzone=0.1)), SchemaError, "deadzone"),
+    "a rounding of many words": (
+        _manifest(lambda d: _record(d, "q").update(rounding="To Nearest")),
+        SchemaError,
+        "rounding",
+    ),
+    "no deadzone": (
+        _manifest(lambda d: _record(d, "q").update(rounding="deadzone")),
+        SchemaError,
+        "deadzone",
+    ),
+    "a deadzone where none is": (
+        _manifest(lambda d: _record(d, "q").update(deadzone=0.1)),
+        SchemaError,
+        "deadzone",
+    ),
     "half a step of deadzone": (
         _manifest(lambda d: _record(d, "q").update(rounding="deadzone", deadzone=0.5)),
         SchemaError,
         "deadzone",
     ),
-    "a negative worst error": (_manifest(lambda d: _record(d, "q").update(worst_steps=-1.0)), SchemaError, "worst_steps"),
+    "a negative worst error": (
+        _manifest(lambda d: _record(d, "q").update(worst_steps=-1.0)),
+        SchemaError,
+        "worst_steps",
+    ),
     "groups without scales": (_drop("col_scale"), SchemaError, "do not fit the tensor"),
     "no checksum of the groups": (
         _manifest(lambda d: _record(d, "q")["xxh3"].pop("col_group")),
@@ -171,7 +228,9 @@ FLAWS = {
         "does not place there",
     ),
     "columns of a column": (
-        _manifest(lambda d: _record(d, "h.0.attn.c_attn.weight")["xxh3"].update(col_scale="0" * 16)),
+        _manifest(
+            lambda d: _record(d, "h.0.attn.c_attn.weight")["xxh3"].update(col_scale="0" * 16)
+        ),
         SchemaError,
         "do not fit the tensor",
     ),
@@ -186,9 +245,17 @@ FLAWS = {
         "planes",
     ),
     "one plane": (_manifest(_one_plane), LayoutError, "disagree"),
-    "groups of signed numbers": (_stored("q_col_group", dtype="I8"), LayoutError, "stored type differs"),
+    "groups of signed numbers": (
+        _stored("q_col_group", dtype="I8"),
+        LayoutError,
+        "stored type differs",
+    ),
     "scales of integers": (_stored("q_col_scale", dtype="I16"), LayoutError, "stored type differs"),
-    "scales of another float": (_stored("q_scale", dtype="F16"), LayoutError, "stored type differs"),
+    "scales of another float": (
+        _stored("q_scale", dtype="F16"),
+        LayoutError,
+        "stored type differs",
+    ),
     "scales that the manifest calls F32": (
         _manifest(lambda d: _record(d, "q").pop("scale_dtype")),
         LayoutError,
@@ -207,17 +274,49 @@ FLAWS = {
     "a scale less": (_stored("q_col_scale", shape=[63]), LayoutError, "stored type differs"),
     "a column less": (_stored("q_col_group", shape=[63]), LayoutError, "stored type differs"),
     "scale of zero": (_values("s_col_scale", [0.0], "<f4"), DecodeError, "scale of column 0"),
-    "scale not a number": (_values("s_col_scale", [1.0, np.nan], "<f4"), DecodeError, "scale of column 1"),
+    "scale not a number": (
+        _values("s_col_scale", [1.0, np.nan], "<f4"),
+        DecodeError,
+        "scale of column 1",
+    ),
     "negative scale": (_values("s_col_scale", [-1.0], "<f4"), DecodeError, "scale of column 0"),
     "infinite scale": (_values("s_col_scale", [np.inf], "<f4"), DecodeError, "scale of column 0"),
-    "subnormal steps": (_both(_everywhere("s_scale", 2.0**-60), _everywhere("s_col_scale", 2.0**-70)), DecodeError, "a step"),
-    "infinite steps": (_both(_everywhere("s_scale", 2.0**70), _everywhere("s_col_scale", 2.0**70)), DecodeError, "a step"),
-    "BF16 scale of zero": (_values("q_scale", [0x3F80, 0], "<u2"), DecodeError, "scale of channel 1"),
-    "BF16 scale that is subnormal": (_values("q_col_scale", [0x3F80, 0x007F], "<u2"), DecodeError, "scale of column 1"),
-    "BF16 scale not a number": (_values("q_col_scale", [0x7FC0], "<u2"), DecodeError, "scale of column 0"),
-    "negative BF16 scale": (_values("q_col_scale", [0xBF80], "<u2"), DecodeError, "scale of column 0"),
+    "subnormal steps": (
+        _both(_everywhere("s_scale", 2.0**-60), _everywhere("s_col_scale", 2.0**-70)),
+        DecodeError,
+        "a step",
+    ),
+    "infinite steps": (
+        _both(_everywhere("s_scale", 2.0**70), _everywhere("s_col_scale", 2.0**70)),
+        DecodeError,
+        "a step",
+    ),
+    "BF16 scale of zero": (
+        _values("q_scale", [0x3F80, 0], "<u2"),
+        DecodeError,
+        "scale of channel 1",
+    ),
+    "BF16 scale that is subnormal": (
+        _values("q_col_scale", [0x3F80, 0x007F], "<u2"),
+        DecodeError,
+        "scale of column 1",
+    ),
+    "BF16 scale not a number": (
+        _values("q_col_scale", [0x7FC0], "<u2"),
+        DecodeError,
+        "scale of column 0",
+    ),
+    "negative BF16 scale": (
+        _values("q_col_scale", [0xBF80], "<u2"),
+        DecodeError,
+        "scale of column 0",
+    ),
     "infinite BF16 scale": (_values("q_scale", [0x7F80], "<u2"), DecodeError, "scale of channel 0"),
-    "BF16 scale that is too large": (_values("q_scale", [0x7C02], "<u2"), DecodeError, "scale of channel 0"),
+    "BF16 scale that is too large": (
+        _values("q_scale", [0x7C02], "<u2"),
+        DecodeError,
+        "scale of channel 0",
+    ),
     "steps too large for wide codes": (_everywhere("w_scale", 2.0**119), DecodeError, "a step"),
     "high code of -128": (_payload(bytes(40 * 64), 77, 128), DecodeError, "code -128"),
 }
@@ -232,7 +331,9 @@ def test_flaw_has_its_error(folder, name):
     assert type(caught.value) is expected
     assert caught.value.file is not None
     if expected is DecodeError:
-        assert caught.value.tensor == ("w" if "wide" in name or "high" in name else "q" if "BF16" in name else "s")
+        assert caught.value.tensor == (
+            "w" if "wide" in name or "high" in name else "q" if "BF16" in name else "s"
+        )
 
 
 def test_large_steps_that_one_plane_allows(folder):
@@ -257,8 +358,13 @@ def test_any_other_high_plane_is_codes(folder, value):
 def test_any_byte_is_a_group_and_a_wrong_one_is_found_by_the_digest(folder, group):
     def edit(tensors):
         groups = np.frombuffer(tensors["q_col_group"][2], np.uint8)
-        others = [np.where(np.arange(64) == column, group, groups).astype(np.uint8) for column in range(64)]
-        moved = next(other for other in others if not np.array_equal(order_of(other), order_of(groups)))
+        others = [
+            np.where(np.arange(64) == column, group, groups).astype(np.uint8)
+            for column in range(64)
+        ]
+        moved = next(
+            other for other in others if not np.array_equal(order_of(other), order_of(groups))
+        )
         tensors["q_col_group"][2][:] = moved.tobytes()
 
     rewrite_shard(folder, edit)
@@ -272,7 +378,9 @@ def test_any_byte_is_a_group_and_a_wrong_one_is_found_by_the_digest(folder, grou
 @settings(max_examples=80)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4),
-    where=st.sampled_from(["q_col_scale", "q_col_group", "w_col_scale", "w_col_group", "w_chunks", "w"]),
+    where=st.sampled_from(
+        ["q_col_scale", "q_col_group", "w_col_scale", "w_col_group", "w_chunks", "w"]
+    ),
 )
 def test_any_byte_of_anything(columns_container, tmp_path_factory, changes, where):
     """An error of ours, or bytes of the right size."""

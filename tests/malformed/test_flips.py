@@ -14,7 +14,7 @@ import pytest
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, CodecLLMError, LayoutError, TruncatedError
-from codecllm.formats.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
+from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
 from tests import tampering
 from tests.malformed.builders import SHARD, read_everything, read_tensors
 from tests.sources import bf16, write_source
@@ -24,9 +24,18 @@ from tests.stepped import provider
 def _small(kind):
     rng = np.random.default_rng(2)
     if kind == "plain":
-        return {"n": ("F32", rng.standard_normal((3, 7)).astype(np.float32)), "i": ("I64", np.arange(9))}, "lossless", ()
+        return (
+            {
+                "n": ("F32", rng.standard_normal((3, 7)).astype(np.float32)),
+                "i": ("I64", np.arange(9)),
+            },
+            "lossless",
+            (),
+        )
     if kind == "lossless":
-        coarse = bf16(rng.standard_normal((32, 64))) & 0xFFF0  # both planes are coded, and the shard stays small
+        coarse = (
+            bf16(rng.standard_normal((32, 64))) & 0xFFF0
+        )  # both planes are coded, and the shard stays small
         return {"l": ("BF16", coarse)}, "lossless", ()
     rows = 24 if kind == "rans" else 8
     if kind == "columns":
@@ -43,7 +52,9 @@ def tiny(request, tmp_path_factory):
     steps = provider(0.015) if request.param == "columns" else None
     convert(source, base / "c", scheme=scheme, codec=codec, include=include, steps=steps)
     manifest = parse_manifest((base / "c" / MANIFEST_NAME).read_bytes())
-    assert {record.scheme for record in manifest.tensors} == {"raw" if request.param == "plain" else scheme}
+    assert {record.scheme for record in manifest.tensors} == {
+        "raw" if request.param == "plain" else scheme
+    }
     features = {"rans": ["rans"], "columns": ["steps", "col_scale", "wide"]}
     assert manifest.required_features == features.get(request.param, [])
     return base / "c"

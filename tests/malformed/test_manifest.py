@@ -18,7 +18,7 @@ from codecllm.formats.errors import (
     UnsafePathError,
     UnsupportedVersionError,
 )
-from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from tests import tampering
 from tests.malformed.builders import SHARD, read_everything, read_tensors
 
@@ -28,7 +28,9 @@ L, Q, C, N = 0, 1, 2, 3
 
 def _text(change):
     """A change of the manifest's bytes that leaves the seal as it was."""
-    return lambda folder: (folder / MANIFEST_NAME).write_bytes(change((folder / MANIFEST_NAME).read_bytes()))
+    return lambda folder: (folder / MANIFEST_NAME).write_bytes(
+        change((folder / MANIFEST_NAME).read_bytes())
+    )
 
 
 def _sealed(old, new):
@@ -39,7 +41,9 @@ def _sealed(old, new):
         text = data[: data.rindex(b'"manifest_sha256"')]
         assert old in text
         text = text.replace(old, new, 1)
-        (folder / MANIFEST_NAME).write_bytes(text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode())
+        (folder / MANIFEST_NAME).write_bytes(
+            text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode()
+        )
 
     return damage
 
@@ -73,7 +77,13 @@ def _drop(*path):
 
 
 def _alias(**fields):
-    record = {"name": "tied", "dtype": "BF16", "shape": [40, 64], "scheme": "alias", "alias_of": "l"}
+    record = {
+        "name": "tied",
+        "dtype": "BF16",
+        "shape": [40, 64],
+        "scheme": "alias",
+        "alias_of": "l",
+    }
     return _edit(lambda document: document["tensors"].append({**record, **fields}))
 
 
@@ -115,26 +125,62 @@ FLAWS = {
     "cut by one byte": (_text(lambda data: data[:-1]), TruncatedError, "seal"),
     "trailing byte": (_text(lambda data: data + b"\n"), TruncatedError, "seal"),
     "html page": (_text(lambda data: b"<!DOCTYPE html><html>"), NotAContainerError, "HTML"),
-    "lfs pointer": (_text(lambda data: b"version https://git-lfs.github.com/spec/v1\n"), NotAContainerError, "Git LFS"),
+    "lfs pointer": (
+        _text(lambda data: b"version https://git-lfs.github.com/spec/v1\n"),
+        NotAContainerError,
+        "Git LFS",
+    ),
     "zip": (_text(lambda data: b"PK\x03\x04" + data), NotAContainerError, "zip"),
     "byte order mark": (_text(lambda data: b"\xef\xbb\xbf" + data), NotAContainerError, "not JSON"),
     "utf-16": (_text(lambda data: data.decode().encode("utf-16")), NotAContainerError, "not JSON"),
     "an array": (_text(lambda data: b"[" + data + b"]"), NotAContainerError, "not JSON"),
-    "one byte changed": (_text(lambda data: data.replace(b"1.1", b"1.2", 1)), ChecksumError, "seal"),
+    "one byte changed": (
+        _text(lambda data: data.replace(b"1.1", b"1.2", 1)),
+        ChecksumError,
+        "seal",
+    ),
     "crlf": (_text(lambda data: data.replace(b"\n", b"\r\n")), TruncatedError, "seal"),
-    "seal of another": (_text(lambda data: data[:-67] + b"0" * 64 + data[-3:]), ChecksumError, "seal"),
+    "seal of another": (
+        _text(lambda data: data[:-67] + b"0" * 64 + data[-3:]),
+        ChecksumError,
+        "seal",
+    ),
     "not utf-8": (_sealed(b'"digest"', b'"dig\xff"'), SchemaError, "UTF-8"),
     "not json": (_sealed(b'"options":', b'"options";'), SchemaError, "not JSON"),
-    "duplicate key at the top": (_sealed(b'"source":', b'"options":{},"source":'), SchemaError, "stands twice"),
-    "duplicate key in a record": (_sealed(b'"shard":0', b'"shard":0,"shard":0'), SchemaError, "stands twice"),
-    "duplicate key in a side": (_sealed(b'"codec":"zstd"', b'"codec":"zstd","codec":"raw"'), SchemaError, "stands twice"),
+    "duplicate key at the top": (
+        _sealed(b'"source":', b'"options":{},"source":'),
+        SchemaError,
+        "stands twice",
+    ),
+    "duplicate key in a record": (
+        _sealed(b'"shard":0', b'"shard":0,"shard":0'),
+        SchemaError,
+        "stands twice",
+    ),
+    "duplicate key in a side": (
+        _sealed(b'"codec":"zstd"', b'"codec":"zstd","codec":"raw"'),
+        SchemaError,
+        "stands twice",
+    ),
     "nan": (_sealed(b'"worst_error":0', b'"worst_error":NaN,"x":0'), SchemaError, "NaN"),
-    "infinity": (_sealed(b'"worst_error":0', b'"worst_error":-Infinity,"x":0'), SchemaError, "Infinity"),
+    "infinity": (
+        _sealed(b'"worst_error":0', b'"worst_error":-Infinity,"x":0'),
+        SchemaError,
+        "Infinity",
+    ),
     "1e400": (_sealed(b'"worst_error":0', b'"worst_error":1e400,"x":0'), SchemaError, "not finite"),
     "huge integer": (_sealed(b'"shard":0', b'"shard":9007199254740993'), LimitError, "too large"),
-    "integer of 5000 digits": (_sealed(b'"shard":0', b'"shard":' + b"1" * 5000), LimitError, "too large"),
+    "integer of 5000 digits": (
+        _sealed(b'"shard":0', b'"shard":' + b"1" * 5000),
+        LimitError,
+        "too large",
+    ),
     "deep nesting": (_deep, LimitError, "too deeply"),
-    "very deep nesting": (_sealed(b'"options":', b'"x_a":' + b"[" * 9000 + b"]" * 9000 + b',"options":'), LimitError, "deeply"),
+    "very deep nesting": (
+        _sealed(b'"options":', b'"x_a":' + b"[" * 9000 + b"]" * 9000 + b',"options":'),
+        LimitError,
+        "deeply",
+    ),
     "lone surrogate": (_sealed(b'"name":"q"', b'"name":"\\ud800"'), SchemaError, "surrogate"),
     "format missing": (_drop("format"), NotAContainerError, "format"),
     "format of another": (_set("format", "gguf"), NotAContainerError, "format"),
@@ -143,14 +189,30 @@ FLAWS = {
     "version as number": (_set("format_version", 1.0), UnsupportedVersionError, "format version"),
     "version without minor": (_set("format_version", "1"), SchemaError, "format_version"),
     "unknown required feature": (_set("required_features", ["x"]), UnsupportedVersionError, "'x'"),
-    "required feature that is a list": (_set("required_features", [[]]), SchemaError, "required_features"),
-    "required feature that is an object": (_set("required_features", [{}]), SchemaError, "required_features"),
-    "required features in a string": (_set("required_features", "x"), SchemaError, "required_features"),
+    "required feature that is a list": (
+        _set("required_features", [[]]),
+        SchemaError,
+        "required_features",
+    ),
+    "required feature that is an object": (
+        _set("required_features", [{}]),
+        SchemaError,
+        "required_features",
+    ),
+    "required features in a string": (
+        _set("required_features", "x"),
+        SchemaError,
+        "required_features",
+    ),
     "version in other digits": (_set("format_version", "1.\u0663"), SchemaError, "format_version"),
     "version with a line feed": (_set("format_version", "1.0\n"), SchemaError, "format_version"),
     "features missing": (_drop("required_features"), SchemaError, "required_features"),
     "unknown scheme": (_set("tensors", Q, "scheme", "int3"), UnsupportedVersionError, "int3"),
-    "unknown codec": (_set("tensors", Q, "planes", 0, "codec", "rans9"), UnsupportedVersionError, "rans9"),
+    "unknown codec": (
+        _set("tensors", Q, "planes", 0, "codec", "rans9"),
+        UnsupportedVersionError,
+        "rans9",
+    ),
     "unknown key at the top": (_set("extra", 1), SchemaError, "extra"),
     "unknown key in a record": (_set("tensors", Q, "extra", 1), SchemaError, "extra"),
     "key missing": (_drop("shards"), SchemaError, "shards"),
@@ -165,7 +227,9 @@ FLAWS = {
     "xxh3 too long": (_set("shards", 0, "header_xxh3", "0" * 17), SchemaError, "header_xxh3"),
     "name twice": (_set("tensors", Q, "name", "l"), SchemaError, "stands twice"),
     "names differ by normal form": (
-        _edit(lambda d: (d["tensors"][L].update(name="e\u0301"), d["tensors"][Q].update(name="\xe9"))),
+        _edit(
+            lambda d: (d["tensors"][L].update(name="e\u0301"), d["tensors"][Q].update(name="\xe9"))
+        ),
         SchemaError,
         "stands twice",
     ),
@@ -178,7 +242,11 @@ FLAWS = {
     "negative dimension": (_set("tensors", N, "shape", [-9]), SchemaError, "shape"),
     "dimension beyond the limit": (_set("tensors", N, "shape", [2**50]), LimitError, "shape"),
     "elements overflow": (_set("tensors", N, "shape", [2**40, 2**40]), LimitError, "too large"),
-    "huge dimension beside 0": (_set("tensors", N, "shape", [2**47, 0, 2**47]), LimitError, "too large"),
+    "huge dimension beside 0": (
+        _set("tensors", N, "shape", [2**47, 0, 2**47]),
+        LimitError,
+        "too large",
+    ),
     "shard that is not there": (_set("tensors", N, "shard", 1), SchemaError, "no such shard"),
     "lossless of rank 1": (_set("tensors", L, "shape", [2560]), SchemaError, "does not fit"),
     "int8 of integers": (_set("tensors", Q, "dtype", "I64"), SchemaError, "does not fit"),
@@ -191,9 +259,17 @@ FLAWS = {
     "int8 without elements": (_set("tensors", Q, "shape", [0, 80]), SchemaError, "does not fit"),
     "side tensor as a tensor of its own": (_edit(_side_tensor_twice), SchemaError, "side tensor"),
     "4097 side files": (_edit(_many_files), LimitError, "files"),
-    "lossless with one plane": (_edit(lambda d: d["tensors"][L]["planes"].pop()), SchemaError, "does not fit"),
+    "lossless with one plane": (
+        _edit(lambda d: d["tensors"][L]["planes"].pop()),
+        SchemaError,
+        "does not fit",
+    ),
     "no planes": (_set("tensors", Q, "planes", []), SchemaError, "planes"),
-    "plane of another size": (_set("tensors", Q, "planes", 0, "raw_bytes", 7), SchemaError, "wrong size"),
+    "plane of another size": (
+        _set("tensors", Q, "planes", 0, "raw_bytes", 7),
+        SchemaError,
+        "wrong size",
+    ),
     "tile of 0 rows": (_set("tensors", Q, "tile", [0, 80]), SchemaError, "tile"),
     "tile of one number": (_set("tensors", Q, "tile", [24]), SchemaError, "tile"),
     "channel axis 8": (_set("tensors", Q, "channel_axis", 8), SchemaError, "channel_axis"),
@@ -201,7 +277,11 @@ FLAWS = {
     "column axis is not the last": (_set("tensors", C, "channel_axis", 0), SchemaError, "axis"),
     "channel kind": (_set("tensors", Q, "channel_kind", "diagonal"), SchemaError, "channel_kind"),
     "scale checksum missing": (_drop("tensors", Q, "xxh3", "scale"), SchemaError, "scales"),
-    "scale checksum of a lossless": (_set("tensors", L, "xxh3", "scale", "0" * 16), SchemaError, "scales"),
+    "scale checksum of a lossless": (
+        _set("tensors", L, "xxh3", "scale", "0" * 16),
+        SchemaError,
+        "scales",
+    ),
     "alias of itself": (_alias(alias_of="tied"), SchemaError, "alias"),
     "alias of nothing": (_alias(alias_of="nobody"), SchemaError, "alias"),
     "alias chain": (_two_aliases("l", "a"), SchemaError, "alias"),
@@ -224,19 +304,39 @@ FLAWS = {
         "twice",
     ),
     "manifest lists itself": (_set("files", 0, "name", MANIFEST_NAME), SchemaError, "reserved"),
-    "manifest lists itself by case": (_set("files", 0, "name", "CODECLLM.JSON"), SchemaError, "reserved"),
+    "manifest lists itself by case": (
+        _set("files", 0, "name", "CODECLLM.JSON"),
+        SchemaError,
+        "reserved",
+    ),
     "readme is listed": (_set("files", 0, "name", "README.md"), SchemaError, "reserved"),
     "readme is listed by case": (_set("files", 0, "name", "readme.MD"), SchemaError, "reserved"),
     "file inside a file": (_set("files", 0, "name", "config.json/x"), TruncatedError, "missing"),
     "shard as a side file": (
-        _edit(lambda d: d["files"].append({**d["files"][0], "name": "model-00002-of-00002.safetensors"})),
+        _edit(
+            lambda d: d["files"].append(
+                {**d["files"][0], "name": "model-00002-of-00002.safetensors"}
+            )
+        ),
         SchemaError,
         "side file",
     ),
-    "shard of another name": (_set("shards", 0, "name", "weights.safetensors"), SchemaError, "wrong name"),
+    "shard of another name": (
+        _set("shards", 0, "name", "weights.safetensors"),
+        SchemaError,
+        "wrong name",
+    ),
     "shard outside": (_set("shards", 0, "name", "../model.safetensors"), UnsafePathError, "unsafe"),
-    "two shards of one name": (_edit(lambda d: d["shards"].append(dict(d["shards"][0]))), SchemaError, "wrong name"),
-    "listed file that is not there": (_set("files", 0, "name", "vocab.txt"), TruncatedError, "missing"),
+    "two shards of one name": (
+        _edit(lambda d: d["shards"].append(dict(d["shards"][0]))),
+        SchemaError,
+        "wrong name",
+    ),
+    "listed file that is not there": (
+        _set("files", 0, "name", "vocab.txt"),
+        TruncatedError,
+        "missing",
+    ),
     "file too short": (_set("files", 0, "bytes", 9999), TruncatedError, "too short"),
     "file too long": (_set("files", 0, "bytes", 1), LayoutError, "too long"),
     "file of another digest": (_set("files", 0, "sha256", "0" * 64), ChecksumError, "sha256"),
@@ -258,22 +358,36 @@ def test_flaw_has_its_error(folder, name):
 
 
 def _say_plain(document):
-    kept = {key: document["tensors"][L][key] for key in ("name", "dtype", "shape", "shard", "digest")}
+    kept = {
+        key: document["tensors"][L][key] for key in ("name", "dtype", "shape", "shard", "digest")
+    }
     document["tensors"][L] = {**kept, "scheme": "raw", "xxh3": "0" * 16}
 
 
 SEEN_BY_TENSORS = {
-    "row matrix said to be columns": (_set("tensors", Q, "channel_kind", "column"), SchemaError, "q"),
+    "row matrix said to be columns": (
+        _set("tensors", Q, "channel_kind", "column"),
+        SchemaError,
+        "q",
+    ),
     "another tile": (_set("tensors", Q, "tile", [12, 80]), LayoutError, "q"),
     "another shape of as many elements": (_set("tensors", L, "shape", [64, 40]), LayoutError, "l"),
-    "stored bytes of another": (_set("tensors", Q, "planes", 0, "stored_bytes", 1), LayoutError, "q"),
+    "stored bytes of another": (
+        _set("tensors", Q, "planes", 0, "stored_bytes", 1),
+        LayoutError,
+        "q",
+    ),
     "plain tensor of another dtype": (_set("tensors", N, "dtype", "I32"), LayoutError, "n"),
     "plain tensor of another shape": (_set("tensors", N, "shape", [3, 3]), LayoutError, "n"),
     "coded tensor said to be plain": (_edit(_say_plain), LayoutError, "l"),
     "tensor that the shard lacks": (_set("tensors", N, "name", "other"), LayoutError, "other"),
     "tensor left out": (_edit(lambda d: d["tensors"].pop()), LayoutError, "n"),
     "plain checksum": (_set("tensors", N, "xxh3", "0" * 16), ChecksumError, "n"),
-    "chunk table checksum": (_set("tensors", L, "xxh3", "chunks", "0" * 16), ChecksumError, "l_chunks"),
+    "chunk table checksum": (
+        _set("tensors", L, "xxh3", "chunks", "0" * 16),
+        ChecksumError,
+        "l_chunks",
+    ),
     "shape checksum": (_set("tensors", L, "xxh3", "shape", "0" * 16), ChecksumError, "l_shape"),
     "scale checksum": (_set("tensors", Q, "xxh3", "scale", "0" * 16), ChecksumError, "q_scale"),
     "header checksum": (_set("shards", 0, "header_xxh3", "0" * 16), ChecksumError, None),

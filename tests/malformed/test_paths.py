@@ -7,8 +7,13 @@ import os
 import pytest
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError, NotAContainerError, TruncatedError, UnsafePathError
-from codecllm.formats.manifest import MANIFEST_NAME
+from codecllm.formats.errors import (
+    CodecLLMError,
+    NotAContainerError,
+    TruncatedError,
+    UnsafePathError,
+)
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from tests import tampering
 from tests.malformed.builders import SHARD, read_everything
 
@@ -60,13 +65,25 @@ FLAWS = {
     "manifest is a link outside": (_manifest_is_a_link, UnsafePathError, 5),
     "shard is deleted": (lambda folder: (folder / SHARD).unlink(), TruncatedError, 1),
     "shard is empty": (_content(b""), TruncatedError, 1),
-    "shard is an lfs pointer": (_content(b"version https://git-lfs.github.com/spec/v1\noid x\n"), NotAContainerError, 1),
+    "shard is an lfs pointer": (
+        _content(b"version https://git-lfs.github.com/spec/v1\noid x\n"),
+        NotAContainerError,
+        1,
+    ),
     "shard is a page": (_content(b"<!doctype html>" + b" " * 99), NotAContainerError, 1),
     "shard is a zip": (_content(b"PK\x03\x04" + bytes(500)), NotAContainerError, 1),
     "shard is a gguf": (_content(b"GGUF" + bytes(500)), NotAContainerError, 1),
     "shard is a pickle": (_content(b"\x80\x02" + bytes(500)), NotAContainerError, 1),
-    "manifest is deleted": (lambda folder: (folder / MANIFEST_NAME).unlink(), NotAContainerError, 1),
-    "folder is deleted": (lambda folder: folder.rename(folder.parent / "gone"), NotAContainerError, 1),
+    "manifest is deleted": (
+        lambda folder: (folder / MANIFEST_NAME).unlink(),
+        NotAContainerError,
+        1,
+    ),
+    "folder is deleted": (
+        lambda folder: folder.rename(folder.parent / "gone"),
+        NotAContainerError,
+        1,
+    ),
 }
 
 
@@ -121,7 +138,7 @@ def test_tensor_names_never_become_paths(tmp_path):
     import numpy as np
 
     from codecllm.converter import convert
-    from codecllm.converter.export import export
+    from codecllm.converter.exports.export import export
     from tests.sources import write_source
 
     name = "../../evil/weight"
@@ -129,6 +146,8 @@ def test_tensor_names_never_become_paths(tmp_path):
     before = sorted(path for path in tmp_path.rglob("*"))
     convert(source, tmp_path / "c", scheme="lossless")
     export(tmp_path / "c", tmp_path / "plain")
-    made = {path.parent.name for path in tmp_path.rglob("*") if path not in before and path.is_file()}
+    made = {
+        path.parent.name for path in tmp_path.rglob("*") if path not in before and path.is_file()
+    }
     assert made == {"c", "plain"}
     assert read_everything(tmp_path / "c") == {name: np.ones((3, 4), np.float32).tobytes()}

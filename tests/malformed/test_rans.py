@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codecllm.converter import convert
-from codecllm.formats import manifest as manifest_module
-from codecllm.formats.chunk_table import RECORD
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
@@ -19,7 +17,9 @@ from codecllm.formats.errors import (
     SchemaError,
     UnsupportedVersionError,
 )
+from codecllm.formats.manifest import manifest as manifest_module
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.shards.chunk_table import RECORD
 from codecllm.verifier import verify
 from tests import tampering
 from tests.malformed.builders import fix_chunks, read_tensors, rewrite_shard
@@ -129,13 +129,37 @@ def _rename_feature(document):
 
 
 FLAWS = {
-    "feature not listed": (_manifest(lambda d: d.update(required_features=[])), SchemaError, "required_features"),
+    "feature not listed": (
+        _manifest(lambda d: d.update(required_features=[])),
+        SchemaError,
+        "required_features",
+    ),
     "unknown feature": (_manifest(_rename_feature), UnsupportedVersionError, "'rans2'"),
-    "no checksum of the tables": (_manifest(lambda d: _record(d, "q")["xxh3"].pop("tables")), SchemaError, "rans tables"),
-    "no size of the tables": (_manifest(lambda d: _record(d, "q").pop("tables_bytes")), SchemaError, "rans tables"),
-    "size of the tables": (_manifest(lambda d: _record(d, "q").update(tables_bytes=5)), LayoutError, "stored type differs"),
-    "plane says zstd": (_manifest(lambda d: _record(d, "q")["planes"][0].update(codec="zstd")), SchemaError, "rans tables"),
-    "other plane says rans": (_manifest(lambda d: _record(d, "l")["planes"].reverse()), LayoutError, "its plane does not"),
+    "no checksum of the tables": (
+        _manifest(lambda d: _record(d, "q")["xxh3"].pop("tables")),
+        SchemaError,
+        "rans tables",
+    ),
+    "no size of the tables": (
+        _manifest(lambda d: _record(d, "q").pop("tables_bytes")),
+        SchemaError,
+        "rans tables",
+    ),
+    "size of the tables": (
+        _manifest(lambda d: _record(d, "q").update(tables_bytes=5)),
+        LayoutError,
+        "stored type differs",
+    ),
+    "plane says zstd": (
+        _manifest(lambda d: _record(d, "q")["planes"][0].update(codec="zstd")),
+        SchemaError,
+        "rans tables",
+    ),
+    "other plane says rans": (
+        _manifest(lambda d: _record(d, "l")["planes"].reverse()),
+        LayoutError,
+        "its plane does not",
+    ),
     "magic": (_set("q_tables", 0, b"CLRU"), NotAContainerError, "magic"),
     "version": (_set("q_tables", 4, b"\2"), UnsupportedVersionError, "version of rans tables"),
     "planes": (_set("q_tables", 5, b"\2"), LayoutError, "disagree on planes"),

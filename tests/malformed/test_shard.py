@@ -20,7 +20,14 @@ from codecllm.formats.errors import (
     UnsupportedVersionError,
 )
 from tests import tampering
-from tests.malformed.builders import SHARD, edit_header, fix_chunks, put_shard, read_tensors, rewrite_shard
+from tests.malformed.builders import (
+    SHARD,
+    edit_header,
+    fix_chunks,
+    put_shard,
+    read_tensors,
+    rewrite_shard,
+)
 
 C = "h.0.attn.c_attn.weight"
 
@@ -77,7 +84,9 @@ def _frame(frame_of, tensor="q"):
             from tests.malformed.builders import split_shard
 
             table = split_shard(folder)[0][f"{tensor}_chunks"][2]
-            document["tensors"][index]["planes"][0]["stored_bytes"] = int.from_bytes(table[32:36], "little")
+            document["tensors"][index]["planes"][0]["stored_bytes"] = int.from_bytes(
+                table[32:36], "little"
+            )
 
         tampering.reseal(folder, planes)
 
@@ -120,7 +129,9 @@ def _bomb(old):
 def _dictionary(old):
     codes = zstandard.ZstdDecompressor().decompress(old)
     samples = [bytes([i % 7]) * 200 + bytes(range(i % 200)) for i in range(400)]
-    return zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(2000, samples)).compress(codes)
+    return zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(2000, samples)).compress(
+        codes
+    )
 
 
 def _damaged_frame(old):
@@ -164,7 +175,9 @@ def _swapped_chunks(folder):
 def _large_window(old):
     """The same codes in raw blocks after a header that asks for 16 MiB."""
     codes = zstandard.ZstdDecompressor().decompress(old)
-    descriptor = bytes([0b10_0_0_0_0_00, (24 - 10) << 3])  # four bytes of content size, no single segment, window descriptor
+    descriptor = bytes(
+        [0b10_0_0_0_0_00, (24 - 10) << 3]
+    )  # four bytes of content size, no single segment, window descriptor
     block = (1 | len(codes) << 3).to_bytes(3, "little") + codes
     return old[:4] + descriptor + len(codes).to_bytes(4, "little") + block
 
@@ -190,13 +203,43 @@ FLAWS = {
     "header is an array": (_raw_text(lambda t: b"[" + t + b"]"), SchemaError, "begin with", None),
     "header begins with a space": (_raw_text(lambda t: b" " + t), SchemaError, "begin with", None),
     "header is cut": (_cut, TruncatedError, "inside its header", None),
-    "header is not json": (_raw_text(lambda t: t.replace(b":", b";", 1)), SchemaError, "not JSON", None),
-    "header with nan": (_raw_text(lambda t: t.replace(b'"shape": [9]', b'"shape": [NaN]')), SchemaError, "NaN", None),
-    "name twice in the header": (_raw_text(lambda t: t.replace(b'"q_shape"', b'"n"')), SchemaError, "twice", None),
-    "metadata is a list": (_header(lambda h: h.update(__metadata__=[])), SchemaError, "__metadata__", None),
-    "metadata holds a number": (_header(lambda h: h.update(__metadata__={"a": 1})), SchemaError, "__metadata__", None),
+    "header is not json": (
+        _raw_text(lambda t: t.replace(b":", b";", 1)),
+        SchemaError,
+        "not JSON",
+        None,
+    ),
+    "header with nan": (
+        _raw_text(lambda t: t.replace(b'"shape": [9]', b'"shape": [NaN]')),
+        SchemaError,
+        "NaN",
+        None,
+    ),
+    "name twice in the header": (
+        _raw_text(lambda t: t.replace(b'"q_shape"', b'"n"')),
+        SchemaError,
+        "twice",
+        None,
+    ),
+    "metadata is a list": (
+        _header(lambda h: h.update(__metadata__=[])),
+        SchemaError,
+        "__metadata__",
+        None,
+    ),
+    "metadata holds a number": (
+        _header(lambda h: h.update(__metadata__={"a": 1})),
+        SchemaError,
+        "__metadata__",
+        None,
+    ),
     "entry with another key": (_entry("n", more=1), SchemaError, "dtype, shape", "n"),
-    "entry without shape": (_header(lambda h: h["n"].pop("shape")), SchemaError, "dtype, shape", "n"),
+    "entry without shape": (
+        _header(lambda h: h["n"].pop("shape")),
+        SchemaError,
+        "dtype, shape",
+        "n",
+    ),
     "unknown dtype": (_entry("n", dtype="F99"), SchemaError, "dtype", "n"),
     "dtype is a number": (_entry("n", dtype=3), SchemaError, "dtype", "n"),
     "shape is a string": (_entry("n", shape="9"), SchemaError, "shape", "n"),
@@ -209,10 +252,20 @@ FLAWS = {
     "offsets backwards": (_entry("n", data_offsets=[36, 0]), LayoutError, "disagree", "n"),
     "offsets of another size": (_entry("n", shape=[8]), LayoutError, "disagree", "n"),
     "offsets overlap": (_entry("n", data_offsets=[0, 36]), LayoutError, "overlap", None),
-    "offset beyond 2^53": (_entry("n", data_offsets=[2**60, 2**60 + 36]), LimitError, "too large", None),
+    "offset beyond 2^53": (
+        _entry("n", data_offsets=[2**60, 2**60 + 36]),
+        LimitError,
+        "too large",
+        None,
+    ),
     "hole": (lambda folder: put_shard(folder, *_with_hole(folder)), LayoutError, "follow", None),
     "empty name": (_header(lambda h: h.update({"": h.pop("n")})), SchemaError, "name", None),
-    "name with newline": (_header(lambda h: h.update({"a\n": h.pop("n")})), SchemaError, "name", None),
+    "name with newline": (
+        _header(lambda h: h.update({"a\n": h.pop("n")})),
+        SchemaError,
+        "name",
+        None,
+    ),
     "table without magic": (_table(0, b"XXXX"), NotAContainerError, "magic", "q"),
     "table version 2": (_table(4, b"\2"), UnsupportedVersionError, "version", "q"),
     "table with 0 planes": (_table(5, b"\0"), LimitError, "planes", "q"),
@@ -228,26 +281,66 @@ FLAWS = {
         "q",
     ),
     "table with tiles of 0 rows": (_table(24, bytes(4)), LayoutError, "no extent", "q"),
-    "table with chunks of 4 GiB": (_table(8, (2**20).to_bytes(8, "little") * 2 + b"\xff" * 8), LimitError, "chunk", "q"),
+    "table with chunks of 4 GiB": (
+        _table(8, (2**20).to_bytes(8, "little") * 2 + b"\xff" * 8),
+        LimitError,
+        "chunk",
+        "q",
+    ),
     "table too short": (_resized_table(lambda t: t[:-1]), LayoutError, "wrong size", "q"),
-    "table shorter than its header": (_resized_table(lambda t: t[:31]), LayoutError, "shorter", "q"),
-    "table with a record too many": (_resized_table(lambda t: t + bytes(16)), LayoutError, "wrong size", "q"),
+    "table shorter than its header": (
+        _resized_table(lambda t: t[:31]),
+        LayoutError,
+        "shorter",
+        "q",
+    ),
+    "table with a record too many": (
+        _resized_table(lambda t: t + bytes(16)),
+        LayoutError,
+        "wrong size",
+        "q",
+    ),
     "unknown codec id": (_table(36, b"\x07"), UnsupportedVersionError, "codec", "q"),
     "record reserved bytes": (_table(38, b"\1"), SchemaError, "reserved", "q"),
     "stored_bytes 0": (_table(32, bytes(4)), LayoutError, "stored_bytes", "q"),
     "stored_bytes 4 GiB": (_table(32, b"\xff" * 4), LayoutError, "stored_bytes", "q"),
-    "stored_bytes one slot longer": (_table(32, (1920).to_bytes(4, "little")), LayoutError, "add up", "q"),
-    "codec raw for a frame": (_table(36, bytes([CODEC_IDS["raw"]])), LayoutError, "stored_bytes", "q"),
+    "stored_bytes one slot longer": (
+        _table(32, (1920).to_bytes(4, "little")),
+        LayoutError,
+        "add up",
+        "q",
+    ),
+    "codec raw for a frame": (
+        _table(36, bytes([CODEC_IDS["raw"]])),
+        LayoutError,
+        "stored_bytes",
+        "q",
+    ),
     "padding is not zero": (_padding, SchemaError, "padding", "q"),
     "stored shape of another": (_shape, LayoutError, "shape", "l"),
     "frame of a wrong size": (_frame(_wrong_size), DecodeError, "wrong size", "q"),
     "frame that is a bomb": (_frame(_bomb), DecodeError, "wrong size", "q"),
     "frame of unknown size": (_frame(lambda old: _unsized(old)), DecodeError, "size", "q"),
-    "two frames": (_frame(lambda old: old + zstandard.ZstdCompressor().compress(b"")), DecodeError, "unused data", "q"),
-    "skippable frame first": (_frame(lambda old: b"\x50\x2a\x4d\x18\0\0\0\0" + old), DecodeError, "not a Zstandard", "q"),
+    "two frames": (
+        _frame(lambda old: old + zstandard.ZstdCompressor().compress(b"")),
+        DecodeError,
+        "unused data",
+        "q",
+    ),
+    "skippable frame first": (
+        _frame(lambda old: b"\x50\x2a\x4d\x18\0\0\0\0" + old),
+        DecodeError,
+        "not a Zstandard",
+        "q",
+    ),
     "frame with a dictionary": (_frame(_dictionary), DecodeError, "dictionary", "q"),
     "frame with a damaged block": (_frame(_damaged_frame), DecodeError, "corruption", "q"),
-    "frame that is text": (_frame(lambda old: b"hello, world"), DecodeError, "not a Zstandard", "q"),
+    "frame that is text": (
+        _frame(lambda old: b"hello, world"),
+        DecodeError,
+        "not a Zstandard",
+        "q",
+    ),
     "code -128": (_frame(_codes(-128)), DecodeError, "-128", "q"),
     "scale nan": (_scale(np.nan), DecodeError, "scale", "q"),
     "scale infinite": (_scale(np.inf), DecodeError, "scale", "q"),
@@ -256,17 +349,62 @@ FLAWS = {
     "scale that makes an infinity": (_scale(2.68e36), DecodeError, "scale", "q"),
     "scale subnormal": (_scale(1e-40), DecodeError, "scale", "q"),
     "frame with a window of 16 MiB": (_frame(_large_window), DecodeError, "window", "q"),
-    "frame with a reserved bit": (_frame(lambda old: old[:4] + bytes([old[4] | 8]) + old[5:]), DecodeError, "Zstandard", "q"),
+    "frame with a reserved bit": (
+        _frame(lambda old: old[:4] + bytes([old[4] | 8]) + old[5:]),
+        DecodeError,
+        "Zstandard",
+        "q",
+    ),
     "frame that is cut": (_frame(lambda old: old[:-1]), DecodeError, "Zstandard", "q"),
-    "payload of rank 2": (_stored("q", lambda d: ("U8", [1, len(d)], d)), LayoutError, "differs", "q"),
-    "payload of signed bytes": (_stored("q", lambda d: ("I8", [len(d)], d)), LayoutError, "differs", "q"),
-    "payload one slot longer": (_stored("q", lambda d: ("U8", [len(d) + 16], d + bytes(16))), LayoutError, "add up", "q"),
+    "payload of rank 2": (
+        _stored("q", lambda d: ("U8", [1, len(d)], d)),
+        LayoutError,
+        "differs",
+        "q",
+    ),
+    "payload of signed bytes": (
+        _stored("q", lambda d: ("I8", [len(d)], d)),
+        LayoutError,
+        "differs",
+        "q",
+    ),
+    "payload one slot longer": (
+        _stored("q", lambda d: ("U8", [len(d) + 16], d + bytes(16))),
+        LayoutError,
+        "add up",
+        "q",
+    ),
     "payload empty": (_stored("q", lambda d: ("U8", [0], bytearray())), LayoutError, "add up", "q"),
-    "one scale more": (_stored("q_scale", lambda d: ("F32", [25], d + bytes(4))), LayoutError, "differs", "q_scale"),
-    "scales of integers": (_stored("q_scale", lambda d: ("I32", [24], d)), LayoutError, "differs", "q_scale"),
-    "scales of rank 2": (_stored("q_scale", lambda d: ("F32", [24, 1], d)), LayoutError, "differs", "q_scale"),
-    "shape of three": (_stored("q_shape", lambda d: ("I64", [3], d + bytes(8))), LayoutError, "differs", "q_shape"),
-    "shape negative": (_stored("q_shape", lambda d: ("I64", [2], d[:8] + b"\xff" * 8)), LayoutError, "shape", "q"),
+    "one scale more": (
+        _stored("q_scale", lambda d: ("F32", [25], d + bytes(4))),
+        LayoutError,
+        "differs",
+        "q_scale",
+    ),
+    "scales of integers": (
+        _stored("q_scale", lambda d: ("I32", [24], d)),
+        LayoutError,
+        "differs",
+        "q_scale",
+    ),
+    "scales of rank 2": (
+        _stored("q_scale", lambda d: ("F32", [24, 1], d)),
+        LayoutError,
+        "differs",
+        "q_scale",
+    ),
+    "shape of three": (
+        _stored("q_shape", lambda d: ("I64", [3], d + bytes(8))),
+        LayoutError,
+        "differs",
+        "q_shape",
+    ),
+    "shape negative": (
+        _stored("q_shape", lambda d: ("I64", [2], d[:8] + b"\xff" * 8)),
+        LayoutError,
+        "shape",
+        "q",
+    ),
     "no scales": (_header_without("q_scale"), LayoutError, "lacks", "q_scale"),
     "no chunk table": (_header_without("l_chunks"), LayoutError, "lacks", "l_chunks"),
     "no payload": (_header_without("l"), LayoutError, "lacks", "l"),

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codecllm.converter import convert
-from codecllm.formats.chunk_table import RECORD
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError
-from codecllm.formats.manifest import MANIFEST_NAME
-from codecllm.formats.records import Calibration
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.records import Calibration
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.shards.chunk_table import RECORD
 from tests import tampering
 from tests.malformed import builders
 from tests.malformed.builders import SHARD
@@ -29,9 +29,66 @@ from tests.sources import write_source
 from tests.stepped import make_steps
 
 _INTERESTING = (
-    *(None, True, False, 0, 1, -1, 2, 7, 8, 9, 16, 40, 64, 255, 2**31, 2**32, 2**48, 2**53, 2**53 + 1, 2**64, 0.0, 1.5, -0.0),
-    *("", "q", "l", "q_scale", "raw", "lossless", "int8", "alias", "zstd", "row", "column", "I64", "F4", "F16", "BOOL", "U8"),
-    *("0" * 16, "0" * 64, "../x", "a/b", "é", "x" * 600, [], {}, [[]], [{}], [0], [0, 0], [1, 2, 3], {"a": 1}, {"": []}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        7,
+        8,
+        9,
+        16,
+        40,
+        64,
+        255,
+        2**31,
+        2**32,
+        2**48,
+        2**53,
+        2**53 + 1,
+        2**64,
+        0.0,
+        1.5,
+        -0.0,
+    ),
+    *(
+        "",
+        "q",
+        "l",
+        "q_scale",
+        "raw",
+        "lossless",
+        "int8",
+        "alias",
+        "zstd",
+        "row",
+        "column",
+        "I64",
+        "F4",
+        "F16",
+        "BOOL",
+        "U8",
+    ),
+    *(
+        "0" * 16,
+        "0" * 64,
+        "../x",
+        "a/b",
+        "é",
+        "x" * 600,
+        [],
+        {},
+        [[]],
+        [{}],
+        [0],
+        [0, 0],
+        [1, 2, 3],
+        {"a": 1},
+        {"": []},
+    ),
 )
 values = st.sampled_from(_INTERESTING) | st.integers(-(2**54), 2**54) | st.text(max_size=6)
 places = st.lists(st.integers(0, 2**16), min_size=1, max_size=8)
@@ -90,11 +147,25 @@ def columns(tmp_path_factory):
     """Scales and order of columns, wide codes, and everything that a manifest may say of them."""
     base = tmp_path_factory.mktemp("columns")
     values = np.random.default_rng(3).standard_normal((40, 64)).astype(np.float32)
-    source = write_source(base / "source", {"q": ("F32", values), "w": ("F32", values * 2)}, {"model_type": "none"})
+    source = write_source(
+        base / "source", {"q": ("F32", values), "w": ("F32", values * 2)}, {"model_type": "none"}
+    )
     calibration = Calibration(kind="self", tokens=1, seed=0, sha256="0" * 64)
-    options = {"bits": 5, "ratio": 3.5, "calibrate": "self", "refine": True, "calibration": calibration}
+    options = {
+        "bits": 5,
+        "ratio": 3.5,
+        "calibrate": "self",
+        "refine": True,
+        "calibration": calibration,
+    }
     factors = {"q": 0.3, "w": 0.015}
-    convert(source, base / "c", include=("*",), steps=lambda plan: make_steps(plan, factors[plan.source.name]), **options)
+    convert(
+        source,
+        base / "c",
+        include=("*",),
+        steps=lambda plan: make_steps(plan, factors[plan.source.name]),
+        **options,
+    )
     return _workplace(base / "c")
 
 
@@ -145,7 +216,9 @@ def test_any_byte_of_a_payload(workplace, tensor, changes, near_frame_header):
 
     def edit(tensors):
         payload = tensors[tensor][2]
-        stored = int(np.frombuffer(tensors[tensor + "_chunks"][2], RECORD, offset=32)["stored_bytes"][0])
+        stored = int(
+            np.frombuffer(tensors[tensor + "_chunks"][2], RECORD, offset=32)["stored_bytes"][0]
+        )
         for place, value in changes:
             payload[place % min(stored, 24 if near_frame_header else stored)] = value
         builders.fix_chunks(tensors, tensor)

@@ -7,22 +7,31 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codecllm.formats.chunk_table import RECORD, pack_chunk_table, parse_chunk_table
 from codecllm.formats.codecs import CODECS
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError
-from codecllm.formats.manifest import parse_manifest
-from codecllm.formats.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header, parse_header
+from codecllm.formats.manifest.manifest import parse_manifest
 from codecllm.formats.schemes.int8 import MAX_SCALE, MIN_SCALE, channel_scales, dequantize, quantize
 from codecllm.formats.schemes.lossless import join_planes, split_planes, word_dtype
+from codecllm.formats.shards.chunk_table import RECORD, pack_chunk_table, parse_chunk_table
+from codecllm.formats.shards.safetensors_header import (
+    PREFIX_BYTES,
+    TensorEntry,
+    pack_header,
+    parse_header,
+)
 from codecllm.formats.strict_json import parse_json_object
 from codecllm.formats.tiling import Grid, default_grid
 
 PLANED = [dtype for dtype in DTYPES.values() if dtype.planes and dtype.name != "BOOL"]
-grids = st.builds(Grid, st.integers(0, 40), st.integers(0, 40), st.integers(1, 12), st.integers(1, 12))
+grids = st.builds(
+    Grid, st.integers(0, 40), st.integers(0, 40), st.integers(1, 12), st.integers(1, 12)
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -59,7 +68,9 @@ def test_lossless_planes_come_back(dtype, data):
     assert np.array_equal(join_planes(split_planes(words, dtype), dtype), words)
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
+)
 def test_int8_is_within_half_a_step(values):
     weights = np.array(values, np.float32)
     absmax = np.abs(weights).max(keepdims=True)
@@ -98,7 +109,11 @@ def test_chunk_tables_come_back(grid, planes, seed):
     assert [chunk.raw_bytes for chunk in table.chunks] == sizes.tolist()
 
 
-@given(grids, st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=6), st.integers(0, 500))
+@given(
+    grids,
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=6),
+    st.integers(0, 500),
+)
 def test_chunk_tables_take_any_bytes(grid, changes, payload):
     data = bytearray(pack_chunk_table(grid, 1, np.zeros(len(grid), RECORD)))
     for place, value in changes:
@@ -122,14 +137,21 @@ def test_headers_take_any_json(document):
     _raises_only_ours(parse_header, raw, file_bytes=len(raw) + 100, file="f")
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 9), max_size=4)), max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 9), max_size=4)),
+        max_size=6,
+    )
+)
 def test_headers_come_back(specs):
     entries, position = [], 0
     for number, (dtype, shape) in enumerate(specs):
         bits = int(np.prod(shape, dtype=np.int64)) * dtype.bits
         if bits % 8:
             continue
-        entries.append(TensorEntry(f"t{number}", dtype, tuple(shape), position, position + bits // 8))
+        entries.append(
+            TensorEntry(f"t{number}", dtype, tuple(shape), position, position + bits // 8)
+        )
         position += bits // 8
     head = pack_header(entries, {"format": "pt"})
     parsed = parse_header(head, file_bytes=len(head) + position, file="f")

@@ -25,7 +25,8 @@ class Evil:
 def generate(*args, **kwargs): return None
 """
 REMOTE = dict.fromkeys(
-    ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoImageProcessor"), "evil.Evil"
+    ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoImageProcessor"),
+    "evil.Evil",
 ) | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
 # Runs commands, each an argument list, and writes one line for each Python file of the container that is compiled, run,
 # or copied to transformers' folder of modules. (Hashing a listed file opens it, which is fine.)
@@ -132,8 +133,17 @@ def test_code_of_a_container_is_never_run(container, tmp_path, hostile, listed):
     _relist(folder, [*new, "evil.py"] if listed else new)
     log, canary = tmp_path / "log", tmp_path / "canary"
     out = str(folder)
-    commands = [["generate", out, "a b", "--max-new-tokens", "2"], ["verify", out], ["eval", out, out], ["info", out]]
-    environment = {**os.environ, "CANARY": str(canary), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    commands = [
+        ["generate", out, "a b", "--max-new-tokens", "2"],
+        ["verify", out],
+        ["eval", out, out],
+        ["info", out],
+    ]
+    environment = {
+        **os.environ,
+        "CANARY": str(canary),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, out, str(log), json.dumps(commands)],
         input="y\n" * 20, capture_output=True, text=True, check=False, timeout=120, env=environment,

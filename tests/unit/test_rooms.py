@@ -52,7 +52,9 @@ def test_imports_run_one_way(room):
             parts = name.split(".")
             if parts[0] == "codecllm" and len(parts) > 1:
                 assert parts[1] in MAY_IMPORT[room], f"{path}:{node.lineno} imports {name}"
-            assert parts[0] not in MAY_IMPORT, f"{path}:{node.lineno} imports {name} without 'codecllm.'"
+            assert parts[0] not in MAY_IMPORT, (
+                f"{path}:{node.lineno} imports {name} without 'codecllm.'"
+            )
 
 
 @pytest.mark.parametrize("room", ["formats", "converter"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.diagnosis import DiagnoseOptions, diagnose
-from codecllm.verifier.diagnosis.html_report import render_html, write_html
 from codecllm.verifier.diagnosis.rendering import render_diagnosis
+from codecllm.verifier.diagnosis.report.html_report import render_html, write_html
 
 __all__ = ["Cause", "DiagnoseOptions", "diagnose", "render_diagnosis", "render_html", "write_html"]

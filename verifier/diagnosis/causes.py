@@ -44,14 +44,18 @@ class Cause(StrEnum):
 
 
 _CONVERT = "Convert the source again, or fetch the container anew and pin its manifest's sha256."
-_WRITER = (
-    "The writer of this container is at fault: convert again with this version, and report the writer that the manifest names."
-)
+_WRITER = "The writer of this container is at fault: convert again with this version, and report the writer that the manifest names."
 _LOADER = "The container is right and the loading code is at fault: load it with this version of codecllm and no other patches."
 
 ADVICE: dict[Cause, tuple[str, str]] = {
-    Cause.DAMAGED: ("Stored bytes are not what the manifest promises.", "Fetch or convert the container again."),
-    Cause.OTHER_MODEL: ("The source's tensors are not those of the container.", "Name the model that was converted."),
+    Cause.DAMAGED: (
+        "Stored bytes are not what the manifest promises.",
+        "Fetch or convert the container again.",
+    ),
+    Cause.OTHER_MODEL: (
+        "The source's tensors are not those of the container.",
+        "Name the model that was converted.",
+    ),
     Cause.OTHER_REVISION: (
         "Most tensors differ from this source while the container agrees with its own digests: it was made from other weights.",
         "Compare with the revision that was converted, or convert this one.",
@@ -61,14 +65,23 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "checksums were made to fit.",
         _CONVERT,
     ),
-    Cause.SHIFTED: ("The values are right and stand in the wrong place: a buffer is read or written at an offset.", _LOADER),
+    Cause.SHIFTED: (
+        "The values are right and stand in the wrong place: a buffer is read or written at an offset.",
+        _LOADER,
+    ),
     Cause.SWAPPED_SCALES: ("Codes are right and channels have each other's scales.", _WRITER),
     Cause.PER_TENSOR_SCALE: (
         "All channels share the scale that the tensor's largest weight asks for; the others keep few codes.",
         "Convert again with one scale per channel (the default).",
     ),
-    Cause.COARSE_STEP: ("Codes fit the stored scales, and these are larger than the weights ask for.", _WRITER),
-    Cause.ROUNDED_SCALES: ("Scales are float32 by the format and went through a narrower type.", _WRITER),
+    Cause.COARSE_STEP: (
+        "Codes fit the stored scales, and these are larger than the weights ask for.",
+        _WRITER,
+    ),
+    Cause.ROUNDED_SCALES: (
+        "Scales are float32 by the format and went through a narrower type.",
+        _WRITER,
+    ),
     Cause.SCALE_OVERFLOW: (
         "A scale does not fit the narrower type that it went through (float16 ends at 65504).",
         "Keep scales in float32, as the format says.",
@@ -93,11 +106,17 @@ ADVICE: dict[Cause, tuple[str, str]] = {
     ),
     Cause.NOT_REPLACED: ("A layer does not hold the container's weight.", _LOADER),
     Cause.REPLACED_TWICE: ("A layer was replaced, or its scales applied, more than once.", _LOADER),
-    Cause.SCALE_AXIS: ("Codes and scales are right, but each scale was applied along the other axis.", _LOADER),
+    Cause.SCALE_AXIS: (
+        "Codes and scales are right, but each scale was applied along the other axis.",
+        _LOADER,
+    ),
     Cause.SCALE_NOT_APPLIED: ("The loaded weight is the codes without their scales.", _LOADER),
     Cause.TRANSPOSED: ("The loaded weight is the right one, transposed.", _LOADER),
     Cause.WRONG_TENSOR: ("The loaded weight is that of another tensor.", _LOADER),
-    Cause.NOT_TIED: ("Weights that the model ties lie in memory of their own, or the other way round.", _LOADER),
+    Cause.NOT_TIED: (
+        "Weights that the model ties lie in memory of their own, or the other way round.",
+        _LOADER,
+    ),
     Cause.ON_META: ("A parameter was left without data.", _LOADER),
     Cause.WRONG_WEIGHT: ("A loaded weight differs from what the container decodes to.", _LOADER),
     Cause.COMPUTATION: (
@@ -131,19 +150,33 @@ def conclude(report: Report) -> str:
     """Returns one paragraph: what is wrong, where, and what to do, from the finding that explains the report."""
     explained = explaining(report)
     if explained is None:
-        skipped = [f"{stage.name} ({stage.summary})" for stage in report.stages if stage.verdict is Verdict.SKIPPED]
+        skipped = [
+            f"{stage.name} ({stage.summary})"
+            for stage in report.stages
+            if stage.verdict is Verdict.SKIPPED
+        ]
         tail = f" Not looked at: {'; '.join(skipped)}." if skipped else ""
         return f"No fault found: what was looked at is what the source, the container and the format ask for.{tail}"
     stage, finding = explained
     cause = Cause(finding.cause) if finding.cause is not None else Cause.DAMAGED
     meaning, advice = ADVICE[cause]
-    parts = [f"{cause.value.capitalize()}, found by stage '{stage.name}': {finding.error}.", meaning, advice]
+    parts = [
+        f"{cause.value.capitalize()}, found by stage '{stage.name}': {finding.error}.",
+        meaning,
+        advice,
+    ]
     more = len(stage.findings) - 1
     if more:
         parts.append(f"The stage has {more} more finding{'s' * (more != 1)}.")
-    later = [repr(other.name) for other in report.stages if other is not stage and other.verdict is Verdict.FAILED]
+    later = [
+        repr(other.name)
+        for other in report.stages
+        if other is not stage and other.verdict is Verdict.FAILED
+    ]
     if later:
-        parts.append(f"What {' and '.join(later)} found belongs to it, follows from it, or waits behind it.")
+        parts.append(
+            f"What {' and '.join(later)} found belongs to it, follows from it, or waits behind it."
+        )
     return " ".join(parts)
 
 
@@ -155,5 +188,10 @@ def explaining(report: Report) -> tuple[Stage, Finding] | None:
     failed = [stage for stage in report.stages if stage.verdict is Verdict.FAILED]
     if not failed:
         return None
-    named = [(stage, finding) for stage in failed for finding in stage.findings if finding.cause is not None]
+    named = [
+        (stage, finding)
+        for stage in failed
+        for finding in stage.findings
+        if finding.cause is not None
+    ]
     return named[0] if named else (failed[0], failed[0].findings[0])

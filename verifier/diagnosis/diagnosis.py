@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from codecllm.converter.source import SourceModel
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, ModelMismatchError, UsageError
 from codecllm.formats.machine import available_memory
 from codecllm.hub import resolve
-from codecllm.verifier.baseline import MEMORY_FACTOR
+from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
+from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.diagnosis.causes import Cause, conclude
 from codecllm.verifier.diagnosis.examination import Examination
-from codecllm.verifier.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.report import Report, Stage, Verdict
 
 if TYPE_CHECKING:
-    from codecllm.verifier.diagnosis.back_ends import BackEnd
+    from codecllm.verifier.diagnosis.codes.back_ends import BackEnd
 
 Resident = Literal["dense", "int8", "compressed"]
 RESIDENTS: tuple[Resident, ...] = ("dense", "int8", "compressed")
@@ -58,7 +58,11 @@ class DiagnoseOptions:
 
 
 def diagnose(
-    name_or_path: str | Path, source: str | Path | None = None, *, progress: Progress | None = None, **options: Any
+    name_or_path: str | Path,
+    source: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> Report:
     """Says why a container's output is wrong, or that nothing is.
 
@@ -82,13 +86,18 @@ def diagnose(
     """
     chosen = DiagnoseOptions(**options)
     if chosen.resident not in RESIDENTS:
-        raise UsageError("no such resident", got=repr(chosen.resident), expected=" or ".join(RESIDENTS))
+        raise UsageError(
+            "no such resident", got=repr(chosen.resident), expected=" or ".join(RESIDENTS)
+        )
     if chosen.first_layers is not None and chosen.first_layers < 0:
         raise UsageError("first_layers must not be negative", got=chosen.first_layers)
     files = resolve(name_or_path, revision=chosen.revision)
     report = Report(str(name_or_path), "diagnosis")
     pinned = chosen.expected_manifest_sha256
-    with _stage(report, "structure") as stage, Container(files.folder, expected_manifest_sha256=pinned) as container:
+    with (
+        _stage(report, "structure") as stage,
+        Container(files.folder, expected_manifest_sha256=pinned) as container,
+    ):
         report.manifest_sha256 = container.manifest_sha256
         check_structure(container, stage, report.warnings)
     if report.manifest_sha256 is not None:
@@ -105,7 +114,9 @@ def _source_files(source: str | Path | None, container: Container) -> Any:
         return resolve(source, kind="source")
     recorded = container.manifest.source
     if recorded.repo is None:
-        raise UsageError("a diagnosis needs the source: give --source (this container was made from a local folder)")
+        raise UsageError(
+            "a diagnosis needs the source: give --source (this container was made from a local folder)"
+        )
     return resolve(recorded.repo, revision=recorded.commit, kind="source")
 
 
@@ -121,7 +132,12 @@ class _Diagnosis:
         options: DiagnoseOptions,
         progress: Progress | None,
     ) -> None:
-        self._report, self._container, self._source, self._commit = report, container, source, commit
+        self._report, self._container, self._source, self._commit = (
+            report,
+            container,
+            source,
+            commit,
+        )
         self._options, self._progress = options, progress
         self._threads = options.workers or max(1, len(os.sched_getaffinity(0)))
         self._examined: dict[str, Examination] = {}
@@ -137,7 +153,7 @@ class _Diagnosis:
                 with _stage(self._report, name) as stage:
                     _skip(stage, obstacle)
             return
-        from codecllm.verifier.diagnosis.model_stages import ModelStages
+        from codecllm.verifier.diagnosis.model.stages import ModelStages
 
         stages = ModelStages(self._container, self._source, self._examined, self._options)
         with _stage(self._report, "loaded") as stage:
@@ -152,14 +168,26 @@ class _Diagnosis:
         gc.collect()
 
     def _examine(self) -> None:
-        from codecllm.verifier.diagnosis.back_ends import present_back_ends
-        from codecllm.verifier.diagnosis.quantization import check_quantization
-        from codecllm.verifier.diagnosis.round_trip import check_round_trip, examine_all
+        from codecllm.verifier.diagnosis.codes.back_ends import present_back_ends
+        from codecllm.verifier.diagnosis.codes.quantization import check_quantization
+        from codecllm.verifier.diagnosis.codes.round_trip import check_round_trip, examine_all
 
-        back_ends = present_back_ends() if self._options.back_ends is None else self._options.back_ends
+        back_ends = (
+            present_back_ends() if self._options.back_ends is None else self._options.back_ends
+        )
         with _stage(self._report, "round trip") as stage:
-            self._examined = examine_all(self._container, self._source, self._threads, self._progress)
-            check_round_trip(self._container, self._source, self._commit, self._examined, back_ends, stage, self._threads)
+            self._examined = examine_all(
+                self._container, self._source, self._threads, self._progress
+            )
+            check_round_trip(
+                self._container,
+                self._source,
+                self._commit,
+                self._examined,
+                back_ends,
+                stage,
+                self._threads,
+            )
         with _stage(self._report, "quantized") as stage:
             check_quantization(self._container, self._examined, stage)
 
@@ -171,7 +199,10 @@ class _Diagnosis:
             return "source and container are different models"
         if self._container.manifest.file("config.json") is None:
             return "the container has no config.json: no model can be built"
-        needed, available = int(MODELS_IN_MEMORY * MEMORY_FACTOR * self._source.tensor_bytes), available_memory()
+        needed, available = (
+            int(MODELS_IN_MEMORY * MEMORY_FACTOR * self._source.tensor_bytes),
+            available_memory(),
+        )
         if needed > available:
             return f"two models need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free"
         return None
@@ -188,7 +219,9 @@ def _stage(report: Report, name: str) -> Iterator[Stage]:
         stage.fail(exc, cause=_cause_of(exc))
     if stage.verdict is Verdict.FAILED:
         count = len(stage.findings)
-        stage.summary = f"{count} finding{'s' * (count != 1)}" + (f"; {stage.summary}" if stage.summary else "")
+        stage.summary = f"{count} finding{'s' * (count != 1)}" + (
+            f"; {stage.summary}" if stage.summary else ""
+        )
 
 
 def _cause_of(error: CodecLLMError) -> Cause:

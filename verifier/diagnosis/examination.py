@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.source import SourceTensor
+from codecllm.converter.source.source import SourceTensor
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, rans
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
@@ -21,14 +21,14 @@ from codecllm.formats.container import Container, widened_scales
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.errors import CodecLLMError, DecodeError, FormatError, ModelMismatchError
-from codecllm.formats.float_bits import float32_from_bits
-from codecllm.formats.records import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
+from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
 from codecllm.formats.reference import join_chunks
+from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
-from codecllm.verifier.rounding import code_errors, is_repeatable, repeated
+from codecllm.verifier.checks.rounding import code_errors, is_repeatable, repeated
 
 Place = tuple[int, int]
 """Row and column of the tensor's matrix."""
@@ -72,7 +72,9 @@ class Choice:
     def add_codes(self, codes: NDArray[np.signedinteger]) -> None:
         """Counts codes."""
         places = codes.astype(np.int64) + 128
-        self.histogram += np.bincount(np.where((places < 0) | (places > 255), 0, places).reshape(-1), minlength=256)
+        self.histogram += np.bincount(
+            np.where((places < 0) | (places > 255), 0, places).reshape(-1), minlength=256
+        )
 
     def add_chunk(self, symbols: NDArray[np.uint8], stored_bytes: int) -> None:
         """Counts the symbols of a chunk, flat, and what they take."""
@@ -147,9 +149,15 @@ def examine(container: Container, name: str, source: SourceTensor) -> Examinatio
     result = Examination(name, record, record.elements)
     try:
         if (record.dtype, tuple(record.shape)) != (source.dtype.name, source.shape):
-            got, expected = f"{source.dtype.name} {list(source.shape)}", f"{record.dtype} {record.shape}"
+            got, expected = (
+                f"{source.dtype.name} {list(source.shape)}",
+                f"{record.dtype} {record.shape}",
+            )
             raise ModelMismatchError(
-                "type of the source's tensor is not the container's", tensor=name, got=got, expected=expected
+                "type of the source's tensor is not the container's",
+                tensor=name,
+                got=got,
+                expected=expected,
             )
         if isinstance(record, Int8Tensor):
             _find_scales(container, record, source, result)
@@ -170,7 +178,10 @@ def read_tile(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.unsign
     start = tile.row * grid.cols + tile.col
     if tile.cols == grid.cols or tile.rows == 1:
         return source.read_elements(start, start + tile.symbols).reshape(tile.rows, tile.cols)
-    rows = [source.read_elements(start + row * grid.cols, start + row * grid.cols + tile.cols) for row in range(tile.rows)]
+    rows = [
+        source.read_elements(start + row * grid.cols, start + row * grid.cols + tile.cols)
+        for row in range(tile.rows)
+    ]
     return np.stack(rows)
 
 
@@ -225,19 +236,29 @@ def place_of(tensor: StoredTensor, row: int, col: int) -> tuple[int, int]:
     return chunk, tensor.offset + int(tensor.table.offsets[chunk])
 
 
-def _find_scales(container: Container, record: Int8Tensor, source: SourceTensor, result: Examination) -> None:
+def _find_scales(
+    container: Container, record: Int8Tensor, source: SourceTensor, result: Examination
+) -> None:
     """First pass over the source: the largest magnitude of each channel, and the scales as stored, valid or not."""
     file, header = container.shard(record.shard)
     entry = header.tensors[record.name + "_scale"]
     result.stored_scales = widened_scales(file.read(entry.start, entry.bytes), record)
     by_row = record.channel_kind == "row"
-    rows = len(result.stored_scales) if by_row else record.elements // max(1, len(result.stored_scales))
+    rows = (
+        len(result.stored_scales)
+        if by_row
+        else record.elements // max(1, len(result.stored_scales))
+    )
     grid = default_grid(rows, record.elements // max(1, rows))
     absmax = np.zeros(len(result.stored_scales), np.float32)
     for tile in grid:
         weights = read_weights(source, grid, tile)
         largest = np.abs(weights).max(axis=1 if by_row else 0)
-        channels = slice(tile.row, tile.row + tile.rows) if by_row else slice(tile.col, tile.col + tile.cols)
+        channels = (
+            slice(tile.row, tile.row + tile.rows)
+            if by_row
+            else slice(tile.col, tile.col + tile.cols)
+        )
         if not np.isfinite(largest).all():
             _count_not_finite(result, weights if by_row else weights.T, channels.start)
             largest = np.where(np.isfinite(largest), largest, 0)
@@ -249,11 +270,17 @@ def _find_scales(container: Container, record: Int8Tensor, source: SourceTensor,
 def _count_not_finite(result: Examination, channels: NDArray[np.floating], first: int) -> None:
     counts = np.count_nonzero(~np.isfinite(channels), axis=1)
     for channel in np.flatnonzero(counts).tolist():
-        result.not_finite[first + channel] = result.not_finite.get(first + channel, 0) + int(counts[channel])
+        result.not_finite[first + channel] = result.not_finite.get(first + channel, 0) + int(
+            counts[channel]
+        )
 
 
 def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examination) -> None:
-    assert isinstance(tensor.record, Int8Tensor) and result.scales is not None and result.absmax is not None
+    assert (
+        isinstance(tensor.record, Int8Tensor)
+        and result.scales is not None
+        and result.absmax is not None
+    )
     record, whole = tensor.record, channel_scales(result.absmax.max(keepdims=True))
     per_tensor = result.per_tensor = Choice() if record.rounding is None else None
     for part in decoded_parts(tensor, result.faults):
@@ -275,29 +302,43 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
             together = quantize(weights, whole)
             per_tensor.add_errors(weights - dequantize(together, whole))
             per_tensor.add_codes(together)
-            per_tensor.add_chunk(together.reshape(-1).view(np.uint8), _packed_bytes(tensor, together))
+            per_tensor.add_chunk(
+                together.reshape(-1).view(np.uint8), _packed_bytes(tensor, together)
+            )
 
 
-def asked_steps(tensor: StoredTensor, scales: NDArray[np.float32], place: Tile) -> NDArray[np.float32]:
+def asked_steps(
+    tensor: StoredTensor, scales: NDArray[np.float32], place: Tile
+) -> NDArray[np.float32]:
     """Returns the steps that a part would have under other scales of its channels, to broadcast against its codes."""
     return tile_steps(replace(tensor, scales=scales), place)
 
 
 def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.signedinteger]) -> int:
     """Returns the size of other int8 codes under the tensor's codec, or raw where that is smaller."""
-    main, symbols = tensor.record.planes[0].codec, np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
+    main, symbols = (
+        tensor.record.planes[0].codec,
+        np.ascontiguousarray(codes).reshape(-1).view(np.uint8),
+    )
     if main == rans.NAME:
         counts = np.bincount(symbols, minlength=256)
         return min(codes.size, STATE_BYTES + coded_bits(fit_table(counts), counts) // 8)
     return min(codes.size, len(CODECS[CODEC_IDS["zstd"]].encode(symbols)))
 
 
-def _there_and_back(tensor: StoredTensor, chunk: int, symbols: NDArray[np.uint8]) -> tuple[bytes, bytes]:
+def _there_and_back(
+    tensor: StoredTensor, chunk: int, symbols: NDArray[np.uint8]
+) -> tuple[bytes, bytes]:
     """Returns a chunk's symbols encoded with its codec (and frequency table), and that decoded again."""
     codec = tensor.table.chunks[chunk].codec
     if codec != RANS_ID:
-        sparse = tensor.table.records["low_bits"][chunk] >= SPARSE_LOW_BITS and codec == ZstdCodec.codec_id
-        encoded = bytes(ZstdCodec().encode_sparse(symbols) if sparse else CODECS[codec].encode(symbols))
+        sparse = (
+            tensor.table.records["low_bits"][chunk] >= SPARSE_LOW_BITS
+            and codec == ZstdCodec.codec_id
+        )
+        encoded = bytes(
+            ZstdCodec().encode_sparse(symbols) if sparse else CODECS[codec].encode(symbols)
+        )
         return encoded, bytes(CODECS[codec].decode(encoded, symbols.size))
     assert tensor.tables is not None
     table = tensor.tables.table(*divmod(chunk, tensor.table.planes))
@@ -314,10 +355,16 @@ def _examine_lossless(tensor: StoredTensor, source: SourceTensor, result: Examin
         tile = part.place
         words = read_tile(source, tensor.table.grid, tile)
         if dtype.name in ("BF16", "F16", "F32", "F64"):
-            values = words.view(np.float64) if dtype.name == "F64" else float32_from_bits(words, dtype.name)
+            values = (
+                words.view(np.float64)
+                if dtype.name == "F64"
+                else float32_from_bits(words, dtype.name)
+            )
             if not np.isfinite(values).all():
                 _count_not_finite(result, values, tile.row)
-        joined = join_planes([plane.reshape(-1) for plane in part.planes], dtype).reshape(tile.rows, tile.cols)
+        joined = join_planes([plane.reshape(-1) for plane in part.planes], dtype).reshape(
+            tile.rows, tile.cols
+        )
         _note_difference(result, tile, joined != words)
         _encode_again(tensor, part, result)
 
@@ -326,10 +373,17 @@ def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examinatio
     size, record = tensor.record.source_bytes, tensor.record
     for first in range(0, size, _PLAIN_STEP_BYTES):
         count = min(_PLAIN_STEP_BYTES, size - first)
-        stored, theirs = tensor.file.read(tensor.offset + first, count), source.read_bytes(first, first + count)
+        stored, theirs = (
+            tensor.file.read(tensor.offset + first, count),
+            source.read_bytes(first, first + count),
+        )
         if record.dtype in ("BF16", "F16", "F32", "F64"):
             words = np.frombuffer(theirs, word_dtype(DTYPES[record.dtype]))
-            values = words.view(np.float64) if record.dtype == "F64" else float32_from_bits(words, record.dtype)
+            values = (
+                words.view(np.float64)
+                if record.dtype == "F64"
+                else float32_from_bits(words, record.dtype)
+            )
             if not np.isfinite(values).all():
                 cols = last_axis_matrix(tuple(record.shape))[1] if len(record.shape) > 1 else 1
                 for place in np.flatnonzero(~np.isfinite(values)).tolist():
@@ -337,9 +391,16 @@ def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examinatio
                     result.not_finite[row] = result.not_finite.get(row, 0) + 1
         if stored != theirs:
             bad = np.frombuffer(stored, np.uint8) != np.frombuffer(theirs, np.uint8)
-            result.first = result.first or (0, (first + int(bad.argmax())) // max(1, DTYPES[record.dtype].bits // 8))
+            result.first = result.first or (
+                0,
+                (first + int(bad.argmax())) // max(1, DTYPES[record.dtype].bits // 8),
+            )
             result.differing += int(np.count_nonzero(bad))
-    result.held.stored_bytes, result.held.entropy_bits, result.held.prefix_bits = size, 8.0 * size, 8 * size
+    result.held.stored_bytes, result.held.entropy_bits, result.held.prefix_bits = (
+        size,
+        8.0 * size,
+        8 * size,
+    )
 
 
 def _note_difference(result: Examination, tile: Tile, bad: NDArray[np.bool_]) -> None:
@@ -362,7 +423,11 @@ def _encode_again(tensor: StoredTensor, part: Part, result: Examination) -> None
         encoded, decoded = _there_and_back(tensor, chunk, symbols)
         if decoded != symbols.tobytes():
             name = CODEC_NAMES[place.codec]
-            raise DecodeError(f"codec {name} does not give back what it encoded", tensor=tensor.record.name, chunk=chunk)
+            raise DecodeError(
+                f"codec {name} does not give back what it encoded",
+                tensor=tensor.record.name,
+                chunk=chunk,
+            )
         slots = tensor.read_slots(chunk, chunk + 1, bytearray(tensor.slots_bytes(chunk, chunk + 1)))
         result.chunks += 1
         result.same_bytes += bytes(encoded) == bytes(slots[: place.stored_bytes])

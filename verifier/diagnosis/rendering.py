@@ -18,7 +18,11 @@ TEXT_SHOWN = 60
 def render_diagnosis(report: Report, console: Console) -> None:
     """Prints the figures behind a diagnosis, then its verdict lines and the paragraph."""
     quantized, spoken = report.stage("quantized"), report.stage("text")
-    rows = [row for row in (quantized.facts.get("tensors", []) if quantized else []) if "per_tensor" in row]
+    rows = [
+        row
+        for row in (quantized.facts.get("tensors", []) if quantized else [])
+        if "per_tensor" in row
+    ]
     if rows:
         console.print(scale_table(rows))
     for note in quantized.facts.get("channels", []) if quantized else []:
@@ -26,7 +30,8 @@ def render_diagnosis(report: Report, console: Console) -> None:
             if kind not in ("name", "not_finite"):
                 channels = ", ".join(map(str, found["channels"][:8]))
                 console.print(
-                    f"{note['name']}: {kind.replace('_', ' ')} scale in {found['count']} channels: {channels}", highlight=False
+                    f"{note['name']}: {kind.replace('_', ' ')} scale in {found['count']} channels: {channels}",
+                    highlight=False,
                 )
     prompts = spoken.facts.get("prompts", []) if spoken else []
     if prompts:
@@ -36,9 +41,12 @@ def render_diagnosis(report: Report, console: Console) -> None:
 
 def scale_table(rows: list[dict[str, Any]]) -> Table:
     """Returns one scale per channel against one per tensor, for the tensors with the largest error."""
-    worst = sorted(rows, key=lambda row: -float(row["per_channel"]["relative_error"]))[:TENSORS_SHOWN]
+    worst = sorted(rows, key=lambda row: -float(row["per_channel"]["relative_error"]))[
+        :TENSORS_SHOWN
+    ]
     table = Table(
-        title=f"One scale per channel | one per tensor ({len(worst)} of {len(rows)} tensors, largest error first)", box=None
+        title=f"One scale per channel | one per tensor ({len(worst)} of {len(rows)} tensors, largest error first)",
+        box=None,
     )
     table.add_column("tensor", overflow="fold")
     for name in ("error", "codes", "entropy", "bits/w", "ratio"):
@@ -56,7 +64,9 @@ def scale_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def text_table(prompts: list[dict[str, Any]], sides: tuple[str, str] = ("source", "loaded")) -> Table:
+def text_table(
+    prompts: list[dict[str, Any]], sides: tuple[str, str] = ("source", "loaded")
+) -> Table:
     """Returns what two models say, side by side under the names of `sides`."""
     table = Table(title="Text", box=None)
     for name in ("prompt", *sides, "differs from token"):

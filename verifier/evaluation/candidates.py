@@ -14,11 +14,11 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import SourceError, UnsupportedEnvironmentError, UsageError
-from codecllm.formats.manifest import MANIFEST_NAME
-from codecllm.formats.records import AliasTensor, side_names
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.records import AliasTensor, side_names
 from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
-from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.hf import adapter
 
 Kind = Literal["container", "folder", "dequantized", "gguf"]
 
@@ -95,8 +95,15 @@ class Candidate:
         """
         rows = list(_COUNTS[self.kind](self.path))
         inner = [row for row in rows if row.rank >= 2 and _INNER.search(row.name)]
-        stored, layer_stored = (round(8 * sum(row.bytes for row in chosen)) for chosen in (rows, inner))
-        return Bits(stored, sum(row.elements for row in rows), layer_stored, sum(row.elements for row in inner))
+        stored, layer_stored = (
+            round(8 * sum(row.bytes for row in chosen)) for chosen in (rows, inner)
+        )
+        return Bits(
+            stored,
+            sum(row.elements for row in rows),
+            layer_stored,
+            sum(row.elements for row in inner),
+        )
 
 
 def find_candidate(name: str | Path) -> Candidate:
@@ -118,8 +125,12 @@ def find_candidate(name: str | Path) -> Candidate:
     if (folder / MANIFEST_NAME).exists():
         return Candidate(str(name), "container", folder)
     if not (folder / "config.json").exists():
-        raise UsageError("neither a container nor a model: no codecllm.json and no config.json", got=str(name))
-    return Candidate(str(name), "dequantized" if (folder / STORED_BITS_NAME).exists() else "folder", folder)
+        raise UsageError(
+            "neither a container nor a model: no codecllm.json and no config.json", got=str(name)
+        )
+    return Candidate(
+        str(name), "dequantized" if (folder / STORED_BITS_NAME).exists() else "folder", folder
+    )
 
 
 class _Row(NamedTuple):
@@ -167,7 +178,9 @@ def _dequantized_tensors(folder: Path) -> Iterator[_Row]:
     bits = json.loads((folder / STORED_BITS_NAME).read_text(encoding="utf-8"))
     rows = list(_folder_tensors(folder))
     if not isinstance(bits, dict) or bits.keys() != {row.name for row in rows}:
-        raise SourceError("names other tensors than the folder holds", file=str(folder / STORED_BITS_NAME))
+        raise SourceError(
+            "names other tensors than the folder holds", file=str(folder / STORED_BITS_NAME)
+        )
     for row in rows:
         if type(bits[row.name]) is not int or bits[row.name] < 0:
             got, file = repr(bits[row.name]), str(folder / STORED_BITS_NAME)
@@ -179,11 +192,18 @@ def _gguf_tensors(path: Path) -> Iterator[_Row]:
     try:
         from gguf import GGUFReader
     except ImportError as exc:
-        raise UnsupportedEnvironmentError("GGUF files need the package gguf: pip install 'codecllm[gguf]'") from exc
+        raise UnsupportedEnvironmentError(
+            "GGUF files need the package gguf: pip install 'codecllm[gguf]'"
+        ) from exc
     reader = GGUFReader(path)
     for tensor in reader.tensors:
-        described = sum(part.nbytes for part in tensor.field.parts) + -int(tensor.n_bytes) % reader.alignment
-        yield _Row(tensor.name, len(tensor.shape), int(tensor.n_bytes) + described, int(tensor.n_elements))
+        described = (
+            sum(part.nbytes for part in tensor.field.parts)
+            + -int(tensor.n_bytes) % reader.alignment
+        )
+        yield _Row(
+            tensor.name, len(tensor.shape), int(tensor.n_bytes) + described, int(tensor.n_elements)
+        )
 
 
 _COUNTS = {

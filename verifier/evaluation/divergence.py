@@ -71,7 +71,9 @@ class Base:
         self._windows = [torch.tensor([part]) for part in parts if len(part) > 1]
         self._entering: list[torch.Tensor] = []  # per window: float [1, tokens, hidden]
 
-    def compare(self, other: Any, on_window: Callable[[int, int], None] | None = None) -> Divergence:
+    def compare(
+        self, other: Any, on_window: Callable[[int, int], None] | None = None
+    ) -> Divergence:
         """Runs another model of the same vocabulary on the text.
 
         Args:
@@ -84,9 +86,14 @@ class Base:
         seen, done, total = Divergence(), 0, sum(ids.shape[1] for ids in self._windows)
         for number, ids in enumerate(self._windows):
             with torch.inference_mode():
-                ours, theirs = self._logits(number), other(input_ids=ids, use_cache=False).logits[0, :-1]
+                ours, theirs = (
+                    self._logits(number),
+                    other(input_ids=ids, use_cache=False).logits[0, :-1],
+                )
                 if ours.shape != theirs.shape:
-                    raise ModelMismatchError("vocabularies differ", got=theirs.shape[-1], expected=ours.shape[-1])
+                    raise ModelMismatchError(
+                        "vocabularies differ", got=theirs.shape[-1], expected=ours.shape[-1]
+                    )
                 for row in range(0, len(ours), _ROWS):
                     block = slice(row, row + _ROWS)
                     _add(seen, ours[block], theirs[block], ids[0, 1:][block])
@@ -105,7 +112,13 @@ class Base:
             again: torch.Tensor = head(self._entering[number])
             return again[0, :-1]
         passed: list[torch.Tensor] = []
-        hook = None if head is None else head.register_forward_hook(lambda _, entering, out: passed.extend((*entering, out)))
+        hook = (
+            None
+            if head is None
+            else head.register_forward_hook(
+                lambda _, entering, out: passed.extend((*entering, out))
+            )
+        )
         try:
             logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
         finally:

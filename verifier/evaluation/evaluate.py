@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from codecllm.formats.errors import UsageError
-from codecllm.loader import transformers_adapter as adapter
+from codecllm.loader.hf import adapter
 from codecllm.loader.hf.folder import read_tokenizer
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
@@ -124,7 +124,15 @@ def evaluate(
         perplexity, own = seen.perplexities
         predicted = len(seen.kl)
         bits = candidate.bits()
-        figures = (bits.per_weight, bits.per_layer_weight, bits.stored // 8, seen.mean_kl, seen.kl_99, seen.top1, own)
+        figures = (
+            bits.per_weight,
+            bits.per_layer_weight,
+            bits.stored // 8,
+            seen.mean_kl,
+            seen.kl_99,
+            seen.top1,
+            own,
+        )
         scores.append(Score(candidate.name, candidate.kind, *figures))
     name = str(dtype).removeprefix("torch.")
     return Evaluation(str(base), reference.bits().per_weight, perplexity, predicted, name, scores)

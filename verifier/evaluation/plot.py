@@ -20,11 +20,15 @@ def check_plot(path: Path) -> None:
         UnsupportedEnvironmentError: matplotlib is not installed.
     """
     if path.suffix not in _SUFFIXES:
-        raise UsageError("a plot is written as", got=path.suffix or str(path), expected=", ".join(_SUFFIXES))
+        raise UsageError(
+            "a plot is written as", got=path.suffix or str(path), expected=", ".join(_SUFFIXES)
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError as exc:
-        raise UnsupportedEnvironmentError("plots need matplotlib: pip install 'codecllm[plot]'") from exc
+        raise UnsupportedEnvironmentError(
+            "plots need matplotlib: pip install 'codecllm[plot]'"
+        ) from exc
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
@@ -37,14 +41,21 @@ def draw(evaluation: Evaluation, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    floor = min((score.mean_kl for score in evaluation.scores if score.mean_kl > 0), default=1.0) / 3
+    floor = (
+        min((score.mean_kl for score in evaluation.scores if score.mean_kl > 0), default=1.0) / 3
+    )
     for kind, mark in _MARKS.items():
-        chosen = sorted((score for score in evaluation.scores if score.kind == kind), key=lambda s: s.layer_bits_per_weight)
+        chosen = sorted(
+            (score for score in evaluation.scores if score.kind == kind),
+            key=lambda s: s.layer_bits_per_weight,
+        )
         places = [(score.layer_bits_per_weight, max(score.mean_kl, floor)) for score in chosen]
         if chosen:
             axes.plot(*zip(*places, strict=True), mark, label=kind, linewidth=0.8, markersize=5)
         for score, place in zip(chosen, places, strict=True):
-            label = Path(score.name).name.removesuffix(".gguf") + ("" if score.mean_kl > 0 else " (0)")
+            label = Path(score.name).name.removesuffix(".gguf") + (
+                "" if score.mean_kl > 0 else " (0)"
+            )
             axes.annotate(label, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_yscale("log")
     axes.margins(x=0.12, y=0.08)

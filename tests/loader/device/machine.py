@@ -19,7 +19,7 @@ from codecllm.loader.device.codecs import NOTHING, DeviceCodecs
 from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.nvcomp import ZstdFrames
 from codecllm.loader.device.streams import HostStreams
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.pool import DecodePool
 
 CPU = torch.device("cpu")
 KERNELS_ONLY = DeviceCodecs(kernels=True, nvcomp=None, rans=True, reasons={})
@@ -40,14 +40,23 @@ class NvcompOfTheHost:
     def temp_bytes(self, count: int, largest: int, symbols: int) -> int:
         return 3 * symbols
 
-    def decode(self, frames: ZstdFrames, temp: torch.Tensor, sizes: int, statuses: int, stream: int) -> None:
+    def decode(
+        self, frames: ZstdFrames, temp: torch.Tensor, sizes: int, statuses: int, stream: int
+    ) -> None:
         assert temp.numel() >= 3 * frames.symbols
         addresses = (frames.sources, frames.sizes, frames.raw_sizes, frames.targets)
-        sources, stored, raw, targets = (_array(address, frames.count, ctypes.c_int64) for address in addresses)
-        decoded, status = _array(sizes, frames.count, ctypes.c_int64), _array(statuses, frames.count, ctypes.c_int32)
+        sources, stored, raw, targets = (
+            _array(address, frames.count, ctypes.c_int64) for address in addresses
+        )
+        decoded, status = (
+            _array(sizes, frames.count, ctypes.c_int64),
+            _array(statuses, frames.count, ctypes.c_int32),
+        )
         assert raw.max() == frames.largest and raw.sum() == frames.symbols
         for index in range(frames.count):
-            symbols = zstandard.decompress(ctypes.string_at(int(sources[index]), int(stored[index])))
+            symbols = zstandard.decompress(
+                ctypes.string_at(int(sources[index]), int(stored[index]))
+            )
             ctypes.memmove(int(targets[index]), symbols, int(raw[index]))
             decoded[index] = len(symbols) if self.decoded_bytes is None else self.decoded_bytes
             status[index] = self.status

@@ -11,10 +11,10 @@ import torch
 from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError, UsageError
 from codecllm.loader import from_pretrained, pretrained
 from codecllm.loader.device import feed as feed_module
-from codecllm.loader.device import resident
 from codecllm.loader.device.feed import DeviceFeeds
-from codecllm.loader.device.resident import DeviceCompressedTensor
 from codecllm.loader.device.streams import HostStreams
+from codecllm.loader.resident import on_device as resident
+from codecllm.loader.resident.on_device import DeviceCompressedTensor
 from tests import tampering
 from tests.integration.outputs import logits, same_bits
 from tests.loader.device.machine import CPU, NvcompOfTheHost, with_nvcomp
@@ -26,7 +26,9 @@ def device(request, monkeypatch):
     nvcomp = NvcompOfTheHost()
     feeds = partial(DeviceFeeds, make_streams=lambda _: HostStreams(), types=("cpu",))
     monkeypatch.setattr(pretrained, "DeviceFeeds", feeds)
-    monkeypatch.setattr(pretrained, "sole_device", lambda *_: CPU if request.param == "ahead" else None)
+    monkeypatch.setattr(
+        pretrained, "sole_device", lambda *_: CPU if request.param == "ahead" else None
+    )
     monkeypatch.setattr(feed_module, "choose_codecs", lambda *_: with_nvcomp(nvcomp))
     return nvcomp
 
@@ -71,14 +73,18 @@ def test_a_decoder_asked_for_by_name_must_work(container):
     folder = container("llama", "lossless")
     with pytest.raises(UsageError, match="no such decoder, got 'gpu'"):
         from_pretrained(folder, decoder="gpu")
-    with pytest.raises(UnsupportedEnvironmentError, match="decoder 'nvcomp' does not work here: torch finds no GPU"):
+    with pytest.raises(
+        UnsupportedEnvironmentError, match="decoder 'nvcomp' does not work here: torch finds no GPU"
+    ):
         from_pretrained(folder, decoder="nvcomp", device_map="cuda:0")
 
 
 @pytest.mark.parametrize("device", ["ahead"], indirect=True)
 @pytest.mark.parametrize(("name", "scheme"), [("llama", "int8"), ("gpt2", "lossless")])
 def test_compressed_models_give_the_logits_of_dense(container, name, scheme, device, monkeypatch):
-    monkeypatch.setattr(resident, "GROUP_ELEMENTS", 30_000)  # several blocks for the vocabulary, several groups for the rest
+    monkeypatch.setattr(
+        resident, "GROUP_ELEMENTS", 30_000
+    )  # several blocks for the vocabulary, several groups for the rest
     folder = container(name, scheme)
     model = from_pretrained(folder, resident="compressed")
     expected = logits(_without_device(folder))
@@ -90,8 +96,14 @@ def test_compressed_models_give_the_logits_of_dense(container, name, scheme, dev
 
 
 @pytest.mark.parametrize("device", ["ahead"], indirect=True)
-@pytest.mark.parametrize("where", [(resident.DeviceDecoder, "_decode"), (HostStreams, "keep")], ids=["decode", "describe"])
-def test_a_pass_that_is_interrupted_leaves_nothing_that_looks_decoded(container, device, monkeypatch, where):
+@pytest.mark.parametrize(
+    "where",
+    [(resident.DeviceDecoder, "_decode"), (HostStreams, "keep")],
+    ids=["decode", "describe"],
+)
+def test_a_pass_that_is_interrupted_leaves_nothing_that_looks_decoded(
+    container, device, monkeypatch, where
+):
     """At each call of the first passes, in which the order of layers is learned and groups are described."""
     monkeypatch.setattr(resident, "GROUP_ELEMENTS", 30_000)
     folder = container("llama", "int8")

@@ -10,7 +10,14 @@ import torch
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.loader.device import nvcomp
-from codecllm.loader.device.nvcomp import Alignments, DecompressOptions, Nvcomp, Properties, find_library, open_nvcomp
+from codecllm.loader.device.nvcomp import (
+    Alignments,
+    DecompressOptions,
+    Nvcomp,
+    Properties,
+    find_library,
+    open_nvcomp,
+)
 
 
 def test_structures_have_the_sizes_and_places_of_the_headers():
@@ -22,12 +29,16 @@ def test_structures_have_the_sizes_and_places_of_the_headers():
 
 
 def test_a_missing_library_is_one_line():
-    with pytest.raises(UnsupportedEnvironmentError, match=r"^libnvcomp.so.6: nvCOMP cannot be loaded: "):
+    with pytest.raises(
+        UnsupportedEnvironmentError, match=r"^libnvcomp.so.6: nvCOMP cannot be loaded: "
+    ):
         Nvcomp(Path("/nowhere/libnvcomp.so.6"))
 
 
 def test_a_library_without_the_functions_is_refused():
-    with pytest.raises(UnsupportedEnvironmentError, match=r"nvCOMP cannot be loaded: .*nvcompGetProperties"):
+    with pytest.raises(
+        UnsupportedEnvironmentError, match=r"nvCOMP cannot be loaded: .*nvcompGetProperties"
+    ):
         Nvcomp(Path("libc.so.6"))
 
 
@@ -36,7 +47,10 @@ def test_a_package_of_another_version_is_named(tmp_path, monkeypatch):
     (tmp_path / "lib64" / "libnvcomp.so.5").touch()
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
     monkeypatch.setattr(nvcomp, "find_spec", lambda name: spec)
-    with pytest.raises(UnsupportedEnvironmentError, match=r"another version, got libnvcomp.so.5, expected libnvcomp.so.6"):
+    with pytest.raises(
+        UnsupportedEnvironmentError,
+        match=r"another version, got libnvcomp.so.5, expected libnvcomp.so.6",
+    ):
         find_library()
 
 

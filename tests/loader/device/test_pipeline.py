@@ -12,17 +12,17 @@ import torch
 import zstandard
 
 from codecllm.converter import convert
-from codecllm.converter.steps import Steps
-from codecllm.formats.chunk_table import RECORD
+from codecllm.converter.plan.steps import Steps
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, DecodeError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
+from codecllm.formats.shards.chunk_table import RECORD
 from codecllm.loader.device import pipeline, plan
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools
 from codecllm.loader.device.codecs import NOTHING
 from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.streams import HostStreams
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.pool import DecodePool
 from codecllm.loader.state_dict import TensorReader
 from codecllm.loader.torch_tensors import file_order, torch_dtype
 from tests import tampering
@@ -86,7 +86,9 @@ def _take_all(folder, codecs):
     """Takes every tensor as its own dtype, decoded ahead, and compares it with the reference."""
     with feed_of(folder, codecs) as (container, feed):
         names = list(file_order(container))
-        wanted = {name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names}
+        wanted = {
+            name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names
+        }
         feed.expect(wanted.values())
         for name in reversed(names):
             tensor = feed.take(*wanted[name])
@@ -125,11 +127,16 @@ def test_small_batches_and_pieces_fit_together(made, monkeypatch):
 def test_other_dtypes_are_those_of_the_cpu_path(made):
     for scheme in ("int8", "lossless"):
         folder = made[scheme]
-        with feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (container, feed), DecodePool(1) as pool:
+        with (
+            feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (container, feed),
+            DecodePool(1) as pool,
+        ):
             reader = TensorReader(container, pool)
             for name in ("wide", "tall", "full", COLUMNS, "norm"):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-                    assert torch.equal(feed.take(name, "weight", dtype), reader.read(name, "weight", dtype)), (name, dtype)
+                    assert torch.equal(
+                        feed.take(name, "weight", dtype), reader.read(name, "weight", dtype)
+                    ), (name, dtype)
             reader.close()
 
 
@@ -138,11 +145,20 @@ def test_other_dtypes_are_those_of_the_cpu_path(made):
 def test_scales_and_groups_of_columns_and_wide_codes(tmp_path, codecs, wide):
     rng = np.random.default_rng(7)
     values = (rng.standard_normal((300, 200)) * np.geomspace(0.01, 1, 200)).astype(np.float32)
-    source = write_source(tmp_path / "source", {"w": ("F32", values), "v": ("BF16", bf16(values))}, {"model_type": "none"})
-    columns, groups = np.geomspace(0.5, 2, 200).astype(np.float32), rng.integers(0, 9, 200).astype(np.uint8)
+    source = write_source(
+        tmp_path / "source",
+        {"w": ("F32", values), "v": ("BF16", bf16(values))},
+        {"model_type": "none"},
+    )
+    columns, groups = (
+        np.geomspace(0.5, 2, 200).astype(np.float32),
+        rng.integers(0, 9, 200).astype(np.uint8),
+    )
     rows = np.abs(values / columns).max(axis=1).astype(np.float32) / (3000 if wide else 110)
     steps = Steps(rows, columns, groups, tile=(64, 50), wide=wide)
-    folder = convert(source, tmp_path / "out", scheme="int8", include=("*",), steps=lambda plan: steps).out
+    folder = convert(
+        source, tmp_path / "out", scheme="int8", include=("*",), steps=lambda plan: steps
+    ).out
     with Container(folder) as container:
         assert container.tensor("w").wide is wide
     _take_all(folder, codecs)
@@ -152,7 +168,9 @@ def test_codes_and_payloads(made):
     for codecs in (with_nvcomp(NvcompOfTheHost()), NOTHING):
         with feed_of(made["int8"], codecs) as (container, feed):
             stored = container.tensor("tall")
-            assert torch.equal(feed.take("tall", "codes", None), torch.from_numpy(read_codes(stored).copy()))
+            assert torch.equal(
+                feed.take("tall", "codes", None), torch.from_numpy(read_codes(stored).copy())
+            )
             payload = bytearray(stored.slots_bytes(0, len(stored.table.chunks)))
             stored.file.read_into(stored.offset, memoryview(payload))
             assert _bytes(feed.take("tall", "payload", None)) == payload
@@ -167,7 +185,9 @@ def test_many_threads_ask_at_once(made):
             if _bytes(tensor) != read_tensor_bytes(container, name):
                 wrong.append(name)
 
-        threads = [threading.Thread(target=ask, args=(name,)) for name in list(container.records) * 3]
+        threads = [
+            threading.Thread(target=ask, args=(name,)) for name in list(container.records) * 3
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -201,9 +221,15 @@ def test_what_nvcomp_reports_names_the_chunk(tmp_path):
     folder = make_container(tmp_path)
     for nvcomp, message in (
         (NvcompOfTheHost(status=12), r"'l' chunk 0 at byte \d+: nvCOMP status 12: made up"),
-        (NvcompOfTheHost(decoded_bytes=5), r"'l' chunk 0 at byte \d+: frame decodes to a wrong size, got 5"),
+        (
+            NvcompOfTheHost(decoded_bytes=5),
+            r"'l' chunk 0 at byte \d+: frame decodes to a wrong size, got 5",
+        ),
     ):
-        with feed_of(folder, with_nvcomp(nvcomp)) as (_, feed), pytest.raises(DecodeError, match=message):
+        with (
+            feed_of(folder, with_nvcomp(nvcomp)) as (_, feed),
+            pytest.raises(DecodeError, match=message),
+        ):
             feed.take("l", "weight", torch.bfloat16)
 
 
@@ -211,7 +237,10 @@ def test_a_frame_of_another_size_never_reaches_nvcomp(tmp_path):
     folder, nvcomp = make_container(tmp_path), NvcompOfTheHost()
 
     def edit(tensors):
-        payload, size = tensors["l"][2], int(np.frombuffer(tensors["l_chunks"][2], RECORD, 1, 32)["stored_bytes"][0])
+        payload, size = (
+            tensors["l"][2],
+            int(np.frombuffer(tensors["l_chunks"][2], RECORD, 1, 32)["stored_bytes"][0]),
+        )
         frame = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 20))
         assert len(frame) <= size
         payload[: len(frame)] = frame
@@ -219,7 +248,10 @@ def test_a_frame_of_another_size_never_reaches_nvcomp(tmp_path):
 
     rewrite_shard(folder, edit)
     message = r"'l' chunk 0 at byte \d+: frame declares a wrong size, got 1048576"
-    with feed_of(folder, with_nvcomp(nvcomp)) as (_, feed), pytest.raises(DecodeError, match=message):
+    with (
+        feed_of(folder, with_nvcomp(nvcomp)) as (_, feed),
+        pytest.raises(DecodeError, match=message),
+    ):
         feed.take("l", "weight", torch.bfloat16)
     assert nvcomp.frames == 0
 
@@ -242,7 +274,10 @@ def test_a_forbidden_code_is_found_on_the_device(tmp_path):
     stored = _sizes(folder)
     tampering.reseal(folder, lambda document: _set_stored(document, stored))
     message = r"'q' chunk 0 at byte \d+: code -128 is not allowed"
-    with feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (_, feed), pytest.raises(DecodeError, match=message):
+    with (
+        feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (_, feed),
+        pytest.raises(DecodeError, match=message),
+    ):
         feed.take("q", "weight", torch.bfloat16)
 
 
@@ -254,7 +289,10 @@ def test_corrupt_rans_words_end_in_an_error_that_names_the_chunk(rans_container,
         fix_chunks(tensors, "q")
 
     rewrite_shard(folder, edit)
-    with feed_of(folder, KERNELS_ONLY) as (_, feed), pytest.raises(DecodeError, match=r"'q' chunk 0 at byte .*rans chunk"):
+    with (
+        feed_of(folder, KERNELS_ONLY) as (_, feed),
+        pytest.raises(DecodeError, match=r"'q' chunk 0 at byte .*rans chunk"),
+    ):
         feed.take("q", "weight", torch.float32)
 
 
@@ -297,7 +335,10 @@ def test_a_broken_device_lets_nobody_wait(made):
                 feed.take(name, "weight", None)
             answers.append(name)
 
-        threads = [threading.Thread(target=take, args=(name,), daemon=True) for name in ("wide", "tall", "full")]
+        threads = [
+            threading.Thread(target=take, args=(name,), daemon=True)
+            for name in ("wide", "tall", "full")
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -330,7 +371,7 @@ from codecllm.formats.container import Container
 from codecllm.loader.device.codecs import NOTHING
 from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.streams import HostStreams
-from codecllm.loader.pool import DecodePool
+from codecllm.loader.host.pool import DecodePool
 from codecllm.loader.torch_tensors import file_order
 
 faulthandler.dump_traceback_later(100, exit=True)
@@ -378,7 +419,11 @@ def test_tables_reach_the_device_even_where_new_tensors_go_to_meta(rans_containe
     with Container(rans_container) as container:
         source, chunks = container.tensor("q"), ChunkList()
         chunks.add(source, range(source.table.grid.down), 0, [0])
-        with torch.device("meta"):  # as transformers has it while it lets a quantizer prepare a model
+        with torch.device(
+            "meta"
+        ):  # as transformers has it while it lets a quantizer prepare a model
             expanded = DeviceTools(HostStreams(), KERNELS_ONLY).expand(ChunkWork(chunks, 0, 0))
     assert expanded is not None
-    assert not any(part.is_meta for part in (expanded[0].symbols, expanded[0].ranges, expanded[0].precisions))
+    assert not any(
+        part.is_meta for part in (expanded[0].symbols, expanded[0].ranges, expanded[0].precisions)
+    )

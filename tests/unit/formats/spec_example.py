@@ -10,11 +10,11 @@ import numpy as np
 
 from codecllm.converter import convert
 from codecllm.formats.checksums import sha256_hex, xxh3_hex
-from codecllm.formats.chunk_table import HEADER, RECORD
 from codecllm.formats.codecs import CODECS, RANS_ID, rans, rans_reference
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.container import Container
-from codecllm.formats.safetensors_header import PREFIX_BYTES
+from codecllm.formats.shards.chunk_table import HEADER, RECORD
+from codecllm.formats.shards.safetensors_header import PREFIX_BYTES
 from codecllm.formats.stored_tensor import StoredTensor
 from tests.sources import write_source
 
@@ -42,7 +42,9 @@ def vectors() -> str:
     for codec_id, codec in CODECS.items():
         stored = bytes(codec.encode(symbols))
         slot = stored.ljust(-(-len(stored) // 16) * 16, b"\0")
-        lines.append(f"codec {codec_id} ({codec.name}): stored_bytes {len(stored)}, xxh3 of the slot {xxh3_hex(slot)}")
+        lines.append(
+            f"codec {codec_id} ({codec.name}): stored_bytes {len(stored)}, xxh3 of the slot {xxh3_hex(slot)}"
+        )
         lines.append(f"  stored {stored.hex()}" if codec_id else "  stored 07 x 64")
     lines.append(f"sha256 of the symbols {sha256_hex(symbols)}")
     return "```\n" + "\n".join([*lines, *_rans_vector()]) + "\n```"
@@ -84,13 +86,27 @@ def _dump(folder: Path) -> str:
     lines += _part(data, PREFIX_BYTES, header, "header: JSON, padded with spaces")
     for name, entry in entries.items():
         if name == "w":
-            lines += _part(data, entry.start, entry.start + stored, "w: payload, chunk 0: one frame of 256 codes")
-            lines += _part(data, entry.start + stored, entry.end, "w: padding of the slot") if stored % 16 else []
+            lines += _part(
+                data,
+                entry.start,
+                entry.start + stored,
+                "w: payload, chunk 0: one frame of 256 codes",
+            )
+            lines += (
+                _part(data, entry.start + stored, entry.end, "w: padding of the slot")
+                if stored % 16
+                else []
+            )
         elif name == "w_chunks":
-            lines += _part(data, entry.start, entry.start + HEADER.itemsize, "w_chunks: header of the table")
+            lines += _part(
+                data, entry.start, entry.start + HEADER.itemsize, "w_chunks: header of the table"
+            )
             for record in range(entry.start + HEADER.itemsize, entry.end, RECORD.itemsize):
                 lines += _part(
-                    data, record, record + RECORD.itemsize, "w_chunks: record (stored_bytes, codec, low_bits, 0, xxh3)"
+                    data,
+                    record,
+                    record + RECORD.itemsize,
+                    "w_chunks: record (stored_bytes, codec, low_bits, 0, xxh3)",
                 )
         else:
             words = {"w_scale": "w_scale: four float32", "w_shape": "w_shape: two int64"}[name]

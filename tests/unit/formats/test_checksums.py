@@ -20,7 +20,9 @@ def test_known_sum():
     assert xxh3_hex(b"") == "2d06800538d394c2"
 
 
-@pytest.mark.parametrize(("tensor", "words"), [(None, "header differ"), ("w", "stored bytes differ")])
+@pytest.mark.parametrize(
+    ("tensor", "words"), [(None, "header differ"), ("w", "stored bytes differ")]
+)
 def test_what_differs_is_named(tensor, words):
     check_xxh3(b"", "2d06800538d394c2", "f", tensor, 3)
     with pytest.raises(ChecksumError, match=words) as caught:

@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 
 from codecllm.formats import limits
-from codecllm.formats.chunk_table import RECORD, pack_chunk_table, parse_chunk_table, slot_bytes
-from codecllm.formats.errors import LayoutError, LimitError, NotAContainerError, SchemaError, UnsupportedVersionError
+from codecllm.formats.errors import (
+    LayoutError,
+    LimitError,
+    NotAContainerError,
+    SchemaError,
+    UnsupportedVersionError,
+)
+from codecllm.formats.shards.chunk_table import (
+    RECORD,
+    pack_chunk_table,
+    parse_chunk_table,
+    slot_bytes,
+)
 from codecllm.formats.tiling import Grid
 
 
@@ -21,19 +32,35 @@ def _table(grid, planes, stored):
 
 def test_chunk_table_exact_bytes():
     data = _table(Grid(3, 5, 2, 5), 1, [7, 5])
-    assert data[:32].hex() == "434c435401010000" + "0300000000000000" + "0500000000000000" + "02000000" + "05000000"
-    assert data[32:].hex() == "07000000" + "01000000" + "0000000000000080" + "05000000" + "01000000" + "0100000000000080"
+    assert (
+        data[:32].hex()
+        == "434c435401010000" + "0300000000000000" + "0500000000000000" + "02000000" + "05000000"
+    )
+    assert (
+        data[32:].hex()
+        == "07000000"
+        + "01000000"
+        + "0000000000000080"
+        + "05000000"
+        + "01000000"
+        + "0100000000000080"
+    )
 
 
 def test_chunk_table_round_trip():
     grid = Grid(7, 5, 3, 2)
     stored = np.arange(1, 19)
-    table = parse_chunk_table(_table(grid, 2, stored), payload_bytes=16 * 16 + 2 * 32, file="f", tensor="t")
+    table = parse_chunk_table(
+        _table(grid, 2, stored), payload_bytes=16 * 16 + 2 * 32, file="f", tensor="t"
+    )
     assert (table.grid, table.planes) == (grid, 2)
     for chunk, record in enumerate(table.chunks):
         assert record.stored_bytes == stored[chunk]
         assert record.raw_bytes == grid.tile(chunk // 2).symbols
-        assert (record.begin, record.end) == (int(table.offsets[chunk]), int(table.offsets[chunk + 1]))
+        assert (record.begin, record.end) == (
+            int(table.offsets[chunk]),
+            int(table.offsets[chunk + 1]),
+        )
         assert record.end - record.begin == slot_bytes(record.stored_bytes)
         assert record.xxh3 == (1 << 63) + chunk
 
@@ -44,7 +71,9 @@ def test_tiles_may_be_larger_than_the_matrix():
     assert len(_parse(_table(Grid(0, 5, 2**32 - 1, 1), 1, []), 0).records) == 0
 
 
-@pytest.mark.parametrize(("stored", "slot"), [(0, 0), (1, 16), (15, 16), (16, 16), (17, 32), (2**32 - 1, 2**32)])
+@pytest.mark.parametrize(
+    ("stored", "slot"), [(0, 0), (1, 16), (15, 16), (16, 16), (17, 32), (2**32 - 1, 2**32)]
+)
 def test_slots(stored, slot):
     assert slot_bytes(stored) == slot
 
@@ -68,11 +97,23 @@ FLAWS = {
     "reserved high": (7, b"\x80", SchemaError, "reserved", None),
     "matrix of 2^49": (8, (2**49).to_bytes(8, "little"), LimitError, "matrix", None),
     "matrix of 2^64 - 1 rows": (8, b"\xff" * 8, LimitError, "matrix", None),
-    "matrix of 2^63 rows without columns": (8, bytes(7) + b"\x80" + bytes(8), LimitError, "matrix", None),
+    "matrix of 2^63 rows without columns": (
+        8,
+        bytes(7) + b"\x80" + bytes(8),
+        LimitError,
+        "matrix",
+        None,
+    ),
     "no rows": (8, bytes(8), LayoutError, "wrong size", None),
     "tile of 0 rows": (24, bytes(4), LayoutError, "no extent", None),
     "tile of 0 columns": (28, bytes(4), LayoutError, "no extent", None),
-    "a chunk of 1 GiB": (8, (2**15).to_bytes(8, "little") * 2 + b"\xff" * 8, LimitError, "chunk is too large", None),
+    "a chunk of 1 GiB": (
+        8,
+        (2**15).to_bytes(8, "little") * 2 + b"\xff" * 8,
+        LimitError,
+        "chunk is too large",
+        None,
+    ),
     "tiles of one": (24, b"\1\0\0\0" * 2, LayoutError, "wrong size", None),
     "stored 0": (32, bytes(4), LayoutError, "stored_bytes", 0),
     "stored 2^32 - 1": (48, b"\xff" * 4, LayoutError, "stored_bytes", 1),
@@ -113,7 +154,12 @@ def test_payloads_of_another_size(payload):
 def test_stored_bytes_up_to_the_limit():
     largest = limits.max_stored_bytes(12)
     assert largest == 12 + 1024
-    assert _parse(_table(Grid(4, 6, 2, 6), 1, [largest, 12]), slot_bytes(largest) + 16).chunks[0].stored_bytes == largest
+    assert (
+        _parse(_table(Grid(4, 6, 2, 6), 1, [largest, 12]), slot_bytes(largest) + 16)
+        .chunks[0]
+        .stored_bytes
+        == largest
+    )
     with pytest.raises(LayoutError, match="stored_bytes"):
         _parse(_table(Grid(4, 6, 2, 6), 1, [largest + 1, 12]), slot_bytes(largest) + 16)
 

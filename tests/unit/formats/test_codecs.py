@@ -22,7 +22,11 @@ def test_exact_frame():
 
 def test_frame_declares_its_size_and_no_checksum():
     parameters = zstandard.get_frame_parameters(ZSTD.encode(bytes(1000)))
-    assert (parameters.content_size, parameters.has_checksum, parameters.dict_id) == (1000, False, 0)
+    assert (parameters.content_size, parameters.has_checksum, parameters.dict_id) == (
+        1000,
+        False,
+        0,
+    )
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=lambda codec: codec.name)
@@ -33,7 +37,14 @@ def test_round_trip(codec, size):
 
 
 def test_codes_cost_little_more_than_their_entropy():
-    symbols = np.random.default_rng(0).normal(0, 32, 1 << 17).round().clip(-127, 127).astype(np.int8).view(np.uint8)
+    symbols = (
+        np.random.default_rng(0)
+        .normal(0, 32, 1 << 17)
+        .round()
+        .clip(-127, 127)
+        .astype(np.int8)
+        .view(np.uint8)
+    )
     counts = np.bincount(symbols)
     counts = counts[counts > 0]
     entropy = -(counts / symbols.size * np.log2(counts / symbols.size)).sum()
@@ -43,7 +54,10 @@ def test_codes_cost_little_more_than_their_entropy():
 def test_any_other_encoder_will_do():
     symbols = bytes(range(250)) * 40
     for level in (-5, 1, 9, 19):
-        assert ZSTD.decode(zstandard.ZstdCompressor(level=level).compress(symbols), len(symbols)) == symbols
+        assert (
+            ZSTD.decode(zstandard.ZstdCompressor(level=level).compress(symbols), len(symbols))
+            == symbols
+        )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +81,9 @@ def test_what_is_refused(stored, raw_bytes, words):
 
 def test_a_frame_cannot_ask_for_more_memory():
     """17 bytes that declare 64 GiB."""
-    frame = bytes.fromhex("28b52ffde0") + (1 << 36).to_bytes(8, "little") + bytes.fromhex("01000000")
+    frame = (
+        bytes.fromhex("28b52ffde0") + (1 << 36).to_bytes(8, "little") + bytes.fromhex("01000000")
+    )
     assert zstandard.get_frame_parameters(frame).content_size == 1 << 36
     with pytest.raises(DecodeError, match="wrong size"):
         ZSTD.decode(frame, 1000)
@@ -75,7 +91,9 @@ def test_a_frame_cannot_ask_for_more_memory():
 
 def _frame_with_window(window_log: int) -> bytes:
     """A frame of five literal bytes whose header asks for a window of 2^window_log bytes (no single segment)."""
-    descriptor = bytes([0b10_0_0_0_0_00, (window_log - 10) << 3])  # four bytes of content size, window descriptor
+    descriptor = bytes(
+        [0b10_0_0_0_0_00, (window_log - 10) << 3]
+    )  # four bytes of content size, window descriptor
     block = (1 | 0 << 1 | 5 << 3).to_bytes(3, "little") + b"12345"  # last block, raw, five bytes
     return b"\x28\xb5\x2f\xfd" + descriptor + (5).to_bytes(4, "little") + block
 
@@ -129,7 +147,9 @@ def test_raw_refuses_another_size():
 
 
 def test_codecs_are_shared_between_threads():
-    symbols = [np.random.default_rng(i).integers(0, 9, 50_000, dtype=np.uint8).tobytes() for i in range(8)]
+    symbols = [
+        np.random.default_rng(i).integers(0, 9, 50_000, dtype=np.uint8).tobytes() for i in range(8)
+    ]
     failures = []
 
     def work(data):

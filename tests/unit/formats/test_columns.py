@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codecllm.formats.columns import inverse, make_columns, order_of
 from codecllm.formats.errors import DecodeError
+from codecllm.formats.schemes.columns import inverse, make_columns, order_of
 from codecllm.formats.schemes.int8 import (
     MAX_CODE,
     MAX_SCALE,
@@ -38,7 +38,9 @@ def _f32(*values):
 @pytest.mark.parametrize("low_bits", range(1, 9))
 def test_every_wide_code_has_one_pair_of_planes(low_bits):
     half = 1 << (low_bits - 1)
-    codes = np.arange(-half - (127 << low_bits), half + (127 << low_bits)).astype(np.int16)  # all that have a high part
+    codes = np.arange(-half - (127 << low_bits), half + (127 << low_bits)).astype(
+        np.int16
+    )  # all that have a high part
     low, high = split_codes(codes, low_bits)
     assert np.array_equal(join_codes(low, high, low_bits), codes)
     assert np.array_equal(low.astype(int) + 2**low_bits * high.astype(int), codes)
@@ -132,4 +134,8 @@ def test_columns_without_groups_stand_as_in_the_source():
     columns = make_columns(_f32(1, 2), None)
     assert (columns.order, columns.places) == (None, None)
     columns = make_columns(_f32(1, 2), np.array([9, 3], np.uint8))
-    assert (columns.order.dtype, columns.order.tolist(), columns.places.tolist()) == (np.int32, [1, 0], [1, 0])
+    assert (columns.order.dtype, columns.order.tolist(), columns.places.tolist()) == (
+        np.int32,
+        [1, 0],
+        [1, 0],
+    )

@@ -15,18 +15,47 @@ from codecllm.formats.checksums import sha256_hex, xxh3
 from codecllm.formats.codecs import ZSTD
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import ChecksumError, DecodeError, FormatError, NotAContainerError, SchemaError, TruncatedError
+from codecllm.formats.errors import (
+    ChecksumError,
+    DecodeError,
+    FormatError,
+    NotAContainerError,
+    SchemaError,
+    TruncatedError,
+)
 from codecllm.formats.files import SafeFile
-from codecllm.formats.float_bits import bits_from_float32
-from codecllm.formats.manifest import MANIFEST_NAME
-from codecllm.formats.records import FileRecord
-from codecllm.formats.reference import read_codes, read_run_bytes, read_symbols, read_tensor_bytes, tensor_digest
-from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, scales_for_tile, sound, tensor_matrix
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.records import FileRecord
+from codecllm.formats.reference import (
+    read_codes,
+    read_run_bytes,
+    read_symbols,
+    read_tensor_bytes,
+    tensor_digest,
+)
+from codecllm.formats.schemes.float_bits import bits_from_float32
+from codecllm.formats.stored_tensor import (
+    PlainTensor,
+    StoredTensor,
+    scales_for_tile,
+    sound,
+    tensor_matrix,
+)
 from tests import tampering
 from tests.malformed.builders import SHARD, fix_chunks, make_container, rewrite_shard
 from tests.sources import bf16, write_source
 
-SHAPES = [(), (0, 7), (7, 0), (1,), (1, 1), (5, 123), (1, 65_537), (3, 4, 5), (2, 1, 1, 1, 1, 1, 1, 9)]
+SHAPES = [
+    (),
+    (0, 7),
+    (7, 0),
+    (1,),
+    (1, 1),
+    (5, 123),
+    (1, 65_537),
+    (3, 4, 5),
+    (2, 1, 1, 1, 1, 1, 1, 9),
+]
 WHOLE = [dtype for dtype in DTYPES.values() if dtype.bits >= 8]
 
 
@@ -38,19 +67,30 @@ def folder(tmp_path_factory):
 def _elements(dtype, shape):
     count, rng = int(np.prod(shape, dtype=np.int64)), np.random.default_rng(len(shape))
     high = 2 if dtype.name == "BOOL" else 256
-    return rng.integers(0, high, count * dtype.itemsize, dtype=np.uint8).view(f"V{dtype.itemsize}").reshape(shape)
+    return (
+        rng.integers(0, high, count * dtype.itemsize, dtype=np.uint8)
+        .view(f"V{dtype.itemsize}")
+        .reshape(shape)
+    )
 
 
 @pytest.mark.parametrize("dtype", WHOLE, ids=lambda dtype: dtype.name)
 def test_lossless_gives_back_the_bytes_of_every_type_and_shape(tmp_path, dtype):
     """Random bits: NaNs, infinities and subnormals of every kind among them."""
-    tensors = {"x".join(map(str, shape)) or "scalar": (dtype.name, _elements(dtype, shape)) for shape in SHAPES}
+    tensors = {
+        "x".join(map(str, shape)) or "scalar": (dtype.name, _elements(dtype, shape))
+        for shape in SHAPES
+    }
     convert(write_source(tmp_path / "source", tensors), tmp_path / "c", scheme="lossless")
     with Container(tmp_path / "c") as container:
         assert sorted(container.records) == sorted(tensors)
         for name, (_, data) in tensors.items():
             assert read_tensor_bytes(container, name) == data.tobytes(), name
-            assert tensor_digest(container, name) == container.records[name].digest == sha256_hex(data.tobytes())
+            assert (
+                tensor_digest(container, name)
+                == container.records[name].digest
+                == sha256_hex(data.tobytes())
+            )
             assert tuple(container.records[name].shape) == data.shape
 
 
@@ -58,7 +98,9 @@ def test_lossless_gives_back_the_bytes_of_every_type_and_shape(tmp_path, dtype):
 def test_every_pattern_of_16_bits_survives_a_container(tmp_path, dtype):
     """Sorted by exponent, so that the tensor shrinks and is coded."""
     words = np.repeat(np.arange(1 << 16, dtype=np.uint16), 2).reshape(512, 256)
-    convert(write_source(tmp_path / "source", {"w": (dtype, words)}), tmp_path / "c", scheme="lossless")
+    convert(
+        write_source(tmp_path / "source", {"w": (dtype, words)}), tmp_path / "c", scheme="lossless"
+    )
     with Container(tmp_path / "c") as container:
         assert container.records["w"].scheme == "lossless"
         assert read_tensor_bytes(container, "w") == words.tobytes()
@@ -71,16 +113,27 @@ def test_int8_is_its_codes_times_its_scales(folder):
             codes = read_codes(tensor)
             assert codes.shape == tensor_matrix(tensor.record) == tuple(tensor.record.shape)
             values = codes.astype(np.float32) * tensor.scales.reshape(shape)
-            assert read_tensor_bytes(container, name) == bits_from_float32(values, tensor.record.dtype).tobytes()
-            digest = hashlib.sha256(codes.tobytes() + tensor.scales.astype("<f4").tobytes()).hexdigest()
+            assert (
+                read_tensor_bytes(container, name)
+                == bits_from_float32(values, tensor.record.dtype).tobytes()
+            )
+            digest = hashlib.sha256(
+                codes.tobytes() + tensor.scales.astype("<f4").tobytes()
+            ).hexdigest()
             assert tensor_digest(container, name) == tensor.record.digest == digest
-            assert tensor.record.scale_range == pytest.approx([tensor.scales.min(), tensor.scales.max()])
+            assert tensor.record.scale_range == pytest.approx(
+                [tensor.scales.min(), tensor.scales.max()]
+            )
 
 
 def test_tiles_are_parts_of_the_tensor(tmp_path):
     """Columns cut into three tiles, by rows and by columns of channels."""
     wide = (np.random.default_rng(0).standard_normal((3, 300_001)) ** 3).astype(np.float32)
-    tensors = {"l": ("BF16", bf16(wide)), "q": ("F16", wide.astype(np.float16)), "h.0.attn.c_attn.weight": ("F32", wide)}
+    tensors = {
+        "l": ("BF16", bf16(wide)),
+        "q": ("F16", wide.astype(np.float16)),
+        "h.0.attn.c_attn.weight": ("F32", wide),
+    }
     source = write_source(tmp_path / "source", tensors, {"model_type": "gpt2"})
     convert(source, tmp_path / "c", include=("*",), exclude=("l",))
     with Container(tmp_path / "c") as container:
@@ -88,13 +141,18 @@ def test_tiles_are_parts_of_the_tensor(tmp_path):
             tensor = container.tensor(name)
             grid = tensor.table.grid
             assert (grid.across, grid.down) == (3, 3)
-            whole = np.frombuffer(read_tensor_bytes(container, name), f"<u{DTYPES[dtype].itemsize}").reshape(3, 300_001)
+            whole = np.frombuffer(
+                read_tensor_bytes(container, name), f"<u{DTYPES[dtype].itemsize}"
+            ).reshape(3, 300_001)
             for index in range(len(grid)):
                 tile = grid.tile(index)
                 part = whole[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
                 assert read_run_bytes(tensor, range(index, index + 1)) == part.tobytes()
                 if tensor.scales is not None:
-                    assert scales_for_tile(tensor.record, tensor.scales, tile).size in (tile.rows, tile.cols)
+                    assert scales_for_tile(tensor.record, tensor.scales, tile).size in (
+                        tile.rows,
+                        tile.cols,
+                    )
 
 
 def test_slots_may_be_read_together_or_one_by_one(folder):
@@ -115,10 +173,16 @@ def test_side_tensors_that_lie_apart_are_read_one_by_one(folder, monkeypatch):
         together = [read_tensor_bytes(container, name) for name in names]
         reads = []
         monkeypatch.setattr(container_module, "_SIDES_TOGETHER_BYTES", -1)
-        monkeypatch.setattr(SafeFile, "read", lambda *where, read=SafeFile.read: (reads.append(where[1:]), read(*where))[1])
+        monkeypatch.setattr(
+            SafeFile,
+            "read",
+            lambda *where, read=SafeFile.read: (reads.append(where[1:]), read(*where))[1],
+        )
         assert [read_tensor_bytes(container, name) for name in names] == together
         coded = sum(isinstance(container.tensor(name), StoredTensor) for name in names)
-    assert len(reads) >= 4 * coded > 0, "chunks and shape at least, for both times that each tensor was opened"
+    assert len(reads) >= 4 * coded > 0, (
+        "chunks and shape at least, for both times that each tensor was opened"
+    )
 
 
 def test_a_damaged_chunk_is_named_with_its_place(folder, tmp_path):
@@ -129,7 +193,12 @@ def test_a_damaged_chunk_is_named_with_its_place(folder, tmp_path):
         tensor = container.tensor("l")
         with pytest.raises(ChecksumError, match="stored bytes are damaged") as caught:
             read_symbols(tensor)
-        assert (caught.value.file, caught.value.tensor, caught.value.chunk, caught.value.byte) == (SHARD, "l", 1, place)
+        assert (caught.value.file, caught.value.tensor, caught.value.chunk, caught.value.byte) == (
+            SHARD,
+            "l",
+            1,
+            place,
+        )
         slots = tensor.read_slots(0, 1, bytearray(tensor.slots_bytes(0, 1)))
         assert len(tensor.decode_chunk(0, slots, 0)) == 2560
         assert len(read_tensor_bytes(container, "q")) == 24 * 80 * 2
@@ -149,8 +218,14 @@ def test_a_boolean_of_2_is_named_with_its_tensor(tmp_path):
         fix_chunks(tensors, "mask")
 
     rewrite_shard(tmp_path / "c", edit)
-    tampering.reseal(tmp_path / "c", lambda d: d["tensors"][0]["planes"][0].update(stored_bytes=4096, codec="raw"))
-    with Container(tmp_path / "c") as container, pytest.raises(DecodeError, match="boolean") as caught:
+    tampering.reseal(
+        tmp_path / "c",
+        lambda d: d["tensors"][0]["planes"][0].update(stored_bytes=4096, codec="raw"),
+    )
+    with (
+        Container(tmp_path / "c") as container,
+        pytest.raises(DecodeError, match="boolean") as caught,
+    ):
         read_tensor_bytes(container, "mask")
     assert (caught.value.file, caught.value.tensor) == (SHARD, "mask")
 
@@ -187,7 +262,9 @@ def test_opening_reads_the_manifest_only(folder, tmp_path):
             container.tensor("n")
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(b"x")])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(b"x")]
+)
 def test_what_is_no_container(tmp_path, make):
     make(tmp_path / "c")
     with pytest.raises(NotAContainerError):
@@ -209,7 +286,9 @@ def test_side_files(folder, tmp_path):
 
 def test_size_of_a_container(folder):
     with Container(folder) as container:
-        assert container.stored_bytes == sum((folder / name).stat().st_size for name in (MANIFEST_NAME, SHARD))
+        assert container.stored_bytes == sum(
+            (folder / name).stat().st_size for name in (MANIFEST_NAME, SHARD)
+        )
 
 
 def test_a_closed_container_opens_its_shards_again(folder):
@@ -259,15 +338,24 @@ def test_chunks_checked_together_fail_as_the_first_that_fails_alone(folder):
     padded = 0
     with Container(folder) as container:
         for tensor, count in _coded(container):
-            slots = np.frombuffer(tensor.read_slots(0, count, bytearray(tensor.slots_bytes(0, count))), np.uint8).copy()
+            slots = np.frombuffer(
+                tensor.read_slots(0, count, bytearray(tensor.slots_bytes(0, count))), np.uint8
+            ).copy()
             tensor.check_chunks(0, count, slots)
             for chunk, record in enumerate(tensor.table.chunks):
                 last = memoryview(slots)[record.begin : record.end]
                 last[-1] ^= 1
                 expected = _error(tensor.stored_chunk, chunk, memoryview(slots), 0)
-                assert expected is not None and expected == _error(tensor.check_chunks, 0, count, slots)
-                assert chunk == 0 or _error(tensor.check_chunks, 0, chunk, slots[: record.begin]) is None
-                sealed = _with_checksum(tensor, chunk, xxh3(last))  # a checksum that fits: only the padding may be wrong
+                assert expected is not None and expected == _error(
+                    tensor.check_chunks, 0, count, slots
+                )
+                assert (
+                    chunk == 0
+                    or _error(tensor.check_chunks, 0, chunk, slots[: record.begin]) is None
+                )
+                sealed = _with_checksum(
+                    tensor, chunk, xxh3(last)
+                )  # a checksum that fits: only the padding may be wrong
                 expected = _error(sealed.stored_chunk, chunk, memoryview(slots), 0)
                 assert expected == _error(sealed.check_chunks, 0, count, slots)
                 assert (expected is not None) == (record.stored_bytes < len(last))
@@ -282,8 +370,12 @@ def test_chunks_decoded_together_have_the_bytes_of_one_by_one_or_are_left_to_it(
     with Container(folder) as container:
         for tensor, count in _coded(container):
             slots = bytearray(tensor.read_slots(0, count, bytearray(tensor.slots_bytes(0, count))))
-            expected = [bytes(sound(one)) for one in tensor.decode_run(0, count, memoryview(slots), 0)]
-            assert [bytes(one) for one in tensor.decode_together(0, count, memoryview(slots))] == expected
+            expected = [
+                bytes(sound(one)) for one in tensor.decode_run(0, count, memoryview(slots), 0)
+            ]
+            assert [
+                bytes(one) for one in tensor.decode_together(0, count, memoryview(slots))
+            ] == expected
             (last,) = tensor.decode_together(count - 1, count, _slot(tensor, slots, count - 1))
             assert bytes(last) == expected[-1]
             several += count > 1
@@ -292,12 +384,18 @@ def test_chunks_decoded_together_have_the_bytes_of_one_by_one_or_are_left_to_it(
                     continue
                 for byte in range(record.begin, record.end):
                     slots[byte] ^= 0x41
-                    assert tensor.decode_together(0, count, memoryview(slots)) is None, "a wrong checksum"
-                    sealed = _with_checksum(tensor, chunk, xxh3(memoryview(slots)[record.begin : record.end]))
+                    assert tensor.decode_together(0, count, memoryview(slots)) is None, (
+                        "a wrong checksum"
+                    )
+                    sealed = _with_checksum(
+                        tensor, chunk, xxh3(memoryview(slots)[record.begin : record.end])
+                    )
                     (one,) = sealed.decode_run(chunk, chunk + 1, memoryview(slots), 0)
                     found = sealed.decode_together(0, count, memoryview(slots))
                     if isinstance(one, FormatError):
-                        assert found is None or "code -128" in str(one), "which is for whoever asks to check"
+                        assert found is None or "code -128" in str(one), (
+                            "which is for whoever asks to check"
+                        )
                         refused.add(one.message.partition(":")[0])
                     else:
                         assert found is None or bytes(found[chunk]) == bytes(one)

@@ -10,9 +10,18 @@ from codecllm.formats.errors import ChecksumError, CodecLLMError, FormatError
 
 
 def test_one_line_with_every_fact():
-    error = ChecksumError("xxh3", file="s", tensor="t", chunk=7, byte=1048576, got="1a", expected="2b")
+    error = ChecksumError(
+        "xxh3", file="s", tensor="t", chunk=7, byte=1048576, got="1a", expected="2b"
+    )
     assert str(error) == "s: tensor 't' chunk 7 at byte 1048576: xxh3, got 1a, expected 2b"
-    assert (error.file, error.tensor, error.chunk, error.byte, error.got, error.expected) == ("s", "t", 7, 1048576, "1a", "2b")
+    assert (error.file, error.tensor, error.chunk, error.byte, error.got, error.expected) == (
+        "s",
+        "t",
+        7,
+        1048576,
+        "1a",
+        "2b",
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +48,11 @@ def test_located_fills_in_and_never_overwrites():
 
 
 def test_exit_codes_of_the_whole_tree():
-    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, CodecLLMError)]
+    classes = [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, CodecLLMError)
+    ]
     assert len(classes) > 15
     codes = {cls.__name__: cls.exit_code for cls in classes if cls.exit_code != 1}
     assert codes == {

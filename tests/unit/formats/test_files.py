@@ -6,7 +6,14 @@ import socket
 import pytest
 
 from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePathError
-from codecllm.formats.files import Excerpt, SafeFile, describe_foreign, is_safe_name, refuse_foreign, write_atomically
+from codecllm.formats.files import (
+    Excerpt,
+    SafeFile,
+    describe_foreign,
+    is_safe_name,
+    refuse_foreign,
+    write_atomically,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -14,7 +21,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_reads_are_exact(tmp_path):
     (tmp_path / "f").write_bytes(bytes(range(100)))
     with SafeFile(tmp_path, "f") as file:
-        assert (file.size, file.read(0, 100), file.read(98, 2), file.read(100, 0)) == (100, bytes(range(100)), b"bc", b"")
+        assert (file.size, file.read(0, 100), file.read(98, 2), file.read(100, 0)) == (
+            100,
+            bytes(range(100)),
+            b"bc",
+            b"",
+        )
         target = bytearray(5)
         file.read_into(10, memoryview(target)[1:4])
         assert target == b"\0\x0a\x0b\x0c\0"
@@ -48,10 +60,48 @@ def test_a_replaced_file_is_not_mixed_in(tmp_path):
         assert not file.unchanged()
 
 
-GOOD = ["a", "config.json", "model-00001-of-00002.safetensors", "1_Pooling/config.json", "_x", "a.b+c-d", "x" * 128]
+GOOD = [
+    "a",
+    "config.json",
+    "model-00001-of-00002.safetensors",
+    "1_Pooling/config.json",
+    "_x",
+    "a.b+c-d",
+    "x" * 128,
+]
 BAD = [
-    *("", ".", "..", "../x", "/etc/passwd", "a/../b", "a/b/c", "a//b", "/a", "a/", ".git", "a/.git", "-x", "+x", "a..b", "a."),
-    *("a\\b", "a b", "a\n", "a\0", "é", "\uff0e\uff0e", "~", "$x", "C:x", "x" * 129, "d/" + "x" * 129, "a/b."),
+    *(
+        "",
+        ".",
+        "..",
+        "../x",
+        "/etc/passwd",
+        "a/../b",
+        "a/b/c",
+        "a//b",
+        "/a",
+        "a/",
+        ".git",
+        "a/.git",
+        "-x",
+        "+x",
+        "a..b",
+        "a.",
+    ),
+    *(
+        "a\\b",
+        "a b",
+        "a\n",
+        "a\0",
+        "é",
+        "\uff0e\uff0e",
+        "~",
+        "$x",
+        "C:x",
+        "x" * 129,
+        "d/" + "x" * 129,
+        "a/b.",
+    ),
 ]
 
 
@@ -75,7 +125,9 @@ def _fifo(path):
 def _socket(path):
     folder = os.open(path.parent, os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"/proc/self/fd/{folder}/{path.name}")  # a socket's own path may not be longer than 107 bytes
+        server.bind(
+            f"/proc/self/fd/{folder}/{path.name}"
+        )  # a socket's own path may not be longer than 107 bytes
     os.close(folder)
 
 
@@ -150,7 +202,10 @@ def test_links_into_the_blobs_of_the_same_cache_entry_are_followed(tmp_path):
         assert file.read(0, 4) == b"blob"
 
 
-@pytest.mark.parametrize("target", ["../../refs/main", "../../../other/blobs/0123", "../../blobs/sub/0123", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "target",
+    ["../../refs/main", "../../../other/blobs/0123", "../../blobs/sub/0123", "/etc/hostname"],
+)
 def test_other_links_of_a_cache_are_not_followed(tmp_path, target):
     with pytest.raises(UnsafePathError, match="symbolic link"):
         SafeFile(_cache(tmp_path, target), "f")

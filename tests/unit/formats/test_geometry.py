@@ -5,8 +5,14 @@ import pytest
 
 from codecllm.formats.entropy import entropy_bits, estimated_entropy_bits
 from codecllm.formats.errors import LayoutError
-from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
-from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, channel_matrix, default_grid, last_axis_matrix
+from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
+from codecllm.formats.tiling import (
+    DEFAULT_TILE_SYMBOLS,
+    Grid,
+    channel_matrix,
+    default_grid,
+    last_axis_matrix,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +32,10 @@ def test_default_tiles(rows, cols, tile):
     assert (grid.tile_rows, grid.tile_cols) == tile
 
 
-@pytest.mark.parametrize("grid", [Grid(7, 5, 3, 2), Grid(1, 9, 1, 4), Grid(9, 1, 4, 1), Grid(6, 6, 6, 6), Grid(5, 5, 99, 99)])
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(7, 5, 3, 2), Grid(1, 9, 1, 4), Grid(9, 1, 4, 1), Grid(6, 6, 6, 6), Grid(5, 5, 99, 99)],
+)
 def test_tiles_cover_the_matrix_once(grid):
     seen = np.zeros((grid.rows, grid.cols), int)
     for tile in grid:
@@ -47,7 +56,9 @@ def test_tiles_have_an_extent(numbers):
         Grid(*numbers)
 
 
-@pytest.mark.parametrize("matrix", [(0, 7), (7, 0), (1, 1), (5, 123), (1, 65_537), (65_537, 3), (3, 131_073)])
+@pytest.mark.parametrize(
+    "matrix", [(0, 7), (7, 0), (1, 1), (5, 123), (1, 65_537), (65_537, 3), (3, 131_073)]
+)
 def test_default_tiles_cover_the_matrix_in_source_order(matrix):
     grid = default_grid(*matrix)
     assert sum(tile.symbols for tile in grid) == matrix[0] * matrix[1]
@@ -103,7 +114,11 @@ def test_rounding_to_bf16_is_that_of_the_definition():
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_finite_values_survive_both_ways(dtype):
-    words = np.arange(1 << 16, dtype=np.uint16) if dtype != "F32" else np.arange(0, 1 << 32, 65_521, dtype=np.uint32)
+    words = (
+        np.arange(1 << 16, dtype=np.uint16)
+        if dtype != "F32"
+        else np.arange(0, 1 << 32, 65_521, dtype=np.uint32)
+    )
     values = float32_from_bits(words, dtype)
     finite = np.isfinite(values)
     assert np.array_equal(bits_from_float32(values[finite], dtype), words[finite])

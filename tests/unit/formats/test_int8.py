@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from codecllm.formats.errors import DecodeError
-from codecllm.formats.float_bits import bits_from_float32, float32_from_bits
+from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.schemes.int8 import (
     MAX_CODE,
     MAX_SCALE,
@@ -22,12 +22,30 @@ from codecllm.formats.schemes.int8 import (
 from tests.unit.formats.exact import bits_of, fl32, rounded
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
-ABSMAX = [1.0, 127.0, 0.1, 3.0, 1e-3, 6.1e-5, 1e10, 1e-37, FLOAT_MAX, FLOAT_MAX * (1 - 2**-20), 127 * MIN_SCALE, 2.0**-119]
+ABSMAX = [
+    1.0,
+    127.0,
+    0.1,
+    3.0,
+    1e-3,
+    6.1e-5,
+    1e10,
+    1e-37,
+    FLOAT_MAX,
+    FLOAT_MAX * (1 - 2**-20),
+    127 * MIN_SCALE,
+    2.0**-119,
+]
 
 
 def _float32_samples(count):
     """Finite float32 of every size."""
-    words = np.random.default_rng(3).integers(0, 1 << 32, count * 2, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    words = (
+        np.random.default_rng(3)
+        .integers(0, 1 << 32, count * 2, dtype=np.uint64)
+        .astype(np.uint32)
+        .view(np.float32)
+    )
     return words[np.isfinite(words)][:count]
 
 
@@ -65,7 +83,9 @@ def test_codes_are_the_rounded_quotient(absmax):
 
 def test_ties_go_to_the_even_code():
     halves = np.arange(-126.5, 127, 1.0, dtype=np.float32)
-    assert quantize(halves, np.float32(1.0)).tolist() == [round(Fraction(value)) for value in halves.tolist()]
+    assert quantize(halves, np.float32(1.0)).tolist() == [
+        round(Fraction(value)) for value in halves.tolist()
+    ]
 
 
 def test_codes_beyond_the_type_never_come_from_a_scale_of_ours():
@@ -78,7 +98,19 @@ def test_codes_beyond_the_type_never_come_from_a_scale_of_ours():
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_all_codes_times_sampled_scales(dtype):
     """One product in float32, one rounding to the target: every code, scales of every size."""
-    scales = [MIN_SCALE, 2.0**-24 / 127, 2.0**-30, 1e-4, 0.0123, 1.0, 1.0000001, 515.78, 517.0, 1e30, MAX_SCALE]
+    scales = [
+        MIN_SCALE,
+        2.0**-24 / 127,
+        2.0**-30,
+        1e-4,
+        0.0123,
+        1.0,
+        1.0000001,
+        515.78,
+        517.0,
+        1e30,
+        MAX_SCALE,
+    ]
     codes = np.arange(-127, 128).astype(np.int8)
     for scale in np.array(scales, np.float32):
         got = bits_from_float32(dequantize(codes, scale), dtype)
@@ -115,11 +147,16 @@ def test_code_that_is_refused():
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_rounding_of_sampled_values(dtype):
     samples = _float32_samples(3000)
-    for value, bits in zip(samples.tolist(), bits_from_float32(samples, dtype).tolist(), strict=True):
+    for value, bits in zip(
+        samples.tolist(), bits_from_float32(samples, dtype).tolist(), strict=True
+    ):
         assert bits == bits_of(rounded(Fraction(value), dtype), dtype, np.signbit(value)), value
 
 
 def test_only_three_types_are_rounded_to():
-    for call, argument in ((float32_from_bits, np.zeros(1, np.uint64)), (bits_from_float32, np.zeros(1, np.float32))):
+    for call, argument in (
+        (float32_from_bits, np.zeros(1, np.uint64)),
+        (bits_from_float32, np.zeros(1, np.float32)),
+    ):
         with pytest.raises(ValueError, match="F64"):
             call(argument, "F64")

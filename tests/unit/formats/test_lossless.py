@@ -21,7 +21,10 @@ def _words(dtype):
     edges = {(1 << k) + d & ((1 << dtype.bits) - 1) for k in range(dtype.bits) for d in (-1, 0, 1)}
     rng = np.random.default_rng(dtype.bits)
     return np.concatenate(
-        [np.array(sorted(edges), word_dtype(dtype)), rng.integers(0, 1 << dtype.bits, 1000, dtype=word_dtype(dtype))]
+        [
+            np.array(sorted(edges), word_dtype(dtype)),
+            rng.integers(0, 1 << dtype.bits, 1000, dtype=word_dtype(dtype)),
+        ]
     )
 
 
@@ -59,7 +62,9 @@ def test_plane_0_is_the_exponent(name, one):
 
 def test_signalling_nans_and_signed_zeros_are_bits():
     words = np.array([0x7F81, 0xFF81, 0x7FC0, 0x8000, 0x0001], np.uint16)
-    assert join_planes(split_planes(words, DTYPES["BF16"]), DTYPES["BF16"]).tolist() == words.tolist()
+    assert (
+        join_planes(split_planes(words, DTYPES["BF16"]), DTYPES["BF16"]).tolist() == words.tolist()
+    )
 
 
 def test_no_elements():
@@ -74,7 +79,14 @@ def test_a_boolean_is_0_or_1(value):
 
 
 def test_types_of_the_table_agree_with_numpy():
-    kinds = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I16": np.int16, "BOOL": np.bool_, "U64": np.uint64}
+    kinds = {
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "I16": np.int16,
+        "BOOL": np.bool_,
+        "U64": np.uint64,
+    }
     for name, kind in kinds.items():
         assert DTYPES[name].itemsize == np.dtype(kind).itemsize
         assert DTYPES[name].is_float == (np.dtype(kind).kind == "f")

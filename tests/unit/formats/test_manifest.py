@@ -9,8 +9,14 @@ import pytest
 from codecllm.formats import FORMAT_VERSION, limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import LimitError, SchemaError
-from codecllm.formats.manifest import Manifest, manifest_sha256, pack_manifest, parse_manifest, shard_name
-from codecllm.formats.records import (
+from codecllm.formats.manifest.manifest import (
+    Manifest,
+    manifest_sha256,
+    pack_manifest,
+    parse_manifest,
+    shard_name,
+)
+from codecllm.formats.manifest.records import (
     AliasTensor,
     FileRecord,
     Int8Tensor,
@@ -28,7 +34,15 @@ DIGEST, XXH3 = "ab" * 32, "0123456789abcdef"
 
 
 def _raw(name="n", **fields):
-    record = {"name": name, "dtype": "F32", "shape": [9], "scheme": "raw", "shard": 0, "digest": DIGEST, "xxh3": XXH3}
+    record = {
+        "name": name,
+        "dtype": "F32",
+        "shape": [9],
+        "scheme": "raw",
+        "shard": 0,
+        "digest": DIGEST,
+        "xxh3": XXH3,
+    }
     return RawTensor(**{**record, **fields})
 
 
@@ -40,12 +54,18 @@ def _coded(scheme, name="w", dtype="BF16", planes=2, **fields):
         "scheme": scheme,
         "shard": 0,
         "tile": [4, 6],
-        "planes": [PlaneRecord(codec="raw", raw_bytes=24, stored_bytes=24, entropy_bits=0)] * planes,
+        "planes": [PlaneRecord(codec="raw", raw_bytes=24, stored_bytes=24, entropy_bits=0)]
+        * planes,
         "digest": DIGEST,
         "xxh3": SideChecksums(shape=XXH3, chunks=XXH3, scale=XXH3 if scheme == "int8" else None),
     }
     if scheme == "int8":
-        record |= {"channel_axis": 0, "channel_kind": "row", "scale_range": [0.5, 1.0], "worst_error": 0.25}
+        record |= {
+            "channel_axis": 0,
+            "channel_kind": "row",
+            "scale_range": [0.5, 1.0],
+            "worst_error": 0.25,
+        }
         return Int8Tensor(**{**record, **fields})
     return LosslessTensor(**{**record, **fields})
 
@@ -57,7 +77,9 @@ def _manifest(*tensors, **fields):
         "required_features": [],
         "writer": {"codecllm": "1.2.3"},
         "source": Source(repo=None, commit=None, tensor_bytes=36),
-        "options": Options(scheme="int8", include=[], exclude=["*norm*"], non_finite="error", max_shard_bytes=5),
+        "options": Options(
+            scheme="int8", include=[], exclude=["*norm*"], non_finite="error", max_shard_bytes=5
+        ),
         "shards": [ShardRecord(name=shard_name(1, 1), bytes=9, sha256=DIGEST, header_xxh3=XXH3)],
         "files": [FileRecord(name="config.json", bytes=2, sha256=DIGEST)],
         "tensors": list(tensors),
@@ -70,7 +92,10 @@ def test_exact_bytes():
     lines = pack_manifest(_manifest(_raw(fallback="why"))).decode().split("\n")
     assert lines[0] == '{"format":"codecllm",'
     assert lines[4] == '"source":{"repo":null,"commit":null,"tensor_bytes":36},'
-    assert lines[7] == f'{{"name":"model-00001-of-00001.safetensors","bytes":9,"sha256":"{DIGEST}","header_xxh3":"{XXH3}"}}'
+    assert (
+        lines[7]
+        == f'{{"name":"model-00001-of-00001.safetensors","bytes":9,"sha256":"{DIGEST}","header_xxh3":"{XXH3}"}}'
+    )
     assert lines[-4] == (
         f'{{"name":"n","dtype":"F32","shape":[9],"scheme":"raw","shard":0,"digest":"{DIGEST}","xxh3":"{XXH3}","fallback":"why"}}'
     )
@@ -117,7 +142,9 @@ def test_a_tensor_named_like_the_side_data_of_another_is_refused(name):
 
 
 def test_a_tensor_named_like_side_data_that_does_not_exist_is_read():
-    assert len(_manifest(_coded("lossless"), _raw("w_scale"), _raw("n_chunks"), _raw()).tensors) == 4
+    assert (
+        len(_manifest(_coded("lossless"), _raw("w_scale"), _raw("n_chunks"), _raw()).tensors) == 4
+    )
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I64", "F8_E4M3", "U8", "BOOL"])
@@ -137,7 +164,9 @@ def test_the_longest_lists():
     files = [FileRecord(name=f"f{i}", bytes=0, sha256=DIGEST) for i in range(limits.FILES + 1)]
     assert len(parse_manifest(pack_manifest(_manifest(files=files[:-1]))).files) == limits.FILES
     with pytest.raises(LimitError, match="files"):
-        parse_manifest(pack_manifest(Manifest.model_construct(**{**dict(_manifest()), "files": files})))
+        parse_manifest(
+            pack_manifest(Manifest.model_construct(**{**dict(_manifest()), "files": files}))
+        )
 
 
 def test_a_manifest_that_is_too_long_is_neither_written_nor_read(monkeypatch):

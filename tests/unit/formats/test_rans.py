@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from codecllm.formats.codecs import rans, rans_reference
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_frequencies, fit_table
-from codecllm.formats.codecs.rans_table import MAX_TABLE_BYTES, FrequencyTable, pack_table, parse_table, parse_tables
+from codecllm.formats.codecs.rans_table import (
+    MAX_TABLE_BYTES,
+    FrequencyTable,
+    pack_table,
+    parse_table,
+    parse_tables,
+)
 from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.errors import DecodeError
 
@@ -37,7 +43,11 @@ def _kinds():
     """Symbols, and a table that holds them all, of every kind that may be special."""
     rng = np.random.default_rng(3)
     for length in (0, 1, 31, 32, 33, 64, 2079, 4096):
-        yield f"gaussian {length}", _gaussian(length, 20, length), fit_table(_counts(_gaussian(5000, 20)) + 1)
+        yield (
+            f"gaussian {length}",
+            _gaussian(length, 20, length),
+            fit_table(_counts(_gaussian(5000, 20)) + 1),
+        )
     yield "one symbol", np.full(999, 200, np.uint8), fit_table(_counts(np.full(999, 200, np.uint8)))
     uniform = rng.integers(0, 256, 8000).astype(np.uint8)
     yield "256 symbols uniform", uniform, fit_table(np.ones(256, np.int64))
@@ -45,7 +55,11 @@ def _kinds():
         rare = _table(precision, {0: (1 << precision) - 255} | dict.fromkeys(range(1, 256), 1))
         yield f"frequency 1 at {precision} bits", rng.integers(0, 256, 4001).astype(np.uint8), rare
         most = _table(precision, {7: (1 << precision) - 1, 8: 1})
-        yield f"all but one at {precision} bits", (rng.random(3000) < 0.01).astype(np.uint8) + np.uint8(7), most
+        yield (
+            f"all but one at {precision} bits",
+            (rng.random(3000) < 0.01).astype(np.uint8) + np.uint8(7),
+            most,
+        )
 
 
 KINDS = {name: (symbols, table) for name, symbols, table in _kinds()}
@@ -64,9 +78,14 @@ def test_every_path_gives_the_bits_of_the_reference(name):
 def test_chunks_of_any_length_and_table_go_together():
     chunks = [rans.Uncoded(symbols, table) for symbols, table in KINDS.values()]
     stored = rans.encode_chunks(chunks)
-    assert stored == [rans_reference.encode(symbols.tobytes(), table) for symbols, table in KINDS.values()]
+    assert stored == [
+        rans_reference.encode(symbols.tobytes(), table) for symbols, table in KINDS.values()
+    ]
     decoded = rans.decode_chunks(
-        [rans.Coded(memoryview(data), len(chunk.symbols), chunk.table) for data, chunk in zip(stored, chunks, strict=True)]
+        [
+            rans.Coded(memoryview(data), len(chunk.symbols), chunk.table)
+            for data, chunk in zip(stored, chunks, strict=True)
+        ]
     )
     for symbols, chunk in zip(decoded, chunks, strict=True):
         assert np.array_equal(symbols, chunk.symbols)
@@ -74,10 +93,15 @@ def test_chunks_of_any_length_and_table_go_together():
 
 def test_batches_bound_the_memory_and_change_nothing(monkeypatch):
     table = fit_table(_counts(_gaussian(5000, 20)) + 1)
-    chunks = [rans.Uncoded(_gaussian(length, 20, length), table) for length in (100, 3000, 0, 2999, 1, 500)]
+    chunks = [
+        rans.Uncoded(_gaussian(length, 20, length), table)
+        for length in (100, 3000, 0, 2999, 1, 500)
+    ]
     together = rans.encode_chunks(chunks)
     monkeypatch.setattr(rans, "BATCH_SYMBOLS", 4000)
-    batches = [list(batch) for batch in rans._batches(range(6), [len(chunk.symbols) for chunk in chunks])]
+    batches = [
+        list(batch) for batch in rans._batches(range(6), [len(chunk.symbols) for chunk in chunks])
+    ]
     assert batches == [[1], [3], [5, 0, 4, 2]]
     assert rans.encode_chunks(chunks) == together
 
@@ -88,9 +112,15 @@ def test_anything_comes_back(data):
     table_symbols = data.draw(st.binary(min_size=1, max_size=300))
     table = fit_table(_counts(np.frombuffer(table_symbols, np.uint8)))
     alphabet = st.sampled_from(sorted(set(table_symbols)))
-    chunks = data.draw(st.lists(st.lists(alphabet, max_size=200).map(bytes), min_size=1, max_size=4))
-    stored = rans.encode_chunks([rans.Uncoded(np.frombuffer(chunk, np.uint8), table) for chunk in chunks])
-    decoded = rans.decode_chunks([rans.Coded(d, len(c), table) for d, c in zip(stored, chunks, strict=True)])
+    chunks = data.draw(
+        st.lists(st.lists(alphabet, max_size=200).map(bytes), min_size=1, max_size=4)
+    )
+    stored = rans.encode_chunks(
+        [rans.Uncoded(np.frombuffer(chunk, np.uint8), table) for chunk in chunks]
+    )
+    decoded = rans.decode_chunks(
+        [rans.Coded(d, len(c), table) for d, c in zip(stored, chunks, strict=True)]
+    )
     for chunk, part, symbols in zip(chunks, stored, decoded, strict=True):
         assert part == rans_reference.encode(chunk, table)
         assert symbols.tobytes() == chunk == rans_reference.decode(part, len(chunk), table)
@@ -100,7 +130,10 @@ def test_exact_bytes():
     """A round trip cannot see a change of the format; this can."""
     table = _table(12, {1: 2048, 2: 1024, 3: 1024})
     stored = rans_reference.encode(bytes([1, 2, 3, 1] * 160), table)
-    assert stored.hex() == "00001000aaaa0a01ffff0f0100001000" * 8 + "0000aaa8fffc0000" * 8 + "00a800fc" * 8
+    assert (
+        stored.hex()
+        == "00001000aaaa0a01ffff0f0100001000" * 8 + "0000aaa8fffc0000" * 8 + "00a800fc" * 8
+    )
 
 
 def _both(stored, raw_bytes, table):
@@ -140,7 +173,8 @@ def test_chunks_of_another_size(change):
 
 
 @pytest.mark.parametrize(
-    "stored", [b"", bytes(2), bytes(126), bytes(127), bytes(128), bytes(129), b"\xff" * 128, b"\xff" * 900]
+    "stored",
+    [b"", bytes(2), bytes(126), bytes(127), bytes(128), bytes(129), b"\xff" * 128, b"\xff" * 900],
 )
 def test_bytes_that_no_encoder_makes(stored):
     table = fit_table(_counts(_gaussian(3000, 6)))
@@ -162,7 +196,9 @@ def test_one_damaged_chunk_leaves_its_neighbours_alone():
     stored = [rans_reference.encode(chunk.tobytes(), table) for chunk in chunks]
     stored[1] = stored[1][:128] + bytes(len(stored[1]) - 128)
     stored[2] = stored[2][:-40]
-    results = rans.decode_chunks([rans.Coded(d, len(c), table) for d, c in zip(stored, chunks, strict=True)])
+    results = rans.decode_chunks(
+        [rans.Coded(d, len(c), table) for d, c in zip(stored, chunks, strict=True)]
+    )
     assert [isinstance(result, DecodeError) for result in results] == [False, True, True, False]
     assert np.array_equal(results[0], chunks[0])
     assert np.array_equal(results[3], chunks[3])
@@ -176,10 +212,14 @@ def test_threads_that_wait_are_served_together(monkeypatch):
     stored[4] = stored[4][:-2]
     batches, results = [], {}
     decode = rans._decode_batch
-    monkeypatch.setattr(rans, "_decode_batch", lambda batch: (batches.append(len(batch)), decode(batch))[1])
+    monkeypatch.setattr(
+        rans, "_decode_batch", lambda batch: (batches.append(len(batch)), decode(batch))[1]
+    )
 
     def work(number):
-        results[number] = rans.decode_chunks([rans.Coded(stored[number], len(chunks[number]), table)] * 2)
+        results[number] = rans.decode_chunks(
+            [rans.Coded(stored[number], len(chunks[number]), table)] * 2
+        )
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
     with rans._TURN:
@@ -254,7 +294,10 @@ def test_flaws_of_a_table(name):
         parse_table(change(good))
 
 
-@given(st.lists(st.integers(0, 10_000) | st.integers(0, 3), min_size=1, max_size=256).filter(any), st.sampled_from(PRECISIONS))
+@given(
+    st.lists(st.integers(0, 10_000) | st.integers(0, 3), min_size=1, max_size=256).filter(any),
+    st.sampled_from(PRECISIONS),
+)
 def test_fitted_frequencies(counts, precision):
     counts = np.array(counts + [0] * (256 - len(counts)))
     frequencies = fit_frequencies(counts, precision)
@@ -264,7 +307,9 @@ def test_fitted_frequencies(counts, precision):
     used = np.flatnonzero(counts)
     gain = counts[used] * np.log2((frequencies[used] + 1) / frequencies[used])
     can_lose = frequencies[used] > 1
-    loss = counts[used][can_lose] * np.log2(frequencies[used][can_lose] / (frequencies[used][can_lose] - 1))
+    loss = counts[used][can_lose] * np.log2(
+        frequencies[used][can_lose] / (frequencies[used][can_lose] - 1)
+    )
     if len(loss) and len(used) > 1:
         assert gain.max() <= loss.min() + counts.max() * 2.0**-14
 
@@ -280,20 +325,29 @@ def test_sizes_stay_near_the_entropy_of_the_group(bits, chunk, allowed):
     stored = rans.encode_chunks([rans.Uncoded(part, table) for part in symbols.reshape(-1, chunk)])
     total = sum(-(-len(data) // 16) * 16 for data in stored) + len(pack_table(table)) + 2
     assert 8 * total / symbols.size < counted_entropy_bits(counts) / symbols.size + allowed
-    assert abs(coded_bits(table, counts) / 8 - sum(len(data) - 128 for data in stored)) < 0.003 * symbols.size / 8 + 128 * len(
-        stored
-    )
+    assert abs(
+        coded_bits(table, counts) / 8 - sum(len(data) - 128 for data in stored)
+    ) < 0.003 * symbols.size / 8 + 128 * len(stored)
 
 
 def test_many_tables_at_once_are_those_of_one_by_one():
     rng = np.random.default_rng(11)
-    counts = [rng.integers(0, 1000, 256) * (rng.random(256) < share) for share in (0.01, 0.1, 0.5, 1.0) for _ in range(5)]
+    counts = [
+        rng.integers(0, 1000, 256) * (rng.random(256) < share)
+        for share in (0.01, 0.1, 0.5, 1.0)
+        for _ in range(5)
+    ]
     counts += [np.eye(256, dtype=np.int64)[7], np.ones(256, np.int64), np.arange(256) ** 3]
-    packed = [pack_table(fit_table(np.maximum(count, 0) + (np.arange(256) == 3))) for count in counts]
+    packed = [
+        pack_table(fit_table(np.maximum(count, 0) + (np.arange(256) == 3))) for count in counts
+    ]
     precisions, frequencies = parse_tables(packed)
     for number, data in enumerate(packed):
         table = parse_table(data)
-        assert (precisions[number], frequencies[number].tolist()) == (table.precision, table.frequencies.tolist())
+        assert (precisions[number], frequencies[number].tolist()) == (
+            table.precision,
+            table.frequencies.tolist(),
+        )
     precisions, frequencies = parse_tables([])
     assert precisions.shape == (0,) and frequencies.shape == (0, 256)
 
@@ -309,7 +363,10 @@ def _refusal(parse):
 def test_a_malformed_table_among_many_gets_the_error_of_one_by_one():
     good = pack_table(fit_table(np.arange(256) ** 2 + 1))
     rng, refused = np.random.default_rng(3), 0
-    damaged = [good[:cut] for cut in (0, 1, 32, 33, 40, len(good) - 1)] + [good + b"\0", good + bytes(600)]
+    damaged = [good[:cut] for cut in (0, 1, 32, 33, 40, len(good) - 1)] + [
+        good + b"\0",
+        good + bytes(600),
+    ]
     for _ in range(300):
         changed = bytearray(good)
         changed[int(rng.integers(len(good)))] ^= 1 << int(rng.integers(8))

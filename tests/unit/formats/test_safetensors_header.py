@@ -9,9 +9,22 @@ from safetensors.numpy import load, save
 
 from codecllm.formats import limits
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import LayoutError, LimitError, NotAContainerError, SchemaError, TruncatedError
+from codecllm.formats.errors import (
+    LayoutError,
+    LimitError,
+    NotAContainerError,
+    SchemaError,
+    TruncatedError,
+)
 from codecllm.formats.files import SafeFile
-from codecllm.formats.safetensors_header import TensorEntry, check_name, check_shape, pack_header, parse_header, read_header
+from codecllm.formats.shards.safetensors_header import (
+    TensorEntry,
+    check_name,
+    check_shape,
+    pack_header,
+    parse_header,
+    read_header,
+)
 
 
 def _parse(document, data_bytes=8, **options):
@@ -31,7 +44,13 @@ def test_exact_bytes():
 
 
 def test_places_count_from_the_start_of_the_file():
-    header = _parse({"b": _entry((1,), offsets=(4, 8)), "a": _entry((1,), offsets=(0, 4)), "__metadata__": {"k": "v"}})
+    header = _parse(
+        {
+            "b": _entry((1,), offsets=(4, 8)),
+            "a": _entry((1,), offsets=(0, 4)),
+            "__metadata__": {"k": "v"},
+        }
+    )
     assert list(header.tensors) == ["a", "b"]
     base = len(header.raw)
     assert [(entry.start, entry.end, entry.bytes) for entry in header.tensors.values()] == [
@@ -50,9 +69,13 @@ def test_the_official_library_reads_what_is_written(tmp_path):
     entries, position = [], 0
     for name, array in values.items():
         dtype = {"f": "F32", "i": "I64", "u": "U8"}[array.dtype.kind]
-        entries.append(TensorEntry(name, DTYPES[dtype], array.shape, position, position + array.nbytes))
+        entries.append(
+            TensorEntry(name, DTYPES[dtype], array.shape, position, position + array.nbytes)
+        )
         position += array.nbytes
-    data = pack_header(entries, {"format": "pt"}, header_bytes=1000) + b"".join(a.tobytes() for a in values.values())
+    data = pack_header(entries, {"format": "pt"}, header_bytes=1000) + b"".join(
+        a.tobytes() for a in values.values()
+    )
     (tmp_path / "f.safetensors").write_bytes(data)
     for name, array in load(data).items():
         assert np.array_equal(array, values[name])
@@ -61,16 +84,24 @@ def test_the_official_library_reads_what_is_written(tmp_path):
 
 
 def test_what_the_official_library_writes_is_read(tmp_path):
-    arrays = {"w": np.zeros((3, 4), np.float16), "e": np.zeros((0, 7), np.float32), "s": np.array(1.0)}
+    arrays = {
+        "w": np.zeros((3, 4), np.float16),
+        "e": np.zeros((0, 7), np.float32),
+        "s": np.array(1.0),
+    }
     (tmp_path / "f").write_bytes(save(arrays))
     with SafeFile(tmp_path, "f") as file:
         header = read_header(file)
-    assert {name: entry.shape for name, entry in header.tensors.items()} == {name: a.shape for name, a in arrays.items()}
+    assert {name: entry.shape for name, entry in header.tensors.items()} == {
+        name: a.shape for name, a in arrays.items()
+    }
 
 
 def test_headers_without_tensors_and_empty_tensors():
     assert _parse({}, 0).tensors == {}
-    header = _parse({"a": _entry((0, 7), offsets=(0, 0)), "b": _entry((7, 0), offsets=(0, 0)), "c": _entry()})
+    header = _parse(
+        {"a": _entry((0, 7), offsets=(0, 0)), "b": _entry((7, 0), offsets=(0, 0)), "c": _entry()}
+    )
     assert [entry.bytes for entry in header.tensors.values()] == [0, 0, 8]
 
 
@@ -98,7 +129,11 @@ FLAWS = {
     "nine dimensions": ({"a": _entry((1,) * 8 + (2,))}, LimitError, "limits"),
     "dimension of 2^48 + 1": ({"a": _entry((2**48 + 1, 0))}, LimitError, "limits"),
     "product wraps to 0": ({"a": _entry((2**33, 2**31), offsets=(0, 0))}, LimitError, "too large"),
-    "product beside a 0": ({"a": _entry((2**30, 0, 2**30), offsets=(0, 0))}, LimitError, "too large"),
+    "product beside a 0": (
+        {"a": _entry((2**30, 0, 2**30), offsets=(0, 0))},
+        LimitError,
+        "too large",
+    ),
     "one offset": ({"a": _entry(offsets=(0,))}, SchemaError, "pair"),
     "offset is true": ({"a": _entry(offsets=(False, 8))}, SchemaError, "pair"),
     "negative offset": ({"a": _entry(offsets=(-8, 0))}, LayoutError, "disagree"),
@@ -108,8 +143,16 @@ FLAWS = {
     "overlap": ({"a": _entry(), "b": _entry((1,), offsets=(4, 8))}, LayoutError, "overlaps"),
     "the same bytes twice": ({"a": _entry(), "b": _entry()}, LayoutError, "overlaps"),
     "hole at the start": ({"a": _entry((1,), offsets=(4, 8))}, LayoutError, "hole"),
-    "hole in the middle": ({"a": _entry((0,), offsets=(0, 0)), "b": _entry((1,), offsets=(4, 8))}, LayoutError, "hole"),
-    "data beyond the file": ({"a": _entry((3,), offsets=(0, 12))}, TruncatedError, "inside its data"),
+    "hole in the middle": (
+        {"a": _entry((0,), offsets=(0, 0)), "b": _entry((1,), offsets=(4, 8))},
+        LayoutError,
+        "hole",
+    ),
+    "data beyond the file": (
+        {"a": _entry((3,), offsets=(0, 12))},
+        TruncatedError,
+        "inside its data",
+    ),
     "bytes that follow": ({"a": _entry((1,), offsets=(0, 4))}, LayoutError, "follow"),
     "file without tensors but data": ({}, LayoutError, "follow"),
 }

@@ -7,8 +7,8 @@ from safetensors.numpy import load_file
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import LayoutError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.safetensors_header import read_header
-from codecllm.formats.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.shards.safetensors_header import read_header
+from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 
 
 def _planned(*names, max_bytes=100, shape=(99_999,)):
@@ -42,7 +42,10 @@ def test_rollback_forgets_what_followed_the_mark(tmp_path):
     assert writer.add("b", "U8", (2,), b"de") == 2
     _, size = writer.finish()
     assert (tmp_path / "s").stat().st_size == size
-    assert {name: array.tobytes() for name, array in load_file(tmp_path / "s").items()} == {"a": b"abc", "b": b"de"}
+    assert {name: array.tobytes() for name, array in load_file(tmp_path / "s").items()} == {
+        "a": b"abc",
+        "b": b"de",
+    }
 
 
 def test_a_name_stands_once(tmp_path):

@@ -8,18 +8,26 @@ import numpy as np
 import pytest
 import zstandard
 
-from codecllm.formats import FORMAT_VERSION, errors, limits, records
-from codecllm.formats.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, slot_bytes
+from codecllm.formats import FORMAT_VERSION, errors, limits
 from codecllm.formats.codecs import CODEC_NAMES
+from codecllm.formats.codecs.rans_groups import HEADER as RANS_HEADER
+from codecllm.formats.codecs.rans_groups import MAGIC as RANS_MAGIC
+from codecllm.formats.codecs.rans_groups import SIZE, TABLES_VERSION, max_tables_bytes
 from codecllm.formats.codecs.rans_reference import LANES, LOWER, STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MAX_TABLE_BYTES, MIN_PRECISION
 from codecllm.formats.codecs.zstd import _PARAMETERS, _SPARSE_PARAMETERS, SPARSE_SHARE
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
-from codecllm.formats.manifest import KNOWN_FEATURES, Manifest
-from codecllm.formats.rans_groups import HEADER as RANS_HEADER
-from codecllm.formats.rans_groups import MAGIC as RANS_MAGIC
-from codecllm.formats.rans_groups import SIZE, TABLES_VERSION, max_tables_bytes
-from codecllm.formats.schemes.int8 import MAX_CODE, MAX_SCALE, MAX_WIDE_CODE, MAX_WIDE_STEP, MIN_SCALE, MIN_WIDE_CODE
+from codecllm.formats.manifest import records
+from codecllm.formats.manifest.manifest import KNOWN_FEATURES, Manifest
+from codecllm.formats.schemes.int8 import (
+    MAX_CODE,
+    MAX_SCALE,
+    MAX_WIDE_CODE,
+    MAX_WIDE_STEP,
+    MIN_SCALE,
+    MIN_WIDE_CODE,
+)
+from codecllm.formats.shards.chunk_table import HEADER, MAGIC, RECORD, TABLE_VERSION, slot_bytes
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 from tests.unit.formats.spec_example import SPEC, embed
 
@@ -49,7 +57,9 @@ def test_version():
 def test_limits():
     (rows,) = _tables("10. Limits")
     assert {name: int(value) for name, value, _ in rows} == {
-        name: value for name, value in vars(limits).items() if name.isupper() and name != "SOURCE_HEADER_BYTES"
+        name: value
+        for name, value in vars(limits).items()
+        if name.isupper() and name != "SOURCE_HEADER_BYTES"
     }
     assert limits.max_stored_bytes(1000) == 1000 + 1000 // 255 + 1024
     assert "raw_bytes + floor(raw_bytes / 255) + 1024" in TEXT
@@ -84,11 +94,23 @@ def test_codecs():
     assert f"MUST NOT exceed {limits.ZSTD_WINDOW_BYTES} bytes" in TEXT
     assert f"longer than 1/{SPARSE_SHARE} of raw_bytes" in TEXT
     sizes = ",".join(
-        rf"\s+{name} (\d+)" for name in ("windowLog", "hashLog", "chainLog", "searchLog", "minMatch", "targetLength")
+        rf"\s+{name} (\d+)"
+        for name in ("windowLog", "hashLog", "chainLog", "searchLog", "minMatch", "targetLength")
     )
     found = re.findall(rf"strategy (\w+),{sizes}", TEXT)
-    names = ("strategy", "window_log", "hash_log", "chain_log", "search_log", "min_match", "target_length")
-    own = [[getattr(parameters, name) for name in names] for parameters in (_PARAMETERS, _SPARSE_PARAMETERS)]
+    names = (
+        "strategy",
+        "window_log",
+        "hash_log",
+        "chain_log",
+        "search_log",
+        "min_match",
+        "target_length",
+    )
+    own = [
+        [getattr(parameters, name) for name in names]
+        for parameters in (_PARAMETERS, _SPARSE_PARAMETERS)
+    ]
     strategies = {"fast": zstandard.STRATEGY_FAST, "btultra": zstandard.STRATEGY_BTULTRA}
     assert [[strategies[name], *map(int, numbers)] for name, *numbers in found] == own
 
@@ -122,7 +144,11 @@ def test_dtypes():
     assert [row[0] for row in rows] == list(DTYPES)
     for name, bits, planes, rotated, int8 in rows:
         dtype = DTYPES[name]
-        assert (int(bits), int(planes), rotated == "yes") == (dtype.bits, dtype.planes, dtype.rotates)
+        assert (int(bits), int(planes), rotated == "yes") == (
+            dtype.bits,
+            dtype.planes,
+            dtype.rotates,
+        )
         assert (int8 == "yes") == (name in INT8_SOURCES)
 
 
@@ -157,7 +183,13 @@ def test_manifest_fields():
         assert own == {word for word in re.findall(r"\w+", text) if word in own}
         for field in own:
             assert field in text
-    for kind in (records.PlaneRecord, records.ShardRecord, records.FileRecord, records.Options, records.Calibration):
+    for kind in (
+        records.PlaneRecord,
+        records.ShardRecord,
+        records.FileRecord,
+        records.Options,
+        records.Calibration,
+    ):
         assert all(f"`{field}`" in TEXT for field in kind.model_fields)
 
 

@@ -35,7 +35,11 @@ FLAWS = {
     "raw control character": (b'{"a": "\n"}', SchemaError, "not JSON"),
     "duplicate key": (b'{"a": 1, "a": 1}', SchemaError, "'a' stands twice"),
     "duplicate key by escape": (b'{"a": 1, "\\u0061": 1}', SchemaError, "'a' stands twice"),
-    "duplicate key deep inside": (b'{"a": [{"b": {"c": 1, "c": 2}}]}', SchemaError, "'c' stands twice"),
+    "duplicate key deep inside": (
+        b'{"a": [{"b": {"c": 1, "c": 2}}]}',
+        SchemaError,
+        "'c' stands twice",
+    ),
     "NaN": (b'{"a": NaN}', SchemaError, "NaN"),
     "Infinity": (b'{"a": Infinity}', SchemaError, "Infinity"),
     "-Infinity": (b'{"a": -Infinity}', SchemaError, "-Infinity"),

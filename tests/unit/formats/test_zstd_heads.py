@@ -18,7 +18,9 @@ def _accepted(frame, raw_bytes):
 
 
 def _heads(frames):
-    return np.stack([np.frombuffer(frame[:HEAD_BYTES].ljust(HEAD_BYTES, b"\xff"), np.uint8) for frame in frames])
+    return np.stack(
+        [np.frombuffer(frame[:HEAD_BYTES].ljust(HEAD_BYTES, b"\xff"), np.uint8) for frame in frames]
+    )
 
 
 def _frames():

@@ -32,7 +32,9 @@ def test_revision_of_a_folder_is_a_usage_error(tmp_path):
         resolve(tmp_path, revision="main")
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "user/..", "user/a--b", "white space/x"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "a/b/c", "user/..", "user/a--b", "white space/x"]
+)
 def test_neither_folder_nor_hub_id(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="not a Hub id"):
@@ -51,16 +53,28 @@ def test_hub_id_is_downloaded_and_pinned_to_its_commit(snapshot, monkeypatch):
     files = resolve("user/name", revision="main", token="secret", cache_dir="/cache", kind="source")
     assert (files.folder, files.repo, files.commit) == (snapshot, "user/name", COMMIT)
     repo, options = calls[0]
-    assert (repo, options["revision"], options["token"], options["cache_dir"]) == ("user/name", "main", "secret", "/cache")
-    assert not any(pattern.endswith((".py", ".bin", ".pkl", ".pt")) for pattern in options["allow_patterns"])
+    assert (repo, options["revision"], options["token"], options["cache_dir"]) == (
+        "user/name",
+        "main",
+        "secret",
+        "/cache",
+    )
+    assert not any(
+        pattern.endswith((".py", ".bin", ".pkl", ".pt")) for pattern in options["allow_patterns"]
+    )
 
 
 def test_repository_of_pickles_is_refused(snapshot, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(snapshot))
     monkeypatch.setattr(
-        huggingface_hub, "list_repo_files", lambda *args, **kwargs: ["pytorch_model.bin", "config.json"], raising=False
+        huggingface_hub,
+        "list_repo_files",
+        lambda *args, **kwargs: ["pytorch_model.bin", "config.json"],
+        raising=False,
     )
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: ["pytorch_model.bin"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: ["pytorch_model.bin"]
+    )
     with pytest.raises((UnsafeSourceError, HubError)) as caught:
         resolve("user/name", kind="source")
     assert "\n" not in str(caught.value)

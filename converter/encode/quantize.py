@@ -1,0 +1,235 @@
+"""The int8 quantizer: `formats/schemes/int8.py` again, blocked so that every intermediate stays in cache.
+
+Per weight it moves 2 bytes in (bf16) and 1 byte out; the rest happens in buffers of 64 Ki elements. Codes and scales equal
+the reference's bit for bit: the same single division, rounding to even, and cast.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE, MIN_WIDE_CODE
+
+_SUB_ELEMENTS = 1 << 16
+_MAGNITUDE = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+Words = NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True, slots=True)
+class RowScales:
+    """Largest magnitudes of rows.
+
+    Attributes:
+        absmax: float32 [rows]; meaningless where not finite.
+        finite: whether no weight is NaN or infinite.
+    """
+
+    absmax: NDArray[np.float32]
+    finite: bool
+
+    @property
+    def tiny(self) -> bool:
+        """Whether some row is not zero but so small that its scale would be subnormal."""
+        return has_tiny_scale(self.absmax)
+
+
+class _Scratch(threading.local):
+    """Buffers of one thread: float32 quotients and rounded values, and unsigned words."""
+
+    def __init__(self) -> None:
+        self.elements = 0
+
+    def reserve(self, elements: int) -> None:
+        if elements > self.elements:
+            self.quotient = np.empty(elements, np.float32)
+            self.rounded = np.empty(elements, np.float32)
+            self.words = np.empty(elements, np.uint32)
+            self.steps = np.empty(elements, np.float32)
+            self.elements = elements
+
+
+_SCRATCH = _Scratch()
+
+
+def has_tiny_scale(absmax: NDArray[np.float32]) -> bool:
+    """Whether a channel's largest magnitude (float32 [channels]) is not zero and gives a scale below 2^-126."""
+    return bool(((absmax > 0) & (np.divide(absmax, np.float32(127)) < np.float32(MIN_SCALE))).any())
+
+
+def row_absmax(words: Words, dtype: str) -> RowScales:
+    """Returns the largest magnitudes of the rows of `words`, unsigned [rows, cols] bit patterns of BF16, F16 or F32."""
+    rows, cols = words.shape
+    step = max(1, _SUB_ELEMENTS // cols)
+    bits = np.empty(rows, words.dtype)
+    _SCRATCH.reserve(min(rows, step) * cols)
+    for row in range(0, rows, step):
+        block = words[row : row + step]
+        magnitude = _SCRATCH.words.view(words.dtype)[: block.size].reshape(block.shape)
+        np.bitwise_and(block, words.dtype.type(_MAGNITUDE[dtype]), out=magnitude)
+        magnitude.max(axis=1, out=bits[row : row + step])
+    return _from_magnitudes(bits, dtype)
+
+
+def column_absmax(words: Words, dtype: str) -> RowScales:
+    """As `row_absmax`, of the columns: the result has one entry per column."""
+    bits = np.bitwise_and(words, words.dtype.type(_MAGNITUDE[dtype])).max(axis=0)
+    return _from_magnitudes(bits, dtype)
+
+
+def count_non_finite(words: Words, dtype: str) -> NDArray[np.int64]:
+    """Returns int64 [rows]: how many weights of each row are NaN or infinite."""
+    magnitude = np.bitwise_and(words, words.dtype.type(_MAGNITUDE[dtype]))
+    counts: NDArray[np.int64] = np.count_nonzero(magnitude >= _INFINITY[dtype], axis=1)
+    return counts
+
+
+def quantize_block(
+    words: Words, dtype: str, scales: NDArray[np.float32], codes: NDArray[np.int8]
+) -> float:
+    """Quantizes a block of rows.
+
+    Args:
+        words: unsigned [rows, cols], bit patterns of finite BF16, F16 or F32 weights.
+        dtype: which of them.
+        scales: float32 [rows, 1] or [1, cols].
+        codes: int8 [rows, cols], receives the codes.
+
+    Returns:
+        The worst absolute error: max of |quotient - code| * scale, in float32.
+    """
+    rows, cols = words.shape
+    step = max(1, _SUB_ELEMENTS // cols)
+    _SCRATCH.reserve(min(rows, step) * cols)
+    worst = 0.0
+    for row in range(0, rows, step):
+        block = words[row : row + step]
+        scale = scales if scales.shape[0] == 1 else scales[row : row + step]
+        quotient = _SCRATCH.quotient[: block.size].reshape(block.shape)
+        rounded = _SCRATCH.rounded[: block.size].reshape(block.shape)
+        np.divide(as_float32(block, dtype, quotient), scale, out=quotient)
+        np.rint(quotient, out=rounded)
+        np.copyto(codes[row : row + step], rounded, casting="unsafe")
+        np.subtract(quotient, rounded, out=quotient)
+        worst = max(worst, _worst(quotient, scale))
+    return worst
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What quantizing a block under given steps came to.
+
+    Attributes:
+        finite: whether no weight is NaN or infinite; nothing else is valid if one is.
+        lowest, highest: the extreme codes; if one passes the format's range nothing behind them is valid.
+        worst_error: largest |w - code * step|, in float32.
+        worst_steps: the same in steps.
+    """
+
+    finite: bool
+    lowest: float = 0.0
+    highest: float = 0.0
+    worst_error: float = 0.0
+    worst_steps: float = 0.0
+
+
+def quantize_steps(
+    words: Words,
+    dtype: str,
+    scales: tuple[NDArray[np.float32], NDArray[np.float32] | None],
+    codes: NDArray[np.int16],
+    given: bool,
+    deadzone: float = 0.0,
+) -> Quantized:
+    """Quantizes a block of rows under steps, or measures the codes that somebody gives for it.
+
+    Args:
+        words: unsigned [rows, cols], bit patterns of BF16, F16 or F32 weights.
+        dtype: which of them.
+        scales: float32 [rows, 1] or [1, cols], and the factors of the columns [1, cols] or None.
+        codes: int16 [rows, cols], receives the codes unless they are `given`.
+        given: whether `codes` holds them already.
+        deadzone: how far quotients are moved toward zero before they are rounded; of no effect where codes are `given`.
+    """
+    rows, cols = words.shape
+    step = max(1, _SUB_ELEMENTS // cols)
+    _SCRATCH.reserve(min(rows, step) * cols)
+    lowest = highest = worst_error = worst_steps = 0.0
+    for row in range(0, rows, step):
+        block, held = words[row : row + step], codes[row : row + step]
+        own = scales[0] if scales[0].shape[0] == 1 else scales[0][row : row + step]
+        quotient, rounded, sizes = (
+            buffer[: block.size].reshape(block.shape)
+            for buffer in (_SCRATCH.quotient, _SCRATCH.rounded, _SCRATCH.steps)
+        )
+        steps = own if scales[1] is None else np.multiply(own, scales[1], out=sizes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.divide(as_float32(block, dtype, quotient), steps, out=quotient)
+        if given:
+            np.copyto(rounded, held)
+        elif deadzone:
+            round_toward_zero(quotient, deadzone, rounded)
+        else:
+            np.rint(quotient, out=rounded)
+        least, most = float(rounded.min()), float(rounded.max())
+        lowest, highest = min(lowest, least), max(highest, most)
+        if not (least >= MIN_WIDE_CODE and most <= MAX_WIDE_CODE):
+            return Quantized(not count_non_finite(block, dtype).any(), lowest, highest)
+        if not given:
+            np.copyto(held, rounded, casting="unsafe")
+        np.subtract(quotient, rounded, out=quotient)
+        np.abs(quotient, out=quotient)
+        farthest = float(quotient.max())
+        if not math.isfinite(farthest):  # codes were given for weights that are no numbers
+            return Quantized(finite=False)
+        worst_steps = max(worst_steps, farthest)
+        np.multiply(quotient, steps, out=quotient)
+        worst_error = max(worst_error, float(quotient.max()))
+    return Quantized(True, lowest, highest, worst_error, worst_steps)
+
+
+def round_toward_zero(
+    quotients: NDArray[np.float32], deadzone: float, out: NDArray[np.float32]
+) -> None:
+    """Rounds float32 quotients x as rint(fl32(x - copysign(deadzone, x))) into `out`, float32 of the same shape."""
+    np.copysign(np.float32(deadzone), quotients, out=out)
+    with np.errstate(invalid="ignore"):
+        np.subtract(quotients, out, out=out)
+    np.rint(out, out=out)
+
+
+def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:
+    """Max |error| * scale over a block whose scales are per row ([rows, 1]) or per column ([1, cols])."""
+    np.abs(error, out=error)
+    largest = (
+        error.max(axis=1, keepdims=True)
+        if scale.shape[1] == 1
+        else error.max(axis=0, keepdims=True)
+    )
+    return float((largest * scale).max())
+
+
+def as_float32(block: Words, dtype: str, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the weights of unsigned bit patterns of BF16, F16 or F32, in `out` (float32, same shape) or as a view."""
+    if dtype == "F32":
+        return block.view(np.float32)
+    if dtype == "F16":
+        np.copyto(out, block.view(np.float16))
+        return out
+    bits = out.view(np.uint32)
+    np.copyto(bits, block)
+    np.left_shift(bits, np.uint32(16), out=bits)
+    return out
+
+
+def _from_magnitudes(bits: Words, dtype: str) -> RowScales:
+    absmax = np.empty(bits.shape, np.float32)
+    return RowScales(
+        np.array(as_float32(bits, dtype, absmax)), bool((bits < _INFINITY[dtype]).all())
+    )

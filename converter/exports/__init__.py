@@ -1,0 +1,1 @@
+"""Container -> a model in another layout."""

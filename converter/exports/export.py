@@ -1,0 +1,258 @@
+"""Container -> a model in another layout: plain safetensors (bit-identical for `lossless`, else dequantized), or packed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.converter.conversion import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
+from codecllm.converter.exports.compressed_tensors import PackedLayout, pack_codes, packed_columns
+from codecllm.converter.source.side_files import pack_index, write_listed
+from codecllm.converter.write.staging import Staging
+from codecllm.converter.write.tensor_writer import ordered
+from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import ChecksumError
+from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, shard_name
+from codecllm.formats.manifest.records import Int8Tensor, TensorRecord
+from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
+from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export wrote: the folder, its weight files, and the bytes of all tensors."""
+
+    out: Path
+    shards: list[str]
+    tensor_bytes: int
+
+
+def export(
+    container: str | Path,
+    out: str | Path,
+    *,
+    layout: PackedLayout | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ExportReport:
+    """Writes the model of a container for others to read.
+
+    Args:
+        container: the container's folder.
+        out: folder to make; absent or empty.
+        layout: tensors to write as packed int8 (`compressed_tensors.plan_layout`); None writes all of them plainly.
+        max_shard_bytes: no weight file is longer, unless one tensor is.
+        workers: decoding threads; None takes one per core, or more where the codec gains by it.
+        progress: called with a tensor's name, bytes done and bytes in all.
+
+    Raises:
+        FormatError: something in the container is damaged. Nothing stays in `out`.
+        OutputExistsError: `out` is not empty.
+        OSError: writing failed.
+    """
+    ConvertOptions(
+        workers=workers, max_shard_bytes=max_shard_bytes
+    ).threads()  # refuses what cannot be
+    with Container(container) as opened, Staging(out, force=False) as staging:
+        packed = layout.packed if layout is not None else frozenset()
+        placed = _place(opened.manifest.tensors, max_shard_bytes)
+        names = (
+            ["model.safetensors"]
+            if len(placed) == 1
+            else [shard_name(n + 1, len(placed)) for n in range(len(placed))]
+        )
+        sizes = {record.name: _written_bytes(record, packed) for record in opened.manifest.tensors}
+        done, total = 0, sum(sizes.values())
+        threads = opened.decoding_threads(workers)
+        with ThreadPoolExecutor(threads, thread_name_prefix="codecllm-export") as executor:
+            for name, records in zip(names, placed, strict=True):
+                for tensor, count in _write_shard(
+                    executor, 2 * threads, opened, staging.folder / name, records, packed
+                ):
+                    done += count
+                    if progress is not None:
+                        progress(tensor, done, total)
+        if len(placed) > 1:
+            _write_index(staging.folder, names, placed, total, packed)
+        _write_side_files(opened, staging.folder, layout)
+        staging.commit_plain(last="config.json")
+    return ExportReport(Path(out), names, total)
+
+
+def _place(records: list[TensorRecord], max_shard_bytes: int) -> list[list[TensorRecord]]:
+    shards: list[list[TensorRecord]] = [[]]
+    filled = 0
+    for record in records:
+        size = record.source_bytes + 512
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(record)
+        filled += size
+    return shards
+
+
+def _written_bytes(record: TensorRecord, packed: Collection[str]) -> int:
+    return sum(tensor.max_bytes for tensor in _planned(record, packed))
+
+
+def _planned(record: TensorRecord, packed: Collection[str]) -> list[PlannedTensor]:
+    """Returns the tensors that will be written for one of the container, in order, with their exact sizes."""
+    if record.name not in packed:
+        return [
+            PlannedTensor(
+                record.name, DTYPES[record.dtype], tuple(record.shape), record.source_bytes
+            )
+        ]
+    rows, words = record.shape[0], packed_columns(record.shape[1])
+    return [
+        PlannedTensor(record.name + "_packed", DTYPES["I32"], (rows, words), 4 * rows * words),
+        PlannedTensor(record.name + "_scale", DTYPES["F32"], (rows, 1), 4 * rows),
+        PlannedTensor(record.name + "_shape", DTYPES["I64"], (2,), 16),
+    ]
+
+
+def _write_shard(
+    executor: ThreadPoolExecutor,
+    window: int,
+    container: Container,
+    path: Path,
+    records: list[TensorRecord],
+    packed: Collection[str],
+) -> Iterator[tuple[str, int]]:
+    """Writes a shard; yields the name of each tensor of the container with the bytes that were written for it."""
+    shard = ShardWriter(
+        path,
+        [tensor for record in records for tensor in _planned(record, packed)],
+        {"format": "pt"},
+    )
+    try:
+        for record in records:
+            write = _write_packed if record.name in packed else _write_plain
+            for size in write(executor, window, container, shard, record):
+                yield record.name, size
+        shard.finish()
+    except BaseException:
+        shard.abort()
+        raise
+
+
+def _write_plain(
+    executor: ThreadPoolExecutor,
+    window: int,
+    container: Container,
+    shard: ShardWriter,
+    record: TensorRecord,
+) -> Iterator[int]:
+    digest = hashlib.sha256()
+    for part in _parts(executor, window, container, record.name):
+        digest.update(part)
+        shard.write(part)
+        yield len(part)
+    shard.end_tensor(record.name, record.dtype, tuple(record.shape))
+    _check_digest(container, record.name, digest.hexdigest())
+
+
+def _write_packed(
+    executor: ThreadPoolExecutor,
+    window: int,
+    container: Container,
+    shard: ShardWriter,
+    record: TensorRecord,
+) -> Iterator[int]:
+    """Writes codes as packed words, then scales and shape; what was packed is compared with the tensor's digest."""
+    tensor = container.tensor(record.name)
+    assert isinstance(tensor, StoredTensor) and tensor.scales is not None
+    digest = hashlib.sha256()
+    for codes in _codes(executor, window, tensor):
+        digest.update(codes.tobytes())
+        words = pack_codes(codes)
+        shard.write(words)
+        yield words.nbytes
+    packed, scale, shape = _planned(record, {record.name})
+    shard.end_tensor(packed.name, "I32", packed.max_shape)
+    scales = tensor.scales.astype("<f4").tobytes()
+    digest.update(scales)
+    _compare_digest(record.name, digest.hexdigest(), tensor.record.digest)
+    yield shard.add(scale.name, "F32", scale.max_shape, scales)
+    yield shard.add(shape.name, "I64", shape.max_shape, np.array(record.shape, "<i8").tobytes())
+
+
+def _codes(
+    executor: ThreadPoolExecutor, window: int, tensor: StoredTensor
+) -> Iterator[NDArray[np.signedinteger]]:
+    """Yields whole rows of a tensor's codes in order; at once where its rows are cut into tiles."""
+    grid = tensor.table.grid
+    if grid.tile_cols < grid.cols and tensor.tiles_together == 1:
+        yield read_codes(tensor)
+        return
+    yield from ordered(
+        executor, lambda tiles: np.concatenate(read_run_codes(tensor, tiles)), runs(tensor), window
+    )
+
+
+def _parts(
+    executor: ThreadPoolExecutor, window: int, container: Container, name: str
+) -> Iterator[bytes]:
+    """Yields a tensor's bytes in order, by runs of tiles."""
+    tensor = container.tensor(name)
+    if isinstance(tensor, PlainTensor):
+        yield bytes(tensor.read())
+        return
+    stored: StoredTensor = tensor
+    yield from ordered(executor, lambda tiles: read_run_bytes(stored, tiles), runs(stored), window)
+
+
+def _check_digest(container: Container, name: str, got: str) -> None:
+    """Compares with the manifest where the digest covers the source's own bytes."""
+    record = container.tensor(name).record
+    if not isinstance(record, Int8Tensor):
+        _compare_digest(name, got, record.digest)
+
+
+def _compare_digest(name: str, got: str, expected: str) -> None:
+    if got != expected:
+        raise ChecksumError(
+            "decoded tensor differs from its digest", tensor=name, got=got, expected=expected
+        )
+
+
+def _write_index(
+    folder: Path,
+    names: list[str],
+    placed: list[list[TensorRecord]],
+    total: int,
+    packed: Collection[str],
+) -> None:
+    weight_map = {
+        tensor.name: name
+        for name, records in zip(names, placed, strict=True)
+        for record in records
+        for tensor in _planned(record, packed)
+    }
+    parameters = sum(record.elements for records in placed for record in records)
+    write_listed(folder, INDEX_NAME, pack_index(weight_map, total, parameters))
+
+
+def _write_side_files(container: Container, folder: Path, layout: PackedLayout | None) -> None:
+    for record in container.manifest.files:
+        if record.name in (INDEX_NAME, BASELINE_NAME):
+            continue
+        data = container.read_side_file(record)
+        if record.name == "config.json":
+            config = json.loads(data)
+            config.pop("quantization_config", None)
+            if layout is not None:
+                config["quantization_config"] = layout.quantization_config
+            data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        write_listed(folder, record.name, data)

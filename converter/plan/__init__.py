@@ -1,0 +1,1 @@
+"""Decisions before any byte is written: the scheme of a tensor and its quantization parameters."""

@@ -1,0 +1,210 @@
+"""Error feedback: each column of codes makes up for what rounding did to the columns before it.
+
+An error e[c] = w[c] - code[c] * step[c] of a row's weights changes its output by e x, by e H e^T in the square over all tokens
+seen, H = X^T X. Write H = V V^T with an upper triangular V: then e H e^T = |e V|^2, column by column, and column c of it,
+V[c, c] * (e[c] + sum over i < c of e[i] * V[i, c] / V[c, c]), is smallest if c is rounded as if its weight were
+
+    w[c] + sum over i < c of e[i] * V[i, c] / V[c, c]
+
+That is the order of GPTQ, without an inverse. Columns with large H[c, c] come first, while there is most to correct with. What
+a short text says of pairs of inputs is noise in part: off-diagonal elements are shrunk, the more the fewer tokens were seen
+(docs/bits.md), and a share of the mean diagonal is added to it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.converter.encode.quantize import as_float32, round_toward_zero
+from codecllm.converter.plan.policy import TensorPlan
+from codecllm.converter.plan.steps import Steps
+from codecllm.converter.rate.products import InputProducts
+from codecllm.formats.manifest.records import FEEDBACK, FEEDBACK_DEADZONE
+from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
+
+RIDGE = 0.01
+"""Share of the mean diagonal that is added to it."""
+
+_SHRINKAGE, _SHRINKAGE_TOKENS = 0.2, 16384
+
+_PANEL = 64
+_GROUP_ROWS, _GROUP_ELEMENTS = 1024, 1 << 22
+
+
+def shrinkage(tokens: int) -> float:
+    """Returns by which share products of two different inputs are lessened: 0.2 after 16,384 tokens, more after fewer."""
+    return min(1.0, _SHRINKAGE * math.sqrt(_SHRINKAGE_TOKENS / max(1, tokens)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """How errors of columns are fed into later ones.
+
+    Attributes:
+        order: int64 [cols]: the columns, first to last.
+        ratios: float32 [cols, cols]: what the error of the i-th column adds to the j-th, i < j, in row j. Elsewhere anything.
+    """
+
+    order: NDArray[np.int64]
+    ratios: NDArray[np.float32]
+
+
+def factor_of(products: NDArray[np.floating], shrunk: float) -> Factor:
+    """Factors X^T X.
+
+    Args:
+        products: [cols, cols], symmetric, diagonal >= 0 and not 0 everywhere, all finite.
+        shrunk: share by which off-diagonal elements are lessened, above 0.
+    """
+    diagonal = products.diagonal().astype(np.float64)
+    order = np.argsort(-diagonal, kind="stable")
+    backward = order[
+        ::-1
+    ]  # the lower triangular factor in backward order is the upper one in order
+    matrix = products[np.ix_(backward, backward)].astype(np.float64)
+    matrix *= 1 - shrunk
+    np.fill_diagonal(matrix, diagonal[backward] + RIDGE * diagonal.mean())
+    lower = np.linalg.cholesky(matrix)
+    lower /= lower.diagonal().copy()
+    return Factor(order, np.ascontiguousarray(lower[::-1, ::-1].T, np.float32))
+
+
+def refined_codes(
+    weights: NDArray[np.float32],
+    scales: tuple[NDArray[np.float32], NDArray[np.float32] | None],
+    factor: Factor,
+    deadzone: float = 0.0,
+) -> NDArray[np.int16]:
+    """Quantizes rows with error feedback; they do not depend on one another.
+
+    Args:
+        weights: float32 [rows, cols], finite.
+        scales: float32 [rows], and factors of the columns, float32 [cols], or None.
+        factor: of the inputs.
+        deadzone: as in `Steps`.
+
+    Returns:
+        int16 [rows, cols], the codes.
+    """
+    rows, cols = weights.shape
+    order, ratios = factor.order, factor.ratios
+    own = np.ones(cols, np.float32) if scales[1] is None else scales[1][order]
+    turned = np.ascontiguousarray(weights[:, order].T)
+    errors, codes = np.empty_like(turned), np.empty((cols, rows), np.int16)
+    step, rounded = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for first in range(0, cols, _PANEL):
+        last = min(first + _PANEL, cols)
+        panel = turned[first:last].copy()
+        if first:
+            panel += ratios[first:last, :first] @ errors[:first]
+        for col in range(first, last):
+            quotient = panel[col - first]
+            if col > first:
+                quotient += ratios[col, first:col] @ errors[first:col]
+            np.multiply(scales[0], own[col], out=step)
+            np.divide(quotient, step, out=quotient)
+            if deadzone:
+                round_toward_zero(quotient, deadzone, rounded)
+            else:
+                np.rint(quotient, out=rounded)
+            np.maximum(
+                rounded, MIN_WIDE_CODE, out=rounded
+            )  # a code that has no more room feeds its whole error on
+            np.minimum(rounded, MAX_WIDE_CODE, out=rounded)
+            codes[col] = rounded
+            np.multiply(rounded, step, out=rounded)
+            np.subtract(turned[col], rounded, out=errors[col])
+    result = np.empty((rows, cols), np.int16)
+    result[:, order] = codes.T
+    return result
+
+
+class Feedback:
+    """Refines the codes of tensors whose inputs are known. May be used by several threads."""
+
+    def __init__(self, products: InputProducts) -> None:
+        """Takes over the sums, for good: each is replaced by its factor, in the file, when that is needed first."""
+        self._products = products
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a tensor's codes can be refined."""
+        return name in self._products
+
+    def refine(self, plan: TensorPlan, steps: Steps) -> Steps:
+        """Returns steps whose codes are chosen with feedback; the same ones, where the inputs are not known."""
+        if plan.source.name not in self or plan.kind != "row":
+            return steps
+        refined = FEEDBACK_DEADZONE if steps.deadzone else FEEDBACK
+        return replace(steps, refined=refined, codes=_Codes(self, plan, steps))
+
+    def factor(self, name: str) -> Factor:
+        """Returns the factor of a tensor's inputs, `ratios` a view of the file."""
+        number = self._products.number(name)
+        matrix = self._products.matrix(number)
+        with self._lock:  # one at a time: it takes several times the room of the matrix
+            if number not in self._orders:
+                made = factor_of(matrix, shrinkage(self._products.tokens(number)))
+                matrix[...] = made.ratios
+                self._orders[number] = made.order
+        return Factor(self._orders[number], matrix)
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Some rows on their way: their codes once they are known, and how many rows nobody has asked for yet."""
+
+    waiting: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    codes: NDArray[np.int16] | None = None
+
+
+class _Codes:
+    """`Steps.codes` of one tensor.
+
+    Rows are quantized in groups that begin at multiples of a number which follows from `cols` alone, always a whole group at a
+    time, so that codes do not depend on how many rows are asked for, or by whom. A group is kept until all its rows have been
+    given.
+    """
+
+    def __init__(self, feedback: Feedback, plan: TensorPlan, steps: Steps) -> None:
+        self._feedback, self._plan = feedback, plan
+        self._scales, self._deadzone = (steps.row_scale, steps.col_scale), steps.deadzone
+        self._rows = max(1, min(_GROUP_ROWS, _GROUP_ELEMENTS // plan.matrix[1]))
+        self._groups: dict[int, _Group] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, first: int, last: int) -> NDArray[np.int16]:
+        parts = []
+        for number in range(first // self._rows, -(-last // self._rows)):
+            start = number * self._rows
+            stop = min(start + self._rows, self._plan.matrix[0])
+            own = slice(max(first, start) - start, min(last, stop) - start)
+            parts.append(self._group(number, start, stop, own.stop - own.start)[own])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _group(self, number: int, start: int, stop: int, given: int) -> NDArray[np.int16]:
+        with self._lock:
+            group = self._groups.setdefault(number, _Group(stop - start))
+            group.waiting -= given
+            if group.waiting <= 0:
+                self._groups.pop(number, None)
+        with group.lock:
+            if group.codes is None:
+                group.codes = self._quantize(start, stop)
+        return group.codes
+
+    def _quantize(self, start: int, stop: int) -> NDArray[np.int16]:
+        source, cols = self._plan.source, self._plan.matrix[1]
+        words = source.read_elements(start * cols, stop * cols).reshape(stop - start, cols)
+        weights = as_float32(words, source.dtype.name, np.empty(words.shape, np.float32))
+        factor = self._feedback.factor(source.name)
+        return refined_codes(
+            weights, (self._scales[0][start:stop], self._scales[1]), factor, self._deadzone
+        )

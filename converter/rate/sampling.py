@@ -1,0 +1,197 @@
+"""A tensor as the search for a rate sees it: relative steps of all its rows and columns, and a few blocks to try them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.converter.encode.blocks import blocks_of
+from codecllm.converter.encode.quantize import as_float32
+from codecllm.converter.plan.policy import TensorPlan
+from codecllm.converter.plan.steps import Steps, column_tiles, like_columns, nearest_bf16, next_bf16
+from codecllm.converter.rate.allocation import Factors, Floats, Sensitivity, factors_of, row_steps
+from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE
+
+_SAMPLED_BLOCKS = 2
+_READ_ELEMENTS = 1 << 18
+_LARGEST_CODE = MAX_WIDE_CODE - 8  # room for the rounding of steps to float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """What is known of a tensor before the rate is.
+
+    Attributes:
+        plan: the tensor's.
+        factors: relative steps but for the weights; of a plan of kind `column`, `factors.rows` are those of its columns.
+        groups: uint8 [cols]: groups of like columns, from the narrowest codes to the widest; None where they are not worth
+            their bits.
+        blocks: numbers of the sampled blocks.
+        within: bool [channels]: those that sampled blocks have.
+        rms: float64 [channels]: root mean squares of the weights.
+        relative: float64 [channels], steps at k = 1.
+        largest: float64 [channels]: largest |weight / column factor|.
+    """
+
+    plan: TensorPlan
+    factors: Factors
+    groups: NDArray[np.uint8] | None
+    blocks: tuple[int, ...]
+    within: NDArray[np.bool_]
+    rms: Floats
+    relative: Floats
+    largest: Floats
+
+    @property
+    def spread(self) -> float:
+        """Mean of log2(rms of a channel / its relative step)."""
+        positive = self.rms > 0
+        return (
+            float(np.log2(self.rms[positive] / self.relative[positive]).mean())
+            if positive.any()
+            else 0.0
+        )
+
+    def steps(self, scale: float, deadzone: float = 0.0) -> Steps:
+        """Returns the steps of the tensor at k = `scale`, with a deadzone.
+
+        A channel's step is made larger where a weight would otherwise lie too many steps from zero for the format.
+        """
+        steps = self._steps(scale * self.relative, self.largest / _LARGEST_CODE)
+        return replace(
+            steps, wide=bool((self.largest > 128.0 * steps.row_scale).any()), deadzone=deadzone
+        )
+
+    def beyond_sample(self, steps: Steps) -> float:
+        """Returns how many bits the average weight takes more than one of the sample, if both are Gaussian in every channel."""
+        bits = 0.5 * np.log2(1 + 2 * np.pi * np.e * (self.rms / steps.row_scale) ** 2)
+        return float(bits.mean() - bits[self.within].mean())
+
+    def _steps(self, channels: Floats, lowest: Floats) -> Steps:
+        """Rounds steps of channels, float64, to values of BF16, which take half the room; none below `lowest`, float64."""
+        cols = (
+            self.factors.cols.astype(np.float32)
+            if self.plan.kind == "row" and self.factors.by_column
+            else None
+        )
+        least = MIN_SCALE if cols is None else 2 * MIN_SCALE / min(1.0, float(cols.min()))
+        bound = next_bf16(np.maximum(lowest, least).astype(np.float32))
+        rows = np.maximum(nearest_bf16(channels.astype(np.float32)), bound)
+        return Steps(rows, cols, None if cols is None else self.groups)
+
+
+def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
+    """Reads a tensor once, finds its relative steps and picks blocks of it; None where a weight is not finite.
+
+    Args:
+        plan: of scheme `int8`.
+        sensitivity: what a calibration learned of it, or None.
+    """
+    return (
+        _sample_columns(plan, sensitivity)
+        if plan.kind == "column"
+        else _sample_rows(plan, sensitivity)
+    )
+
+
+def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
+    rows, cols = plan.matrix
+    factors = factors_of(sensitivity, rows, cols)
+    factors = replace(
+        factors, cols=nearest_bf16(factors.cols.astype(np.float32)).astype(np.float64)
+    )
+    unscaled = np.float32(1.0) / factors.cols.astype(np.float32)
+    rms, largest, squares = np.zeros(rows), np.zeros(rows), np.zeros(cols)
+    for first, weights in read_rows(plan):
+        here = slice(first, first + len(weights))
+        part = rms[here] = row_rms(weights)
+        if not np.isfinite(part).all():
+            return None
+        np.multiply(weights, unscaled, out=weights)
+        np.abs(weights, out=weights)
+        largest[here] = weights.max(axis=1)
+        with np.errstate(divide="ignore"):
+            squares += np.einsum(
+                "rc,rc,r->c", weights, weights, np.where(part > 0, 1 / part, 0), dtype=np.float64
+            )
+    probe = Steps(
+        np.ones(rows, np.float32), np.ones(cols, np.float32) if factors.by_column else None
+    )
+    blocks = list(blocks_of(replace(plan, steps=probe)))
+    chosen = _chosen(len(blocks))
+    within = np.zeros(rows, np.bool_)
+    for number in chosen:
+        within[blocks[number].row : blocks[number].row + blocks[number].rows] = True
+    groups = _groups(squares, rows) if factors.by_column else None
+    relative = row_steps(factors, rms, _geometric_mean(rms))
+    return Sampled(plan, factors, groups, chosen, within, rms, relative, largest)
+
+
+def _sample_columns(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
+    """As `_sample_rows` of the transposed tensor, whose columns have no factors; every block has all channels."""
+    rows, cols = plan.matrix
+    squares, largest = np.zeros(cols), np.zeros(cols)
+    for _, weights in read_rows(plan):
+        squares += np.einsum("rc,rc->c", weights, weights, dtype=np.float64)
+        np.maximum(largest, np.abs(weights).max(axis=0), out=largest)
+    rms = np.sqrt(squares / rows)
+    if not np.isfinite(rms).all():
+        return None
+    turned = None
+    if sensitivity is not None and sensitivity.rows is not None:
+        turned = Sensitivity(
+            np.full(rows, np.asarray(sensitivity.rows, np.float64).mean()), sensitivity.cols
+        )
+    factors = factors_of(turned, cols, rows)
+    relative = row_steps(factors, rms, _geometric_mean(rms))
+    count = len(list(blocks_of(replace(plan, steps=Steps(np.ones(cols, np.float32))))))
+    return Sampled(
+        plan, factors, None, _chosen(count), np.ones(cols, np.bool_), rms, relative, largest
+    )
+
+
+def _chosen(blocks: int) -> tuple[int, ...]:
+    """Returns the numbers of the blocks to sample."""
+    return tuple(range(blocks)) if blocks <= _SAMPLED_BLOCKS else (blocks // 3, 2 * blocks // 3)
+
+
+def _groups(squares: Floats, rows: int) -> NDArray[np.uint8] | None:
+    """Returns groups of columns with like squared codes, float64 [cols], one a tile; None where they save less than they take.
+
+    A table for Gaussian columns of unlike variances costs half the log of the arithmetic over the geometric mean of these.
+    """
+    positive = squares[squares > 0]
+    saved = (
+        0.5 * float(np.log2(positive.mean()) - np.log2(positive).mean()) if positive.size else 0.0
+    )
+    _, width = column_tiles(rows, squares.size)
+    if saved * rows < 8 or width == squares.size:
+        return None
+    return like_columns(squares, width)
+
+
+def read_rows(plan: TensorPlan) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yields all rows, some at a time: number of the first one, float32 weights [n, cols] that may be overwritten."""
+    rows, cols = plan.matrix
+    step = max(1, _READ_ELEMENTS // cols)
+    for row in range(0, rows, step):
+        stop = min(row + step, rows)
+        words = plan.source.read_elements(row * cols, stop * cols).reshape(stop - row, cols)
+        yield row, as_float32(words, plan.source.dtype.name, np.empty(words.shape, np.float32))
+
+
+def row_rms(weights: NDArray[np.float32]) -> Floats:
+    """Returns float64 [rows]: root mean squares of the rows of float32 [rows, cols] weights; not finite where one is not."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        result: Floats = np.sqrt(
+            np.einsum("rc,rc->r", weights, weights, dtype=np.float64) / weights.shape[1]
+        )
+    return result
+
+
+def _geometric_mean(values: Floats) -> float:
+    positive = values[values > 0]
+    return float(np.exp(np.log(positive).mean())) if positive.size else 1.0

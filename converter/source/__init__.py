@@ -1,0 +1,1 @@
+"""The source model: its files, its tensors, its side files."""

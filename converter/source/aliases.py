@@ -1,0 +1,47 @@
+"""Finds tensors that the source stores twice (tied weights saved apart), so that the container stores them once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from codecllm.converter.plan.policy import TensorPlan
+from codecllm.converter.source.source import SourceTensor
+
+MIN_ALIAS_BYTES = 1 << 16
+_PROBE_BYTES = 4096
+_STEP_BYTES = 4 << 20
+
+
+def find_aliases(plans: Iterable[TensorPlan]) -> dict[str, str]:
+    """Returns name -> name of an earlier tensor with the same dtype, shape, bytes and plan.
+
+    Only tensors of 64 KiB or more are compared: first 4 KiB at their start and in their middle, then all of it.
+    """
+    groups: dict[tuple[object, ...], list[SourceTensor]] = defaultdict(list)
+    aliases: dict[str, str] = {}
+    for plan in plans:
+        source = plan.source
+        if source.entry.bytes < MIN_ALIAS_BYTES:
+            continue
+        key = (source.dtype.name, source.shape, plan.scheme, plan.axis, plan.kind, _probe(source))
+        twin = next((other for other in groups[key] if _same_bytes(source, other)), None)
+        if twin is not None:
+            aliases[source.name] = twin.name
+        else:
+            groups[key].append(source)
+    return aliases
+
+
+def _probe(source: SourceTensor) -> bytes:
+    middle = source.entry.bytes // 2
+    return source.read_bytes(0, _PROBE_BYTES) + source.read_bytes(middle, middle + _PROBE_BYTES)
+
+
+def _same_bytes(a: SourceTensor, b: SourceTensor) -> bool:
+    size = a.entry.bytes
+    return all(
+        a.read_bytes(start, min(start + _STEP_BYTES, size))
+        == b.read_bytes(start, min(start + _STEP_BYTES, size))
+        for start in range(0, size, _STEP_BYTES)
+    )

@@ -1,0 +1,1 @@
+"""Encoded chunks -> shards, manifest and the output folder."""

@@ -1,0 +1,137 @@
+"""The manifest's records of stored tensors, and the side tensors that say what a code is worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.converter.plan.policy import TensorPlan
+from codecllm.formats.codecs import CODEC_NAMES
+from codecllm.formats.manifest.records import (
+    Int8Tensor,
+    LosslessTensor,
+    PlaneRecord,
+    RawTensor,
+    SideChecksums,
+)
+from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
+
+SIDE_DTYPES = {1: "U8", 2: "BF16", 4: "F32"}
+"""Types of groups of columns and of scales, by the size of an item."""
+
+
+def scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
+    """Returns the side tensors that say what a code is worth, by suffix, as unsigned words; none for a lossless tensor.
+
+    Args:
+        plan: the tensor's; its steps decide the type of the scales.
+        scales: float32 [channels], or None.
+    """
+    if scales is None:
+        return {}
+    if plan.steps is None:
+        return {"scale": _as_stored(scales, "F32")}
+    dtype = plan.steps.scale_dtype
+    sides: dict[str, NDArray[Any]] = {"scale": _as_stored(scales, dtype)}
+    if plan.steps.col_scale is not None:
+        sides["col_scale"] = _as_stored(plan.steps.col_scale, dtype)
+        if plan.steps.col_groups is not None:
+            sides["col_group"] = plan.steps.col_groups
+    return sides
+
+
+def coded_record(
+    plan: TensorPlan,
+    number: int,
+    chunks: NDArray[Any],
+    entropy: NDArray[np.float64],
+    sides: dict[str, NDArray[Any]],
+    checksums: SideChecksums,
+    tables_bytes: int | None,
+    worst: list[float],
+    digest: str,
+) -> LosslessTensor | Int8Tensor:
+    """Returns the record of a coded tensor.
+
+    Args:
+        plan: the tensor's.
+        number: of its shard.
+        chunks: its chunks' records, RECORD [tiles * planes].
+        entropy: bits of each plane.
+        sides: `scale_sides`.
+        checksums: of all side tensors.
+        tables_bytes: size of its `rans` tables, or None.
+        worst: largest error, and largest error in steps.
+        digest: sha256.
+    """
+    source, grid = plan.source, plan.grid
+    common: dict[str, Any] = {
+        "name": source.name,
+        "dtype": source.dtype.name,
+        "shape": list(source.shape),
+        "shard": number,
+        "tile": [grid.tile_rows, grid.tile_cols],
+        "planes": _plane_records(chunks.reshape(len(grid), -1), source.entry.elements, entropy),
+        "tables_bytes": tables_bytes,
+        "digest": digest,
+        "xxh3": checksums,
+    }
+    if plan.scheme == "lossless":
+        return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)
+    scale_dtype = SIDE_DTYPES[sides["scale"].itemsize]
+    held = float32_from_bits(sides["scale"], scale_dtype)
+    return Int8Tensor(
+        scheme="int8",
+        channel_axis=plan.axis,
+        channel_kind=plan.kind,
+        scale_dtype="BF16" if scale_dtype == "BF16" else None,
+        scale_range=[_short(held.min()), _short(held.max())],
+        worst_error=_short(worst[0]),
+        rounding=None if plan.steps is None else plan.steps.rounding,
+        deadzone=_short(plan.steps.deadzone)
+        if plan.steps is not None and plan.steps.deadzone
+        else None,
+        worst_steps=None if plan.steps is None else _short(worst[1]),
+        **common,
+    )
+
+
+def raw_record(plan: TensorPlan, number: int, digest: str, checksum: str) -> RawTensor:
+    """Returns the record of a tensor that is stored as it is, in shard `number`: sha256 and XXH3-64 of its bytes."""
+    source = plan.source
+    return RawTensor(
+        name=source.name,
+        dtype=source.dtype.name,
+        shape=list(source.shape),
+        scheme="raw",
+        shard=number,
+        digest=digest,
+        xxh3=checksum,
+        fallback=plan.fallback,
+    )
+
+
+def _as_stored(scales: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    bits = bits_from_float32(scales, dtype)
+    return bits.astype(bits.dtype.newbyteorder("<"))
+
+
+def _plane_records(
+    records: NDArray[Any], elements: int, entropy: NDArray[np.float64]
+) -> list[PlaneRecord]:
+    return [
+        PlaneRecord(
+            codec=CODEC_NAMES[int(records["codec"][:, plane].max())],
+            raw_bytes=elements,
+            stored_bytes=int(records["stored_bytes"][:, plane].sum(dtype=np.int64)),
+            entropy_bits=round(float(entropy[plane])),
+        )
+        for plane in range(records.shape[1])
+    ]
+
+
+def _short(value: Any) -> float:
+    """A float32 as the float64 with the shortest decimal form: manifests are read by people too."""
+    return float(str(np.float32(value)))

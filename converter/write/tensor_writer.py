@@ -1,0 +1,372 @@
+"""Writes tensors into a shard in order, from blocks that worker threads encode ahead."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from codecllm.converter.encode.blocks import (
+    ONE_PASS_COLUMNS,
+    Block,
+    EncodedBlock,
+    blocks_of,
+    count_block,
+    encode_block,
+    finish_blocks,
+    group_extent,
+    needs_scale_pass,
+    scan_block,
+)
+from codecllm.converter.encode.quantize import has_tiny_scale
+from codecllm.converter.plan.policy import TensorPlan, plan_lossless
+from codecllm.converter.plan.steps import StepsProvider, check
+from codecllm.converter.write.records import SIDE_DTYPES, coded_record, raw_record, scale_sides
+from codecllm.formats.checksums import xxh3_hex
+from codecllm.formats.codecs import rans
+from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
+from codecllm.formats.errors import NonFiniteWeightError
+from codecllm.formats.limits import SLOT_ALIGNMENT
+from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTensor, SideChecksums
+from codecllm.formats.schemes.int8 import channel_scales
+from codecllm.formats.shards.chunk_table import pack_chunk_table
+from codecllm.formats.shards.shard_writer import ShardWriter
+
+NonFinite = Literal["error", "lossless"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+StoredRecord = RawTensor | LosslessTensor | Int8Tensor
+
+_RAW_STEP = 4 << 20
+_ENTRY_BYTES = 384  # about what the header spends on side tensors: less gain than that is none
+_REASONS = {
+    "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
+    "non_finite": "int8: weights are NaN or infinite",
+    "codes": "int8: weights lie too many steps from zero, or steps are too large for codes beyond 8 bits",
+}
+
+
+class _CannotQuantizeError(Exception):
+    """Inside this module: the tensor under way cannot be int8, or not in one plane; `args[0]` is the problem."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A coded tensor on its way: its blocks, and its scales where they had to be found first (or why there are none)."""
+
+    plan: TensorPlan
+    blocks: list[Block]
+    scales: NDArray[np.float32] | None = None
+    problem: str | None = None
+
+
+def ordered(
+    executor: Executor, work: Callable[[Item], Result], items: Iterable[Item], window: int
+) -> Iterator[Result]:
+    """Runs `work` on items in threads and yields the results in order, at most `window` ahead of the consumer."""
+    pending: deque[Future[Result]] = deque()
+    for item in items:
+        pending.append(executor.submit(work, item))
+        if len(pending) >= window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def packed_together(executor: Executor, blocks: Iterator[EncodedBlock]) -> Iterator[EncodedBlock]:
+    """Packs chunks that wait for `rans` in batches of many blocks, of one tensor or several; yields the blocks in order.
+
+    One batch is packed while the next is gathered. What a block becomes does not depend on its batch.
+    """
+    pending: deque[Future[list[EncodedBlock]]] = deque()
+    batch: list[EncodedBlock] = []
+    symbols = 0
+    for block in blocks:
+        if block.waiting is None and not batch and not pending:
+            yield block
+            continue
+        batch.append(block)
+        symbols += (
+            sum(chunk.size for chunk in block.waiting.symbols) if block.waiting is not None else 0
+        )
+        if symbols >= rans.BATCH_SYMBOLS:
+            pending.append(executor.submit(finish_blocks, batch))
+            batch, symbols = [], 0
+        if len(pending) > 1:
+            yield from pending.popleft().result()
+    for done in pending:
+        yield from done.result()
+    yield from finish_blocks(batch)
+
+
+class TensorWriter:
+    """Encodes planned tensors on an executor and appends them to shards.
+
+    Blocks of the next tensors are encoded while the current one is written. Memory: `window` encoded blocks, and for codec
+    `rans` three batches of them.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        window: int,
+        non_finite: NonFinite,
+        on_bytes: Callable[[str, int], None],
+        steps: StepsProvider | None = None,
+    ) -> None:
+        """Keeps what every shard needs.
+
+        Args:
+            executor: runs the blocks.
+            window: blocks in flight or waiting to be written.
+            non_finite: what becomes of an int8 tensor with NaN or infinite weights.
+            on_bytes: called with a tensor's name and the source bytes just done.
+            steps: chooses the steps of int8 tensors; asked once for each, in the order in which they are written.
+        """
+        self._executor = executor
+        self._window = window
+        self._non_finite = non_finite
+        self._on_bytes = on_bytes
+        self._steps = steps
+        self._jobs: dict[str, _Job] = {}
+
+    def write_all(
+        self, plans: list[TensorPlan], shard: ShardWriter, number: int
+    ) -> Iterator[StoredRecord]:
+        """Writes the tensors of shard `number` in order and yields their records.
+
+        Raises:
+            NonFiniteWeightError: an int8 tensor holds NaN or infinities, and `non_finite` is `error`.
+            OSError, FormatError: reading or writing failed.
+        """
+        coded = (self._job(plan) for plan in plans if plan.scheme != "raw")
+        work = ((job, block) for job in coded if job.problem is None for block in job.blocks)
+        results = packed_together(
+            self._executor, ordered(self._executor, _encode, work, self._window)
+        )
+        for plan in plans:
+            if plan.scheme == "raw":
+                yield self._write_raw(plan, shard, number)
+                continue
+            yield self._write_job(self._job(plan), results, shard, number, shard.mark())
+        self._jobs.clear()
+
+    def _write_job(
+        self,
+        job: _Job,
+        results: Iterator[EncodedBlock],
+        shard: ShardWriter,
+        number: int,
+        mark: tuple[int, int],
+    ) -> StoredRecord:
+        own = islice(results, len(job.blocks)) if job.problem is None else iter(())
+        try:
+            if job.problem is not None:
+                raise _CannotQuantizeError(job.problem)
+            record = self._write_coded(job, own, shard, number)
+        except _CannotQuantizeError as exc:
+            deque(own, maxlen=0)  # the blocks of this tensor that were encoded ahead
+            shard.rollback(mark)
+            return self._write_instead(job.plan, exc.args[0], shard, number)
+        if shard.data_bytes - mark[1] + _ENTRY_BYTES >= job.plan.source.entry.bytes:
+            shard.rollback(mark)
+            raw = TensorPlan(
+                job.plan.source, "raw", fallback=f"{job.plan.scheme} does not shrink it"
+            )
+            return self._write_raw(raw, shard, number)
+        return record
+
+    def _write_instead(
+        self, plan: TensorPlan, problem: str, shard: ShardWriter, number: int
+    ) -> StoredRecord:
+        """Writes losslessly what int8 cannot represent, and in two planes what one cannot hold."""
+        if problem == "non_finite" and self._non_finite == "error":
+            raise self._non_finite_error(plan)
+        if problem == "wide":
+            kept = replace(plan, wide=True)
+        else:
+            kept = plan_lossless(plan.source, _REASONS[problem], plan.codec, plan.tile_symbols)
+        if kept.scheme == "raw":
+            return self._write_raw(kept, shard, number)
+        job = _Job(kept, list(blocks_of(kept)))
+        encoded = ordered(
+            self._executor, _encode, ((job, block) for block in job.blocks), self._window
+        )
+        return self._write_job(
+            job, packed_together(self._executor, encoded), shard, number, shard.mark()
+        )
+
+    def _job(self, plan: TensorPlan) -> _Job:
+        """Returns the tensor's job; the first call finds its scales, if they must be known before its first block."""
+        name = plan.source.name
+        if name not in self._jobs:
+            plan = self._stepped(plan)
+            self._jobs[name] = (
+                self._scan(plan) if needs_scale_pass(plan) else _Job(plan, list(blocks_of(plan)))
+            )
+        return self._jobs[name]
+
+    def _stepped(self, plan: TensorPlan) -> TensorPlan:
+        """Asks for the steps of an int8 tensor. Rows too long to be held whole keep those of their largest weights."""
+        if self._steps is None or not plan.steppable or plan.matrix[1] > ONE_PASS_COLUMNS:
+            return plan
+        steps = self._steps(plan)
+        if steps is None:
+            return plan
+        check(steps, plan)
+        return replace(plan, steps=steps, wide=steps.wide)
+
+    def _scan(self, plan: TensorPlan) -> _Job:
+        blocks = list(blocks_of(plan))
+        absmax = np.zeros(plan.channels, np.float32)
+        for block, found in zip(
+            blocks,
+            ordered(self._executor, lambda b: scan_block(plan, b), blocks, self._window),
+            strict=True,
+        ):
+            if not found.finite:
+                return _Job(plan, blocks, problem="non_finite")
+            start = block.col if plan.kind == "column" else block.row
+            part = absmax[start : start + len(found.absmax)]
+            np.maximum(part, found.absmax, out=part)
+        if has_tiny_scale(absmax):
+            return _Job(plan, blocks, problem="tiny_scale")
+        return _Job(plan, blocks, scales=channel_scales(absmax))
+
+    def _write_coded(
+        self, job: _Job, encoded: Iterator[EncodedBlock], shard: ShardWriter, number: int
+    ) -> LosslessTensor | Int8Tensor:
+        plan = job.plan
+        digest = hashlib.sha256()
+        records, entropy, absmax, worst = (
+            [],
+            np.zeros(max(2, plan.source.dtype.planes)),
+            [],
+            [0.0, 0.0],
+        )
+        tables: list[bytes] = []
+        for block, part in zip(job.blocks, encoded, strict=True):
+            if part.problem is not None:
+                raise _CannotQuantizeError(part.problem)
+            for slot in part.slots:
+                shard.write(slot)
+            digest.update(part.digested)
+            records.append(part.records)
+            tables += part.tables
+            entropy[: len(part.entropy_bits)] += part.entropy_bits
+            worst = [max(worst[0], part.worst_error), max(worst[1], part.worst_steps)]
+            plan = replace(plan, wide=True) if part.wide else plan
+            if part.absmax is not None:
+                absmax.append(part.absmax)
+            self._on_bytes(plan.source.name, block.rows * block.cols * plan.source.dtype.itemsize)
+        scales = (
+            job.scales
+            if job.scales is not None or not absmax
+            else channel_scales(np.concatenate(absmax))
+        )
+        if plan.steps is not None:
+            scales = plan.steps.row_scale
+        if scales is not None:
+            digest.update(scales.astype("<f4"))
+        if plan.steps is not None and plan.steps.col_scale is not None:
+            digest.update(plan.steps.col_scale.astype("<f4"))
+        sides = scale_sides(plan, scales)
+        return _finish_coded(
+            plan,
+            shard,
+            number,
+            np.concatenate(records),
+            entropy,
+            sides,
+            tables,
+            worst,
+            digest.hexdigest(),
+        )
+
+    def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> RawTensor:
+        source = plan.source
+        digest, checksum = hashlib.sha256(), xxhash.xxh3_64()
+        for start in range(0, source.entry.bytes, _RAW_STEP):
+            data = source.read_bytes(start, min(start + _RAW_STEP, source.entry.bytes))
+            digest.update(data)
+            checksum.update(data)
+            shard.write(data)
+            self._on_bytes(source.name, len(data))
+        shard.end_tensor(source.name, source.dtype.name, source.shape)
+        return raw_record(plan, number, digest.hexdigest(), checksum.hexdigest())
+
+    def _non_finite_error(self, plan: TensorPlan) -> NonFiniteWeightError:
+        blocks = list(blocks_of(plan))
+        counts = np.zeros(plan.grid.rows, np.int64)
+        for block, found in zip(
+            blocks,
+            ordered(self._executor, lambda b: count_block(plan, b), blocks, self._window),
+            strict=True,
+        ):
+            counts[block.row : block.row + block.rows] += found
+        rows = np.flatnonzero(counts)
+        return NonFiniteWeightError(
+            f"{counts.sum()} weights are NaN or infinite, in {len(rows)} rows, first in row {rows[0]}; "
+            "int8 cannot represent them (--non-finite lossless keeps such tensors as they are)",
+            file=plan.source.file.name,
+            tensor=plan.source.name,
+        )
+
+
+def _encode(item: tuple[_Job, Block]) -> EncodedBlock:
+    job, block = item
+    return encode_block(job.plan, block, job.scales)
+
+
+def _finish_coded(
+    plan: TensorPlan,
+    shard: ShardWriter,
+    number: int,
+    records: NDArray[Any],
+    entropy: NDArray[np.float64],
+    sides: dict[str, NDArray[Any]],
+    tables: list[bytes],
+    worst: list[float],
+    digest: str,
+) -> LosslessTensor | Int8Tensor:
+    """Closes the payload, adds the side tensors and returns the tensor's manifest record."""
+    source, grid = plan.source, plan.grid
+    planes = len(records) // len(grid)
+    table = pack_chunk_table(grid, planes, records)
+    shape = np.array(source.shape, "<i8")
+    shard.end_tensor(source.name, "U8", (_payload_bytes(records),))
+    for suffix, values in sides.items():
+        shard.add(f"{source.name}_{suffix}", SIDE_DTYPES[values.itemsize], values.shape, values)
+    shard.add(source.name + "_shape", "I64", shape.shape, shape)
+    shard.add(source.name + "_chunks", "U8", (len(table),), table)
+    group_tables = (
+        pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables)
+        if any(tables)
+        else None
+    )
+    if group_tables is not None:
+        shard.add(source.name + "_tables", "U8", (len(group_tables),), group_tables)
+    checksums = SideChecksums(
+        shape=xxh3_hex(shape),
+        chunks=xxh3_hex(table),
+        **{suffix: xxh3_hex(values) for suffix, values in sides.items()},
+        tables=None if group_tables is None else xxh3_hex(group_tables),
+    )
+    tables_bytes = None if group_tables is None else len(group_tables)
+    return coded_record(
+        plan, number, records, entropy, sides, checksums, tables_bytes, worst, digest
+    )
+
+
+def _payload_bytes(records: NDArray[Any]) -> int:
+    return int(
+        (-(-records["stored_bytes"].astype(np.int64) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT).sum()
+    )

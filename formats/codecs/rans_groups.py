@@ -1,0 +1,174 @@
+"""The side tensor `X_tables`: the frequency tables that groups of `rans` chunks share (SPEC.md 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.formats.codecs import RANS_ID
+from codecllm.formats.codecs.rans_table import MAX_TABLE_BYTES, FrequencyTable, parse_table
+from codecllm.formats.errors import (
+    LayoutError,
+    NotAContainerError,
+    SchemaError,
+    UnsupportedVersionError,
+)
+from codecllm.formats.shards.chunk_table import ChunkTable
+from codecllm.formats.tiling import Grid
+
+MAGIC = b"CLRT"
+TABLES_VERSION = 1
+
+HEADER = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "u1"),
+        ("planes", "u1"),
+        ("reserved", "<u2"),
+        ("group_rows", "<u4"),
+        ("group_cols", "<u4"),
+    ]
+)
+SIZE = np.dtype("<u2")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTables:
+    """A tensor's validated `X_tables`; a table itself is read when a chunk needs it.
+
+    Attributes:
+        groups: tiles of tiles: the grid of tiles is the matrix whose rectangles the groups are.
+        planes: planes per tile.
+        offsets: int64 [groups * planes + 1]: where each table lies in `data`; an empty one is absent.
+        data: the tables, one after another.
+    """
+
+    groups: Grid
+    planes: int
+    offsets: NDArray[np.int64]
+    data: bytes
+    _read: dict[int, FrequencyTable] = field(default_factory=dict)
+
+    def place(self, tile: int, plane: int) -> int:
+        """Returns the number of the table of a tile's plane."""
+        row, col = divmod(tile, self.groups.cols)
+        group = row // self.groups.tile_rows * self.groups.across + col // self.groups.tile_cols
+        return group * self.planes + plane
+
+    def table(self, tile: int, plane: int) -> FrequencyTable:
+        """Returns the table of a tile's plane.
+
+        Raises:
+            DecodeError: it is malformed.
+        """
+        place = self.place(tile, plane)
+        found = self._read.get(place)
+        if found is None:  # two threads may both read it: they get equal tables
+            found = parse_table(self.data[self.offsets[place] : self.offsets[place + 1]])
+            self._read[place] = found
+        return found
+
+
+def tile_groups(grid: Grid, group_rows: int, group_cols: int) -> Grid:
+    """Returns the groups of a grid's tiles: rectangles of group_rows x group_cols tiles, smaller at the far edges."""
+    return Grid(grid.down, grid.across, group_rows, group_cols)
+
+
+def max_tables_bytes(chunks: int) -> int:
+    """Returns the most bytes that the tables of `chunks` chunks may take: no group has less than one tile."""
+    return HEADER.itemsize + chunks * (SIZE.itemsize + MAX_TABLE_BYTES)
+
+
+def pack_group_tables(groups: Grid, planes: int, tables: list[bytes]) -> bytes:
+    """Builds the bytes of `X_tables`.
+
+    Args:
+        groups: see `tile_groups`.
+        planes: planes per tile.
+        tables: packed tables of group 0's planes, then group 1's and so on; empty where no chunk needs one.
+    """
+    header = np.zeros((), HEADER)
+    header["magic"], header["version"], header["planes"] = MAGIC, TABLES_VERSION, planes
+    header["group_rows"], header["group_cols"] = groups.tile_rows, groups.tile_cols
+    return (
+        header.tobytes()
+        + np.array([len(table) for table in tables], SIZE).tobytes()
+        + b"".join(tables)
+    )
+
+
+def parse_group_tables(data: bytes, *, chunks: ChunkTable, file: str, tensor: str) -> GroupTables:
+    """Validates the header and the sizes against the tensor's chunk table.
+
+    Raises:
+        NotAContainerError: wrong magic.
+        UnsupportedVersionError: a version that this reader does not know.
+        SchemaError: reserved bytes are not zero.
+        LayoutError: planes, groups, sizes or the chunks that need a table disagree.
+    """
+    where: dict[str, Any] = {"file": file, "tensor": tensor}
+    if len(data) < HEADER.itemsize:
+        raise LayoutError(
+            "rans tables are shorter than their header",
+            got=len(data),
+            expected=HEADER.itemsize,
+            **where,
+        )
+    header = np.frombuffer(data, HEADER, count=1)[0]
+    if bytes(header["magic"]) != MAGIC:
+        raise NotAContainerError(
+            "rans tables have a wrong magic", got=ascii(bytes(data[:4])), **where
+        )
+    if header["version"] != TABLES_VERSION:
+        raise UnsupportedVersionError(
+            "version of rans tables", got=int(header["version"]), expected=TABLES_VERSION, **where
+        )
+    if header["reserved"] != 0:
+        raise SchemaError("reserved bytes of the rans tables are not zero", **where)
+    if header["planes"] != chunks.planes:
+        raise LayoutError(
+            "rans tables and chunk table disagree on planes", got=int(header["planes"]), **where
+        )
+    if not header["group_rows"] or not header["group_cols"]:
+        raise LayoutError(
+            "group has no extent", got=f"{header['group_rows']} x {header['group_cols']}", **where
+        )
+    groups = tile_groups(chunks.grid, int(header["group_rows"]), int(header["group_cols"]))
+    count = len(groups) * chunks.planes
+    if len(data) < HEADER.itemsize + count * SIZE.itemsize:
+        raise LayoutError(
+            "rans tables lack sizes", got=len(data), expected=f"{count} sizes", **where
+        )
+    sizes = np.frombuffer(data, SIZE, count, HEADER.itemsize).astype(np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    packed = data[HEADER.itemsize + count * SIZE.itemsize :]
+    if int(offsets[-1]) != len(packed):
+        raise LayoutError(
+            "rans tables have a wrong size", got=len(packed), expected=int(offsets[-1]), **where
+        )
+    tables = GroupTables(groups, chunks.planes, offsets, packed)
+    _check_needed(tables, sizes, chunks, where)
+    return tables
+
+
+def _check_needed(
+    tables: GroupTables, sizes: NDArray[np.int64], chunks: ChunkTable, where: dict[str, Any]
+) -> None:
+    """Refuses a table that is missing, and one that no chunk uses."""
+    coded = np.flatnonzero(chunks.records["codec"] == RANS_ID)
+    row, col = np.divmod(coded // chunks.planes, max(1, chunks.grid.across))
+    groups = tables.groups
+    group = row // groups.tile_rows * groups.across + col // groups.tile_cols
+    needed = np.zeros(len(sizes), np.bool_)
+    needed[group * chunks.planes + coded % chunks.planes] = True
+    wrong = np.flatnonzero(needed != (sizes > 0))
+    if len(wrong):
+        got = "no table" if needed[wrong[0]] else "a table that no chunk uses"
+        raise LayoutError(
+            f"rans tables do not fit the chunks of group {wrong[0] // chunks.planes}",
+            got=got,
+            **where,
+        )

@@ -1,0 +1,362 @@
+"""The manifest `codecllm.json`: what the container holds, where it came from, and the checksum of every byte (SPEC.md 8)."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from codecllm.formats import FORMAT_VERSION, limits
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.codecs import CODEC_IDS, rans
+from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
+from codecllm.formats.errors import (
+    ChecksumError,
+    FormatError,
+    LimitError,
+    NotAContainerError,
+    SchemaError,
+    TruncatedError,
+    UnsafePathError,
+    UnsupportedVersionError,
+)
+from codecllm.formats.files import describe_foreign, is_safe_name
+from codecllm.formats.manifest.records import (
+    DEADZONE,
+    FEEDBACK_DEADZONE,
+    AliasTensor,
+    Calibration,
+    CodedTensor,
+    FileRecord,
+    Int8Tensor,
+    Options,
+    RawTensor,
+    Record,
+    ShardRecord,
+    Source,
+    TensorRecord,
+    side_names,
+)
+from codecllm.formats.schemes import SCHEMES
+from codecllm.formats.shards.safetensors_header import check_name, check_shape
+from codecllm.formats.strict_json import parse_json_object
+
+MANIFEST_NAME = "codecllm.json"
+INDEX_NAME = "model.safetensors.index.json"
+BASELINE_NAME = "baseline.json"
+UNLISTED_NAMES = frozenset({"README.md", ".gitattributes"})
+"""Files of a container's folder that are never listed or checked: the Hub rewrites them."""
+
+SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+STEPS, COL_SCALE, WIDE = "steps", "col_scale", "wide"
+"""Features of format 1.2: recorded rounding and rate options, scales for columns, codes in two planes."""
+
+KNOWN_FEATURES: frozenset[str] = frozenset({rans.NAME, STEPS, COL_SCALE, WIDE})
+"""Names that `required_features` may hold."""
+
+_SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
+_SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
+
+
+class Manifest(Record):
+    """The whole manifest but for its seal. Extra top-level keys are allowed only under an `x_` prefix, and ignored."""
+
+    format: Literal["codecllm"]
+    format_version: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
+    required_features: list[str]
+    writer: dict[str, str]
+    source: Source
+    options: Options
+    calibration: Calibration | None = None
+    shards: Annotated[list[ShardRecord], Field(max_length=limits.SHARDS)]
+    files: Annotated[list[FileRecord], Field(max_length=limits.FILES)]
+    tensors: Annotated[list[TensorRecord], Field(max_length=limits.TENSORS)]
+
+    @model_validator(mode="after")
+    def _check_links(self) -> Manifest:
+        _check_file_names(self)
+        _check_features(self)
+        _check_tensors(self)
+        return self
+
+    def file(self, name: str) -> FileRecord | None:
+        """Returns the record of a listed side file."""
+        return next((record for record in self.files if record.name == name), None)
+
+
+def pack_manifest(manifest: Manifest) -> bytes:
+    """Returns the manifest's bytes: one line per record, sealed with the sha256 of all bytes before the seal's key."""
+    document = manifest.model_dump(mode="json", exclude_none=False)
+    parts = []
+    for key, value in document.items():
+        if key == "calibration" and value is None:
+            continue
+        if key in ("options", "calibration"):
+            parts.append(f"{_dump(key)}:{_dump(_without_none(value))}")
+        elif key in ("shards", "files", "tensors"):
+            body = ",\n".join(_dump(_without_none(item)) for item in value)
+            parts.append(f"{_dump(key)}:[\n{body}\n]" if value else f"{_dump(key)}:[]")
+        else:
+            parts.append(f"{_dump(key)}:{_dump(value)}")
+    text = ("{" + ",\n".join(parts) + ",\n").encode()
+    data = text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode()
+    if len(data) > limits.MANIFEST_BYTES:
+        raise LimitError(
+            "manifest is too long",
+            file=MANIFEST_NAME,
+            got=len(data),
+            expected=limits.MANIFEST_BYTES,
+        )
+    return data
+
+
+def record_bytes(record: TensorRecord) -> int:
+    """Returns how many bytes of a manifest a tensor's record takes, what separates it from the next one included."""
+    return len(_dump(_without_none(record.model_dump(mode="json"))).encode()) + len(",\n")
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Validates a manifest completely.
+
+    Raises:
+        NotAContainerError: the bytes are something else altogether.
+        UnsupportedVersionError: another major version, or an unknown required feature, scheme or codec.
+        ChecksumError: the seal does not fit the bytes.
+        SchemaError, LimitError, UnsafePathError: see SPEC.md 8.
+    """
+    if len(data) > limits.MANIFEST_BYTES:
+        raise LimitError(
+            "manifest is too long",
+            file=MANIFEST_NAME,
+            got=len(data),
+            expected=limits.MANIFEST_BYTES,
+        )
+    if not data.startswith(b"{"):
+        looks_like = describe_foreign(data[:64]) or "not JSON"
+        raise NotAContainerError(f"this is {looks_like}, not a manifest", file=MANIFEST_NAME)
+    _check_seal(data)
+    document = parse_json_object(data, file=MANIFEST_NAME, max_bytes=limits.MANIFEST_BYTES)
+    _check_version(document)
+    document.pop("manifest_sha256")
+    fields = {key: value for key, value in document.items() if not key.startswith("x_")}
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as exc:
+        raise _as_schema_error(exc) from exc
+
+
+def manifest_sha256(data: bytes) -> str:
+    """Returns the sha256 of a whole manifest: the one value a user may pin to fix every byte of a container."""
+    return sha256_hex(data)
+
+
+def _check_seal(data: bytes) -> None:
+    seal = _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if seal is None:
+        raise TruncatedError(
+            "manifest does not end in its seal", file=MANIFEST_NAME, got=ascii(data[-40:])
+        )
+    computed = sha256_hex(data[:-_SEAL_BYTES])
+    if computed != seal[1].decode():
+        raise ChecksumError(
+            "manifest differs from its seal",
+            file=MANIFEST_NAME,
+            got=computed,
+            expected=seal[1].decode(),
+        )
+
+
+def _check_version(document: dict[str, Any]) -> None:
+    """Refuses what this reader cannot know, by name, before the strict schema sees it."""
+    if document.get("format") != "codecllm":
+        raise NotAContainerError("field 'format' is not 'codecllm'", file=MANIFEST_NAME)
+    version = document.get("format_version")
+    ours = FORMAT_VERSION.split(".")[0]
+    if not isinstance(version, str) or version.split(".")[0] != ours:
+        raise UnsupportedVersionError(
+            "format version", file=MANIFEST_NAME, got=version, expected=f"{ours}.x"
+        )
+    features = document.get("required_features")
+    for name in features if isinstance(features, list) else []:
+        if isinstance(name, str) and name not in KNOWN_FEATURES:
+            raise UnsupportedVersionError(f"unknown required feature {name!r}", file=MANIFEST_NAME)
+    tensors = document.get("tensors")
+    for record in tensors if isinstance(tensors, list) else []:
+        if not isinstance(record, dict):
+            continue
+        scheme = record.get("scheme")
+        if isinstance(scheme, str) and scheme not in (*SCHEMES, "alias"):
+            name = str(record.get("name"))
+            raise UnsupportedVersionError(
+                f"unknown scheme {scheme!r}", file=MANIFEST_NAME, tensor=name
+            )
+        planes = record.get("planes")
+        for plane in planes if isinstance(planes, list) else []:
+            codec = plane.get("codec") if isinstance(plane, dict) else None
+            if isinstance(codec, str) and codec not in CODEC_IDS:
+                name = str(record.get("name"))
+                raise UnsupportedVersionError(
+                    f"unknown codec {codec!r}", file=MANIFEST_NAME, tensor=name
+                )
+
+
+def _check_file_names(manifest: Manifest) -> None:
+    names = [record.name for record in (*manifest.shards, *manifest.files)]
+    for name in names:
+        if not is_safe_name(name):
+            raise UnsafePathError("unsafe file name", file=MANIFEST_NAME, got=ascii(name)[:80])
+    for number, shard in enumerate(manifest.shards, 1):
+        expected = shard_name(number, len(manifest.shards))
+        if shard.name != expected:
+            raise SchemaError(
+                "shard has a wrong name", file=MANIFEST_NAME, got=shard.name, expected=expected
+            )
+    reserved = {name.casefold() for name in (MANIFEST_NAME, *UNLISTED_NAMES)}
+    folded = [name.casefold() for name in names]
+    if len(set(folded)) != len(folded) or not reserved.isdisjoint(folded):
+        raise SchemaError("a file name stands twice or is reserved", file=MANIFEST_NAME)
+    if any(SHARD_NAME.fullmatch(record.name) for record in manifest.files):
+        raise SchemaError("a shard is listed as a side file", file=MANIFEST_NAME)
+
+
+def shard_name(number: int, count: int) -> str:
+    """Returns the name of shard `number` (from 1) of `count`."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _check_features(manifest: Manifest) -> None:
+    for name in features_of(manifest.tensors, manifest.options, manifest.calibration):
+        if name not in manifest.required_features:
+            raise SchemaError(
+                f"feature {name!r} is used but not listed in required_features", file=MANIFEST_NAME
+            )
+
+
+def features_of(
+    records: Iterable[TensorRecord], options: Options, calibration: Calibration | None
+) -> list[str]:
+    """Returns what a container's reader must know beyond format 1.0, by name, in a fixed order."""
+    used = {rans.NAME: False, STEPS: calibration is not None, COL_SCALE: False, WIDE: False}
+    used[STEPS] |= any(
+        value is not None
+        for value in (options.bits, options.ratio, options.calibrate, options.refine)
+    )
+    for record in records:
+        if isinstance(record, CodedTensor):
+            used[rans.NAME] |= record.xxh3.tables is not None
+        if isinstance(record, Int8Tensor):
+            used[STEPS] |= record.rounding is not None
+            used[COL_SCALE] |= record.xxh3.col_scale is not None
+            used[WIDE] |= record.wide
+    return [name for name, use in used.items() if use]
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    records = {record.name: record for record in manifest.tensors}
+    normal = {unicodedata.normalize("NFC", name) for name in records}
+    if not len(records) == len(normal) == len(manifest.tensors):
+        raise SchemaError("a tensor name stands twice", file=MANIFEST_NAME)
+    seen = set(records)
+    for record in manifest.tensors:
+        for name in side_names(record):
+            if name in seen:
+                raise SchemaError(
+                    "name of a side tensor is also another tensor's",
+                    file=MANIFEST_NAME,
+                    tensor=name,
+                )
+            seen.add(name)
+    for record in manifest.tensors:
+        check_name(record.name, MANIFEST_NAME)
+        check_shape(record.shape, MANIFEST_NAME, record.name)
+        where: dict[str, Any] = {"file": MANIFEST_NAME, "tensor": record.name}
+        dtype = DTYPES.get(record.dtype)
+        if dtype is None:
+            raise SchemaError("unknown dtype", got=record.dtype, **where)
+        if isinstance(record, AliasTensor):
+            target = records.get(record.alias_of)
+            if target is None or isinstance(target, AliasTensor):
+                raise SchemaError(
+                    "alias does not name a stored tensor", got=record.alias_of, **where
+                )
+            if (target.dtype, target.shape) != (record.dtype, record.shape):
+                raise SchemaError(
+                    "alias and its target differ in dtype or shape", got=record.alias_of, **where
+                )
+            continue
+        if record.shard >= len(manifest.shards):
+            raise SchemaError(
+                "no such shard", got=record.shard, expected=f"below {len(manifest.shards)}", **where
+            )
+        if not isinstance(record, RawTensor):
+            _check_coded(record, where)
+
+
+def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
+    dtype = DTYPES[record.dtype]
+    planes = dtype.planes
+    if isinstance(record, Int8Tensor):
+        planes = len(record.planes) if record.dtype in INT8_SOURCES else 0
+    if len(record.shape) < 2 or record.elements == 0 or planes == 0 or len(record.planes) != planes:
+        raise SchemaError(
+            "scheme does not fit dtype and shape", got=f"{record.scheme} of {record.dtype}", **where
+        )
+    if isinstance(record, Int8Tensor) != (record.xxh3.scale is not None):
+        raise SchemaError("checksum of the scales is missing or too many", **where)
+    by_column = record.xxh3.col_scale is not None
+    if (by_column and not (isinstance(record, Int8Tensor) and record.channel_kind == "row")) or (
+        record.xxh3.col_group is not None and not by_column
+    ):
+        raise SchemaError("scales or groups of columns do not fit the tensor", **where)
+    has_tables = {
+        any(plane.codec == rans.NAME for plane in record.planes),
+        record.xxh3.tables is not None,
+    }
+    if has_tables != {record.tables_bytes is not None}:
+        raise SchemaError("rans tables are missing or too many", **where)
+    if isinstance(record, Int8Tensor):
+        last = len(record.shape) - 1
+        if record.channel_axis > last or (
+            record.channel_kind == "column" and record.channel_axis != last
+        ):
+            got = f"axis {record.channel_axis} ({record.channel_kind}) of {record.shape}"
+            raise SchemaError("channel axis does not fit the shape", got=got, **where)
+        if (record.rounding is None) != (record.worst_steps is None) or (
+            record.rounding is None and (by_column or record.wide or record.scale_dtype is not None)
+        ):
+            raise SchemaError(
+                "rounding, its worst error, scales and planes do not fit each other", **where
+            )
+        if (record.deadzone is not None) != (record.rounding in (DEADZONE, FEEDBACK_DEADZONE)):
+            raise SchemaError("rounding and deadzone do not fit each other", **where)
+    for plane in record.planes:
+        if plane.codec not in CODEC_IDS:
+            raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)
+        if plane.raw_bytes != record.elements:
+            raise SchemaError(
+                "plane has a wrong size", got=plane.raw_bytes, expected=record.elements, **where
+            )
+
+
+def _as_schema_error(exc: ValidationError) -> FormatError:
+    first = exc.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    # Only the lists at the top have a length that is a limit of the format; another list's length is part of the schema.
+    kind = LimitError if first["type"] == "too_long" and len(first["loc"]) == 1 else SchemaError
+    return kind(
+        f"field {place}: {first['msg']}", file=MANIFEST_NAME, got=ascii(first.get("input"))[:80]
+    )
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,0 +1,35 @@
+"""Conversions between the bits of float types and float32, in integers or IEEE operations of exactly one rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def float32_from_bits(words: NDArray[np.unsignedinteger], dtype: str) -> NDArray[np.float32]:
+    """Returns the exact float32 values of BF16, F16 or F32 bit patterns (uint16 or uint32, any shape)."""
+    if dtype == "BF16":
+        return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "F16":
+        return words.view(np.float16).astype(np.float32)
+    if dtype == "F32":
+        return words.view(np.float32)
+    raise ValueError(f"no exact float32 values for {dtype}")
+
+
+def bits_from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.unsignedinteger]:
+    """Rounds finite float32 values once, ties to even, to BF16, F16 or F32 and returns the bit patterns.
+
+    Overflow gives an infinity, as IEEE 754 rounding does.
+    """
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        return (
+            (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        ).astype(np.uint16)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    if dtype == "F32":
+        return np.ascontiguousarray(values).view(np.uint32)
+    raise ValueError(f"cannot round to {dtype}")

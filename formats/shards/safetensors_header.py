@@ -1,0 +1,250 @@
+"""Headers of safetensors files, read strictly and written deterministically.
+
+Layout of a file: `u64 header_bytes (little-endian) | header (JSON, padded with spaces) | tensor data`. The rules are those of
+the safetensors README, plus: a name stands once, and nothing is left to the parser (see `strict_json`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from codecllm.formats import limits
+from codecllm.formats.dtypes import DTYPES, DType
+from codecllm.formats.errors import (
+    LayoutError,
+    LimitError,
+    NotAContainerError,
+    SchemaError,
+    TruncatedError,
+)
+from codecllm.formats.files import SafeFile, describe_foreign
+from codecllm.formats.strict_json import parse_json_object
+
+PREFIX_BYTES = 8
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        name: its name, at most 512 bytes of UTF-8.
+        dtype: its element type.
+        shape: its dimensions, each 0 or more.
+        start: offset of its first byte in the file.
+        end: offset behind its last byte in the file.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor's data."""
+        return self.end - self.start
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """A parsed header.
+
+    Attributes:
+        tensors: entries by name, in the order of their data.
+        metadata: the `__metadata__` strings.
+        raw: the bytes before the data (length prefix and header), as read.
+    """
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def read_header(file: SafeFile, *, max_header_bytes: int = limits.HEADER_BYTES) -> ShardHeader:
+    """Reads and validates the header of an open safetensors file.
+
+    Raises:
+        NotAContainerError: the file looks like something else, or is too short to be a safetensors file.
+        TruncatedError: the file ends inside the header or the data.
+        LimitError: a size passes its limit.
+        SchemaError: the header is not the JSON that the format asks for.
+        LayoutError: offsets overlap, leave holes, disagree with shapes, or data follows the last tensor.
+    """
+    if file.size < PREFIX_BYTES:
+        raise NotAContainerError(
+            "too short for a safetensors file", file=file.name, got=f"{file.size} bytes"
+        )
+    head = file.read(0, min(64, file.size))
+    header_bytes = int.from_bytes(head[:PREFIX_BYTES], "little")
+    looks_like = describe_foreign(head)
+    if looks_like is not None and header_bytes > max_header_bytes:
+        raise NotAContainerError(f"this is {looks_like}, not a safetensors file", file=file.name)
+    if header_bytes > max_header_bytes:
+        raise LimitError(
+            "header is too long",
+            file=file.name,
+            got=header_bytes,
+            expected=f"at most {max_header_bytes}",
+        )
+    if PREFIX_BYTES + header_bytes > file.size:
+        raise TruncatedError("file ends inside its header", file=file.name, got=file.size)
+    raw = file.read(0, PREFIX_BYTES + header_bytes)
+    return parse_header(
+        raw, file_bytes=file.size, file=file.name, max_header_bytes=max_header_bytes
+    )
+
+
+def parse_header(
+    raw: bytes, *, file_bytes: int, file: str, max_header_bytes: int = limits.HEADER_BYTES
+) -> ShardHeader:
+    """Validates length prefix and header together; `file_bytes` is the size of the whole file. Errors as `read_header`."""
+    text = raw[PREFIX_BYTES:]
+    if not text.startswith(b"{"):
+        raise SchemaError("header does not begin with '{'", file=file, byte=PREFIX_BYTES)
+    document = parse_json_object(text.rstrip(b" "), file=file, max_bytes=max_header_bytes)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise SchemaError("__metadata__ is not an object of strings", file=file)
+    if len(document) > limits.TENSORS:
+        raise LimitError(
+            "too many tensors", file=file, got=len(document), expected=f"at most {limits.TENSORS}"
+        )
+    base = len(raw)
+    entries = [_parse_entry(name, fields, base, file) for name, fields in document.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    _check_coverage(entries, base, file_bytes, file)
+    return ShardHeader({entry.name: entry for entry in entries}, metadata, raw)
+
+
+def check_name(name: str, file: str) -> None:
+    """Raises where a tensor name is empty, reserved, too long, or holds control characters."""
+    if not name or name == "__metadata__" or _CONTROL.search(name):
+        raise SchemaError(
+            "tensor name is empty, reserved or holds control characters",
+            file=file,
+            got=ascii(name)[:80],
+        )
+    if len(name.encode()) > limits.NAME_BYTES:
+        raise LimitError("tensor name is too long", file=file, got=ascii(name)[:80])
+
+
+def check_shape(shape: Any, file: str, tensor: str) -> tuple[int, ...]:
+    """Returns a list of dimensions as a tuple.
+
+    Raises:
+        SchemaError: not a list of non-negative integers.
+        LimitError: too many dimensions, too large a dimension, or too many elements.
+    """
+    if not isinstance(shape, list | tuple) or any(type(dim) is not int or dim < 0 for dim in shape):
+        raise SchemaError(
+            "shape is not a list of non-negative integers",
+            file=file,
+            tensor=tensor,
+            got=str(shape)[:80],
+        )
+    if len(shape) > limits.RANK or any(dim > limits.DIM for dim in shape):
+        raise LimitError("shape passes the limits", file=file, tensor=tensor, got=str(shape)[:80])
+    if math.prod(max(dim, 1) for dim in shape) > limits.TENSOR_BYTES:
+        raise LimitError("tensor is too large", file=file, tensor=tensor, got=str(shape)[:80])
+    return tuple(shape)
+
+
+def _parse_entry(name: str, fields: Any, base: int, file: str) -> TensorEntry:
+    check_name(name, file)
+    if not isinstance(fields, dict) or set(fields) != _ENTRY_KEYS:
+        raise SchemaError("entry must have dtype, shape and data_offsets", file=file, tensor=name)
+    dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None:
+        raise SchemaError("unknown dtype", file=file, tensor=name, got=str(fields["dtype"])[:40])
+    shape = check_shape(fields["shape"], file, name)
+    offsets = fields["data_offsets"]
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or any(type(item) is not int for item in offsets)
+    ):
+        raise SchemaError("data_offsets is not a pair of integers", file=file, tensor=name)
+    start, end = offsets
+    size_bits = math.prod(shape) * dtype.bits
+    if not 0 <= start <= end or size_bits % 8 or end - start != size_bits // 8:
+        raise LayoutError(
+            "data_offsets disagree with dtype and shape",
+            file=file,
+            tensor=name,
+            got=str(offsets),
+            expected=f"{size_bits / 8:g} bytes",
+        )
+    return TensorEntry(name, dtype, shape, base + start, base + end)
+
+
+def _check_coverage(entries: list[TensorEntry], base: int, file_bytes: int, file: str) -> None:
+    position = base
+    for entry in entries:
+        if entry.start != position:
+            kind = (
+                "overlaps the tensor before it"
+                if entry.start < position
+                else "leaves a hole before it"
+            )
+            raise LayoutError(
+                f"data {kind}", file=file, tensor=entry.name, byte=entry.start, expected=position
+            )
+        position = entry.end
+    if position > file_bytes:
+        raise TruncatedError(
+            "file ends inside its data", file=file, got=file_bytes, expected=position
+        )
+    if position < file_bytes:
+        raise LayoutError(
+            "bytes follow the last tensor",
+            file=file,
+            byte=position,
+            got=file_bytes,
+            expected=position,
+        )
+
+
+def pack_header(
+    entries: list[TensorEntry], metadata: dict[str, str], header_bytes: int | None = None
+) -> bytes:
+    """Builds length prefix and header.
+
+    Args:
+        entries: tensors in the order of their data; `start` and `end` count from the first data byte, not from the file's.
+        metadata: strings for `__metadata__`.
+        header_bytes: pad the JSON text with spaces to this size; None pads to a multiple of 8.
+
+    Raises:
+        LimitError: the text does not fit.
+    """
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for entry in entries:
+        document[entry.name] = {
+            "dtype": entry.dtype.name,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.end],
+        }
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    size = header_bytes if header_bytes is not None else -(-len(text) // 8) * 8
+    if len(text) > size or size > limits.HEADER_BYTES:
+        raise LimitError(
+            "header does not fit",
+            got=len(text),
+            expected=f"at most {min(size, limits.HEADER_BYTES)}",
+        )
+    return size.to_bytes(PREFIX_BYTES, "little") + text.ljust(size)

@@ -1,0 +1,133 @@
+"""Writes one shard as a stream: data first, while sizes become known; the header last, into room kept for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from codecllm.formats.dtypes import DTYPES, DType
+from codecllm.formats.errors import LayoutError
+from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor that a shard will hold: its name and type, and the most bytes and dimensions its entry may come to.
+
+    Attributes:
+        name: name in the shard.
+        dtype: element type in the shard.
+        max_shape: shape whose decimal digits are at least those of the final shape.
+        max_bytes: upper bound of its data, for the room its offsets take.
+    """
+
+    name: str
+    dtype: DType
+    max_shape: tuple[int, ...]
+    max_bytes: int
+
+
+class ShardWriter:
+    """A safetensors file under construction.
+
+    The header area is reserved from the plan's upper bounds and padded with spaces, which safetensors allows. Nothing of the
+    data is kept in memory. `rollback` forgets the tensors written since a `mark`, so that a tensor can be written another way.
+    """
+
+    def __init__(self, path: Path, planned: list[PlannedTensor], metadata: dict[str, str]) -> None:
+        """Creates `path` (which must not exist) and reserves the header.
+
+        Raises:
+            OSError: the file cannot be created.
+            LimitError: the header would be too long for the format.
+        """
+        self._metadata = metadata
+        self._entries: list[TensorEntry] = []
+        self._names: set[str] = set()
+        self._header_bytes = reserved_header_bytes(planned, metadata)
+        self._position = 0
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by finish() or abort()
+        self.path = path
+        self._file.seek(PREFIX_BYTES + self._header_bytes)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of tensor data written so far."""
+        return self._position
+
+    def write(self, data: Any) -> None:
+        """Appends bytes of the tensor that the next `end_tensor` closes."""
+        self._position += self._put(data)
+
+    def end_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
+        """Names what was written since the last tensor ended; returns its size in bytes.
+
+        Raises:
+            LayoutError: the name was used before.
+        """
+        start = self._entries[-1].end if self._entries else 0
+        if name in self._names:
+            raise LayoutError(
+                "tensor name is used twice in one shard", file=self.path.name, tensor=name
+            )
+        self._names.add(name)
+        self._entries.append(TensorEntry(name, DTYPES[dtype], shape, start, self._position))
+        return self._position - start
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Any) -> int:
+        """Writes a whole small tensor; returns its size in bytes."""
+        self.write(data)
+        return self.end_tensor(name, dtype, shape)
+
+    def mark(self) -> tuple[int, int]:
+        """Returns a point to which `rollback` can return."""
+        return len(self._entries), self._position
+
+    def rollback(self, mark: tuple[int, int]) -> None:
+        """Forgets everything written since `mark`."""
+        count, self._position = mark
+        self._names -= {entry.name for entry in self._entries[count:]}
+        del self._entries[count:]
+        self._file.seek(PREFIX_BYTES + self._header_bytes + self._position)
+
+    def finish(self) -> tuple[bytes, int]:
+        """Writes the header, forces the file to the disk and closes it.
+
+        Returns:
+            The bytes before the data (length prefix and header), and the size of the file.
+        """
+        head = pack_header(self._entries, self._metadata, self._header_bytes)
+        self._file.truncate(len(head) + self._position)
+        self._file.seek(0)
+        self._put(head)
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return head, len(head) + self._position
+
+    def _put(self, data: Any) -> int:
+        """Writes all of `data` at the file's position, however many pieces the system takes it in; returns its size."""
+        view = memoryview(data).cast("B")
+        size = len(view)
+        while len(view):
+            view = view[self._file.write(view) :]
+        return size
+
+    def abort(self) -> None:
+        """Closes the file as it is; the caller removes it."""
+        self._file.close()
+
+
+def reserved_header_bytes(planned: list[PlannedTensor], metadata: dict[str, str]) -> int:
+    """Returns the size of the header, without its length prefix, that a shard of these tensors will have, padding included."""
+    end = sum(tensor.max_bytes for tensor in planned)
+    worst, position = [], 0
+    for tensor in planned:
+        position = min(end, position + tensor.max_bytes)
+        worst.append(TensorEntry(tensor.name, tensor.dtype, tensor.max_shape, position, position))
+    # An offset never has more digits than the sum of the bounds before it, so each entry is no longer than in this header.
+    return (
+        len(pack_header([replace(entry, start=entry.end) for entry in worst], metadata))
+        - PREFIX_BYTES
+    )

@@ -1,0 +1,173 @@
+"""Memory for decoded tensors on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_ALIGNMENT = 64
+_OWN_MEMORY_BYTES = 4 << 20
+_SLAB_BYTES = 16 << 20
+_SLAB_TAKES_BYTES = 64 << 10
+_NUMPY_DTYPES: dict[torch.dtype, Any] = {
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.float64: np.float64,
+    torch.complex64: np.complex64,
+    torch.bool: np.bool_,
+    torch.uint8: np.uint8,
+    torch.int8: np.int8,
+    torch.int16: np.int16,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+}
+
+
+def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns an uninitialised tensor [shape] on the CPU, aligned to 64 bytes."""
+    return tensor_over(empty_bytes(math.prod(shape) * dtype.itemsize), shape, dtype)
+
+
+def empty_bytes(size: int) -> NDArray[np.uint8]:
+    """Returns uninitialised memory, uint8 [size], aligned to 64 bytes.
+
+    It is numpy's, which asks the kernel for huge pages where it is large: the first write to 4 KiB pages costs up to a third of
+    a whole decode.
+    """
+    return _aligned(_allocate(size), size)
+
+
+def tensor_over(
+    memory: NDArray[np.uint8], shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns the tensor [shape] that memory of its size, uint8 and contiguous, holds; it has a storage of its own.
+
+    torch's own ways to see a tensor otherwise give the interpreter's lock away each time, so there is one such call, or none.
+    """
+    own = _NUMPY_DTYPES.get(dtype)
+    seen = torch.from_numpy(memory.view(own or f"i{dtype.itemsize}").reshape(shape))
+    return seen if own is not None else seen.view(dtype)
+
+
+class SlabMemory:
+    """Gives memory for tensors out; small ones lie together in slabs, which lets the kernel back them by huge pages too.
+
+    The memory of a slab is freed once none of its tensors is left.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slab = np.empty(0, np.uint8)
+        self._noted: list[NDArray[np.uint8]] | None = None
+
+    def empty_bytes(self, size: int) -> NDArray[np.uint8]:
+        """As the function of that name."""
+        if size >= _OWN_MEMORY_BYTES:
+            return self._note(empty_bytes(size))
+        if size < _SLAB_TAKES_BYTES:
+            return empty_bytes(size)
+        rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
+        with self._lock:
+            if self._slab.size < rounded:
+                self._slab = self._note(_slab())
+            memory, self._slab = self._slab[:size], self._slab[rounded:]
+        return memory
+
+    def note(self) -> None:
+        """Begins to note what is taken from the system in large pieces."""
+        self._noted = []
+
+    def noted(self) -> list[NDArray[np.uint8]]:
+        """Returns what was taken since `note`, and ends noting."""
+        noted, self._noted = self._noted, None
+        return noted or []
+
+    def _note(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if (noted := self._noted) is not None:
+            noted.append(memory)
+        return memory
+
+
+def touch(memory: list[NDArray[np.uint8]]) -> Iterator[None]:
+    """Writes to the pages of memory, so that the kernel supplies them; step by step, each one call without the interpreter."""
+    while memory:
+        piece = memory.pop(0)
+        for begin in range(0, piece.size, _SLAB_BYTES):
+            piece[begin : begin + _SLAB_BYTES : mmap.PAGESIZE] = 0
+            yield
+
+
+class RecycledMemory:
+    """Gives memory for tensors out, and that of those that were dropped again to the next ones of the same size.
+
+    The kernel clears every page that a process gets; a consumer that takes one tensor after another (and copies it to a device,
+    say) spares that for all but the first few.
+    """
+
+    def __init__(self, keep_bytes: int) -> None:
+        """Keeps at most `keep_bytes` of memory that no tensor uses."""
+        self._keep_bytes = keep_bytes
+        self._free: deque[NDArray[np.uint8]] = deque()
+
+    def empty_bytes(self, size: int) -> NDArray[np.uint8]:
+        """As the function of that name."""
+        if size < _OWN_MEMORY_BYTES:
+            return empty_bytes(size)
+        owner = self._take(size)
+        memory = np.frombuffer(owner.data, np.uint8)
+        # Runs once nothing refers to the memory any more: neither the tensor nor a view of it.
+        weakref.finalize(memory, self._give, owner).atexit = False
+        return _aligned(memory, size)
+
+    def close(self) -> None:
+        """Lets go of all memory that no tensor uses, and of what comes back later."""
+        self._keep_bytes = 0
+        self._free.clear()
+
+    def _take(self, size: int) -> NDArray[np.uint8]:
+        for _ in range(len(self._free)):
+            try:
+                owner = self._free.popleft()
+            except IndexError:
+                break
+            if owner.nbytes == size + _ALIGNMENT:
+                return owner
+            self._free.append(owner)
+        return _allocate(size)
+
+    def _give(self, owner: NDArray[np.uint8]) -> None:
+        self._free.append(owner)
+        while self._free and sum(kept.nbytes for kept in tuple(self._free)) > self._keep_bytes:
+            self._free.popleft()
+
+
+def _slab() -> NDArray[np.uint8]:
+    """Returns uint8 [_SLAB_BYTES]: whole huge pages where the system has them, of which numpy's memory would lack an eighth."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return empty_bytes(_SLAB_BYTES)
+    try:
+        pages = mmap.mmap(-1, _SLAB_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return empty_bytes(_SLAB_BYTES)  # raises what numpy does where memory ends
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
+
+
+def _allocate(size: int) -> NDArray[np.uint8]:
+    return np.empty(size + _ALIGNMENT, np.uint8)
+
+
+def _aligned(memory: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size]

@@ -1,0 +1,1 @@
+"""Weights that stay quantized or entropy-coded in memory."""

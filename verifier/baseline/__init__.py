@@ -1,0 +1,1 @@
+"""The baseline: the texts or hidden states of a model, recorded and compared."""

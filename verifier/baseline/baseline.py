@@ -1,0 +1,216 @@
+"""Records what a model says before and after conversion, and checks later that it still says so."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.container import Container
+from codecllm.formats.errors import BaselineError, CodecLLMError
+from codecllm.formats.files import write_atomically
+from codecllm.formats.machine import available_memory
+from codecllm.formats.manifest.manifest import BASELINE_NAME, MANIFEST_NAME, Manifest, pack_manifest
+from codecllm.formats.manifest.records import FileRecord
+from codecllm.verifier.baseline.record import Agreement, Baseline, pack_baseline, parse_baseline
+
+if TYPE_CHECKING:
+    from codecllm.verifier.report import Stage
+
+MAX_SECONDS = 600
+"""A baseline that is not asked for is recorded only if it takes less."""
+
+_BYTES_PER_SECOND = 4e9
+"""Weights that one core-pair's memory delivers while a model generates one token after another: a cautious guess."""
+
+_FORWARDS = 8 * (32 + 3) * 2
+MEMORY_FACTOR = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineOutcome:
+    """What recording a baseline came to.
+
+    Attributes:
+        kind: `greedy`, `hidden` or `none`.
+        reason: why it is `none`.
+        agreement: figures as in `Agreement`, those that apply.
+        seconds: how long it took.
+    """
+
+    kind: str
+    reason: str | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def summary(self) -> str:
+        """Returns one line for people."""
+        if self.kind == "none":
+            return f"no baseline: {self.reason}"
+        return f"baseline recorded ({self.kind}) in {self.seconds:.0f} s; against the source: {describe_agreement(self.agreement)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the outcome as JSON values."""
+        return {
+            "kind": self.kind,
+            "reason": self.reason,
+            "agreement": self.agreement,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def record_baseline(
+    out: str | Path,
+    source_folder: str | Path,
+    *,
+    required: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> BaselineOutcome:
+    """Runs source and container on the fixed prompts and adds `baseline.json` to the container.
+
+    The container is whole before and after: `baseline.json` is written first, then the manifest that lists it replaces the
+    old one in one step.
+
+    Args:
+        out: a finished container.
+        source_folder: the folder it was made from.
+        required: record whatever it costs, and raise where it is impossible.
+        on_stage: called with a sentence when a stage begins.
+
+    Raises:
+        BaselineError: it is required and impossible, or a lossless container does not say what its source says.
+        FormatError: the container is damaged.
+    """
+    began = time.monotonic()
+    tell = on_stage or (lambda text: None)
+    with Container(out) as container:
+        manifest = container.manifest
+        reason = _obstacle(container, required)
+        if reason is not None:
+            outcome = BaselineOutcome("none", reason)
+            baseline = Baseline(format="codecllm-baseline", version=1, kind="none", reason=reason)
+        else:
+            try:
+                baseline = _run_both(Path(source_folder), Path(out), manifest, tell)
+            except (BaselineError, MemoryError):
+                raise
+            except Exception as exc:
+                # Whatever a model class raises when it is run on plain text: it has no text baseline.
+                reason = f"the model could not be run on text: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+                if required or isinstance(exc, CodecLLMError):
+                    raise BaselineError(reason) from exc
+                baseline = Baseline(
+                    format="codecllm-baseline", version=1, kind="none", reason=reason
+                )
+            agreement = (
+                baseline.agreement.model_dump(exclude_none=True) if baseline.agreement else {}
+            )
+            outcome = BaselineOutcome(
+                baseline.kind, baseline.reason, agreement, time.monotonic() - began
+            )
+    if reason is not None and required:
+        raise BaselineError(reason)
+    _attach(Path(out), manifest, pack_baseline(baseline))
+    return outcome
+
+
+def check_baseline(container: Container, stage: Stage, *, required: bool, workers: int) -> None:
+    """Runs the recorded prompts and compares.
+
+    In the recorded environment tokens and digests must be equal. In another one, teacher-forced along the record, at least
+    99 % of the most likely tokens must be the same and the mean KL divergence at most 1e-3 nats.
+
+    Raises:
+        BaselineError: the output differs, or there is no baseline and it is required.
+    """
+    record = container.manifest.file(BASELINE_NAME)
+    baseline = parse_baseline(container.read_side_file(record)) if record is not None else None
+    if baseline is None or baseline.kind == "none":
+        reason = baseline.reason if baseline is not None else "the container has no baseline"
+        if required:
+            raise BaselineError("a baseline is required", file=BASELINE_NAME, got=reason)
+        stage.skipped = True
+        stage.summary = str(reason)
+        return
+    from codecllm.loader import from_pretrained
+    from codecllm.loader.hf.adapter import without_progress_bars
+    from codecllm.verifier.baseline.runs import compare_with_record
+
+    with without_progress_bars():
+        model = from_pretrained(
+            container.folder, workers=workers, expected_manifest_sha256=container.manifest_sha256
+        )
+    compare_with_record(model, baseline, stage)
+    if baseline.agreement is not None:
+        agreement = baseline.agreement.model_dump(exclude_none=True)
+        stage.facts["agreement_with_source"] = agreement
+        stage.summary += f"; against the source: {describe_agreement(agreement)}"
+
+
+def describe_agreement(agreement: dict[str, float]) -> str:
+    """Returns the figures of an `Agreement` in words."""
+    words = {
+        "top1": "top-1 {:.1%}",
+        "mean_kl": "mean KL {:.2e} nats",
+        "same_tokens": "same text on {:.0%} of the prompts",
+        "cosine": "smallest cosine {:.6f}",
+    }
+    return ", ".join(
+        text.format(agreement[name]) for name, text in words.items() if name in agreement
+    )
+
+
+def _run_both(source: Path, out: Path, manifest: Manifest, tell: Callable[[str], None]) -> Baseline:
+    from codecllm.loader import from_pretrained
+    from codecllm.loader.hf.adapter import load_plain, without_progress_bars
+    from codecllm.verifier.baseline.runs import combine, run_converted, run_source
+
+    with without_progress_bars():
+        tell("baseline: running the source on 8 prompts")
+        model = load_plain(source)
+        source_run = run_source(model, source)
+        del model
+        gc.collect()
+        tell("baseline: running the converted model on 8 prompts")
+        converted_run = run_converted(from_pretrained(out), source_run)
+    baseline = combine(source_run, converted_run)
+    lossless = manifest.options.scheme == "lossless"
+    agreement = baseline.agreement or Agreement()
+    if lossless and (
+        agreement.same_tokens not in (None, 1.0) or agreement.mean_kl not in (None, 0.0)
+    ):
+        raise BaselineError(
+            "the lossless container does not say what its source says", got=agreement.model_dump()
+        )
+    return baseline
+
+
+def _obstacle(container: Container, required: bool) -> str | None:
+    """Returns why a baseline cannot, or without being asked for should not, be recorded."""
+    if container.manifest.file("config.json") is None:
+        return "the source has no config.json"
+    if required:
+        return None
+    size = container.manifest.source.tensor_bytes
+    available = available_memory()
+    if size * MEMORY_FACTOR > available:
+        return f"the model needs {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free (--baseline insists)"
+    seconds = size * _FORWARDS / _BYTES_PER_SECOND
+    if seconds > MAX_SECONDS:
+        return f"it would take about {seconds / 60:.0f} minutes (--baseline insists)"
+    return None
+
+
+def _attach(out: Path, manifest: Manifest, data: bytes) -> None:
+    """Writes `baseline.json`, then the manifest that lists it."""
+    write_atomically(out / BASELINE_NAME, data)
+    record = FileRecord(name=BASELINE_NAME, bytes=len(data), sha256=sha256_hex(data))
+    files = [other for other in manifest.files if other.name != BASELINE_NAME] + [record]
+    files.sort(key=lambda file: file.name)
+    write_atomically(
+        out / MANIFEST_NAME, pack_manifest(manifest.model_copy(update={"files": files}))
+    )

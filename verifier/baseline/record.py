@@ -1,0 +1,125 @@
+"""`baseline.json`: what the source and the converted model said to fixed prompts, and where."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from codecllm.formats.errors import SchemaError
+from codecllm.formats.manifest.manifest import BASELINE_NAME
+from codecllm.formats.strict_json import parse_json_object
+
+MAX_BYTES = 64 << 20
+MAX_TOKENS = 1 << 16
+Kind = Literal["greedy", "hidden", "none"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENS)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Environment(_Record):
+    """What the output of a model may depend on besides its weights."""
+
+    torch: str
+    transformers: str
+    device: str
+    dtype: str
+    attention: str
+    cpu_capability: str
+    threads: int
+
+
+class ModelTokens(_Record):
+    """A model's greedy continuation. `logits_sha256` covers the float32 logits over it, teacher-forced."""
+
+    tokens: Tokens
+    text: str
+    logits_sha256: Sha256
+
+
+class TopTokens(_Record):
+    """The most likely tokens at one position and their log-probabilities (natural), in falling order."""
+
+    tokens: Tokens
+    logprobs: list[float]
+
+
+class GreedyPrompt(_Record):
+    """One prompt: its tokens, both continuations, and the distributions along the converted model's own."""
+
+    text: str
+    tokens: Tokens
+    source: ModelTokens
+    converted: ModelTokens
+    top: list[TopTokens]
+
+
+class HiddenSamples(_Record):
+    """A digest of the first output (float32) and evenly spaced values of it, with the root mean square of all."""
+
+    sha256: Sha256
+    shape: list[int]
+    rms: float
+    samples: list[float]
+
+
+class HiddenPrompt(_Record):
+    """One prompt of a model that does not generate."""
+
+    text: str
+    tokens: Tokens
+    source: HiddenSamples
+    converted: HiddenSamples
+
+
+class Agreement(_Record):
+    """Converted model against source. `greedy`: along the source's continuation. `hidden`: of the first outputs.
+
+    Attributes:
+        top1: share of positions at which both find the same token most likely (greedy).
+        mean_kl: mean KL(source || converted) per position, in nats (greedy).
+        same_tokens: share of prompts whose greedy continuations are equal (greedy).
+        cosine: smallest cosine similarity over the prompts (hidden).
+    """
+
+    top1: float | None = None
+    mean_kl: float | None = None
+    same_tokens: float | None = None
+    cosine: float | None = None
+
+
+class Baseline(_Record):
+    """The whole record. `reason` says why `kind` is `none`."""
+
+    format: Literal["codecllm-baseline"]
+    version: Literal[1]
+    kind: Kind
+    reason: str | None = None
+    environment: Environment | None = None
+    agreement: Agreement | None = None
+    greedy: list[GreedyPrompt] = []
+    hidden: list[HiddenPrompt] = []
+
+
+def pack_baseline(baseline: Baseline) -> bytes:
+    """Returns the bytes of `baseline.json`."""
+    return (baseline.model_dump_json(exclude_none=True) + "\n").encode()
+
+
+def parse_baseline(data: bytes) -> Baseline:
+    """Reads `baseline.json`, strictly.
+
+    Raises:
+        SchemaError: it is not what this version writes.
+    """
+    document = parse_json_object(data, file=BASELINE_NAME, max_bytes=MAX_BYTES)
+    try:
+        return Baseline.model_validate(document)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SchemaError(f"{place}: {first['msg']}", file=BASELINE_NAME) from exc

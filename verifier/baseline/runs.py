@@ -1,0 +1,265 @@
+"""The runs behind a baseline: source, converted model, and the comparison of a later run with the record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codecllm.formats.errors import BaselineError
+from codecllm.formats.manifest.manifest import BASELINE_NAME
+from codecllm.verifier.baseline import model_output as output
+from codecllm.verifier.baseline.record import (
+    Agreement,
+    Baseline,
+    Environment,
+    GreedyPrompt,
+    HiddenPrompt,
+    HiddenSamples,
+    ModelTokens,
+)
+from codecllm.verifier.report import Stage
+
+MIN_TOP1 = 0.99
+MAX_KL = 1e-3
+HIDDEN_TOLERANCE = 0.02
+"""Largest difference of a sampled hidden value, as a share of the root mean square, in another environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRun:
+    """The source's side: prompts, and per prompt the greedy tokens and their logits, or the first output."""
+
+    coder: output.PromptCoder
+    prompts: list[output.PromptTokens]
+    greedy: bool
+    tokens: list[list[int]]
+    values: list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedRun:
+    """The converted model's side; `along_source` are its logits along the source's continuations."""
+
+    environment: Environment
+    tokens: list[list[int]]
+    values: list[torch.Tensor]
+    along_source: list[torch.Tensor]
+
+
+def run_source(model: Any, folder: Path) -> SourceRun:
+    """Runs the source model on all prompts."""
+    coder = output.PromptCoder(folder, model.config)
+    prompts = coder.prompts()
+    if not output.generates(model):
+        return SourceRun(
+            coder, prompts, False, [], [output.first_output(model, prompt) for prompt in prompts]
+        )
+    tokens = [output.greedy_tokens(model, prompt) for prompt in prompts]
+    logits = [
+        output.continuation_logits(model, prompt, cont)
+        for prompt, cont in zip(prompts, tokens, strict=True)
+    ]
+    return SourceRun(coder, prompts, True, tokens, logits)
+
+
+def run_converted(model: Any, source: SourceRun) -> ConvertedRun:
+    """Runs the converted model on the same prompts, and along the source's continuations."""
+    where = output.environment(model)
+    if not source.greedy:
+        return ConvertedRun(
+            where, [], [output.first_output(model, prompt) for prompt in source.prompts], []
+        )
+    tokens = [output.greedy_tokens(model, prompt) for prompt in source.prompts]
+    logits, along = [], []
+    for prompt, own, base in zip(source.prompts, tokens, source.tokens, strict=True):
+        logits.append(output.continuation_logits(model, prompt, own))
+        along.append(logits[-1] if own == base else output.continuation_logits(model, prompt, base))
+    return ConvertedRun(where, tokens, logits, along)
+
+
+def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
+    """Makes the record of both runs."""
+    if not source.greedy:
+        return _combine_hidden(source, converted)
+    prompts = []
+    for number, prompt in enumerate(source.prompts):
+        sides = [
+            ModelTokens(
+                tokens=run.tokens[number],
+                text=source.coder.decode(run.tokens[number]),
+                logits_sha256=_sha(run, number),
+            )
+            for run in (source, converted)
+        ]
+        top = output.top_tokens(converted.values[number])
+        prompts.append(
+            GreedyPrompt(
+                text=prompt.text, tokens=prompt.tokens, source=sides[0], converted=sides[1], top=top
+            )
+        )
+    base, other = torch.cat(source.values), torch.cat(converted.along_source)
+    same = [a == b for a, b in zip(source.tokens, converted.tokens, strict=True)]
+    agreement = Agreement(
+        top1=output.top1_agreement(base, other),
+        mean_kl=output.mean_kl(base, other),
+        same_tokens=sum(same) / len(same),
+    )
+    return Baseline(
+        format="codecllm-baseline",
+        version=1,
+        kind="greedy",
+        environment=converted.environment,
+        agreement=agreement,
+        greedy=prompts,
+    )
+
+
+def compare_with_record(
+    model: Any,
+    baseline: Baseline,
+    stage: Stage,
+    spoken: dict[tuple[int, ...], list[int]] | None = None,
+) -> None:
+    """Runs the recorded prompts on a loaded model and compares; see `baseline.check_baseline`.
+
+    Args:
+        model: the loaded model.
+        baseline: the record.
+        stage: receives findings and figures.
+        spoken: greedy continuations that this very model gave already, by the prompt's tokens; they are not run again.
+
+    Raises:
+        BaselineError: the output differs.
+    """
+    same_place = output.environment(model) == baseline.environment
+    stage.facts = {"kind": baseline.kind, "same_environment": same_place}
+    if baseline.kind == "hidden":
+        _compare_hidden(model, baseline.hidden, same_place, stage)
+    elif same_place:
+        _compare_tokens(model, baseline.greedy, stage, spoken or {})
+    else:
+        _compare_along_record(model, baseline.greedy, stage)
+
+
+def _compare_tokens(
+    model: Any, prompts: list[GreedyPrompt], stage: Stage, spoken: dict[tuple[int, ...], list[int]]
+) -> None:
+    for number, prompt in enumerate(prompts):
+        said = spoken.get(tuple(prompt.tokens))
+        got = (
+            said
+            if said is not None
+            else output.greedy_tokens(model, output.PromptTokens(prompt.text, prompt.tokens))
+        )
+        if got != prompt.converted.tokens:
+            place = next(
+                (
+                    i
+                    for i, (a, b) in enumerate(zip(got, prompt.converted.tokens, strict=False))
+                    if a != b
+                ),
+                len(got),
+            )
+            stage.fail(
+                BaselineError(
+                    f"prompt {number} ({prompt.text[:40]!r}): tokens differ from the record from token {place} on",
+                    file=BASELINE_NAME,
+                    got=got[place : place + 4],
+                    expected=prompt.converted.tokens[place : place + 4],
+                )
+            )
+    tokens = sum(len(prompt.converted.tokens) for prompt in prompts)
+    stage.summary = (
+        f"{len(prompts)} prompts, all {tokens} greedy tokens as recorded (same environment)"
+    )
+    stage.facts["tokens"] = tokens
+
+
+def _compare_along_record(model: Any, prompts: list[GreedyPrompt], stage: Stage) -> None:
+    hits = positions = 0
+    divergence = 0.0
+    for prompt in prompts:
+        want = prompt.converted.tokens
+        logits = output.continuation_logits(
+            model, output.PromptTokens(prompt.text, prompt.tokens), want
+        )
+        hits += int((logits.argmax(-1) == torch.tensor(want, dtype=torch.long)).sum())
+        positions += len(want)
+        divergence += float(output.recorded_kl(prompt.top, logits).sum())
+    top1, kl = hits / max(1, positions), divergence / max(1, positions)
+    stage.facts |= {"top1": top1, "mean_kl": kl, "positions": positions}
+    if top1 < MIN_TOP1 or not kl <= MAX_KL:
+        raise BaselineError(
+            "output differs from the record",
+            file=BASELINE_NAME,
+            got=f"top-1 {top1:.2%}, mean KL {kl:.2e} nats",
+            expected=f"top-1 >= {MIN_TOP1:.0%}, mean KL <= {MAX_KL:.0e} (recorded in another environment)",
+        )
+    stage.summary = f"{len(prompts)} prompts in another environment: top-1 {top1:.1%}, mean KL {kl:.1e} nats against the record"
+
+
+def _combine_hidden(source: SourceRun, converted: ConvertedRun) -> Baseline:
+    prompts, cosine = [], 1.0
+    for prompt, base, other in zip(source.prompts, source.values, converted.values, strict=True):
+        sides = (output.sampled(base), output.sampled(other))
+        prompts.append(
+            HiddenPrompt(
+                text=prompt.text, tokens=prompt.tokens, source=sides[0], converted=sides[1]
+            )
+        )
+        similarity = torch.nn.functional.cosine_similarity(
+            base.double().reshape(-1), other.double().reshape(-1), 0
+        )
+        cosine = min(cosine, float(similarity))
+    return Baseline(
+        format="codecllm-baseline",
+        version=1,
+        kind="hidden",
+        environment=converted.environment,
+        agreement=Agreement(cosine=cosine),
+        hidden=prompts,
+    )
+
+
+def _compare_hidden(
+    model: Any, prompts: list[HiddenPrompt], same_place: bool, stage: Stage
+) -> None:
+    worst = 0.0
+    for number, prompt in enumerate(prompts):
+        got = output.sampled(
+            output.first_output(model, output.PromptTokens(prompt.text, prompt.tokens))
+        )
+        off = _worst_sample(got, prompt.converted)
+        worst = max(worst, off)
+        if got.sha256 != prompt.converted.sha256 if same_place else not off <= HIDDEN_TOLERANCE:
+            stage.fail(
+                BaselineError(
+                    f"prompt {number} ({prompt.text[:40]!r}): hidden state differs from the record",
+                    file=BASELINE_NAME,
+                    got=f"{off:.2e} of its root mean square",
+                    expected="the same bytes"
+                    if same_place
+                    else f"at most {HIDDEN_TOLERANCE} in another environment",
+                )
+            )
+    kind = (
+        "bit for bit as recorded (same environment)"
+        if same_place
+        else f"within {worst:.1e} of the record"
+    )
+    stage.summary = f"{len(prompts)} prompts, hidden states {kind}"
+    stage.facts["worst_difference"] = worst
+
+
+def _worst_sample(got: HiddenSamples, record: HiddenSamples) -> float:
+    if got.shape != record.shape:
+        return float("inf")
+    pairs = zip(got.samples, record.samples, strict=True)
+    return max((abs(a - b) for a, b in pairs), default=0.0) / max(record.rms, 1e-30)
+
+
+def _sha(run: SourceRun | ConvertedRun, number: int) -> str:
+    return output.tensor_sha256(run.values[number])

@@ -1,0 +1,231 @@
+"""Why an int8 tensor does not hold what its source quantizes to: every explanation is tried, and named only if it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecllm.converter.source.source import SourceTensor
+from codecllm.formats.errors import CodecLLMError
+from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
+from codecllm.formats.schemes.int8 import MAX_CODE, channel_scales
+from codecllm.formats.stored_tensor import StoredTensor, tile_steps
+from codecllm.verifier.checks.rounding import repeated
+from codecllm.verifier.diagnosis.causes import Cause
+from codecllm.verifier.diagnosis.codes.rows import (
+    describe_order,
+    is_attention,
+    permutation,
+    row_digests,
+)
+from codecllm.verifier.diagnosis.examination import (
+    Examination,
+    asked_steps,
+    decoded_parts,
+    read_weights,
+)
+
+MAX_SHIFT = 64
+"""Farthest offset, in elements, at which a shifted buffer is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A cause that fits, in words.
+
+    Attributes:
+        cause: which.
+        text: figures and places.
+        channel: the channel concerned, or the first of several.
+    """
+
+    cause: Cause
+    text: str
+    channel: int | None = None
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Elements, and how many of them each explanation fits."""
+
+    elements: int = 0
+    fit_expected: int = 0
+    fit_stored: int = 0
+    found_rows: list[int] = field(default_factory=list)
+    expected_rows: list[int] = field(default_factory=list)
+    shifts: dict[int, int] = field(default_factory=dict)
+    shiftable: int = 0
+
+
+def explain(
+    tensor: StoredTensor, source: SourceTensor, examined: Examination, head: int | None
+) -> Explanation:
+    """Returns why codes or scales of an int8 tensor differ from what the source asks for.
+
+    Args:
+        tensor: the stored tensor, whose scales the format allows.
+        source: what it was made from.
+        examined: what the passes over it gave; something differs.
+        head: rows of an attention head, or None.
+    """
+    assert tensor.scales is not None and examined.scales is not None
+    counts = _count(tensor, source, examined.scales)
+    wrong = examined.wrong_scales
+    if not len(wrong):
+        return _explain_codes(tensor, examined, counts)
+    stored, expected = tensor.scales, examined.scales
+    codes_fit = counts.fit_expected == counts.elements
+    scales_explain = counts.fit_stored == counts.elements
+    first = int(wrong[0])
+    if codes_fit and sorted(stored[wrong].tolist()) == sorted(expected[wrong].tolist()):
+        values = f"channel {first} has {stored[first]:.6g}, not {expected[first]:.6g}"
+        text = f"channels {_listed(wrong)} have each other's scales: {values}"
+        return Explanation(Cause.SWAPPED_SCALES, text, first)
+    narrow = _narrower(stored, expected)
+    if narrow is not None:
+        text = f"{len(wrong)} scales went through {narrow}: channel {first} has {stored[first]:.9g}, not {expected[first]:.9g}"
+        return Explanation(Cause.ROUNDED_SCALES, text, first)
+    if scales_explain and _is_per_tensor(stored, examined):
+        return _per_tensor(examined)
+    if codes_fit or scales_explain:
+        return _step(stored, expected, wrong, codes_fit)
+    order = permutation(counts.found_rows, counts.expected_rows)
+    if order is not None and np.array_equal(stored, expected[order]):
+        cause = Cause.HEAD_ORDER if is_attention(tensor.record.name) else Cause.ROW_ORDER
+        return Explanation(
+            cause, describe_order(order, head), int((order != np.arange(len(order))).argmax())
+        )
+    share = examined.differing / max(1, examined.elements)
+    text = f"{share:.1%} of the codes and {len(wrong)} of {len(stored)} scales differ, first in channel {first}"
+    return Explanation(Cause.OTHER_REVISION, text, first)
+
+
+def scale_fault(examined: Examination) -> Explanation | None:
+    """Explains scales that the format forbids (a container with them cannot be opened), or returns None."""
+    stored, expected, record = examined.stored_scales, examined.scales, examined.record
+    if (
+        stored is None
+        or expected is None
+        or (isinstance(record, Int8Tensor) and record.rounding is not None)
+    ):
+        return None
+    bad = np.flatnonzero(~np.isfinite(stored))
+    if not len(bad):
+        return None
+    channel = int(bad[0])
+    with np.errstate(over="ignore"):
+        through = expected[channel].astype(np.float16)
+    kind = " (float16 ends at 65504)" if np.isinf(through) else ""
+    text = f"{len(bad)} scales are {stored[channel]}, first in channel {channel}, which needs {expected[channel]:.6g}{kind}"
+    return Explanation(Cause.SCALE_OVERFLOW if kind else Cause.WRONG_SCALE, text, channel)
+
+
+def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float32]) -> _Counts:
+    """Reads tensor and source once more and counts what each explanation fits."""
+    assert tensor.scales is not None
+    counts, faults, grid = _Counts(), list[CodecLLMError](), tensor.table.grid
+    by_row = isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row"
+    for part in decoded_parts(tensor, faults):
+        codes, tile, weights = part.codes, part.place, read_weights(source, grid, part.place)
+        weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
+        expected = repeated(weights, asked_steps(tensor, scales, tile), tensor)
+        own = repeated(weights, tile_steps(tensor, tile), tensor)
+        counts.elements += codes.size
+        counts.fit_expected += int(np.count_nonzero(codes == expected))
+        counts.fit_stored += int(np.count_nonzero(codes == own))
+        _count_shifts(counts, codes.reshape(-1), expected.reshape(-1))
+        if by_row and tile.cols == grid.cols:
+            counts.found_rows += row_digests(codes)
+            counts.expected_rows += row_digests(expected)
+    return counts
+
+
+def _count_shifts(
+    counts: _Counts, found: NDArray[np.signedinteger], expected: NDArray[np.signedinteger]
+) -> None:
+    """Counts, for each offset, the elements of a chunk that stand at that offset from their place."""
+    if found.size <= 2 * MAX_SHIFT:
+        return
+    inner = slice(MAX_SHIFT, found.size - MAX_SHIFT)
+    wrong = np.flatnonzero(found[inner] != expected[inner]) + MAX_SHIFT
+    counts.shiftable += len(wrong)
+    for shift in range(-MAX_SHIFT, MAX_SHIFT + 1):
+        if shift and len(wrong):
+            counts.shifts[shift] = counts.shifts.get(shift, 0) + int(
+                np.count_nonzero(found[wrong] == expected[wrong - shift])
+            )
+
+
+def _explain_codes(tensor: StoredTensor, examined: Examination, counts: _Counts) -> Explanation:
+    assert examined.first is not None
+    row, col = examined.first
+    channel = (
+        row
+        if isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row"
+        else col
+    )
+    shift, fitting = max(counts.shifts.items(), key=lambda item: item[1], default=(0, 0))
+    if counts.shiftable > 2 * MAX_SHIFT and fitting == counts.shiftable:
+        text = (
+            f"{examined.differing} codes differ and are those that stand {-shift:+d} elements away"
+        )
+        return Explanation(Cause.SHIFTED, text, channel)
+    text = f"{examined.differing} of {examined.elements} codes differ, first at row {row}, column {col}"
+    return Explanation(Cause.CORRUPTED_PAYLOAD, text, channel)
+
+
+def _narrower(stored: NDArray[np.float32], expected: NDArray[np.float32]) -> str | None:
+    for dtype, words in (("F16", "float16"), ("BF16", "bfloat16")):
+        through = float32_from_bits(bits_from_float32(expected, dtype), dtype)
+        if np.array_equal(stored, through):
+            return words
+    return None
+
+
+def _is_per_tensor(stored: NDArray[np.float32], examined: Examination) -> bool:
+    assert examined.absmax is not None
+    whole = channel_scales(examined.absmax.max(keepdims=True))
+    return len(stored) > 1 and bool((stored == whole[0]).all())
+
+
+def _per_tensor(examined: Examination) -> Explanation:
+    assert examined.absmax is not None and examined.scales is not None
+    outlier = int(examined.absmax.argmax())
+    largest = np.rint(examined.absmax / examined.absmax.max() * MAX_CODE)
+    weight, usual = float(examined.absmax[outlier]), max(float(np.median(examined.absmax)), 1e-38)
+    text = (
+        f"all {len(examined.absmax)} channels share the scale of channel {outlier}, whose largest weight {weight:.6g} is "
+        f"{weight / usual:.1f} times the median channel's: half of the channels use codes up to {np.median(largest):.0f} "
+        f"of {MAX_CODE}"
+    )
+    return Explanation(Cause.PER_TENSOR_SCALE, text, outlier)
+
+
+def _step(
+    stored: NDArray[Any], expected: NDArray[Any], wrong: NDArray[np.int64], codes_fit: bool
+) -> Explanation:
+    ratios = stored[wrong].astype(np.float64) / expected[wrong]
+    first, typical = int(wrong[0]), float(np.median(ratios))
+    spread = (
+        ""
+        if np.allclose(ratios, typical, rtol=1e-3)
+        else f" (from {ratios.min():.3g} to {ratios.max():.3g})"
+    )
+    where = "all channels" if len(wrong) == len(stored) else f"{len(wrong)} channels"
+    text = f"scales of {where} are {typical:.4g} times what the weights ask for{spread}, first in channel {first}"
+    if codes_fit:
+        return Explanation(Cause.WRONG_SCALE, f"{text}; the codes are right", first)
+    return Explanation(
+        Cause.COARSE_STEP if typical > 1 else Cause.WRONG_SCALE,
+        f"{text}; the codes fit these scales",
+        first,
+    )
+
+
+def _listed(channels: NDArray[np.int64]) -> str:
+    names = [str(channel) for channel in channels[:6].tolist()]
+    return ", ".join(names) + (", ..." if len(channels) > 6 else "")

@@ -1,0 +1,350 @@
+"""Stage 3: the loaded model's modules and weights against what the verifier computes itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from codecllm.converter.source.source import SourceModel
+from codecllm.formats.container import Container
+from codecllm.formats.errors import ModelMismatchError
+from codecllm.formats.manifest.records import Int8Tensor, RawTensor
+from codecllm.formats.stored_tensor import StoredTensor
+from codecllm.loader.resident.compressed_modules import CompressedWeight
+from codecllm.loader.resident.int8_modules import Int8Weight
+from codecllm.verifier.diagnosis.causes import Cause
+from codecllm.verifier.diagnosis.codes.rows import head_size
+from codecllm.verifier.diagnosis.examination import stored_record
+from codecllm.verifier.diagnosis.model.reference_model import codes_and_scales, source_tensor
+from codecllm.verifier.diagnosis.model.weight_autopsy import Suspect, explain_weight, same_bits
+from codecllm.verifier.report import Stage
+
+Replaced = Int8Weight | CompressedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a loaded model is compared with.
+
+    Attributes:
+        container: the container.
+        source: the model it was made from.
+        reference: the model class with weights that the reference decoded.
+    """
+
+    container: Container
+    source: SourceModel
+    reference: Any
+
+
+def check_loaded_model(
+    model: Any, resident: str, against: Comparison, stage: Stage
+) -> dict[str, Any]:
+    """Compares modules, scales, ties and every weight of a loaded model.
+
+    Args:
+        model: as the loader returned it.
+        resident: `dense`, `int8` or `compressed`.
+        against: the right model.
+        stage: receives the findings.
+
+    Returns:
+        The figures of this residency as JSON values.
+    """
+    names = _tensor_names(against)
+    expected = _expected_modules(against, names, resident)
+    replaced = {
+        name: module for name, module in model.named_modules() if isinstance(module, Replaced)
+    }
+    _check_replaced(model, resident, expected, replaced, stage)
+    for name, module in replaced.items():
+        if isinstance(module, Int8Weight):
+            _check_scale(name, module, stage)
+    _check_ties(model, against.reference, stage)
+    weights = _check_weights(model, against, names, stage)
+    return {
+        "resident": resident,
+        "modules_expected": len(expected),
+        "modules_replaced": len(replaced),
+        "weights": weights,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
+
+
+def _tensor_names(against: Comparison) -> dict[str, str]:
+    """Returns parameter name -> the container's name of the tensor that it is, for tensors of the same shape."""
+    prefix = str(getattr(against.reference, "base_model_prefix", ""))
+    shapes = {
+        name: list(value.shape)
+        for name, value in against.reference.state_dict(keep_vars=True).items()
+    }
+    found = {}
+    for name, record in against.container.records.items():
+        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if shapes.get(candidate) == record.shape:
+                found[candidate] = name
+                break
+    return found
+
+
+def _expected_modules(against: Comparison, names: dict[str, str], resident: str) -> set[str]:
+    """Returns the names of the modules that this residency replaces: plain linear layers and embeddings, whole tied groups."""
+    if resident == "dense":
+        return set()
+    parameters = dict(against.reference.named_parameters(remove_duplicate=False))
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, value in parameters.items():
+        groups[value.data_ptr()].append(name)
+    expected: set[str] = set()
+    for name, tensor in names.items():
+        record = stored_record(against.container, tensor)
+        by_row = not isinstance(record, Int8Tensor) or (
+            record.channel_kind == "row" and record.channel_axis == 0
+        )
+        if isinstance(record, RawTensor) or (
+            resident == "int8" and not (isinstance(record, Int8Tensor) and not record.wide)
+        ):
+            continue
+        group = groups[parameters[name].data_ptr()] if name in parameters else []
+        owners = [member.removesuffix(".weight") for member in group if member.endswith(".weight")]
+        if by_row and len(record.shape) == 2 and len(owners) == len(group) and owners:
+            modules = [against.reference.get_submodule(owner) for owner in owners]
+            if all(
+                type(module) is nn.Linear
+                or (type(module) is nn.Embedding and module.max_norm is None)
+                for module in modules
+            ):
+                expected.update(owners)
+    return expected
+
+
+def _check_replaced(
+    model: Any, resident: str, expected: set[str], replaced: dict[str, Any], stage: Stage
+) -> None:
+    kind = Int8Weight if resident == "int8" else CompressedWeight
+    present = dict(model.named_modules(remove_duplicate=False))
+    for name in sorted(expected):
+        inside = [other for other in replaced if other.startswith(f"{name}.")]
+        if inside:
+            kinds = ", ".join(type(replaced[other]).__name__ for other in inside)
+            what = f"module is {type(present[name]).__name__} around {kinds}"
+            _fail(stage, name, Cause.REPLACED_TWICE, f"{what}: replaced twice")
+        elif not isinstance(present.get(name), kind):
+            got = type(present[name]).__name__ if name in present else "nothing"
+            _fail(
+                stage,
+                name,
+                Cause.NOT_REPLACED,
+                f"resident {resident!r} replaces this module",
+                got=got,
+                expected=kind.__name__,
+            )
+    for name in sorted(replaced.keys() - expected):
+        if not any(name.startswith(f"{other}.") for other in expected):
+            _fail(
+                stage,
+                name,
+                Cause.REPLACED_TWICE,
+                f"resident {resident!r} does not replace this module, and it was replaced",
+            )
+    shared: dict[int, list[str]] = defaultdict(list)
+    for name, module in present.items():
+        if isinstance(module, Replaced):
+            shared[id(module)].append(name)
+    for owners in shared.values():
+        if len(owners) > 1:
+            _fail(
+                stage,
+                owners[1],
+                Cause.REPLACED_TWICE,
+                f"one module stands in {len(owners)} places: {', '.join(owners[:4])}",
+            )
+
+
+def _check_scale(name: str, module: Int8Weight, stage: Stage) -> None:
+    """Checks type, shape, device and values of the scales of an int8 module."""
+    scale, codes = module.weight_scale, module.codes
+    facts = [
+        ("dtype of the scales", scale.dtype, torch.float32, Cause.ROUNDED_SCALES),
+        (
+            "shape of the scales (one per row of the codes)",
+            list(scale.shape),
+            [codes.shape[0]],
+            Cause.SCALE_AXIS,
+        ),
+        ("device of the scales", scale.device, codes.device, Cause.WRONG_SCALE),
+        ("dtype of the codes", codes.dtype, torch.int8, Cause.WRONG_WEIGHT),
+    ]
+    if not torch.isfinite(scale).all():
+        channel = int((~torch.isfinite(scale.reshape(-1))).nonzero()[0])
+        text = (
+            f"scale of channel {channel} is {float(scale.reshape(-1)[channel])}, in {scale.dtype}"
+        )
+        _fail(stage, name, Cause.SCALE_OVERFLOW, text, channel=channel)
+    columns = module.weight_col_scale
+    if columns is not None:
+        facts += [
+            ("dtype of the scales of columns", columns.dtype, torch.float32, Cause.ROUNDED_SCALES),
+            (
+                "shape of the scales of columns",
+                list(columns.shape),
+                [codes.shape[1]],
+                Cause.SCALE_AXIS,
+            ),
+            ("device of the scales of columns", columns.device, codes.device, Cause.WRONG_SCALE),
+        ]
+    for what, got, expected, cause in facts:
+        if got != expected:
+            _fail(stage, name, cause, what, got=got, expected=expected)
+
+
+def _check_ties(model: Any, reference: Any, stage: Stage) -> None:
+    """Checks that parameters share memory where the right model's do, and only there."""
+
+    def groups(which: Any) -> dict[str, int]:
+        return {
+            name: _memory(which, name)
+            for name, _ in reference.named_parameters(remove_duplicate=False)
+        }
+
+    right, found = groups(reference), groups(model)
+    partners: dict[int, list[str]] = defaultdict(list)
+    for name, place in right.items():
+        partners[place].append(name)
+    for members in partners.values():
+        if len({found[name] for name in members}) > 1:
+            _fail(
+                stage,
+                members[1],
+                Cause.NOT_TIED,
+                f"not tied to {members[0]!r}: each has memory of its own",
+            )
+    owners: dict[int, str] = {}
+    for name, place in found.items():
+        other = owners.setdefault(place, name)
+        if place and other != name and right[other] != right[name]:
+            _fail(
+                stage,
+                name,
+                Cause.NOT_TIED,
+                f"shares memory with {other!r}, and the model does not tie them",
+            )
+
+
+def _memory(model: Any, name: str) -> int:
+    """Returns an address that tied parameters share, whatever form they lie in; 0 where there is none."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return 0
+    if isinstance(module, Int8Weight) and leaf == "weight":
+        return module.codes.data_ptr()
+    if isinstance(module, CompressedWeight) and leaf == "weight":
+        return id(module.tensor)
+    value = getattr(module, leaf, None)
+    return (
+        value.data_ptr()
+        if isinstance(value, torch.Tensor) and not value.is_meta and value.numel()
+        else 0
+    )
+
+
+def _check_weights(model: Any, against: Comparison, names: dict[str, str], stage: Stage) -> int:
+    """Compares every parameter and persistent buffer bit for bit; returns how many."""
+    right = against.reference.state_dict(keep_vars=True)
+    compared, seen = 0, set[tuple[int, str]]()
+    for name, value in right.items():
+        found = _loaded_value(model, name)
+        key = (value.data_ptr(), str(_memory(model, name)))
+        if key in seen and value.numel():
+            continue  # tied, and compared under its first name
+        seen.add(key)
+        if found is None:
+            if not _blamed(stage, name):
+                _fail(stage, name, Cause.NOT_REPLACED, "the loaded model lacks this parameter")
+        elif found.is_meta:
+            _fail(stage, name, Cause.ON_META, "the parameter is on the meta device: it has no data")
+        else:
+            compared += 1
+            cpu = found.detach().cpu()
+            if not same_bits(cpu, value.detach()):
+                _explain(cpu, name, value.detach(), model, against, names, stage)
+    return compared
+
+
+def _loaded_value(model: Any, name: str) -> torch.Tensor | None:
+    """Returns a parameter or buffer of the loaded model; a replaced module dequantizes or decodes it."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(owner), leaf, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _explain(
+    found: torch.Tensor,
+    name: str,
+    right: torch.Tensor,
+    model: Any,
+    against: Comparison,
+    names: dict[str, str],
+    stage: Stage,
+) -> None:
+    if found.dtype != right.dtype:
+        _fail(
+            stage,
+            name,
+            Cause.WRONG_WEIGHT,
+            "dtype of the weight",
+            got=found.dtype,
+            expected=right.dtype,
+        )
+        found = found.to(right.dtype)
+        if same_bits(found, right):
+            return
+    codes = scales = source = None
+    tensor = names.get(name)
+    if tensor is not None:
+        stored = against.container.tensor(tensor)
+        if isinstance(stored, StoredTensor) and isinstance(stored.record, Int8Tensor):
+            codes, scales = codes_and_scales(stored)
+        if tensor in against.source.tensors:
+            source = source_tensor(against.source.tensors[tensor])
+
+    def others(value: torch.Tensor) -> str | None:
+        return next((other for other in _alike(against.reference, value) if other != name), None)
+
+    if _blamed(stage, name):
+        return
+    head = head_size(getattr(model, "config", None))
+    explanation = explain_weight(Suspect(name, found, right, codes, scales, source, head, others))
+    error = ModelMismatchError(explanation.text, tensor=tensor or name)
+    stage.fail(
+        error, cause=explanation.cause, channel=explanation.channel, module=name.rpartition(".")[0]
+    )
+
+
+def _blamed(stage: Stage, name: str) -> bool:
+    """Whether a finding names the parameter's module already: what is wrong with its structure explains its weight."""
+    return any(finding.module == name.rpartition(".")[0] for finding in stage.findings)
+
+
+def _alike(reference: Any, value: torch.Tensor) -> Iterator[str]:
+    for name, other in reference.named_parameters():
+        if other.shape == value.shape and same_bits(other.detach(), value):
+            yield name
+
+
+def _fail(
+    stage: Stage, name: str, cause: Cause, text: str, *, channel: int | None = None, **facts: Any
+) -> None:
+    error = ModelMismatchError(f"module {name!r}: {text}", **facts)
+    stage.fail(error, cause=cause, channel=channel, module=name.removesuffix(".weight"))

@@ -1,0 +1,183 @@
+"""The model as it has to be: the class that the config names, with weights from the slow reference and nothing of the loader.
+
+Two sets of weights can be put in: what the container decodes to, and what the source quantizes to. They are the same where
+stage 1 found nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from codecllm.converter.source.source import SourceModel, SourceTensor
+from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.schemes.float_bits import bits_from_float32
+from codecllm.formats.schemes.int8 import dequantize
+from codecllm.formats.schemes.lossless import join_planes, word_dtype
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
+from codecllm.formats.tiling import Tile, default_grid
+from codecllm.loader.hf import adapter
+from codecllm.loader.hf.folder import read_config
+from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
+from codecllm.verifier.checks.rounding import is_repeatable, repeated
+from codecllm.verifier.diagnosis.examination import (
+    Examination,
+    asked_steps,
+    decoded_parts,
+    read_weights,
+    stored_record,
+)
+
+_FLOATS = ("BF16", "F16", "F32")
+
+
+def reference_tensors(container: Container, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns every tensor of a container as the reference decodes it, each in memory of its own: the model class ties.
+
+    Args:
+        container: the container, undamaged.
+        dtype: dtype to which int8 tensors are rounded, once; others keep their own.
+
+    Raises:
+        FormatError: a tensor is damaged.
+    """
+    return {
+        name: _decoded(container, stored_record(container, name).name, dtype)
+        for name in container.records
+    }
+
+
+def requantized_tensors(
+    container: Container, source: SourceModel, examined: dict[str, Examination], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Returns what the container would have to decode to: the source's tensors, quantized again where the container's are.
+
+    A tensor whose codes do not follow from its steps is the container's own: its rounding cannot be repeated.
+    """
+    made: dict[str, torch.Tensor] = {}
+    for name in container.records:
+        record, one, tensor = stored_record(container, name), examined[name], source.tensors[name]
+        if isinstance(record, Int8Tensor) and one.scales is not None and not one.not_finite:
+            stored = container.tensor(name)
+            assert isinstance(stored, StoredTensor)
+            if is_repeatable(record):
+                made[name] = _requantized(stored, tensor, one.scales, dtype)
+            else:  # no other rounding can be repeated without what chose it
+                made[name] = _decoded(container, record.name, dtype)
+        else:
+            made[name] = source_tensor(tensor)
+    return made
+
+
+def source_tensor(tensor: SourceTensor) -> torch.Tensor:
+    """Returns a tensor of the source, bit for bit."""
+    data = bytearray(tensor.read_bytes(0, tensor.entry.bytes))
+    dtype = torch_dtype(tensor.dtype.name, tensor.name)
+    return (
+        torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
+        if data
+        else torch.empty(tensor.shape, dtype=dtype)
+    )
+
+
+def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """Returns the container's model class with the given weights, in evaluation mode."""
+    config = read_config(container.folder)
+    adapter.strip_quantization(config)
+    with adapter.silenced(), adapter.without_progress_bars():
+        model = adapter.model_class(config).from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype
+        )
+    return model.eval()
+
+
+def parameters_of_config(container: Container) -> int:
+    """Returns how many parameters the config's model has; it is built without data, so a wrong config costs no memory."""
+    config = read_config(container.folder)
+    adapter.strip_quantization(config)
+    with torch.device("meta"):
+        model = adapter.model_class(config)(config)
+    return sum(value.numel() for value in model.parameters())
+
+
+def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tensor:
+    tensor = container.tensor(name)
+    if isinstance(tensor, PlainTensor):
+        own = torch_dtype(tensor.record.dtype, name)
+        data = tensor.read()
+        return (
+            torch.frombuffer(data, dtype=own).reshape(tensor.record.shape)
+            if data
+            else torch.empty(tensor.record.shape, dtype=own)
+        )
+    record, grid = tensor.record, tensor.table.grid
+    int8 = isinstance(record, Int8Tensor)
+    target = _target(dtype) if int8 else record.dtype
+    words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))
+    faults: list[Any] = []
+    for part in decoded_parts(tensor, faults):
+        tile = part.place
+        if int8:
+            _put(
+                words,
+                tile,
+                bits_from_float32(dequantize(part.codes, tile_steps(tensor, tile)), target),
+            )
+        else:
+            joined = join_planes([plane.reshape(-1) for plane in part.planes], DTYPES[record.dtype])
+            _put(words, tile, joined.reshape(tile.rows, tile.cols))
+    if faults:
+        raise faults[0]
+    return _as_torch(words, target, record.shape, dtype if int8 else None)
+
+
+def _requantized(
+    stored: StoredTensor, tensor: SourceTensor, scales: NDArray[np.float32], dtype: torch.dtype
+) -> torch.Tensor:
+    grid = default_grid(stored.table.grid.rows, stored.table.grid.cols)
+    target = _target(dtype)
+    words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))
+    for tile in grid:
+        own = asked_steps(stored, scales, tile)
+        codes = repeated(read_weights(tensor, grid, tile), own, stored)
+        _put(words, tile, bits_from_float32(dequantize(codes, own), target))
+    return _as_torch(words, target, stored.record.shape, dtype)
+
+
+def codes_and_scales(tensor: StoredTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the codes of an int8 tensor [rows, cols], int8 or (wide) int16, and its steps.
+
+    Steps are float32 [rows, 1] or [1, cols], or [rows, cols] where columns have scales.
+    """
+    grid = tensor.table.grid
+    codes = np.empty((grid.rows, grid.cols), np.int16 if tensor.wide else np.int8)
+    faults: list[Any] = []
+    for part in decoded_parts(tensor, faults):
+        _put(codes, part.place, part.codes)
+    if faults:
+        raise faults[0]
+    return torch.from_numpy(codes), torch.from_numpy(
+        tile_steps(tensor, Tile(0, 0, grid.rows, grid.cols)).copy()
+    )
+
+
+def _put(words: NDArray[Any], tile: Tile, values: NDArray[Any]) -> None:
+    words[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] = values
+
+
+def _target(dtype: torch.dtype) -> str:
+    name = DTYPE_NAMES.get(dtype, "F32")
+    return name if name in _FLOATS else "F32"
+
+
+def _as_torch(
+    words: NDArray[Any], dtype: str, shape: list[int], cast: torch.dtype | None
+) -> torch.Tensor:
+    signed = torch.from_numpy(words.reshape(-1).view(np.uint8))
+    tensor = signed.view(torch_dtype(dtype)).reshape(shape)
+    return tensor if cast is None else tensor.to(cast)

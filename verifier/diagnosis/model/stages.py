@@ -1,0 +1,318 @@
+"""Stages 3 to 5: everything that needs models in memory, at most two large ones at a time."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from typing import Any
+
+from codecllm.converter.source.source import SourceModel
+from codecllm.formats.container import Container
+from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, UsageError
+from codecllm.formats.manifest.manifest import BASELINE_NAME
+from codecllm.loader import from_pretrained
+from codecllm.loader.hf import adapter
+from codecllm.verifier.baseline import model_output as output
+from codecllm.verifier.baseline.record import parse_baseline
+from codecllm.verifier.baseline.runs import compare_with_record
+from codecllm.verifier.diagnosis.causes import Cause
+from codecllm.verifier.diagnosis.diagnosis import RESIDENTS, DiagnoseOptions, Resident
+from codecllm.verifier.diagnosis.examination import Examination
+from codecllm.verifier.diagnosis.model import layer_outputs as layers
+from codecllm.verifier.diagnosis.model import text
+from codecllm.verifier.diagnosis.model.loaded_model import Comparison, check_loaded_model
+from codecllm.verifier.diagnosis.model.reference_model import (
+    build_model,
+    parameters_of_config,
+    reference_tensors,
+    requantized_tensors,
+)
+from codecllm.verifier.report import Stage
+
+TOO_LARGE = 2
+"""A model with so many times the container's weights is not built."""
+
+
+class ModelStages:
+    """The stages that run models, in order; each uses what the one before left.
+
+    Stage 3 holds the reference and one loaded model, the others the source and the loaded one.
+    """
+
+    def __init__(
+        self,
+        container: Container,
+        source: SourceModel,
+        examined: dict[str, Examination],
+        options: DiagnoseOptions,
+    ) -> None:
+        self._container, self._source, self._examined, self._options = (
+            container,
+            source,
+            examined,
+            options,
+        )
+        self._model: Any = None
+        self._reference: Any = None
+        self._plain: Any = None
+        self._coder: output.PromptCoder | None = None
+        self._spoken: dict[tuple[int, ...], list[int]] = {}
+        self._why_not = ""
+
+    def check_loaded(self, stage: Stage) -> None:
+        """Loads the container in every residency and compares each with the reference; keeps the chosen one."""
+        if self._is_too_large(stage):
+            return
+        order = [resident for resident in RESIDENTS if resident != self._options.resident] + [
+            self._options.resident
+        ]
+        facts, words = [], []
+        for resident in order:
+            model = self._load(resident, stage)
+            if model is None:
+                continue
+            if self._reference is None:
+                self._reference = build_model(
+                    self._container, reference_tensors(self._container, model.dtype), model.dtype
+                )
+            against = Comparison(self._container, self._source, self._reference)
+            before = len(stage.findings)
+            facts.append(check_loaded_model(model, resident, against, stage))
+            same = (
+                "all as the verifier computes them"
+                if len(stage.findings) == before
+                else "not all right"
+            )
+            words.append(f"{resident}: {facts[-1]['modules_replaced']} of {facts[-1]['modules_expected']} modules replaced, "
+                         f"{facts[-1]['weights']} weights {same}")  # fmt: skip
+            if resident == self._options.resident:
+                self._model = model
+            del model
+            gc.collect()
+        stage.facts = {"residencies": facts}
+        stage.summary = "; ".join(words)
+        if not facts and not stage.findings:
+            stage.skipped, stage.summary = True, self._why_not
+
+    def check_layers(self, stage: Stage, *, explained: bool) -> None:
+        """Runs the prompt through reference, loaded model and source, and names the first departure.
+
+        Args:
+            stage: receives findings and figures.
+            explained: whether a stage before has found a fault.
+        """
+        if self._model is None or self._reference is None:
+            _skip(stage, self._why_not or "no model was loaded")
+            return
+        names = layers.layer_names(self._reference)
+        self._coder = output.PromptCoder(self._source.folder, self._model.config)
+        tokens = layers.prompt_of(self._coder.prompts()[-1].tokens, self._model.config)
+        if any(one.differs for one in self._examined.values()):
+            self._reference = None
+            gc.collect()
+            right = requantized_tensors(
+                self._container, self._source, self._examined, self._model.dtype
+            )
+            self._reference = build_model(self._container, right, self._model.dtype)
+            del right
+        self._reference.to(self._model.device)
+        try:
+            reference = layers.run_model(self._reference, tokens, names)
+        except Exception as exc:  # whatever a model class raises when it is run on plain text
+            self._why_not = f"the model cannot be run on plain text ({_one_line(exc)})"
+            _skip(stage, self._why_not)
+            return
+        try:
+            loaded = layers.run_model(self._model, tokens, names)
+        except Exception as exc:
+            self._why_not = "the loaded model cannot be run"
+            stage.fail(
+                ModelMismatchError(f"the loaded model cannot be run: {_one_line(exc)}"),
+                cause=Cause.COMPUTATION,
+            )
+            return
+        at_once = (
+            len(tokens) if self._model.device.type == "cpu" else 1
+        )  # a GPU's kernels round in an order of their own
+        slack = layers.slack_for(self._options.resident, at_once)
+        for layer in layers.suspects(reference, loaded, self._model.dtype):
+            place = layers.name_departure(
+                self._reference, self._model, tokens, layer, explained, slack, stage
+            )
+            if place is not None:
+                stage.facts["first_departure"] = place
+                break
+        self._check_cached(tokens, stage)
+        self._reference = None
+        gc.collect()
+        self._compare_with_source(reference, loaded, tokens, names, stage)
+
+    def _check_cached(self, tokens: list[int], stage: Stage) -> None:
+        """Runs the end of the prompt again, token by token, where the whole prompt at once was right."""
+        count = min(layers.CACHED_TOKENS, len(tokens) - 1)
+        if "first_departure" in stage.facts or count < 1 or not output.generates(self._reference):
+            return
+        slack = layers.slack_for(self._options.resident, 1)
+        try:
+            place = layers.name_cached_departure(
+                self._reference, self._model, tokens, count, slack, stage
+            )
+        except (
+            Exception
+        ):  # the right model itself does not go on from a prompt: there is nothing to compare with
+            return
+        stage.facts["cached_tokens"] = count
+        if place is not None:
+            stage.facts["first_departure"] = {**place, "cached": True}
+
+    def check_text(self, stage: Stage) -> None:
+        """Lets source and loaded model speak and compares."""
+        if self._plain is None or self._coder is None:
+            _skip(stage, self._why_not or "no model was loaded")
+            return
+        own = output.PromptCoder(self._container.folder, self._model.config)
+        text.check_tokenizers(
+            self._coder, own, (self._source.folder, self._container.folder), stage
+        )
+        script = text.write_script(self._coder, self._options.prompts, self._options.text)
+        source = text.listen(self._plain, script)
+        count = self._options.first_layers
+        speaker = (
+            layers.first_layers_of(self._plain, self._model, count)
+            if count is not None
+            else nullcontext(self._model)
+        )
+        with speaker as model:
+            loaded = text.listen(model, script, source)
+        if count is None and loaded.tokens:
+            self._spoken = {
+                tuple(prompt.tokens): said
+                for prompt, said in zip(script.prompts, loaded.tokens, strict=True)
+            }
+        lossless = (
+            not any(one.scales is not None for one in self._examined.values())
+            and self._model.dtype == self._plain.dtype
+        )
+        text.compare_text(script, source, loaded, (self._coder, own), lossless, stage)
+        if count is not None:
+            stage.facts["first_layers"] = count
+            stage.summary = f"first {count} layers from the container: {stage.summary}"
+        self._plain = None
+        gc.collect()
+
+    def check_baseline(self, stage: Stage) -> None:
+        """Compares the loaded model with the record that the conversion left."""
+        record = self._container.manifest.file(BASELINE_NAME)
+        if self._model is None or record is None:
+            _skip(stage, "the container has no baseline" if record is None else self._why_not)
+            return
+        baseline = parse_baseline(self._container.read_side_file(record))
+        if baseline.kind == "none":
+            _skip(stage, str(baseline.reason))
+            return
+        before = len(stage.findings)
+        try:
+            compare_with_record(self._model, baseline, stage, self._spoken)
+        except FormatError:
+            raise
+        except CodecLLMError as exc:
+            stage.fail(exc)
+        if len(stage.findings) > before:
+            stage.summary = f"{len(baseline.greedy) + len(baseline.hidden)} recorded prompts"
+        stage.findings[before:] = [
+            type(one)(one.error, Cause.TEXT_DIFFERS) for one in stage.findings[before:]
+        ]
+
+    def close(self) -> None:
+        """Drops the models."""
+        self._model = self._reference = self._plain = None
+
+    def _is_too_large(self, stage: Stage) -> bool:
+        """Whether the config's model is much larger than what the container holds: loading would make up the rest in memory."""
+        held = sum(record.elements for record in self._container.manifest.tensors)
+        try:
+            wanted = parameters_of_config(self._container)
+        except Exception:  # no such class, or a config that it does not take: loading says so
+            return False
+        if wanted <= TOO_LARGE * held:
+            return False
+        self._why_not = "no model was loaded"
+        error = ModelMismatchError(
+            "the config describes a larger model: parameters",
+            got=held,
+            expected=wanted,
+            file="config.json",
+        )
+        stage.fail(error, cause=Cause.LOAD_FAILED)
+        return True
+
+    def _load(self, resident: Resident, stage: Stage) -> Any:
+        """Returns the loaded model, or None where this residency does not apply or loading failed."""
+        load = self._options.load or from_pretrained
+        try:
+            with adapter.without_progress_bars():
+                return load(self._container.folder, resident=resident)
+        except UsageError as exc:  # no tensor that this residency would keep
+            self._why_not = exc.message
+        except Exception as exc:
+            self._why_not = "no model was loaded"
+            error = (
+                exc
+                if isinstance(exc, CodecLLMError)
+                else ModelMismatchError(f"loading failed: {_one_line(exc)}")
+            )
+            stage.fail(error, cause=Cause.LOAD_FAILED)
+        return None
+
+    def _compare_with_source(
+        self,
+        reference: layers.Run,
+        loaded: layers.Run,
+        tokens: list[int],
+        names: list[str],
+        stage: Stage,
+    ) -> None:
+        with adapter.without_progress_bars():
+            self._plain = adapter.load_plain(self._source.folder).to(self._model.device).eval()
+        source = layers.run_model(self._plain, tokens, names)
+        rows = layers.compare_layers(source, reference, loaded)
+        stage.facts |= {"tokens": len(tokens), "layers": rows}
+        stage.facts["logits"] = {
+            "relative_error": layers.relative_error(source.logits, loaded.logits),
+            "cosine": layers.cosine(source.logits, loaded.logits),
+        }
+        if output.generates(self._plain):
+            stage.facts["bisect"] = layers.bisect(
+                self._plain,
+                self._model,
+                tokens,
+                lambda logits: float(text.kl_per_position(source.logits, logits).nanmean()),
+            )
+        lost = next((row for row in rows if row["not_finite"] > row["not_finite_in_source"]), None)
+        if lost is not None and not stage.findings:
+            error = ModelMismatchError(
+                f"layer {lost['name']!r} gives {lost['not_finite']} NaN or infinite values"
+            )
+            stage.fail(error, cause=Cause.PRECISION, module=lost["name"])
+        if rows:
+            worst = max(rows, key=lambda row: row["relative_error"])
+            same = sum(row["off_reference"] == 0 for row in rows)
+            again = (
+                f", {stage.facts['cached_tokens']} of them again one at a time"
+                if "cached_tokens" in stage.facts
+                else ""
+            )
+            stage.summary = (
+                f"{len(rows)} layers on {len(tokens)} tokens{again}: {same} give the reference's bits; against the source the "
+                f"largest relative error is {worst['relative_error']:.2e} (layer {worst['name']}), logits' cosine "
+                f"{stage.facts['logits']['cosine']:.6f}"
+            )
+
+
+def _one_line(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+
+
+def _skip(stage: Stage, reason: str) -> None:
+    stage.skipped = True
+    stage.summary = reason

@@ -1,0 +1,327 @@
+"""Stage 5: what source and loaded model say: text side by side, divergence per token, perplexity, undecodable bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codecllm.formats.errors import BaselineError, ModelMismatchError
+from codecllm.verifier.baseline import model_output as output
+from codecllm.verifier.baseline.prompts import PROMPTS
+from codecllm.verifier.diagnosis.causes import Cause
+from codecllm.verifier.diagnosis.model.sample_text import SAMPLE_TEXT
+from codecllm.verifier.report import Stage
+
+UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer writes for bytes that are no UTF-8."""
+
+PERPLEXITY_TOKENS = 1024
+WINDOW_TOKENS = 512
+MAX_KL, MIN_TOP1 = 0.1, 0.9
+"""Mean divergence in nats above which, together with a top-1 agreement below, precision itself is called the fault."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+@dataclass(slots=True)
+class Spoken:
+    """What one model said.
+
+    Attributes:
+        tokens: per prompt, its greedy continuation (models that generate).
+        logits: per prompt, float32 [positions, vocabulary] along the source's continuation, or the first output.
+        nll: negative log-likelihood in nats of each token of the text; empty where it cannot be computed.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float | None:
+        """Exponential of the mean negative log-likelihood, or None without a text."""
+        return math.exp(min(700.0, sum(self.nll) / len(self.nll))) if self.nll else None
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What is said to both models: prompts and text as tokens of the source's tokenizer."""
+
+    prompts: list[output.PromptTokens]
+    text: list[int]
+
+
+def write_script(
+    coder: output.PromptCoder, prompts: Sequence[str] | None, text: str | None
+) -> Script:
+    """Returns prompts (None: the fixed ones of the baseline) and a text (None: the built-in one) as tokens."""
+    tokens = coder.encode(SAMPLE_TEXT if text is None else text)
+    return Script(coder.prompts(prompts or PROMPTS), tokens[:PERPLEXITY_TOKENS])
+
+
+def listen(model: Any, script: Script, along: Spoken | None = None) -> Spoken:
+    """Runs a model on a script.
+
+    Args:
+        model: source or loaded model.
+        script: what to say.
+        along: the source's answers, along whose continuations the logits are taken; None: along its own.
+    """
+    said = Spoken()
+    if not output.generates(model):
+        said.logits = [output.first_output(model, prompt) for prompt in script.prompts]
+        return said
+    for number, prompt in enumerate(script.prompts):
+        tokens = output.greedy_tokens(model, prompt)
+        said.tokens.append(tokens)
+        said.logits.append(
+            output.continuation_logits(
+                model, prompt, along.tokens[number] if along is not None else tokens
+            )
+        )
+    if not model.config.is_encoder_decoder:
+        said.nll = negative_log_likelihood(model, script.text)
+    return said
+
+
+def negative_log_likelihood(model: Any, tokens: list[int]) -> list[float]:
+    """Returns the negative log-likelihood in nats of tokens, in windows that fit the model; each window's first is left out."""
+    longest = int(
+        getattr(model.config.get_text_config(), "max_position_embeddings", 0) or WINDOW_TOKENS
+    )
+    window, values = min(WINDOW_TOKENS, longest), list[float]()
+    for first in range(0, len(tokens) - 1, window):
+        part = torch.tensor([tokens[first : first + window]], device=model.device)
+        if part.shape[1] < 2:
+            break
+        with torch.inference_mode():
+            logits = model(input_ids=part, use_cache=False).logits[0, :-1].to("cpu", torch.float32)
+        chosen = torch.log_softmax(logits.double(), -1).gather(1, part[0, 1:].cpu()[:, None])[:, 0]
+        values += (-chosen).tolist()
+    return values
+
+
+def kl_per_position(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns KL(base || other) in nats at each position, from logits [positions, vocabulary]; NaN where one is not finite."""
+    p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
+    return torch.nansum(p.exp() * (p - q), -1).where(
+        torch.isfinite(base).all(-1) & torch.isfinite(other).all(-1), torch.nan
+    )
+
+
+def check_tokenizers(
+    source: output.PromptCoder,
+    container: output.PromptCoder,
+    folders: tuple[Path, Path],
+    stage: Stage,
+) -> None:
+    """Compares what the tokenizers of source and container make of the same texts."""
+    texts = [*PROMPTS, SAMPLE_TEXT]
+    for text in texts:
+        theirs, ours = source.encode(text), container.encode(text)
+        if theirs == ours and source.decode(theirs) == container.decode(theirs):
+            continue
+        if bool(theirs) != bool(ours):
+            which = "container" if theirs else "source"
+            raise_text = f"the {which} has no usable tokenizer, the other one has"
+        elif theirs == ours:
+            raise_text = f"the same tokens are another text: {container.decode(theirs)[:40]!r} for {source.decode(theirs)[:40]!r}"
+        else:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
+                min(len(theirs), len(ours)),
+            )
+            raise_text = f"{text[:30]!r} becomes other tokens from token {place} on"
+            error = ModelMismatchError(
+                raise_text, got=ours[place : place + 4], expected=theirs[place : place + 4]
+            )
+            stage.fail(error.located(file=_other_file(folders)), cause=Cause.WRONG_TOKENIZER)
+            return
+        stage.fail(
+            ModelMismatchError(raise_text, file=_other_file(folders)), cause=Cause.WRONG_TOKENIZER
+        )
+        return
+
+
+def compare_text(
+    script: Script,
+    source: Spoken,
+    loaded: Spoken,
+    coders: tuple[output.PromptCoder, output.PromptCoder],
+    lossless: bool,
+    stage: Stage,
+) -> None:
+    """Compares what both models said.
+
+    Args:
+        script: what they were told.
+        source: the source's answers.
+        loaded: the loaded model's, its logits along the source's continuations.
+        coders: tokenizers of source and container.
+        lossless: whether every weight is the source's, so that every difference is a fault.
+        stage: receives findings and figures.
+    """
+    if not source.tokens:
+        _compare_outputs(source, loaded, lossless, stage)
+        return
+    prompts, kls, hits, places = [], list[float](), 0, 0
+    for number, prompt in enumerate(script.prompts):
+        base, other = source.tokens[number], loaded.tokens[number]
+        first = next((i for i, (a, b) in enumerate(zip(base, other, strict=False)) if a != b), None)
+        kl = kl_per_position(source.logits[number], loaded.logits[number])
+        hits += int((source.logits[number].argmax(-1) == loaded.logits[number].argmax(-1)).sum())
+        places += len(kl)
+        kls += kl.tolist()
+        prompts.append(
+            {
+                "prompt": prompt.text,
+                "source": coders[0].decode(base),
+                "loaded": coders[1].decode(other),
+                "first_differing_token": first,
+                "kl": [_plain(value) for value in kl.tolist()],
+                "undecodable_in_source": coders[0]
+                .decode(base)
+                .rstrip(UNDECODABLE)
+                .count(UNDECODABLE),
+                "undecodable_in_loaded": coders[1]
+                .decode(other)
+                .rstrip(UNDECODABLE)
+                .count(UNDECODABLE)
+                + _tail(coders[1].decode(other)),
+            }
+        )
+    finite = [value for value in kls if math.isfinite(value)]
+    facts = {
+        "prompts": prompts,
+        "mean_kl": sum(finite) / len(finite) if finite else None,
+        "top1": hits / max(1, places),
+        "same_text": sum(row["first_differing_token"] is None for row in prompts)
+        / max(1, len(prompts)),
+        "perplexity_of_source": _plain(source.perplexity),
+        "perplexity_of_loaded": _plain(loaded.perplexity),
+        "text_tokens": len(loaded.nll),
+    }
+    stage.facts |= facts
+    _judge(facts, len(kls) - len(finite), lossless, stage)
+    stage.summary = _summary(facts)
+
+
+def _tail(text: str) -> int:
+    """Undecodable characters at the end beyond the one that a character cut in half leaves there."""
+    return max(0, len(text) - len(text.rstrip(UNDECODABLE)) - 1)
+
+
+def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> None:
+    if lost:
+        stage.fail(
+            BaselineError(f"logits are NaN or infinite at {lost} positions"), cause=Cause.PRECISION
+        )
+    far = facts["mean_kl"] is None or (facts["mean_kl"] > MAX_KL and facts["top1"] < MIN_TOP1)
+    for number, row in enumerate(facts["prompts"]):
+        if far and row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:
+            text = (
+                f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} undecodable bytes in the loaded "
+                f"model's text (shown as {UNDECODABLE}), {row['undecodable_in_source']} in the source's; first differing token "
+                f"{row['first_differing_token']}"
+            )
+            stage.fail(BaselineError(text), cause=Cause.UNDECODABLE)
+    different = [
+        number
+        for number, row in enumerate(facts["prompts"])
+        if row["first_differing_token"] is not None
+    ]
+    if lossless and (different or facts["mean_kl"]):
+        place = (
+            f"prompt {different[0]} from token {facts['prompts'][different[0]]['first_differing_token']} on"
+            if different
+            else "the logits"
+        )
+        error = BaselineError(
+            f"the container is lossless and says something else than its source: {place}",
+            got=f"mean KL {facts['mean_kl']:.2e}",
+        )
+        stage.fail(error, cause=Cause.TEXT_DIFFERS)
+    elif far and facts["mean_kl"] is not None:
+        text = f"mean KL {facts['mean_kl']:.3f} nats, top-1 agreement {facts['top1']:.1%} against the source"
+        stage.fail(
+            BaselineError(text, expected=f"at most {MAX_KL} nats or at least {MIN_TOP1:.0%}"),
+            cause=Cause.PRECISION,
+        )
+
+
+def _compare_outputs(source: Spoken, loaded: Spoken, lossless: bool, stage: Stage) -> None:
+    """Compares the first outputs of models that do not generate."""
+    cosines = [
+        float(
+            torch.nn.functional.cosine_similarity(a.double().reshape(-1), b.double().reshape(-1), 0)
+        )
+        for a, b in zip(source.logits, loaded.logits, strict=True)
+    ]
+    same = all(torch.equal(a, b) for a, b in zip(source.logits, loaded.logits, strict=True))
+    worst = min(cosines)
+    stage.facts |= {"cosines": [_plain(value) for value in cosines], "same_outputs": same}
+    stage.summary = f"the model does not generate; smallest cosine of its output to the source's on {len(cosines)} prompts: {worst:.6f}"
+    if lossless and not same:
+        stage.fail(
+            BaselineError(
+                "the container is lossless and its model's output is not the source's", got=worst
+            ),
+            cause=Cause.TEXT_DIFFERS,
+        )
+    elif not worst > MIN_TOP1:
+        stage.fail(
+            BaselineError(
+                "output is far from the source's: cosine", got=worst, expected=f"above {MIN_TOP1}"
+            ),
+            cause=Cause.PRECISION,
+        )
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    same = sum(row["first_differing_token"] is None for row in facts["prompts"])
+    kl = "not finite" if facts["mean_kl"] is None else f"{facts['mean_kl']:.2e} nats"
+    text = f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per token, top-1 {facts['top1']:.1%}"
+    if facts["perplexity_of_source"] is not None and facts["perplexity_of_loaded"] is not None:
+        perplexities = f"{facts['perplexity_of_source']:.3f} -> {facts['perplexity_of_loaded']:.3f}"
+        text += f"; perplexity {perplexities} on {facts['text_tokens']} tokens"
+    bad = [
+        sum(row[f"undecodable_in_{which}"] for row in facts["prompts"])
+        for which in ("source", "loaded")
+    ]
+    return (
+        f"{text}; {bad[1]} undecodable bytes in its text, {bad[0]} in the source's"
+        if any(bad)
+        else text
+    )
+
+
+def _other_file(folders: tuple[Path, Path]) -> str | None:
+    """Returns the first tokenizer file that differs between two folders."""
+    for name in _TOKENIZER_FILES:
+        digests = [
+            hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            if (folder / name).exists()
+            else None
+            for folder in folders
+        ]
+        if digests[0] != digests[1]:
+            return name
+    return None
+
+
+def _plain(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
