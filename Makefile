@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu unit test-oldest matrix lint bench clean
+.PHONY: help setup demo test test-gpu unit test-oldest matrix lint metrics bench clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ lint: $(READY) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --config-file pyproject.toml -p codecllm
+
+metrics: ## Print the figures of words, density, files, imports and documents beside their bars.
+	$(PYTHON) -m tools.metrics
 
 bench: $(READY) ## Measure convert and load against their floors, and peak memory.
 	$(BIN)/python -m benchmarks.run

@@ -12,9 +12,10 @@ import pytest
 
 from codecllm.converter import ConvertOptions, convert
 from codecllm.converter.conversion import plan_conversion
+from codecllm.converter.rate import feedback
 from codecllm.converter.rate.feedback import RIDGE, Feedback, factor_of, refined_codes, shrinkage
 from codecllm.converter.rate.products import InputProducts
-from codecllm.converter.rate.search import Target, feedback, fit
+from codecllm.converter.rate.search import Target, fit
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_tensor_bytes
