@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu unit test-oldest matrix lint metrics bench clean
+.PHONY: help setup demo test test-gpu unit test-oldest matrix lint metrics docs bench clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ lint: $(READY) ## Check style and types.
 
 metrics: ## Print the figures of words, density, files, imports and documents beside their bars.
 	$(PYTHON) -m tools.metrics
+
+docs: $(READY) ## Build the documentation site into build/site; warnings are errors.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(READY) ## Measure convert and load against their floors, and peak memory.
 	$(BIN)/python -m benchmarks.run
