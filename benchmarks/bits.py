@@ -34,6 +34,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.int8 import join_codes
+from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.formats.stored_tensor import StoredTensor, sound
 from codecllm.loader.hf import adapter as transformers_adapter
 from codecllm.quality import stepped_tensors
@@ -87,7 +88,7 @@ def measure(
     weights = sum(record.elements for record in quantized)
     with Container(report.out) as container:
         gap = math.fsum(_bits_over_entropy(container, record) for record in quantized)
-    side = 8 * sum(record.scale_bytes for record in quantized)
+    side = 8 * sum(scale_bytes(record) for record in quantized)
     return Row(
         calibrated,
         asked,

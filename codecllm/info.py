@@ -11,6 +11,7 @@ from rich.table import Table
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.manifest import Manifest
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, RawTensor, TensorRecord
+from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.hub import open_remote, resolve
 
 
@@ -131,7 +132,7 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
         )
         row["entropy_bits"] = sum(plane.entropy_bits for plane in record.planes)
     if isinstance(record, Int8Tensor):
-        scales = record.scale_bytes
+        scales = scale_bytes(record)
         row["stored_bytes"] += scales
         row["entropy_bits"] += 8 * scales
         row["worst_error"], row["scale_range"] = record.worst_error, record.scale_range

@@ -50,9 +50,9 @@ from codecllm.formats.manifest.records import (
     ShardRecord,
     Source,
     TensorRecord,
-    side_names,
 )
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
+from codecllm.formats.shards.side_tensors import side_names
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -282,12 +282,22 @@ def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
 
 
 def _check_side_names(plans: list[TensorPlan]) -> None:
-    """Refuses `X` beside `X_col`: the scales of the columns of one would have the name of the other's own scales."""
-    names = {plan.source.name for plan in plans if plan.scheme == "int8"}
+    """Refuses tensors whose side tensors may get the same name, as the column scales of `X` and the scales of `X_col`."""
+    names: dict[str, TensorPlan] = {}
     for plan in plans:
-        if plan.steppable and f"{plan.source.name}_col" in names:
-            text = f"its side tensor {plan.source.name}_col_scale would also be that of another tensor; --exclude one of them"
-            raise SourceError(text, file=plan.source.file.name, tensor=plan.source.name)
+        if plan.scheme == "raw":
+            continue
+        for side in plan.possible_sides:
+            name = side.name_for(plan.source.name)
+            other = names.setdefault(name, plan)
+            if other is not plan:
+                text = f"side tensor {name} would belong to two tensors; --exclude one of them"
+                raise SourceError(
+                    text,
+                    file=plan.source.file.name,
+                    tensor=plan.source.name,
+                    got=f"also {other.source.name}",
+                )
 
 
 def _unmatched(patterns: Sequence[str], model: SourceModel) -> list[str]:
@@ -388,24 +398,12 @@ def planned_entries(plans: list[TensorPlan]) -> list[PlannedTensor]:
             planned.append(PlannedTensor(source.name, source.dtype, source.shape, bound))
             continue
         planned.append(PlannedTensor(source.name, DTYPES["U8"], (bound,), bound))
-        if plan.scheme == "int8":
-            longest = "BF16" if plan.steppable else "F32"
-            planned.append(
-                PlannedTensor(source.name + "_scale", DTYPES[longest], (plan.channels,), 0)
-            )
-        if plan.steppable and plan.kind == "row":
-            planned.append(
-                PlannedTensor(source.name + "_col_scale", DTYPES["BF16"], (plan.matrix[1],), 0)
-            )
-            planned.append(
-                PlannedTensor(source.name + "_col_group", DTYPES["U8"], (plan.matrix[1],), 0)
-            )
-        planned.append(
-            PlannedTensor(source.name + "_shape", DTYPES["I64"], (len(source.shape),), 0)
-        )
-        planned.append(PlannedTensor(source.name + "_chunks", DTYPES["U8"], (bound,), 0))
-        if plan.codec == "rans":
-            planned.append(PlannedTensor(source.name + "_tables", DTYPES["U8"], (bound,), 0))
+        layout = plan.longest_layout
+        for side in plan.possible_sides:
+            length = side.length(layout)
+            shape = (bound if length is None else length,)
+            dtype = DTYPES[side.dtype(layout)]
+            planned.append(PlannedTensor(side.name_for(source.name), dtype, shape, 0))
     return planned
 
 

@@ -31,13 +31,23 @@ from codecllm.formats.manifest.records import (
     FileRecord,
     Int8Tensor,
     RawTensor,
-    side_names,
 )
 from codecllm.formats.schemes.columns import Columns, make_columns
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.shards.chunk_table import ChunkTable, parse_chunk_table
 from codecllm.formats.shards.safetensors_header import ShardHeader, TensorEntry, read_header
+from codecllm.formats.shards.side_tensors import (
+    CHUNKS,
+    COL_GROUP,
+    COL_SCALE,
+    SCALE,
+    SHAPE,
+    TABLES,
+    SideTensor,
+    side_names,
+    side_tensors,
+)
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tensor_matrix
 from codecllm.formats.tiling import Grid
 
@@ -198,11 +208,12 @@ class Container:
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
-        tables = f"{record.name}_tables"  # their size is limited by what the others say
+        # The size of the rans tables is limited by the other side tensors, so they are read after these.
+        tables = TABLES.name_for(record.name)
         sides = _read_together(
             file, [header.tensors[side] for side in side_names(record) if side != tables]
         )
-        table_bytes = self._read_side(sides, header, record, "chunks", record.xxh3.chunks)
+        table_bytes = self._read_side(sides, header, record, CHUNKS)
         table = parse_chunk_table(
             table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name
         )
@@ -210,7 +221,7 @@ class Container:
         table.check_low_bits(
             isinstance(record, Int8Tensor) and record.wide, file=file.name, tensor=record.name
         )
-        shape = self._read_side(sides, header, record, "shape", record.xxh3.shape)
+        shape = self._read_side(sides, header, record, SHAPE)
         if np.frombuffer(shape, "<i8").tolist() != record.shape:
             raise LayoutError(
                 "stored shape differs from the manifest", file=file.name, tensor=record.name
@@ -249,10 +260,11 @@ class Container:
         file: SafeFile | Excerpt,
         header: ShardHeader,
         record: CodedTensor,
-        side: str,
-        checksum: str,
+        side: SideTensor,
     ) -> bytes:
-        entry = header.tensors[f"{record.name}_{side}"]
+        entry = header.tensors[side.name_for(record.name)]
+        checksum = side.checksum(record)
+        assert checksum is not None
         data = file.read(entry.start, entry.bytes)
         check_xxh3(data, checksum, file.name, entry.name, entry.start)
         return data
@@ -262,10 +274,8 @@ class Container:
     ) -> GroupTables | None:
         if record.xxh3.tables is None:
             return None
-        got, most = (
-            header.tensors[record.name + "_tables"].bytes,
-            max_tables_bytes(len(chunks.records)),
-        )
+        got = header.tensors[TABLES.name_for(record.name)].bytes
+        most = max_tables_bytes(len(chunks.records))
         if got > most:
             raise LayoutError(
                 "rans tables are too large",
@@ -274,27 +284,19 @@ class Container:
                 got=got,
                 expected=f"<= {most}",
             )
-        data = self._read_side(file, header, record, "tables", record.xxh3.tables)
+        data = self._read_side(file, header, record, TABLES)
         return parse_group_tables(data, chunks=chunks, file=file.name, tensor=record.name)
 
     def _read_scales(
         self, file: SafeFile | Excerpt, header: ShardHeader, record: Int8Tensor
     ) -> tuple[NDArray[np.float32], Columns | None]:
-        assert record.xxh3.scale is not None
-        scales = widened_scales(
-            self._read_side(file, header, record, "scale", record.xxh3.scale), record
-        )
+        scales = widened_scales(self._read_side(file, header, record, SCALE), record)
         columns = None
-        if record.xxh3.col_scale is not None:
-            factors = widened_scales(
-                self._read_side(file, header, record, "col_scale", record.xxh3.col_scale), record
-            )
+        if COL_SCALE.checksum(record) is not None:
+            factors = widened_scales(self._read_side(file, header, record, COL_SCALE), record)
             groups = None
-            if record.xxh3.col_group is not None:
-                groups = np.frombuffer(
-                    self._read_side(file, header, record, "col_group", record.xxh3.col_group),
-                    np.uint8,
-                )
+            if COL_GROUP.checksum(record) is not None:
+                groups = np.frombuffer(self._read_side(file, header, record, COL_GROUP), np.uint8)
             columns = make_columns(factors, groups)
         try:
             check_steps(scales, columns.scales if columns is not None else None, record.wide)
@@ -321,21 +323,8 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
             expected[record.name] = (record.dtype, record.shape)
             continue
         expected[record.name] = ("U8", None)
-        expected[record.name + "_shape"] = ("I64", [len(record.shape)])
-        expected[record.name + "_chunks"] = ("U8", None)
-        if record.tables_bytes is not None:
-            expected[record.name + "_tables"] = ("U8", [record.tables_bytes])
-        if isinstance(record, Int8Tensor):
-            rows, cols = tensor_matrix(record)
-            scale_dtype = record.scale_dtype or "F32"
-            expected[record.name + "_scale"] = (
-                scale_dtype,
-                [rows if record.channel_kind == "row" else cols],
-            )
-            if record.xxh3.col_scale is not None:
-                expected[record.name + "_col_scale"] = (scale_dtype, [cols])
-            if record.xxh3.col_group is not None:
-                expected[record.name + "_col_group"] = ("U8", [cols])
+        for side in side_tensors(record):
+            expected[side.name] = (side.dtype, None if side.length is None else [side.length])
     for name, (dtype, shape) in expected.items():
         if name not in found:
             raise LayoutError(

@@ -31,7 +31,6 @@ from codecllm.loader.torch_tensors import (
 )
 
 Part = Literal["weight", "codes", "scale", "col_scale"]
-SCALE_SUFFIX, COL_SCALE_SUFFIX = "_scale", "_col_scale"
 CPU = torch.device("cpu")
 
 Wanted = tuple[str, Part, torch.dtype | None]

@@ -23,6 +23,9 @@ from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, TensorRec
 FORMAT = "pack-quantized"
 _WORD_CODES = 4
 _SUFFIX = ".weight"
+
+PACKED, PACKED_SCALE, PACKED_SHAPE = "weight_packed", "weight_scale", "weight_shape"
+"""Names that the layout gives to the parts of a module's weight."""
 _EXPERT = ".experts."
 
 

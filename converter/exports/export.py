@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.conversion import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
-from codecllm.converter.exports.compressed_tensors import PackedLayout, pack_codes, packed_columns
+from codecllm.converter.exports.compressed_tensors import (
+    PACKED,
+    PACKED_SCALE,
+    PACKED_SHAPE,
+    PackedLayout,
+    pack_codes,
+    packed_columns,
+)
 from codecllm.converter.source.side_files import pack_index, write_listed
 from codecllm.converter.write.staging import Staging
 from codecllm.converter.write.tensor_writer import ordered
@@ -115,10 +122,11 @@ def _planned(record: TensorRecord, packed: Collection[str]) -> list[PlannedTenso
             )
         ]
     rows, words = record.shape[0], packed_columns(record.shape[1])
+    module = record.name.removesuffix("weight")
     return [
-        PlannedTensor(record.name + "_packed", DTYPES["I32"], (rows, words), 4 * rows * words),
-        PlannedTensor(record.name + "_scale", DTYPES["F32"], (rows, 1), 4 * rows),
-        PlannedTensor(record.name + "_shape", DTYPES["I64"], (2,), 16),
+        PlannedTensor(module + PACKED, DTYPES["I32"], (rows, words), 4 * rows * words),
+        PlannedTensor(module + PACKED_SCALE, DTYPES["F32"], (rows, 1), 4 * rows),
+        PlannedTensor(module + PACKED_SHAPE, DTYPES["I64"], (2,), 16),
     ]
 
 

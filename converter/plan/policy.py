@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from codecllm.converter.plan.steps import Steps, grid_of, max_tiles
 from codecllm.converter.source.source import SourceTensor
-from codecllm.formats.codecs import CodecName
+from codecllm.formats.codecs import CodecName, rans
 from codecllm.formats.codecs.rans_groups import max_tables_bytes
-from codecllm.formats.dtypes import INT8_SOURCES
+from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
+from codecllm.formats.shards.side_tensors import SIDE_TENSORS, CodedLayout, SideTensor
 from codecllm.formats.tiling import (
     DEFAULT_TILE_SYMBOLS,
     ChannelKind,
@@ -25,6 +26,8 @@ Scheme = Literal["int8", "lossless"]
 
 MIN_INT8_WEIGHTS = 1 << 16
 MIN_CODED_BYTES = 4096
+
+_TABLE_HEAD_BYTES = 64
 
 KEPT_LOSSLESS = (
     # Routers: a wrong choice of expert costs far more than the few bytes.
@@ -102,26 +105,57 @@ class TensorPlan:
         return rows if self.kind == "row" else cols
 
     @property
+    def layout(self) -> CodedLayout:
+        """The facts on which the side tensors of a coded tensor depend, under its steps."""
+        is_int8 = self.scheme == "int8"
+        return CodedLayout(
+            int8=is_int8,
+            rank=len(self.source.shape),
+            columns=self.matrix[1],
+            channels=self.channels if is_int8 else 0,
+            kind=self.kind,
+            scale_dtype="F32" if self.steps is None else self.steps.scale_dtype,
+            rans=self.codec == rans.NAME,
+        )
+
+    @property
+    def longest_layout(self) -> CodedLayout:
+        """As `layout`, with the longest name that the type of the scales may get."""
+        return replace(self.layout, scale_dtype="BF16") if self.steppable else self.layout
+
+    @property
+    def possible_sides(self) -> list[SideTensor]:
+        """The side tensors that a coded tensor may come to have; only chosen steps bring the optional ones."""
+        layout = self.layout
+        allowed = ("always", "optional") if self.steppable else ("always",)
+        return [side for side in SIDE_TENSORS if side.presence(layout) in allowed]
+
+    @property
     def max_stored_bytes(self) -> int:
         """Upper bound of the tensor's bytes in a shard, side data included, fallbacks not."""
         if self.scheme == "raw":
             return self.source.entry.bytes
-        planes, tiles, scales = (
-            self.planes,
-            len(self.grid),
-            self.channels if self.scheme == "int8" else 0,
-        )
+        planes, tiles = self.planes, len(self.grid)
         if self.steppable:
-            planes, tiles, scales = (
-                2,
-                max(tiles, max_tiles(*self.matrix)),
-                scales + 2 * self.matrix[1],
-            )
+            planes, tiles = 2, max(tiles, max_tiles(*self.matrix))
         chunks = tiles * planes
-        side = 64 + 8 * len(self.source.shape) + 16 * chunks + 4 * scales
-        if self.codec == "rans":
+        side = _TABLE_HEAD_BYTES + 16 * chunks + self._max_side_bytes()
+        if self.codec == rans.NAME:
             side += max_tables_bytes(chunks)
         return self.source.entry.elements * planes + 16 * chunks + side
+
+    def _max_side_bytes(self) -> int:
+        """Returns an upper bound of the side tensors whose lengths are known before anything is encoded."""
+        # Counted as for rows, and at 4 bytes an element or more: where shards are cut follows from this bound, so another
+        # bound would be another output.
+        plan = replace(self, kind="row") if self.steppable else self
+        layout = replace(self.layout, kind=plan.kind)
+        total = 0
+        for side in plan.possible_sides:
+            length = side.length(layout)
+            if length is not None:
+                total += length * max(4, DTYPES[side.dtype(layout)].itemsize)
+        return total
 
 
 def plan_tensor(

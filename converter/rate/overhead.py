@@ -29,6 +29,7 @@ from codecllm.formats.manifest.records import FileRecord, ShardRecord, SideCheck
 from codecllm.formats.shards.chunk_table import HEADER, RECORD
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES
 from codecllm.formats.shards.shard_writer import reserved_header_bytes
+from codecllm.formats.shards.side_tensors import SIDE_TENSORS
 
 _DIGEST, _CHECKSUM, _FLOAT, _TABLES_BYTES = "0" * 64, "0" * 16, 0.012345678, 12345
 
@@ -109,15 +110,13 @@ def _stand_in(plan: TensorPlan, number: int) -> StoredRecord:
     sides = scale_sides(
         plan, np.full(plan.channels, _FLOAT, np.float32) if plan.scheme == "int8" else None
     )
-    tables = plan.codec == "rans"
-    checksums = SideChecksums(
-        shape=_CHECKSUM,
-        chunks=_CHECKSUM,
-        tables=_CHECKSUM if tables else None,
-        **dict.fromkeys(sides, _CHECKSUM),
-    )
+    layout = plan.layout
+    present = [
+        side.key for side in SIDE_TENSORS if side.presence(layout) == "always" or side.key in sides
+    ]
+    checksums = SideChecksums(**dict.fromkeys(present, _CHECKSUM))
     entropy = np.full(plan.planes, 8.0 * plan.source.entry.elements)
-    tables_bytes = _TABLES_BYTES if tables else None
+    tables_bytes = _TABLES_BYTES if layout.rans else None
     return coded_record(
         plan, number, chunks, entropy, sides, checksums, tables_bytes, [_FLOAT, 0.50012345], _DIGEST
     )

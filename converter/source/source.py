@@ -24,14 +24,13 @@ from codecllm.formats.files import SafeFile, describe_missing, is_safe_name
 from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.shards.safetensors_header import TensorEntry, read_header
+from codecllm.formats.shards.side_tensors import SUFFIXES
 from codecllm.formats.strict_json import parse_json_object
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX_BYTES = 250 << 20
-_SIDE_SUFFIXES = (
-    *("_scale", "_col_scale", "_col_group", "_shape", "_chunks", "_tables"),
-    *("_scale_inv", "_zero_point", "_packed", "_absmax", "_quant_state"),
-)
+_FOREIGN_SUFFIXES = ("_scale_inv", "_zero_point", "_packed", "_absmax", "_quant_state")
+"""Ends of the names of side tensors in the formats of other quantization libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +265,7 @@ def _refuse_quantized(config: dict[str, Any] | None, tensors: dict[str, SourceTe
                 file="config.json",
             )
     for name, tensor in tensors.items():
-        for suffix in _SIDE_SUFFIXES:
+        for suffix in (*SUFFIXES, *_FOREIGN_SUFFIXES):
             if name.endswith(suffix) and name.removesuffix(suffix) in tensors:
                 raise SourceError(
                     "tensor is named like the side data of a quantized one; convert the original model",

@@ -17,13 +17,11 @@ from codecllm.formats.manifest.records import (
     SideChecksums,
 )
 from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
-
-SIDE_DTYPES = {1: "U8", 2: "BF16", 4: "F32"}
-"""Types of groups of columns and of scales, by the size of an item."""
+from codecllm.formats.shards.side_tensors import COL_GROUP, COL_SCALE, SCALE
 
 
 def scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
-    """Returns the side tensors that say what a code is worth, by suffix, as unsigned words; none for a lossless tensor.
+    """Returns the side tensors from which steps follow, by key, as unsigned words; none for a lossless tensor.
 
     Args:
         plan: the tensor's; its steps decide the type of the scales.
@@ -32,13 +30,13 @@ def scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[st
     if scales is None:
         return {}
     if plan.steps is None:
-        return {"scale": _as_stored(scales, "F32")}
+        return {SCALE.key: _as_stored(scales, "F32")}
     dtype = plan.steps.scale_dtype
-    sides: dict[str, NDArray[Any]] = {"scale": _as_stored(scales, dtype)}
+    sides: dict[str, NDArray[Any]] = {SCALE.key: _as_stored(scales, dtype)}
     if plan.steps.col_scale is not None:
-        sides["col_scale"] = _as_stored(plan.steps.col_scale, dtype)
+        sides[COL_SCALE.key] = _as_stored(plan.steps.col_scale, dtype)
         if plan.steps.col_groups is not None:
-            sides["col_group"] = plan.steps.col_groups
+            sides[COL_GROUP.key] = plan.steps.col_groups
     return sides
 
 
@@ -80,14 +78,14 @@ def coded_record(
     }
     if plan.scheme == "lossless":
         return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)
-    scale_dtype = SIDE_DTYPES[sides["scale"].itemsize]
-    held = float32_from_bits(sides["scale"], scale_dtype)
+    scale_dtype = "F32" if plan.steps is None else plan.steps.scale_dtype
+    stored_scales = float32_from_bits(sides[SCALE.key], scale_dtype)
     return Int8Tensor(
         scheme="int8",
         channel_axis=plan.axis,
         channel_kind=plan.kind,
         scale_dtype="BF16" if scale_dtype == "BF16" else None,
-        scale_range=[_short(held.min()), _short(held.max())],
+        scale_range=[_short(stored_scales.min()), _short(stored_scales.max())],
         worst_error=_short(worst[0]),
         rounding=None if plan.steps is None else plan.steps.rounding,
         deadzone=_short(plan.steps.deadzone)

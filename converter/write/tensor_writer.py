@@ -29,7 +29,7 @@ from codecllm.converter.encode.blocks import (
 from codecllm.converter.encode.quantize import has_tiny_scale
 from codecllm.converter.plan.policy import TensorPlan, plan_lossless
 from codecllm.converter.plan.steps import StepsProvider, check
-from codecllm.converter.write.records import SIDE_DTYPES, coded_record, raw_record, scale_sides
+from codecllm.converter.write.records import coded_record, raw_record, scale_sides
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.codecs import rans
 from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
@@ -39,6 +39,7 @@ from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTen
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.shards.chunk_table import pack_chunk_table
 from codecllm.formats.shards.shard_writer import ShardWriter
+from codecllm.formats.shards.side_tensors import CHUNKS, SHAPE, SIDE_TENSORS, TABLES
 
 NonFinite = Literal["error", "lossless"]
 Item = TypeVar("Item")
@@ -341,25 +342,21 @@ def _finish_coded(
     source, grid = plan.source, plan.grid
     planes = len(records) // len(grid)
     table = pack_chunk_table(grid, planes, records)
-    shape = np.array(source.shape, "<i8")
     shard.end_tensor(source.name, "U8", (_payload_bytes(records),))
-    for suffix, values in sides.items():
-        shard.add(f"{source.name}_{suffix}", SIDE_DTYPES[values.itemsize], values.shape, values)
-    shard.add(source.name + "_shape", "I64", shape.shape, shape)
-    shard.add(source.name + "_chunks", "U8", (len(table),), table)
+    stored: dict[str, Any] = {**sides, SHAPE.key: np.array(source.shape, "<i8"), CHUNKS.key: table}
     group_tables = (
         pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables)
         if any(tables)
         else None
     )
     if group_tables is not None:
-        shard.add(source.name + "_tables", "U8", (len(group_tables),), group_tables)
-    checksums = SideChecksums(
-        shape=xxh3_hex(shape),
-        chunks=xxh3_hex(table),
-        **{suffix: xxh3_hex(values) for suffix, values in sides.items()},
-        tables=None if group_tables is None else xxh3_hex(group_tables),
-    )
+        stored[TABLES.key] = group_tables
+    for side in SIDE_TENSORS:
+        if side.key in stored:
+            values = stored[side.key]
+            name = side.name_for(source.name)
+            shard.add(name, side.dtype(plan.layout), (len(values),), values)
+    checksums = SideChecksums(**{key: xxh3_hex(values) for key, values in stored.items()})
     tables_bytes = None if group_tables is None else len(group_tables)
     return coded_record(
         plan, number, records, entropy, sides, checksums, tables_bytes, worst, digest

@@ -39,10 +39,10 @@ from codecllm.formats.manifest.records import (
     ShardRecord,
     Source,
     TensorRecord,
-    side_names,
 )
 from codecllm.formats.schemes import SCHEMES
 from codecllm.formats.shards.safetensors_header import check_name, check_shape
+from codecllm.formats.shards.side_tensors import misplaced_side, side_names
 from codecllm.formats.strict_json import parse_json_object
 
 MANIFEST_NAME = "codecllm.json"
@@ -305,26 +305,21 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
         raise SchemaError(
             "scheme does not fit dtype and shape", got=f"{record.scheme} of {record.dtype}", **where
         )
-    if isinstance(record, Int8Tensor) != (record.xxh3.scale is not None):
-        raise SchemaError("checksum of the scales is missing or too many", **where)
-    by_column = record.xxh3.col_scale is not None
-    if (by_column and not (isinstance(record, Int8Tensor) and record.channel_kind == "row")) or (
-        record.xxh3.col_group is not None and not by_column
-    ):
-        raise SchemaError("scales or groups of columns do not fit the tensor", **where)
-    has_tables = {
-        any(plane.codec == rans.NAME for plane in record.planes),
-        record.xxh3.tables is not None,
-    }
-    if has_tables != {record.tables_bytes is not None}:
-        raise SchemaError("rans tables are missing or too many", **where)
     if isinstance(record, Int8Tensor):
-        last = len(record.shape) - 1
-        if record.channel_axis > last or (
-            record.channel_kind == "column" and record.channel_axis != last
-        ):
-            got = f"axis {record.channel_axis} ({record.channel_kind}) of {record.shape}"
-            raise SchemaError("channel axis does not fit the shape", got=got, **where)
+        _check_axis(record, where)
+    misplaced = misplaced_side(record)
+    if misplaced is not None:
+        too_many = misplaced.checksum(record) is not None
+        raise SchemaError(
+            f"{misplaced.title} do not fit the tensor",
+            got="a checksum" if too_many else "no checksum",
+            expected="none" if too_many else "one",
+            **where,
+        )
+    if (record.tables_bytes is None) != (record.xxh3.tables is None):
+        raise SchemaError("size and checksum of the rans tables stand together", **where)
+    by_column = record.xxh3.col_scale is not None
+    if isinstance(record, Int8Tensor):
         if (record.rounding is None) != (record.worst_steps is None) or (
             record.rounding is None and (by_column or record.wide or record.scale_dtype is not None)
         ):
@@ -340,6 +335,14 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
             raise SchemaError(
                 "plane has a wrong size", got=plane.raw_bytes, expected=record.elements, **where
             )
+
+
+def _check_axis(record: Int8Tensor, where: dict[str, Any]) -> None:
+    last = len(record.shape) - 1
+    by_column = record.channel_kind == "column"
+    if record.channel_axis > last or (by_column and record.channel_axis != last):
+        got = f"axis {record.channel_axis} ({record.channel_kind}) of {record.shape}"
+        raise SchemaError("channel axis does not fit the shape", got=got, **where)
 
 
 def _as_schema_error(exc: ValidationError) -> FormatError:

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from codecllm.formats import limits
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.tiling import channel_matrix
 
 NEAREST = "nearest"
 """The rounding under which every element is as near to its source as its step allows."""
@@ -67,10 +66,6 @@ class SideChecksums(Record):
     col_scale: Xxh3 | None = None
     col_group: Xxh3 | None = None
     tables: Xxh3 | None = None
-
-
-_SIDES = tuple(SideChecksums.model_fields)
-"""Suffixes of the side tensors."""
 
 
 class _Tensor(Record):
@@ -149,16 +144,6 @@ class Int8Tensor(_Tensor):
         """Whether codes have 16 bits, in two planes."""
         return len(self.planes) == 2
 
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes that the scales and the groups of columns take."""
-        rows, cols = channel_matrix(tuple(self.shape), self.channel_axis, self.channel_kind)
-        scales = (rows if self.channel_kind == "row" else cols) + (
-            cols if self.xxh3.col_scale is not None else 0
-        )
-        groups = cols if self.xxh3.col_group is not None else 0
-        return scales * DTYPES[self.scale_dtype or "F32"].itemsize + groups
-
 
 class AliasTensor(_Tensor):
     """A tensor whose bytes are those of another one (tied weights), stored once."""
@@ -210,10 +195,3 @@ class Calibration(Record):
     tokens: Count
     seed: Count | None = None
     sha256: Sha256
-
-
-def side_names(record: TensorRecord) -> list[str]:
-    """Returns the names under which a coded tensor's side data are stored; none for a plain one or an alias."""
-    if isinstance(record, RawTensor | AliasTensor):
-        return []
-    return [f"{record.name}_{side}" for side in _SIDES if getattr(record.xxh3, side) is not None]

@@ -31,8 +31,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.formats.shards.side_tensors import SUFFIXES
 from codecllm.loader.hf.folder import read_config
-from codecllm.loader.hf.plain_loading import COMPANIONS, PlainLoad
+from codecllm.loader.hf.plain_loading import PlainLoad
 
 try:
     from transformers.core_model_loading import ConversionOps, _IdentityOp
@@ -98,7 +99,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
     def serialized_names(self) -> dict[str, list[str]]:
         """Name of a parameter -> names of the stored tensors that make it."""
         names = self._load.parameter_names if self._load is not None else []
-        return {name: [name, *(name + suffix for suffix in COMPANIONS)] for name in names}
+        return {name: [name, *(name + suffix for suffix in SUFFIXES)] for name in names}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses what this transformers cannot do by itself.

@@ -20,16 +20,15 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, NotAContainerError, SchemaError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTensor
+from codecllm.formats.shards.side_tensors import CHUNKS, SIDE_TENSORS, SUFFIXES
 from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.hub import resolve
 from codecllm.loader.host.pool import DecodePool, loading_threads
 from codecllm.loader.state_dict import TensorReader
 from codecllm.loader.torch_tensors import is_model_float
 
-_SIDES = ("chunks", "scale", "col_scale", "col_group")
-"""Side tensors that together say what a payload means."""
-
-COMPANIONS = ("_scale", "_col_scale", "_col_group", "_shape", "_chunks", "_tables")
+_SIDES = [side for side in SIDE_TENSORS if side.decides_meaning]
+"""Side tensors that together tell apart tensors whose payloads may be equal."""
 
 
 class PlainLoad:
@@ -88,11 +87,12 @@ class PlainLoad:
         for pattern, value in collected.items():
             if any(
                 pattern.endswith(suffix) and pattern.removesuffix(suffix) in collected
-                for suffix in COMPANIONS
+                for suffix in SUFFIXES
             ):
                 continue
             sides = {
-                side: deque(_as_list(collected.get(f"{pattern}_{side}", []))) for side in _SIDES
+                side.key: deque(_as_list(collected.get(side.name_for(pattern), [])))
+                for side in _SIDES
             }
             done = [self._decode_one(tensor, sides, dtype) for tensor in _as_list(value)]
             decoded[pattern] = done if isinstance(value, list) else done[0]
@@ -123,7 +123,7 @@ class PlainLoad:
     def _decode_one(
         self, stored: torch.Tensor, sides: dict[str, deque[torch.Tensor]], dtype: torch.dtype
     ) -> torch.Tensor:
-        if stored.dtype != torch.uint8 or stored.ndim != 1 or not sides["chunks"]:
+        if stored.dtype != torch.uint8 or stored.ndim != 1 or not sides[CHUNKS.key]:
             return stored.to(dtype) if stored.is_floating_point() else stored
         name = self._identify(sides)
         return self._reader.read(name, "weight", self._wanted(name, dtype)).to(stored.device)
@@ -133,7 +133,7 @@ class PlainLoad:
 
         Tensors with equal chunks (a matrix and a multiple of it, as `int8`) differ in what stands beside them.
         """
-        found = self._records.get(xxh3_hex(sides["chunks"][0].cpu().numpy()), [])
+        found = self._records.get(xxh3_hex(sides[CHUNKS.key][0].cpu().numpy()), [])
         if len({_meaning(record) for record in found}) > 1:
             heads = {
                 side: xxh3_hex(queue[0].cpu().numpy()) for side, queue in sides.items() if queue
@@ -170,7 +170,7 @@ class PlainLoad:
 def _meaning(record: CodedTensor) -> tuple[tuple[str, str], ...]:
     """Returns the side tensors that a record has, of those that say what its payload means, and their checksums."""
     return tuple(
-        (side, value) for side in _SIDES if (value := getattr(record.xxh3, side)) is not None
+        (side.key, value) for side in _SIDES if (value := side.checksum(record)) is not None
     )
 
 

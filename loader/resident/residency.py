@@ -16,6 +16,7 @@ from codecllm.formats.manifest.records import (
     LosslessTensor,
     RawTensor,
 )
+from codecllm.formats.shards.side_tensors import COL_SCALE, SCALE
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.plan import decodes_on_device
@@ -30,7 +31,7 @@ from codecllm.loader.resident.compressed_modules import (
 )
 from codecllm.loader.resident.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.resident.on_device import DeviceCompressedTensor, DeviceDecoder
-from codecllm.loader.state_dict import COL_SCALE_SUFFIX, SCALE_SUFFIX, LazyTensor, TensorReader
+from codecllm.loader.state_dict import LazyTensor, TensorReader
 
 
 class Residency:
@@ -181,12 +182,12 @@ class ResidentInt8(Residency):
         # Every module of the group has a scale of its own name; parameters are tied by transformers, buffers are not.
         self._reader.share(record.name)
         for member in group:
-            self._state_dict[own_prefix + member + SCALE_SUFFIX] = LazyTensor(
+            self._state_dict[SCALE.name_for(own_prefix + member)] = LazyTensor(
                 self._reader, record, "scale", dtype
             )
             if record.xxh3.col_scale is not None:
                 columns = LazyTensor(self._reader, record, "col_scale", dtype)
-                self._state_dict[own_prefix + member + COL_SCALE_SUFFIX] = columns
+                self._state_dict[COL_SCALE.name_for(own_prefix + member)] = columns
 
 
 class ResidentCompressed(Residency):

@@ -13,6 +13,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.formats.schemes.int8 import step_sizes
+from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.info import describe
 from codecllm.loader import from_pretrained, stream_tensors
 from codecllm.loader.resident import int8_matmul
@@ -209,8 +210,8 @@ def test_info_counts_every_scale(folder):
     assert not rows["model.layers.0.self_attn.q_proj.weight"]["column_scales"]
     with Container(folder) as container:
         record = container.records[WIDE]
-        assert record.scale_bytes == 2 * (128 + 64) + 64
+        assert scale_bytes(record) == 2 * (128 + 64) + 64
         payload = sum(plane.stored_bytes for plane in record.planes)
-        assert (
-            rows[WIDE]["stored_bytes"] == payload + (record.tables_bytes or 0) + record.scale_bytes
+        assert rows[WIDE]["stored_bytes"] == payload + (record.tables_bytes or 0) + scale_bytes(
+            record
         )

@@ -19,7 +19,7 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     UsageError,
 )
-from codecllm.formats.manifest.records import side_names
+from codecllm.formats.shards.side_tensors import side_names
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.adapter import load_plain
 from codecllm.verifier.evaluation import evaluate, sample_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, RawTensor
+from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.verifier.checks.decoding import Scan
 from codecllm.verifier.report import Stage
 
@@ -26,7 +27,7 @@ def report_ratio(container: Container, stage: Stage, scans: dict[str, Scan]) -> 
             bound_bits += 8 * record.source_bytes
         else:
             bound_bits += sum(scan.entropy_bits)
-            bound_bits += 8 * record.scale_bytes if isinstance(record, Int8Tensor) else 0
+            bound_bits += 8 * scale_bytes(record) if isinstance(record, Int8Tensor) else 0
     all_weights = sum(record.elements for record in manifest.tensors)
     facts = {
         "source_bytes": source,

@@ -26,6 +26,7 @@ from codecllm.formats.reference import join_chunks
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
+from codecllm.formats.shards.side_tensors import SCALE
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
 from codecllm.verifier.checks.rounding import code_errors, is_repeatable, repeated
@@ -241,7 +242,7 @@ def _find_scales(
 ) -> None:
     """First pass over the source: the largest magnitude of each channel, and the scales as stored, valid or not."""
     file, header = container.shard(record.shard)
-    entry = header.tensors[record.name + "_scale"]
+    entry = header.tensors[SCALE.name_for(record.name)]
     result.stored_scales = widened_scales(file.read(entry.start, entry.bytes), record)
     by_row = record.channel_kind == "row"
     rows = (

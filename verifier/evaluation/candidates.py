@@ -15,7 +15,8 @@ import torch
 from codecllm.formats.container import Container
 from codecllm.formats.errors import SourceError, UnsupportedEnvironmentError, UsageError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
-from codecllm.formats.manifest.records import AliasTensor, side_names
+from codecllm.formats.manifest.records import AliasTensor
+from codecllm.formats.shards.side_tensors import side_names
 from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf import adapter

@@ -27,8 +27,8 @@ from codecllm.formats.manifest.records import (
     ShardRecord,
     SideChecksums,
     Source,
-    side_names,
 )
+from codecllm.formats.shards.side_tensors import side_names
 
 DIGEST, XXH3 = "ab" * 32, "0123456789abcdef"
 
@@ -130,7 +130,7 @@ def test_every_kind_of_record_comes_back():
 def test_names_of_side_tensors():
     assert side_names(_raw("a")) == []
     assert side_names(_coded("lossless", "a")) == ["a_shape", "a_chunks"]
-    assert side_names(_coded("int8", "a", planes=1)) == ["a_shape", "a_chunks", "a_scale"]
+    assert side_names(_coded("int8", "a", planes=1)) == ["a_scale", "a_shape", "a_chunks"]
 
 
 @pytest.mark.parametrize("name", ["w_shape", "w_chunks", "w_scale"])
