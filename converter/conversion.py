@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import SourceError, UsageError
 from codecllm.formats.files import SafeFile
+from codecllm.formats.machine import cores
 from codecllm.formats.manifest.manifest import (
     INDEX_NAME,
     Manifest,
@@ -126,7 +126,7 @@ class ConvertOptions:
         if self.max_shard_bytes < 1:
             raise UsageError("max_shard_bytes must be positive", got=self.max_shard_bytes)
         if self.workers is None:
-            return max(1, len(os.sched_getaffinity(0)))
+            return cores()
         if self.workers < 1:
             raise UsageError("workers must be 1 or more", got=self.workers)
         return self.workers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -121,13 +120,6 @@ class Container:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def decoding_threads(self, workers: int | None) -> int:
-        """Returns how many threads should decode: `workers`, or where that is None one per core, and for `rans` 16 at least."""
-        if workers is not None:
-            return workers
-        cores = max(1, len(os.sched_getaffinity(0)))
-        return max(cores, rans.THREADS) if rans.NAME in self.manifest.required_features else cores
 
     @property
     def stored_bytes(self) -> int:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import os
 
 
+def cores() -> int:
+    """Returns how many cores this process may use, 1 or more."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
 def available_memory() -> int:
     """Returns the bytes of memory that can be allocated without swapping; a large number where that is unknown."""
     try:

@@ -21,7 +21,8 @@ from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.feed import DeviceFeeds, has_device, refuse_without_device, sole_device
 from codecllm.loader.hf import adapter
 from codecllm.loader.hf.folder import read_config, read_generation_config
-from codecllm.loader.host.pool import DecodePool, loading_threads
+from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter, OnProgress, metered
 from codecllm.loader.resident.residency import Residency, ResidentCompressed, ResidentInt8
 from codecllm.loader.state_dict import CPU, TensorReader, lazy_state_dict, main_dtype
@@ -117,7 +118,7 @@ def from_pretrained(
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     with (
         Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container,
-        DecodePool(loading_threads(container, workers)) as pool,
+        DecodePool(decoding_threads(container, workers)) as pool,
     ):
         config = _read_config(container, resident)
         wanted = _wanted_dtype(dtype, config, container)

@@ -10,8 +10,9 @@ import torch
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTensor
 from codecllm.loader.host.memory import RecycledMemory
-from codecllm.loader.host.pool import DecodePool, loading_threads
+from codecllm.loader.host.pool import DecodePool
 from codecllm.loader.host.read_ahead import ReadAhead, Request
+from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.torch_tensors import (
     Announcer,
     Filling,
@@ -46,7 +47,7 @@ def stream_tensors(
         UsageError: `workers` is not positive.
     """
     with (
-        DecodePool(loading_threads(container, workers)) as pool,
+        DecodePool(decoding_threads(container, workers)) as pool,
         closing(RecycledMemory(KEEP_BYTES)) as memory,
         ReadAhead(pool, AHEAD_BYTES) as ahead,
     ):

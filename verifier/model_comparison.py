@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError
-from codecllm.formats.machine import available_memory
+from codecllm.formats.machine import available_memory, cores
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
@@ -165,7 +164,7 @@ def compare_models(
             raise UsageError("the two models share no tensor", got=f"{a}, {b}")
         rows, done = [], 0
         total = sum(math.prod(left.tensors[name].shape) for name in common)
-        threads = workers or max(1, len(os.sched_getaffinity(0)))
+        threads = workers or cores()
         with ThreadPoolExecutor(threads) as pool:
             for name, row in in_order(
                 pool, common, lambda name: compare_tensors(left, right, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
+from codecllm.formats.machine import cores
 from codecllm.hub import resolve
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.report import Report, Stage, Verdict
@@ -68,7 +68,7 @@ def verify(
         )
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
     report = Report(str(name_or_path), level, commit=files.commit)
-    threads = workers or max(1, len(os.sched_getaffinity(0)))
+    threads = workers or cores()
     pinned = expected_manifest_sha256
     with (
         _stage(report, "structure") as stage,
@@ -82,7 +82,6 @@ def verify(
         with _stage(report, "checksums") as stage:
             check_checksums(container, stage, threads, progress)
         if level == "full":
-            threads = container.decoding_threads(workers or None)
             _check_contents(
                 container,
                 report,

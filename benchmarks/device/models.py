@@ -27,6 +27,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader import from_pretrained
 from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.host.threads import decoding_threads
 
 FULL = {
     "hidden_size": 4096,
@@ -149,7 +150,7 @@ def _seconds(machine: Machine, work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _read(folder: Path) -> None:
     """Reads every chunk into memory and compares its checksum, in threads, as a load does."""
-    with Container(folder) as container, DecodePool(container.decoding_threads(None)) as pool:
+    with Container(folder) as container, DecodePool(decoding_threads(container, None)) as pool:
         names = [
             record.name
             for record in container.manifest.tensors

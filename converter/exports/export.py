@@ -27,6 +27,7 @@ from codecllm.converter.write.tensor_writer import ordered
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
+from codecllm.formats.machine import cores
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, shard_name
 from codecllm.formats.manifest.records import Int8Tensor, TensorRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
@@ -80,7 +81,7 @@ def export(
         )
         sizes = {record.name: _written_bytes(record, packed) for record in opened.manifest.tensors}
         done, total = 0, sum(sizes.values())
-        threads = opened.decoding_threads(workers)
+        threads = workers or cores()
         with ThreadPoolExecutor(threads, thread_name_prefix="codecllm-export") as executor:
             for name, records in zip(names, placed, strict=True):
                 for tensor, count in _write_shard(

@@ -29,9 +29,6 @@ NAME = "rans"
 BATCH_SYMBOLS = 1 << 23
 """Symbols of a batch, counted as if each chunk were as long as the longest: bounds the memory (about five bytes a symbol)."""
 
-THREADS = 16
-"""Threads that decode chunks should number at least this: the more wait, the more is decoded at once."""
-
 _RUN_STEPS = 64
 _UNREACHED = 1 << 31
 _TURN = threading.Lock()

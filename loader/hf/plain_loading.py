@@ -23,7 +23,8 @@ from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTenso
 from codecllm.formats.shards.side_tensors import CHUNKS, SIDE_TENSORS, SUFFIXES
 from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.hub import resolve
-from codecllm.loader.host.pool import DecodePool, loading_threads
+from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.state_dict import TensorReader
 from codecllm.loader.torch_tensors import is_model_float
 
@@ -48,7 +49,7 @@ class PlainLoad:
             FormatError: the container is damaged.
         """
         self._container = Container(_container_folder(checkpoint_files))
-        self._pool = DecodePool(loading_threads(self._container, None))
+        self._pool = DecodePool(decoding_threads(self._container, None))
         self._reader = TensorReader(self._container, self._pool)
         self._records: dict[str, list[CodedTensor]] = {}
         try:

@@ -21,29 +21,14 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TypeVar
 
-from codecllm.formats.codecs import rans
-from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
+from codecllm.formats.machine import cores
 from codecllm.loader.host.decode import Workspace
 
 _LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Job = Callable[[Workspace], None]
-
-USEFUL_THREADS = 6
-"""Most threads that decode zstd by default: they share the interpreter's lock between two runs. On 16 cores 6 of them decoded
-1.1 billion weights a second, 8 of them 1.0 and 16 of them 0.8."""
-
-
-def loading_threads(container: Container, workers: int | None) -> int:
-    """Returns how many threads should read and decode for a load: `workers`, or what is fastest where that is None."""
-    threads = container.decoding_threads(workers)
-    return (
-        threads
-        if workers is not None or rans.NAME in container.manifest.required_features
-        else min(threads, USEFUL_THREADS)
-    )
 
 
 class DecodePool:
@@ -62,7 +47,7 @@ class DecodePool:
         Raises:
             UsageError: `workers` is not positive.
         """
-        self.workers = workers if workers is not None else max(1, len(os.sched_getaffinity(0)))
+        self.workers = workers if workers is not None else cores()
         if self.workers < 1:
             raise UsageError("workers must be 1 or more", got=workers)
         self._closed = False

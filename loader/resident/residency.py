@@ -20,8 +20,8 @@ from codecllm.formats.shards.side_tensors import COL_SCALE, SCALE
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.plan import decodes_on_device
-from codecllm.loader.host.pool import loading_threads
 from codecllm.loader.host.read_ahead import Request
+from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter
 from codecllm.loader.resident.compressed_modules import (
     CodedMatrix,
@@ -219,7 +219,7 @@ class ResidentCompressed(Residency):
             raise UsageError("resident='compressed' needs coded tensors; this container holds none")
         super().__init__(records, reader, state_dict)
         self._container = container
-        self._decoder = SharedDecoder(loading_threads(container, workers))
+        self._decoder = SharedDecoder(decoding_threads(container, workers))
         self._meter = meter
         self._payloads: dict[str, CodedMatrix] = {}
         self._checked: list[tuple[CodedTensor, Request]] = []

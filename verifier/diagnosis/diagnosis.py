@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, ModelMismatchError, UsageError
-from codecllm.formats.machine import available_memory
+from codecllm.formats.machine import available_memory, cores
 from codecllm.hub import resolve
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
@@ -139,7 +138,7 @@ class _Diagnosis:
             commit,
         )
         self._options, self._progress = options, progress
-        self._threads = options.workers or max(1, len(os.sched_getaffinity(0)))
+        self._threads = options.workers or cores()
         self._examined: dict[str, Examination] = {}
 
     def run(self) -> None:
