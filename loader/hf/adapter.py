@@ -6,11 +6,12 @@ loudly when one of these names moves.
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,6 @@ import transformers
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from torch import nn
-from transformers import core_model_loading
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -246,29 +246,33 @@ def module_plan(plan: ModulePlan) -> Iterator[None]:
         _plan.reset(token)
 
 
-_takes_itself: ContextVar[bool] = ContextVar("codecllm_takes_itself", default=False)
-
-
-def _loading_threads(usual: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What transformers calls for its loading threads, in place of `usual`: it goes without where it gets None."""
-    return None if _takes_itself.get() else usual(*args, **kwargs)
+_SEQUENTIAL_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"
+_sequential_loads: list[str | None] = []
+_sequential_lock = threading.Lock()
 
 
 @contextmanager
 def without_loading_threads() -> Iterator[None]:
-    """Lets the `from_pretrained` call that runs inside ask for each weight in the calling thread.
+    """Lets `from_pretrained` calls that run inside ask for each weight in the calling thread.
 
-    transformers asks in four threads of its own otherwise, each of which waits for ours and takes the interpreter's lock from
-    them: a fifth of a load. Loads in other threads keep theirs.
+    transformers asks in four threads of its own otherwise, each of which waits for the engine and
+    takes the interpreter's lock from it: a fifth of a load. The switch is an environment variable,
+    so plain loads that run at the same moment in other threads go without theirs too.
     """
-    usual = getattr(core_model_loading, "ThreadPoolExecutor", None)
-    if usual is not None and getattr(usual, "func", None) is not _loading_threads:
-        core_model_loading.ThreadPoolExecutor = partial(_loading_threads, usual)
-    token = _takes_itself.set(True)
+    with _sequential_lock:
+        _sequential_loads.append(os.environ.get(_SEQUENTIAL_LOAD))
+        os.environ[_SEQUENTIAL_LOAD] = "1"
     try:
         yield
     finally:
-        _takes_itself.reset(token)
+        with _sequential_lock:
+            # Loads may overlap: the first one saw the caller's value, the last one brings it back.
+            callers_value = _sequential_loads[0]
+            _sequential_loads.pop()
+            if not _sequential_loads:
+                os.environ.pop(_SEQUENTIAL_LOAD)
+                if callers_value is not None:
+                    os.environ[_SEQUENTIAL_LOAD] = callers_value
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 
 import accelerate
@@ -69,43 +70,43 @@ def test_silenced_and_progress_bars_are_put_back():
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, shown)
 
 
-def test_a_load_asks_for_weights_in_its_own_thread_while_others_keep_their_pool(
-    container, monkeypatch
-):
+def test_a_load_asks_for_weights_in_its_own_thread(container, monkeypatch):
     source = inspect.getsource(transformers.core_model_loading.convert_and_load_state_dict_in_model)
-    assert "thread_pool = None" in source
-    assert "ThreadPoolExecutor(max_workers=" in source
-    asked, decode = [], LazyTensor.to
+    assert 'is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD")' in source
+    asking_threads, decode = [], LazyTensor.to
 
-    def to(self, *given, **named):
-        asked.append(threading.get_ident())
-        return decode(self, *given, **named)
+    def to(self, *args, **kwargs):
+        asking_threads.append(threading.get_ident())
+        return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(LazyTensor, "to", to)
     from_pretrained(container("llama", "int8"), progress=False)
-    assert set(asked) == {threading.get_ident()}
-    asked.clear()
-    monkeypatch.setattr(
-        pretrained, "has_device", lambda: True
-    )  # several: what goes to them is not made ahead
+    assert set(asking_threads) == {threading.get_ident()}
+    asking_threads.clear()
+    # Several devices: tensors for them are not decoded ahead.
+    monkeypatch.setattr(pretrained, "has_device", lambda: True)
     monkeypatch.setattr(pretrained, "sole_device", lambda *_: None)
     from_pretrained(container("llama", "int8"), device_map="auto", progress=False)
-    assert asked
-    assert threading.get_ident() not in asked
-    with adapter.without_loading_threads():
-        assert transformers.core_model_loading.ThreadPoolExecutor(max_workers=1) is None
-        made = []
-        other = threading.Thread(
-            target=lambda: made.append(
-                transformers.core_model_loading.ThreadPoolExecutor(max_workers=1)
-            )
-        )
-        other.start()
-        other.join()
-    made.append(transformers.core_model_loading.ThreadPoolExecutor(max_workers=1))
-    for pool in made:
-        assert pool.submit(int).result(20) == 0
-        pool.shutdown()
+    assert asking_threads
+    assert threading.get_ident() not in asking_threads
+
+
+@pytest.mark.parametrize("callers_value", [None, "0"])
+def test_the_switch_of_loading_threads_is_put_back_when_the_last_of_several_loads_ends(
+    monkeypatch, callers_value
+):
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    monkeypatch.delenv(name, raising=False)
+    if callers_value is not None:
+        monkeypatch.setenv(name, callers_value)
+    pool = transformers.core_model_loading.ThreadPoolExecutor
+    first, second = adapter.without_loading_threads(), adapter.without_loading_threads()
+    with first:
+        second.__enter__()
+    assert os.environ[name] == "1"
+    second.__exit__(None, None, None)
+    assert os.environ.get(name) == callers_value
+    assert transformers.core_model_loading.ThreadPoolExecutor is pool
 
 
 def test_model_class_comes_from_architectures():
