@@ -27,7 +27,7 @@ from codecllm.converter.rate.allocation import Sensitivity
 from codecllm.converter.rate.products import InputProducts
 from codecllm.converter.rate.stages import now_and_then
 from codecllm.converter.source.source import SourceModel
-from codecllm.formats.errors import CodecLLMError, UnsupportedEnvironmentError
+from codecllm.formats.errors import CodecLLMError, UnsupportedEnvironmentError, one_line
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf import adapter
@@ -108,7 +108,7 @@ def calibrate(
     except Exception as exc:  # whatever a model class raises when it is run on plain tokens
         if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
             raise
-        reason = " ".join(str(exc).split())[:200]
+        reason = one_line(exc)
         raise UnsupportedEnvironmentError(
             f"the model cannot be calibrated ({type(exc).__name__}: {reason})"
         ) from exc

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from codecllm.formats.checksums import sha256_hex
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import UsageError, one_line
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.folder import read_tokenizer
 
@@ -75,9 +75,7 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     except (
         Exception
     ) as exc:  # transformers raises whatever its many tokenizer classes happen to raise
-        raise UsageError(
-            f"no usable tokenizer for a calibration text ({' '.join(str(exc).split())[:200]})"
-        ) from exc
+        raise UsageError(f"no usable tokenizer for a calibration text ({one_line(exc)})") from exc
     length = min(length, _longest(model))
     count = min(SEQUENCES, len(ids) // length)
     if count < 1:

@@ -19,7 +19,7 @@ from codecllm import __version__
 from codecllm.converter import convert
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
-from codecllm.formats.errors import DecodeError
+from codecllm.formats.errors import DecodeError, one_line
 from codecllm.formats.reference import read_tensor_bytes
 
 PACKAGES = (
@@ -177,7 +177,7 @@ def _finding(device: str, decoder: str, detail: str, test: Callable[[], None]) -
             device,
             decoder,
             "wrong",
-            f"{detail}: {' '.join(str(exc).split())[:300] or type(exc).__name__}",
+            f"{detail}: {one_line(exc, 300) or type(exc).__name__}",
         )
     return Finding(device, decoder, "works", detail)
 

@@ -155,3 +155,12 @@ class UnsupportedEnvironmentError(CodecLLMError):
     """A needed library is missing or too old on this machine."""
 
     exit_code = 3
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    r"""Returns the text of an exception of another library as one line of at most `limit` characters.
+
+    >>> one_line(ValueError("no such  tensor:\n  a.b"))
+    'no such tensor: a.b'
+    """
+    return " ".join(str(error).split())[:limit]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codecllm.formats.errors import HubError, UsageError
+from codecllm.formats.errors import HubError, UsageError, one_line
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.remote import RemoteRepository, compare_entries, read_entries
@@ -184,6 +184,4 @@ def _upload(
             exc, OSError
         ):  # an answer of the Hub that is also a ValueError: `one_line_errors` knows it
             raise
-        raise HubError(
-            f"the Hub refuses the upload: {' '.join(str(exc).split())}", file=repo
-        ) from exc
+        raise HubError(f"the Hub refuses the upload: {one_line(exc, 1000)}", file=repo) from exc

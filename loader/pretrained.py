@@ -15,6 +15,7 @@ from codecllm.formats.errors import (
     NotAContainerError,
     UnsupportedEnvironmentError,
     UsageError,
+    one_line,
 )
 from codecllm.hub import resolve
 from codecllm.loader.device.codecs import Decoder
@@ -341,5 +342,4 @@ def _separate_untied(model: Any) -> None:
 
 
 def _one_line(exc: BaseException) -> str:
-    text = " ".join(str(exc).split())
-    return f"{type(exc).__name__}: {text[:300]}"
+    return f"{type(exc).__name__}: {one_line(exc, 300)}"

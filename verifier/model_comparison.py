@@ -20,7 +20,7 @@ from rich.table import Table
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import CodecLLMError, UsageError
+from codecllm.formats.errors import CodecLLMError, UsageError, one_line
 from codecllm.formats.machine import available_memory, cores
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.records import Int8Tensor
@@ -373,7 +373,7 @@ def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
     except CodecLLMError:
         raise
     except Exception as exc:  # whatever a model class raises when it is run on plain text
-        return {"not_run": f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"}
+        return {"not_run": f"{type(exc).__name__}: {one_line(exc)}"}
     stage = Stage("outputs")
     text.check_tokenizers(*coders, (left.folder, right.folder), stage)
     text.compare_text(script, base, other, coders, same, stage)

@@ -12,7 +12,7 @@ import typer
 
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr
-from codecllm.formats.errors import CodecLLMError
+from codecllm.formats.errors import CodecLLMError, one_line
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         stop = _stop_behind(exc)
         if stop is not None:
             _fail(_stopped(stop), 128 + stop.number)
-        reason = " ".join(str(exc).split())[:300]
+        reason = one_line(exc, 300)
         _fail(
             f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc
         )

@@ -30,7 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError, one_line
 from codecllm.formats.shards.side_tensors import SUFFIXES
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.plain_loading import PlainLoad
@@ -391,7 +391,7 @@ def linear_modules(folder: Path) -> list[str]:
     try:
         config = read_config(folder)
     except Exception as exc:
-        reason = " ".join(str(exc).split())[:200]
+        reason = one_line(exc)
         raise UnsupportedEnvironmentError(
             f"transformers cannot read the config: {reason}", file="config.json"
         ) from exc

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
-from codecllm.formats.errors import BaselineError, CodecLLMError
+from codecllm.formats.errors import BaselineError, CodecLLMError, one_line
 from codecllm.formats.files import write_atomically
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.manifest import BASELINE_NAME, MANIFEST_NAME, Manifest, pack_manifest
@@ -100,7 +100,9 @@ def record_baseline(
                 raise
             except Exception as exc:
                 # Whatever a model class raises when it is run on plain text: it has no text baseline.
-                reason = f"the model could not be run on text: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+                reason = (
+                    f"the model could not be run on text: {type(exc).__name__}: {one_line(exc)}"
+                )
                 if required or isinstance(exc, CodecLLMError):
                     raise BaselineError(reason) from exc
                 baseline = Baseline(

@@ -11,7 +11,7 @@ import numpy as np
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
+from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError, one_line
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, RawTensor
 from codecllm.formats.reference import read_run_bytes
 from codecllm.formats.schemes.lossless import word_dtype
@@ -283,7 +283,7 @@ def _compare_back_end(tensor: StoredTensor, back_end: BackEnd) -> tuple[int, Dec
         try:
             found = back_end.decode(tensor, index)
         except Exception as exc:  # a library behind a back end raises what it likes
-            reason = " ".join(str(exc).split())[:200]
+            reason = one_line(exc)
             return index, DecodeError(
                 f"back end {back_end.name!r} failed ({type(exc).__name__}: {reason})", **place
             )

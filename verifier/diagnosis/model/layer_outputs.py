@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from codecllm.formats.errors import ModelMismatchError
+from codecllm.formats.errors import ModelMismatchError, one_line
 from codecllm.loader.resident.int8_matmul import PACKED_ROWS
 from codecllm.verifier.baseline.model_output import forced_logits, generates
 from codecllm.verifier.diagnosis.causes import Cause
@@ -214,7 +214,7 @@ def name_cached_departure(
     try:
         found = run_model(loaded, tokens, names, cached=count)
     except Exception as exc:  # the reference can, so that this one must
-        reason = " ".join(str(exc).split())[:200]
+        reason = one_line(exc)
         text = f"the loaded model runs a prompt and cannot go on from it ({type(exc).__name__}: {reason})"
         stage.fail(ModelMismatchError(text), cause=Cause.CACHE)
         return None

@@ -8,7 +8,13 @@ from typing import Any
 
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, UsageError
+from codecllm.formats.errors import (
+    CodecLLMError,
+    FormatError,
+    ModelMismatchError,
+    UsageError,
+    one_line,
+)
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf import adapter
@@ -310,7 +316,7 @@ class ModelStages:
 
 
 def _one_line(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+    return f"{type(exc).__name__}: {one_line(exc)}"
 
 
 def _skip(stage: Stage, reason: str) -> None:
