@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import check_xxh3, sha256_hex, sha256_of_descriptor
-from codecllm.formats.codecs import RANS_ID, rans
+from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES
 from codecllm.formats.codecs.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
 from codecllm.formats.errors import (
     ChecksumError,
@@ -240,7 +240,7 @@ class Container:
             if file.size != record.bytes:
                 refuse_foreign(file)
             _check_size(file, record)
-            header = read_header(file)
+            header = read_header(file, expected_xxh3=record.header_xxh3)
             check_shard_header(self.manifest, number, header)
         except BaseException:
             file.close()
@@ -367,7 +367,7 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
             got=str(table.grid),
             expected=str(expected),
         )
-    _check_rans_planes(record, table, file)
+    _check_codecs(record, table, file)
     stored = np.add.reduce(
         table.records["stored_bytes"].reshape(-1, table.planes), axis=0, dtype=np.int64
     ).tolist()
@@ -380,20 +380,27 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
         )
 
 
-def _check_rans_planes(record: CodedTensor, table: ChunkTable, file: str) -> None:
-    """Refuses a chunk of codec `rans` in a plane for which the manifest does not announce it."""
-    coded = table.records["codec"] == RANS_ID
-    if not np.count_nonzero(coded):
-        return
-    announced = np.array([plane.codec == rans.NAME for plane in record.planes])
-    wrong = coded.reshape(-1, table.planes) & ~announced
-    if wrong.any():
+def _check_codecs(record: CodedTensor, table: ChunkTable, file: str) -> None:
+    """Refuses a plane whose chunks use another codec than `raw` and the plane's, or never the plane's."""
+    codecs = table.records["codec"].reshape(-1, table.planes)
+    declared = np.array([CODEC_IDS[plane.codec] for plane in record.planes], np.uint8)
+    wrong = (codecs != declared) & (codecs != CODEC_IDS["raw"])
+    if np.count_nonzero(wrong):
         chunk = int(wrong.reshape(-1).argmax())
+        name = CODEC_NAMES[int(codecs.reshape(-1)[chunk])]
         raise LayoutError(
-            "chunk uses codec 'rans', its plane does not",
+            f"chunk uses codec {name!r}, its plane does not",
             file=file,
             tensor=record.name,
             chunk=chunk,
+        )
+    unused = (codecs != declared).all(axis=0)
+    if np.count_nonzero(unused):
+        plane = int(unused.argmax())
+        raise LayoutError(
+            f"no chunk of plane {plane} uses its codec {record.planes[plane].codec!r}",
+            file=file,
+            tensor=record.name,
         )
 
 

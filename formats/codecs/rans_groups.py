@@ -12,7 +12,6 @@ from codecllm.formats.codecs import RANS_ID
 from codecllm.formats.codecs.rans_table import MAX_TABLE_BYTES, FrequencyTable, parse_table
 from codecllm.formats.errors import (
     LayoutError,
-    NotAContainerError,
     SchemaError,
     UnsupportedVersionError,
 )
@@ -104,9 +103,8 @@ def parse_group_tables(data: bytes, *, chunks: ChunkTable, file: str, tensor: st
     """Validates the header and the sizes against the tensor's chunk table.
 
     Raises:
-        NotAContainerError: wrong magic.
         UnsupportedVersionError: a version that this reader does not know.
-        SchemaError: reserved bytes are not zero.
+        SchemaError: wrong magic, or reserved bytes that are not zero.
         LayoutError: planes, groups, sizes or the chunks that need a table disagree.
     """
     where: dict[str, Any] = {"file": file, "tensor": tensor}
@@ -119,9 +117,7 @@ def parse_group_tables(data: bytes, *, chunks: ChunkTable, file: str, tensor: st
         )
     header = np.frombuffer(data, HEADER, count=1)[0]
     if bytes(header["magic"]) != MAGIC:
-        raise NotAContainerError(
-            "rans tables have a wrong magic", got=ascii(bytes(data[:4])), **where
-        )
+        raise SchemaError("rans tables have a wrong magic", got=ascii(bytes(data[:4])), **where)
     if header["version"] != TABLES_VERSION:
         raise UnsupportedVersionError(
             "version of rans tables", got=int(header["version"]), expected=TABLES_VERSION, **where

@@ -66,7 +66,7 @@ class Manifest(Record):
     """The whole manifest but for its seal. Extra top-level keys are allowed only under an `x_` prefix, and ignored."""
 
     format: Literal["codecllm"]
-    format_version: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
+    format_version: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})$")]
     required_features: list[str]
     writer: dict[str, str]
     source: Source

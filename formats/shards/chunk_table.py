@@ -14,7 +14,6 @@ from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.errors import (
     LayoutError,
     LimitError,
-    NotAContainerError,
     SchemaError,
     UnsupportedVersionError,
 )
@@ -147,9 +146,8 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     """Validates a table against the size of the payload that it describes.
 
     Raises:
-        NotAContainerError: wrong magic.
         UnsupportedVersionError: a table version or codec that this reader does not know.
-        SchemaError: reserved bytes are not zero.
+        SchemaError: wrong magic, or reserved bytes that are not zero.
         LimitError: a chunk, or the number of planes, passes its limit.
         LayoutError: the number of records, their sizes and the payload's size disagree.
     """
@@ -165,9 +163,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         data, HEADER, count=1
     )[0].tolist()
     if magic != MAGIC:
-        raise NotAContainerError(
-            "chunk table has a wrong magic", got=ascii(bytes(data[:4])), **where
-        )
+        raise SchemaError("chunk table has a wrong magic", got=ascii(bytes(data[:4])), **where)
     if version != TABLE_VERSION:
         raise UnsupportedVersionError(
             "chunk table version", got=version, expected=TABLE_VERSION, **where
@@ -176,7 +172,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         raise SchemaError("reserved bytes of the chunk table are not zero", **where)
     if not 1 <= planes <= limits.PLANES:
         raise LimitError("planes per tile", got=planes, expected=f"1 to {limits.PLANES}", **where)
-    if max(rows, 1) * max(cols, 1) > limits.TENSOR_BYTES:
+    if max(rows, 1) * max(cols, 1) > limits.ELEMENTS:
         raise LimitError("matrix of the chunk table is too large", got=f"{rows} x {cols}", **where)
     if not tile_rows or not tile_cols:
         raise LayoutError("tile has no extent", got=f"{tile_rows} x {tile_cols}", **where)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codecllm.formats import limits
+from codecllm.formats.checksums import check_xxh3
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import (
     LayoutError,
@@ -73,10 +74,21 @@ class ShardHeader:
     raw: bytes
 
 
-def read_header(file: SafeFile, *, max_header_bytes: int = limits.HEADER_BYTES) -> ShardHeader:
+def read_header(
+    file: SafeFile,
+    *,
+    max_header_bytes: int = limits.HEADER_BYTES,
+    expected_xxh3: str | None = None,
+) -> ShardHeader:
     """Reads and validates the header of an open safetensors file.
 
+    Args:
+        file: the open file.
+        max_header_bytes: refuse a longer header.
+        expected_xxh3: xxh3-64 of length prefix and header, compared before they are parsed.
+
     Raises:
+        ChecksumError: length prefix and header differ from `expected_xxh3`.
         NotAContainerError: the file looks like something else, or is too short to be a safetensors file.
         TruncatedError: the file ends inside the header or the data.
         LimitError: a size passes its limit.
@@ -102,6 +114,8 @@ def read_header(file: SafeFile, *, max_header_bytes: int = limits.HEADER_BYTES) 
     if PREFIX_BYTES + header_bytes > file.size:
         raise TruncatedError("file ends inside its header", file=file.name, got=file.size)
     raw = file.read(0, PREFIX_BYTES + header_bytes)
+    if expected_xxh3 is not None:
+        check_xxh3(raw, expected_xxh3, file.name, None, 0)
     return parse_header(
         raw, file_bytes=file.size, file=file.name, max_header_bytes=max_header_bytes
     )
@@ -159,7 +173,7 @@ def check_shape(shape: Any, file: str, tensor: str) -> tuple[int, ...]:
         )
     if len(shape) > limits.RANK or any(dim > limits.DIM for dim in shape):
         raise LimitError("shape passes the limits", file=file, tensor=tensor, got=str(shape)[:80])
-    if math.prod(max(dim, 1) for dim in shape) > limits.TENSOR_BYTES:
+    if math.prod(max(dim, 1) for dim in shape) > limits.ELEMENTS:
         raise LimitError("tensor is too large", file=file, tensor=tensor, got=str(shape)[:80])
     return tuple(shape)
 

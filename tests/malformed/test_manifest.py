@@ -114,6 +114,11 @@ def _side_tensor_twice(document):
     document["tensors"].append(record)
 
 
+def _header_flip(folder):
+    """Breaks the JSON of the shard's header; its checksum is compared before it is parsed."""
+    tampering.flip_bit(folder / SHARD, 9)
+
+
 def _many_files(document):
     document["files"] = [{"name": f"f{i}", "bytes": 0, "sha256": "0" * 64} for i in range(4097)]
 
@@ -205,6 +210,8 @@ FLAWS = {
         "required_features",
     ),
     "version in other digits": (_set("format_version", "1.\u0663"), SchemaError, "format_version"),
+    "minor with a leading zero": (_set("format_version", "1.01"), SchemaError, "format_version"),
+    "major with a leading zero": (_set("format_version", "01.1"), UnsupportedVersionError, "01.1"),
     "version with a line feed": (_set("format_version", "1.0\n"), SchemaError, "format_version"),
     "features missing": (_drop("required_features"), SchemaError, "required_features"),
     "unknown scheme": (_set("tensors", Q, "scheme", "int3"), UnsupportedVersionError, "int3"),
@@ -391,6 +398,17 @@ SEEN_BY_TENSORS = {
     "shape checksum": (_set("tensors", L, "xxh3", "shape", "0" * 16), ChecksumError, "l_shape"),
     "scale checksum": (_set("tensors", Q, "xxh3", "scale", "0" * 16), ChecksumError, "q_scale"),
     "header checksum": (_set("shards", 0, "header_xxh3", "0" * 16), ChecksumError, None),
+    "header that is no JSON and differs": (_header_flip, ChecksumError, None),
+    "codec of a plane that its chunks do not use": (
+        _set("tensors", L, "planes", 1, "codec", "zstd"),
+        LayoutError,
+        "l",
+    ),
+    "codec of a plane that says raw": (
+        _set("tensors", Q, "planes", 0, "codec", "raw"),
+        LayoutError,
+        "q",
+    ),
 }
 
 

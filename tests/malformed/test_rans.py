@@ -13,7 +13,6 @@ from codecllm.formats.errors import (
     CodecLLMError,
     DecodeError,
     LayoutError,
-    NotAContainerError,
     SchemaError,
     UnsupportedVersionError,
 )
@@ -124,6 +123,17 @@ def _manifest(edit):
     return lambda folder: tampering.reseal(folder, edit)
 
 
+def _tables_swapped(folder):
+    """Says that the second plane has the table of the first one."""
+
+    def edit(tensors):
+        data = tensors["l_tables"][2]
+        assert data[SIZES + 2 : SIZES + 4] == bytes(2)
+        data[SIZES : SIZES + 4] = data[SIZES + 2 : SIZES + 4] + data[SIZES : SIZES + 2]
+
+    rewrite_shard(folder, edit)
+
+
 def _rename_feature(document):
     document["required_features"] = ["rans2"]
 
@@ -160,7 +170,7 @@ FLAWS = {
         LayoutError,
         "its plane does not",
     ),
-    "magic": (_set("q_tables", 0, b"CLRU"), NotAContainerError, "magic"),
+    "magic": (_set("q_tables", 0, b"CLRU"), SchemaError, "magic"),
     "version": (_set("q_tables", 4, b"\2"), UnsupportedVersionError, "version of rans tables"),
     "planes": (_set("q_tables", 5, b"\2"), LayoutError, "disagree on planes"),
     "reserved": (_set("q_tables", 7, b"\1"), SchemaError, "reserved"),
@@ -175,7 +185,13 @@ FLAWS = {
     "sum": (_set("q_tables", -1, b"\x7f"), DecodeError, r"add up|cut off"),
     "a symbol more": (_set("q_tables", TABLE + 1 + 8, b"\xff"), DecodeError, r"cut off|add up"),
     "a raw chunk says rans": (_codec("l", 1, 2), LayoutError, "its plane does not"),
-    "a rans chunk says zstd": (_codec("q", 0, 1), LayoutError, "a table that no chunk uses"),
+    "a rans chunk says zstd": (_codec("q", 0, 1), LayoutError, "its plane does not"),
+    "no chunk uses the plane's codec": (
+        _manifest(lambda d: _record(d, "l")["planes"][1].update(codec="rans")),
+        LayoutError,
+        "no chunk of plane 1 uses its codec 'rans'",
+    ),
+    "table of another plane": (_tables_swapped, LayoutError, "do not fit the chunks of group 0"),
     "a rans chunk says codec 3": (_codec("q", 0, 3), UnsupportedVersionError, "codec id"),
     "a small state": (_payload(4, bytes(4)), DecodeError, "too small"),
     "states": (_payload(0, b"\xff" * 128), DecodeError, r"words|early|initial state"),

@@ -1,4 +1,7 @@
-"""The examples of SPEC.md: `python -m tests.unit.formats.spec_example` prints them, `--write` puts them into SPEC.md."""
+"""The examples of SPEC.md.
+
+`python -m tests.unit.formats.spec_example` prints them, `--write` puts them into SPEC.md.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,21 @@ from codecllm.formats.checksums import sha256_hex, xxh3_hex
 from codecllm.formats.codecs import CODECS, RANS_ID, rans, rans_reference
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.container import Container
-from codecllm.formats.shards.chunk_table import HEADER, RECORD
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, pack_manifest, parse_manifest
+from codecllm.formats.schemes.columns import order_of
+from codecllm.formats.schemes.float_bits import bits_from_float32
+from codecllm.formats.schemes.int8 import dequantize, split_codes, step_sizes
+from codecllm.formats.schemes.lossless import split_planes
+from codecllm.formats.shards.chunk_table import HEADER, RECORD, slot_bytes
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES
 from codecllm.formats.stored_tensor import StoredTensor
+from codecllm.formats.tiling import Grid
 from tests.sources import write_source
+from tests.unit.formats.spec_rules import SPEC
 
-SPEC = Path(__file__).resolve().parents[3] / "SPEC.md"
+WRITER = {"codecllm": "0.1.0", "numpy": "2.4.6", "zstandard": "0.25.0", "zstd": "1.5.7"}
+"""Versions in the example's manifest: the part of it that changes from machine to machine."""
 
 
 def example_weights() -> np.ndarray:
@@ -27,12 +39,87 @@ def example_weights() -> np.ndarray:
     return (((7 * row + 3 * col) % 17 - 8) * 2.0**-6 * (1 + row)).astype(np.float32)
 
 
+def make_example(folder: Path) -> Path:
+    """Makes the container of Appendix A below `folder` and returns its path."""
+    source = write_source(folder / "source", {"w": ("F32", example_weights())})
+    convert(source, folder / "out", include=("*",))
+    return folder / "out"
+
+
 def hexdump() -> str:
-    """Returns Appendix A's block: the shard in annotated hex, then the manifest."""
+    """Returns the shard of Appendix A in annotated hex."""
     with tempfile.TemporaryDirectory() as folder:
-        source = write_source(Path(folder) / "source", {"w": ("F32", example_weights())})
-        convert(source, Path(folder) / "out", include=("*",))
-        return _dump(Path(folder) / "out")
+        return _dump(make_example(Path(folder)))
+
+
+def manifest() -> str:
+    """Returns the manifest of Appendix A, with the versions of `WRITER`."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = (make_example(Path(folder)) / MANIFEST_NAME).read_bytes()
+    parsed = parse_manifest(data).model_copy(update={"writer": WRITER})
+    return f"```\n{pack_manifest(parsed).decode()}```"
+
+
+def numbers() -> str:
+    """Returns the vectors of Appendix B on numbers."""
+    lines = ["lossless, BF16: element, plane 0, plane 1"]
+    for word in (0xBF80, 0x3F80, 0x8000, 0x7F81):
+        first, second = split_planes(np.array([word], np.uint16), DTYPES["BF16"])
+        lines.append(f"  {word:04x}  {first[0]:02x} {second[0]:02x}")
+    lines += ["", "order of products: code 13, X_scale 3dcccccd, X_col_scale 3e99999a"]
+    step = step_sizes(_float32("3dcccccd"), _float32("3e99999a"))
+    value = dequantize(np.array([[13]], np.int8), step)
+    lines.append(f"  step {_hex(step)[0]}, x {_hex(value)[0]} (row first: 3ec7ae16)")
+    lines += ["", "two roundings: code 66, step 3fc83e10, to BF16"]
+    value = dequantize(np.array([66], np.int8), _float32("3fc83e10"))
+    short = int(bits_from_float32(value, "BF16")[0])
+    lines.append(f"  fl32 {_hex(value)[0]}, x {short:04x} (one rounding: 42cf)")
+    lines += ["", "overflow: code 127, step 7c010203"]
+    value = dequantize(np.array([127], np.int8), _float32("7c010203"))
+    short = int(bits_from_float32(value, "BF16")[0])
+    half = int(bits_from_float32(value, "F16")[0])
+    lines.append(f"  F32 {_hex(value)[0]}, BF16 {short:04x}, F16 {half:04x}")
+    return "```\n" + "\n".join([*lines, "", *_wide_vector()]) + "\n```"
+
+
+def _wide_vector() -> list[str]:
+    """A wide tensor of two rows and five columns in tiles of two by two, all chunks of codec raw."""
+    codes = np.array([[5, -300, 127, 9, -1], [-128, 3, 40, -32640, 32639]], np.int16)
+    rows = _float32("3dcccccd 3e99999a")
+    cols = _float32("3f333333 3f800000 3f666666 3f8ccccd 3e99999a")
+    groups = np.array([1, 0, 1, 0, 0], np.uint8)
+    order = order_of(groups)
+    lines = [
+        "wide, F32 [2, 5], channel_kind row, tile [2, 2], all chunks of codec raw",
+        f"  X_scale {' '.join(_hex(rows))}",
+        f"  X_col_scale {' '.join(_hex(cols))}",
+        f"  X_col_group {groups.tobytes().hex(' ')}; order {' '.join(map(str, order))}",
+        f"  codes in source order: {' '.join(map(str, codes[0]))}",
+        f"                         {' '.join(map(str, codes[1]))}",
+        "  chunks: plane, symbols, low_bits, xxh3 of the slot",
+    ]
+    stored = codes[:, order]
+    grid = Grid(2, 5, 2, 2)
+    for tile, low_bits in zip(grid, (8, 8, 3), strict=True):
+        part = stored[:, tile.col : tile.col + tile.cols]
+        for plane, half in enumerate(split_codes(part, low_bits)):
+            symbols = half.tobytes()
+            slot = symbols.ljust(slot_bytes(len(symbols)), b"\0")
+            bits = low_bits if plane else 0
+            lines.append(f"    {plane}  {symbols.hex():8}  {bits}  {xxh3_hex(slot)}")
+    values = dequantize(codes, step_sizes(rows, cols))
+    lines.append(f"  x {' '.join(_hex(values[0]))}")
+    lines.append(f"    {' '.join(_hex(values[1]))}")
+    digested = codes.astype("<i2").tobytes() + rows.tobytes() + cols.tobytes()
+    return [*lines, f"  digest {sha256_hex(digested)}"]
+
+
+def _float32(words: str) -> np.ndarray:
+    return np.array([int(word, 16) for word in words.split()], np.uint32).view(np.float32)
+
+
+def _hex(values: np.ndarray) -> list[str]:
+    return [f"{word:08x}" for word in np.ascontiguousarray(values).view(np.uint32).reshape(-1)]
 
 
 def vectors() -> str:
@@ -65,8 +152,14 @@ def _rans_vector() -> list[str]:
 
 
 def embed(text: str) -> str:
-    """Returns the text of SPEC.md with both blocks made anew."""
-    for name, block in (("hexdump", hexdump()), ("vectors", vectors())):
+    """Returns the text of SPEC.md with all blocks made anew."""
+    blocks = {
+        "manifest": manifest(),
+        "hexdump": hexdump(),
+        "vectors": vectors(),
+        "numbers": numbers(),
+    }
+    for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, rest = text.split(begin)
         text = head + begin + "\n" + block + "\n" + end + rest.split(end)[1]
@@ -111,7 +204,6 @@ def _dump(folder: Path) -> str:
         else:
             words = {"w_scale": "w_scale: four float32", "w_shape": "w_shape: two int64"}[name]
             lines += _part(data, entry.start, entry.end, words)
-    # The versions of what wrote it are the one thing in the example that changes from machine to machine.
     return "```\n" + "\n".join(lines) + "\n```"
 
 
@@ -128,4 +220,4 @@ if __name__ == "__main__":
     if "--write" in sys.argv:
         SPEC.write_text(embed(SPEC.read_text()))
     else:
-        print(hexdump(), vectors(), sep="\n")
+        print(manifest(), hexdump(), vectors(), numbers(), sep="\n")

@@ -7,7 +7,6 @@ from codecllm.formats import limits
 from codecllm.formats.errors import (
     LayoutError,
     LimitError,
-    NotAContainerError,
     SchemaError,
     UnsupportedVersionError,
 )
@@ -87,7 +86,7 @@ def _parse(data, payload_bytes=32):
 
 
 FLAWS = {
-    "magic": (0, b"CLCU", NotAContainerError, "magic", None),
+    "magic": (0, b"CLCU", SchemaError, "magic", None),
     "version 0": (4, b"\0", UnsupportedVersionError, "version", None),
     "version 2": (4, b"\2", UnsupportedVersionError, "version", None),
     "planes 0": (5, b"\0", LimitError, "planes", None),
