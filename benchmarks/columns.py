@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from codecllm.converter import convert
-from codecllm.converter.plan.policy import TensorPlan
-from codecllm.converter.plan.steps import Steps, column_tiles, like_columns
+from codecllm.converter.plan.params import QuantParams, column_tiles, like_columns
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
@@ -116,7 +116,7 @@ def measure(
     squares = np.square(scaled, dtype=np.float64).mean(axis=0)
     for count in groups:
         tile = column_tiles(*weights.shape, groups=count)
-        steps = Steps(rows, factors, like_columns(squares, tile[1]), tile)
+        steps = QuantParams(rows, factors, like_columns(squares, tile[1]), tile)
         found = {codec: _stored(weights, steps, codec) for codec in ("zstd", "rans")}
         codes = found["zstd"][1][:, steps.order]
         parts = [codes[:, col : col + tile[1]] for col in range(0, codes.shape[1], tile[1])]
@@ -126,11 +126,11 @@ def measure(
 
 
 def _stored(
-    weights: NDArray[np.float32], steps: Steps, codec: CodecName
+    weights: NDArray[np.float32], steps: QuantParams, codec: CodecName
 ) -> tuple[float, NDArray[np.signedinteger]]:
     """Returns bits per weight and the codes of a container of one matrix."""
 
-    def provide(plan: TensorPlan) -> Steps:
+    def provide(plan: TensorPlan) -> QuantParams:
         return steps
 
     with tempfile.TemporaryDirectory() as folder:

@@ -94,7 +94,7 @@ def stepped_tensors(folder: Path, options: ConvertOptions) -> frozenset[str]:
     """Returns the names of the tensors whose steps are to be chosen."""
     with SourceModel(folder) as model:
         plans = plan_conversion(model, replace(options, steps=lambda plan: None)).tensors
-    return frozenset(plan.source.name for plan in plans if plan.steppable)
+    return frozenset(plan.source.name for plan in plans if plan.accepts_params)
 
 
 def _calibrated(

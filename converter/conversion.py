@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from codecllm.converter.plan.policy import Scheme, TensorPlan, plan_tensor
-from codecllm.converter.plan.steps import StepsProvider
+from codecllm.converter.plan.policy import Scheme, plan_tensor
+from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan
 from codecllm.converter.source.aliases import find_aliases
 from codecllm.converter.source.side_files import (
     copy_side_files,
@@ -98,7 +98,7 @@ class ConvertOptions:
     force: bool = False
     repo: str | None = None
     commit: str | None = None
-    steps: StepsProvider | None = None
+    steps: ParamsProvider | None = None
     bits: float | None = None
     ratio: float | None = None
     calibrate: str | None = None
@@ -261,7 +261,7 @@ def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
             options.exclude,
             model.model_type,
             options.codec,
-            steppable=options.steps is not None,
+            accepts_params=options.steps is not None,
             tile_symbols=options.chunk_kib << 10,
         )
         for tensor in model.tensors.values()

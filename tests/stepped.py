@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from codecllm.converter.plan.policy import TensorPlan
-from codecllm.converter.plan.steps import Steps, nearest_bf16
+from codecllm.converter.plan.params import QuantParams, nearest_bf16
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import quantize, step_sizes
 
@@ -29,7 +29,7 @@ def make_steps(
     columns: bool = True,
     short: bool = False,
     **fields: object,
-) -> Steps:
+) -> QuantParams:
     """Returns steps of `factor` times the root mean square of each channel; smaller than 0.01 makes wide codes.
 
     Args:
@@ -37,27 +37,27 @@ def make_steps(
         factor: step / root mean square.
         columns: whether columns get scales and groups (never where each column is a channel).
         short: whether scales are values of type BF16.
-        fields: further fields of `Steps`.
+        fields: further fields of `QuantParams`.
     """
     weights = weights_of(plan)
     rng = np.random.default_rng(plan.source.entry.elements)
     kept = nearest_bf16 if short else np.copy
     if plan.kind == "column" or not columns:
         axis = 0 if plan.kind == "column" else 1
-        return Steps(kept(_scales(weights, axis, factor)), **fields)  # type: ignore[arg-type]
+        return QuantParams(kept(_scales(weights, axis, factor)), **fields)  # type: ignore[arg-type]
     col_scale = kept(np.exp(rng.standard_normal(weights.shape[1]) * 0.5).astype(np.float32))
     scaled = (weights / col_scale).astype(np.float64)
     rank = np.argsort(np.argsort(np.square(scaled).mean(axis=0)))
     groups = (255 - rank * 6 // len(rank) * 51).astype(np.uint8)
-    return Steps(kept(_scales(scaled, 1, factor)), col_scale, groups, **fields)  # type: ignore[arg-type]
+    return QuantParams(kept(_scales(scaled, 1, factor)), col_scale, groups, **fields)  # type: ignore[arg-type]
 
 
-def provider(factor: float = 0.1, **fields: object) -> Callable[[TensorPlan], Steps]:
+def provider(factor: float = 0.1, **fields: object) -> Callable[[TensorPlan], QuantParams]:
     """Returns a provider that gives every tensor the steps of `make_steps`."""
     return lambda plan: make_steps(plan, factor, **fields)  # type: ignore[arg-type]
 
 
-def mixed(plan: TensorPlan) -> Steps:
+def mixed(plan: TensorPlan) -> QuantParams:
     """Returns steps for a tiny llama: one tensor wide, one refined, one without columns, the others as usual."""
     name = plan.source.name
     if name == WIDE:

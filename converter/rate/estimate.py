@@ -13,17 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
-from codecllm.converter.encode.blocks import (
-    Block,
-    EncodedBlock,
-    blocks_of,
-    encode_block,
-    finish_blocks,
-    needs_scale_pass,
-    scan_block,
-)
-from codecllm.converter.plan.policy import TensorPlan, plan_lossless
-from codecllm.converter.plan.steps import Steps, check
+from codecllm.converter.encode.blocks import Block, blocks_of, needs_scale_pass
+from codecllm.converter.encode.encoding import encode_block, scan_block
+from codecllm.converter.encode.packing import EncodedBlock, finish_blocks
+from codecllm.converter.plan.params import QuantParams
+from codecllm.converter.plan.policy import plan_lossless
+from codecllm.converter.plan.tensor_plan import TensorPlan, check_params
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UsageError
 from codecllm.formats.schemes.int8 import channel_scales
@@ -83,7 +78,7 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
         plan = plan_conversion(model, options)
         stored = {
             item.name: item
-            for item in executor.map(estimate_tensor, _stepped(plan.tensors, options))
+            for item in executor.map(estimate_tensor, _with_params(plan.tensors, options))
         }
         tensors = []
         for name, tensor in model.tensors.items():
@@ -107,7 +102,7 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
 
 
 @dataclass(frozen=True, slots=True)
-class SampledSize:
+class PackedSize:
     """Exact size of some rows of an int8 tensor under given steps.
 
     Attributes:
@@ -121,14 +116,19 @@ class SampledSize:
     wide: bool
 
 
-def sample_steps(
-    plan: TensorPlan, steps: Steps, first: int = 0, last: int | None = None, *, wide: bool = False
-) -> SampledSize:
+def packed_size(
+    plan: TensorPlan,
+    params: QuantParams,
+    first: int = 0,
+    last: int | None = None,
+    *,
+    wide: bool = False,
+) -> PackedSize:
     """Quantizes and packs rows of a tensor as a conversion with these steps would, in the calling thread.
 
     Args:
         plan: the tensor's, as `plan_conversion` gives it, of scheme `int8`.
-        steps: the steps to try; not checked against the format's limits (`steps.check`).
+        params: the parameters to try; not checked against the limits of the format (`check_params`).
         first: first block of rows; blocks are the units in which a conversion works (`blocks`).
         last: block behind the last one; None takes one block.
         wide: whether to use two planes though one may do.
@@ -136,37 +136,37 @@ def sample_steps(
     Raises:
         UsageError: weights are not finite, or some lie too many steps from zero.
     """
-    chosen = replace(plan, steps=steps, wide=wide or steps.wide)
+    chosen = replace(plan, params=params, wide=wide or params.wide)
     own = list(blocks_of(chosen))[first : first + 1 if last is None else last]
     encoded = [encode_block(chosen, block, None) for block in own]
     problems = {one.problem for one in encoded if one.problem is not None}
     if problems == {"wide"}:
-        return sample_steps(plan, steps, first, last, wide=True)
+        return packed_size(plan, params, first, last, wide=True)
     if problems:
         raise UsageError(
             f"these steps cannot quantize the tensor ({', '.join(sorted(problems))})",
             tensor=plan.source.name,
         )
     bits = 8 * sum(map(_encoded_bytes, finish_blocks(encoded)))
-    return SampledSize(
+    return PackedSize(
         sum(block.rows * block.cols for block in own),
         bits,
         chosen.wide or any(one.wide for one in encoded),
     )
 
 
-def blocks(plan: TensorPlan, steps: Steps) -> int:
+def blocks(plan: TensorPlan, params: QuantParams) -> int:
     """Returns how many blocks of rows a conversion makes of a tensor with these steps."""
-    return len(list(blocks_of(replace(plan, steps=steps))))
+    return len(list(blocks_of(replace(plan, params=params))))
 
 
-def _stepped(plans: list[TensorPlan], options: ConvertOptions) -> Iterator[TensorPlan]:
+def _with_params(plans: list[TensorPlan], options: ConvertOptions) -> Iterator[TensorPlan]:
     """Gives tensors the steps that a conversion would give them."""
     for plan in plans:
-        steps = options.steps(plan) if options.steps is not None and plan.steppable else None
-        if steps is not None:
-            check(steps, plan)
-        yield plan if steps is None else replace(plan, steps=steps)
+        params = options.steps(plan) if options.steps is not None and plan.accepts_params else None
+        if params is not None:
+            check_params(params, plan)
+        yield plan if params is None else replace(plan, params=params)
 
 
 def _encoded_bytes(encoded: EncodedBlock) -> int:
@@ -213,7 +213,7 @@ def _sample_stored_bytes(plan: TensorPlan) -> int | None:
         elements += block.rows * block.cols
     side = 64
     if plan.scheme == "int8":
-        side += 4 * plan.channels if plan.steps is None else plan.steps.stored_bytes
+        side += 4 * plan.channels if plan.params is None else plan.params.stored_bytes
     return stored * plan.source.entry.elements // max(1, elements) + side
 
 

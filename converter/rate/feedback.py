@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.encode.quantize import as_float32, round_toward_zero
-from codecllm.converter.plan.policy import TensorPlan
-from codecllm.converter.plan.steps import Steps
+from codecllm.converter.plan.params import QuantParams
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.rate.products import InputProducts
 from codecllm.formats.manifest.records import FEEDBACK, FEEDBACK_DEADZONE
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
@@ -86,7 +86,7 @@ def refined_codes(
         weights: float32 [rows, cols], finite.
         scales: float32 [rows], and factors of the columns, float32 [cols], or None.
         factor: of the inputs.
-        deadzone: as in `Steps`.
+        deadzone: as in `QuantParams`.
 
     Returns:
         int16 [rows, cols], the codes.
@@ -137,12 +137,12 @@ class Feedback:
         """Whether a tensor's codes can be refined."""
         return name in self._products
 
-    def refine(self, plan: TensorPlan, steps: Steps) -> Steps:
+    def refine(self, plan: TensorPlan, params: QuantParams) -> QuantParams:
         """Returns steps whose codes are chosen with feedback; the same ones, where the inputs are not known."""
         if plan.source.name not in self or plan.kind != "row":
-            return steps
-        refined = FEEDBACK_DEADZONE if steps.deadzone else FEEDBACK
-        return replace(steps, refined=refined, codes=_Codes(self, plan, steps))
+            return params
+        refined = FEEDBACK_DEADZONE if params.deadzone else FEEDBACK
+        return replace(params, refined=refined, codes=_Codes(self, plan, params))
 
     def factor(self, name: str) -> Factor:
         """Returns the factor of a tensor's inputs, `ratios` a view of the file."""
@@ -166,16 +166,16 @@ class _Group:
 
 
 class _Codes:
-    """`Steps.codes` of one tensor.
+    """`QuantParams.codes` of one tensor.
 
     Rows are quantized in groups that begin at multiples of a number which follows from `cols` alone, always a whole group at a
     time, so that codes do not depend on how many rows are asked for, or by whom. A group is kept until all its rows have been
     given.
     """
 
-    def __init__(self, feedback: Feedback, plan: TensorPlan, steps: Steps) -> None:
+    def __init__(self, feedback: Feedback, plan: TensorPlan, params: QuantParams) -> None:
         self._feedback, self._plan = feedback, plan
-        self._scales, self._deadzone = (steps.row_scale, steps.col_scale), steps.deadzone
+        self._scales, self._deadzone = (params.row_scale, params.col_scale), params.deadzone
         self._rows = max(1, min(_GROUP_ROWS, _GROUP_ELEMENTS // plan.matrix[1]))
         self._groups: dict[int, _Group] = {}
         self._lock = threading.Lock()

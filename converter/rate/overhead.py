@@ -16,8 +16,8 @@ from codecllm.converter.conversion import (
     planned_entries,
     shard_metadata,
 )
-from codecllm.converter.plan.policy import TensorPlan
-from codecllm.converter.plan.steps import Steps
+from codecllm.converter.plan.params import QuantParams
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.side_files import copied_files
 from codecllm.converter.source.source import SourceModel
 from codecllm.converter.write.records import coded_record, raw_record, scale_sides
@@ -34,26 +34,26 @@ from codecllm.formats.shards.side_tensors import SIDE_TENSORS
 _DIGEST, _CHECKSUM, _FLOAT, _TABLES_BYTES = "0" * 64, "0" * 16, 0.012345678, 12345
 
 
-def tensor_bytes(plan: TensorPlan, steps: Steps, *, wide: bool = False) -> int:
+def tensor_bytes(plan: TensorPlan, params: QuantParams, *, wide: bool = False) -> int:
     """Returns the bytes of an `int8` tensor beside chunks, chunk records and `rans` tables: side tensors and manifest record.
 
     Args:
         plan: the tensor's, without steps.
-        steps: its steps; only which sides they have matters, and their tiles.
+        params: its parameters; only their side tensors and their tiles matter.
         wide: whether its codes take two planes.
     """
-    chosen = replace(plan, steps=steps, wide=wide)
-    return steps.stored_bytes + _fixed_bytes(chosen) + record_bytes(_stand_in(chosen, 0))
+    chosen = replace(plan, params=params, wide=wide)
+    return params.stored_bytes + _fixed_bytes(chosen) + record_bytes(_stand_in(chosen, 0))
 
 
-def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, stepped: set[str]) -> int:
+def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, counted: set[str]) -> int:
     """Returns the bytes that belong to no tensor under chosen steps, data of other tensors left out.
 
     Args:
         model: the source.
         plan: of the conversion; its tensors have no steps yet.
         options: of the conversion, with what the manifest repeats of the request.
-        stepped: names of the tensors that `tensor_bytes` counts.
+        counted: names of the tensors that `tensor_bytes` counts.
     """
     version = options.format_version
     headers = [
@@ -80,9 +80,9 @@ def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, stepped
     )
     files = [FileRecord(name=name, bytes=10**4, sha256=_DIGEST) for name in names]
     manifest = build_manifest(model, plan, options, list(records.values()), shards, files)
-    own = sum(record_bytes(records[name]) for name in stepped)
+    own = sum(record_bytes(records[name]) for name in counted)
     kept = sum(
-        _fixed_bytes(one) + _chunk_bytes(one) for _, one in placed if one.source.name not in stepped
+        _fixed_bytes(one) + _chunk_bytes(one) for _, one in placed if one.source.name not in counted
     )
     return sum(headers) + len(pack_manifest(manifest)) - own + kept
 

@@ -10,8 +10,14 @@ from numpy.typing import NDArray
 
 from codecllm.converter.encode.blocks import blocks_of
 from codecllm.converter.encode.quantize import as_float32
-from codecllm.converter.plan.policy import TensorPlan
-from codecllm.converter.plan.steps import Steps, column_tiles, like_columns, nearest_bf16, next_bf16
+from codecllm.converter.plan.params import (
+    QuantParams,
+    column_tiles,
+    like_columns,
+    nearest_bf16,
+    next_bf16,
+)
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.rate.allocation import Factors, Floats, Sensitivity, factors_of, row_steps
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE
 
@@ -55,22 +61,22 @@ class Sampled:
             else 0.0
         )
 
-    def steps(self, scale: float, deadzone: float = 0.0) -> Steps:
+    def params(self, scale: float, deadzone: float = 0.0) -> QuantParams:
         """Returns the steps of the tensor at k = `scale`, with a deadzone.
 
         A channel's step is made larger where a weight would otherwise lie too many steps from zero for the format.
         """
-        steps = self._steps(scale * self.relative, self.largest / _LARGEST_CODE)
+        params = self._params(scale * self.relative, self.largest / _LARGEST_CODE)
         return replace(
-            steps, wide=bool((self.largest > 128.0 * steps.row_scale).any()), deadzone=deadzone
+            params, wide=bool((self.largest > 128.0 * params.row_scale).any()), deadzone=deadzone
         )
 
-    def beyond_sample(self, steps: Steps) -> float:
+    def beyond_sample(self, params: QuantParams) -> float:
         """Returns how many bits the average weight takes more than one of the sample, if both are Gaussian in every channel."""
-        bits = 0.5 * np.log2(1 + 2 * np.pi * np.e * (self.rms / steps.row_scale) ** 2)
+        bits = 0.5 * np.log2(1 + 2 * np.pi * np.e * (self.rms / params.row_scale) ** 2)
         return float(bits.mean() - bits[self.within].mean())
 
-    def _steps(self, channels: Floats, lowest: Floats) -> Steps:
+    def _params(self, channels: Floats, lowest: Floats) -> QuantParams:
         """Rounds steps of channels, float64, to values of BF16, which take half the room; none below `lowest`, float64."""
         cols = (
             self.factors.cols.astype(np.float32)
@@ -80,7 +86,7 @@ class Sampled:
         least = MIN_SCALE if cols is None else 2 * MIN_SCALE / min(1.0, float(cols.min()))
         bound = next_bf16(np.maximum(lowest, least).astype(np.float32))
         rows = np.maximum(nearest_bf16(channels.astype(np.float32)), bound)
-        return Steps(rows, cols, None if cols is None else self.groups)
+        return QuantParams(rows, cols, None if cols is None else self.groups)
 
 
 def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
@@ -117,10 +123,10 @@ def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled |
             squares += np.einsum(
                 "rc,rc,r->c", weights, weights, np.where(part > 0, 1 / part, 0), dtype=np.float64
             )
-    probe = Steps(
+    probe = QuantParams(
         np.ones(rows, np.float32), np.ones(cols, np.float32) if factors.by_column else None
     )
-    blocks = list(blocks_of(replace(plan, steps=probe)))
+    blocks = list(blocks_of(replace(plan, params=probe)))
     chosen = _chosen(len(blocks))
     within = np.zeros(rows, np.bool_)
     for number in chosen:
@@ -147,7 +153,7 @@ def _sample_columns(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sample
         )
     factors = factors_of(turned, cols, rows)
     relative = row_steps(factors, rms, _geometric_mean(rms))
-    count = len(list(blocks_of(replace(plan, steps=Steps(np.ones(cols, np.float32))))))
+    count = len(list(blocks_of(replace(plan, params=QuantParams(np.ones(cols, np.float32))))))
     return Sampled(
         plan, factors, None, _chosen(count), np.ones(cols, np.bool_), rms, relative, largest
     )

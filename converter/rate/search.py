@@ -17,10 +17,10 @@ import numpy as np
 
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
 from codecllm.converter.encode.blocks import ONE_PASS_COLUMNS
-from codecllm.converter.plan.policy import TensorPlan
-from codecllm.converter.plan.steps import Steps
+from codecllm.converter.plan.params import QuantParams
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.rate.allocation import Statistics
-from codecllm.converter.rate.estimate import estimate_tensor, overhead_bytes, sample_steps
+from codecllm.converter.rate.estimate import estimate_tensor, overhead_bytes, packed_size
 from codecllm.converter.rate.feedback import Feedback
 from codecllm.converter.rate.overhead import frame_bytes, tensor_bytes
 from codecllm.converter.rate.sampling import Sampled, sample
@@ -103,12 +103,12 @@ class _Choice:
     deadzone: float
     feedback: Feedback | None = None
 
-    def steps(self, held: Sampled, plan: TensorPlan) -> Steps:
+    def params(self, held: Sampled, plan: TensorPlan) -> QuantParams:
         """Returns the steps of a tensor; `plan` is its plan, of a source that is open."""
-        steps = held.steps(
+        params = held.params(
             self.scale if held.factors.absolute else self.scale * self.loose, self.deadzone
         )
-        return steps if self.feedback is None else self.feedback.refine(plan, steps)
+        return params if self.feedback is None else self.feedback.refine(plan, params)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,13 +126,13 @@ class Fitted:
     _tensors: dict[str, Sampled]
     _wide: frozenset[str]
 
-    def __call__(self, plan: TensorPlan) -> Steps | None:
+    def __call__(self, plan: TensorPlan) -> QuantParams | None:
         """Returns the steps of a tensor; None where it has weights that are not finite."""
         held = self._tensors.get(plan.source.name)
         if held is None:
             return None
-        steps = self._choice.steps(held, plan)
-        return replace(steps, wide=steps.wide or plan.source.name in self._wide)
+        params = self._choice.params(held, plan)
+        return replace(params, wide=params.wide or plan.source.name in self._wide)
 
 
 def fit(
@@ -158,15 +158,17 @@ def fit(
         SourceError, FormatError, OSError: as in a conversion.
     """
     target.check(options)
-    stepped = replace(options, steps=lambda plan: None)
+    with_params = replace(options, steps=lambda plan: None)
     with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
-        plan = plan_conversion(model, stepped)
+        plan = plan_conversion(model, with_params)
         plans = plan.tensors
-        steppable = [
-            plan for plan in plans if plan.steppable and plan.matrix[1] <= ONE_PASS_COLUMNS
+        accepts_params = [
+            plan for plan in plans if plan.accepts_params and plan.matrix[1] <= ONE_PASS_COLUMNS
         ]
         prepared = list(
-            executor.map(lambda plan: sample(plan, statistics.get(plan.source.name)), steppable)
+            executor.map(
+                lambda plan: sample(plan, statistics.get(plan.source.name)), accepts_params
+            )
         )
         tensors = {held.plan.source.name: held for held in prepared if held is not None}
         if not tensors:
@@ -175,7 +177,7 @@ def fit(
             )
         others = [plan for plan in plans if plan.source.name not in tensors]
         recorded = replace(
-            _recorded(stepped, target, statistics), refine=None if feedback is None else True
+            _recorded(with_params, target, statistics), refine=None if feedback is None else True
         )
         frame = frame_bytes(model, plan, recorded, set(tensors))
         wanted = target.bits
@@ -339,12 +341,12 @@ def _measure(
     """Returns predicted bits per weight over all tensors, and the names of those whose codes pass 127."""
 
     def one(held: Sampled) -> tuple[float, bool]:
-        steps = choice.steps(held, held.plan)
-        sizes = [sample_steps(held.plan, steps, number) for number in held.blocks]
+        params = choice.params(held, held.plan)
+        sizes = [packed_size(held.plan, params, number) for number in held.blocks]
         average = sum(size.stored_bits for size in sizes) / sum(size.elements for size in sizes)
-        bits = (average + held.beyond_sample(steps)) * held.plan.source.entry.elements
+        bits = (average + held.beyond_sample(params)) * held.plan.source.entry.elements
         wide = any(size.wide for size in sizes)
-        return bits + 8 * tensor_bytes(held.plan, steps, wide=wide), wide
+        return bits + 8 * tensor_bytes(held.plan, params, wide=wide), wide
 
     measured = []
     for result in executor.map(one, tensors):

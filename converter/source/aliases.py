@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from codecllm.converter.plan.policy import TensorPlan
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.source import SourceTensor
 
 MIN_ALIAS_BYTES = 1 << 16

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.plan.policy import TensorPlan
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.manifest.records import (
     Int8Tensor,
@@ -29,14 +29,14 @@ def scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[st
     """
     if scales is None:
         return {}
-    if plan.steps is None:
+    if plan.params is None:
         return {SCALE.key: _as_stored(scales, "F32")}
-    dtype = plan.steps.scale_dtype
+    dtype = plan.params.scale_dtype
     sides: dict[str, NDArray[Any]] = {SCALE.key: _as_stored(scales, dtype)}
-    if plan.steps.col_scale is not None:
-        sides[COL_SCALE.key] = _as_stored(plan.steps.col_scale, dtype)
-        if plan.steps.col_groups is not None:
-            sides[COL_GROUP.key] = plan.steps.col_groups
+    if plan.params.col_scale is not None:
+        sides[COL_SCALE.key] = _as_stored(plan.params.col_scale, dtype)
+        if plan.params.col_groups is not None:
+            sides[COL_GROUP.key] = plan.params.col_groups
     return sides
 
 
@@ -78,7 +78,7 @@ def coded_record(
     }
     if plan.scheme == "lossless":
         return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)
-    scale_dtype = "F32" if plan.steps is None else plan.steps.scale_dtype
+    scale_dtype = "F32" if plan.params is None else plan.params.scale_dtype
     stored_scales = float32_from_bits(sides[SCALE.key], scale_dtype)
     return Int8Tensor(
         scheme="int8",
@@ -87,11 +87,11 @@ def coded_record(
         scale_dtype="BF16" if scale_dtype == "BF16" else None,
         scale_range=[_short(stored_scales.min()), _short(stored_scales.max())],
         worst_error=_short(worst[0]),
-        rounding=None if plan.steps is None else plan.steps.rounding,
-        deadzone=_short(plan.steps.deadzone)
-        if plan.steps is not None and plan.steps.deadzone
+        rounding=None if plan.params is None else plan.params.rounding,
+        deadzone=_short(plan.params.deadzone)
+        if plan.params is not None and plan.params.deadzone
         else None,
-        worst_steps=None if plan.steps is None else _short(worst[1]),
+        worst_steps=None if plan.params is None else _short(worst[1]),
         **common,
     )
 

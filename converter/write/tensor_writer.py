@@ -17,18 +17,15 @@ from numpy.typing import NDArray
 from codecllm.converter.encode.blocks import (
     ONE_PASS_COLUMNS,
     Block,
-    EncodedBlock,
     blocks_of,
-    count_block,
-    encode_block,
-    finish_blocks,
     group_extent,
     needs_scale_pass,
-    scan_block,
 )
+from codecllm.converter.encode.encoding import count_block, encode_block, scan_block
+from codecllm.converter.encode.packing import EncodedBlock, finish_blocks
 from codecllm.converter.encode.quantize import has_tiny_scale
-from codecllm.converter.plan.policy import TensorPlan, plan_lossless
-from codecllm.converter.plan.steps import StepsProvider, check
+from codecllm.converter.plan.policy import plan_lossless
+from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan, check_params
 from codecllm.converter.write.records import coded_record, raw_record, scale_sides
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.codecs import rans
@@ -121,7 +118,7 @@ class TensorWriter:
         window: int,
         non_finite: NonFinite,
         on_bytes: Callable[[str, int], None],
-        steps: StepsProvider | None = None,
+        params: ParamsProvider | None = None,
     ) -> None:
         """Keeps what every shard needs.
 
@@ -130,13 +127,13 @@ class TensorWriter:
             window: blocks in flight or waiting to be written.
             non_finite: what becomes of an int8 tensor with NaN or infinite weights.
             on_bytes: called with a tensor's name and the source bytes just done.
-            steps: chooses the steps of int8 tensors; asked once for each, in the order in which they are written.
+            params: chooses the parameters of int8 tensors; called once for each, in the order in which they are written.
         """
         self._executor = executor
         self._window = window
         self._non_finite = non_finite
         self._on_bytes = on_bytes
-        self._steps = steps
+        self._params = params
         self._jobs: dict[str, _Job] = {}
 
     def write_all(
@@ -209,21 +206,21 @@ class TensorWriter:
         """Returns the tensor's job; the first call finds its scales, if they must be known before its first block."""
         name = plan.source.name
         if name not in self._jobs:
-            plan = self._stepped(plan)
+            plan = self._with_params(plan)
             self._jobs[name] = (
                 self._scan(plan) if needs_scale_pass(plan) else _Job(plan, list(blocks_of(plan)))
             )
         return self._jobs[name]
 
-    def _stepped(self, plan: TensorPlan) -> TensorPlan:
+    def _with_params(self, plan: TensorPlan) -> TensorPlan:
         """Asks for the steps of an int8 tensor. Rows too long to be held whole keep those of their largest weights."""
-        if self._steps is None or not plan.steppable or plan.matrix[1] > ONE_PASS_COLUMNS:
+        if self._params is None or not plan.accepts_params or plan.matrix[1] > ONE_PASS_COLUMNS:
             return plan
-        steps = self._steps(plan)
-        if steps is None:
+        params = self._params(plan)
+        if params is None:
             return plan
-        check(steps, plan)
-        return replace(plan, steps=steps, wide=steps.wide)
+        check_params(params, plan)
+        return replace(plan, params=params, wide=params.wide)
 
     def _scan(self, plan: TensorPlan) -> _Job:
         blocks = list(blocks_of(plan))
@@ -273,12 +270,12 @@ class TensorWriter:
             if job.scales is not None or not absmax
             else channel_scales(np.concatenate(absmax))
         )
-        if plan.steps is not None:
-            scales = plan.steps.row_scale
+        if plan.params is not None:
+            scales = plan.params.row_scale
         if scales is not None:
             digest.update(scales.astype("<f4"))
-        if plan.steps is not None and plan.steps.col_scale is not None:
-            digest.update(plan.steps.col_scale.astype("<f4"))
+        if plan.params is not None and plan.params.col_scale is not None:
+            digest.update(plan.params.col_scale.astype("<f4"))
         sides = scale_sides(plan, scales)
         return _finish_coded(
             plan,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from codecllm.converter import ConvertOptions, convert, estimate
-from codecllm.converter.plan.steps import Steps
+from codecllm.converter.plan.params import QuantParams
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.formats.reference import read_tensor_bytes
@@ -56,7 +56,7 @@ def test_tiles_of_like_columns_follow_too(tmp_path, source):
 
     def steps(plan):
         rows = np.full(plan.matrix[0], 0.05, np.float32)
-        return Steps(rows, columns) if plan.source.name == "w" else None
+        return QuantParams(rows, columns) if plan.source.name == "w" else None
 
     out = convert(source, tmp_path / "out", chunk_kib=16, non_finite="lossless", steps=steps).out
     with Container(out) as container:

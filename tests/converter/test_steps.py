@@ -9,8 +9,8 @@ import pytest
 
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.conversion import plan_conversion
-from codecllm.converter.plan.steps import Steps, column_tiles, max_tiles
-from codecllm.converter.rate.estimate import blocks, sample_steps
+from codecllm.converter.plan.params import QuantParams, column_tiles, max_tiles
+from codecllm.converter.rate.estimate import blocks, packed_size
 from codecllm.converter.rate.overhead import frame_bytes, tensor_bytes
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
@@ -183,8 +183,8 @@ def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
         plan, frame = whole_plan.tensors[0], frame_bytes(model, whole_plan, options, {"w"})
         steps = make_steps(plan, factor)
         assert blocks(plan, steps) == 2
-        sample = sample_steps(plan, steps, 0, 2)
-        half = sample_steps(plan, steps, 1)
+        sample = packed_size(plan, steps, 0, 2)
+        half = packed_size(plan, steps, 1)
     assert sample.elements == values.size
     assert sample.wide == (factor == 0.012)
     assert (
@@ -352,7 +352,7 @@ def test_steps_that_do_not_fit_are_refused_before_anything_is_written(source, tm
 
 
 def test_a_column_of_channels_has_no_second_scale(source, tmp_path):
-    wrong = Steps(np.ones(96, np.float32), np.ones(96, np.float32))
+    wrong = QuantParams(np.ones(96, np.float32), np.ones(96, np.float32))
     with pytest.raises(UsageError, match="no second one"):
         convert(source, tmp_path / "c", include=("h.*",), steps=lambda plan: wrong)
 
@@ -363,7 +363,7 @@ def test_what_two_planes_cannot_hold_is_kept_lossless(source, tmp_path):
         assert container.records["odd"].scheme == "lossless"
         assert "steps from zero" in container.records["odd"].fallback
     with pytest.raises(UsageError, match="codes"):
-        sample_steps(plan := _plan(source, "odd"), make_steps(plan, 1e-6))
+        packed_size(plan := _plan(source, "odd"), make_steps(plan, 1e-6))
 
 
 def test_steps_too_large_for_wide_codes_are_never_written(tmp_path):
@@ -385,7 +385,7 @@ def test_weights_that_are_no_numbers(tmp_path, bad, refined):
     values = BASE.copy()
     values[4, 4] = bad
     source = write_source(tmp_path / "source", {"w": ("F32", values)})
-    steps = Steps(np.ones(90, np.float32), np.ones(123, np.float32))
+    steps = QuantParams(np.ones(90, np.float32), np.ones(123, np.float32))
     if refined:
         steps = replace(
             steps, refined="x", codes=lambda first, last: np.zeros((last - first, 123), np.int16)

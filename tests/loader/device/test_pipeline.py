@@ -12,7 +12,7 @@ import torch
 import zstandard
 
 from codecllm.converter import convert
-from codecllm.converter.plan.steps import Steps
+from codecllm.converter.plan.params import QuantParams
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, DecodeError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
@@ -155,7 +155,7 @@ def test_scales_and_groups_of_columns_and_wide_codes(tmp_path, codecs, wide):
         rng.integers(0, 9, 200).astype(np.uint8),
     )
     rows = np.abs(values / columns).max(axis=1).astype(np.float32) / (3000 if wide else 110)
-    steps = Steps(rows, columns, groups, tile=(64, 50), wide=wide)
+    steps = QuantParams(rows, columns, groups, tile=(64, 50), wide=wide)
     folder = convert(
         source, tmp_path / "out", scheme="int8", include=("*",), steps=lambda plan: steps
     ).out

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import FormatError, LayoutError, UsageError
 from codecllm.formats.manifest.records import DEADZONE, NEAREST
 from codecllm.formats.schemes.columns import order_of
 from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
-from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, default_grid
-
-if TYPE_CHECKING:
-    from codecllm.converter.plan.policy import TensorPlan
 
 COLUMN_GROUPS = 8
 """Groups of like columns that a tensor's tiles have by default, where each can have enough symbols."""
@@ -30,7 +24,7 @@ _MIN_COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Steps:
+class QuantParams:
     """How an `int8` tensor is quantized: code of (r, c) = rint(fl32(w / step)), step = fl32(row_scale[r] * col_scale[c]).
 
     With a `deadzone` d the quotient x is moved d toward zero first: rint(fl32(x - copysign(d, x))).
@@ -91,10 +85,6 @@ class Steps:
         return largest if self.col_scale is None else largest * self.col_scale.max()
 
 
-StepsProvider = Callable[["TensorPlan"], Steps | None]
-"""Chooses the steps of a tensor that is to become `int8`; None leaves it to the largest weight of each channel."""
-
-
 def nearest_bf16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns float32 scales rounded to the nearest values of type BF16, ties to even."""
     return float32_from_bits(bits_from_float32(scales, "BF16"), "BF16")
@@ -125,11 +115,13 @@ def like_columns(squares: NDArray[np.float64], width: int) -> NDArray[np.uint8]:
     return groups
 
 
-def grid_of(steps: Steps, rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS) -> Grid:
+def grid_of(
+    params: QuantParams, rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS
+) -> Grid:
     """Returns the tiles of a tensor with these steps."""
-    if steps.tile is not None:
-        return Grid(rows, cols, *steps.tile)
-    if steps.col_scale is None:
+    if params.tile is not None:
+        return Grid(rows, cols, *params.tile)
+    if params.col_scale is None:
         return default_grid(rows, cols, tile_symbols)
     return Grid(rows, cols, *column_tiles(rows, cols, tile_symbols=tile_symbols))
 
@@ -137,50 +129,3 @@ def grid_of(steps: Steps, rows: int, cols: int, tile_symbols: int = DEFAULT_TILE
 def max_tiles(rows: int, cols: int) -> int:
     """Returns the most tiles that steps may ask for: one per 4096 symbols, and some for small or narrow matrices."""
     return 64 + rows * cols // 4096 + 2 * (rows + cols) // 64
-
-
-def check(steps: Steps, plan: TensorPlan) -> None:
-    """Checks steps before anything is written.
-
-    Raises:
-        UsageError: they do not fit the tensor, or the format forbids them.
-    """
-    rows, cols = plan.matrix
-    where: dict[str, Any] = {"file": plan.source.file.name, "tensor": plan.source.name}
-    _check_array("row_scale", steps.row_scale, plan.channels, where)
-    if plan.kind == "column" and not (steps.col_scale is None and steps.col_groups is None):
-        raise UsageError(
-            "a tensor with a scale for each column has no second one and no groups of columns",
-            **where,
-        )
-    if steps.col_groups is not None and steps.col_scale is None:
-        raise UsageError("groups of columns need scales of columns", **where)
-    if steps.col_scale is not None:
-        _check_array("col_scale", steps.col_scale, cols, where)
-    if steps.col_groups is not None:
-        _check_array("col_groups", steps.col_groups, cols, where, np.uint8)
-    try:
-        check_steps(steps.row_scale, steps.col_scale, wide=False)
-        grid = grid_of(steps, rows, cols)
-        if len(grid) > max_tiles(rows, cols):
-            raise LayoutError(
-                "too many tiles", got=len(grid), expected=f"at most {max_tiles(rows, cols)}"
-            )
-    except FormatError as exc:
-        raise UsageError(f"steps: {exc}", **where) from exc
-    if (steps.codes is None) != (steps.refined is None) or steps.refined in (NEAREST, DEADZONE):
-        raise UsageError(
-            "codes and the name of their rounding come together", got=steps.refined, **where
-        )
-    if not 0 <= steps.deadzone < 0.5 or float(np.float32(steps.deadzone)) != steps.deadzone:
-        raise UsageError(
-            "deadzone", got=steps.deadzone, expected="a float32 value from 0 to below 0.5", **where
-        )
-
-
-def _check_array(
-    name: str, values: NDArray[Any], size: int, where: dict[str, Any], dtype: type = np.float32
-) -> None:
-    if values.dtype != dtype or values.shape != (size,):
-        got, expected = f"{values.dtype} {list(values.shape)}", f"{np.dtype(dtype)} [{size}]"
-        raise UsageError(f"{name} has a wrong type or shape", got=got, expected=expected, **where)
