@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -299,12 +300,15 @@ def _round(value: Fraction, precision: int, lowest: int) -> Fraction:
 
 
 def _cast(value: Fraction, dtype: str) -> bytes:
-    """The bytes of a number of the type; none of the golden ones overflows, and a code of 0 gives +0."""
+    """[7.3] The bytes of a number of the type: a code of 0 gives +0, an overflow an infinity."""
     if dtype == "F32":
         return struct.pack("<f", float(value))
+    precision, lowest, overflow = (11, -14, 2**16) if dtype == "F16" else (8, -126, 2**128)
+    rounded = _round(value, precision, lowest)
+    number = float(rounded) if abs(rounded) < overflow else math.copysign(math.inf, rounded)
     if dtype == "F16":
-        return np.float16(float(_round(value, 11, -14))).astype("<f2").tobytes()
-    return struct.pack("<f", float(_round(value, 8, -126)))[2:]
+        return np.float16(number).astype("<f2").tobytes()
+    return struct.pack("<f", number)[2:]
 
 
 def _xxh3(data: bytes) -> str:

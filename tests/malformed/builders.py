@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from codecllm.formats.shards.chunk_table import RECORD
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
 from tests import tampering
 from tests.sources import bf16, write_source
+from tests.stepped import make_steps
 
 SHARD = "model-00001-of-00001.safetensors"
 Tensors = dict[str, tuple[str, list[int], bytearray]]
@@ -32,10 +34,58 @@ def make_container(base: Path) -> Path:
         "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((40, 48)) ** 3).astype(np.float32)),
         "n": ("F32", np.linspace(0, 1, 9, dtype=np.float32)),
     }
-    source = write_source(
-        base / "source", tensors, {"model_type": "gpt2", "architectures": ["GPT2Model"]}
-    )
+    config = {"model_type": "gpt2", "architectures": ["GPT2Model"]}
+    source = write_source(base / "source", tensors, config)
     convert(source, base / "container", include=("*",), exclude=("l",))
+    return base / "container"
+
+
+def make_flags_container(base: Path) -> Path:
+    """Makes a container of one tensor, `flags`: booleans, lossless."""
+    flags = np.arange(4320) % 7 == 0
+    source = write_source(base / "source", {"flags": ("BOOL", flags.reshape(48, 90))})
+    convert(source, base / "container", scheme="lossless")
+    return base / "container"
+
+
+def make_rans_container(base: Path) -> Path:
+    """Makes a container of codec `rans`.
+
+    `q` is int8, coded; `l` lossless with coded exponents and its other plane raw; `n` plain.
+    """
+    rng = np.random.default_rng(1)
+    tensors = {
+        "l": ("BF16", bf16(rng.standard_normal((40, 64)))),
+        "q": ("F32", (rng.standard_normal((30, 80)) ** 3).astype(np.float32)),
+        "n": ("F32", np.linspace(0, 1, 9, dtype=np.float32)),
+    }
+    source = write_source(base / "source", tensors, {"model_type": "none"})
+    convert(source, base / "container", codec="rans", include=("*",), exclude=("l",))
+    return base / "container"
+
+
+def make_columns_container(base: Path) -> Path:
+    """Makes a container whose columns have scales.
+
+    `w` is wide, in one tile; `q` has column groups and scales of type BF16; `s` neither, in tiles;
+    `h.0.attn.c_attn.weight` has its channels in columns.
+    """
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((40, 64)).astype(np.float32)
+    tensors = {
+        "w": ("F32", values),
+        "q": ("BF16", bf16(values)),
+        "s": ("F32", values * 2),
+        "h.0.attn.c_attn.weight": ("F32", values.T.copy()),
+    }
+    source = write_source(base / "source", tensors, {"model_type": "gpt2"})
+
+    def provide(plan):
+        name = plan.source.name
+        steps = make_steps(plan, 0.012 if name == "w" else 0.2, short=name == "q")
+        return steps if name != "s" else replace(steps, col_groups=None, tile=(20, 30))
+
+    convert(source, base / "container", include=("*",), steps=provide)
     return base / "container"
 
 

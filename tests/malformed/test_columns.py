@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
@@ -23,33 +21,12 @@ from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.schemes.columns import order_of
 from codecllm.verifier import verify
 from tests import tampering
-from tests.malformed.builders import fix_chunks, read_tensors, rewrite_shard
-from tests.sources import bf16, write_source
-from tests.stepped import make_steps
+from tests.malformed.builders import fix_chunks, make_columns_container, read_tensors, rewrite_shard
 
 
 @pytest.fixture(scope="session")
 def columns_container(tmp_path_factory):
-    """`w`: wide, in one tile. `q`: groups of columns, scales of type BF16. `s`: neither. `c`: scales of columns only."""
-    base = tmp_path_factory.mktemp("columns")
-    rng = np.random.default_rng(1)
-    values = rng.standard_normal((40, 64)).astype(np.float32)
-    tensors = {
-        "w": ("F32", values),
-        "q": ("BF16", bf16(values)),
-        "s": ("F32", values * 2),
-        "h.0.attn.c_attn.weight": ("F32", values.T.copy()),
-    }
-    source = write_source(base / "source", tensors, {"model_type": "gpt2"})
-
-    def provide(plan):
-        steps = make_steps(
-            plan, 0.012 if plan.source.name == "w" else 0.2, short=plan.source.name == "q"
-        )
-        return steps if plan.source.name != "s" else replace(steps, col_groups=None, tile=(20, 30))
-
-    convert(source, base / "container", include=("*",), steps=provide)
-    return base / "container"
+    return make_columns_container(tmp_path_factory.mktemp("columns"))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
@@ -21,8 +20,7 @@ from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.shards.chunk_table import RECORD
 from codecllm.verifier import verify
 from tests import tampering
-from tests.malformed.builders import fix_chunks, read_tensors, rewrite_shard
-from tests.sources import bf16, write_source
+from tests.malformed.builders import fix_chunks, make_rans_container, read_tensors, rewrite_shard
 
 SIZES = 16  # where the sizes of the tables begin; q has one group of one plane, l one of two planes
 TABLE = 18
@@ -30,17 +28,7 @@ TABLE = 18
 
 @pytest.fixture(scope="session")
 def rans_container(tmp_path_factory):
-    """`q`: int8, coded. `l`: exponents coded, the other plane raw. `n`: plain."""
-    base = tmp_path_factory.mktemp("rans")
-    rng = np.random.default_rng(1)
-    tensors = {
-        "l": ("BF16", bf16(rng.standard_normal((40, 64)))),
-        "q": ("F32", (rng.standard_normal((30, 80)) ** 3).astype(np.float32)),
-        "n": ("F32", np.linspace(0, 1, 9, dtype=np.float32)),
-    }
-    source = write_source(base / "source", tensors, {"model_type": "none"})
-    convert(source, base / "container", codec="rans", include=("*",), exclude=("l",))
-    return base / "container"
+    return make_rans_container(tmp_path_factory.mktemp("rans"))
 
 
 @pytest.fixture

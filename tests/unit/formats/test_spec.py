@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from codecllm.converter.plan.steps import column_tiles
+from codecllm.converter.plan.params import column_tiles
 from codecllm.formats import BASE_VERSION, FORMAT_VERSION, errors, limits
 from codecllm.formats.codecs import CODEC_NAMES
 from codecllm.formats.codecs.rans_groups import HEADER as RANS_HEADER
