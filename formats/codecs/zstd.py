@@ -126,17 +126,24 @@ class ZstdCodec:
                 check_frame(frame := frames[begin : begin + size], raw)
                 if not _is_one_frame(frame):
                     return None
-            numbers = [number for span in spans for number in span]
-            segments = zstandard.BufferWithSegments(
-                frames, struct.pack(f"={len(numbers)}Q", *numbers)
-            )
-            sizes = struct.pack(f"={len(raw_bytes)}Q", *raw_bytes)
+            return self.decompress_together(frames, spans, raw_bytes)
+        except DecodeError:
+            return None
+
+    def decompress_together(
+        self, frames: memoryview, spans: list[tuple[int, int]], raw_bytes: list[int]
+    ) -> list[memoryview] | None:
+        """As `decode_together`, of frames whose headers and ends were checked before; None where one is damaged."""
+        numbers = [number for span in spans for number in span]
+        segments = zstandard.BufferWithSegments(frames, struct.pack(f"={len(numbers)}Q", *numbers))
+        sizes = struct.pack(f"={len(raw_bytes)}Q", *raw_bytes)
+        try:
             decoded: Any = _STATE.decompressor.multi_decompress_to_buffer(
                 segments, decompressed_sizes=sizes, threads=1
             )
-            return [memoryview(symbols) for symbols in decoded]
-        except (DecodeError, zstandard.ZstdError):
+        except zstandard.ZstdError:
             return None
+        return [memoryview(symbols) for symbols in decoded]
 
 
 def _header_bytes(descriptor: int) -> int:

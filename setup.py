@@ -1,0 +1,20 @@
+"""Builds the native core where a C compiler is; without one the package is complete and slower."""
+
+from setuptools import Extension, setup
+
+SOURCES = ("dispatch", "kernels_avx2", "kernels_avx512", "kernels_portable", "rans", "run", "xxh3")
+
+setup(
+    ext_modules=[
+        Extension(
+            "codecllm._native",
+            sources=[f"native/{name}.c" for name in ("module", *SOURCES)],
+            depends=["native/core.h", "native/kernels.inc.h"],
+            include_dirs=["native"],
+            extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
