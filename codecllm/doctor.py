@@ -17,10 +17,13 @@ from safetensors.numpy import save_file
 
 from codecllm import __version__
 from codecllm.converter import convert
-from codecllm.formats.codecs import CodecName
+from codecllm.formats.codecs import CodecName, native
 from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import DecodeError, one_line
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.formats.stored_tensor import StoredTensor
+from codecllm.formats.tile_run import decode_natively, decode_plainly
 
 PACKAGES = (
     "numpy",
@@ -94,6 +97,7 @@ def examine() -> Examination:
         _containers(Path(base)) as containers,
     ):
         findings = [_reference_finding(containers, codec) for codec in CODECS]
+        findings.append(_native_finding(containers))
         findings += _cpu_findings(containers)
         for device in devices:
             findings += _device_findings(containers, device)
@@ -190,6 +194,35 @@ def _reference_finding(containers: dict[str, Path], codec: str) -> Finding:
                     raise DecodeError("the codecs differ", tensor=name)
 
     return _finding("cpu", f"reference, {codec}", "a small model converts, reads and checks", test)
+
+
+def _native_finding(containers: dict[str, Path]) -> Finding:
+    if native.core is None:
+        return Finding("cpu", "native core", "absent", native.describe())
+
+    def test() -> None:
+        for folder in containers.values():
+            with Container(folder) as container:
+                for name in container.records:
+                    tensor = container.tensor(name)
+                    if isinstance(tensor, StoredTensor):
+                        _decode_both_ways(tensor)
+
+    return _finding("cpu", "native core", f"{native.describe()}; same bits as numpy", test)
+
+
+def _decode_both_ways(tensor: StoredTensor) -> None:
+    tiles = range(len(tensor.table.grid))
+    chunks = len(tiles) * tensor.table.planes
+    slots = tensor.read_slots(0, chunks, bytearray(tensor.slots_bytes(0, chunks)))
+    itemsize = DTYPES[tensor.record.dtype].itemsize
+    shape = (tensor.table.grid.rows, tensor.table.grid.cols)
+    plain, fast = (np.zeros(shape, f"<u{itemsize}") for _ in range(2))
+    decode_plainly(tensor, tiles, plain, tensor.record.dtype, slots)
+    if not decode_natively(tensor, tiles, fast, tensor.record.dtype, slots):
+        raise DecodeError("refused by the native core", tensor=tensor.record.name)
+    if not np.array_equal(plain, fast):
+        raise DecodeError("decoded to other bits than by numpy", tensor=tensor.record.name)
 
 
 def _cpu_findings(containers: dict[str, Path]) -> list[Finding]:

@@ -28,8 +28,8 @@ from codecllm.converter.plan.policy import plan_lossless
 from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan, check_params
 from codecllm.converter.write.records import coded_record, raw_record, scale_sides
 from codecllm.formats.checksums import xxh3_hex
-from codecllm.formats.codecs import rans
 from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
+from codecllm.formats.codecs.rans_numpy import BATCH_SYMBOLS
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTensor, SideChecksums
@@ -95,7 +95,7 @@ def packed_together(executor: Executor, blocks: Iterator[EncodedBlock]) -> Itera
         symbols += (
             sum(chunk.size for chunk in block.waiting.symbols) if block.waiting is not None else 0
         )
-        if symbols >= rans.BATCH_SYMBOLS:
+        if symbols >= BATCH_SYMBOLS:
             pending.append(executor.submit(finish_blocks, batch))
             batch, symbols = [], 0
         if len(pending) > 1:

@@ -11,6 +11,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.formats.codecs import native
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION, FrequencyTable
 
@@ -24,7 +25,15 @@ _TOLERANCE = (1 << _COST_BITS) // 256
 
 def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:
     """Returns the table for symbols that occur int64 [256] `counts` times, at least one of them."""
-    counts = counts.astype(np.int64, copy=False)
+    counts = np.ascontiguousarray(counts, np.int64)
+    if native.core is not None:
+        precision, frequencies = native.core.rans_fit(counts, _LOG2)
+        return FrequencyTable(precision, np.frombuffer(frequencies, np.uint16).astype(np.int64))
+    return fit_table_plainly(counts)
+
+
+def fit_table_plainly(counts: NDArray[np.int64]) -> FrequencyTable:
+    """As `fit_table`, without the native core."""
     tables = [
         FrequencyTable(n, fit_frequencies(counts, n))
         for n in range(MIN_PRECISION, MAX_PRECISION + 1)

@@ -10,6 +10,7 @@ import torch
 
 from codecllm import doctor
 from codecllm.doctor import Finding, examine
+from codecllm.formats.codecs import native
 from codecllm.loader import stream
 
 pytestmark = pytest.mark.gpu_too
@@ -73,3 +74,15 @@ def test_a_decoder_that_raises_is_a_failure_too():
 
 def _interrupt():
     raise KeyboardInterrupt
+
+
+def test_the_native_core_is_tested_or_says_how_to_get_it():
+    found = {finding.decoder: finding for finding in examine().findings}["native core"]
+    assert found.state == ("absent" if native.core is None else "works")
+    assert "kernels" in found.detail or native.HOW_TO_GET in found.detail or "=0" in found.detail
+
+
+def test_without_the_native_core_the_doctor_says_so(monkeypatch):
+    monkeypatch.setattr(native, "core", None)
+    found = {finding.decoder: finding for finding in examine().findings}["native core"]
+    assert found.state == "absent"

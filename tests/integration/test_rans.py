@@ -10,6 +10,7 @@ import torch
 
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.exports.export import export
+from codecllm.converter.write import tensor_writer
 from codecllm.formats.codecs import RANS_ID, rans
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_tensor_bytes
@@ -163,7 +164,7 @@ def test_memory_of_conversion_is_bounded_by_batches(source, tmp_path, monkeypatc
     monkeypatch.setattr(rans, "encode_chunks", watch)
     written = []
     for limit in (1 << 18, 1 << 23):
-        monkeypatch.setattr(rans, "BATCH_SYMBOLS", limit)
+        monkeypatch.setattr(tensor_writer, "BATCH_SYMBOLS", limit)
         out = tmp_path / str(limit)
         convert(source, out, scheme="lossless", codec="rans", workers=2)
         written.append({path.name: path.read_bytes() for path in out.iterdir()})
