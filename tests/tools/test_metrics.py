@@ -12,6 +12,7 @@ from tools import metrics
 from tools.code_figures import is_bare_participle, measure
 from tools.import_graph import ImportGraph
 from tools.source_files import SourceFile, source_files
+from tools.wrap_docstrings import wrap_source
 from tools.wrap_markdown import wrap
 
 
@@ -152,3 +153,35 @@ def test_check_fails_where_a_bar_is_missed(monkeypatch, capsys):
 def test_every_import_of_ours_resolves():
     folders = (*metrics.PACKAGE_FOLDERS, *metrics.TOOL_FOLDERS, *metrics.TEST_FOLDERS)
     assert ImportGraph(source_files(folders)).unresolved == []
+
+
+def test_docstrings_are_wrapped_and_programs_stay():
+    long_words = "word " * 30
+    text = textwrap.dedent(
+        f'''
+        def f(a):
+            """Returns.
+
+            {long_words}end.
+
+                literal {long_words}
+
+            Args:
+                a: {long_words}
+                b: short.
+
+            Returns:
+                A thing: {long_words}
+            """
+            # {long_words}
+            return "{long_words}"
+        '''
+    )
+    wrapped, too_long = wrap_source(text)
+    lines = wrapped.splitlines()
+    assert [lines[number - 1].split()[0] for number in too_long] == ["literal", "return"]
+    assert wrap_source(wrapped) == (wrapped, too_long)
+    entry = next(number for number, line in enumerate(lines) if line.startswith("        a: "))
+    assert lines[entry + 1].startswith("            word")
+    assert lines[next(n for n, line in enumerate(lines) if "A thing" in line) + 1][8] == "w"
+    assert sum(line.startswith("    # word") for line in lines) == 2
