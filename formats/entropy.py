@@ -8,13 +8,23 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.formats.codecs import native
+
 SAMPLE_STRIDE = 17
 _EXACT_UP_TO = 1 << 14
 
 
+def symbol_counts(symbols: NDArray[np.uint8], stride: int = 1) -> NDArray[np.int64]:
+    """Returns int64 [256]: how often each value occurs among uint8 [n] symbols, of which every `stride`-th is counted."""
+    if native.core is not None:
+        counts = native.core.histogram(np.ascontiguousarray(symbols), stride)
+        return np.frombuffer(counts, np.int64)
+    return np.bincount(symbols[::stride], minlength=256)
+
+
 def entropy_bits(symbols: NDArray[np.uint8]) -> float:
     """Returns `n * H` of uint8 [n] symbols in bits, H being the entropy of their own frequencies (0 for an empty array)."""
-    return counted_entropy_bits(np.bincount(symbols, minlength=256))
+    return counted_entropy_bits(symbol_counts(symbols))
 
 
 def counted_entropy_bits(counts: NDArray[np.int64]) -> float:
@@ -31,11 +41,11 @@ def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
     """
     if symbols.size <= _EXACT_UP_TO:
         return entropy_bits(symbols)
-    sample = symbols[::SAMPLE_STRIDE]
-    counts = np.bincount(sample, minlength=256)
+    counts = symbol_counts(symbols, SAMPLE_STRIDE)
     counts = counts[counts > 0]
-    bias = (len(counts) - 1) / (2 * math.log(2)) * (1 / sample.size - 1 / symbols.size)
-    return min(8.0, _total_bits(counts, sample.size) / sample.size + bias) * symbols.size
+    sample = int(counts.sum())
+    bias = (len(counts) - 1) / (2 * math.log(2)) * (1 / sample - 1 / symbols.size)
+    return min(8.0, _total_bits(counts, sample) / sample + bias) * symbols.size
 
 
 def prefix_code_bits(counts: NDArray[np.int64]) -> int:

@@ -253,6 +253,14 @@ static inline float to_integer(float value)
     return value + 12582912.0f - 12582912.0f;
 }
 
+/* Weights that are finite, under the scales of their channels, give no other codes; for others any code will do. */
+static inline int8_t to_code(float rounded)
+{
+    float bounded = rounded < 127.0f ? rounded : 127.0f;
+    bounded = bounded > -127.0f ? bounded : -127.0f;
+    return (int8_t)(int32_t)bounded;
+}
+
 #define QUANTIZE(BITS, WORD, VALUE)                                                                                    \
     static uint32_t quantize_##BITS(const WORD *restrict word, size_t count, float scale,                              \
                                     const float *restrict factor, int8_t *restrict code)                              \
@@ -262,14 +270,14 @@ static inline float to_integer(float value)
             for (size_t i = 0; i < count; i++) {                                                                       \
                 float quotient = VALUE / factor[i], rounded = to_integer(quotient);                                    \
                 uint32_t error = bits_of((quotient - rounded) * factor[i]) & 0x7fffffff;                               \
-                code[i] = (int8_t)(int32_t)rounded;                                                                    \
+                code[i] = to_code(rounded);                                                                    \
                 most = error > most ? error : most;                                                                    \
             }                                                                                                          \
         else                                                                                                           \
             for (size_t i = 0; i < count; i++) {                                                                       \
                 float quotient = VALUE / scale, rounded = to_integer(quotient);                                        \
                 uint32_t error = bits_of(quotient - rounded) & 0x7fffffff;                                             \
-                code[i] = (int8_t)(int32_t)rounded;                                                                    \
+                code[i] = to_code(rounded);                                                                    \
                 most = error > most ? error : most;                                                                    \
             }                                                                                                          \
         return most;                                                                                                   \

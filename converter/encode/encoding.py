@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.encode.blocks import Block, tile_slices
-from codecllm.converter.encode.packing import EncodedBlock, pack_chunks, prepare_rans
+from codecllm.converter.encode.packing import EncodedBlock, pack_chunks
 from codecllm.converter.encode.planes import split_planes
 from codecllm.converter.encode.quantize import (
     Quantized,
@@ -52,11 +51,18 @@ class _ReadBuffer(threading.local):
 _READ_BUFFER = _ReadBuffer()
 
 
-def _read_block(plan: TensorPlan, block: Block) -> Words:
-    """Reads the block's elements as unsigned [rows, cols] bit patterns, valid until this thread reads the next block."""
+def _read_block(plan: TensorPlan, block: Block, buffer: NDArray[np.uint8] | None = None) -> Words:
+    """Reads the block's elements as unsigned [rows, cols] bit patterns.
+
+    Args:
+        plan: the tensor's plan.
+        block: which part of it.
+        buffer: uint8 memory of the block's size; None takes this thread's, which its next call overwrites.
+    """
     start = block.row * plan.grid.cols + block.col
     count = block.rows * block.cols
-    buffer = _READ_BUFFER.reserve(count * plan.source.dtype.itemsize)
+    if buffer is None:
+        buffer = _READ_BUFFER.reserve(count * plan.source.dtype.itemsize)
     return plan.source.read_elements(start, start + count, buffer).reshape(block.rows, block.cols)
 
 
@@ -82,20 +88,24 @@ def encode_block(
         block: which part of it.
         scales: float32 [channels] of the whole tensor where they are known already; None finds them here, per row.
     """
+    if plan.scheme == "lossless":
+        return _encode_lossless(plan, block)
     words = _read_block(plan, block)
     if plan.params is not None:
         return _encode_with_params(plan, plan.params, block, words)
-    if plan.scheme == "int8":
-        return _encode_int8(plan, block, words, scales)
-    flat = words.reshape(-1)
-    tiles = tile_slices(plan.grid, block)
-    planes = (split_planes(flat[part], plan.source.dtype) for part in tiles)
-    if plan.codec == "rans":
-        # A plane of an 8-bit type is the read buffer itself, which this thread's next block overwrites.
-        waiting, entropy = prepare_rans([[np.array(plane) for plane in part] for part in planes])
-        return EncodedBlock([], np.empty(0, RECORD), flat.tobytes(), entropy, waiting=waiting)
-    slots, records, entropy = pack_chunks(planes)
-    return EncodedBlock(slots, records, flat.tobytes(), entropy)
+    return _encode_int8(plan, block, words, scales)
+
+
+def _encode_lossless(plan: TensorPlan, block: Block) -> EncodedBlock:
+    dtype = plan.source.dtype
+    # The digest, and planes of types of one byte, keep the memory that is read into: it is not used again.
+    buffer = np.empty(block.rows * block.cols * dtype.itemsize, np.uint8)
+    flat = _read_block(plan, block, buffer).reshape(-1)
+    planes = [split_planes(flat[part], dtype) for part in tile_slices(plan.grid, block)]
+    packed = pack_chunks(planes, plan.codec)
+    return EncodedBlock(
+        packed.slots, packed.records, buffer, packed.entropy_bits, tables=packed.tables
+    )
 
 
 def _encode_int8(
@@ -117,12 +127,10 @@ def _encode_int8(
     codes = np.empty(words.shape, np.int8)
     worst = quantize_block(words, dtype, factors, codes)
     flat = codes.reshape(-1).view(np.uint8)
-    planes = ([flat[part]] for part in tile_slices(plan.grid, block))
-    if plan.codec == "rans":
-        waiting, entropy = prepare_rans(list(planes))
-        return EncodedBlock([], np.empty(0, RECORD), flat, entropy, absmax, worst, waiting=waiting)
-    slots, records, entropy = pack_chunks(planes)
-    return EncodedBlock(slots, records, flat, entropy, absmax, worst)
+    packed = pack_chunks([[flat[part]] for part in tile_slices(plan.grid, block)], plan.codec)
+    return EncodedBlock(
+        packed.slots, packed.records, flat, packed.entropy_bits, absmax, worst, tables=packed.tables
+    )
 
 
 def _encode_with_params(
@@ -161,25 +169,22 @@ def _encode_with_params(
         whole = list(bands)
         low_bits = choose_low_bits(whole, plan.codec)
         bits_of = iter(low_bits)
-        groups = ([half for tile in band for half in halves(tile, next(bits_of))] for band in whole)
+        groups = [[half for tile in band for half in halves(tile, next(bits_of))] for band in whole]
     else:
-        groups = (
+        groups = [
             [tile.astype(np.int8).reshape(-1).view(np.uint8) for tile in band] for band in bands
-        )
-    digested = codes.astype("<i2" if wide else np.int8).reshape(-1).view(np.uint8)
-    facts: dict[str, Any] = {
-        "worst_error": found.worst_error,
-        "worst_steps": found.worst_steps,
-        "wide": wide and not plan.wide,
-    }
-    planes = 2 if wide else 1
-    if plan.codec == "rans":
-        waiting, parts = prepare_rans(list(groups), low_bits)
-        return EncodedBlock(
-            [], np.empty(0, RECORD), digested, _per_plane(parts, planes), waiting=waiting, **facts
-        )
-    slots, records, parts = pack_chunks(groups, low_bits)
-    return EncodedBlock(slots, records, digested, _per_plane(parts, planes), **facts)
+        ]
+    packed = pack_chunks(groups, plan.codec, low_bits)
+    return EncodedBlock(
+        packed.slots,
+        packed.records,
+        codes.astype("<i2" if wide else np.int8).reshape(-1).view(np.uint8),
+        _per_plane(packed.entropy_bits, 2 if wide else 1),
+        worst_error=found.worst_error,
+        worst_steps=found.worst_steps,
+        wide=wide and not plan.wide,
+        tables=packed.tables,
+    )
 
 
 def _problem(found: Quantized, plan: TensorPlan, params: QuantParams, block: Block) -> str | None:

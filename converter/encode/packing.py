@@ -1,26 +1,47 @@
-"""Symbols of tiles -> packed chunks with their records: at once with `zstd`, in batches of many blocks with `rans`."""
+"""Symbols of tiles -> packed chunks with their records."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.formats.checksums import xxh3
-from codecllm.formats.codecs import CODEC_IDS, RANS_ID, rans
+from codecllm.formats.codecs import CODEC_IDS, RANS_ID, CodecName, rans
 from codecllm.formats.codecs.rans_fit import coded_bytes, fit_table
-from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
+from codecllm.formats.codecs.rans_table import pack_table
 from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
-from codecllm.formats.entropy import counted_entropy_bits, estimated_entropy_bits
+from codecllm.formats.entropy import (
+    counted_entropy_bits,
+    estimated_entropy_bits,
+    symbol_counts,
+)
 from codecllm.formats.shards.chunk_table import RECORD, slot_bytes
 
 _ZSTD = ZstdCodec()
 _RAW_ID = CODEC_IDS["raw"]
 _MIN_GAIN = 128
 """A chunk is stored coded only if that saves 1/128 of it: less is not worth the time of decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedChunks:
+    """The chunks of a block, packed.
+
+    Attributes:
+        slots: bytes of the chunks' slots, in order.
+        records: RECORD [chunks].
+        entropy_bits: per chunk of a tile, the sum over tiles one above the other.
+        tables: packed frequency tables (codec `rans`), one per entry of `entropy_bits`; empty where no chunk uses it.
+    """
+
+    slots: list[Any]
+    records: NDArray[Any]
+    entropy_bits: list[float]
+    tables: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +61,6 @@ class EncodedBlock:
         wide: whether the block's codes are in two planes, though its plan does not say so: it is all of its tensor.
         tables: packed frequency table of each plane and, under given steps, of each tile side by side (codec `rans`), empty
             where no chunk of the block uses one.
-        waiting: what `finish_blocks` still has to pack (codec `rans`); slots, records and tables are empty until then.
     """
 
     slots: list[Any]
@@ -53,134 +73,95 @@ class EncodedBlock:
     problem: str | None = None
     wide: bool = False
     tables: list[bytes] = field(default_factory=list)
-    waiting: WaitingChunks | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WaitingChunks:
-    """The chunks of a block before they are packed by `rans`.
-
-    Attributes:
-        symbols: uint8 [n] per chunk, in order.
-        tables: the table for each plane's chunks (under given steps: of each tile side by side), or None where coding does not
-            shrink any of them. Chunk k has table k modulo their number.
-        worth: per chunk whether it is expected to shrink.
-        low_bits: of each tile, where codes are wide.
-    """
-
-    symbols: list[NDArray[np.uint8]]
-    tables: list[FrequencyTable | None]
-    worth: list[bool]
-    low_bits: Sequence[int] = ()
 
 
 def pack_chunks(
-    planes_of: Iterable[list[NDArray[np.uint8]]], low_bits: Sequence[int] = ()
-) -> tuple[list[Any], NDArray[Any], list[float]]:
-    """Packs the planes of consecutive tiles; returns slots, records and the entropy estimate of each plane.
+    planes_of: list[list[NDArray[np.uint8]]], codec: CodecName, low_bits: Sequence[int] = ()
+) -> PackedChunks:
+    """Packs the chunks of consecutive tiles.
 
-    `low_bits` is that of each tile, where codes are wide.
+    Args:
+        planes_of: uint8 [n] symbols of each chunk, by tiles or, under given steps, by rows of tiles: entry by entry, chunks at
+            the same place share a frequency table (codec `rans`). The slots may keep them: nothing may write to them later.
+        codec: `zstd` or `rans`; a chunk that it does not shrink is stored `raw`.
+        low_bits: of each tile, where codes are wide.
     """
-    slots: list[Any] = []
-    fields: list[tuple[Any, ...]] = []
-    entropy: list[float] = []
+    if codec == rans.NAME:
+        return _pack_with_rans(planes_of, low_bits)
+    chunks = _Chunks(low_bits)
+    entropy = [0.0] * len(planes_of[0])
     for planes in planes_of:
-        entropy = entropy or [0.0] * len(planes)
         for plane, symbols in enumerate(planes):
-            bits = _low_bits_of(len(fields), low_bits)
-            slot, stored_bytes, codec = _pack_chunk(symbols, sparse=bits >= SPARSE_LOW_BITS)
-            slots.append(slot)
-            fields.append((stored_bytes, codec, bits, (0, 0), xxh3(slot)))
+            sparse = chunks.next_low_bits >= SPARSE_LOW_BITS
+            encode = _ZSTD.encode_sparse if sparse else _ZSTD.encode
+            chunks.add(symbols, encode(symbols), _ZSTD.codec_id)
             entropy[plane] += estimated_entropy_bits(symbols)
-    return slots, np.array(fields, RECORD), entropy
+    return PackedChunks(chunks.slots, chunks.records(), entropy)
 
 
-def _low_bits_of(chunk: int, low_bits: Sequence[int]) -> int:
-    """Returns what the record of a chunk of the block says."""
-    return low_bits[chunk // 2] if low_bits and chunk % 2 else 0
+class _Chunks:
+    """Slots and records of the chunks of a block, in order."""
 
+    def __init__(self, low_bits: Sequence[int]) -> None:
+        self.slots: list[Any] = []
+        self._low_bits = low_bits
+        self._fields: list[tuple[Any, ...]] = []
 
-def _pack_chunk(symbols: NDArray[np.uint8], sparse: bool) -> tuple[Any, int, int]:
-    """Returns a chunk's slot, its stored bytes without padding, and the codec's id."""
-    encode = _ZSTD.encode_sparse if sparse else _ZSTD.encode
-    return _slot(symbols, encode(symbols), _ZSTD.codec_id)
+    @property
+    def next_low_bits(self) -> int:
+        """What the record of the next chunk says."""
+        chunk = len(self.slots)
+        return self._low_bits[chunk // 2] if self._low_bits and chunk % 2 else 0
 
+    def add(self, symbols: NDArray[np.uint8], stored: bytes | None, codec: int) -> None:
+        """Adds a chunk that `codec` packed into `stored`, or could not pack (None)."""
+        slot: Any
+        if stored is None or not _shrinks(len(stored), symbols.size):
+            size, codec, slot = symbols.size, _RAW_ID, symbols
+            if slot_bytes(size) != size:
+                slot = symbols.tobytes().ljust(slot_bytes(size), b"\0")
+        else:
+            size, slot = len(stored), stored.ljust(slot_bytes(len(stored)), b"\0")
+        self._fields.append((size, codec, self.next_low_bits, (0, 0), xxh3(slot)))
+        self.slots.append(slot)
 
-def _slot(symbols: NDArray[np.uint8], stored: bytes | None, codec: int) -> tuple[bytes, int, int]:
-    """Returns slot, stored bytes and codec of a chunk that was packed into `stored`, or could not be (None)."""
-    if stored is None or not _shrinks(len(stored), symbols.size):
-        stored, codec = symbols.tobytes(), _RAW_ID
-    size = len(stored)
-    return stored.ljust(slot_bytes(size), b"\0"), size, codec
+    def records(self) -> NDArray[Any]:
+        """Returns RECORD [chunks]."""
+        return np.array(self._fields, RECORD)
 
 
 def _shrinks(stored_bytes: int, raw_bytes: int) -> bool:
     return stored_bytes < raw_bytes - raw_bytes // _MIN_GAIN
 
 
-def prepare_rans(
-    planes_of: list[list[NDArray[np.uint8]]], low_bits: Sequence[int] = ()
-) -> tuple[WaitingChunks, list[float]]:
-    """Fits the tables of a block; returns its chunks, ready to be packed, and the entropy of each plane, per chunk, summed."""
+def _pack_with_rans(
+    planes_of: list[list[NDArray[np.uint8]]], low_bits: Sequence[int]
+) -> PackedChunks:
     counts = np.array(
-        [[np.bincount(symbols, minlength=256) for symbols in planes] for planes in planes_of],
-        np.int64,
+        [[symbol_counts(symbols) for symbols in planes] for planes in planes_of], np.int64
     )
-    tables: list[FrequencyTable | None] = [fit_table(plane) for plane in counts.sum(axis=0)]
+    tables = [fit_table(shared) for shared in counts.sum(axis=0)]
     worth = [
         _shrinks(coded_bytes(table, chunk), int(chunk.sum()))
         for tile in counts
         for table, chunk in zip(tables, tile, strict=True)
-        if table is not None
     ]
-    tables = [
-        table if any(worth[plane :: len(tables)]) else None for plane, table in enumerate(tables)
-    ]
-    entropy = [
-        sum(counted_entropy_bits(chunk) for chunk in plane) for plane in counts.transpose(1, 0, 2)
-    ]
-    return WaitingChunks(
-        [symbols for planes in planes_of for symbols in planes], tables, worth, low_bits
-    ), entropy
-
-
-def finish_blocks(blocks: list[EncodedBlock]) -> list[EncodedBlock]:
-    """Packs the waiting chunks of blocks, all of them together: `rans` is slow one by one. Other blocks stay as they are."""
     uncoded = [
-        (block, chunk, rans.Uncoded(block.waiting.symbols[chunk], table))
-        for block in blocks
-        if block.waiting is not None
-        for chunk in range(len(block.waiting.symbols))
-        if block.waiting.worth[chunk] and (table := _table_of(block.waiting, chunk)) is not None
+        rans.Uncoded(symbols, table)
+        for planes in planes_of
+        for symbols, table in zip(planes, tables, strict=True)
     ]
-    packed = rans.encode_chunks([chunk for _, _, chunk in uncoded])
-    stored = {
-        (id(block), chunk): data for (block, chunk, _), data in zip(uncoded, packed, strict=True)
-    }
-    return [
-        block if block.waiting is None else _finished(block, block.waiting, stored)
-        for block in blocks
-    ]
-
-
-def _table_of(waiting: WaitingChunks, chunk: int) -> FrequencyTable | None:
-    return waiting.tables[chunk % len(waiting.tables)]
-
-
-def _finished(
-    block: EncodedBlock, waiting: WaitingChunks, stored: dict[tuple[int, int], bytes]
-) -> EncodedBlock:
-    slots, fields = [], []
-    for chunk, symbols in enumerate(waiting.symbols):
-        slot, stored_bytes, codec = _slot(symbols, stored.get((id(block), chunk)), RANS_ID)
-        slots.append(slot)
-        fields.append(
-            (stored_bytes, codec, _low_bits_of(chunk, waiting.low_bits), (0, 0), xxh3(slot))
-        )
-    records = np.array(fields, RECORD)
-    used = (records["codec"].reshape(-1, len(waiting.tables)) == RANS_ID).any(axis=0).tolist()
-    tables = [
-        pack_table(table) if table and use else b""
-        for table, use in zip(waiting.tables, used, strict=True)
-    ]
-    return replace(block, slots=slots, records=records, tables=tables, waiting=None)
+    coded = iter(
+        rans.encode_chunks([chunk for chunk, pays in zip(uncoded, worth, strict=True) if pays])
+    )
+    chunks = _Chunks(low_bits)
+    for chunk, pays in zip(uncoded, worth, strict=True):
+        chunks.add(chunk.symbols, next(coded) if pays else None, RANS_ID)
+    records = chunks.records()
+    used = (records["codec"].reshape(-1, len(tables)) == RANS_ID).any(axis=0)
+    return PackedChunks(
+        chunks.slots,
+        records,
+        [sum(map(counted_entropy_bits, shared)) for shared in counts.transpose(1, 0, 2)],
+        [pack_table(table) if use else b"" for table, use in zip(tables, used, strict=True)],
+    )

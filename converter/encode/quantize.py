@@ -1,7 +1,6 @@
-"""The int8 quantizer: `formats/schemes/int8.py` again, blocked so that every intermediate stays in cache.
+"""The int8 quantizer: `formats/schemes/int8.py` again, by the native core, or blocked so that intermediates stay in cache.
 
-Per weight it moves 2 bytes in (bf16) and 1 byte out; the rest happens in buffers of 64 Ki elements. Codes and scales equal
-the reference's bit for bit: the same single division, rounding to even, and cast.
+Codes and scales equal the reference's bit for bit: the same single division, rounding to even, and cast.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.formats.codecs import native
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE, MIN_WIDE_CODE
 
 _SUB_ELEMENTS = 1 << 16
@@ -68,6 +68,9 @@ def row_absmax(words: Words, dtype: str) -> RowScales:
     rows, cols = words.shape
     step = max(1, _SUB_ELEMENTS // cols)
     bits = np.empty(rows, words.dtype)
+    if native.core is not None and words.size:
+        native.core.row_largest(words, words.itemsize, bits)
+        return _from_magnitudes(bits, dtype)
     _SCRATCH.reserve(min(rows, step) * cols)
     for row in range(0, rows, step):
         block = words[row : row + step]
@@ -105,6 +108,10 @@ def quantize_block(
         The worst absolute error: max of |quotient - code| * scale, in float32.
     """
     rows, cols = words.shape
+    if native.core is not None and words.size and dtype != "F16":
+        by_column = scales.shape[0] == 1 and (rows > 1 or scales.shape[1] > 1)
+        steps = np.ascontiguousarray(scales)
+        return float(native.core.quantize(words, words.itemsize, steps, by_column, codes))
     step = max(1, _SUB_ELEMENTS // cols)
     _SCRATCH.reserve(min(rows, step) * cols)
     worst = 0.0

@@ -15,7 +15,7 @@ import numpy as np
 from codecllm.converter.conversion import ConvertOptions, plan_conversion
 from codecllm.converter.encode.blocks import Block, blocks_of, needs_scale_pass
 from codecllm.converter.encode.encoding import encode_block, scan_block
-from codecllm.converter.encode.packing import EncodedBlock, finish_blocks
+from codecllm.converter.encode.packing import EncodedBlock
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.policy import plan_lossless
 from codecllm.converter.plan.tensor_plan import TensorPlan, check_params
@@ -147,7 +147,7 @@ def packed_size(
             f"these steps cannot quantize the tensor ({', '.join(sorted(problems))})",
             tensor=plan.source.name,
         )
-    bits = 8 * sum(map(_encoded_bytes, finish_blocks(encoded)))
+    bits = 8 * sum(map(_encoded_bytes, encoded))
     return PackedSize(
         sum(block.rows * block.cols for block in own),
         bits,
@@ -231,5 +231,4 @@ def _encode_sample(plan: TensorPlan, block: Block) -> int | None:
         encoded = encode_block(replace(plan, wide=True), block, scales)
     if encoded.problem is not None:
         return None
-    (encoded,) = finish_blocks([encoded])
     return _encoded_bytes(encoded)

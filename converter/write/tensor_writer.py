@@ -22,14 +22,13 @@ from codecllm.converter.encode.blocks import (
     needs_scale_pass,
 )
 from codecllm.converter.encode.encoding import count_block, encode_block, scan_block
-from codecllm.converter.encode.packing import EncodedBlock, finish_blocks
+from codecllm.converter.encode.packing import EncodedBlock
 from codecllm.converter.encode.quantize import has_tiny_scale
 from codecllm.converter.plan.policy import plan_lossless
 from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan, check_params
 from codecllm.converter.write.records import coded_record, raw_record, scale_sides
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
-from codecllm.formats.codecs.rans_numpy import BATCH_SYMBOLS
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTensor, SideChecksums
@@ -79,37 +78,10 @@ def ordered(
         yield pending.popleft().result()
 
 
-def packed_together(executor: Executor, blocks: Iterator[EncodedBlock]) -> Iterator[EncodedBlock]:
-    """Packs chunks that wait for `rans` in batches of many blocks, of one tensor or several; yields the blocks in order.
-
-    One batch is packed while the next is gathered. What a block becomes does not depend on its batch.
-    """
-    pending: deque[Future[list[EncodedBlock]]] = deque()
-    batch: list[EncodedBlock] = []
-    symbols = 0
-    for block in blocks:
-        if block.waiting is None and not batch and not pending:
-            yield block
-            continue
-        batch.append(block)
-        symbols += (
-            sum(chunk.size for chunk in block.waiting.symbols) if block.waiting is not None else 0
-        )
-        if symbols >= BATCH_SYMBOLS:
-            pending.append(executor.submit(finish_blocks, batch))
-            batch, symbols = [], 0
-        if len(pending) > 1:
-            yield from pending.popleft().result()
-    for done in pending:
-        yield from done.result()
-    yield from finish_blocks(batch)
-
-
 class TensorWriter:
     """Encodes planned tensors on an executor and appends them to shards.
 
-    Blocks of the next tensors are encoded while the current one is written. Memory: `window` encoded blocks, and for codec
-    `rans` three batches of them.
+    Blocks of the next tensors are encoded while the current one is written. Memory: `window` encoded blocks.
     """
 
     def __init__(
@@ -147,9 +119,7 @@ class TensorWriter:
         """
         coded = (self._job(plan) for plan in plans if plan.scheme != "raw")
         work = ((job, block) for job in coded if job.problem is None for block in job.blocks)
-        results = packed_together(
-            self._executor, ordered(self._executor, _encode, work, self._window)
-        )
+        results = ordered(self._executor, _encode, work, self._window)
         for plan in plans:
             if plan.scheme == "raw":
                 yield self._write_raw(plan, shard, number)
@@ -198,9 +168,7 @@ class TensorWriter:
         encoded = ordered(
             self._executor, _encode, ((job, block) for block in job.blocks), self._window
         )
-        return self._write_job(
-            job, packed_together(self._executor, encoded), shard, number, shard.mark()
-        )
+        return self._write_job(job, encoded, shard, number, shard.mark())
 
     def _job(self, plan: TensorPlan) -> _Job:
         """Returns the tensor's job; the first call finds its scales, if they must be known before its first block."""

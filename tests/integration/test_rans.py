@@ -10,8 +10,7 @@ import torch
 
 from codecllm.converter import ConvertOptions, convert, estimate
 from codecllm.converter.exports.export import export
-from codecllm.converter.write import tensor_writer
-from codecllm.formats.codecs import RANS_ID, rans
+from codecllm.formats.codecs import RANS_ID
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.stored_tensor import StoredTensor
@@ -150,24 +149,3 @@ def test_models_give_the_same_logits(tiny, tmp_path, resident):
         with torch.inference_mode():
             logits.append(model(ids)[0])
     assert torch.equal(*logits)
-
-
-def test_memory_of_conversion_is_bounded_by_batches(source, tmp_path, monkeypatch):
-    """No batch is larger than its limit and one block; what is written does not depend on the limit."""
-    sizes = []
-    encode = rans.encode_chunks
-
-    def watch(chunks):
-        sizes.append(sum(len(chunk.symbols) for chunk in chunks))
-        return encode(chunks)
-
-    monkeypatch.setattr(rans, "encode_chunks", watch)
-    written = []
-    for limit in (1 << 18, 1 << 23):
-        monkeypatch.setattr(tensor_writer, "BATCH_SYMBOLS", limit)
-        out = tmp_path / str(limit)
-        convert(source, out, scheme="lossless", codec="rans", workers=2)
-        written.append({path.name: path.read_bytes() for path in out.iterdir()})
-        if limit == 1 << 18:
-            assert max(sizes) <= limit + 2 * (1 << 20)
-    assert written[0] == written[1]
