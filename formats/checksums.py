@@ -1,4 +1,4 @@
-"""Checksums: xxh3-64 over what is stored, sha256 over files and over decoded tensors."""
+"""Checksums: xxh3-64 over stored bytes, sha256 over files and over decoded tensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ _KEEPS_LOCK_BYTES = 1 << 16  # xxhash lets go of the lock beyond
 
 
 def xxh3(data: Any) -> int:
-    """Returns the unseeded xxh3-64 of a bytes-like object as an unsigned integer."""
+    """Returns the unseeded xxh3-64 of a bytes-like object as an unsigned integer.
+
+    >>> f"{xxh3(bytes([7]) * 64):016x}"
+    '680d3a212fac7cf6'
+    """
     return int(xxhash.xxh3_64_intdigest(data))
 
 
 def xxh3_here(data: memoryview) -> int:
-    """As `xxh3`, but keeps the interpreter's lock: for a chunk, handing it over and back costs more than the sum."""
+    """Returns `xxh3` of the bytes of a chunk and keeps the interpreter's lock meanwhile.
+
+    For so few bytes, handing the lock over and back costs more than the checksum.
+    """
     if len(data) <= _KEEPS_LOCK_BYTES:
         return xxh3(data)
     digest = xxhash.xxh3_64()
@@ -33,22 +40,43 @@ def xxh3_here(data: memoryview) -> int:
 
 
 def xxh3_each(parts: Iterable[Any]) -> NDArray[np.uint64]:
-    """Returns uint64 [n]: `xxh3` of each of many parts, with hardly any work of the interpreter between two."""
+    """Returns uint64 [n]: `xxh3` of each of many parts, with little interpreter work between them.
+
+    >>> xxh3_each([b"a", b""]).tolist() == [xxh3(b"a"), xxh3(b"")]
+    True
+    """
     return np.array(list(map(xxhash.xxh3_64_intdigest, parts)), np.uint64)
 
 
 def xxh3_hex(data: Any) -> str:
-    """Returns the unseeded xxh3-64 of a bytes-like object as 16 lower-case hex digits, most significant first."""
+    """Returns the unseeded xxh3-64 of a bytes-like object as 16 hex digits.
+
+    The digits are lower-case, the most significant first.
+
+    >>> xxh3_hex(bytes([7]) * 64)
+    '680d3a212fac7cf6'
+    """
     return f"{xxh3(data):016x}"
 
 
 def xxh3_stream() -> Any:
-    """Returns a hasher for data that come in parts: `update(data)`, then `hexdigest()`, which is what `xxh3_hex` gives."""
+    """Returns a hasher for data that come in parts.
+
+    >>> hasher = xxh3_stream()
+    >>> hasher.update(b"two "), hasher.update(b"parts")
+    (None, None)
+    >>> hasher.hexdigest() == xxh3_hex(b"two parts")
+    True
+    """
     return xxhash.xxh3_64()
 
 
 def sha256_hex(data: Any) -> str:
-    """Returns the sha256 of a bytes-like object as 64 lower-case hex digits."""
+    """Returns the sha256 of a bytes-like object as 64 lower-case hex digits.
+
+    >>> sha256_hex(b"")[:16]
+    'e3b0c44298fc1c14'
+    """
     return hashlib.sha256(data).hexdigest()
 
 
@@ -58,7 +86,8 @@ def sha256_of_descriptor(
     """Reads an open file from its start to its end.
 
     Args:
-        descriptor: file descriptor of a regular file; its position does not matter and is not changed.
+        descriptor: file descriptor of a regular file; its position does not matter and is not
+            changed.
         progress: called with the number of bytes after each block read.
 
     Returns:
@@ -94,9 +123,9 @@ def check_xxh3(data: Any, expected: str, file: str, tensor: str | None, byte: in
     """
     got = xxh3_hex(data)
     if got != expected:
-        what = "header" if tensor is None else "stored bytes"
+        subject = "header" if tensor is None else "stored bytes"
         raise ChecksumError(
-            f"{what} differ from the manifest: xxh3",
+            f"{subject} differ from the manifest: xxh3",
             file=file,
             tensor=tensor,
             byte=byte,

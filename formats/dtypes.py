@@ -1,4 +1,4 @@
-"""Element types: safetensors' names, their sizes, and how `lossless` splits them into byte planes."""
+"""Element types: names of safetensors, sizes, and the byte planes of scheme `lossless`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class DType:
         bits: size of one element in bits.
         is_float: IEEE-like floating point with sign, exponent and mantissa.
         planes: number of byte planes under `lossless`; 0 where that scheme does not take the type.
-        rotates: whether `lossless` rotates the element left by one bit first, so that the exponent fills a byte.
+        rotates: whether `lossless` rotates the element left by one bit first, so that the exponent
+            fills a byte.
     """
 
     name: str
@@ -54,4 +55,7 @@ _TABLE = (
 DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _TABLE}
 
 INT8_SOURCES = frozenset({"BF16", "F16", "F32"})
-"""Element types that scheme `int8` quantizes. Others lose more than the scheme states, or nothing is gained."""
+"""Element types that scheme `int8` quantizes.
+
+Others lose more than the scheme states, or nothing is gained.
+"""

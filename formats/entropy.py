@@ -15,7 +15,15 @@ _EXACT_UP_TO = 1 << 14
 
 
 def symbol_counts(symbols: NDArray[np.uint8], stride: int = 1) -> NDArray[np.int64]:
-    """Returns int64 [256]: how often each value occurs among uint8 [n] symbols, of which every `stride`-th is counted."""
+    """Returns int64 [256]: how often each value occurs among symbols.
+
+    Args:
+        symbols: uint8 [n].
+        stride: only every `stride`-th symbol is counted.
+
+    >>> symbol_counts(np.array([2, 0, 2, 1], np.uint8))[:4].tolist()
+    [1, 1, 2, 0]
+    """
     if native.core is not None:
         counts = native.core.histogram(np.ascontiguousarray(symbols), stride)
         return np.frombuffer(counts, np.int64)
@@ -23,7 +31,14 @@ def symbol_counts(symbols: NDArray[np.uint8], stride: int = 1) -> NDArray[np.int
 
 
 def entropy_bits(symbols: NDArray[np.uint8]) -> float:
-    """Returns `n * H` of uint8 [n] symbols in bits, H being the entropy of their own frequencies (0 for an empty array)."""
+    """Returns `n * H` of n symbols in bits, H being the entropy of their own frequencies.
+
+    Args:
+        symbols: uint8 [n]; an empty array has 0 bits.
+
+    >>> entropy_bits(np.array([0, 1, 2, 3] * 4, np.uint8))
+    32.0
+    """
     return counted_entropy_bits(symbol_counts(symbols))
 
 
@@ -35,9 +50,9 @@ def counted_entropy_bits(counts: NDArray[np.int64]) -> float:
 def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
     """Returns an estimate of `entropy_bits` from every 17th symbol; exact up to 16,384 symbols.
 
-    Counting all symbols would take longer than coding them. The sample's entropy is too small by (K - 1) / 2n nats for K
-    distinct symbols (Miller 1955), which is added; what remains is about 0.01 bit per symbol on one chunk
-    and averages out over chunks.
+    Counting all symbols would take longer than coding them. The sample's entropy is too small by
+    (K - 1) / 2n nats for K distinct symbols (Miller 1955), which is added; the rest is about 0.01
+    bit per symbol on one chunk and averages out over chunks.
     """
     if symbols.size <= _EXACT_UP_TO:
         return entropy_bits(symbols)
@@ -49,18 +64,25 @@ def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
 
 
 def prefix_code_bits(counts: NDArray[np.int64]) -> int:
-    """Returns the bits that the best code of whole bits per symbol needs for symbols of the given counts (Huffman 1952).
+    """Returns the bits of the best code with whole bits per symbol (Huffman 1952).
 
-    What a Huffman coder pays above the entropy without being at fault; an arithmetic coder or ANS does not pay it. The lengths
-    themselves, and limits on them, are not counted. A single distinct symbol needs nothing.
+    The bits above the entropy are no fault of a Huffman coder; an arithmetic coder or ANS does not
+    pay them. The lengths themselves, and limits on them, are not counted. A single distinct symbol
+    needs no bit.
+
+    Args:
+        counts: int64 [kinds]: how often each symbol occurs.
+
+    >>> prefix_code_bits(np.array([4, 2, 1, 1]))
+    14
     """
     heap = counts[counts > 0].tolist()
     heapq.heapify(heap)
     bits = 0
     while len(heap) > 1:
-        merged = heapq.heappop(heap) + heapq.heappop(heap)
-        bits += merged
-        heapq.heappush(heap, merged)
+        pair = heapq.heappop(heap) + heapq.heappop(heap)
+        bits += pair
+        heapq.heappush(heap, pair)
     return bits
 
 

@@ -23,23 +23,30 @@ _RANS_SYMBOLS = 1 << 20
 
 
 def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
-    """Decodes all chunks of a tensor; returns one uint8 [rows, cols] matrix of symbols per plane, columns as in the source.
+    """Decodes all chunks of a tensor.
 
-    Of a wide tensor the planes are the low and the high byte of its codes, whatever `low_bits` its chunks have.
+    Of a wide tensor the planes are the low and the high byte of its codes, for any `low_bits` of
+    its chunks.
+
+    Returns:
+        One uint8 [rows, cols] matrix of symbols per plane, columns as in the source.
     """
     grid, planes = tensor.table.grid, tensor.table.planes
     matrices = [np.empty((grid.rows, grid.cols), np.uint8) for _ in range(planes)]
     for tiles in runs(tensor):
-        for part, decoded in _decoded_parts(tensor, tiles):
-            for matrix, symbols in zip(matrices, decoded, strict=True):
+        for part, part_planes in _decoded_parts(tensor, tiles):
+            for matrix, symbols in zip(matrices, part_planes, strict=True):
                 matrix[part.row : part.row + part.rows, part.col : part.col + part.cols] = symbols
     return matrices
 
 
 def runs(tensor: StoredTensor) -> list[range]:
-    """Cuts a tensor's tiles into runs to be read and decoded together, each of whole rows in the source's order.
+    """Cuts a tensor's tiles into runs that are read and decoded together.
 
-    A run is one tile or row of tiles; with codec `rans`, which needs company, about a million elements.
+    Each run has whole rows in the source's order.
+
+    A run is one tile or row of tiles; with codec `rans`, which needs company, about a million
+    elements.
     """
     grid, together = tensor.table.grid, tensor.tiles_together
     step = together
@@ -52,20 +59,26 @@ def runs(tensor: StoredTensor) -> list[range]:
 def _decoded_parts(
     tensor: StoredTensor, tiles: range
 ) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
-    """Reads a run of tiles with one read; yields each rectangle of the source and its planes, uint8 [rows, cols]."""
+    """Reads a run of tiles with one read.
+
+    Yields:
+        Each rectangle of the source and its planes, uint8 [rows, cols].
+    """
     planes, together = tensor.table.planes, tensor.tiles_together
     first, last = tiles.start * planes, tiles.stop * planes
     slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
-    decoded = tensor.decode_run(first, last, slots, first)
+    run = tensor.decode_run(first, last, slots, first)
     for start in range(tiles.start, tiles.stop, together):
-        chunks = [sound(symbols) for symbols in islice(decoded, planes * together)]
+        chunks = [sound(symbols) for symbols in islice(run, planes * together)]
         yield tensor.part(start), join_chunks(tensor, start, chunks)
 
 
 def join_chunks(
     tensor: StoredTensor, start: int, chunks: list[NDArray[np.uint8]]
 ) -> list[NDArray[np.uint8]]:
-    """Returns the planes, uint8 [rows, cols] as in `read_symbols`, of the `tiles_together` tiles from `start` on.
+    """Returns the planes of the `tiles_together` tiles from `start` on.
+
+    They are uint8 [rows, cols] as in `read_symbols`.
 
     Args:
         tensor: the tensor.
@@ -73,19 +86,19 @@ def join_chunks(
         chunks: the symbols of these tiles' chunks in order, flat.
     """
     part, planes = tensor.part(start), tensor.table.planes
-    stored = [np.empty((part.rows, part.cols), np.uint8) for _ in range(planes)]
+    matrices = [np.empty((part.rows, part.cols), np.uint8) for _ in range(planes)]
     for number in range(tensor.tiles_together):
         tile = tensor.table.grid.tile(start + number)
-        left = tile.col - part.col
-        own = chunks[number * planes : (number + 1) * planes]
+        first_col = tile.col - part.col
+        symbols_of_planes = chunks[number * planes : (number + 1) * planes]
         if tensor.wide:
-            codes = join_codes(
-                own[0].view(np.int8), own[1].view(np.int8), tensor.table.low_bits[start + number]
-            )
-            own = [half.view(np.uint8) for half in split_codes(codes, 8)]
-        for plane, symbols in zip(stored, own, strict=True):
-            plane[:, left : left + tile.cols] = symbols.reshape(tile.rows, tile.cols)
-    return [_in_order(tensor, plane) for plane in stored]
+            # Tiles may differ in low_bits: bytes of codes are the same planes for all of them.
+            low, high = (half.view(np.int8) for half in symbols_of_planes)
+            codes = join_codes(low, high, tensor.table.low_bits[start + number])
+            symbols_of_planes = [half.view(np.uint8) for half in split_codes(codes, 8)]
+        for plane, symbols in zip(matrices, symbols_of_planes, strict=True):
+            plane[:, first_col : first_col + tile.cols] = symbols.reshape(tile.rows, tile.cols)
+    return [_in_order(tensor, plane) for plane in matrices]
 
 
 def _in_order(tensor: StoredTensor, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -108,7 +121,7 @@ def read_codes(tensor: StoredTensor) -> NDArray[np.signedinteger]:
 
 
 def read_run_codes(tensor: StoredTensor, tiles: range) -> list[NDArray[np.signedinteger]]:
-    """Returns the codes [rows, cols] of a run of tiles of an `int8` tensor, part by part; see `runs`."""
+    """Returns the codes [rows, cols] of a run of tiles (see `runs`) of an `int8` tensor."""
     return [_codes(planes) for _, planes in _decoded_parts(tensor, tiles)]
 
 
@@ -120,22 +133,24 @@ def read_run_bytes(tensor: StoredTensor, tiles: range) -> bytes:
 
 
 def read_rows(tensor: StoredTensor, first: int, last: int) -> bytes:
-    """Returns rows [first, last) of a tensor's matrix, row-major, decoding only the tiles that hold them."""
+    """Returns rows [first, last) of a tensor's matrix, row-major; decodes only their tiles."""
     grid = tensor.table.grid
     begin, end = first // grid.tile_rows, -(-last // grid.tile_rows)
     row_bytes = grid.cols * DTYPES[tensor.record.dtype].itemsize
-    found = bytearray()
+    elements = bytearray()
     for band in range(begin, end):
         rows = np.empty((grid.tile(band * grid.across).rows, row_bytes), np.uint8)
         for start in range(band * grid.across, (band + 1) * grid.across, tensor.tiles_together):
             part = tensor.part(start)
             data = read_run_bytes(tensor, range(start, start + tensor.tiles_together))
             width = len(data) // part.rows
-            left = part.col * width // part.cols
-            rows[:, left : left + width] = np.frombuffer(data, np.uint8).reshape(part.rows, width)
-        found += rows.tobytes()
+            first_byte = part.col * width // part.cols
+            rows[:, first_byte : first_byte + width] = np.frombuffer(data, np.uint8).reshape(
+                part.rows, width
+            )
+        elements += rows.tobytes()
     start = (first - begin * grid.tile_rows) * row_bytes
-    return bytes(found[start : start + (last - first) * row_bytes])
+    return bytes(elements[start : start + (last - first) * row_bytes])
 
 
 def _part_bytes(tensor: StoredTensor, part: Tile, planes: list[NDArray[np.uint8]]) -> bytes:
@@ -148,7 +163,8 @@ def _part_bytes(tensor: StoredTensor, part: Tile, planes: list[NDArray[np.uint8]
 def read_tensor_bytes(container: Container, name: str) -> bytes:
     """Returns a tensor's elements in its source dtype, row-major, little-endian.
 
-    A `lossless` or plain tensor comes back bit for bit. An `int8` tensor is dequantized: fl32(code * step), rounded once.
+    A `lossless` or plain tensor comes back bit for bit. An `int8` tensor is dequantized:
+    fl32(code * step), rounded once.
 
     Raises:
         FormatError: something is damaged; nothing is returned.
@@ -168,10 +184,10 @@ def _joined(tensor: StoredTensor, planes: list[NDArray[np.uint8]]) -> bytes:
 
 
 def tensor_digest(container: Container, name: str) -> str:
-    """Recomputes the digest that the manifest records: what was decoded, not what is stored.
+    """Recomputes the digest that the manifest records, from the decoded tensor.
 
-    `int8`: sha256 of the codes in source order, then the scales of the channels and those of the columns, if any, all
-    little-endian. Others: sha256 of the source's bytes.
+    `int8`: sha256 of the codes in source order, then the scales of the channels and those of the
+    columns, if any, all little-endian. Others: sha256 of the source's bytes.
     """
     tensor = container.tensor(name)
     if isinstance(tensor, StoredTensor) and isinstance(tensor.record, Int8Tensor):
@@ -183,7 +199,10 @@ def tensor_digest(container: Container, name: str) -> str:
 
 
 def scales_bytes(tensor: StoredTensor) -> bytes:
-    """Returns the scales of an `int8` tensor as its digest covers them: the channels', then the columns'."""
+    """Returns the scales of an `int8` tensor as its digest covers them.
+
+    First those of the channels, then those of the columns, float32, little-endian.
+    """
     assert tensor.scales is not None
     columns = b"" if tensor.columns is None else tensor.columns.scales.astype("<f4").tobytes()
     return tensor.scales.astype("<f4").tobytes() + columns

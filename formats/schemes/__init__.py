@@ -1,4 +1,6 @@
-"""Schemes: how a tensor becomes planes of byte symbols and back. Slow, obvious references; fast paths give the same bits.
+"""Schemes: how a tensor becomes planes of byte symbols and back.
+
+These are slow, obvious references; every fast path gives the same bits.
 
 | scheme   | planes                                                                    |
 |----------|---------------------------------------------------------------------------|

@@ -1,8 +1,9 @@
-"""Scheme `lossless`: elements split into byte planes so that the exponents, which repeat, stand by themselves.
+"""Scheme `lossless`: elements split into byte planes, exponents apart from mantissas.
 
-A float of n bits is first rotated left by one bit: the sign moves to the end and the exponent begins at the top. Plane 0 then
-holds the exponent of bf16 and fp32 (for fp16: exponent and the top three bits of the mantissa), and the last plane ends in the
-sign. Integers, bool and 8-bit floats are not rotated. Bits are moved as integers; no float operation ever touches them.
+A float of n bits is first rotated left by one bit: the sign moves to the end and the exponent
+begins at the top. Plane 0 then holds the exponent of bf16 and fp32 (for fp16: exponent and the top
+three bits of the mantissa), and the last plane ends in the sign. Integers, bool and 8-bit floats
+are not rotated. Bits are moved as integers; no float operation ever touches them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def split_planes(elements: NDArray[np.unsignedinteger], dtype: DType) -> list[ND
 
     Returns:
         uint8 [n] arrays, plane 0 first.
+
+    >>> from codecllm.formats.dtypes import DTYPES
+    >>> elements = np.array([0x3F80, 0xBF80], np.uint16)
+    >>> [plane.tolist() for plane in split_planes(elements, DTYPES["BF16"])]
+    [[127, 127], [0, 1]]
     """
     words = elements.astype(np.uint64)
     bits = dtype.bits
@@ -38,10 +44,15 @@ def split_planes(elements: NDArray[np.unsignedinteger], dtype: DType) -> list[ND
 
 
 def join_planes(planes: list[NDArray[np.uint8]], dtype: DType) -> NDArray[np.unsignedinteger]:
-    """Inverse of `split_planes`: returns little-endian unsigned integers [n] with the elements' bits.
+    """Returns the bits of elements as little-endian unsigned integers [n]: `split_planes` undone.
 
     Raises:
         DecodeError: a BOOL element is neither 0 nor 1.
+
+    >>> from codecllm.formats.dtypes import DTYPES
+    >>> planes = [np.array([127, 127], np.uint8), np.array([0, 1], np.uint8)]
+    >>> [f"{word:04x}" for word in join_planes(planes, DTYPES["BF16"])]
+    ['3f80', 'bf80']
     """
     bits = dtype.bits
     words = np.zeros(len(planes[0]), np.uint64)
