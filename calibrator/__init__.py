@@ -1,4 +1,7 @@
-"""Source model -> what it is sensitive to: a short text, gradients or activations on it, and their sums per tensor."""
+"""Source model -> sensitivities: how much errors of each tensor change the model's output.
+
+They are sums of gradients or activations on a short text, one pair of vectors per tensor.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Mean squared inputs of linear layers, from one pass forward: all that is asked of a model too large to train in memory."""
+"""Mean squared inputs of linear layers, from one forward pass.
+
+They take the place of gradients where a model is too large to train in memory.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,15 @@ def mean_squared_inputs(
         known: names of the source's tensors.
 
     Returns:
-        For the weight of each nn.Linear of the source the mean square of each input; no sums of rows.
+        For the weight of each nn.Linear of the source the mean square of each input; no sums of
+        rows.
     """
-    seen: dict[str, Sensitivity] = {}
+    by_target: dict[str, Sensitivity] = {}
     hooks = []
     for name, module in model.named_modules():
         target = known_name(f"{name}.weight", known) if isinstance(module, nn.Linear) else None
         if target is not None:
-            hooks.append(module.register_forward_pre_hook(_watcher(target, seen)))
+            hooks.append(module.register_forward_pre_hook(_watcher(target, by_target)))
     arguments = {"input_ids": tokens}
     if model.config.is_encoder_decoder:
         arguments["decoder_input_ids"] = tokens
@@ -41,17 +45,19 @@ def mean_squared_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return by_target
 
 
 def _watcher(
-    target: str, seen: dict[str, Sensitivity]
+    target: str, by_target: dict[str, Sensitivity]
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         values = inputs[0].detach()
         squares = values.reshape(-1, values.shape[-1]).float().square().mean(0).cpu()
-        held = np.asarray(squares.numpy(), np.float32)
-        before = seen.get(target)
-        seen[target] = Sensitivity(held if before is None else before.cols + held)
+        mean_squares = np.asarray(squares.numpy(), np.float32)
+        before = by_target.get(target)
+        by_target[target] = Sensitivity(
+            mean_squares if before is None else before.cols + mean_squares
+        )
 
     return watch

@@ -1,4 +1,4 @@
-"""Calibration: one function from a source folder to statistics for the quantizer and the record of their text."""
+"""Calibration: from a source folder to statistics for the quantizer and a record of their text."""
 
 from __future__ import annotations
 
@@ -33,20 +33,26 @@ from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf import adapter
 
 _ROOM = 1.6
-"""Memory for weights, the gradient of the largest parameter and activations, in units of the weights."""
+"""Memory of a backward pass, as a multiple of the weights' size.
+
+It holds the weights, the gradient of the largest parameter, and activations.
+"""
 
 
 _FEW = 16
-"""Sequences whose activations are watched: they pass a model that is read from disk all together."""
+"""Sequences of a calibration by activations.
+
+They pass each layer together, because the model is read from disk layer by layer.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What a calibration came to.
+    """The result of a calibration.
 
     Attributes:
         statistics: sensitivities by the names of the source's tensors.
-        record: what the manifest says of the text.
+        record: the text, as the manifest records it.
         notes: sentences for the user.
         products: sums of products of layers' inputs, if they were asked for.
     """
@@ -59,7 +65,15 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is to be learned: of which model, on which kind of text, and of which tensors' inputs in pairs."""
+    """A calibration to run.
+
+    Attributes:
+        folder: the source model.
+        kind: the kind of text, as for `calibrate`.
+        refined: names of tensors whose inputs are counted in pairs.
+        shapes: shapes of the source's tensors by name.
+        tell: called with a sentence when a stage begins.
+    """
 
     folder: Path
     kind: str
@@ -79,11 +93,11 @@ def calibrate(
 
     Args:
         folder: the source: safetensors and config.json.
-        kind: `self`: text that the model itself writes (random tokens, where it does not generate text); `random`: random
-            tokens; anything else: path of a text file.
+        kind: `self`: text that the model itself writes (random tokens, where it does not generate
+            text); `random`: random tokens; anything else: path of a text file.
         on_stage: called with a sentence when a stage begins.
-        refined: names of tensors; of those that are weights of linear layers the inputs are to be known in pairs, from text
-            four times as long.
+        refined: names of tensors; of those that are weights of linear layers the inputs are to be
+            known in pairs, from text four times as long.
 
     Raises:
         UnsupportedEnvironmentError: transformers cannot load or run the model.
@@ -128,7 +142,7 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
         kind = "random"
     if tokens is None:
         tokens = _text(model, task.folder, kind, length)
-    known, some = set(task.shapes), tokens[:, :LENGTH]
+    source_names, some = set(task.shapes), tokens[:, :LENGTH]
     tell(f"calibrating: gradients on {some.numel():,} tokens")
     sums = squared_gradients(model, some, now_and_then(tell, "calibrating: {} of {} sequences"))
     products = None
@@ -136,14 +150,17 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
         tell(f"calibrating: pairs of inputs on {tokens.numel():,} tokens")
         advance = now_and_then(tell, "calibrating: {} of {} sequences")
         products = input_products(model, tokens, task.shapes, task.refined, advance)
-    return Calibrated(by_source(model, sums, known), record(_kind(kind), tokens), notes, products)
+    return Calibrated(
+        by_source(model, sums, source_names), record(_kind(kind), tokens), notes, products
+    )
 
 
 def _layer_by_layer(task: _Task) -> Calibrated:
     kind, notes = (
         task.kind,
         [
-            "the model does not fit in memory: activations instead of gradients, layer by layer from disk"
+            "the model does not fit in memory: activations instead of gradients, "
+            "layer by layer from disk"
         ],
     )
     if kind == "self":

@@ -1,17 +1,21 @@
-"""Squared gradients of a model's weights, summed over rows and over columns: where errors of the weights hurt.
+"""Squared gradients of a model's weights, summed over rows and over columns.
 
-The curvature of the KL divergence that errors cause is the mean square of the weights' gradients, where the gradient at the
-logits has mean 0 and covariance diag(p) - p p^T, p being the model's own predictions. Random signs z give such a one:
-sqrt(p) z - p <sqrt(p), z>. Of a model without logits the last hidden state is projected on random signs: the same for its mean
-squared error.
+A weight with large squared gradients is one whose error changes the output much.
 
-A linear layer's or embedding's gradient is a sum over tokens of products of an input x[t] and the gradient g[t] of an output.
-Squares are summed token by token, which needs no gradient of the weight at all:
+The curvature of the KL divergence that errors cause is the mean square of the weights' gradients,
+where the gradient at the logits has mean 0 and covariance diag(p) - p p^T, p being the model's own
+predictions. Random signs z give such a one: sqrt(p) z - p <sqrt(p), z>. Of a model without logits
+the last hidden state is projected on random signs: the same for its mean squared error.
+
+A linear layer's or embedding's gradient is a sum over tokens of products of an input x[t] and the
+gradient g[t] of an output. Squares are summed token by token, which needs no gradient of the weight
+at all:
 
     rows[r] = sum over t of g[t, r]^2 |x[t]|^2        cols[c] = sum over t of x[t, c]^2 |g[t]|^2
 
-This leaves out what the gradients of two tokens have in common; that is noise mostly, and what is left is known from a fraction
-of the text (docs/bits.md). Of all other parameters the gradient of some sequences is squared; it exists for a moment only.
+This leaves out the products of gradients of two different tokens; these are mostly noise, and the
+rest is known from a fraction of the text (docs/bits.md). Of all other parameters the gradient of
+some sequences is squared; it exists for a moment only.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ import torch
 from torch import nn
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Name of a parameter -> sums over its last dimension (its shape without that) and over all others but experts'."""
+"""Name of a parameter -> sums of its squared gradients.
+
+The first sums go over the last dimension, the others over all other dimensions but experts.
+"""
 
 _TOGETHER = 4
 """Sequences that run at once."""
@@ -40,23 +47,25 @@ def squared_gradients(
         on_sequence: called with the sequences done and all of them.
 
     Returns:
-        For each parameter of rank 2 or more that gradients reach, in float32 on the CPU: rows, of its shape without the last
-        dimension; and columns, of its shape without the last but one.
+        For each parameter of rank 2 or more that gradients reach, in float32 on the CPU: rows, of
+        its shape without the last dimension; and columns, of its shape without the last but one.
     """
     sums: Sums = {}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    watched = {
+    parameters = {
         name: parameter for name, parameter in model.named_parameters() if _wanted(parameter)
     }
-    layers = _layers_in_use(model, tokens[:1], watched)
+    layers = _layers_in_use(model, tokens[:1], parameters)
     hooks: list[Any] = [
         layer.register_forward_hook(_token_collector(name, sums)) for layer, name in layers
     ]
-    others = watched.keys() - {name for _, name in layers}
+    others = parameters.keys() - {name for _, name in layers}
     for name in others:
-        watched[name].requires_grad_(True)
-        hooks.append(watched[name].register_post_accumulate_grad_hook(_whole_collector(name, sums)))
+        parameters[name].requires_grad_(True)
+        hooks.append(
+            parameters[name].register_post_accumulate_grad_hook(_whole_collector(name, sums))
+        )
     generator = torch.Generator().manual_seed(1)
     try:
         for first in range(0, len(tokens), _TOGETHER):
@@ -79,29 +88,29 @@ def _wanted(parameter: torch.Tensor) -> bool:
 
 
 def _layers_in_use(
-    model: Any, ids: torch.Tensor, watched: dict[str, torch.Tensor]
+    model: Any, ids: torch.Tensor, parameters: dict[str, torch.Tensor]
 ) -> list[tuple[nn.Module, str]]:
-    """Returns the plain linear layers and embeddings whose weights are used by them alone, each with the name of its weight.
+    """Returns linear layers and embeddings that alone use their weights, with the weight's name.
 
-    Some models multiply with a layer's weight themselves, tie it to a module of another kind, or call the layer for some tokens
-    only. Gradients of such weights are squared.
+    Some models multiply with a layer's weight themselves, tie it to a module of another kind, or
+    call the layer for some tokens only. Gradients of such weights are squared.
     """
-    names = {id(parameter): name for name, parameter in watched.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     holders: dict[str, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) in names:
                 holders.setdefault(names[id(parameter)], []).append(module)
     plain = {
-        name: held
-        for name, held in holders.items()
-        if all(type(one) in (nn.Linear, nn.Embedding) for one in held)
+        name: modules
+        for name, modules in holders.items()
+        if all(type(one) in (nn.Linear, nn.Embedding) for one in modules)
     }
-    called: set[nn.Module] = set()
+    called_layers: set[nn.Module] = set()
     hooks = [
-        one.register_forward_hook(lambda layer, *_: called.add(layer))
-        for held in plain.values()
-        for one in held
+        one.register_forward_hook(lambda layer, *_: called_layers.add(layer))
+        for modules in plain.values()
+        for one in modules
     ]
     try:
         with torch.no_grad():
@@ -109,28 +118,32 @@ def _layers_in_use(
     finally:
         for hook in hooks:
             hook.remove()
-    return [(one, name) for name, held in plain.items() if called.issuperset(held) for one in held]
+    return [
+        (one, name)
+        for name, modules in plain.items()
+        if called_layers.issuperset(modules)
+        for one in modules
+    ]
 
 
 def _token_collector(
     name: str, sums: Sums
 ) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
     def watch(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        if (
-            not output.requires_grad
-        ):  # the first layer: nothing before it needs a gradient, but its output does
+        # The first layer: nothing before it needs a gradient, but its output does.
+        if not output.requires_grad:
             output = output.detach().requires_grad_(True).clone()
-        held = inputs[0].detach()
+        layer_input = inputs[0].detach()
 
         def collect(gradient: torch.Tensor) -> None:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
             if isinstance(layer, nn.Embedding):
                 rows = torch.zeros(len(layer.weight), device=squares.device).index_add_(
-                    0, held.reshape(-1), squares.sum(1)
+                    0, layer_input.reshape(-1), squares.sum(1)
                 )
                 _add(sums, name, rows, squares.sum(0))
             else:
-                entering = held.reshape(-1, held.shape[-1]).float().square()
+                entering = layer_input.reshape(-1, layer_input.shape[-1]).float().square()
                 _add(sums, name, entering.sum(1) @ squares, squares.sum(1) @ entering)
 
         output.register_hook(collect)
@@ -165,21 +178,21 @@ def run(model: Any, ids: torch.Tensor) -> Any:
 
 
 def _projected(output: Any, generator: torch.Generator) -> torch.Tensor:
-    """Returns a scalar whose squared gradient has the mean that is wanted."""
+    """Returns a scalar whose squared gradient has the curvature of the KL divergence as mean."""
     logits = getattr(output, "logits", None)
     if logits is None or logits.ndim < 2:
         hidden = output.last_hidden_state.float()
-        projected: torch.Tensor = (hidden * _signs(hidden, generator)).sum()
-        return projected
+        signed_sum: torch.Tensor = (hidden * _signs(hidden, generator)).sum()
+        return signed_sum
     flat = logits.reshape(-1, logits.shape[-1]).float()
     chances = torch.softmax(flat.detach(), -1)
     gradient = chances.sqrt() * _signs(flat, generator)
     gradient -= chances * gradient.sum(-1, keepdim=True)
-    weighted: torch.Tensor = (flat * gradient).sum()
-    return weighted
+    projection: torch.Tensor = (flat * gradient).sum()
+    return projection
 
 
 def _signs(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Returns random signs of the shape of `values`, the same on every device."""
-    drawn = torch.randint(2, values.shape, generator=generator, dtype=torch.int8)
-    return (2 * drawn - 1).to(values.device)
+    bits = torch.randint(2, values.shape, generator=generator, dtype=torch.int8)
+    return (2 * bits - 1).to(values.device)

@@ -31,12 +31,12 @@ def input_products(
         model: any transformers model in eval mode.
         tokens: int64 [sequences, length].
         shapes: of all tensors of the source, by name.
-        wanted: names of tensors to look at.
+        wanted: names of the weights whose inputs are added up.
         on_sequence: called with the sequences done and all of them.
 
     Returns:
-        Sums for the weights of plain nn.Linear layers that the source has under their own names and in their shapes, that no
-        other module uses, and whose inputs were finite.
+        Sums for the weights of plain nn.Linear layers that the source has under their own names and
+        in their shapes, that no other module uses, and whose inputs were finite.
 
     Raises:
         OSError: the disk that holds temporary files is full.
@@ -67,19 +67,21 @@ def _layers(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.L
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
     )
-    known, found = set(shapes), {}
+    source_names = set(shapes)
+    layers: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and uses[id(module.weight)] == 1:
-            target = known_name(f"{name}.weight", known)
+            target = known_name(f"{name}.weight", source_names)
             if target is not None and tuple(shapes[target]) == tuple(module.weight.shape):
-                found[target] = module
-    return found
+                layers[target] = module
+    return layers
 
 
 class _Watch:
-    """Adds up what enters layers; one that is given the very tensor that the watched layer before it was given shares its sum.
+    """Adds up products of the inputs of layers.
 
-    That must then be so in every call: a layer of which it is not is dropped.
+    A layer shares the sum of the layer that was called before it if both have the same tensor as
+    input. That must hold in every call: a layer for which it does not is dropped.
     """
 
     def __init__(self) -> None:
@@ -91,7 +93,7 @@ class _Watch:
         self._last_number = -1
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """Returns what watches a layer."""
+        """Returns the hook that sees the inputs of a layer."""
         return lambda layer, inputs: self._see(name, inputs[0])
 
     def forget(self) -> None:
@@ -104,8 +106,8 @@ class _Watch:
         for name in products.names():
             number = products.number(name)
             diagonal = products.matrix(number).diagonal()
-            shared = not self._follows[name] or self._followed[name] == self._calls[number]
-            if not (shared and np.isfinite(diagonal).all() and diagonal.any()):
+            is_complete = not self._follows[name] or self._followed[name] == self._calls[number]
+            if not (is_complete and np.isfinite(diagonal).all() and diagonal.any()):
                 products.drop(name)
         return products
 

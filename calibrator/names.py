@@ -1,4 +1,7 @@
-"""From a model's parameters to the tensors of its source: transformers may fuse, rename or tie what the files hold apart."""
+"""From a model's parameters to the tensors of its source.
+
+transformers may fuse, rename or tie parameters that the files hold as separate tensors.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 def by_source(model: Any, sums: Sums, known: set[str]) -> dict[str, Sensitivity]:
     """Translates sums of parameters into sensitivities of the source's tensors.
 
-    The sums of a parameter are spread over it as rows x columns / total, and transformers turns that back into the tensors of a
-    checkpoint, layer by layer.
+    The sums of a parameter are spread over it as rows x columns / total, and transformers turns
+    that back into the tensors of a checkpoint, layer by layer.
 
     Args:
         model: the model.
@@ -31,24 +34,24 @@ def by_source(model: Any, sums: Sums, known: set[str]) -> dict[str, Sensitivity]
     Returns:
         Sensitivities by names out of `known`.
     """
-    found: dict[str, Sensitivity] = {}
+    sensitivities: dict[str, Sensitivity] = {}
     for group in _layers(sums):
         spread = {name: _spread(*sums[name]) for name in group}
         for name, values in adapter.as_saved(model, spread).items():
             target = known_name(name, known)
             if target is not None and values.ndim >= 2:
                 matrix = values.reshape(-1, values.shape[-1]).double()
-                found[target] = Sensitivity(_array(matrix.sum(0)), _array(matrix.sum(1)))
+                sensitivities[target] = Sensitivity(_array(matrix.sum(0)), _array(matrix.sum(1)))
     for name, other in adapter.tied_parameters(model).items():
         copies = known_name(name, known), known_name(other, known)
         for copy, original in (copies, copies[::-1]):
-            if copy is not None and original in found:
-                found.setdefault(copy, found[original])
-    return found
+            if copy is not None and original in sensitivities:
+                sensitivities.setdefault(copy, sensitivities[original])
+    return sensitivities
 
 
 def _layers(sums: Sums) -> Iterator[list[str]]:
-    """Groups names by the layer they belong to: what is fused lies in one layer."""
+    """Groups names by their layer: fused tensors come from one layer."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sums:
         match = _LAYER.match(name)

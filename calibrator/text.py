@@ -1,4 +1,4 @@
-"""The text on which a model is watched: its own, random tokens, or a file."""
+"""The text of a calibration: written by the model, random tokens, or a file."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ SEED = 0
 
 
 def own_text(model: Any, length: int = LENGTH) -> torch.Tensor | None:
-    """Samples sequences from a causal language model, one token after another, at temperature 1 from its start token.
+    """Samples sequences from a causal language model, at temperature 1, from its start token.
 
     Returns:
-        int64 [SEQUENCES, length], on the CPU, without the start token; None where the model keeps no keys and values of past
-        tokens, so that writing would take too long.
+        int64 [SEQUENCES, length], on the CPU, without the start token; None where the model keeps
+        no keys and values of past tokens, so that writing would take too long.
     """
     generator = torch.Generator().manual_seed(SEED)
     current = torch.full((SEQUENCES, 1), _start_token(model.config), device=model.device)
     past, tokens = None, []
-    with (
-        torch.no_grad()
-    ):  # inference mode would leave tensors in the model's caches that no gradient may pass
+    # Inference mode would leave tensors in the model's caches that no gradient may pass.
+    with torch.no_grad():
         for _ in range(min(length, _longest(model) - 1)):
             output = model(input_ids=current, past_key_values=past, use_cache=True)
             past = getattr(output, "past_key_values", None)
             if past is None:
                 return None
             chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
-            drawn = torch.multinomial(chances, 1, generator=generator)
-            tokens.append(drawn)
-            current = drawn.to(model.device)
+            next_tokens = torch.multinomial(chances, 1, generator=generator)
+            tokens.append(next_tokens)
+            current = next_tokens.to(model.device)
     return torch.cat(tokens, 1)
 
 
@@ -72,9 +71,8 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     try:
         tokenizer = read_tokenizer(folder)
         ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
-    except (
-        Exception
-    ) as exc:  # transformers raises whatever its many tokenizer classes happen to raise
+    # Each of the many tokenizer classes of transformers raises errors of its own.
+    except Exception as exc:
         raise UsageError(f"no usable tokenizer for a calibration text ({one_line(exc)})") from exc
     length = min(length, _longest(model))
     count = min(SEQUENCES, len(ids) // length)
@@ -88,7 +86,7 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
 
 
 def record(kind: str, tokens: torch.Tensor) -> Calibration:
-    """Returns what the manifest says of a text: int64 [sequences, length]."""
+    """Returns the manifest's record of a text, int64 [sequences, length]."""
     data = np.ascontiguousarray(tokens.numpy().astype("<i8")).tobytes()
     return Calibration(
         kind=kind,
@@ -109,5 +107,8 @@ def _start_token(config: Any) -> int:
 
 
 def _longest(model: Any) -> int:
-    """Tokens that the model can see at once; position tables of some encoders have two entries that no token uses."""
+    """Returns how many tokens the model can see at once.
+
+    Position tables of some encoders have two entries that no token uses.
+    """
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30) - 2

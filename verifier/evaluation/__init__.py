@@ -1,4 +1,4 @@
-"""How far converted models are from their base, at how many bits: divergence, agreement and perplexity on a text."""
+"""Distance of converted models from their base: divergence, agreement and perplexity on a text."""
 
 from codecllm.verifier.evaluation.evaluate import Evaluation, Score, evaluate, sample_text
 

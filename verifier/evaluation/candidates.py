@@ -1,4 +1,7 @@
-"""What can be evaluated: containers, Hugging Face folders and GGUF files; how each is loaded, and how many bits it stores."""
+"""Models to evaluate: containers, Hugging Face folders and GGUF files.
+
+Each kind has its way of loading, and of counting the bits that it stores.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +27,29 @@ from codecllm.loader.hf import adapter
 Kind = Literal["container", "folder", "dequantized", "gguf"]
 
 STORED_BITS_NAME = "stored_bits.json"
-"""In a plain folder whose weights were de-quantized from another format: a JSON object, tensor name -> bits that the format
-stores for it. It makes the folder a `dequantized` candidate, whose bits are these and not those of its own files."""
+"""File of a plain folder whose weights were de-quantized from another format.
+
+It is a JSON object: tensor name -> bits that the other format stores for it. With it the folder is
+a `dequantized` candidate, which has these bits and not those of its own files.
+"""
 
 _INNER = re.compile(r"\.\d+\.")
-"""What names of tensors inside the layers have: the layer's number. Vocabularies, positions and heads stand outside."""
+"""Part of the names of tensors inside layers: the layer's number.
+
+Vocabularies, positions and heads have none.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """What a model's tensors take where they are stored, with the headers that describe them, padding and manifest.
+    """Stored sizes of a model's tensors, with their headers, padding and manifest.
 
-    A header's bytes are shared out evenly among its entries, and the manifest's among its records. Tokenizer, configuration and
-    the like are not counted.
+    A header's bytes are shared out evenly among its entries, and the manifest's among its records.
+    Tokenizer, configuration and the like are not counted.
 
     Attributes:
         stored: bits of all tensors.
-        weights: elements of all tensors; what is tied counts once.
+        weights: elements of all tensors; tied ones count once.
         layer_stored: bits of the matrices inside the layers, with scales and tables.
         layer_weights: elements of those.
     """
@@ -63,7 +72,7 @@ class Bits:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model to evaluate: its name as it was given, what it is, and where its files are."""
+    """A model to evaluate: its name as the caller gave it, its kind, and the place of its files."""
 
     name: str
     kind: Kind
@@ -96,25 +105,25 @@ class Candidate:
         """
         rows = list(_COUNTS[self.kind](self.path))
         inner = [row for row in rows if row.rank >= 2 and _INNER.search(row.name)]
-        stored, layer_stored = (
-            round(8 * sum(row.bytes for row in chosen)) for chosen in (rows, inner)
+        stored_bits, layer_bits = (
+            round(8 * sum(row.bytes for row in part)) for part in (rows, inner)
         )
         return Bits(
-            stored,
+            stored_bits,
             sum(row.elements for row in rows),
-            layer_stored,
+            layer_bits,
             sum(row.elements for row in inner),
         )
 
 
 def find_candidate(name: str | Path) -> Candidate:
-    """Returns what a name stands for.
+    """Returns the model that a name stands for.
 
     Args:
         name: container or Hugging Face folder, GGUF file, or Hub id.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is none of these.
         HubError: the Hub cannot be reached.
     """
     path = Path(name)
@@ -135,7 +144,7 @@ def find_candidate(name: str | Path) -> Candidate:
 
 
 class _Row(NamedTuple):
-    """A tensor: its name, rank, stored bytes with its share of what describes it, and elements."""
+    """A tensor: name, rank, elements, and stored bytes with its share of header and manifest."""
 
     name: str
     rank: int
@@ -156,8 +165,8 @@ def _container_tensors(folder: Path) -> Iterator[_Row]:
             if isinstance(record, AliasTensor):
                 yield _Row(record.name, 0, of_manifest, 0)
                 continue
-            stored = sum(sizes[name] for name in (record.name, *side_names(record)))
-            yield _Row(record.name, len(record.shape), stored + of_manifest, record.elements)
+            tensor_bytes = sum(sizes[name] for name in (record.name, *side_names(record)))
+            yield _Row(record.name, len(record.shape), tensor_bytes + of_manifest, record.elements)
 
 
 def _folder_tensors(folder: Path) -> Iterator[_Row]:
@@ -198,12 +207,15 @@ def _gguf_tensors(path: Path) -> Iterator[_Row]:
         ) from exc
     reader = GGUFReader(path)
     for tensor in reader.tensors:
-        described = (
+        header_bytes = (
             sum(part.nbytes for part in tensor.field.parts)
             + -int(tensor.n_bytes) % reader.alignment
         )
         yield _Row(
-            tensor.name, len(tensor.shape), int(tensor.n_bytes) + described, int(tensor.n_elements)
+            tensor.name,
+            len(tensor.shape),
+            int(tensor.n_bytes) + header_bytes,
+            int(tensor.n_elements),
         )
 
 

@@ -1,6 +1,7 @@
-"""A base model and others on one text, window by window: KL divergence per token, top-1 agreement, perplexities.
+"""A base model and others on one text: KL divergence per token, top-1 agreement, perplexities.
 
-Logits of a window exist for a moment only; what is kept is one number per token and, of the base, what enters its head.
+The text is read in windows, whose logits exist for a moment only. One number per token stays and,
+of the base, the input of its head.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch
 from codecllm.formats.errors import ModelMismatchError
 
 _ROWS = 8
-"""Positions whose distributions are compared at once, in float64: few enough to stay in a processor's cache."""
+"""Positions whose distributions are compared at once, in float64.
+
+So few stay in the cache of a processor.
+"""
 
 
 @dataclass(slots=True)
 class Divergence:
-    """What was seen so far, one entry per predicted token.
+    """Results so far, one entry per predicted token.
 
     Attributes:
         kl: KL(base || other) in nats.
@@ -56,7 +60,10 @@ class Divergence:
 
 
 class Base:
-    """The model that others are compared with. Its layers run once over the text, however many others there are."""
+    """The model that others are compared with.
+
+    Its layers run once over the text, for any number of other models.
+    """
 
     def __init__(self, model: Any, tokens: list[int], window: int) -> None:
         """Cuts the text into windows.
@@ -64,7 +71,8 @@ class Base:
         Args:
             model: causal language model whose distribution is the reference.
             tokens: the text.
-            window: tokens that a model sees at once; the first of each window is only seen, not predicted.
+            window: tokens that a model sees at once; the first of each window is only seen, not
+                predicted.
         """
         parts = [tokens[first : first + window] for first in range(0, len(tokens), window)]
         self._model = model
@@ -83,7 +91,9 @@ class Base:
         Raises:
             ModelMismatchError: the vocabularies differ, or a distribution is not finite.
         """
-        seen, done, total = Divergence(), 0, sum(ids.shape[1] for ids in self._windows)
+        divergence = Divergence()
+        tokens_done = 0
+        total = sum(ids.shape[1] for ids in self._windows)
         for number, ids in enumerate(self._windows):
             with torch.inference_mode():
                 ours, theirs = (
@@ -96,27 +106,32 @@ class Base:
                     )
                 for row in range(0, len(ours), _ROWS):
                     block = slice(row, row + _ROWS)
-                    _add(seen, ours[block], theirs[block], ids[0, 1:][block])
-            done += ids.shape[1]
+                    _add(divergence, ours[block], theirs[block], ids[0, 1:][block])
+            tokens_done += ids.shape[1]
             if on_window is not None:
-                on_window(done, total)
-        if not all(map(math.isfinite, seen.kl)):
-            place = next(number for number, value in enumerate(seen.kl) if not math.isfinite(value))
+                on_window(tokens_done, total)
+        if not all(map(math.isfinite, divergence.kl)):
+            place = next(
+                number for number, value in enumerate(divergence.kl) if not math.isfinite(value)
+            )
             raise ModelMismatchError(f"a distribution is not finite at token {place}")
-        return seen
+        return divergence
 
     def _logits(self, number: int) -> torch.Tensor:
-        """Returns the logits of a window, [tokens - 1, vocabulary]; from the second time on by the head alone."""
+        """Returns the logits of a window, [tokens - 1, vocabulary].
+
+        From the second call on, only the head runs.
+        """
         ids, head = self._windows[number], self._model.get_output_embeddings()
         if number < len(self._entering):
             again: torch.Tensor = head(self._entering[number])
             return again[0, :-1]
-        passed: list[torch.Tensor] = []
+        head_tensors: list[torch.Tensor] = []
         hook = (
             None
             if head is None
             else head.register_forward_hook(
-                lambda _, entering, out: passed.extend((*entering, out))
+                lambda _, entering, out: head_tensors.extend((*entering, out))
             )
         )
         try:
@@ -124,17 +139,24 @@ class Base:
         finally:
             if hook is not None:
                 hook.remove()
-        # A model that does more to its logits than its head does (caps, scales) runs whole each time.
-        if len(passed) == 2 and len(self._entering) == number and torch.equal(passed[1], logits):
-            self._entering.append(passed[0])
+        # A model that does more to its logits than its head does (caps, scales) runs whole each
+        # time.
+        if (
+            len(head_tensors) == 2
+            and len(self._entering) == number
+            and torch.equal(head_tensors[1], logits)
+        ):
+            self._entering.append(head_tensors[0])
         return logits[0, :-1]
 
 
-def _add(seen: Divergence, base: torch.Tensor, other: torch.Tensor, text: torch.Tensor) -> None:
+def _add(
+    divergence: Divergence, base: torch.Tensor, other: torch.Tensor, text: torch.Tensor
+) -> None:
     p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
-    seen.kl += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
-    seen.same_top += (base.argmax(-1) == other.argmax(-1)).tolist()
-    for values, log_probability in ((seen.base_nll, p), (seen.other_nll, q)):
+    divergence.kl += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
+    divergence.same_top += (base.argmax(-1) == other.argmax(-1)).tolist()
+    for values, log_probability in ((divergence.base_nll, p), (divergence.other_nll, q)):
         values += (-log_probability.gather(1, text[:, None])[:, 0]).tolist()
 
 

@@ -27,7 +27,8 @@ class Score:
 
     Attributes:
         name: as it was given.
-        kind: `container`, `folder`, `dequantized` (a folder that states the bits of what it was made from) or `gguf`.
+        kind: `container`, `folder`, `dequantized` (a folder that states the bits of the format it
+            came from) or `gguf`.
         bits_per_weight: stored bits of all tensors / weights.
         layer_bits_per_weight: the same over the matrices inside the layers.
         stored_bytes: bytes of all tensors.
@@ -54,7 +55,7 @@ class Evaluation:
 
     Attributes:
         base: name of the base model.
-        base_bits_per_weight: what it stores.
+        base_bits_per_weight: stored bits of all tensors of the base / weights.
         base_perplexity: of the base on the text; NaN without candidates.
         tokens: tokens of the text that were predicted.
         dtype: in which the models computed.
@@ -74,7 +75,10 @@ class Evaluation:
 
 
 def sample_text() -> str:
-    """Returns the built-in text: passages of Carroll, Lincoln, Jefferson, Darwin, Dickens, Thoreau and Doyle; public domain."""
+    """Returns the built-in text, which is in the public domain.
+
+    It has passages of Carroll, Lincoln, Jefferson, Darwin, Dickens, Thoreau and Doyle.
+    """
     return files("codecllm.verifier.evaluation").joinpath("sample.txt").read_text(encoding="utf-8")
 
 
@@ -91,7 +95,8 @@ def evaluate(
 ) -> Evaluation:
     """Compares candidates with their base on a text.
 
-    All models compute in `dtype`, so that only their weights differ. The base and one candidate are in memory at a time.
+    All models compute in `dtype`, so that only their weights differ. The base and one candidate are
+    in memory at a time.
 
     Args:
         base: Hugging Face folder, Hub id or container.
@@ -111,31 +116,35 @@ def evaluate(
         raise UsageError("no candidate was given")
     if window < 2 or max_tokens < 2:
         raise UsageError("window and number of tokens must be 2 or more")
-    found = [find_candidate(candidate) for candidate in candidates]
+    models = [find_candidate(candidate) for candidate in candidates]
     reference = find_candidate(base)
     model = reference.load(dtype, workers)
     tokens = _tokens(reference, model, sample_text() if text is None else text)[:max_tokens]
     reading = Base(model, tokens, min(window, _longest(model)))
-    scores, perplexity, predicted = [], math.nan, 0
-    for candidate in found:
-        loaded = candidate.load(dtype, workers)
-        seen = reading.compare(loaded, _reporter(progress, candidate.name))
-        del loaded
-        perplexity, own = seen.perplexities
-        predicted = len(seen.kl)
+    scores: list[Score] = []
+    base_perplexity = math.nan
+    token_count = 0
+    for candidate in models:
+        other = candidate.load(dtype, workers)
+        divergence = reading.compare(other, _reporter(progress, candidate.name))
+        del other
+        base_perplexity, perplexity = divergence.perplexities
+        token_count = len(divergence.kl)
         bits = candidate.bits()
         figures = (
             bits.per_weight,
             bits.per_layer_weight,
             bits.stored // 8,
-            seen.mean_kl,
-            seen.kl_99,
-            seen.top1,
-            own,
+            divergence.mean_kl,
+            divergence.kl_99,
+            divergence.top1,
+            perplexity,
         )
         scores.append(Score(candidate.name, candidate.kind, *figures))
     name = str(dtype).removeprefix("torch.")
-    return Evaluation(str(base), reference.bits().per_weight, perplexity, predicted, name, scores)
+    return Evaluation(
+        str(base), reference.bits().per_weight, base_perplexity, token_count, name, scores
+    )
 
 
 def _tokens(reference: Candidate, model: Any, text: str) -> list[int]:

@@ -32,9 +32,10 @@ def check_plot(path: Path) -> None:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Draws mean KL (logarithmic) against bits per weight of the layers: one mark per candidate, containers joined by a line.
+    """Draws mean KL (logarithmic) against bits per weight of the layers.
 
-    A candidate without any distance has no place on a logarithmic axis; it stands below the others and its label says 0.
+    Each candidate has one mark, and a line joins containers. A candidate without any distance has
+    no place on a logarithmic axis; it stands below the others and its label says 0.
     """
     check_plot(path)
     from matplotlib.figure import Figure
@@ -45,14 +46,14 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         min((score.mean_kl for score in evaluation.scores if score.mean_kl > 0), default=1.0) / 3
     )
     for kind, mark in _MARKS.items():
-        chosen = sorted(
+        scores = sorted(
             (score for score in evaluation.scores if score.kind == kind),
             key=lambda s: s.layer_bits_per_weight,
         )
-        places = [(score.layer_bits_per_weight, max(score.mean_kl, floor)) for score in chosen]
-        if chosen:
+        places = [(score.layer_bits_per_weight, max(score.mean_kl, floor)) for score in scores]
+        if scores:
             axes.plot(*zip(*places, strict=True), mark, label=kind, linewidth=0.8, markersize=5)
-        for score, place in zip(chosen, places, strict=True):
+        for score, place in zip(scores, places, strict=True):
             label = Path(score.name).name.removesuffix(".gguf") + (
                 "" if score.mean_kl > 0 else " (0)"
             )
