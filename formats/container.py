@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +23,11 @@ from codecllm.formats.errors import (
     NotAContainerError,
     SchemaError,
     TruncatedError,
+    UsageError,
 )
 from codecllm.formats.files import Excerpt, SafeFile, describe_missing, refuse_foreign
-from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.manifest.records import (
     AliasTensor,
     CodedTensor,
@@ -31,10 +35,11 @@ from codecllm.formats.manifest.records import (
     Int8Tensor,
     RawTensor,
 )
+from codecllm.formats.open_files import OpenFiles
 from codecllm.formats.schemes.columns import Columns, make_columns
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import check_steps
-from codecllm.formats.shards.chunk_table import ChunkTable, parse_chunk_table
+from codecllm.formats.shards.chunk_table import HEADER, RECORD, ChunkTable, parse_chunk_table
 from codecllm.formats.shards.safetensors_header import ShardHeader, TensorEntry, read_header
 from codecllm.formats.shards.side_tensors import (
     CHUNKS,
@@ -53,6 +58,9 @@ from codecllm.formats.tiling import Grid
 CONTAINER_IS = f"a container is the folder with {MANIFEST_NAME} in it"
 """For an error where a file was given."""
 
+MAX_EXPANSION = "CODECLLM_MAX_EXPANSION"
+"""The variable of the environment that lifts the bound on declared size against stored size."""
+
 _SIDES_TOGETHER_BYTES = 4 << 20
 """Most bytes of a tensor's side tensors, and of what lies between them, that are read by one call."""
 
@@ -64,16 +72,25 @@ class Container:
     data when the tensor is, a chunk before it is decoded.
     """
 
-    def __init__(self, folder: str | Path, *, expected_manifest_sha256: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        expected_manifest_sha256: str | None = None,
+        max_expansion: float | None = None,
+    ) -> None:
         """Opens `folder`.
 
         Args:
             folder: the container.
             expected_manifest_sha256: refuse any manifest but the one with this sha256 (64 hex digits). It pins every byte.
+            max_expansion: how many times their stored size the tensors may have (SPEC.md 10); None takes
+                `CODECLLM_MAX_EXPANSION` of the environment, or 100.
 
         Raises:
             NotAContainerError: there is no manifest.
             FormatError: the manifest is not valid; see `parse_manifest`.
+            LimitError: the tensors are too large for what is stored of them.
             ChecksumError: it is not the expected one.
         """
         self.folder = Path(folder)
@@ -99,7 +116,9 @@ class Container:
                 expected=expected_manifest_sha256,
             )
         self.manifest: Manifest = parse_manifest(data)
+        check_expansion(self.manifest, max_expansion)
         self.records = {record.name: record for record in self.manifest.tensors}
+        self._files = OpenFiles(self.folder)
         self._shards: dict[int, tuple[SafeFile, ShardHeader]] = {}
         self._lock = threading.Lock()
 
@@ -200,6 +219,7 @@ class Container:
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
+        _check_table_size(header, record, file.name)
         # The size of the rans tables is limited by the other side tensors, so they are read after these.
         tables = TABLES.name_for(record.name)
         sides = _read_together(
@@ -235,7 +255,7 @@ class Container:
 
     def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         record = self.manifest.shards[number]
-        file = SafeFile(self.folder, record.name)
+        file = self._files.open(record.name)
         try:
             if file.size != record.bytes:
                 refuse_foreign(file)
@@ -308,9 +328,7 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
     check_xxh3(header.raw, manifest.shards[number].header_xxh3, file, None, 0)
     found = {entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()}
     expected: dict[str, tuple[str, list[int] | None]] = {}
-    for record in manifest.tensors:
-        if isinstance(record, AliasTensor) or record.shard != number:
-            continue
+    for record in manifest.stored_in[number]:
         if isinstance(record, RawTensor):
             expected[record.name] = (record.dtype, record.shape)
             continue
@@ -339,6 +357,36 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
                 file=file,
                 tensor=name,
             )
+
+
+def check_expansion(manifest: Manifest, most: float | None = None) -> None:
+    """Refuses tensors that are far larger than what is stored of them: a small file would cost hours.
+
+    Args:
+        manifest: of the container.
+        most: how many times their stored size the tensors may have; None as for `Container`.
+
+    Raises:
+        LimitError: they are larger, and together larger than 256 MiB.
+        UsageError: `CODECLLM_MAX_EXPANSION` is not a number.
+    """
+    if most is None:
+        text = os.environ.get(MAX_EXPANSION, str(limits.EXPANSION))
+        try:
+            most = float(text)
+        except ValueError:
+            most = math.nan
+        if math.isnan(most):
+            raise UsageError(f"{MAX_EXPANSION} is not a number", got=ascii(text)[:40])
+    declared = sum(record.source_bytes for shard in manifest.stored_in for record in shard)
+    stored = sum(shard.bytes for shard in manifest.shards)
+    if declared > max(limits.EXPANSION_FREE_BYTES, most * stored):
+        raise LimitError(
+            f"tensors are too large for what is stored of them ({MAX_EXPANSION}=N allows N times)",
+            file=MANIFEST_NAME,
+            got=f"{declared} bytes from {stored}",
+            expected=f"at most {most:g} times",
+        )
 
 
 def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:
@@ -377,6 +425,23 @@ def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
             file=file,
             tensor=record.name,
             got=stored,
+        )
+
+
+def _check_table_size(header: ShardHeader, record: CodedTensor, file: str) -> None:
+    """Refuses a chunk table that is too long for its payload before it is read.
+
+    Each chunk has a slot of 16 bytes or more in the payload, and 16 bytes in the table.
+    """
+    payload = header.tensors[record.name].bytes
+    table = header.tensors[CHUNKS.name_for(record.name)].bytes
+    if table > HEADER.itemsize + payload // limits.SLOT_ALIGNMENT * RECORD.itemsize:
+        raise LayoutError(
+            "chunk table is too long for its payload",
+            file=file,
+            tensor=record.name,
+            got=f"{table} bytes",
+            expected=f"for a payload of {payload} bytes",
         )
 
 

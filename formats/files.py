@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +48,12 @@ class SafeFile:
             os.close(self.descriptor)
             raise UnsafePathError("not a regular file", file=name)
         self.size = status.st_size
-        self.identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+        self.identity = _identity(status)
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """Yields the descriptor, which stays open meanwhile."""
+        yield self.descriptor
 
     def read(self, offset: int, length: int) -> bytes:
         """Reads exactly `length` bytes at `offset`.
@@ -54,7 +61,8 @@ class SafeFile:
         Raises:
             TruncatedError: the file ends before.
         """
-        data = os.pread(self.descriptor, length, offset)
+        with self.opened() as descriptor:
+            data = os.pread(descriptor, length, offset)
         if len(data) == length:
             return data
         buffer = bytearray(length)
@@ -64,21 +72,28 @@ class SafeFile:
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` (bytes, writable) from `offset`; raises TruncatedError where the file ends before."""
         done, length = 0, len(target)
-        while done < length:
-            count = os.preadv(self.descriptor, [target[done:]], offset + done)
-            if count == 0:
-                raise TruncatedError(
-                    "file ends early", file=self.name, byte=offset + done, expected=offset + length
-                )
-            done += count
+        with self.opened() as descriptor:
+            while done < length:
+                count = os.preadv(descriptor, [target[done:]], offset + done)
+                if count == 0:
+                    raise TruncatedError(
+                        "file ends early",
+                        file=self.name,
+                        byte=offset + done,
+                        expected=offset + length,
+                    )
+                done += count
 
     def unchanged(self) -> bool:
-        """Whether the path still leads to the file that was opened, with the same size and modification time."""
+        """Whether the path still leads to the file that was opened, and nothing was written to it.
+
+        The time of the last change tells too: unlike that of the last modification nobody can put it back.
+        """
         try:
             status = os.stat(self.path)
         except OSError:
             return False
-        return (status.st_ino, status.st_size, status.st_mtime_ns) == self.identity
+        return _identity(status) == self.identity
 
     def close(self) -> None:
         """Closes the descriptor; a second call does nothing."""
@@ -96,6 +111,16 @@ class SafeFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
 
 
 @dataclass(frozen=True, slots=True)

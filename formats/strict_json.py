@@ -1,12 +1,22 @@
-"""A JSON reader that accepts no ambiguity: the two parsers of an attack always read the same thing."""
+"""A JSON reader that accepts no ambiguity: the two parsers of an attack always read the same thing.
+
+Small texts are decoded as a whole (`parse_json_object`). Long ones are walked value by value (`JsonWalker`): the walk
+stops at the first fault, and neither time nor memory goes beyond what was read until then.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from codecllm.formats import limits
 from codecllm.formats.errors import LimitError, SchemaError
+
+_SPACE = re.compile(rb"[ \t\n\r]*")
+_FIRST_WINDOW = 2048  # most values are shorter; only longer ones pay for a longer window
 
 
 def parse_json_object(
@@ -21,22 +31,23 @@ def parse_json_object(
         max_depth: refuse deeper nesting; a flat object has depth 1.
 
     Raises:
-        LimitError: too long, too deep, or an integer beyond 2^53.
+        LimitError: too long, too deep, too many values, or an integer beyond 2^53.
         SchemaError: not UTF-8, not JSON, a repeated key at any depth, NaN or an infinity, or not an object.
     """
     if len(data) > max_bytes:
         raise LimitError(
             "JSON text is too long", file=file, got=len(data), expected=f"at most {max_bytes} bytes"
         )
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(
-            text,
-            object_pairs_hook=lambda pairs: _unique(pairs, file),
-            parse_constant=lambda name: _refuse_constant(name, file),
-            parse_int=lambda digits: _bounded_int(digits, file),
-            parse_float=lambda digits: _finite_float(digits, file),
+    values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if values > limits.JSON_VALUES:
+        raise LimitError(
+            "JSON holds too many values",
+            file=file,
+            got=values,
+            expected=f"at most {limits.JSON_VALUES} commas and opening brackets",
         )
+    try:
+        value = _strict_decoder(file).decode(data.decode("utf-8"))
     except UnicodeDecodeError as exc:
         raise SchemaError(f"not UTF-8 ({exc.reason})", file=file, byte=exc.start) from exc
     except json.JSONDecodeError as exc:
@@ -53,13 +64,165 @@ def parse_json_object(
     return value
 
 
+class JsonWalker:
+    """Walks a JSON text without decoding it as a whole.
+
+    The position moves forward only. `members` and `items` step through the object or list at the position; in each step
+    the caller must take the value: with `value`, `members` or `items`. All raise as `parse_json_object` does.
+
+    Example:
+        >>> walker = JsonWalker(b'{"a": 1, "list": [2, 3]}', file="example.json")
+        >>> for key in walker.members():
+        ...     print(key, list(walker.items(9)) if key == "list" else walker.value(9))
+        a 1
+        list [2, 3]
+        >>> walker.end()
+    """
+
+    def __init__(
+        self, data: bytes, *, file: str, max_depth: int = limits.JSON_DEPTH, begin: int = 0
+    ) -> None:
+        """Stands at byte `begin` of `data`; `file` is the name for error texts."""
+        self._data = data
+        self._file = file
+        self._depth = max_depth
+        self._decoder = _strict_decoder(file)
+        self.position = begin
+
+    def members(self, most: int = limits.FIELDS, what: str = "fields") -> Iterator[str]:
+        """Yields the keys of the object at the position, at most `most`; none may stand twice."""
+        seen: set[str] = set()
+        for _ in self._elements("{", "}", most, what):
+            if self._peek() != '"':
+                raise self._not_json("a key in double quotes is missing")
+            key = self.value(limits.RECORD_BYTES)
+            if key in seen:
+                raise SchemaError(
+                    f"key {ascii(key)[:80]} stands twice in one object", file=self._file
+                )
+            seen.add(key)
+            self._expect(":")
+            yield key
+
+    def items(
+        self, max_bytes: int, most: int = limits.FIELDS, what: str = "items"
+    ) -> Iterator[Any]:
+        """Yields the items of the list at the position: at most `most`, each of at most `max_bytes`."""
+        for _ in self._elements("[", "]", most, what):
+            yield self.value(max_bytes)
+
+    def value(self, max_bytes: int) -> Any:
+        """Decodes the value at the position, which takes at most `max_bytes` bytes."""
+        self._skip_space()
+        for size in (min(_FIRST_WINDOW, max_bytes), max_bytes):
+            window = self._data[self.position : self.position + size]
+            whole = self.position + size >= len(self._data)
+            try:
+                return self._decode(window, whole)
+            except UnicodeDecodeError as exc:
+                at = self.position + exc.start
+                raise SchemaError(f"not UTF-8 ({exc.reason})", file=self._file, byte=at) from exc
+            except RecursionError as exc:
+                raise self._too_deep() from exc
+            except json.JSONDecodeError as exc:
+                if whole:
+                    raise self._not_json(exc.msg, exc.pos) from exc
+                problem = exc.msg
+        raise LimitError(
+            f"value is too long, or not JSON ({problem})",
+            file=self._file,
+            byte=self.position,
+            expected=f"at most {max_bytes} bytes",
+        )
+
+    def stands_at(self, character: str) -> bool:
+        """Whether the value at the position begins with `character`."""
+        return self._peek() == character
+
+    def end(self) -> None:
+        """Refuses anything but space behind the position."""
+        if self._peek():
+            raise self._not_json("Extra data")
+
+    def _decode(self, window: bytes, whole: bool) -> Any:
+        text, _ = codecs.utf_8_decode(window, "strict", whole)
+        value, length = self._decoder.raw_decode(text)
+        size = length if window.isascii() else len(text[:length].encode("utf-8", "surrogatepass"))
+        used = window[:size]
+        if type(value) in (int, float) and size == len(window) and not whole:
+            raise json.JSONDecodeError("number goes on behind the limit", text, 0)
+        if used.count(b"[") + used.count(b"{") > self._depth:
+            _check_depth(value, self._file, self._depth)
+        if b"\\u" in used:
+            _check_strings(value, self._file)
+        self.position += size
+        return value
+
+    def _elements(self, opening: str, closing: str, most: int, what: str) -> Iterator[int]:
+        """Yields numbers of elements; the caller takes each, commas and brackets are taken here."""
+        self._expect(opening)
+        self._depth -= 1
+        if self._depth < 0:
+            raise self._too_deep()
+        number = 0
+        while self._peek() != closing or number:
+            if number >= most:
+                raise LimitError(
+                    f"too many {what}",
+                    file=self._file,
+                    byte=self.position,
+                    expected=f"at most {most}",
+                )
+            yield number
+            number += 1
+            if self._peek() != ",":
+                break
+            self.position += 1
+        self._expect(closing)
+        self._depth += 1
+
+    def _skip_space(self) -> None:
+        match = _SPACE.match(self._data, self.position)
+        assert match is not None
+        self.position = match.end()
+
+    def _peek(self) -> str:
+        """Returns the next character that is no space, or an empty string at the end."""
+        self._skip_space()
+        return self._data[self.position : self.position + 1].decode("latin-1")
+
+    def _expect(self, character: str) -> None:
+        if self._peek() != character:
+            raise self._not_json(f"Expecting {character!r}")
+        self.position += 1
+
+    def _not_json(self, problem: str, ahead: int = 0) -> SchemaError:
+        return SchemaError(f"not JSON ({problem})", file=self._file, byte=self.position + ahead)
+
+    def _too_deep(self) -> LimitError:
+        return LimitError(
+            "JSON is nested too deeply",
+            file=self._file,
+            expected=f"at most {limits.JSON_DEPTH} levels",
+        )
+
+
+def _strict_decoder(file: str) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=lambda pairs: _unique(pairs, file),
+        parse_constant=lambda name: _refuse_constant(name, file),
+        parse_int=lambda digits: _bounded_int(digits, file),
+        parse_float=lambda digits: _finite_float(digits, file),
+    )
+
+
 def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise SchemaError(f"key {key!r} stands twice in one object", file=file)
+                raise SchemaError(f"key {ascii(key)[:80]} stands twice in one object", file=file)
             seen.add(key)
     return result
 

@@ -15,7 +15,8 @@ from codecllm.formats.errors import (
     NotAContainerError,
     TruncatedError,
 )
-from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.resolve import check_repo_id, listed_names

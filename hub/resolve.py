@@ -16,7 +16,8 @@ from codecllm.formats.errors import (
     UnsafeSourceError,
     UsageError,
 )
-from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.failures import one_line_errors
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")

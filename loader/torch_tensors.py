@@ -283,22 +283,23 @@ class Announcer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._windows: dict[int, tuple[int, int]] = {}
+        self._windows: dict[str, tuple[int, int]] = {}
 
     def __call__(self, source: PlainTensor | StoredTensor) -> None:
         """Announces a tensor that is read now, and what follows it in its file."""
         offset, size = _span(source, None)
         if not (size and isinstance(source.file, SafeFile) and hasattr(os, "posix_fadvise")):
             return
-        descriptor, needed = source.file.descriptor, offset + size + ANNOUNCED_BYTES // 2
+        name, needed = source.file.name, offset + size + ANNOUNCED_BYTES // 2
         with self._lock:
-            begin, end = self._windows.get(descriptor, (0, 0))
+            begin, end = self._windows.get(name, (0, 0))
             if not begin <= offset <= end:
                 begin = end = offset
             upto = end if end >= needed else needed + ANNOUNCED_BYTES // 2
-            self._windows[descriptor] = begin, upto
+            self._windows[name] = begin, upto
         if upto > end:
-            os.posix_fadvise(descriptor, end, upto - end, os.POSIX_FADV_WILLNEED)
+            with source.file.opened() as descriptor:
+                os.posix_fadvise(descriptor, end, upto - end, os.POSIX_FADV_WILLNEED)
 
 
 def file_order(container: Container) -> Iterator[str]:

@@ -11,13 +11,8 @@ from types import TracebackType
 
 from codecllm.formats.errors import FormatError, OutputExistsError, UsageError
 from codecllm.formats.files import fsync_folder, write_atomically
-from codecllm.formats.manifest.manifest import (
-    BASELINE_NAME,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    SHARD_NAME,
-    parse_manifest,
-)
+from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, SHARD_NAME
+from codecllm.formats.manifest.reading import parse_manifest
 
 STAGING_NAME = ".codecllm-partial"
 

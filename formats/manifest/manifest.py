@@ -6,25 +6,22 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from codecllm.formats import FORMAT_VERSION, limits
+from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.codecs import CODEC_IDS, rans
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.errors import (
-    ChecksumError,
-    FormatError,
     LimitError,
-    NotAContainerError,
     SchemaError,
-    TruncatedError,
     UnsafePathError,
     UnsupportedVersionError,
 )
-from codecllm.formats.files import describe_foreign, is_safe_name
+from codecllm.formats.files import is_safe_name
 from codecllm.formats.manifest.records import (
     DEADZONE,
     FEEDBACK_DEADZONE,
@@ -33,6 +30,7 @@ from codecllm.formats.manifest.records import (
     CodedTensor,
     FileRecord,
     Int8Tensor,
+    LosslessTensor,
     Options,
     RawTensor,
     Record,
@@ -40,10 +38,8 @@ from codecllm.formats.manifest.records import (
     Source,
     TensorRecord,
 )
-from codecllm.formats.schemes import SCHEMES
 from codecllm.formats.shards.safetensors_header import check_name, check_shape
 from codecllm.formats.shards.side_tensors import misplaced_side, side_names
-from codecllm.formats.strict_json import parse_json_object
 
 MANIFEST_NAME = "codecllm.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -57,9 +53,6 @@ STEPS, COL_SCALE, WIDE = "steps", "col_scale", "wide"
 
 KNOWN_FEATURES: frozenset[str] = frozenset({rans.NAME, STEPS, COL_SCALE, WIDE})
 """Names that `required_features` may hold."""
-
-_SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
-_SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
 
 
 class Manifest(Record):
@@ -75,6 +68,15 @@ class Manifest(Record):
     shards: Annotated[list[ShardRecord], Field(max_length=limits.SHARDS)]
     files: Annotated[list[FileRecord], Field(max_length=limits.FILES)]
     tensors: Annotated[list[TensorRecord], Field(max_length=limits.TENSORS)]
+
+    @cached_property
+    def stored_in(self) -> list[list[RawTensor | LosslessTensor | Int8Tensor]]:
+        """The records of the tensors that each shard holds, by its number."""
+        stored: list[list[RawTensor | LosslessTensor | Int8Tensor]] = [[] for _ in self.shards]
+        for record in self.tensors:
+            if not isinstance(record, AliasTensor):
+                stored[record.shard].append(record)
+        return stored
 
     @model_validator(mode="after")
     def _check_links(self) -> Manifest:
@@ -119,89 +121,9 @@ def record_bytes(record: TensorRecord) -> int:
     return len(_dump(_without_none(record.model_dump(mode="json"))).encode()) + len(",\n")
 
 
-def parse_manifest(data: bytes) -> Manifest:
-    """Validates a manifest completely.
-
-    Raises:
-        NotAContainerError: the bytes are something else altogether.
-        UnsupportedVersionError: another major version, or an unknown required feature, scheme or codec.
-        ChecksumError: the seal does not fit the bytes.
-        SchemaError, LimitError, UnsafePathError: see SPEC.md 8.
-    """
-    if len(data) > limits.MANIFEST_BYTES:
-        raise LimitError(
-            "manifest is too long",
-            file=MANIFEST_NAME,
-            got=len(data),
-            expected=limits.MANIFEST_BYTES,
-        )
-    if not data.startswith(b"{"):
-        looks_like = describe_foreign(data[:64]) or "not JSON"
-        raise NotAContainerError(f"this is {looks_like}, not a manifest", file=MANIFEST_NAME)
-    _check_seal(data)
-    document = parse_json_object(data, file=MANIFEST_NAME, max_bytes=limits.MANIFEST_BYTES)
-    _check_version(document)
-    document.pop("manifest_sha256")
-    fields = {key: value for key, value in document.items() if not key.startswith("x_")}
-    try:
-        return Manifest.model_validate(fields)
-    except ValidationError as exc:
-        raise _as_schema_error(exc) from exc
-
-
 def manifest_sha256(data: bytes) -> str:
     """Returns the sha256 of a whole manifest: the one value a user may pin to fix every byte of a container."""
     return sha256_hex(data)
-
-
-def _check_seal(data: bytes) -> None:
-    seal = _SEAL.fullmatch(data[-_SEAL_BYTES:])
-    if seal is None:
-        raise TruncatedError(
-            "manifest does not end in its seal", file=MANIFEST_NAME, got=ascii(data[-40:])
-        )
-    computed = sha256_hex(data[:-_SEAL_BYTES])
-    if computed != seal[1].decode():
-        raise ChecksumError(
-            "manifest differs from its seal",
-            file=MANIFEST_NAME,
-            got=computed,
-            expected=seal[1].decode(),
-        )
-
-
-def _check_version(document: dict[str, Any]) -> None:
-    """Refuses what this reader cannot know, by name, before the strict schema sees it."""
-    if document.get("format") != "codecllm":
-        raise NotAContainerError("field 'format' is not 'codecllm'", file=MANIFEST_NAME)
-    version = document.get("format_version")
-    ours = FORMAT_VERSION.split(".")[0]
-    if not isinstance(version, str) or version.split(".")[0] != ours:
-        raise UnsupportedVersionError(
-            "format version", file=MANIFEST_NAME, got=version, expected=f"{ours}.x"
-        )
-    features = document.get("required_features")
-    for name in features if isinstance(features, list) else []:
-        if isinstance(name, str) and name not in KNOWN_FEATURES:
-            raise UnsupportedVersionError(f"unknown required feature {name!r}", file=MANIFEST_NAME)
-    tensors = document.get("tensors")
-    for record in tensors if isinstance(tensors, list) else []:
-        if not isinstance(record, dict):
-            continue
-        scheme = record.get("scheme")
-        if isinstance(scheme, str) and scheme not in (*SCHEMES, "alias"):
-            name = str(record.get("name"))
-            raise UnsupportedVersionError(
-                f"unknown scheme {scheme!r}", file=MANIFEST_NAME, tensor=name
-            )
-        planes = record.get("planes")
-        for plane in planes if isinstance(planes, list) else []:
-            codec = plane.get("codec") if isinstance(plane, dict) else None
-            if isinstance(codec, str) and codec not in CODEC_IDS:
-                name = str(record.get("name"))
-                raise UnsupportedVersionError(
-                    f"unknown codec {codec!r}", file=MANIFEST_NAME, tensor=name
-                )
 
 
 def _check_file_names(manifest: Manifest) -> None:
@@ -343,16 +265,6 @@ def _check_axis(record: Int8Tensor, where: dict[str, Any]) -> None:
     if record.channel_axis > last or (by_column and record.channel_axis != last):
         got = f"axis {record.channel_axis} ({record.channel_kind}) of {record.shape}"
         raise SchemaError("channel axis does not fit the shape", got=got, **where)
-
-
-def _as_schema_error(exc: ValidationError) -> FormatError:
-    first = exc.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    # Only the lists at the top have a length that is a limit of the format; another list's length is part of the schema.
-    kind = LimitError if first["type"] == "too_long" and len(first["loc"]) == 1 else SchemaError
-    return kind(
-        f"field {place}: {first['msg']}", file=MANIFEST_NAME, got=ascii(first.get("input"))[:80]
-    )
 
 
 def _dump(value: Any) -> str:

@@ -23,7 +23,7 @@ from codecllm.formats.errors import (
     TruncatedError,
 )
 from codecllm.formats.files import SafeFile, describe_foreign
-from codecllm.formats.strict_json import parse_json_object
+from codecllm.formats.strict_json import JsonWalker
 
 PREFIX_BYTES = 8
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -125,24 +125,33 @@ def parse_header(
     raw: bytes, *, file_bytes: int, file: str, max_header_bytes: int = limits.HEADER_BYTES
 ) -> ShardHeader:
     """Validates length prefix and header together; `file_bytes` is the size of the whole file. Errors as `read_header`."""
-    text = raw[PREFIX_BYTES:]
-    if not text.startswith(b"{"):
+    if raw[PREFIX_BYTES : PREFIX_BYTES + 1] != b"{":
         raise SchemaError("header does not begin with '{'", file=file, byte=PREFIX_BYTES)
-    document = parse_json_object(text.rstrip(b" "), file=file, max_bytes=max_header_bytes)
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise SchemaError("__metadata__ is not an object of strings", file=file)
-    if len(document) > limits.TENSORS:
-        raise LimitError(
-            "too many tensors", file=file, got=len(document), expected=f"at most {limits.TENSORS}"
-        )
-    base = len(raw)
-    entries = [_parse_entry(name, fields, base, file) for name, fields in document.items()]
+    if len(raw) - PREFIX_BYTES > max_header_bytes:
+        raise LimitError("header is too long", file=file, got=len(raw) - PREFIX_BYTES)
+    base, metadata, entries = len(raw), {}, []
+    walker = JsonWalker(raw, file=file, begin=PREFIX_BYTES)
+    for name in walker.members(limits.TENSORS, "tensors"):
+        if name == "__metadata__":
+            metadata = _read_metadata(walker, file)
+        else:
+            entries.append(_parse_entry(name, walker.value(limits.RECORD_BYTES), base, file))
+    walker.end()
     entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_coverage(entries, base, file_bytes, file)
     return ShardHeader({entry.name: entry for entry in entries}, metadata, raw)
+
+
+def _read_metadata(walker: JsonWalker, file: str) -> dict[str, str]:
+    problem = SchemaError("__metadata__ is not an object of strings", file=file)
+    if not walker.stands_at("{"):
+        raise problem
+    metadata = {}
+    for key in walker.members(limits.METADATA, "keys of __metadata__"):
+        if not walker.stands_at('"'):
+            raise problem
+        metadata[key] = walker.value(limits.HEADER_BYTES)
+    return metadata
 
 
 def check_name(name: str, file: str) -> None:

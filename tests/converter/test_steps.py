@@ -20,7 +20,7 @@ from codecllm.formats.errors import (
     UnsupportedVersionError,
     UsageError,
 )
-from codecllm.formats.manifest import manifest as manifest_module
+from codecllm.formats.manifest import reading as manifest_module
 from codecllm.formats.manifest.records import DEADZONE, NEAREST, Calibration
 from codecllm.formats.reference import read_codes, read_rows, read_tensor_bytes, tensor_digest
 from codecllm.formats.schemes.float_bits import bits_from_float32

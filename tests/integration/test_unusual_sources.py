@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 
 from codecllm.converter import convert
 from codecllm.formats.errors import ModelMismatchError
-from codecllm.formats.manifest.manifest import MANIFEST_NAME, parse_manifest
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf import adapter
 from codecllm.loader.hf.adapter import load_plain

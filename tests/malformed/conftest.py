@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import tampering
 from tests.malformed.builders import make_container
+from tests.malformed.measure import measured
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fails a test whose bad input costs more than a second of CPU time or 64 MiB.
+
+    `many_inputs` marks tests that read hundreds of inputs, `long_input` those that measure by the size of theirs.
+    """
+    marks = ("many_inputs", "long_input")
+    if any(item.get_closest_marker(mark) for mark in marks):
+        return (yield)
+    with measured() as cost:
+        result = yield
+    cost.check()
+    return result
 
 
 @pytest.fixture(scope="session")

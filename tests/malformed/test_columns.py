@@ -319,6 +319,7 @@ def test_large_steps_that_one_plane_allows(folder):
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 129, 255])
+@pytest.mark.many_inputs
 def test_any_other_high_plane_is_codes(folder, value):
     """Hostile, but codes: a digest tells, not the decoder."""
     before = read_tensors(folder)["w"]
@@ -359,6 +360,7 @@ def test_any_byte_is_a_group_and_a_wrong_one_is_found_by_the_digest(folder, grou
         ["q_col_scale", "q_col_group", "w_col_scale", "w_col_group", "w_chunks", "w"]
     ),
 )
+@pytest.mark.many_inputs
 def test_any_byte_of_anything(columns_container, tmp_path_factory, changes, where):
     """An error of ours, or bytes of the right size."""
     folder = tampering.copy_of(columns_container, tmp_path_factory.mktemp("any") / "c")

@@ -14,7 +14,8 @@ import pytest
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, CodecLLMError, LayoutError, TruncatedError
-from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
+from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME
+from codecllm.formats.manifest.reading import parse_manifest
 from tests import tampering
 from tests.malformed.builders import SHARD, read_everything, read_tensors
 from tests.sources import bf16, write_source
@@ -60,6 +61,7 @@ def tiny(request, tmp_path_factory):
     return base / "c"
 
 
+@pytest.mark.many_inputs
 def test_every_bit_of_a_shard(tiny, tmp_path):
     folder = tampering.copy_of(tiny, tmp_path / "c")
     intact, path = read_tensors(folder), folder / SHARD
@@ -80,6 +82,7 @@ def test_every_bit_of_a_shard(tiny, tmp_path):
     assert read_tensors(folder) == intact
 
 
+@pytest.mark.many_inputs
 def test_every_bit_of_a_manifest(tiny):
     data = (tiny / MANIFEST_NAME).read_bytes()
     for byte, value in enumerate(data):
@@ -88,6 +91,7 @@ def test_every_bit_of_a_manifest(tiny):
                 parse_manifest(data[:byte] + bytes([value ^ (1 << bit)]) + data[byte + 1 :])
 
 
+@pytest.mark.many_inputs
 def test_every_length_of_a_manifest(tiny):
     data = (tiny / MANIFEST_NAME).read_bytes()
     for length in range(len(data)):
@@ -95,6 +99,7 @@ def test_every_length_of_a_manifest(tiny):
             parse_manifest(data[:length])
 
 
+@pytest.mark.many_inputs
 def test_every_length_of_a_shard(tiny, tmp_path):
     folder = tampering.copy_of(tiny, tmp_path / "c")
     data = (folder / SHARD).read_bytes()
@@ -108,6 +113,7 @@ def test_every_length_of_a_shard(tiny, tmp_path):
         read_tensors(folder)
 
 
+@pytest.mark.many_inputs
 def test_every_bit_of_every_side_file(tiny, tmp_path):
     """Each is found by the file's sha256 alone, whether the whole file is read into memory or not."""
     folder = tampering.copy_of(tiny, tmp_path / "c")
@@ -123,6 +129,7 @@ def test_every_bit_of_every_side_file(tiny, tmp_path):
             container.check_file(record)
 
 
+@pytest.mark.many_inputs
 def test_every_length_of_every_side_file(tiny, tmp_path):
     folder = tampering.copy_of(tiny, tmp_path / "c")
     with Container(folder) as container:
@@ -138,6 +145,7 @@ def test_every_length_of_every_side_file(tiny, tmp_path):
             (folder / record.name).write_bytes(data)
 
 
+@pytest.mark.many_inputs
 def test_a_bit_of_any_file_of_a_larger_container(pristine, tmp_path):
     """All schemes in one container; one bit in every 29th byte, another bit each time."""
     folder = tampering.copy_of(pristine, tmp_path / "c")

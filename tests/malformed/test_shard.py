@@ -373,7 +373,12 @@ FLAWS = {
         "add up",
         "q",
     ),
-    "payload empty": (_stored("q", lambda d: ("U8", [0], bytearray())), LayoutError, "add up", "q"),
+    "payload empty": (
+        _stored("q", lambda d: ("U8", [0], bytearray())),
+        LayoutError,
+        "too long for its payload",
+        "q",
+    ),
     "one scale more": (
         _stored("q_scale", lambda d: ("F32", [25], d + bytes(4))),
         LayoutError,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from codecllm.formats.codecs import CODECS
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError
-from codecllm.formats.manifest.manifest import parse_manifest
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.schemes.int8 import MAX_SCALE, MIN_SCALE, channel_scales, dequantize, quantize
 from codecllm.formats.schemes.lossless import join_planes, split_planes, word_dtype
 from codecllm.formats.shards.chunk_table import RECORD, pack_chunk_table, parse_chunk_table

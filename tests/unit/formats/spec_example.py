@@ -17,7 +17,8 @@ from codecllm.formats.codecs import CODECS, RANS_ID, rans, rans_reference
 from codecllm.formats.codecs.rans_table import FrequencyTable, pack_table
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.manifest.manifest import MANIFEST_NAME, pack_manifest, parse_manifest
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, pack_manifest
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.schemes.columns import order_of
 from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.formats.schemes.int8 import dequantize, split_codes, step_sizes

@@ -9,13 +9,8 @@ import pytest
 from codecllm.formats import FORMAT_VERSION, limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import LimitError, SchemaError
-from codecllm.formats.manifest.manifest import (
-    Manifest,
-    manifest_sha256,
-    pack_manifest,
-    parse_manifest,
-    shard_name,
-)
+from codecllm.formats.manifest.manifest import Manifest, manifest_sha256, pack_manifest, shard_name
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.manifest.records import (
     AliasTensor,
     FileRecord,

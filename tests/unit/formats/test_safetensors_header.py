@@ -116,7 +116,11 @@ FLAWS = {
     "empty text": (b"", SchemaError, "begin with"),
     "list": (b"[]", SchemaError, "begin with"),
     "metadata twice": (b'{"__metadata__": {}, "__metadata__": {}}', SchemaError, "twice"),
-    "name twice": (b'{"a": {}, "a": {}}', SchemaError, "twice"),
+    "name twice": (
+        b'{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}, "a": {}}',
+        SchemaError,
+        "twice",
+    ),
     "metadata of lists": ({"__metadata__": {"a": []}}, SchemaError, "__metadata__"),
     "entry is null": ({"a": None}, SchemaError, "dtype, shape"),
     "entry is empty": ({"a": {}}, SchemaError, "dtype, shape"),

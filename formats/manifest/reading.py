@@ -1,0 +1,176 @@
+"""Reading a manifest: every record is checked before the next one is decoded, so that work is bounded by what is valid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from codecllm.formats import FORMAT_VERSION, limits
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.codecs import CODEC_IDS
+from codecllm.formats.errors import (
+    ChecksumError,
+    FormatError,
+    LimitError,
+    NotAContainerError,
+    SchemaError,
+    TruncatedError,
+    UnsupportedVersionError,
+)
+from codecllm.formats.files import describe_foreign
+from codecllm.formats.manifest.manifest import (
+    KNOWN_FEATURES,
+    MANIFEST_NAME,
+    Manifest,
+)
+from codecllm.formats.manifest.records import FileRecord, Record, ShardRecord, TensorRecord
+from codecllm.formats.schemes import SCHEMES
+from codecllm.formats.strict_json import JsonWalker
+
+_SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
+_SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
+_HEAD = ("format", "format_version", "required_features")
+_LISTS: dict[str, tuple[TypeAdapter[Any], int]] = {
+    "shards": (TypeAdapter(ShardRecord), limits.SHARDS),
+    "files": (TypeAdapter(FileRecord), limits.FILES),
+    "tensors": (TypeAdapter(TensorRecord), limits.TENSORS),
+}
+"""Name of a list -> what checks one of its records, and the most records that it may have."""
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Validates a manifest completely.
+
+    Records are decoded and checked one after another, up to the first that is wrong.
+
+    Raises:
+        NotAContainerError: the bytes are something else altogether.
+        UnsupportedVersionError: another major version, or an unknown required feature, scheme or codec.
+        ChecksumError: the seal does not fit the bytes.
+        SchemaError, LimitError, UnsafePathError: see SPEC.md 8 and 10.
+    """
+    if len(data) > limits.MANIFEST_BYTES:
+        raise LimitError(
+            "manifest is too long",
+            file=MANIFEST_NAME,
+            got=len(data),
+            expected=limits.MANIFEST_BYTES,
+        )
+    if not data.startswith(b"{"):
+        looks_like = describe_foreign(data[:64]) or "not JSON"
+        raise NotAContainerError(f"this is {looks_like}, not a manifest", file=MANIFEST_NAME)
+    _check_seal(data)
+    fields = _read_fields(data)
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as exc:
+        raise _first_error(exc) from exc
+
+
+def _read_fields(data: bytes) -> dict[str, Any]:
+    """Returns the manifest's fields by name; the lists hold validated records.
+
+    The version must be known before a record is: lists that stand before it are walked twice.
+    """
+    walker = JsonWalker(data, file=MANIFEST_NAME)
+    fields: dict[str, Any] = {}
+    postponed: dict[str, int] = {}
+    room = limits.FIELD_BYTES
+    for key in walker.members():
+        begin = walker.position
+        if key in _LISTS:
+            if all(name in fields for name in _HEAD):
+                fields[key] = list(_records(walker, key))
+            else:
+                postponed[key] = begin
+                for _ in walker.items(limits.RECORD_BYTES, _LISTS[key][1], key):
+                    pass
+            continue
+        value = walker.value(room)
+        room -= walker.position - begin
+        if not key.startswith("x_") and key != "manifest_sha256":
+            fields[key] = value
+        if key in _HEAD and all(name in fields for name in _HEAD):
+            _check_head(fields)
+    walker.end()
+    _check_head(fields)
+    for key, begin in postponed.items():
+        inner = JsonWalker(data, file=MANIFEST_NAME, max_depth=limits.JSON_DEPTH - 1, begin=begin)
+        fields[key] = list(_records(inner, key))
+    return fields
+
+
+def _records(walker: JsonWalker, key: str) -> Iterator[Record]:
+    adapter, most = _LISTS[key]
+    for number, item in enumerate(walker.items(limits.RECORD_BYTES, most, key)):
+        if key == "tensors":
+            _check_known(item)
+        try:
+            yield adapter.validate_python(item)
+        except ValidationError as exc:
+            raise _first_error(exc, f"{key}.{number}") from exc
+
+
+def _check_seal(data: bytes) -> None:
+    seal = _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if seal is None:
+        raise TruncatedError(
+            "manifest does not end in its seal", file=MANIFEST_NAME, got=ascii(data[-40:])
+        )
+    computed = sha256_hex(memoryview(data)[:-_SEAL_BYTES])
+    if computed != seal[1].decode():
+        raise ChecksumError(
+            "manifest differs from its seal",
+            file=MANIFEST_NAME,
+            got=computed,
+            expected=seal[1].decode(),
+        )
+
+
+def _check_head(fields: dict[str, Any]) -> None:
+    """Refuses what this reader cannot know, by name, before the strict schema sees it."""
+    if fields.get("format") != "codecllm":
+        raise NotAContainerError("field 'format' is not 'codecllm'", file=MANIFEST_NAME)
+    version = fields.get("format_version")
+    ours = FORMAT_VERSION.split(".")[0]
+    if not isinstance(version, str) or version.split(".")[0] != ours:
+        got = ascii(version)[:40]
+        raise UnsupportedVersionError(
+            "format version", file=MANIFEST_NAME, got=got, expected=f"{ours}.x"
+        )
+    features = fields.get("required_features")
+    for name in features if isinstance(features, list) else []:
+        if isinstance(name, str) and name not in KNOWN_FEATURES:
+            raise UnsupportedVersionError(
+                f"unknown required feature {ascii(name)[:80]}", file=MANIFEST_NAME
+            )
+
+
+def _check_known(record: Any) -> None:
+    """Refuses a tensor's record whose scheme or codec is unknown, by its name."""
+    if not isinstance(record, dict):
+        return
+    tensor = str(record.get("name"))
+    scheme = record.get("scheme")
+    if isinstance(scheme, str) and scheme not in (*SCHEMES, "alias"):
+        raise UnsupportedVersionError(
+            f"unknown scheme {ascii(scheme)[:80]}", file=MANIFEST_NAME, tensor=tensor
+        )
+    planes = record.get("planes")
+    for plane in planes if isinstance(planes, list) else []:
+        codec = plane.get("codec") if isinstance(plane, dict) else None
+        if isinstance(codec, str) and codec not in CODEC_IDS:
+            raise UnsupportedVersionError(
+                f"unknown codec {ascii(codec)[:80]}", file=MANIFEST_NAME, tensor=tensor
+            )
+
+
+def _first_error(exc: ValidationError, within: str = "") -> FormatError:
+    """Returns the first error of a record, or of the fields beside the lists."""
+    first = exc.errors(include_url=False)[0]
+    place = ".".join(part for part in (within, *map(str, first["loc"])) if part)
+    got = ascii(first.get("input"))[:80]
+    return SchemaError(f"field {place}: {first['msg']}"[:300], file=MANIFEST_NAME, got=got)

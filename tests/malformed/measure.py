@@ -1,0 +1,53 @@
+"""Time and memory that a bad input costs: CPU seconds of this process, and MiB above what it used before."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_SECONDS = 1.0
+MAX_MIB = 64.0
+SECONDS_PER_MIB = 0.25
+MIB_PER_MIB = 20.0
+"""What each MiB of a long manifest or header may cost beyond that: valid records are kept, and each takes its time."""
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Cost:
+    """What a stretch of code cost."""
+
+    seconds: float = 0.0
+    mib: float = 0.0
+
+    def check(self, input_mib: float = 0.0) -> None:
+        """Fails where the cost is above what an input of that size may have."""
+        seconds = MAX_SECONDS + SECONDS_PER_MIB * input_mib
+        mib = MAX_MIB + MIB_PER_MIB * input_mib
+        assert self.seconds <= seconds, f"took {self.seconds:.2f} s of CPU time, at most {seconds}"
+        assert self.mib <= mib, f"took {self.mib:.0f} MiB, at most {mib}"
+
+
+@contextmanager
+def measured() -> Iterator[Cost]:
+    """Yields what is filled in at the end. The peak of the resident memory is set back first (Linux)."""
+    gc.collect()
+    cost = Cost()
+    _CLEAR.write_text("5")
+    before, start = _status("VmRSS"), time.process_time()
+    try:
+        yield cost
+    finally:
+        cost.seconds = time.process_time() - start
+        cost.mib = (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
