@@ -5,12 +5,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu unit test-oldest matrix lint metrics docs bench clean
+.PHONY: help setup demo test test-gpu unit test-oldest matrix lint metrics docs bench fuzz clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard native/*.c native/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -53,5 +53,21 @@ docs: $(READY) ## Build the documentation site into build/site; warnings are err
 bench: $(READY) ## Measure convert and load against their floors, and peak memory.
 	$(BIN)/python -m benchmarks.run
 
+FUZZ_RUNS ?= 10000000
+CORE      := $(addprefix native/,dispatch.c kernels_avx2.c kernels_avx512.c kernels_portable.c rans.c run.c xxh3.c)
+SANITIZED := -std=gnu11 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Inative
+
+fuzz: ## Run the native core's fuzz targets, FUZZ_RUNS executions in all (libFuzzer where clang is).
+	@mkdir -p build/fuzz
+	@if command -v clang > /dev/null; then \
+	  for target in run check decode table encode fit; do \
+	    mkdir -p build/fuzz/$$target.inputs && \
+	    clang $(SANITIZED) -fsanitize=fuzzer -DFUZZ_TARGET=fuzz_$$target native/fuzz/targets.c $(CORE) -o build/fuzz/$$target && \
+	    build/fuzz/$$target -runs=$$(( $(FUZZ_RUNS) / 6 + 1 )) -max_len=2000 build/fuzz/$$target.inputs || exit 1; \
+	  done; \
+	else \
+	  $(CC) $(SANITIZED) native/fuzz/*.c $(CORE) -o build/fuzz/mutate && build/fuzz/mutate $(FUZZ_RUNS); \
+	fi
+
 clean: ## Remove the environment and what the targets made.
-	rm -rf $(VENV) .matrix build demo/out benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

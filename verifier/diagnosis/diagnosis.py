@@ -102,8 +102,7 @@ def diagnose(
     if report.manifest_sha256 is not None:
         with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:
             model_files = _source_files(source, container)
-            scheme = container.manifest.options.scheme
-            with SourceModel(model_files.folder, view=scheme) as model:
+            with SourceModel(model_files.folder) as model:
                 _Diagnosis(report, container, model, model_files.commit, chosen, progress).run()
     report.conclusion = conclude(report)
     return report

@@ -1,3 +1,0 @@
-"""Code that must not run by itself."""
-
-raise SystemExit

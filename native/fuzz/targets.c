@@ -1,0 +1,272 @@
+/* One target for each entry point of the core. Each splits its input into arguments in buffers of exactly their size,
+ * so that AddressSanitizer sees every byte that is read or written outside. */
+#include <stdlib.h>
+
+#include "targets.h"
+
+typedef struct {
+    const uint8_t *at;
+    size_t left;
+} reader;
+
+static uint64_t take(reader *input, int bytes)
+{
+    uint64_t value = 0;
+    for (; bytes > 0; bytes--) {
+        value = value << 8 | (input->left ? *input->at : 0);
+        if (input->left) {
+            input->at++;
+            input->left--;
+        }
+    }
+    return value;
+}
+
+/* Copies `size` bytes, zeros behind the end of the input, into memory of that size. */
+static uint8_t *take_copy(reader *input, size_t size)
+{
+    uint8_t *copy = calloc(size ? size : 1, 1);
+    size_t present = size < input->left ? size : input->left;
+    if (!copy)
+        abort();
+    memcpy(copy, input->at, present);
+    input->at += present;
+    input->left -= present;
+    return copy;
+}
+
+static void require(int truth)
+{
+    if (!truth)
+        abort();
+}
+
+/* Frequencies that add up: cut points of the table, in an order that does not matter. */
+static int take_frequencies(reader *input, uint16_t frequency[256])
+{
+    int precision = MIN_PRECISION + (int)(take(input, 1) % 3);
+    uint32_t left = 1u << precision;
+    memset(frequency, 0, 256 * sizeof *frequency);
+    for (int kinds = (int)take(input, 1); kinds > 0 && left > 1; kinds--) {
+        uint32_t part = 1 + (uint32_t)take(input, 2) % left;
+        frequency[take(input, 1)] += (uint16_t)part;
+        left -= part;
+    }
+    frequency[take(input, 1)] += (uint16_t)left;
+    return precision;
+}
+
+int fuzz_table(const uint8_t *data, size_t size)
+{
+    rans_table *table = malloc(sizeof *table);
+    uint8_t *copy = malloc(size ? size : 1);
+    require(table && copy);
+    memcpy(copy, data, size);
+    if (!rans_parse_table(copy, size, table)) {
+        uint32_t total = 0;
+        for (int symbol = 0; symbol < 256; symbol++)
+            total += table->frequency[symbol];
+        require(total == 1u << table->precision);
+    }
+    free(copy);
+    free(table);
+    return 0;
+}
+
+int fuzz_decode(const uint8_t *data, size_t size)
+{
+    reader input = {data, size};
+    uint16_t frequency[256];
+    rans_table *table = malloc(sizeof *table);
+    require(table != NULL);
+    int precision = take_frequencies(&input, frequency);
+    require(!rans_build_table(frequency, precision, table));
+    size_t raw_bytes = take(&input, 2) % 5000, stored_bytes = input.left;
+    uint8_t *stored = take_copy(&input, stored_bytes), *symbols = malloc(raw_bytes ? raw_bytes : 1);
+    require(symbols != NULL);
+    if (!rans_decode(stored, stored_bytes, table, symbols, raw_bytes)) {
+        /* An encoder makes the same bytes of the symbols: there is one coding of a chunk. */
+        rans_coding coding[256];
+        require(!rans_build_coding(frequency, precision, coding));
+        size_t bound = rans_encode_bound(raw_bytes);
+        uint8_t *buffer = malloc(bound);
+        require(buffer != NULL);
+        size_t again = rans_encode(symbols, raw_bytes, coding, precision, buffer);
+        require(again == stored_bytes && !memcmp(buffer + bound - again, stored, again));
+        free(buffer);
+    }
+    free(symbols);
+    free(stored);
+    free(table);
+    return 0;
+}
+
+int fuzz_encode(const uint8_t *data, size_t size)
+{
+    reader input = {data, size};
+    uint16_t frequency[256];
+    rans_coding coding[256];
+    int precision = take_frequencies(&input, frequency);
+    size_t raw_bytes = input.left, bound = rans_encode_bound(raw_bytes);
+    uint8_t *symbols = take_copy(&input, raw_bytes), *buffer = malloc(bound), *again = malloc(raw_bytes ? raw_bytes : 1);
+    rans_table *table = malloc(sizeof *table);
+    require(buffer && again && table && !rans_build_coding(frequency, precision, coding));
+    require(!rans_build_table(frequency, precision, table));
+    size_t stored_bytes = rans_encode(symbols, raw_bytes, coding, precision, buffer);
+    if (stored_bytes) {
+        require(!rans_decode(buffer + bound - stored_bytes, stored_bytes, table, again, raw_bytes));
+        require(!memcmp(symbols, again, raw_bytes));
+    }
+    free(symbols);
+    free(buffer);
+    free(again);
+    free(table);
+    return 0;
+}
+
+int fuzz_fit(const uint8_t *data, size_t size)
+{
+    static int64_t log2_table[(1 << MAX_PRECISION) + 2];
+    reader input = {data, size};
+    int64_t counts[256];
+    uint16_t frequency[256];
+    if (!log2_table[2]) /* any rising table will do here; the real one comes from Python */
+        for (int64_t number = 2, bits = 0; number < (1 << MAX_PRECISION) + 2; number++) {
+            bits += number >> (bits + 1) ? 1 : 0;
+            log2_table[number] = (bits << 16) + ((number - ((int64_t)1 << bits)) << 16 >> bits);
+        }
+    for (int symbol = 0; symbol < 256; symbol++)
+        counts[symbol] = (int64_t)(take(&input, 1) % 3 ? take(&input, 4) : 0) - (take(&input, 1) == 255);
+    int precision = rans_fit(counts, log2_table, frequency);
+    if (precision) {
+        uint32_t total = 0;
+        for (int symbol = 0; symbol < 256; symbol++) {
+            require((counts[symbol] > 0) == (frequency[symbol] > 0));
+            total += frequency[symbol];
+        }
+        require(total == 1u << precision);
+    }
+    return 0;
+}
+
+/* Makes records whose sizes fit the slots; with `honest`, their checksums too. */
+static uint8_t *make_records(reader *input, size_t chunks, size_t *slots_bytes)
+{
+    uint8_t *records = take_copy(input, chunks * RECORD_BYTES);
+    *slots_bytes = 0;
+    for (size_t chunk = 0; chunk < chunks; chunk++) {
+        uint8_t *record = records + chunk * RECORD_BYTES;
+        store32(record, 1 + load32(record) % 700);
+        record[4] %= 3;
+        *slots_bytes += (load32(record) + SLOT_ALIGNMENT - 1) / SLOT_ALIGNMENT * SLOT_ALIGNMENT;
+    }
+    return records;
+}
+
+static void sign(uint8_t *records, size_t chunks, uint8_t *slots)
+{
+    for (size_t chunk = 0; chunk < chunks; chunk++) {
+        uint8_t *record = records + chunk * RECORD_BYTES;
+        size_t stored_bytes = load32(record);
+        size_t size = (stored_bytes + SLOT_ALIGNMENT - 1) / SLOT_ALIGNMENT * SLOT_ALIGNMENT;
+        memset(slots + stored_bytes, 0, size - stored_bytes);
+        uint64_t hash = xxh3_of_slot(slots, size);
+        store32(record + 8, (uint32_t)hash);
+        store32(record + 12, (uint32_t)(hash >> 32));
+        slots += size;
+    }
+}
+
+int fuzz_check(const uint8_t *data, size_t size)
+{
+    reader input = {data, size};
+    size_t chunks = take(&input, 1) % 5, slots_bytes;
+    int honest = (int)take(&input, 1) % 2;
+    uint8_t *records = make_records(&input, chunks, &slots_bytes);
+    int64_t raw_bytes[5];
+    for (size_t chunk = 0; chunk < chunks; chunk++)
+        raw_bytes[chunk] = (int64_t)take(&input, 2);
+    uint8_t *slots = take_copy(&input, slots_bytes);
+    if (honest)
+        sign(records, chunks, slots);
+    check_slots(slots, slots_bytes, records, raw_bytes, chunks);
+    zstd_is_plain(slots, slots_bytes, chunks ? (uint64_t)raw_bytes[0] : 0);
+    free(slots);
+    free(records);
+    return 0;
+}
+
+int fuzz_run(const uint8_t *data, size_t size)
+{
+    static const int itemsizes[] = {2, 2, 4, 1, 2};
+    reader input = {data, size};
+    tile_run run;
+    memset(&run, 0, sizeof run);
+    run.rows = take(&input, 1) % 40;
+    run.cols = take(&input, 1) % 40;
+    run.tile_rows = take(&input, 1) % 40;
+    run.tile_cols = take(&input, 1) % 40;
+    run.first_tile = take(&input, 1) % 4;
+    run.last_tile = run.first_tile + take(&input, 1) % 4;
+    run.finish = (int)take(&input, 1) % 3;
+    run.target = (int)take(&input, 1) % 6;
+    run.planes = 1 + (int)take(&input, 1) % (run.finish == FINISH_JOIN ? 8 : 3);
+    run.itemsize = run.finish == FINISH_JOIN ? run.planes : itemsizes[run.target % 5];
+    run.rotate = (int)take(&input, 1) % 2;
+    run.boolean = (int)take(&input, 1) % 2;
+    run.by_column = (int)take(&input, 1) % 2;
+    run.checked = (int)take(&input, 1) % 2;
+    int sides = (int)take(&input, 1), honest = sides >> 3 & 1;
+    size_t chunks = (size_t)(run.last_tile - run.first_tile) * (size_t)run.planes, slots_bytes;
+    uint8_t *records = make_records(&input, chunks, &slots_bytes), *slots, *tables;
+    run.scale_count = run.by_column ? run.cols : run.rows;
+    float *scales = (float *)(void *)take_copy(&input, 4 * run.scale_count);
+    float *col_scales = (float *)(void *)take_copy(&input, 4 * run.cols);
+    int32_t *order = (int32_t *)(void *)take_copy(&input, 4 * run.cols);
+    for (size_t col = 0; col < run.cols; col++)
+        order[col] = sides & 4 ? (int32_t)((uint32_t)order[col] % run.cols) : order[col];
+    run.scales = scales;
+    run.col_scales = sides & 1 ? col_scales : NULL;
+    run.order = sides & 2 ? order : NULL;
+    run.col_scale_count = run.order_count = run.cols;
+    run.group_rows = take(&input, 1) % 4;
+    run.group_cols = take(&input, 1) % 4;
+    run.table_count = take(&input, 1) % 32;
+    int64_t offsets[33];
+    for (size_t number = 0; number <= run.table_count; number++)
+        offsets[number] = (int64_t)take(&input, 2) - (take(&input, 1) == 255);
+    run.table_offsets = offsets;
+    run.tables_bytes = take(&input, 2) % 600;
+    tables = take_copy(&input, run.tables_bytes);
+    run.tables = sides & 16 ? tables : NULL;
+    slots = take_copy(&input, slots_bytes);
+    if (honest)
+        sign(records, chunks, slots);
+    run.slots = slots;
+    run.slots_bytes = slots_bytes;
+    run.records = records;
+    run.out_bytes = run.rows * run.cols * (size_t)run.itemsize;
+    run.out = calloc(run.out_bytes ? run.out_bytes : 1, 1);
+    run.scratch_bytes = decode_run_scratch(&run);
+    run.scratch = calloc(run.scratch_bytes ? run.scratch_bytes : 1, 1);
+    require(run.out && run.scratch);
+    decode_run(&run);
+    free(run.out);
+    free(run.scratch);
+    free(slots);
+    free(tables);
+    free(order);
+    free(col_scales);
+    free(scales);
+    free(records);
+    return 0;
+}
+
+#ifdef FUZZ_TARGET
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    return FUZZ_TARGET(data, size);
+}
+#endif
