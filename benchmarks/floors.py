@@ -16,7 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from codecllm.converter.encode.quantize import quantize_block, row_absmax
-from codecllm.converter.source.source import SourceModel, SourceTensor
+from codecllm.converter.source.source import SourceModel
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.checksums import sha256_of_descriptor
 from codecllm.formats.codecs import CODEC_IDS, CODECS
 from codecllm.formats.container import Container

@@ -106,7 +106,7 @@ def calibrate(
         OSError: there is no room for temporary files.
     """
     folder, tell = Path(folder), on_stage or (lambda text: None)
-    with SourceModel(folder) as source:
+    with SourceModel(folder, view="int8") as source:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         elements, size = source.elements, source.tensor_bytes
     task = _Task(folder, kind, refined, shapes, tell)

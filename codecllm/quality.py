@@ -92,7 +92,7 @@ def chosen_steps(
 
 def stepped_tensors(folder: Path, options: ConvertOptions) -> frozenset[str]:
     """Returns the names of the tensors whose steps are to be chosen."""
-    with SourceModel(folder) as model:
+    with SourceModel(folder, view="int8") as model:
         plans = plan_conversion(model, replace(options, steps=lambda plan: None)).tensors
     return frozenset(plan.source.name for plan in plans if plan.accepts_params)
 

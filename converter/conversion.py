@@ -15,8 +15,10 @@ import numpy as np
 import zstandard
 
 from codecllm.converter.plan.policy import Scheme, plan_tensor
+from codecllm.converter.plan.side_names import without_clashes
 from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan
 from codecllm.converter.source.aliases import find_aliases
+from codecllm.converter.source.selection import LeftFile
 from codecllm.converter.source.side_files import (
     copy_side_files,
     pack_config,
@@ -26,19 +28,21 @@ from codecllm.converter.source.side_files import (
 from codecllm.converter.source.source import SourceModel
 from codecllm.converter.write.staging import Staging
 from codecllm.converter.write.tensor_writer import NonFinite, StoredRecord, TensorWriter
-from codecllm.formats import BASE_VERSION, FORMAT_VERSION, WRITER_VERSION
+from codecllm.formats import BASE_VERSION, FORMAT_VERSION, STEPS_VERSION, WRITER_VERSION
 from codecllm.formats.checksums import sha256_hex, sha256_of_descriptor, xxh3_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import SourceError, UsageError
+from codecllm.formats.errors import UsageError
 from codecllm.formats.files import SafeFile
 from codecllm.formats.machine import cores
 from codecllm.formats.manifest.manifest import (
+    CODE_SUFFIX,
     INDEX_NAME,
     Manifest,
     features_of,
     pack_manifest,
     shard_name,
+    source_features,
 )
 from codecllm.formats.manifest.records import (
     AliasTensor,
@@ -80,6 +84,8 @@ class ConvertOptions:
         max_shard_bytes: no shard is longer, unless one tensor is.
         workers: encoding threads, 1 or more; None takes one per core. Does not change a byte of the output.
         force: replace a container that is in the way.
+        with_code: copy the repository's Python files (`auto_map`). They run only where a loading caller passes
+            `trust_remote_code=True`.
         repo: Hub repository the source came from, recorded in the manifest.
         commit: its commit, 40 hex digits.
         steps: chooses the steps of each int8 tensor; None takes them from the largest weight of each channel.
@@ -96,6 +102,7 @@ class ConvertOptions:
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     workers: int | None = None
     force: bool = False
+    with_code: bool = False
     repo: str | None = None
     commit: str | None = None
     steps: ParamsProvider | None = None
@@ -107,9 +114,9 @@ class ConvertOptions:
 
     @property
     def format_version(self) -> str:
-        """The lowest version of the format (above 1.0) that says what may be written: 1.2 where steps are chosen."""
+        """The lowest version of the format (above 1.0) that these options need: 1.2 where steps are chosen."""
         new = (self.steps, self.bits, self.ratio, self.calibrate, self.refine, self.calibration)
-        return BASE_VERSION if all(value is None for value in new) else FORMAT_VERSION
+        return BASE_VERSION if all(value is None for value in new) else STEPS_VERSION
 
     def threads(self) -> int:
         """Returns the number of encoding threads.
@@ -142,6 +149,8 @@ class ConversionReport:
         manifest_sha256: the value to pin.
         stored_bytes: bytes of shards and manifest.
         seconds: how long it took.
+        taken: which files were taken as the model's weights, in one line.
+        left: files and folders of the source that are not in the container, and why.
         warnings: sentences for the user.
     """
 
@@ -150,6 +159,8 @@ class ConversionReport:
     manifest_sha256: str
     stored_bytes: int
     seconds: float
+    taken: str = ""
+    left: list[LeftFile] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -193,11 +204,13 @@ class Plan:
         shards: plans of the tensors of each shard, in order.
         aliases: name -> name of the tensor whose bytes it shares.
         warnings: sentences for the user.
+        format_version: the lowest version of the format (above 1.0) that says what will be written.
     """
 
     shards: list[list[TensorPlan]]
     aliases: dict[str, str]
     warnings: list[str]
+    format_version: str
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -233,10 +246,10 @@ def convert(
     chosen = ConvertOptions(**options)  # type: ignore[arg-type]
     threads = chosen.threads()
     started = time.monotonic()
-    with SourceModel(source) as model:
+    with SourceModel(source, view=chosen.scheme, with_code=chosen.with_code) as model:
         plan = plan_conversion(model, chosen)
         with Staging(out, force=chosen.force) as staging:
-            _check_space(staging.out, plan.max_stored_bytes)
+            _check_space(staging.out, plan.max_stored_bytes + model.side_bytes)
             manifest = _write(model, plan, chosen, threads, staging.folder, progress)
             model.check_unchanged()
             data = pack_manifest(manifest)
@@ -247,6 +260,8 @@ def convert(
         manifest_sha256=sha256_hex(data),
         stored_bytes=len(data) + sum(shard.bytes for shard in manifest.shards),
         seconds=time.monotonic() - started,
+        taken=model.describe_taken(),
+        left=model.side_files.left,
         warnings=plan.warnings,
     )
 
@@ -266,38 +281,39 @@ def plan_conversion(model: SourceModel, options: ConvertOptions) -> Plan:
         )
         for tensor in model.tensors.values()
     ]
-    _check_side_names(plans)
+    plans = without_clashes(plans)
     aliases = find_aliases(plans)
-    warnings = (
-        []
-        if model.config is not None
-        else ["the source has no config.json: it cannot be loaded as a model"]
-    )
+    warnings = [*model.notes, *_remarks(model, options)]
     for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
         warnings += [
             f"{option} {pattern!r} matches no tensor" for pattern in _unmatched(patterns, model)
         ]
     stored = [plan for plan in plans if plan.source.name not in aliases]
-    return Plan(_place(stored, options.max_shard_bytes), aliases, warnings)
+    features = source_features(model.side_files.copied, model.quantization_method)
+    version = FORMAT_VERSION if features else options.format_version
+    return Plan(_place(stored, options.max_shard_bytes), aliases, warnings, version)
 
 
-def _check_side_names(plans: list[TensorPlan]) -> None:
-    """Refuses tensors whose side tensors may get the same name, as the column scales of `X` and the scales of `X_col`."""
-    names: dict[str, TensorPlan] = {}
-    for plan in plans:
-        if plan.scheme == "raw":
-            continue
-        for side in plan.possible_sides:
-            name = side.name_for(plan.source.name)
-            other = names.setdefault(name, plan)
-            if other is not plan:
-                text = f"side tensor {name} would belong to two tensors; --exclude one of them"
-                raise SourceError(
-                    text,
-                    file=plan.source.file.name,
-                    tensor=plan.source.name,
-                    got=f"also {other.source.name}",
-                )
+def _remarks(model: SourceModel, options: ConvertOptions) -> list[str]:
+    """Returns sentences about what the container will lack, or has from elsewhere."""
+    remarks = []
+    if model.config is None:
+        remarks.append("the source has no config.json: it cannot be loaded as a model")
+    side_files = model.side_files
+    if side_files.linked:
+        count = len(side_files.linked)
+        remarks.append(
+            f"{count} copied files are links to places outside the source's folder, first {side_files.linked[0]}"
+        )
+    if options.with_code and not any(name.endswith(CODE_SUFFIX) for name in side_files.copied):
+        remarks.append("--with-code: the source holds no Python files")
+    if not options.with_code and model.names_code:
+        count = len(side_files.code)
+        remarks.append(
+            f"the config names code of the repository (auto_map): {count} Python files are left out; "
+            "--with-code copies them"
+        )
+    return remarks
 
 
 def _unmatched(patterns: Sequence[str], model: SourceModel) -> list[str]:
@@ -356,7 +372,7 @@ def _write(
         records, shards = [], []
         for number, plans in enumerate(plan.shards):
             path = folder / shard_name(number + 1, len(plan.shards))
-            written, head, size = _write_shard(writer, plans, path, number, options.format_version)
+            written, head, size = _write_shard(writer, plans, path, number, plan.format_version)
             records += written
             digest = executor.submit(_hash_file, folder, path.name)
             shards.append((path.name, head, size, digest))
@@ -366,7 +382,7 @@ def _write(
         ]
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-    files = _write_side_files(model, records, shard_records, options, folder)
+    files = _write_side_files(model, plan, records, shard_records, options, folder)
     return build_manifest(model, plan, options, records, shard_records, files)
 
 
@@ -414,18 +430,21 @@ def _hash_file(folder: Path, name: str) -> str:
 
 def _write_side_files(
     model: SourceModel,
+    plan: Plan,
     records: list[StoredRecord],
     shards: list[ShardRecord],
     options: ConvertOptions,
     folder: Path,
 ) -> list[FileRecord]:
-    files = copy_side_files(model.folder, folder)
+    files = copy_side_files(model.repository, model.side_files, model.modules, folder)
     if model.config is not None:
         files.append(
             write_listed(
                 folder,
                 "config.json",
-                pack_config(model.config, options.scheme, options.format_version),
+                pack_config(
+                    model.config, options.scheme, plan.format_version, model.original_block
+                ),
             )
         )
     weight_map = {}
@@ -471,10 +490,16 @@ def build_manifest(
     )
     return Manifest(
         format="codecllm",
-        format_version=options.format_version,
-        required_features=features_of(records, asked, options.calibration),
+        format_version=plan.format_version,
+        required_features=features_of(records, asked, options.calibration)
+        + source_features([record.name for record in files], model.quantization_method),
         writer=_writer_versions(),
-        source=Source(repo=options.repo, commit=options.commit, tensor_bytes=model.tensor_bytes),
+        source=Source(
+            repo=options.repo,
+            commit=options.commit,
+            tensor_bytes=model.tensor_bytes,
+            quantization=model.quantization_method,
+        ),
         options=asked,
         calibration=options.calibration,
         shards=shards,

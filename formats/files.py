@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ from types import TracebackType
 from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePathError
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
-_FILE_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_PLAIN_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_MAX_NAME_BYTES, _MAX_PART_BYTES, _MAX_PARTS = 1024, 255, 8
+_REFUSED_CHARACTERS = re.compile(
+    '[\\x00-\\x1f\\x7f-\\x9f"*:<>?\\\\|\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]'
+)
+"""Control characters, those that Windows reserves, and invisible ones that make a name look like another."""
 _SNIFF_BYTES = 64
 
 
@@ -33,7 +39,7 @@ class SafeFile:
     def __init__(self, folder: Path, name: str) -> None:
         """Opens `folder / name`; see the class for what is refused."""
         self.name = name
-        self.path = safe_path(folder, name)
+        self.path = self._locate(folder, name)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self.descriptor = os.open(self.path, flags)
@@ -54,6 +60,10 @@ class SafeFile:
     def opened(self) -> Iterator[int]:
         """Yields the descriptor, which stays open meanwhile."""
         yield self.descriptor
+
+    def _locate(self, folder: Path, name: str) -> Path:
+        """Returns the path to open, links resolved."""
+        return safe_path(folder, name)
 
     def read(self, offset: int, length: int) -> bytes:
         """Reads exactly `length` bytes at `offset`.
@@ -139,9 +149,30 @@ class Excerpt:
         return self.data[at : at + length]
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is a file name, or one inside one subfolder, of portable ASCII characters."""
+    return _PLAIN_NAME.fullmatch(name) is not None and ".." not in name and not name.endswith(".")
+
+
 def is_safe_name(name: str) -> bool:
-    """Whether `name` is a plain file name, or one inside one plain subfolder, of portable characters."""
-    return _FILE_NAME.fullmatch(name) is not None and ".." not in name and not name.endswith(".")
+    """Whether `name` is a relative path that cannot leave its folder and means the same file on every system (SPEC.md 3)."""
+    if is_plain_name(name):
+        return True
+    if _REFUSED_CHARACTERS.search(name) or unicodedata.normalize("NFC", name) != name:
+        return False
+    parts = name.split("/")
+    if len(name.encode()) > _MAX_NAME_BYTES or len(parts) > _MAX_PARTS:
+        return False
+    # Some systems read compatibility characters, such as a full-width dot, as the plain ones.
+    folded_parts = unicodedata.normalize("NFKC", name).split("/")
+    return len(folded_parts) == len(parts) and all(
+        _is_safe_part(part) for part in (*parts, *folded_parts)
+    )
+
+
+def _is_safe_part(part: str) -> bool:
+    has_safe_ends = not part.startswith((".", " ", "-", "~")) and not part.endswith((".", " "))
+    return bool(part) and len(part.encode()) <= _MAX_PART_BYTES and has_safe_ends
 
 
 def safe_path(folder: Path, name: str) -> Path:

@@ -119,7 +119,9 @@ def _check_contents(
             _skip(stage, "not stated for a damaged container")
     if source is not None:
         with (
-            SourceModel(resolve(source, kind="source").folder) as model,
+            SourceModel(
+                resolve(source, kind="source").folder, view=container.manifest.options.scheme
+            ) as model,
             _stage(report, "source") as stage,
         ):
             check_source(container, model, stage, threads, progress)

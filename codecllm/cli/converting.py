@@ -23,6 +23,9 @@ from codecllm.cli.options import (
     parse_size,
 )
 
+MAX_NAMES = 6
+"""Most names of files that a line of text holds."""
+
 RATE_PANEL = "Rate: how many bits a weight may take"
 
 
@@ -115,6 +118,14 @@ def convert(
     ] = None,
     revision: Revision = None,
     force: Annotated[bool, typer.Option(help="Replace a container that is in the way.")] = False,
+    with_code: Annotated[
+        bool,
+        typer.Option(
+            "--with-code",
+            help="Copy the repository's Python files too (auto_map). They run only where a loading call says "
+            "trust_remote_code=True.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Predict sizes per tensor and in all; write nothing.")
     ] = False,
@@ -159,6 +170,7 @@ def convert(
         "max_shard_bytes": parse_size(max_shard_size),
         "workers": workers,
         "force": force,
+        "with_code": with_code,
     }
     rate: dict[str, Any] = {
         "bits": bits,
@@ -366,9 +378,24 @@ def _conversion_facts(done: Any) -> dict[str, Any]:
         "quantized_bits_per_weight": report.quantized_bits_per_weight,
         "seconds": report.seconds,
         "manifest_sha256": done.manifest_sha256,
+        "taken": report.taken,
+        "left": [{"name": one.name, "reason": one.reason} for one in report.left],
         "warnings": report.warnings,
         "baseline": None if done.baseline is None else done.baseline.to_dict(),
     }
+
+
+def _describe_left(left: list[Any]) -> list[str]:
+    """Returns a line for each reason why files are not in the container; --json names every file."""
+    names: dict[str, list[str]] = {}
+    for one in left:
+        names.setdefault(one.reason, []).append(one.name)
+    lines = []
+    for reason, group in names.items():
+        rest = len(group) - MAX_NAMES
+        more = f" and {rest} more (--json names all)" if rest > 0 else ""
+        lines.append(f"left {', '.join(group[:MAX_NAMES])}{more}: {reason}")
+    return lines
 
 
 def _print_conversion(done: Any, as_json: bool) -> None:
@@ -377,6 +404,9 @@ def _print_conversion(done: Any, as_json: bool) -> None:
         return
     report = done.report
     print_warnings(report.warnings)
+    stdout.print(f"took {report.taken}", markup=False)
+    for line in _describe_left(report.left):
+        stdout.print(line, markup=False)
     stdout.print(
         f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} bytes "
         f"in {report.seconds:.1f} s, "

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from codecllm.converter.plan.tensor_plan import TensorPlan
-from codecllm.converter.source.source import SourceTensor
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import INT8_SOURCES
 from codecllm.formats.tiling import (

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.plan.params import QuantParams, grid_of, max_tiles
-from codecllm.converter.source.source import SourceTensor
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import CodecName, rans
 from codecllm.formats.codecs.rans_groups import max_tables_bytes
 from codecllm.formats.dtypes import DTYPES

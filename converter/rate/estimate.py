@@ -74,7 +74,10 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
     source that cannot be read; problems that only a full pass shows (a NaN outside the sample) are not seen.
     """
     options = options or ConvertOptions()
-    with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
+    with (
+        SourceModel(source, view=options.scheme, with_code=options.with_code) as model,
+        ThreadPoolExecutor(options.threads()) as executor,
+    ):
         plan = plan_conversion(model, options)
         stored = {
             item.name: item

@@ -18,7 +18,6 @@ from codecllm.converter.conversion import (
 )
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
-from codecllm.converter.source.side_files import copied_files
 from codecllm.converter.source.source import SourceModel
 from codecllm.converter.write.records import coded_record, raw_record, scale_sides
 from codecllm.converter.write.tensor_writer import StoredRecord
@@ -55,7 +54,7 @@ def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, counted
         options: of the conversion, with what the manifest repeats of the request.
         counted: names of the tensors that `tensor_bytes` counts.
     """
-    version = options.format_version
+    version = plan.format_version
     headers = [
         PREFIX_BYTES + reserved_header_bytes(planned_entries(plans), shard_metadata(version))
         for plans in plan.shards
@@ -73,7 +72,7 @@ def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, counted
     ]
     names = sorted(
         [
-            *copied_files(model.folder),
+            *model.side_files.copied,
             *(["config.json"] if model.config is not None else []),
             INDEX_NAME,
         ]

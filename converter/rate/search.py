@@ -159,7 +159,10 @@ def fit(
     """
     target.check(options)
     with_params = replace(options, steps=lambda plan: None)
-    with SourceModel(source) as model, ThreadPoolExecutor(options.threads()) as executor:
+    with (
+        SourceModel(source, view=options.scheme, with_code=options.with_code) as model,
+        ThreadPoolExecutor(options.threads()) as executor,
+    ):
         plan = plan_conversion(model, with_params)
         plans = plan.tensors
         accepts_params = [

@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from codecllm.converter.plan.tensor_plan import TensorPlan
-from codecllm.converter.source.source import SourceTensor
+from codecllm.converter.source.tensors import SourceTensor, same_bytes
 
 MIN_ALIAS_BYTES = 1 << 16
 _PROBE_BYTES = 4096
-_STEP_BYTES = 4 << 20
 
 
 def find_aliases(plans: Iterable[TensorPlan]) -> dict[str, str]:
@@ -25,7 +24,7 @@ def find_aliases(plans: Iterable[TensorPlan]) -> dict[str, str]:
         if source.entry.bytes < MIN_ALIAS_BYTES:
             continue
         key = (source.dtype.name, source.shape, plan.scheme, plan.axis, plan.kind, _probe(source))
-        twin = next((other for other in groups[key] if _same_bytes(source, other)), None)
+        twin = next((other for other in groups[key] if same_bytes(source, other)), None)
         if twin is not None:
             aliases[source.name] = twin.name
         else:
@@ -36,12 +35,3 @@ def find_aliases(plans: Iterable[TensorPlan]) -> dict[str, str]:
 def _probe(source: SourceTensor) -> bytes:
     middle = source.entry.bytes // 2
     return source.read_bytes(0, _PROBE_BYTES) + source.read_bytes(middle, middle + _PROBE_BYTES)
-
-
-def _same_bytes(a: SourceTensor, b: SourceTensor) -> bool:
-    size = a.entry.bytes
-    return all(
-        a.read_bytes(start, min(start + _STEP_BYTES, size))
-        == b.read_bytes(start, min(start + _STEP_BYTES, size))
-        for start in range(0, size, _STEP_BYTES)
-    )

@@ -3,120 +3,81 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from codecllm.converter.source.dequantized import mxfp4_tensor, scaled_tensor
+from codecllm.converter.source.files import SourceFile
+from codecllm.converter.source.layout import WeightSet, find_weights
+from codecllm.converter.source.modules import read_modules
+from codecllm.converter.source.quantization import Quantization, find_quantization
+from codecllm.converter.source.selection import SideFiles, select_side_files
+from codecllm.converter.source.tensors import SourceTensor, same_bytes
 from codecllm.formats import limits
-from codecllm.formats.dtypes import DType
-from codecllm.formats.errors import (
-    SchemaError,
-    SourceError,
-    TruncatedError,
-    UnsafePathError,
-    UnsafeSourceError,
-)
-from codecllm.formats.files import SafeFile, describe_missing, is_safe_name
-from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME
-from codecllm.formats.schemes.lossless import word_dtype
-from codecllm.formats.shards.safetensors_header import TensorEntry, read_header
-from codecllm.formats.shards.side_tensors import SUFFIXES
-from codecllm.formats.strict_json import parse_json_object
+from codecllm.formats.errors import SourceError, TruncatedError
+from codecllm.formats.files import describe_missing
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.shards.safetensors_header import read_header
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_INDEX_BYTES = 250 << 20
-_FOREIGN_SUFFIXES = ("_scale_inv", "_zero_point", "_packed", "_absmax", "_quant_state")
-"""Ends of the names of side tensors in the formats of other quantization libraries."""
+View = Literal["int8", "lossless"]
+"""As which tensors a quantized source is seen: `lossless` as its files hold them, `int8` as the 16-bit weights they stand for."""
 
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """One tensor of the source and where its bytes lie.
-
-    Attributes:
-        entry: name, dtype, shape and offsets in its file.
-        file: the open file.
-    """
-
-    entry: TensorEntry
-    file: SafeFile
-
-    @property
-    def name(self) -> str:
-        """The tensor's name."""
-        return self.entry.name
-
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
-        return self.entry.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
-        return self.entry.shape
-
-    def read_elements(
-        self, first: int, last: int, buffer: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.unsignedinteger]:
-        """Reads elements [first, last) of the row-major order as unsigned integers of the element's size (whole-byte types).
-
-        Args:
-            first: first element.
-            last: element behind the last one.
-            buffer: uint8, large enough: the result is a view of its head. None allocates.
-
-        Raises:
-            TruncatedError: the file became shorter since it was opened.
-        """
-        size = self.dtype.itemsize
-        target = (
-            np.empty((last - first) * size, np.uint8)
-            if buffer is None
-            else buffer[: (last - first) * size]
-        )
-        self.file.read_into(self.entry.start + first * size, memoryview(target))
-        return target.view(word_dtype(self.dtype))
-
-    def read_bytes(self, first: int, last: int) -> bytes:
-        """Reads bytes [first, last) of the tensor's data."""
-        return self.file.read(self.entry.start + first, last - first)
+_SHOWN_NAMES = 3
 
 
 class SourceModel:
     """A local folder with one model, opened for reading.
 
     Attributes:
-        folder: the folder.
-        config: the parsed config.json, or None where there is none.
+        repository: the folder that was given.
+        folder: the folder of config and weights: the same, or that of a repository's main module.
+        modules: the modules of the repository.
+        config: the parsed config.json, or None where there is none. A quantization block that the view does not bear out is gone.
         tensors: all tensors by name, in the order of the files and of their data.
+        quantization: how the tensors are quantized.
+        weights: the weight files.
+        notes: sentences for the user about what was found.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self, folder: str | Path, *, view: View = "lossless", with_code: bool = False
+    ) -> None:
         """Opens every weight file of `folder` and checks its header.
 
+        Args:
+            folder: the model's folder.
+            view: as which tensors a quantized source is seen.
+            with_code: whether Python files are among the side files.
+
         Raises:
-            SourceError: no folder, no weights, or a model that is quantized or converted already.
+            SourceError: no folder, no weights, an adapter, a container, or a quantization of which `view` cannot be given.
             UnsafeSourceError: there are only pickles.
             FormatError: a weight file or the index is malformed, or a name leads outside the folder.
         """
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
+        self.repository = Path(folder)
+        if not self.repository.is_dir():
             raise SourceError(
-                describe_missing(self.folder, "a model is a folder with config.json in it"),
+                describe_missing(self.repository, "a model is a folder with config.json in it"),
                 file=str(folder),
             )
-        if (self.folder / MANIFEST_NAME).exists():
+        if (self.repository / MANIFEST_NAME).exists():
             raise SourceError("this is a codecllm container already", file=str(folder))
+        self.modules = read_modules(self.repository)
+        self.folder = self.repository / self.modules.main
         self.config = _read_config(self.folder)
+        self.notes: list[str] = []
         self.tensors: dict[str, SourceTensor] = {}
-        self._files: list[SafeFile] = []
+        self._with_code = with_code
+        self._files: list[SourceFile] = []
         try:
-            self._open_files()
+            self.weights = find_weights(self.folder, self.config)
+            self.notes += self.weights.notes
+            self._open_files(self.weights)
+            self.tensor_bytes = sum(tensor.entry.bytes for tensor in self.tensors.values())
+            self._settle_quantization(view)
         except BaseException:
             self.close()
             raise
@@ -127,14 +88,53 @@ class SourceModel:
         return str((self.config or {}).get("model_type", ""))
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.entry.bytes for tensor in self.tensors.values())
-
-    @property
     def elements(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.entry.elements for tensor in self.tensors.values())
+
+    @property
+    def quantization_method(self) -> str | None:
+        """The method of another library whose quantizer the tensors, as they are seen, need; None where they need none."""
+        return self.quantization.method if self.quantization.block is not None else None
+
+    @property
+    def names_code(self) -> bool:
+        """Whether the config names classes of the repository's own code."""
+        return bool((self.config or {}).get("auto_map"))
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of all side files that are copied."""
+        names = self.side_files.copied.values()
+        return sum((self.repository / name).stat().st_size for name in names)
+
+    @property
+    def original_block(self) -> Mapping[str, Any] | None:
+        """The quantization block whose place our own takes in the config, or None."""
+        is_outermost = self.quantization.place == ("quantization_config",)
+        return self.quantization.block if is_outermost else None
+
+    @cached_property
+    def side_files(self) -> SideFiles:
+        """What is copied beside the weights, and what is left.
+
+        Raises:
+            UnsafeSourceError: the weights of a module are a pickle.
+            LimitError: those of a module are too large.
+        """
+        prefix = f"{self.modules.main}/" if self.modules.main else ""
+        names = [*self.weights.files, *([self.weights.index] if self.weights.index else [])]
+        return select_side_files(
+            self.repository, self.modules, [prefix + name for name in names], self._with_code
+        )
+
+    def describe_taken(self) -> str:
+        """Says in one line which files were taken as the model's weights."""
+        files = self.weights.files
+        where = f" of {self.modules.main}/" if self.modules.main else ""
+        text = files[0] if len(files) == 1 else f"{len(files)} files, {files[0]} and following"
+        index = f", listed in {self.weights.index}" if self.weights.index else ""
+        return f"{text}{where}{index}: {len(self.tensors)} tensors"
 
     def check_unchanged(self) -> None:
         """Raises SourceError where a file was replaced or written to since it was opened."""
@@ -158,35 +158,90 @@ class SourceModel:
     ) -> None:
         self.close()
 
-    def _open_files(self) -> None:
-        weight_map = _read_weight_map(self.folder)
-        names = (
-            sorted(set(weight_map.values()))
-            if weight_map is not None
-            else [_single_file(self.folder)]
-        )
-        for name in names:
-            file = SafeFile(self.folder, name)
+    def _open_files(self, weights: WeightSet) -> None:
+        for name in weights.files:
+            file = SourceFile(self.folder, name)
             self._files.append(file)
-            for entry in read_header(
-                file, max_header_bytes=limits.SOURCE_HEADER_BYTES
-            ).tensors.values():
-                if entry.name in self.tensors:
-                    raise SourceError("tensor stands in two files", file=name, tensor=entry.name)
-                self.tensors[entry.name] = SourceTensor(entry, file)
-        if weight_map is not None:
-            _check_weight_map(weight_map, self.tensors)
-        _refuse_quantized(self.config, self.tensors)
+            header = read_header(file, max_header_bytes=limits.SOURCE_HEADER_BYTES)
+            for entry in header.tensors.values():
+                tensor = SourceTensor(entry, file)
+                earlier = self.tensors.get(entry.name)
+                if earlier is not None and not same_bytes(earlier, tensor):
+                    self.notes.append(
+                        f"tensor {entry.name} stands in {earlier.file.name} and, with other values, in {name}: "
+                        "that of the latter is taken, as transformers does"
+                    )
+                self.tensors[entry.name] = tensor
         if not self.tensors:
             raise SourceError("the model holds no tensors", file=str(self.folder))
+        self._compare_index(weights)
+
+    def _compare_index(self, weights: WeightSet) -> None:
+        """Notes where the index and the headers disagree; the headers count."""
+        if weights.index is None:
+            return
+        absent = [name for name in weights.tensor_files if name not in self.tensors]
+        unlisted = [name for name in self.tensors if name not in weights.tensor_files]
+        if absent:
+            self.notes.append(f"{weights.index} names tensors that no file holds: {_some(absent)}")
+        if unlisted:
+            self.notes.append(f"files hold tensors that {weights.index} lacks: {_some(unlisted)}")
+
+    def _settle_quantization(self, view: View) -> None:
+        """Removes blocks that no tensor bears out, and replaces quantized tensors where the view wants weights."""
+        entries = {name: tensor.entry for name, tensor in self.tensors.items()}
+        quantization = find_quantization(self.config, entries)
+        if view == "int8" and quantization.borne_out:
+            self._dequantize(quantization)
+        while quantization.block is not None and (view == "int8" or quantization.stale):
+            if quantization.stale:
+                self.notes.append(
+                    f"config.json says {'.'.join(quantization.place)}: {quantization.method}, but no tensor is "
+                    "quantized: the block is left out"
+                )
+            assert self.config is not None
+            self.config = _without(self.config, quantization.place)
+            entries = {name: tensor.entry for name, tensor in self.tensors.items()}
+            quantization = find_quantization(self.config, entries)
+        self.quantization = quantization
+
+    def _dequantize(self, quantization: Quantization) -> None:
+        if quantization.opaque or not (quantization.scaled or quantization.blocks):
+            first = quantization.opaque[0] if quantization.opaque else None
+            raise SourceError(
+                f"the model is quantized already ({quantization.method}): its weights cannot become int8; "
+                "--scheme lossless keeps every bit of it, or convert the original model",
+                file="config.json" if first is None else self.tensors[first].file.name,
+                tensor=first,
+            )
+        size = (quantization.block or {}).get("weight_block_size")
+        block_size = size if isinstance(size, list) and all(type(n) is int for n in size) else None
+        stored = self.tensors
+        blocks_of = {pair[0]: stem for stem, pair in quantization.blocks.items()}
+        exponents = {pair[1] for pair in quantization.blocks.values()}
+        hidden = {*quantization.scaled.values(), *exponents, *quantization.dropped}
+        self.tensors = {}
+        for name, tensor in stored.items():
+            if name in quantization.scaled:
+                scale = stored[quantization.scaled[name]]
+                self.tensors[name] = scaled_tensor(tensor, scale, block_size)
+            elif name in blocks_of:
+                stem = blocks_of[name]
+                self.tensors[stem] = mxfp4_tensor(stem, tensor, stored[f"{stem}_scales"])
+            elif name not in hidden:
+                self.tensors[name] = tensor
+        count = len(quantization.scaled) + len(quantization.blocks)
+        self.notes.append(f"{count} quantized tensors ({quantization.method}) are read as bfloat16")
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
     """Reads config.json leniently (real ones hold `Infinity`); no value of it is trusted for sizes or paths."""
     try:
-        with SafeFile(folder, "config.json") as file:
+        with SourceFile(folder, "config.json") as file:
             data = file.read(0, file.size) if file.size <= limits.MANIFEST_BYTES else b""
     except TruncatedError:
+        if (folder / "config.json").is_symlink():
+            raise
         return None
     try:
         config = json.loads(data)
@@ -197,78 +252,15 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def _read_weight_map(folder: Path) -> dict[str, str] | None:
-    if not (folder / INDEX_NAME).exists():
-        return None
-    with SafeFile(folder, INDEX_NAME) as file:
-        document = parse_json_object(
-            file.read(0, file.size), file=INDEX_NAME, max_bytes=_INDEX_BYTES
-        )
-    weight_map = document.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
-        raise SchemaError("weight_map is not an object of file names", file=INDEX_NAME)
-    for name in set(weight_map.values()):
-        if not is_safe_name(name) or not name.endswith(".safetensors"):
-            raise UnsafePathError(
-                "weight_map names an unsafe file", file=INDEX_NAME, got=ascii(name)[:80]
-            )
-    return weight_map
+def _without(config: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+    """Returns a config without the value at a place."""
+    key, *deeper = place
+    if not deeper:
+        return {name: value for name, value in config.items() if name != key}
+    return {**config, key: _without(config[key], tuple(deeper))}
 
 
-def _single_file(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(".safetensors"))
-    if "model.safetensors" in names:
-        return "model.safetensors"
-    if len(names) == 1:
-        return names[0]
-    if names:
-        raise SourceError(
-            f"several safetensors files but no {INDEX_NAME}",
-            file=str(folder),
-            got=", ".join(names[:5]),
-        )
-    pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(_PICKLE_SUFFIXES))
-    if pickles:
-        raise UnsafeSourceError(
-            "weights are pickles, which run code when they are opened; convert them to safetensors in a sandbox first",
-            file=pickles[0],
-        )
-    raise SourceError("folder holds no safetensors files", file=str(folder))
-
-
-def _check_weight_map(weight_map: dict[str, str], tensors: dict[str, SourceTensor]) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise SourceError("index names a tensor that its file lacks", file=file, tensor=name)
-        if tensors[name].file.name != file:
-            raise SourceError(
-                "tensor stands in another file than the index says",
-                file=tensors[name].file.name,
-                tensor=name,
-            )
-    for name, tensor in tensors.items():
-        if name not in weight_map:
-            raise SourceError(
-                "file holds a tensor that the index lacks", file=tensor.file.name, tensor=name
-            )
-
-
-def _refuse_quantized(config: dict[str, Any] | None, tensors: dict[str, SourceTensor]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if (config or {}).get(key):
-            block = (config or {})[key]
-            method = block.get("quant_method", "?") if isinstance(block, dict) else "?"
-            raise SourceError(
-                f"the model is quantized already ({key}: {method}); convert the original",
-                file="config.json",
-            )
-    for name, tensor in tensors.items():
-        for suffix in (*SUFFIXES, *_FOREIGN_SUFFIXES):
-            if name.endswith(suffix) and name.removesuffix(suffix) in tensors:
-                raise SourceError(
-                    "tensor is named like the side data of a quantized one; convert the original model",
-                    file=tensor.file.name,
-                    tensor=name,
-                )
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    rest = len(names) - _SHOWN_NAMES
+    return f"{shown} and {rest} more" if rest > 0 else shown

@@ -73,10 +73,10 @@ class Staging:
 
     def _move(self, names: list[str]) -> None:
         for name in names:
-            (self.out / name).parent.mkdir(exist_ok=True)
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self.folder / name, self.out / name)
-        for parent in {(self.out / name).parent for name in names}:
-            fsync_folder(parent)
+        for parent in {parent for name in names for parent in Path(name).parents}:
+            fsync_folder(self.out / parent)
 
     def __enter__(self) -> Staging:
         return self

@@ -21,7 +21,7 @@ from codecllm.formats.errors import (
     UnsafePathError,
     UnsupportedVersionError,
 )
-from codecllm.formats.files import is_safe_name
+from codecllm.formats.files import is_plain_name, is_safe_name
 from codecllm.formats.manifest.records import (
     DEADZONE,
     FEEDBACK_DEADZONE,
@@ -51,7 +51,18 @@ SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 STEPS, COL_SCALE, WIDE = "steps", "col_scale", "wide"
 """Features of format 1.2: recorded rounding and rate options, scales for columns, codes in two planes."""
 
-KNOWN_FEATURES: frozenset[str] = frozenset({rans.NAME, STEPS, COL_SCALE, WIDE})
+PATHS, CODE, QUANTIZED = "paths", "code", "quantized"
+"""Features of format 1.3: side files of any safe name, files of Python code, weights in another library's quantization."""
+
+CODE_SUFFIX = ".py"
+"""End of the name of a side file that holds code."""
+
+ORIGINAL_KEY = "original_quantization_config"
+"""Key of the config's block under which the block of another library's quantization stays (feature `quantized`)."""
+
+KNOWN_FEATURES: frozenset[str] = frozenset(
+    {rans.NAME, STEPS, COL_SCALE, WIDE, PATHS, CODE, QUANTIZED}
+)
 """Names that `required_features` may hold."""
 
 
@@ -97,6 +108,8 @@ def pack_manifest(manifest: Manifest) -> bytes:
     for key, value in document.items():
         if key == "calibration" and value is None:
             continue
+        if key == "source" and value["quantization"] is None:
+            value = {name: value[name] for name in value if name != "quantization"}
         if key in ("options", "calibration"):
             parts.append(f"{_dump(key)}:{_dump(_without_none(value))}")
         elif key in ("shards", "files", "tensors"):
@@ -138,11 +151,27 @@ def _check_file_names(manifest: Manifest) -> None:
                 "shard has a wrong name", file=MANIFEST_NAME, got=shard.name, expected=expected
             )
     reserved = {name.casefold() for name in (MANIFEST_NAME, *UNLISTED_NAMES)}
-    folded = [name.casefold() for name in names]
-    if len(set(folded)) != len(folded) or not reserved.isdisjoint(folded):
+    folded = {fold_name(name) for name in names}
+    folders = {
+        "/".join(parts[:end]) for parts in map(_parts, folded) for end in range(1, len(parts))
+    }
+    if (
+        len(folded) != len(names)
+        or not reserved.isdisjoint(folded)
+        or not folders.isdisjoint(folded)
+    ):
         raise SchemaError("a file name stands twice or is reserved", file=MANIFEST_NAME)
     if any(SHARD_NAME.fullmatch(record.name) for record in manifest.files):
         raise SchemaError("a shard is listed as a side file", file=MANIFEST_NAME)
+
+
+def fold_name(name: str) -> str:
+    """Returns what two names share that some file systems take for one: letters of either case are alike."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def _parts(name: str) -> list[str]:
+    return name.split("/")
 
 
 def shard_name(number: int, count: int) -> str:
@@ -151,7 +180,10 @@ def shard_name(number: int, count: int) -> str:
 
 
 def _check_features(manifest: Manifest) -> None:
-    for name in features_of(manifest.tensors, manifest.options, manifest.calibration):
+    used = features_of(manifest.tensors, manifest.options, manifest.calibration)
+    for name in used + source_features(
+        [record.name for record in manifest.files], manifest.source.quantization
+    ):
         if name not in manifest.required_features:
             raise SchemaError(
                 f"feature {name!r} is used but not listed in required_features", file=MANIFEST_NAME
@@ -174,6 +206,17 @@ def features_of(
             used[STEPS] |= record.rounding is not None
             used[COL_SCALE] |= record.xxh3.col_scale is not None
             used[WIDE] |= record.wide
+    return [name for name, use in used.items() if use]
+
+
+def source_features(file_names: Iterable[str], quantization: str | None) -> list[str]:
+    """Returns the features that side files and the source's quantization need, by name, in a fixed order."""
+    names = list(file_names)
+    used = {
+        PATHS: not all(is_plain_name(name) for name in names),
+        CODE: any(name.endswith(CODE_SUFFIX) for name in names),
+        QUANTIZED: quantization is not None,
+    }
     return [name for name, use in used.items() if use]
 
 

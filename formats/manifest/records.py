@@ -159,11 +159,15 @@ CodedTensor = LosslessTensor | Int8Tensor
 
 
 class Source(Record):
-    """Where the weights came from. `repo` and `commit` are null for a local folder; no local path is recorded."""
+    """Where the weights came from. `repo` and `commit` are null for a local folder; no local path is recorded.
+
+    `quantization` names the method of another library under which the tensors are quantized; absent where they are not.
+    """
 
     repo: str | None
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     tensor_bytes: Count
+    quantization: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")] | None = None
 
 
 class Options(Record):

@@ -84,7 +84,7 @@ def test_root_help_lists_the_commands_and_exit_codes():
     done = run("--help")
     assert all(command in done.stdout for command in COMMANDS)
     assert "Exit codes" in done.stdout
-    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.2\n", run("--version").stdout)
+    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.3\n", run("--version").stdout)
 
 
 def test_codec_rans(container, source, tmp_path):

@@ -1,7 +1,7 @@
 """Makes the containers of `conformance/`: `python -m tests.conformance.make`.
 
 They are kept as bytes: those of a released version of the format are never made again, so that each
-later reader is tested against the same ones. `--add` makes only the bad ones that are missing.
+later reader is tested against the same ones. `--add` makes only the ones that are missing.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def good_containers() -> dict[str, Callable[[Path], Path]]:
             base, _weights(), steps=_steps(0.012), codec="rans"
         ),
         "shards": _shards,
+        "quantized": test_golden.make_quantized,
         **{
             name: lambda base, change=change: _changed(base, change)
             for name, change in accepted.CHANGES.items()
@@ -170,12 +171,13 @@ def slug(words: str) -> str:
 
 
 def make_good(scratch: Path) -> None:
-    """Writes `conformance/good`."""
+    """Writes the containers of `conformance/good` that are not there."""
     expected = {}
     for name, make in good_containers().items():
-        made = make(scratch / name)
-        shutil.copytree(made, GOOD / name)
-        expected[name] = {"tensors": facts_of(made)}
+        if not (GOOD / name).exists():
+            (scratch / name).mkdir(parents=True, exist_ok=True)
+            shutil.copytree(make(scratch / name), GOOD / name)
+        expected[name] = {"tensors": facts_of(GOOD / name)}
     _write(GOOD / EXPECTED, expected)
 
 
@@ -205,14 +207,14 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 def main() -> None:
     """Makes the containers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--add", action="store_true", help="make only bad ones that are missing")
+    parser.add_argument("--add", action="store_true", help="make only those that are missing")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not options.add:
             for path in (GOOD, BAD):
                 shutil.rmtree(path, ignore_errors=True)
                 path.mkdir(parents=True)
-            make_good(Path(folder) / "good")
+        make_good(Path(folder) / "good")
         make_bad(Path(folder) / "bad")
 
 

@@ -86,50 +86,6 @@ def test_channel_axis(name, shape, model_type, expected):
     assert channel_axis(name, shape, model_type) == expected
 
 
-def test_side_files_are_an_allow_list(tmp_path):
-    source = write_source(
-        tmp_path / "source", {"a": ("F32", np.ones((4, 4), np.float32))}, {"model_type": "x"}
-    )
-    for name in (
-        "tokenizer.json",
-        "vocab.txt",
-        "merges.txt",
-        "generation_config.json",
-        "LICENSE",
-        "spiece.model",
-    ):
-        (source / name).write_text("{}")
-    for name in (
-        "modeling_x.py",
-        "pytorch_model.bin",
-        "x.pt",
-        "x.pkl",
-        "notes.md",
-        ".hidden",
-        "run.sh",
-    ):
-        (source / name).write_text("evil")
-    convert(source, tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {
-        "tokenizer.json",
-        "vocab.txt",
-        "merges.txt",
-        "generation_config.json",
-        "LICENSE",
-        "spiece.model",
-    } <= names
-    assert not names & {
-        "modeling_x.py",
-        "pytorch_model.bin",
-        "x.pt",
-        "x.pkl",
-        "notes.md",
-        ".hidden",
-        "run.sh",
-    }
-
-
 def test_config_is_the_sources_with_one_block_more(tmp_path):
     config = {"model_type": "x", "odd": [1, {"ü": None}], "num_local_experts": 4}
     source = write_source(tmp_path / "source", {"a": ("F32", np.ones((4, 4), np.float32))}, config)

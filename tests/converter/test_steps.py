@@ -16,7 +16,6 @@ from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     NonFiniteWeightError,
-    SourceError,
     UnsupportedVersionError,
     UsageError,
 )
@@ -400,19 +399,25 @@ def test_weights_that_are_no_numbers(tmp_path, bad, refined):
 
 
 @pytest.mark.parametrize("name", ["w_col_scale", "w_col_group", "w_tables"])
-def test_names_of_side_tensors_are_refused(tmp_path, name):
-    source = write_source(tmp_path / "source", {"w": ("F32", BASE), name: ("F32", BASE)})
-    with pytest.raises(SourceError, match="side data"):
-        convert(source, tmp_path / "c")
+def test_a_tensor_named_like_a_side_tensor_keeps_its_name_and_bits(tmp_path, name):
+    tensors = {"w": ("F32", BASE), name: ("F32", BASE + 1)}
+    source = write_source(tmp_path / "source", tensors)
+    report = convert(source, tmp_path / "c", include=("*",), steps=provider(), codec="rans")
+    by_name = {record.name: record for record in report.manifest.tensors}
+    assert by_name["w"].scheme == ("lossless" if "col" in name else "raw")
+    assert "side tensor" in by_name["w"].fallback
+    with Container(tmp_path / "c") as container:
+        assert read_tensor_bytes(container, "w") == BASE.tobytes()
 
 
 def test_two_tensors_that_would_share_a_side_tensor(tmp_path):
     """`w` with scales of columns beside `w_col`: both would have a side tensor `w_col_scale`."""
     source = write_source(tmp_path / "source", {"w": ("F32", BASE), "w_col": ("F32", BASE + 1)})
     convert(source, tmp_path / "plain", include=("*",))
-    with pytest.raises(SourceError, match="w_col_scale"):
-        convert(source, tmp_path / "c", include=("*",), steps=provider())
-    assert not (tmp_path / "c").exists()
+    report = convert(source, tmp_path / "c", include=("*",), steps=provider())
+    assert [record.scheme for record in report.manifest.tensors] == ["int8", "lossless"]
+    with Container(tmp_path / "c") as container:
+        assert read_tensor_bytes(container, "w_col") == (BASE + 1).tobytes()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import zstandard
 
 BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}
 BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
+FEATURES = {"rans", "steps", "col_scale", "wide", "paths", "code", "quantized"}  # [8.4]
 ROTATED = {"BF16", "F16", "F32", "F64"}  # [7]
 
 
@@ -33,7 +34,7 @@ def read_container(folder: Path) -> dict[str, bytes]:
     assert manifest["manifest_sha256"] == hashlib.sha256(data[:place]).hexdigest()
     assert data[place:] == b'"manifest_sha256":"%s"}\n' % manifest["manifest_sha256"].encode()
     assert manifest["format_version"].split(".")[0] == "1"
-    assert set(manifest["required_features"]) <= {"rans", "steps", "col_scale", "wide"}
+    assert set(manifest["required_features"]) <= FEATURES
     for record in manifest["files"] + manifest["shards"]:
         content = (folder / record["name"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (

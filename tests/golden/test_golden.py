@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,14 @@ from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest.manifest import KNOWN_FEATURES
-from codecllm.formats.manifest.records import NEAREST, Calibration
+from codecllm.formats.manifest.records import NEAREST
 from codecllm.formats.reference import read_tensor_bytes, tensor_digest
-from codecllm.formats.schemes.int8 import quantize, step_sizes
 from tests.golden import independent_reader
 from tests.golden.independent_reader import read_container
 from tests.sources import bf16, write_source
-from tests.stepped import make_steps, weights_of
 
 HERE = Path(__file__).parent
-VERSIONS = ["v1.0", "v1.1", "v1.2"]
+VERSIONS = ["v1.0", "v1.1", "v1.2", "v1.3"]
 NEWEST = HERE / VERSIONS[-1]
 
 
@@ -71,72 +68,39 @@ def _make(folder):
     """Writes the golden containers. Only for a new format version: those of a released one are never made again.
 
     v1.0 held what that version has, with codec `zstd`, and tied tensors in two shards; v1.1 codec `rans`, of lossless and int8
-    tensors; v1.2 holds what came after it.
+    tensors; v1.2 scales of columns and wide codes; v1.3 holds what came after it.
     """
-    calibration = Calibration(kind="random", tokens=128, seed=0, sha256="0" * 64)
-    asked = {"bits": 5.0, "calibrate": "random", "refine": False, "calibration": calibration}
-    sources = {
-        "int8-columns": ("zstd", _column_steps(0.3), asked),
-        "int8-columns-wide": ("rans", _column_steps(0.012), {}),
-    }
-    expected = {}
-    for name, (codec, steps, options) in sources.items():
-        source = write_source(folder / "source" / name, _column_tensors(), {"model_type": "gpt2"})
-        convert(source, folder / name, codec=codec, steps=steps, include=("*",), **options)
-        with Container(folder / name) as container:
-            expected[name] = {
-                key: sha256_hex(read_tensor_bytes(container, key)) for key in container.records
-            }
+    make_quantized(folder)
+    with Container(folder / "container") as container:
+        digests = {key: sha256_hex(read_tensor_bytes(container, key)) for key in container.records}
+    (folder / "container").rename(folder / "quantized")
     shutil.rmtree(folder / "source")
-    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    (folder / "expected.json").write_text(json.dumps({"quantized": digests}, indent=1) + "\n")
 
 
-def _column_tensors():
-    rng = np.random.default_rng(12)
-    plain = rng.standard_normal((40, 52)).astype(np.float32)
-    empty = plain.copy()
-    empty[7], empty[:, 11] = 0, 0
-    return {
-        "ordered": ("BF16", bf16(plain * np.exp(rng.standard_normal(52)))),
-        "tiles": ("F16", (plain * 3).astype(np.float16)),
-        "huge": ("F32", plain * np.float32(2.0**90)),
-        "zeros": ("F32", empty),
-        "absmax": ("F32", plain + 1),
-        "refined": ("BF16", bf16(plain * 2)),
-        "h.0.attn.c_attn.weight": ("F32", (rng.standard_normal((48, 36)) ** 3).astype(np.float32)),
-        "experts.down_proj": (
-            "BF16",
-            bf16(rng.standard_normal((3, 20, 50)) ** 3).reshape(3, 20, 50),
-        ),
-        "norm": ("F32", np.ones(16, np.float32)),
+def make_quantized(folder):
+    """Writes a container with everything of format 1.3: another quantization, code, and a name that is not plain."""
+    config = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig"},
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]},
     }
+    source = write_source(folder / "source", _quantized_tensors(), config)
+    (source / "own.py").write_text('"""Code that must not run by itself."""\n\nraise SystemExit\n')
+    (source / "1 old (copy)").mkdir()
+    (source / "1 old (copy)" / "vocab \u00fc.txt").write_text("a\n")
+    convert(source, folder / "container", scheme="lossless", with_code=True)
+    return folder / "container"
 
 
-def _column_steps(factor):
-    """Every kind of steps: columns, groups, scales of both types, tiles of their own, codes that are not the nearest."""
-
-    def provide(plan):
-        name = plan.source.name
-        short = name in ("ordered", "refined", "tiles", "h.0.attn.c_attn.weight")
-        steps = make_steps(
-            plan,
-            factor,
-            short=short,
-            tile=(16, 24) if name in ("tiles", "experts.down_proj") else None,
-        )
-        if name == "absmax":
-            return None
-        if name in ("tiles", "huge"):
-            return replace(steps, col_groups=None)
-        if name == "refined":
-            codes = quantize(
-                weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True
-            )
-            codes[::3] += 1
-            return replace(steps, refined="feedback", codes=lambda first, last: codes[first:last])
-        return steps
-
-    return provide
+def _quantized_tensors():
+    rng = np.random.default_rng(13)
+    return {
+        "w.weight": ("F8_E4M3", rng.binomial(64, 0.5, (64, 96)).astype(np.uint8)),
+        "w.weight_scale_inv": ("F32", rng.random((4, 6), np.float32)),
+        "side": ("BF16", bf16(rng.standard_normal((64, 96)))),
+        "side_shape": ("I64", np.array([64, 96], np.int64)),
+    }
 
 
 def _tensors_of_two_groups():

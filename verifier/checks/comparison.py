@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.source.source import SourceModel, SourceTensor
+from codecllm.converter.source.source import SourceModel
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, TensorRecord

@@ -102,7 +102,8 @@ def diagnose(
     if report.manifest_sha256 is not None:
         with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:
             model_files = _source_files(source, container)
-            with SourceModel(model_files.folder) as model:
+            scheme = container.manifest.options.scheme
+            with SourceModel(model_files.folder, view=scheme) as model:
                 _Diagnosis(report, container, model, model_files.commit, chosen, progress).run()
     report.conclusion = conclude(report)
     return report

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.source.source import SourceTensor
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, rans
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES

@@ -19,7 +19,12 @@ from codecllm.formats.codecs.rans_table import MAX_PRECISION, MAX_TABLE_BYTES, M
 from codecllm.formats.codecs.zstd import _PARAMETERS, _SPARSE_PARAMETERS, SPARSE_SHARE
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.manifest import records
-from codecllm.formats.manifest.manifest import KNOWN_FEATURES, Manifest, features_of
+from codecllm.formats.manifest.manifest import (
+    KNOWN_FEATURES,
+    Manifest,
+    features_of,
+    source_features,
+)
 from codecllm.formats.schemes.int8 import (
     MAX_CODE,
     MAX_SCALE,
@@ -50,7 +55,7 @@ def test_version():
     assert f"format {FORMAT_VERSION}" in TEXT.splitlines()[0]
     assert _tables("Appendix D")[0][-1][0] == FORMAT_VERSION
     assert f"A writer names {FORMAT_VERSION} where" in TEXT
-    assert f"`rans`, {BASE_VERSION} otherwise" in TEXT
+    assert f"`rans`, and {BASE_VERSION} otherwise" in TEXT
     assert f'"format_version": "{FORMAT_VERSION}"' in TEXT
 
 
@@ -173,7 +178,7 @@ def features_in_order():
         digest="0" * 64,
         xxh3=side,
     )
-    return features_of([tensor], asked, None)
+    return features_of([tensor], asked, None) + source_features(["a b/x.py"], "fp8")
 
 
 def test_dtypes():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.source.source import SourceTensor
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from codecllm.converter.source.source import SourceModel, SourceTensor
+from codecllm.converter.source.source import SourceModel
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest.records import Int8Tensor

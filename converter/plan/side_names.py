@@ -1,0 +1,40 @@
+"""No side tensor gets the name of another tensor: what would need such a name is stored in a plainer scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from codecllm.converter.plan.policy import plan_lossless
+from codecllm.converter.plan.tensor_plan import TensorPlan
+
+
+def without_clashes(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
+    """Returns the plans, with a plainer scheme where a side tensor's name is taken (SPEC.md 4).
+
+    A name is taken by a tensor of the source, or by a side tensor of an earlier one. `int8` gives way to `lossless`, which
+    has fewer side tensors, and that to `raw`, which has none.
+    """
+    taken = {plan.source.name for plan in plans}
+    settled = []
+    for plan in plans:
+        for candidate in _candidates(plan):
+            names = _side_names(candidate)
+            if taken.isdisjoint(names):
+                break
+        taken.update(names)
+        settled.append(candidate)
+    return settled
+
+
+def _candidates(plan: TensorPlan) -> Iterator[TensorPlan]:
+    yield plan
+    reason = f"{plan.scheme}: the name of a side tensor belongs to another tensor"
+    if plan.scheme == "int8":
+        yield plan_lossless(plan.source, reason, plan.codec, plan.tile_symbols)
+    yield TensorPlan(plan.source, "raw", fallback=reason)
+
+
+def _side_names(plan: TensorPlan) -> list[str]:
+    if plan.scheme == "raw":
+        return []
+    return [side.name_for(plan.source.name) for side in plan.possible_sides]

@@ -1,0 +1,96 @@
+"""Repositories of several modules, as sentence-transformers saves them: `modules.json` names a folder for each.
+
+The model that transformers loads stands in the root, or in the folder of the first module (`0_Transformer/`, `0_CLIPModel/`). In
+a container it always stands in the root, so `modules.json` is written with its place changed. Other modules keep their folders,
+and their weight files are copied as they are: sentence-transformers reads them itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codecllm.converter.source.files import SourceFile, stays_inside
+from codecllm.converter.source.layout import SINGLE_NAME
+from codecllm.formats.errors import SourceError, TruncatedError
+from codecllm.formats.manifest.manifest import INDEX_NAME
+
+MODULES_NAME = "modules.json"
+ROUTER_NAME = "router_config.json"
+_CONFIG_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """The modules of a repository.
+
+    Attributes:
+        main: folder of the module that transformers loads, relative to the repository; empty for the root.
+        others: folders of the other modules.
+        document: what `modules.json` of the container has to hold, or None where the source's own stays as it is.
+    """
+
+    main: str = ""
+    others: frozenset[str] = frozenset()
+    document: bytes | None = None
+
+
+def read_modules(repository: Path) -> Modules:
+    """Returns the modules of a repository; a repository without `modules.json` has none but the root.
+
+    Raises:
+        SourceError: `modules.json` is not a list of modules, or names a folder outside the repository.
+    """
+    entries = _read_json(repository, MODULES_NAME)
+    if entries is None:
+        return Modules()
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SourceError("not a list of modules", file=MODULES_NAME)
+    paths = [_module_path(entry) for entry in entries]
+    others = {path for path in paths if path}
+    for path in paths:
+        others |= _routed_folders(repository, path)
+    main = ""
+    if paths and paths[0] and not _has_weights(repository) and _has_weights(repository / paths[0]):
+        main = paths[0]
+        others.discard(main)
+    document = None
+    if main:
+        moved = [{**entries[0], "path": ""}, *entries[1:]]
+        document = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
+    return Modules(main, frozenset(others), document)
+
+
+def _module_path(entry: dict[str, Any]) -> str:
+    path = entry.get("path", "")
+    if not isinstance(path, str) or (path and not stays_inside(path)):
+        raise SourceError("a module's path is not inside the folder", file=MODULES_NAME)
+    path = path.strip("/")
+    return "" if path == "." else path
+
+
+def _routed_folders(repository: Path, path: str) -> set[str]:
+    """Returns the folders of the modules between which a router chooses."""
+    prefix = f"{path}/" if path else ""
+    config = _read_json(repository, prefix + ROUTER_NAME)
+    types = config.get("types") if isinstance(config, dict) else None
+    names = [name for name in types if stays_inside(name)] if isinstance(types, dict) else []
+    return {prefix + name for name in names}
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+
+
+def _read_json(repository: Path, name: str) -> Any:
+    try:
+        with SourceFile(repository, name) as file:
+            if file.size > _CONFIG_BYTES:
+                raise SourceError("file is too large to be what its name says", file=name)
+            return json.loads(file.read(0, file.size))
+    except TruncatedError:
+        return None
+    except (ValueError, RecursionError) as exc:
+        raise SourceError(f"not JSON ({exc})", file=name) from exc

@@ -1,0 +1,177 @@
+"""Whether a source is quantized already, and how: decided from its tensors; the config only names the method.
+
+A config may carry a block that no tensor bears out (a merge that forgot to delete it), may carry it inside another part, and a
+tensor `X_scale` beside `X` means nothing where `X` has 16 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from codecllm.formats.shards.safetensors_header import TensorEntry
+
+Entries = Mapping[str, TensorEntry]
+
+BLOCK_KEYS = ("quantization_config", "compression_config")
+_SCALED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
+_SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
+_INTEGERS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "F4"})
+_PACKED_NAME = re.compile(
+    r".*(\.qweight|\.qzeros|_packed|\.SCB|\.absmax|\.quant_map|\.quant_state\..*|\.codebooks|\.B)"
+)
+"""Names that GPTQ, AWQ, compressed-tensors, bitsandbytes, AQLM and Marlin give to integer tensors."""
+
+_SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point")
+"""Ends of names that stand beside weights with more than one scale, or a zero that is not 0."""
+
+_ACTIVATION_SCALES = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")
+"""Last parts of names of scales that belong to activations: without a quantizer no module has them."""
+
+KEEPS_16_BITS = frozenset({"bitnet"})
+"""Methods whose checkpoints may hold 16-bit weights that only the method's own modules use rightly."""
+
+_METHOD = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What is known of a source's quantization.
+
+    Attributes:
+        method: the block's `quant_method`, or `unknown`.
+        place: keys that lead to the block in the config; empty where there is none.
+        block: the block, or None.
+        scaled: weight -> its scales, where each weight is a number times its scale.
+        blocks: prefix -> (blocks, scales) of weights in MXFP4.
+        dropped: tensors that only a quantized model has, beside the scales.
+        opaque: quantized tensors of other forms.
+    """
+
+    method: str = "unknown"
+    place: tuple[str, ...] = ()
+    block: Mapping[str, Any] | None = None
+    scaled: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    opaque: tuple[str, ...] = ()
+
+    @property
+    def borne_out(self) -> bool:
+        """Whether tensors are quantized, or the method keeps 16 bits."""
+        has_tensors = bool(self.scaled or self.blocks or self.opaque)
+        return has_tensors or (self.block is not None and self.method in KEEPS_16_BITS)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the config has a block that no tensor bears out."""
+        return self.block is not None and not self.borne_out
+
+
+def find_quantization(config: Mapping[str, Any] | None, entries: Entries) -> Quantization:
+    """Returns how a source's tensors are quantized.
+
+    Args:
+        config: the parsed config.json, or None.
+        entries: all tensors.
+    """
+    place, block = _find_block(config or {})
+    method = _method(block)
+    scaled = _scaled_weights(entries)
+    blocks = _mxfp4_weights(entries)
+    side = set(scaled.values()) | {name for pair in blocks.values() for name in pair}
+    opaque = tuple(
+        name
+        for name, entry in entries.items()
+        if name not in side and name not in scaled and _is_opaque(entry, entries, block is not None)
+    )
+    dropped = tuple(name for name in entries if name.rpartition(".")[2] in _ACTIVATION_SCALES)
+    return Quantization(method, place, block, scaled, blocks, dropped, opaque)
+
+
+def _find_block(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
+    """Returns the place and the content of the outermost quantization block."""
+    level: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
+    while level:
+        deeper: list[tuple[tuple[str, ...], Mapping[str, Any]]] = []
+        for place, part in level:
+            for key in BLOCK_KEYS:
+                block = part.get(key)
+                if isinstance(block, dict) and block:
+                    return (*place, key), block
+            deeper += [((*place, key), value) for key, value in _parts(part)]
+        level = deeper
+    return (), None
+
+
+def _parts(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            yield key, value
+
+
+def _method(block: Mapping[str, Any] | None) -> str:
+    name = str((block or {}).get("quant_method", "unknown")).lower()
+    return name if _METHOD.fullmatch(name) else "unknown"
+
+
+def _scaled_weights(entries: Entries) -> dict[str, str]:
+    """Returns the 8-bit matrices that have one set of scales, and the names of these."""
+    scaled = {}
+    for name, entry in entries.items():
+        if entry.dtype.name not in _SCALED_DTYPES or len(entry.shape) < 2:
+            continue
+        scale = _scale_of(name, entries)
+        if scale is None or any(name + end in entries for end in _SECOND_SCALES):
+            continue
+        is_per_channel = entries[scale].elements in (1, entry.shape[0])
+        if entry.dtype.name == "I8" and not is_per_channel:
+            continue  # two FP4 codes in a byte, as some checkpoints have it
+        scaled[name] = scale
+    return scaled
+
+
+def _scale_of(name: str, entries: Entries) -> str | None:
+    stem = name.removesuffix("weight")
+    inverse = f"{name}_scale_inv"
+    candidates = [inverse, inverse.removesuffix("_inv")]
+    if stem.endswith("."):
+        candidates += [f"{stem}scale", f"{stem}qscale_weight"]
+    for candidate in candidates:
+        entry = entries.get(candidate)
+        if entry is not None and entry.dtype.name in _SCALE_DTYPES:
+            return candidate
+    return None
+
+
+def _mxfp4_weights(entries: Entries) -> dict[str, tuple[str, str]]:
+    """Returns the weights that stand as `X_blocks` of 16 bytes with a shared exponent each in `X_scales`."""
+    found = {}
+    for name, entry in entries.items():
+        stem = name.removesuffix("_blocks")
+        scales = entries.get(f"{stem}_scales")
+        if stem == name or scales is None:
+            continue
+        are_bytes = entry.dtype.name == "U8" and scales.dtype.name == "U8"
+        if are_bytes and entry.shape[:-1] == scales.shape and entry.shape[-1] == 16:
+            found[stem] = (name, f"{stem}_scales")
+    return found
+
+
+def _is_opaque(entry: TensorEntry, entries: Entries, has_block: bool) -> bool:
+    """Whether a tensor shows a quantization that is not undone here."""
+    if entry.dtype.name in _INTEGERS and _PACKED_NAME.fullmatch(entry.name):
+        return True
+    if any(entry.name + end in entries for end in _SECOND_SCALES) and entry.dtype.bits <= 8:
+        return True
+    if not has_block:
+        return False
+    if len(entry.shape) < 2:
+        return False
+    if entry.dtype.is_float and entry.dtype.bits <= 8:
+        return True
+    is_weight = entry.name.endswith("weight")
+    has_scale = _scale_of(entry.name, entries) is not None
+    return is_weight and (entry.dtype.name in _INTEGERS or has_scale)

@@ -1,0 +1,3 @@
+"""Code that must not run by itself."""
+
+raise SystemExit
