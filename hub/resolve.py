@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -16,25 +17,14 @@ from codecllm.formats.errors import (
     UnsafeSourceError,
     UsageError,
 )
-from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
+from codecllm.formats.manifest.manifest import CODE_SUFFIX, MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.failures import one_line_errors
+from codecllm.hub.kinds import file_kind
+from codecllm.hub.source_files import fetch_source
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SIDE_PATTERNS = [
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY.md",
-]
-_SUBFOLDER_WEIGHTS = ["*/*.safetensors", "*/*.safetensors.index.json"]
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MODEL_FILES = frozenset({"config.json", "generation_config.json"})
 
 Kind = Literal["source", "container", "model", "manifest"]
@@ -75,7 +65,7 @@ def resolve(
         revision: branch, tag or commit; for a Hub id only.
         token: Hub token, True for the saved one, False for none, None for the default.
         cache_dir: the Hub cache to use instead of the default one.
-        kind: what is wanted: `source` leaves out weight files that only duplicate the safetensors, `container` is all that the
+        kind: what is wanted: `source` leaves out weight files that transformers would not load, `container` is all that the
             manifest lists, `model` the shards and configs, `manifest` the manifest.
 
     Raises:
@@ -144,7 +134,9 @@ def _download_container(
             raise LimitError("manifest is too long", file=MANIFEST_NAME, got=path.stat().st_size)
         manifest = parse_manifest(path.read_bytes())
         names = listed_names(manifest) if kind == "container" else _model_names(manifest)
-        folder = _snapshot(repo, commit or revision, token, cache_dir, [MANIFEST_NAME, *names])
+        folder = _snapshot(
+            repo, commit or revision, token, cache_dir, [MANIFEST_NAME, *map(escape, names)]
+        )
     return ModelFiles(folder, repo, commit)
 
 
@@ -152,22 +144,25 @@ def _model_names(manifest: Manifest) -> list[str]:
     return [
         name
         for name in listed_names(manifest)
-        if name.endswith(".safetensors") or name in _MODEL_FILES
+        if name.endswith((".safetensors", CODE_SUFFIX)) or name in _MODEL_FILES
     ]
 
 
 def _download_source(
     repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
 ) -> ModelFiles:
-    folder = _snapshot(repo, revision, token, cache_dir, ["model*.safetensors", *_SIDE_PATTERNS])
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else None
-    if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(
-            repo, commit or revision, token, cache_dir, ["*.safetensors", *_SIDE_PATTERNS]
-        )
-        if not any(folder.glob("*.safetensors")):
-            _refuse_pickles(repo, commit or revision, token)
-    return ModelFiles(folder, repo, commit)
+    pinned = revision
+
+    def fetch(wanted: list[str], unwanted: list[str]) -> Path:
+        nonlocal pinned
+        folder = _snapshot(repo, pinned, token, cache_dir, wanted, unwanted)
+        pinned = folder.name if _COMMIT.fullmatch(folder.name) else pinned
+        return folder
+
+    folder, found = fetch_source(fetch)
+    if not found:
+        _refuse_pickles(repo, pinned, token)
+    return ModelFiles(folder, repo, folder.name if _COMMIT.fullmatch(folder.name) else None)
 
 
 def _snapshot(
@@ -175,7 +170,8 @@ def _snapshot(
     revision: str | None,
     token: str | bool | None,
     cache_dir: str | Path | None,
-    patterns: list[str],
+    wanted: list[str],
+    unwanted: list[str] | None = None,
 ) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -184,8 +180,8 @@ def _snapshot(
         revision=revision,
         token=token,
         cache_dir=cache_dir,
-        allow_patterns=patterns,
-        ignore_patterns=_SUBFOLDER_WEIGHTS,
+        allow_patterns=wanted,
+        ignore_patterns=unwanted,
         library_name="codecllm",
     )
     return Path(folder)
@@ -195,7 +191,7 @@ def _refuse_pickles(repo: str, revision: str | None, token: str | bool | None) -
     from huggingface_hub import HfApi
 
     names = HfApi(library_name="codecllm").list_repo_files(repo, revision=revision, token=token)
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if file_kind(name) == "pickle"]
     if pickles:
         raise UnsafeSourceError(
             "the repository's weights are pickles, which run code when they are opened",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def _upload(
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=message,
-                allow_patterns=names,
+                allow_patterns=[escape(name) for name in names],
                 delete_patterns=_REPLACED,
             )
     except ValueError as exc:
