@@ -1,0 +1,252 @@
+"""Sources that another library quantized: kept bit for bit, or read as the weights that they stand for."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from codecllm.converter import ConvertOptions, convert, estimate
+from codecllm.converter.source import dequantized
+from codecllm.converter.source.source import SourceModel
+from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import SourceError
+from codecllm.formats.manifest.manifest import ORIGINAL_KEY
+from codecllm.formats.reference import read_tensor_bytes
+from tests.converter.quantized_sources import DEQUANTIZED, KEPT
+from tests.sources import bf16, write_source
+
+OPAQUE = sorted(set(KEPT) - set(DEQUANTIZED))
+MATRIX = ("BF16", bf16(np.random.default_rng(0).standard_normal((300, 256))))
+
+
+def _write(tmp_path, name):
+    tensors, config = KEPT[name]()
+    return write_source(tmp_path / "source", tensors, config), tensors, config
+
+
+def _config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+@pytest.mark.parametrize("name", KEPT)
+def test_lossless_keeps_every_bit_and_the_block(tmp_path, name, codec):
+    source, tensors, config = _write(tmp_path, name)
+    report = convert(source, tmp_path / "out", scheme="lossless", codec=codec)
+    assert report.warnings == []
+    with Container(tmp_path / "out") as container:
+        assert set(container.records) == set(tensors)
+        for key, (_, values) in tensors.items():
+            assert read_tensor_bytes(container, key) == np.ascontiguousarray(values).tobytes(), key
+        manifest = container.manifest
+    method = (config.get("quantization_config") or config["text_config"]["quantization_config"])[
+        "quant_method"
+    ]
+    assert manifest.source.quantization == method
+    assert "quantized" in manifest.required_features
+    written = _config(tmp_path / "out")
+    assert written["quantization_config"].get(ORIGINAL_KEY) == config.get("quantization_config")
+    assert written.get("text_config") == config.get("text_config")
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_int8_of_packed_codes_is_refused_with_a_way_out(tmp_path, name):
+    source, _, _ = _write(tmp_path, name)
+    with pytest.raises(SourceError, match="--scheme lossless keeps every bit") as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.tensor is not None and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def _reference(tensors, config, name):
+    """The weight as transformers dequantizes it, as bits of bfloat16."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    if f"{name}_blocks" in tensors:
+        parts = (torch.from_numpy(tensors[f"{name}_{part}"][1]) for part in ("blocks", "scales"))
+        weight = convert_moe_packed_tensors(*parts)
+        return weight.view(torch.uint16).numpy()
+    dtype, words = tensors[name]
+    stored = torch.from_numpy(words)
+    weight = stored.view(torch.float8_e4m3fn) if dtype == "F8_E4M3" else stored.float()
+    suffix = "_scale_inv" if f"{name}_scale_inv" in tensors else "_scale"
+    scale_dtype, scale_words = tensors[name + suffix]
+    scale = torch.from_numpy(scale_words)
+    scale = scale.view(torch.bfloat16) if scale_dtype == "BF16" else scale
+    rows, cols = weight.shape
+    down, across = scale.shape
+    height, width = (128, 128) if suffix == "_scale_inv" else (1, cols)
+    padded = torch.zeros(down * height, across * width)
+    padded[:rows, :cols] = weight.float()
+    result = Fp8Dequantize(None)._dequantize_one(padded, scale, torch.bfloat16)
+    return result[:rows, :cols].contiguous().view(torch.uint16).numpy()
+
+
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_weights_are_those_that_transformers_dequantizes(tmp_path, name):
+    source, tensors, config = _write(tmp_path, name)
+    with SourceModel(source, view="int8") as model:
+        checked = 0
+        for tensor in model.tensors.values():
+            assert tensor.dtype.name == "BF16"
+            if tensor.name in tensors and tensors[tensor.name][0] == "BF16":
+                continue
+            expected = _reference(tensors, config, tensor.name)
+            assert tensor.shape == expected.shape
+            values = tensor.read_elements(0, tensor.entry.elements)
+            np.testing.assert_array_equal(values.reshape(tensor.shape), expected)
+            checked += 1
+        assert checked == {"deepseek_fp8": 2, "gpt_oss_mxfp4": 2}.get(name, 1)
+        assert not any("scale" in key for key in model.tensors)
+        assert "quantization_config" not in model.config
+
+
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_reading_in_pieces_gives_the_same(tmp_path, name, monkeypatch):
+    source, tensors, _ = _write(tmp_path, name)
+    monkeypatch.setattr(dequantized, "_PIECE_ELEMENTS", 1000)
+    rng = np.random.default_rng(1)
+    with SourceModel(source, view="int8") as model:
+        for tensor in model.tensors.values():
+            if tensor.name in tensors and tensors[tensor.name][0] != "F8_E4M3":
+                continue
+            whole = tensor.read_elements(0, tensor.entry.elements)
+            for _ in range(20):
+                first, last = sorted(rng.integers(0, tensor.entry.elements + 1, 2).tolist())
+                np.testing.assert_array_equal(tensor.read_elements(first, last), whole[first:last])
+                data = tensor.read_bytes(2 * first + 1, 2 * last + 1)
+                assert data == whole.tobytes()[2 * first + 1 : 2 * last + 1]
+
+
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_int8_of_dequantized_weights(tmp_path, name):
+    source, tensors, _ = _write(tmp_path, name)
+    report = convert(source, tmp_path / "out", include=("*proj*",))
+    assert any("are read as bfloat16" in line for line in report.warnings)
+    records = {record.name: record for record in report.manifest.tensors}
+    assert any(record.scheme == "int8" and "layers.0" in key for key, record in records.items())
+    assert report.manifest.source.quantization is None
+    assert report.manifest.required_features == []
+    assert report.manifest.source.tensor_bytes == sum(v.nbytes for _, v in tensors.values())
+    assert ORIGINAL_KEY not in _config(tmp_path / "out")["quantization_config"]
+    predicted = estimate(source, ConvertOptions(include=("*proj*",)))
+    assert {one.name for one in predicted.tensors} == set(records)
+
+
+def test_scales_of_other_types(tmp_path):
+    """E8M0 exponents, one scale for all, bytes as exponents: each is a factor of its block."""
+    weight = np.full((256, 256), 0x38, np.uint8)  # 1.0
+    exponents = np.array([[127, 128], [126, 120]], np.uint8)
+    expected = np.kron(2.0 ** (exponents.astype(float) - 127), np.ones((128, 128)))
+    for dtype in ("F8_E8M0", "U8"):
+        tensors = {"a.weight": ("F8_E4M3", weight), "a.weight_scale_inv": (dtype, exponents)}
+        source = write_source(tmp_path / dtype, tensors)
+        with SourceModel(source, view="int8") as model:
+            words = model.tensors["a.weight"].read_elements(0, 256 * 256)
+        values = (words.astype(np.uint32) << 16).view(np.float32).reshape(256, 256)
+        np.testing.assert_array_equal(values, expected)
+    one = {"a.weight": ("F8_E5M2", weight), "a.weight_scale": ("F32", np.array(2.0, np.float32))}
+    with SourceModel(write_source(tmp_path / "one", one), view="int8") as model:
+        words = model.tensors["a.weight"].read_elements(0, 4)
+    assert words.tolist() == bf16(np.full(4, 1.0)).tolist()  # 0x38 is 0.5 in E5M2
+
+
+def test_values_of_8_bit_floats_are_torchs():
+    codes = torch.arange(256, dtype=torch.uint8)
+    for name, dtype in (("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)):
+        expected = codes.view(dtype).float().numpy()
+        np.testing.assert_array_equal(dequantized._float8_values(DTYPES[name]), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2), (5,), (0, 2)])
+def test_scales_that_do_not_fit(tmp_path, shape):
+    tensors = {
+        "a.weight": ("F8_E4M3", np.full((256, 256), 0x38, np.uint8)),
+        "a.weight_scale_inv": ("F32", np.ones(shape, np.float32)),
+    }
+    with pytest.raises(SourceError, match="scales do not fit") as caught:
+        convert(write_source(tmp_path / "s", tensors), tmp_path / "out")
+    assert caught.value.tensor == "a.weight_scale_inv"
+
+
+# Blocks and names that mean nothing.
+
+
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+@pytest.mark.parametrize("part", [None, "text_config"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+def test_a_block_that_no_tensor_bears_out_is_dropped(tmp_path, scheme, part, method):
+    block = {"quantization_config": {"quant_method": method}}
+    config = {"model_type": "x", **({part: block | {"a": 1}} if part else block)}
+    source = write_source(tmp_path / "s", {"a.weight": MATRIX}, config)
+    report = convert(source, tmp_path / "out", scheme=scheme)
+    assert any(f"{method}, but no tensor is quantized" in line for line in report.warnings)
+    written = _config(tmp_path / "out")
+    assert written["quantization_config"]["quant_method"] == "codecllm"
+    assert ORIGINAL_KEY not in written["quantization_config"]
+    assert written.get("text_config") == ({"a": 1} if part else None)
+    assert report.manifest.source.quantization is None
+
+
+def test_two_blocks_that_no_tensor_bears_out(tmp_path):
+    block = {"quantization_config": {"quant_method": "gptq"}}
+    config = {"model_type": "x", **block, "text_config": block, "vision_config": block}
+    source = write_source(tmp_path / "s", {"a.weight": MATRIX}, config)
+    convert(source, tmp_path / "out")
+    written = _config(tmp_path / "out")
+    assert written["text_config"] == written["vision_config"] == {}
+
+
+def test_a_method_that_keeps_16_bits(tmp_path):
+    config = {"model_type": "bitnet", "quantization_config": {"quant_method": "bitnet"}}
+    source = write_source(tmp_path / "s", {"a.weight": MATRIX}, config)
+    report = convert(source, tmp_path / "out", scheme="lossless")
+    assert report.manifest.source.quantization == "bitnet"
+    with pytest.raises(SourceError, match="bitnet"):
+        convert(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.weight_scale", "a.weight_scale_inv", "a.weight_shape", "a.weight_packed"]
+)
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_names_that_only_look_quantized(tmp_path, name, scheme):
+    """Names like those of side tensors, beside weights of 16 bits and without a block."""
+    tensors = {"a.weight": MATRIX, name: ("BF16", bf16(np.ones((300, 1))))}
+    source = write_source(tmp_path / "s", tensors, {"model_type": "x"})
+    report = convert(source, tmp_path / "out", scheme=scheme)
+    assert report.warnings == [] and report.manifest.source.quantization is None
+    with Container(tmp_path / "out") as container:
+        for key, (_, values) in tensors.items():
+            if container.records[key].scheme != "int8":
+                assert read_tensor_bytes(container, key) == values.tobytes()
+
+
+def test_plain_8_bit_floats_are_no_quantization(tmp_path):
+    tensors = {"a.weight": ("F8_E4M3", np.full((256, 256), 0x38, np.uint8))}
+    source = write_source(tmp_path / "s", tensors, {"model_type": "x"})
+    for scheme in ("int8", "lossless"):
+        report = convert(source, tmp_path / scheme, scheme=scheme)
+        assert report.manifest.tensors[0].scheme == "lossless"
+        assert report.warnings == []
+
+
+def test_fp8_planes_shrink(tmp_path):
+    """Normal weights in E4M3: a byte has an entropy of about 6.6 bits, sign and mantissa included."""
+    weights = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    scaled = (weights / weights.abs().max() * 448).to(torch.float8_e4m3fn)
+    tensors = {
+        "a.weight": ("F8_E4M3", scaled.view(torch.uint8).numpy()),
+        "a.weight_scale_inv": ("F32", np.ones((4, 8), np.float32)),
+    }
+    config = {"model_type": "x", "quantization_config": {"quant_method": "fp8"}}
+    source = write_source(tmp_path / "s", tensors, config)
+    report = convert(source, tmp_path / "out", scheme="lossless", codec="rans")
+    plane = report.manifest.tensors[0].planes[0]
+    assert plane.stored_bytes < 0.9 * plane.raw_bytes
+    assert 8 * plane.stored_bytes < 1.01 * plane.entropy_bits
