@@ -1,9 +1,10 @@
 """`python -m benchmarks.bits`: KL divergence against bits per weight, of SmolLM2 with its weights made continuous.
 
-The model is calibrated once, converted at every rate, and each container is evaluated on two texts: the built-in one, and
-`second_text.txt`. Kinds of calibration beside `self` show what the statistics are worth; `none` takes steps from
-the weights alone; `inputs`, which no conversion offers, multiplies these by the mean squares of the layers' inputs^-1/2, known
-from 128 tokens of the model's own. Synthetic: `demo.models.smollm2_realistic` adds noise to 4-bit weights.
+The model is calibrated once, converted at every rate, and each container is evaluated on two texts:
+the built-in one, and `second_text.txt`. Kinds of calibration beside `self` show what the statistics
+are worth; `none` takes steps from the weights alone; `inputs`, which no conversion offers,
+multiplies these by the mean squares of the layers' inputs^-1/2, known from 128 tokens of the
+model's own. Synthetic: `demo.models.smollm2_realistic` adds noise to 4-bit weights.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Row:
         asked: bits per weight that were asked for; 0 for plain int8.
         refined: whether codes were chosen with error feedback.
         bits: stored per quantized weight, everything counted.
-        entropy_gap: bits per quantized weight that the payload and its tables take beyond the order-0 entropy of each tile's
-            codes.
+        entropy_gap: bits per quantized weight that the payload and its tables take beyond the
+            order-0 entropy of each tile's codes.
         side: bits per quantized weight of scales and groups.
         stored_bytes: of all tensors.
         kl, top1: on the prose.

@@ -1,8 +1,8 @@
 """`python -m benchmarks.codecs`: what `rans` and `zstd` store for a symbol, against the order-0 entropy, and how fast.
 
-Symbols are Gaussian codes as `int8` makes them, at entropies from 1.5 to 7.5 bits, and the byte planes of MiniLM in bf16.
-Groups of about a million symbols share a `rans` table, as the converter forms them; tables, states and the padding of slots are
-counted.
+Symbols are Gaussian codes as `int8` makes them, at entropies from 1.5 to 7.5 bits, and the byte
+planes of MiniLM in bf16. Groups of about a million symbols share a `rans` table, as the converter
+forms them; tables, states and the padding of slots are counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Row:
         symbols: what was coded.
         chunk_kib: symbols of a chunk / 1024.
         group_entropy: order-0 entropy of the symbols that share a table, averaged over groups.
-        chunk_entropy: order-0 entropy of single chunks, averaged: what a table per chunk could reach if it cost nothing.
+        chunk_entropy: order-0 entropy of single chunks, averaged: what a table per chunk could
+            reach if it cost nothing.
         rans, zstd: stored bits.
         precision: of the tables, the largest.
         rans_encode, rans_decode, zstd_encode, zstd_decode: one thread.

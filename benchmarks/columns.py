@@ -1,8 +1,9 @@
 """`python -m benchmarks.columns`: what scales of columns and wide codes cost, as containers store them, against the entropy.
 
-Weights are Gaussian, or matrices of SmolLM2 with realistic bits; scales of columns are drawn log-normally (sigma 0.5; equal in
-the second table), rows get `step` times their root mean square. The first table cuts the columns, by the size of their codes,
-into 1 to 16 groups: one group is what a container without groups has. The second lets codes leave [-127, 127].
+Weights are Gaussian, or matrices of SmolLM2 with realistic bits; scales of columns are drawn
+log-normally (sigma 0.5; equal in the second table), rows get `step` times their root mean square.
+The first table cuts the columns, by the size of their codes, into 1 to 16 groups: one group is what
+a container without groups has. The second lets codes leave [-127, 127].
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ Item = TypeVar("Item")
 def convert_floor(source: Path, scratch: Path, workers: int) -> float:
     """Seconds to read, quantize, zstd-encode, hash and write all matrices, then to read the result again for its sha256.
 
-    The same kernels and hashes as the converter: sha256 of the codes, xxh3-64 of every frame, sha256 of the file. Matrices are
-    bf16 with rows that divide 128 Ki. Frames are written in any order, nothing of a container is.
+    The same kernels and hashes as the converter: sha256 of the codes, xxh3-64 of every frame,
+    sha256 of the file. Matrices are bf16 with rows that divide 128 Ki. Frames are written in any
+    order, nothing of a container is.
     """
     started = time.perf_counter()
     with SourceModel(source) as model, open(scratch, "wb", buffering=0) as file:
@@ -135,14 +136,15 @@ def _in_threads(
 def load_floor(container: Path, workers: int, *, keep: bool = True) -> float:
     """Seconds to read every chunk's slot, hash it, zstd-decode it and turn it into bf16.
 
-    int8: dequantize and round; lossless: join the two planes and rotate. The same kernels as the loader's, with nothing around
-    them: nothing is planned, ordered or reported.
+    int8: dequantize and round; lossless: join the two planes and rotate. The same kernels as the
+    loader's, with nothing around them: nothing is planned, ordered or reported.
 
     Args:
         container: bf16 matrices, int8 or lossless, in tiles of whole rows.
         workers: threads.
-        keep: put the result into memory of the tensors' size, as every loader must. False: overwrite one buffer of a tile,
-            which stays in the cache; that is arithmetic alone, and no loader can do with so little.
+        keep: put the result into memory of the tensors' size, as every loader must. False:
+            overwrite one buffer of a tile, which stays in the cache; that is arithmetic alone, and
+            no loader can do with so little.
     """
     with Container(container) as opened:
         started = time.perf_counter()

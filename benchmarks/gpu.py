@@ -1,13 +1,13 @@
-"""`python -m benchmarks.gpu`: the GPU path on this machine: right or wrong, and how fast against what the machine can do.
+"""`python -m benchmarks.gpu`: correctness and speed of the GPU path, against the machine's limits.
 
-Needs torch, Triton and what the loader needs. Where nothing can be installed, put a copy beside the repository and run from its
-root (`-P` keeps the folder `codecllm` there from hiding the copy):
+Needs torch, Triton and what the loader needs. Where nothing can be installed, put a copy beside the
+repository and run from its root (`-P` keeps the folder `codecllm` there from hiding the copy):
 
     python -m pip install --no-deps --no-build-isolation --target /tmp/site .
     PYTHONPATH=/tmp/site:$PWD python -P -m benchmarks.gpu --out /tmp/gpu.json
 
-Without a GPU `TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse` runs all of it on small sizes under Triton's interpreter;
-its times mean nothing.
+Without a GPU `TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse` runs all of it on small sizes
+under Triton's interpreter; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ON_DEMAND = frozenset({"tuning"})
 
 
 def run_section(name: str, machine: Machine) -> dict[str, Any]:
-    """Runs one section; whatever goes wrong ends in its record, beside the rows that came before."""
+    """Runs one section; an error stands in its record, beside the rows before it."""
     rows: list[Row] = []
     failure = None
     started = time.perf_counter()

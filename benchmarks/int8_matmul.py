@@ -1,4 +1,4 @@
-"""Products with int8 weights on the CPU, by every way that torch has, beside dense bf16 linear layers of the same shape."""
+"""Products with int8 weights on the CPU in each way that torch has, beside dense bf16 layers."""
 
 from __future__ import annotations
 

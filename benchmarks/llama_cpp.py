@@ -1,7 +1,7 @@
-"""llama.cpp's own quantizer: built once from source, fed with GGUF files made from a plain Llama, and read back.
+"""llama.cpp's quantizer: built once from source, run on GGUF files of a plain Llama, read back.
 
-The source is what the sdist of `llama-cpp-python` carries. Building takes cmake, a C++ compiler and some ten minutes on two
-cores; it is kept in the cache of `demo.models`.
+The source is what the sdist of `llama-cpp-python` carries. Building takes cmake, a C++ compiler and
+some ten minutes on two cores; it is kept in the cache of `demo.models`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CMAKE += ["-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD
 
 @dataclass(frozen=True, slots=True)
 class LlamaCpp:
-    """The two programs, and the GGUF file that lends its vocabulary and settings to those made here."""
+    """The two programs, and the GGUF file whose vocabulary and settings the new files get."""
 
     programs: Path
     template: Path
@@ -51,8 +51,9 @@ class LlamaCpp:
         Args:
             model: Hugging Face folder, one safetensors file.
             out: the file to write.
-            joined: makes one row of as many rows as a whole number of super-blocks takes. llama.cpp falls back to larger types
-                where a row is no multiple of 256; joined, it quantizes to the type that was asked for. Such a file cannot run.
+            joined: makes one row of as many rows as a whole number of super-blocks takes. llama.cpp
+                falls back to larger types where a row is no multiple of 256; joined, it quantizes
+                to the type that was asked for. Such a file cannot run.
         """
         reader = GGUFReader(self.template)
         writer = GGUFWriter(out, arch="llama")
@@ -88,7 +89,7 @@ class LlamaCpp:
         writer.close()
 
     def importance(self, model: Path, text: Path, out: Path, context: int) -> None:
-        """Writes the importance matrix of a GGUF file on a text, read in windows of `context` tokens."""
+        """Writes the importance matrix of a GGUF file on a text, in windows of `context` tokens."""
         self._run(
             "llama-imatrix",
             "-m",
@@ -131,7 +132,7 @@ class LlamaCpp:
 
 
 def join_importance(source: Path, out: Path) -> None:
-    """Writes the importance matrix for a file with joined rows: the columns' values, repeated for each row that was joined."""
+    """Writes the importance matrix of a file with joined rows: columns repeat for each row."""
     reader, writer = GGUFReader(source), GGUFWriter(out, arch="imatrix")
     for name, field in reader.fields.items():
         if not name.startswith(("GGUF.", "general.architecture")):
@@ -151,9 +152,10 @@ def join_importance(source: Path, out: Path) -> None:
 
 
 def read_matrices(path: Path, model: Path) -> dict[str, tuple[torch.Tensor, int]]:
-    """Returns the matrices of the layers of a GGUF file that `write_model` or `quantize` wrote, by the plain model's names.
+    """Returns the layers' matrices of a GGUF file of this module, by the plain model's names.
 
-    Each as float32 in the plain model's order and shape, and the bits that it takes in the file with what describes it.
+    Each as float32 in the plain model's order and shape, and the bits that it takes in the file
+    with what describes it.
     """
     reader = GGUFReader(path)
     heads, tensors = _heads(reader), {tensor.name: tensor for tensor in reader.tensors}
@@ -187,10 +189,11 @@ def stored_types(path: Path) -> dict[str, int]:
 
 
 def build() -> Path:
-    """Returns the folder of llama-quantize and llama-imatrix; builds them if the cache does not hold them.
+    """Returns the folder of llama-quantize and llama-imatrix; builds them where the cache lacks them.
 
     Raises:
-        RuntimeError: the source cannot be fetched, is not the one that was expected, or does not build.
+        RuntimeError: the source cannot be fetched, is not the one that was expected, or does not
+            build.
     """
     folder = cache_folder() / "llama.cpp" / SDIST_SHA256[:16]
     programs = folder / "bin"
@@ -238,7 +241,7 @@ def _gguf_name(name: str, reader: GGUFReader) -> str:
 
 
 def _heads(reader: GGUFReader) -> dict[str, int]:
-    """Returns the heads of the projections whose rows GGUF keeps in another order: rotary pairs side by side."""
+    """Returns the heads of projections whose rows GGUF reorders: rotary pairs side by side."""
     keys = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     return {name: int(reader.fields[key].contents()) for name, key in keys.items()}
 

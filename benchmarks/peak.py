@@ -1,4 +1,4 @@
-"""One measured piece of work in a process of its own: `python -m benchmarks.peak WORK ...` prints figures as JSON.
+"""One measured task in a process of its own: `python -m benchmarks.peak WORK ...` prints JSON.
 
 Imports come first and are not counted; memory is RssAnon above what the process held after them.
 """
@@ -77,7 +77,7 @@ def load_peak(container: str, resident: str, workers: str) -> dict[str, float]:
 
 
 def load_plain(source: str) -> dict[str, float]:
-    """Time of plain transformers `from_pretrained`, every page of every weight touched: it maps the file and reads nothing."""
+    """Time of plain `from_pretrained` with every page of every weight touched: it maps the file."""
     _import_model_class(source)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -120,7 +120,7 @@ def load_peer(name: str, source: str, folder: str) -> dict[str, float]:
 
 
 def generate(container: str, resident: str, workers: str) -> dict[str, float]:
-    """Seconds per token of greedy decoding with a cache, and peak memory from load to the last token, over the imports."""
+    """Seconds per token of greedy decoding, and peak memory over the imports until the last token."""
     _import_model_class(container)
     import torch
 
@@ -186,8 +186,9 @@ def _model_mib(model: Any) -> float:
 def _start(warm: bool = True) -> float:
     """Returns the time, behind what would fall into some measurements only.
 
-    That is a collection of the imports' garbage and, where `warm`, the supply of free memory: the host of a virtual machine
-    takes back what was free for seconds, and needs up to a second to give 300 MB again.
+    That is a collection of the imports' garbage and, where `warm`, the supply of free memory: the
+    host of a virtual machine takes back what was free for seconds, and needs up to a second to give
+    300 MB again.
     """
     gc.collect()
     if warm:

@@ -1,6 +1,7 @@
 """Other tools' forms of the same weights: made once per run, loaded by the tools' own code.
 
-Both are optional (`pip install zipnn bigsmall`). Each loader ends where ours does: in a transformers model on the CPU.
+Both are optional (`pip install zipnn bigsmall`). Each loader ends where ours does: in a
+transformers model on the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 
 def make_zipnn(source: Path, out: Path) -> int:
-    """Compresses every tensor with ZipNN's defaults into one safetensors file; returns its bytes."""
+    """Compresses every tensor with ZipNN's defaults into one safetensors file; returns its size."""
     from zipnn import ZipNN
 
     out.mkdir(parents=True, exist_ok=True)

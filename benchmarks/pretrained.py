@@ -1,9 +1,10 @@
-"""`from_pretrained` of a real model beside plain transformers and other tools, and the speed and memory of each residency.
+"""`from_pretrained` of a real model beside plain transformers and other tools, per residency.
 
-Every figure is from a process of its own; imports are not counted, and times are taken with free memory that was in use just
-before: what a virtual machine's host has to supply first costs every loader the same, and at times more than the load. The
-weights are SmolLM2-135M-Instruct with synthetic low bits (demo/models.py), so that lossless coders meet the entropy of a model
-trained in bf16.
+Every figure is from a process of its own; imports are not counted, and times are taken with free
+memory that was in use just before: what a virtual machine's host has to supply first costs every
+loader the same, and at times more than the load. The weights are SmolLM2-135M-Instruct with
+synthetic low bits (demo/models.py), so that lossless coders meet the entropy of a model trained in
+bf16.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def resident(settings: Settings) -> Iterator[Row]:
 
 
 def _beside_floor(name: str, ours: list[float], plain: list[float], floor: list[float]) -> Row:
-    """Compares with what transformers does anyway and then the bare decoding loop, as if nothing overlapped."""
+    """Compares with plain loading plus the bare decoding loop, as if nothing overlapped."""
     whole = [a + b for a, b in zip(plain, floor, strict=True)]
     against = f"plain {statistics.median(plain):.2f} s + bare decoding loop {statistics.median(floor):.2f} s, one after the other"
     return Row(

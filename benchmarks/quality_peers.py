@@ -1,7 +1,11 @@
-"""Bits at equal quality beside llama.cpp, bitsandbytes and HQQ, on SmolLM2-135M with synthetic low bits (demo/models.py).
+"""Bits at equal quality beside llama.cpp, bitsandbytes and HQQ.
 
-Every tool quantizes the same linear layers; embeddings and norms stay as they are. One `codecllm eval` run per text scores all
-of them against the bf16 source. `--json` keeps every figure. docs/quality-peers.md says what they mean and what is needed.
+The model is SmolLM2-135M with synthetic low bits (demo/models.py).
+
+
+Every tool quantizes the same linear layers; embeddings and norms stay as they are. One `codecllm
+eval` run per text scores all of them against the bf16 source. `--json` keeps every figure.
+docs/quality-peers.md says what they mean and what is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ ROOT = Path("benchmarks/out/quality")
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
 BITS = (2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
 SELF, REFINED, SAME_TEXT = "ours-self", "ours-refined", "ours-text"
-"""How our containers' names begin: calibrated by default, that and `--refine`, or on the text of the importance matrix."""
+"""Prefixes of our containers' names: default, `--refine`, calibrated on the imatrix text."""
 
 CALIBRATION = (8, 128)
 """Sequences that the model itself writes, and the tokens of each."""
@@ -45,7 +49,7 @@ KINDS = {
     "Q4_K": ("Q4_K_S", True),
     "IQ4_XS": ("IQ4_XS", False),
 }
-"""Name in the table -> llama-quantize's name, and whether every matrix gets that one type (`--pure`)."""
+"""Name in the table -> llama-quantize's name, and whether all matrices get it (`--pure`)."""
 
 _GOALS = {"Q8_0": 17.0, "Q6_K": 17.0}
 _GOAL = 23.0
@@ -113,7 +117,7 @@ def calibration_text(base: Path, out: Path) -> Path:
 
 
 def make_llama_cpp(base: Path, calibration: Path) -> list[Path]:
-    """Quantizes with llama.cpp, without and with an importance matrix, rows as they are and joined; returns the candidates."""
+    """Quantizes with llama.cpp: with and without importance matrix, with and without joined rows."""
     tool = llama_cpp.LlamaCpp(llama_cpp.build(), smollm2_gguf())
     plain, joined = ROOT / "bf16.gguf", ROOT / "joined.gguf"
     importance = {plain: ROOT / "importance.gguf", joined: ROOT / "importance-joined.gguf"}
@@ -171,7 +175,7 @@ def make_others(base: Path) -> list[Path]:
 
 
 def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
-    """Converts at each rate, calibrated by default, also refined, and on the text of the importance matrix; returns them."""
+    """Converts at each rate: by default, refined, and calibrated on the imatrix text."""
     options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
     chosen = ConvertOptions(**options)
     own = same = feedback = None
@@ -198,9 +202,10 @@ def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
 
 
 def table(evaluation: dict[str, Any]) -> list[Row]:
-    """Returns the peers of an evaluation, each with our bits at its KL, interpolated in log KL between our containers.
+    """Returns the peers of an evaluation with our bits at their KL, interpolated in log KL.
 
-    Peers that were given an importance matrix are compared with ours calibrated on the same text, all others with the default.
+    Peers that were given an importance matrix are compared with ours calibrated on the same text,
+    all others with the default.
     """
     scores = evaluation["scores"]
     containers = [score for score in scores if score["kind"] == "container"]

@@ -1,7 +1,8 @@
-"""Other tools' quantizers of linear layers, each to the values that it multiplies with and the bits that it stores.
+"""Other tools' quantizers of linear layers: the dequantized values and the stored bits.
 
-Optional: `pip install --no-deps bitsandbytes` and `DISABLE_CUDA=1 pip install --no-deps hqq termcolor`. Their results become
-plain folders that `codecllm eval` reads as `dequantized` candidates. What describes their tensors in a file is not counted.
+Optional: `pip install --no-deps bitsandbytes` and `DISABLE_CUDA=1 pip install --no-deps hqq
+termcolor`. Their results become plain folders that `codecllm eval` reads as `dequantized`
+candidates. What describes their tensors in a file is not counted.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def linear_layers(model: Path) -> dict[str, torch.Tensor]:
 def write_dequantized(
     model: Path, out: Path, matrices: dict[str, tuple[torch.Tensor, int]]
 ) -> Path:
-    """Writes a plain folder with a model's matrices replaced and the bits of everything stated; returns it.
+    """Writes a plain folder with replaced matrices and a file of stored bits; returns it.
 
     Args:
         model: Hugging Face folder, one safetensors file.

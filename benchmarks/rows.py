@@ -1,4 +1,4 @@
-"""What every section of the benchmarks shares: its settings, its rows, taking turns, and the table."""
+"""Shared parts of the benchmarks: settings, rows, interleaved turns, and the table."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Settings:
 
 
 def turns(repeats: int, *works: Callable[[], float]) -> list[list[float]]:
-    """Runs the works in turns, once to warm up and then `repeats` times; returns the seconds of each work, by turn."""
+    """Runs the works in turns, once to warm up, then `repeats` times; returns seconds by turn."""
     for work in works:
         work()
     seconds: list[list[float]] = [[] for _ in works]

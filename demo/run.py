@@ -1,4 +1,4 @@
-"""The main job on a real language model: convert, verify, load back, generate; then a table of what came out.
+"""The main job on a real language model: convert, verify, load back, generate; then a table.
 
 `python -m demo.run` runs the command line as a user would and checks every result.
 """
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def codecllm(*arguments: object) -> str:
-    """Runs the command line, shows command and output, and returns the output; ends the demo where it fails."""
+    """Runs the command line, shows command and output, and returns it; ends the demo on failure."""
     words = [str(argument) for argument in arguments]
     _console.print(f"\n$ codecllm {shlex.join(words)}", style="bold", markup=False)
     done = subprocess.run(
@@ -82,7 +82,7 @@ def codecllm(*arguments: object) -> str:
 
 
 def verified(out: Path, source: Path) -> dict[str, Any]:
-    """Verifies a container against its source, for people and for machines; returns the stages by name."""
+    """Verifies a container against its source, as text and as JSON; returns the stages by name."""
     codecllm("verify", out, "--source", source, "--require-baseline")
     command = [sys.executable, "-m", "codecllm", "verify", str(out), "--no-baseline", "--json"]
     report = json.loads(

@@ -1,1 +1,1 @@
-"""Sections of `python -m benchmarks.gpu`: each a function that measures on one device and yields rows."""
+"""Sections of `python -m benchmarks.gpu`: functions that measure on a device and yield rows."""

@@ -1,4 +1,4 @@
-"""Whether every kernel gives the bits of its reference on this device: random data, all codes, golden containers."""
+"""Compares every kernel with its reference: random data, all codes, golden containers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def in_tiles(matrix: NDArray[np.generic], grid: Grid, device: torch.device) -> torch.Tensor:
-    """Returns the bytes of a matrix of one-byte elements, tile after tile: uint8 [rows * cols] on the device."""
+    """Returns a matrix of one-byte elements, tile after tile: uint8 [rows * cols] on the device."""
     parts = [
         matrix[t.row : t.row + t.rows, t.col : t.col + t.cols].reshape(-1).view(np.uint8)
         for t in grid
@@ -123,7 +123,7 @@ def _product_error(
 
 
 def _symbols(machine: Machine, tensor: StoredTensor) -> list[torch.Tensor]:
-    """Decodes the planes of a stored tensor: `rans` chunks by the kernel, others by their codecs on the host."""
+    """Decodes the planes of a stored tensor: `rans` by the kernel, others on the host."""
     grid, table = tensor.table.grid, tensor.table
     planes = [torch.empty(grid.rows * grid.cols, dtype=torch.uint8) for _ in range(table.planes)]
     payload = tensor.read_slots(

@@ -1,4 +1,4 @@
-"""What the machine can do at best: copies from pinned memory and within the device, and one large product."""
+"""Limits of the machine: copies from pinned memory and within the device, one large product."""
 
 from __future__ import annotations
 

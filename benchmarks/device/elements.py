@@ -1,4 +1,4 @@
-"""How fast the kernels that make elements from symbols move their bytes: to be compared with a copy within the device."""
+"""Speed of the kernels that make elements from symbols, beside a copy within the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def elements(machine: Machine) -> Iterator[Row]:
-    """GB/s of symbols read and elements written, for matrices that no cache holds; tiles of whole rows and narrow ones."""
+    """GB/s of symbols read and elements written, for matrices larger than the caches."""
     for rows, cols in _SHAPES if not machine.small else ((20, 256),):
         planes = [
             torch.randint(0, 256, (rows * cols,), dtype=torch.uint8, device=machine.device)

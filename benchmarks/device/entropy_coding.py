@@ -115,8 +115,8 @@ def decode_copies(
 def decoders(machine: Machine) -> Iterator[Row]:
     """Measures each kind of symbols at each size of chunks, then one kind in batches of each size.
 
-    What was coded on the host is decoded many times over, from copies at different places: coding as much as a GPU decodes in a
-    measurable time would take numpy a minute each.
+    What was coded on the host is decoded many times over, from copies at different places: coding
+    as much as a GPU decodes in a measurable time would take numpy a minute each.
     """
     unique = machine.size(8 << 20, 1 << 10)
     total = machine.size(1 << 30, 1 << 11)
@@ -149,7 +149,7 @@ def decoders(machine: Machine) -> Iterator[Row]:
 
 
 def zstd_decoders(machine: Machine) -> Iterator[Row]:
-    """Measures nvCOMP with the frames that containers hold, at each size of chunks and of batches."""
+    """Measures nvCOMP with frames of containers, at each size of chunks and of batches."""
     if machine.rehearses:
         return
     library = open_nvcomp(machine.device)

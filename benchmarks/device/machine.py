@@ -48,7 +48,8 @@ class Machine:
     """Where to measure.
 
     Attributes:
-        device: `cuda`, or `cpu`, where kernels run under Triton's interpreter: a rehearsal whose times mean nothing.
+        device: `cuda`, or `cpu`, where kernels run under Triton's interpreter: a rehearsal whose
+            times mean nothing.
         small: use sizes for a rehearsal.
     """
 
@@ -72,8 +73,9 @@ class Machine:
     def seconds(self, calls: Sequence[Callable[[], object]], *, graph: bool = True) -> float:
         """Returns the median seconds of one call, the calls made one after another.
 
-        On a GPU they are recorded in a CUDA graph, so that the host's time between launches stays out; with several calls on
-        different data the caches stay cold. `graph=False` is for calls that a graph cannot hold.
+        On a GPU they are recorded in a CUDA graph, so that the host's time between launches stays
+        out; with several calls on different data the caches stay cold. `graph=False` is for calls
+        that a graph cannot hold.
         """
         for call in calls:
             call()

@@ -1,7 +1,9 @@
-"""Models to load and run: an eighth of Llama 3.1 8B, with random weights: four of 32 layers, an eighth of the vocabulary.
+"""Models to load and run: an eighth of Llama 3.1 8B with random weights.
 
-Each matrix of the layers has its true shape, so times are those of the whole model divided by eight, but for what does not
-depend on the number of layers.
+Four of 32 layers, an eighth of the vocabulary.
+
+Each matrix of the layers has its true shape, so times are those of the whole model divided by
+eight, but for what does not depend on the number of layers.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ SMALL = {
 }
 LAYERS, VOCABULARY, WHOLE = 4, 128256 // 8, 8
 SMALL_CHUNKS = 32
-"""KiB of symbols in the chunks of the container that is made for `compressed`: four times as many to decode at once."""
+"""KiB of symbols in the chunks of the container for `compressed`: more chunks decode at once."""
 
 KINDS: tuple[tuple[str, str, int], ...] = (
     ("int8", "zstd", 128),
@@ -78,7 +80,7 @@ class Made:
 
 @cache
 def made_models(machine: Machine) -> Made:
-    """Makes a source and its containers in a temporary folder, which goes when the program ends; once for all sections."""
+    """Makes a source and its containers once, in a folder that is deleted at exit."""
     held = TemporaryDirectory(prefix="codecllm-gpu-")
     folder = Path(held.name)
     source, weights = _write_source(machine, folder / "source")
@@ -96,7 +98,7 @@ def _convert(source: Path, out: Path, kind: tuple[str, str, int]) -> float:
 
 
 def _write_source(machine: Machine, folder: Path) -> tuple[Path, int]:
-    """Writes a checkpoint of N(0, 0.02) weights whose rows differ in size; returns its folder and number of weights."""
+    """Writes N(0, 0.02) weights whose rows differ in size; returns folder and number of weights."""
     folder.mkdir()
     sizes, vocabulary = (SMALL, 512) if machine.small else (FULL, VOCABULARY)
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
@@ -189,7 +191,7 @@ def _copy_seconds(machine: Machine, size: int) -> float:
 
 
 def loading(machine: Machine) -> Iterator[Row]:
-    """Seconds to load, files in the page cache, beside plain transformers; and what reading and copying take alone."""
+    """Seconds to load, warm cache, beside plain transformers and beside reading and copying alone."""
     made = made_models(machine)
     plain = min(_seconds(machine, lambda: _plain(machine, made.source))[0] for _ in range(3))
     note = f"{made.weights / 1e9:.2f}e9 weights; {plain * WHOLE:.2f} s for 8B at this rate"
@@ -247,7 +249,7 @@ def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") 
 
 
 def generating(machine: Machine) -> Iterator[Row]:
-    """Tokens a second in each form of residency, against dense; and whether the tokens are dense's."""
+    """Tokens a second of each residency against dense, and whether the tokens are equal."""
     made = made_models(machine)
     cases = [
         (("lossless", "zstd", 128), "dense"),

@@ -36,7 +36,7 @@ _TRIED: dict[int, tuple[Way, ...]] = {
 def _weights(
     machine: Machine, rows: int, cols: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Returns (codes, scale, dense) in enough copies that none stays in the cache from one use to the next."""
+    """Returns (codes, scale, dense) in so many copies that no cache holds them."""
     copies = max(2, -(-machine.size(_COLD_BYTES, 1) // (rows * cols)))
     made = []
     for _ in range(min(copies, 40)):
@@ -66,7 +66,7 @@ def _measure(machine: Machine, weights: list, inputs: torch.Tensor, way: Way | N
 
 
 def products(machine: Machine) -> Iterator[Row]:
-    """The chosen way at each shape and number of tokens: how many times as fast as a dense layer."""
+    """Speed of the chosen way against a dense layer, for each shape and number of tokens."""
     yield from _products(machine, lambda tokens, rows, cols: (choose_way(tokens, rows, cols),))
 
 
