@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -30,12 +31,15 @@ KEEP_BYTES = 256 << 20
 
 
 def stream_tensors(
-    container: Container, *, dtype: torch.dtype | None = None, workers: int | None = None
+    container: Container | str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[RawTensor | CodedTensor, torch.Tensor]]:
     """Yields every stored tensor of a container, decoded; aliases are left out.
 
     Args:
-        container: an opened container.
+        container: a container's folder, or an opened container, which stays open.
         dtype: dtype of float tensors; None keeps each tensor's source dtype. Integers and booleans keep theirs.
         workers: decoding threads; None takes one per core up to six, and 16 for codec `rans`.
 
@@ -43,24 +47,30 @@ def stream_tensors(
         The tensor's record and the tensor, on the CPU. It is the caller's; the stream keeps no reference.
 
     Raises:
-        FormatError: something is damaged. Tensors yielded before are whole and were checked.
+        FormatError: something is damaged, or the folder is no container. Tensors yielded before are whole and were checked.
         UsageError: `workers` is not positive.
     """
     with (
-        DecodePool(decoding_threads(container, workers)) as pool,
+        _opened(container) as opened,
+        DecodePool(decoding_threads(opened, workers)) as pool,
         closing(RecycledMemory(KEEP_BYTES)) as memory,
         ReadAhead(pool, AHEAD_BYTES) as ahead,
     ):
         announce = Announcer()
         requests = {
-            name: _request(container, name, dtype, memory, announce)
-            for name in file_order(container)
+            name: _request(opened, name, dtype, memory, announce) for name in file_order(opened)
         }
         ahead.expect(requests.values())
         for name in list(requests):
-            record = container.records[name]
+            record = opened.records[name]
             assert not isinstance(record, AliasTensor)
             yield record, ahead.result(ahead.take(requests.pop(name)))
+
+
+def _opened(container: Container | str | Path) -> AbstractContextManager[Container]:
+    if isinstance(container, Container):
+        return nullcontext(container)
+    return Container(container)
 
 
 def _request(

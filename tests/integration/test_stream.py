@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 
 from codecllm.converter import convert
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError, UsageError
+from codecllm.formats.errors import ChecksumError, NotAContainerError, UsageError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.loader import stream_tensors
@@ -123,3 +123,22 @@ def test_int8_codes_reach_the_stream_once_per_element(every_dtype):
 def test_workers_must_be_positive(every_dtype):
     with Container(every_dtype) as container, pytest.raises(UsageError, match="workers"):
         next(stream_tensors(container, workers=0))
+
+
+def test_a_folder_is_opened_and_closed(tmp_path):
+    convert(_source(tmp_path / "s"), tmp_path / "c", scheme="lossless")
+    with Container(tmp_path / "c") as container:
+        expected = [(record.name, tensor) for record, tensor in stream_tensors(container)]
+    for folder in (tmp_path / "c", str(tmp_path / "c")):
+        streamed = [(record.name, tensor) for record, tensor in stream_tensors(folder)]
+        assert [name for name, _ in streamed] == [name for name, _ in expected]
+        assert all(
+            torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+            for (_, one), (_, other) in zip(streamed, expected, strict=True)
+            if one.ndim
+        )
+
+
+def test_a_folder_that_is_no_container(tmp_path):
+    with pytest.raises(NotAContainerError, match="no such folder"):
+        next(stream_tensors(tmp_path / "nowhere"))
