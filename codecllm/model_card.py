@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
+from codecllm.formats.manifest.manifest import BASELINE_NAME, CODE, CODE_SUFFIX, Manifest
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.hub import BaseModel
 from codecllm.info import describe_manifest
@@ -70,10 +70,14 @@ def _metadata(container: Container, base: BaseModel | None) -> str:
     fields["license_link"] = _licence_link(fields.get("license_link"), base, manifest)
     data = ModelCardData(
         library_name="transformers",
-        tags=["codecllm", manifest.options.scheme, *sorted(codecs)],
+        tags=["codecllm", manifest.options.scheme, *sorted(codecs), *_code_tags(manifest)],
         **fields,
     )
     return str(data.to_yaml()).strip()
+
+
+def _code_tags(manifest: Manifest) -> list[str]:
+    return ["custom_code"] if CODE in manifest.required_features else []
 
 
 def _licence_link(link: str | None, base: BaseModel | None, manifest: Manifest) -> str | None:
@@ -114,6 +118,24 @@ def _loading(container: Container, repo: str) -> str:
         text += (
             '\n\n`resident="int8"` keeps the codes in memory: half the bytes of bf16, the same weights, and products that '
             "differ by the rounding of bf16 at most."
+        )
+    return text + _loading_remarks(container.manifest)
+
+
+def _loading_remarks(manifest: Manifest) -> str:
+    """Returns paragraphs on what a load runs beside codecllm: a quantizer of the source, code of the repository."""
+    text = ""
+    if manifest.source.quantization is not None:
+        text += (
+            f"\n\nThe source is quantized ({manifest.source.quantization}) and stays so: every tensor is its own, bit for bit, "
+            "and transformers loads them with the quantizer of that method."
+        )
+    code = [record for record in manifest.files if record.name.endswith(CODE_SUFFIX)]
+    if code:
+        names = "\n".join(f"- `{record.name}`, sha256 `{record.sha256}`" for record in code)
+        text += (
+            "\n\n**This repository contains Python code** of the source's authors. It runs only if you pass "
+            f"`trust_remote_code=True`; read it first.\n\n{names}"
         )
     return text
 

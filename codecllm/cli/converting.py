@@ -345,7 +345,8 @@ def _print_estimate(predicted: Any, as_json: bool) -> None:
     if as_json:
         rows = [{name: getattr(t, name) for name in t.__slots__} for t in predicted.tensors]
         totals = {"source_bytes": predicted.source_bytes, "stored_bytes": predicted.stored_bytes}
-        typer.echo(json.dumps({**totals, "tensors": rows, "warnings": predicted.warnings}))
+        facts = {**totals, "tensors": rows, **_file_facts(predicted)}
+        typer.echo(json.dumps({**facts, "warnings": predicted.warnings}))
         return
     from rich.table import Table
 
@@ -357,6 +358,7 @@ def _print_estimate(predicted: Any, as_json: bool) -> None:
         table.add_row(row.name, row.dtype, row.scheme, *sizes, row.note or "")
     stdout.print(table)
     print_warnings(predicted.warnings)
+    _print_files(predicted)
     ratio = predicted.source_bytes / max(1, predicted.stored_bytes)
     stdout.print(
         f"\n{predicted.source_bytes:,} bytes -> about {predicted.stored_bytes:,} bytes ({ratio:.2f}x); nothing was written"
@@ -378,11 +380,22 @@ def _conversion_facts(done: Any) -> dict[str, Any]:
         "quantized_bits_per_weight": report.quantized_bits_per_weight,
         "seconds": report.seconds,
         "manifest_sha256": done.manifest_sha256,
-        "taken": report.taken,
-        "left": [{"name": one.name, "reason": one.reason} for one in report.left],
+        **_file_facts(report),
         "warnings": report.warnings,
         "baseline": None if done.baseline is None else done.baseline.to_dict(),
     }
+
+
+def _file_facts(report: Any) -> dict[str, Any]:
+    left = [{"name": one.name, "reason": one.reason} for one in report.left]
+    return {"taken": report.taken, "left": left}
+
+
+def _print_files(report: Any) -> None:
+    """Says which files were taken as the model's weights and which are not in the container."""
+    stdout.print(f"took {report.taken}", markup=False)
+    for line in _describe_left(report.left):
+        stdout.print(line, markup=False)
 
 
 def _describe_left(left: list[Any]) -> list[str]:
@@ -404,9 +417,7 @@ def _print_conversion(done: Any, as_json: bool) -> None:
         return
     report = done.report
     print_warnings(report.warnings)
-    stdout.print(f"took {report.taken}", markup=False)
-    for line in _describe_left(report.left):
-        stdout.print(line, markup=False)
+    _print_files(report)
     stdout.print(
         f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} bytes "
         f"in {report.seconds:.1f} s, "

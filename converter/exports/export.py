@@ -28,7 +28,12 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.machine import cores
-from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, shard_name
+from codecllm.formats.manifest.manifest import (
+    BASELINE_NAME,
+    INDEX_NAME,
+    ORIGINAL_KEY,
+    shard_name,
+)
 from codecllm.formats.manifest.records import Int8Tensor, TensorRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
@@ -260,7 +265,9 @@ def _write_side_files(container: Container, folder: Path, layout: PackedLayout |
         data = container.read_side_file(record)
         if record.name == "config.json":
             config = json.loads(data)
-            config.pop("quantization_config", None)
+            block = config.pop("quantization_config", None)
+            if isinstance(block, dict) and ORIGINAL_KEY in block:
+                config["quantization_config"] = block[ORIGINAL_KEY]
             if layout is not None:
                 config["quantization_config"] = layout.quantization_config
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -19,6 +19,7 @@ from codecllm.converter.encode.packing import EncodedBlock
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.policy import plan_lossless
 from codecllm.converter.plan.tensor_plan import TensorPlan, check_params
+from codecllm.converter.source.selection import LeftFile
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UsageError
 from codecllm.formats.schemes.int8 import channel_scales
@@ -55,6 +56,8 @@ class Estimate:
 
     tensors: list[TensorEstimate]
     warnings: list[str]
+    taken: str
+    left: list[LeftFile]
 
     @property
     def source_bytes(self) -> int:
@@ -101,7 +104,7 @@ def estimate(source: str | Path, options: ConvertOptions | None = None) -> Estim
                     f"same bytes as {alias}",
                 )
             )
-        return Estimate(tensors, plan.warnings)
+        return Estimate(tensors, plan.warnings, model.describe_taken(), model.side_files.left)
 
 
 @dataclass(frozen=True, slots=True)

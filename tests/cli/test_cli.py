@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,23 @@ def test_diagnose_and_compare(container, source, tmp_path):
     assert found["norm"]["same"]
     assert 0 < found["layer.0.weight"]["relative_error"] < 0.02
     assert "4 of 5 tensors differ" in run("compare", source, container, "--no-run").stdout
+
+
+def test_convert_says_what_it_took_and_what_it_left(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    for name in ("modeling_own.py", *(f"optimizer{number}.pt" for number in range(8))):
+        (folder / name).write_text("x")
+    done = run("convert", folder, tmp_path / "c", "--no-baseline")
+    assert "took model.safetensors: 5 tensors" in done.stdout
+    assert "left modeling_own.py: code" in done.stdout
+    assert "optimizer5.pt and 2 more (--json names all): pickle" in done.stdout
+    for more in (["--dry-run"], ["--force", "--no-baseline"]):
+        done = run("convert", folder, tmp_path / "c", "--with-code", "--json", *more)
+        facts = json.loads(done.stdout)
+        assert facts["taken"] == "model.safetensors: 5 tensors"
+        assert {one["reason"] for one in facts["left"]} == {"pickle"}
+        assert len(facts["left"]) == 8
+    assert (tmp_path / "c" / "modeling_own.py").exists()
 
 
 def test_convert_json_and_existing_output(source, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from codecllm.converter import ConvertOptions, convert, estimate
+from codecllm.converter.exports.export import export
 from codecllm.converter.source import dequantized
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
@@ -250,3 +251,16 @@ def test_fp8_planes_shrink(tmp_path):
     plane = report.manifest.tensors[0].planes[0]
     assert plane.stored_bytes < 0.9 * plane.raw_bytes
     assert 8 * plane.stored_bytes < 1.01 * plane.entropy_bits
+
+
+@pytest.mark.parametrize("name", ["deepseek_fp8", "nvfp4"])
+def test_an_export_is_the_source_again(tmp_path, name):
+    source, tensors, config = _write(tmp_path, name)
+    convert(source, tmp_path / "out", scheme="lossless")
+    export(tmp_path / "out", tmp_path / "plain")
+    assert _config(tmp_path / "plain") == config
+    with SourceModel(tmp_path / "plain") as model:
+        for key, (_, values) in tensors.items():
+            tensor = model.tensors[key]
+            stored = tensor.read_bytes(0, tensor.entry.bytes)
+            assert stored == np.ascontiguousarray(values).tobytes()
