@@ -11,7 +11,13 @@ setup(
             sources=[f"native/{name}.c" for name in ("module", *SOURCES)],
             depends=["native/core.h", "native/kernels.inc.h"],
             include_dirs=["native"],
-            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=[
+                "-std=gnu11",
+                "-O3",
+                "-g0",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+            ],
             py_limited_api=True,
             optional=True,
         )

@@ -27,9 +27,16 @@ from rich.table import Table
 from codecllm.calibrator import Calibrated, calibrate
 from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.text import own_text, record
-from codecllm.converter import ConversionReport, ConvertOptions, convert
+from codecllm.converter import (
+    ConversionReport,
+    ConvertOptions,
+    ParamsChoice,
+    Rate,
+    convert,
+    convert_model,
+)
 from codecllm.converter.rate.feedback import Feedback
-from codecllm.converter.rate.search import Target, fit
+from codecllm.converter.rate.search import fit
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.entropy import counted_entropy_bits
@@ -38,7 +45,7 @@ from codecllm.formats.schemes.int8 import join_codes
 from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.formats.stored_tensor import StoredTensor, sound
 from codecllm.loader.hf import adapter as transformers_adapter
-from codecllm.quality import stepped_tensors
+from codecllm.quality import quantized_tensors
 from codecllm.verifier.evaluation import evaluate
 from demo import models
 
@@ -125,9 +132,9 @@ def _bits_over_entropy(container: Container, record: Int8Tensor) -> float:
 def _calibrated(source: Path, kind: str, refined: Collection[str]) -> Calibrated | None:
     if kind == "none":
         return None
-    if kind != "inputs":
-        return calibrate(source, kind, refined=refined)
     with SourceModel(source) as opened:
+        if kind != "inputs":
+            return calibrate(opened, kind, refined=refined)
         known = set(opened.tensors)
     model = transformers_adapter.load_plain(source, torch.float32).eval()
     tokens = own_text(model)
@@ -169,25 +176,20 @@ def main(
                 measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens)
             )
         for kind in kinds or ["self"]:
-            found = _calibrated(
-                source, kind, stepped_tensors(source, ConvertOptions(**options)) if refine else ()
-            )
+            with SourceModel(source) as opened:
+                names = quantized_tensors(opened, ConvertOptions(**options)) if refine else ()
+            found = _calibrated(source, kind, names)
             statistics = {} if found is None else found.statistics
             feedback = None if found is None or found.products is None else Feedback(found.products)
-            for rate, refiner in product(rates or RATES, (None, feedback) if feedback else (None,)):
-                fitted = fit(
-                    source, ConvertOptions(**options), Target(bits=rate), statistics, refiner
-                )
-                asked: dict[str, Any] = {
-                    "bits": rate,
-                    "calibrate": kind,
-                    "calibration": found and found.record,
-                }
-                out = folder / f"{kind}-{rate:g}{'-refined' if refiner else ''}"
-                report = convert(
-                    source, out, steps=fitted, refine=True if refiner else None, **asked, **options
-                )
-                rows.append(measure(report, source, kind, rate, tokens))
+            for bits, refiner in product(rates or RATES, (None, feedback) if feedback else (None,)):
+                rate = Rate(bits=bits, calibrate=kind, refine=refiner is not None)
+                chosen = ConvertOptions(rate=rate, **options)
+                out = folder / f"{kind}-{bits:g}{'-refined' if refiner else ''}"
+                with SourceModel(source) as opened:
+                    fitted = fit(opened, chosen, statistics, refiner)
+                    choice = ParamsChoice(fitted, rate, found and found.record)
+                    report = convert_model(opened, out, chosen, choice=choice)
+                rows.append(measure(report, source, kind, bits, tokens))
                 Console(stderr=True).print(rows[-1], f"{report.seconds:.1f} s of conversion")
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))

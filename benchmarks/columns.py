@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
 from codecllm.converter.plan.params import QuantParams, column_tiles, like_columns
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.source import SourceModel
@@ -144,7 +144,7 @@ def _stored(
         )
         writer.add("w", "F32", weights.shape, weights.tobytes())
         writer.finish()
-        convert(source, out, codec=codec, steps=provide)
+        convert(source, out, codec=codec, choice=ParamsChoice(provide))
         with Container(out) as container:
             tensor = container.tensor("w")
             assert isinstance(tensor, StoredTensor)

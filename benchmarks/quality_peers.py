@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import llama_cpp, quantizers
 from codecllm.calibrator import calibrate
-from codecllm.converter import ConvertOptions, convert
+from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert_model
 from codecllm.converter.rate.feedback import Feedback
-from codecllm.converter.rate.search import Target, fit
-from codecllm.quality import stepped_tensors
+from codecllm.converter.rate.search import fit
+from codecllm.converter.source.source import SourceModel
+from codecllm.quality import quantized_tensors
 from demo.models import smollm2_gguf, smollm2_realistic
 
 ROOT = Path("benchmarks/out/quality")
@@ -177,27 +178,26 @@ def make_others(base: Path) -> list[Path]:
 def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
     """Converts at each rate: by default, refined, and calibrated on the imatrix text."""
     options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
-    chosen = ConvertOptions(**options)
     own = same = feedback = None
     made = []
     for title, bits in product((SELF, REFINED, SAME_TEXT), BITS):
         made.append(out := ROOT / f"{title}-{bits:g}")
         if (out / "codecllm.json").exists():
             continue
-        if title == SAME_TEXT:
-            found = same = same or calibrate(base, str(calibration))
-        else:
-            found = own = own or calibrate(base, "self", refined=stepped_tensors(base, chosen))
-        refine = title == REFINED
-        if refine:
-            feedback = feedback or Feedback(found.products)
-        steps = fit(base, chosen, Target(bits=bits), found.statistics, feedback if refine else None)
-        recorded = {
-            "calibrate": found.record.kind,
-            "calibration": found.record,
-            "refine": True if refine else None,
-        }
-        convert(base, out, steps=steps, bits=bits, **recorded, **options)
+        with SourceModel(base) as source:
+            if title == SAME_TEXT:
+                found = same = same or calibrate(source, str(calibration))
+            else:
+                names = quantized_tensors(source, ConvertOptions(**options))
+                found = own = own or calibrate(source, "self", refined=names)
+            refine = title == REFINED
+            if refine:
+                feedback = feedback or Feedback(found.products)
+            rate = Rate(bits=bits, calibrate=found.record.kind, refine=refine)
+            chosen = ConvertOptions(rate=rate, **options)
+            fitted = fit(source, chosen, found.statistics, feedback if refine else None)
+            choice = ParamsChoice(fitted, rate, found.record)
+            convert_model(source, out, chosen, choice=choice)
     return made
 
 

@@ -1,4 +1,4 @@
-"""Calibration: from a source folder to statistics for the quantizer and a record of their text."""
+"""Calibration: from an opened source to statistics for the quantizer and a record of their text."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class _Task:
 
 
 def calibrate(
-    folder: str | Path,
+    source: SourceModel,
     kind: str,
     on_stage: Callable[[str], None] | None = None,
     *,
@@ -92,7 +92,7 @@ def calibrate(
     """Runs the source model on a short text and learns where quantization hurts.
 
     Args:
-        folder: the source: safetensors and config.json.
+        source: the opened source: safetensors and config.json.
         kind: `self`: text that the model itself writes (random tokens, where it does not generate
             text); `random`: random tokens; anything else: path of a text file.
         on_stage: called with a sentence when a stage begins.
@@ -105,11 +105,9 @@ def calibrate(
         SourceError, FormatError: the source cannot be read.
         OSError: there is no room for temporary files.
     """
-    folder, tell = Path(folder), on_stage or (lambda text: None)
-    with SourceModel(folder, view="int8") as source:
-        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        elements, size = source.elements, source.tensor_bytes
-    task = _Task(folder, kind, refined, shapes, tell)
+    folder, elements, size = source.repository, source.elements, source.tensor_bytes
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    task = _Task(folder, kind, refined, shapes, on_stage or (lambda text: None))
     try:
         with adapter.without_progress_bars(), adapter.silenced():
             if 4 * elements * _ROOM <= available_memory():

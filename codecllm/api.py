@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from codecllm.converter import ConversionReport
-from codecllm.converter import convert as convert_folder
-from codecllm.converter.conversion import Progress
+from codecllm.converter.conversion import convert_model
 from codecllm.converter.exports import gguf
 from codecllm.converter.exports.compressed_tensors import PackedLayout, plan_layout
 from codecllm.converter.exports.export import ExportReport
 from codecllm.converter.exports.export import export as export_folder
+from codecllm.converter.options import (
+    DEFAULT_MAX_SHARD_BYTES,
+    ConvertOptions,
+    NonFinite,
+    Origin,
+    Quality,
+    Scheme,
+    requested_rate,
+)
+from codecllm.converter.plan.conversion_plan import open_source
+from codecllm.converter.rate.estimate import Estimate, estimate_model
+from codecllm.converter.report import ConversionReport
+from codecllm.converter.write.container_writer import OnProgress
+from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
-from codecllm.hub import resolve
-from codecllm.quality import chosen_steps
+from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
+from codecllm.hub import ModelFiles, resolve
+from codecllm.quality import choose_params
+
+if TYPE_CHECKING:
+    from codecllm.verifier.baseline.baseline import BaselineOutcome
 
 ExportFormat = Literal["safetensors", "compressed-tensors", "gguf"]
 
@@ -27,72 +43,129 @@ class Converted:
     """A finished conversion.
 
     Attributes:
-        report: what the conversion did, as it was before the baseline.
+        report: of the conversion, as it was before the baseline.
         manifest_sha256: sha256 of the manifest as it is now: the value to pin.
-        baseline: what was recorded, as a verifier's `BaselineOutcome`, or None where none was asked for.
+        baseline: the recorded baseline, or None where none was asked for.
     """
 
     report: ConversionReport
     manifest_sha256: str
-    baseline: Any
+    baseline: BaselineOutcome | None
 
 
 def convert(
     model: str | Path,
     out: str | Path,
     *,
+    scheme: Scheme = "int8",
+    codec: CodecName = "zstd",
+    bits: float | None = None,
+    ratio: float | None = None,
+    quality: Quality | None = None,
+    calibrate: str | Path | None = None,
+    refine: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    non_finite: NonFinite = "error",
+    chunk_kib: int = DEFAULT_TILE_SYMBOLS >> 10,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    workers: int | None = None,
+    force: bool = False,
+    with_code: bool = False,
+    baseline: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
-    bits: float | None = None,
-    ratio: float | None = None,
-    quality: str | None = None,
-    calibrate: str | Path | None = None,
-    refine: bool = False,
-    baseline: bool | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     on_stage: Callable[[str], None] | None = None,
-    **options: Any,
 ) -> Converted:
     """Converts a model into a container and records its baseline output.
 
-    Without `bits`, `ratio` or `quality` the steps of int8 tensors follow from the largest weight of each channel. With one of
-    them they are chosen such that the container has that rate, and such that bits go where the model is sensitive.
+    Without `bits`, `ratio` or `quality` the steps of int8 tensors follow from the largest weight of each channel. With one
+    of them they are chosen such that the container has that rate, and such that bits go where the model is sensitive.
 
     Args:
         model: a Hub id or a local folder with safetensors weights.
         out: folder to make.
-        revision: branch, tag or commit of a Hub id; the commit it leads to is recorded.
-        token: Hub token.
-        cache_dir: Hub cache.
+        scheme: `int8` (one scale per output channel) or `lossless`.
+        codec: `zstd`, or `rans`: smaller, made for decoding on a GPU, slow to decode on a CPU.
         bits: bits per quantized weight, everything counted, 2 to 8.
         ratio: source bytes / stored bytes.
-        quality: `high`, `balanced` or `small`: names for bits, see `codecllm.quality.QUALITIES`.
+        quality: `high`, `balanced` or `small`: names for bits, see `codecllm.converter.options.QUALITIES`.
         calibrate: text from which the sensitivities come, where a rate is asked for: `self` (the model writes it), `random`
             (random tokens), `none`, or a text file. None is `self`, or `none` where the model cannot run here.
         refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and a conversion that takes
             longer. Needs a rate and a calibration.
+        include: glob patterns of tensor names to quantize beside the default choice.
+        exclude: glob patterns of tensor names not to quantize; they win over `include`.
+        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
+        chunk_kib: most KiB of symbols in a chunk, 4 to 1024.
+        max_shard_bytes: no shard is longer, unless one tensor is.
+        workers: encoding threads; None takes one per core. Does not change a byte of the output.
+        force: replace a container that is in the way.
+        with_code: copy the repository's Python files (`auto_map`). They run only where a loading caller passes
+            `trust_remote_code=True`.
         baseline: True records in any case, False never, None where the source fits in memory and it takes under 10 minutes.
+        revision: branch, tag or commit of a Hub id; the commit it leads to is recorded.
+        token: Hub token.
+        cache_dir: Hub cache.
         progress: called with a tensor's name, bytes done and bytes in all.
         on_stage: called with a sentence when a stage begins.
-        options: fields of `codecllm.converter.ConvertOptions` (scheme, include, exclude, workers, force, ...).
 
     Raises:
-        CodecLLMError: see `codecllm.converter.convert` and `codecllm.hub.resolve`.
+        UsageError: options contradict each other, or one is out of range.
+        CodecLLMError: see `codecllm.converter.convert_model` and `codecllm.hub.resolve`.
     """
-    files = resolve(model, revision=revision, token=token, cache_dir=cache_dir, kind="source")
-    rate: dict[str, Any] = {
-        "bits": bits,
-        "ratio": ratio,
-        "quality": quality,
-        "calibrate": calibrate,
-        "refine": refine,
-    }
-    steps, notes = chosen_steps(files.folder, options, on_stage=on_stage, **rate)
-    whence = {"repo": files.repo, "commit": files.commit}
-    report = convert_folder(files.folder, out, progress=progress, **whence, **options, **steps)
-    report.warnings.extend(notes)
-    steps.clear()  # with it the temporary file of a refinement
+    options = ConvertOptions(
+        scheme=scheme,
+        codec=codec,
+        rate=requested_rate(bits, ratio, quality, calibrate, refine),
+        include=include,
+        exclude=exclude,
+        non_finite=non_finite,
+        chunk_kib=chunk_kib,
+        max_shard_bytes=max_shard_bytes,
+        workers=workers,
+        force=force,
+        with_code=with_code,
+    )
+    access = HubAccess(revision, token, cache_dir)
+    return run_conversion(
+        model, out, options, access, baseline=baseline, progress=progress, on_stage=on_stage
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HubAccess:
+    """How a Hub id is read.
+
+    Attributes:
+        revision: branch, tag or commit.
+        token: Hub token.
+        cache_dir: Hub cache.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+
+
+LOCAL_ACCESS = HubAccess()
+
+
+def run_conversion(
+    model: str | Path,
+    out: str | Path,
+    options: ConvertOptions,
+    access: HubAccess = LOCAL_ACCESS,
+    *,
+    baseline: bool | None = None,
+    progress: OnProgress | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> Converted:
+    """Does what `convert` does, with packed options."""
+    files = _resolve_source(model, access)
+    report = _convert_source(files, out, options, progress, on_stage)
     outcome, pinned = None, report.manifest_sha256
     if baseline is not False:
         from codecllm.verifier import record_baseline
@@ -105,27 +178,68 @@ def convert(
     return Converted(report, pinned, outcome)
 
 
+def predict(
+    model: str | Path,
+    options: ConvertOptions,
+    access: HubAccess = LOCAL_ACCESS,
+    *,
+    on_stage: Callable[[str], None] | None = None,
+) -> Estimate:
+    """Predicts the sizes that a conversion would give; nothing is written. Errors as `convert`."""
+    files = _resolve_source(model, access)
+    with open_source(files.folder, options) as source:
+        return estimate_model(source, options, choose_params(source, options, on_stage))
+
+
+def _resolve_source(model: str | Path, access: HubAccess) -> ModelFiles:
+    return resolve(
+        model,
+        revision=access.revision,
+        token=access.token,
+        cache_dir=access.cache_dir,
+        kind="source",
+    )
+
+
+def _convert_source(
+    files: ModelFiles,
+    out: str | Path,
+    options: ConvertOptions,
+    progress: OnProgress | None,
+    on_stage: Callable[[str], None] | None,
+) -> ConversionReport:
+    """Converts; the chosen parameters, and with them the temporary file of a refinement, are gone when it returns."""
+    with open_source(files.folder, options) as source:
+        choice = choose_params(source, options, on_stage)
+        origin = Origin(files.repo, files.commit)
+        return convert_model(source, out, options, choice=choice, origin=origin, progress=progress)
+
+
 def export(
     container: str | Path,
     out: str | Path,
     *,
     format: ExportFormat = "safetensors",
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    workers: int | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
-    **options: Any,
+    progress: OnProgress | None = None,
 ) -> ExportReport:
-    """Writes a container's model (a folder or Hub id) for others to read; see `codecllm.converter.exports.export`.
+    """Writes the model of a container (a folder or Hub id) for other programs to read.
 
     Args:
         container: folder or Hub id.
         out: folder to make.
         format: `safetensors`: a plain model in the source's dtypes. `compressed-tensors`: int8 weights of linear modules stay
             int8, in that library's `pack-quantized` layout; everything else is plain. `gguf`: refused, with the reason.
+        max_shard_bytes: no weight file is longer, unless one tensor is.
+        workers: decoding threads; None takes one per core.
         revision: branch, tag or commit of a Hub id.
         token: Hub token.
         cache_dir: Hub cache.
-        options: see `codecllm.converter.exports.export`.
+        progress: called with a tensor's name, bytes done and bytes in all.
 
     Raises:
         UsageError: the format cannot hold what the container holds.
@@ -142,7 +256,14 @@ def export(
             gguf.refuse(opened)
         if format == "compressed-tensors":
             layout = _compressed_tensors_layout(opened)
-    return export_folder(folder, out, layout=layout, **options)
+    return export_folder(
+        folder,
+        out,
+        layout=layout,
+        max_shard_bytes=max_shard_bytes,
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _compressed_tensors_layout(container: Container) -> PackedLayout:

@@ -44,7 +44,7 @@ State = Literal["works", "absent", "wrong"]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DecoderFinding:
     """One decoder on one device.
 
     Attributes:
@@ -61,7 +61,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Examination:
+class DoctorReport:
     """What `examine` found.
 
     Attributes:
@@ -72,7 +72,7 @@ class Examination:
 
     versions: dict[str, str | None]
     devices: dict[str, str]
-    findings: list[Finding]
+    findings: list[DecoderFinding]
 
     @property
     def ok(self) -> bool:
@@ -89,7 +89,7 @@ class Examination:
         }
 
 
-def examine() -> Examination:
+def examine() -> DoctorReport:
     """Looks at the machine and tests every decoder on a small container of each codec, made here."""
     devices = _devices()
     with (
@@ -103,10 +103,10 @@ def examine() -> Examination:
             findings += _device_findings(containers, device)
         if not devices:
             findings += [
-                Finding("gpu", decoder, "absent", _why_no_device())
+                DecoderFinding("gpu", decoder, "absent", _why_no_device())
                 for decoder in ("nvcomp", "triton")
             ]
-    return Examination(_versions(), devices, findings)
+    return DoctorReport(_versions(), devices, findings)
 
 
 def _versions() -> dict[str, str | None]:
@@ -173,20 +173,20 @@ def _containers(base: Path) -> Iterator[dict[str, Path]]:
     }
 
 
-def _finding(device: str, decoder: str, detail: str, test: Callable[[], None]) -> Finding:
+def _finding(device: str, decoder: str, detail: str, test: Callable[[], None]) -> DecoderFinding:
     try:
         test()
     except Exception as exc:
-        return Finding(
+        return DecoderFinding(
             device,
             decoder,
             "wrong",
             f"{detail}: {one_line(exc, 300) or type(exc).__name__}",
         )
-    return Finding(device, decoder, "works", detail)
+    return DecoderFinding(device, decoder, "works", detail)
 
 
-def _reference_finding(containers: dict[str, Path], codec: str) -> Finding:
+def _reference_finding(containers: dict[str, Path], codec: str) -> DecoderFinding:
     def test() -> None:
         with Container(containers["zstd"]) as one, Container(containers[codec]) as other:
             for name in one.records:
@@ -196,9 +196,9 @@ def _reference_finding(containers: dict[str, Path], codec: str) -> Finding:
     return _finding("cpu", f"reference, {codec}", "a small model converts, reads and checks", test)
 
 
-def _native_finding(containers: dict[str, Path]) -> Finding:
+def _native_finding(containers: dict[str, Path]) -> DecoderFinding:
     if native.core is None:
-        return Finding("cpu", "native core", "absent", native.describe())
+        return DecoderFinding("cpu", "native core", "absent", native.describe())
 
     def test() -> None:
         for folder in containers.values():
@@ -225,11 +225,11 @@ def _decode_both_ways(tensor: StoredTensor) -> None:
         raise DecodeError("decoded to other bits than by numpy", tensor=tensor.record.name)
 
 
-def _cpu_findings(containers: dict[str, Path]) -> list[Finding]:
+def _cpu_findings(containers: dict[str, Path]) -> list[DecoderFinding]:
     try:
         from codecllm.loader.stream import stream_tensors
     except ImportError as exc:
-        return [Finding("cpu", "loader", "absent", str(exc))]
+        return [DecoderFinding("cpu", "loader", "absent", str(exc))]
 
     def test(codec: str) -> None:
         with Container(containers[codec]) as container:
@@ -242,7 +242,7 @@ def _cpu_findings(containers: dict[str, Path]) -> list[Finding]:
     ]
 
 
-def _device_findings(containers: dict[str, Path], name: str) -> list[Finding]:
+def _device_findings(containers: dict[str, Path], name: str) -> list[DecoderFinding]:
     import torch
 
     from codecllm.loader.device.codecs import NOTHING, find_codecs
@@ -265,7 +265,7 @@ def _device_findings(containers: dict[str, Path], name: str) -> list[Finding]:
         ("triton", "rans", "rans and weights by our kernels"),
     ):
         if decoder in codecs.reasons:
-            findings.append(Finding(name, decoder, "absent", codecs.reasons[decoder]))
+            findings.append(DecoderFinding(name, decoder, "absent", codecs.reasons[decoder]))
         else:
             test = partial(_feed, containers[codec], device, codecs)
             findings.append(_finding(name, decoder, f"{what}; same bits as the reference", test))

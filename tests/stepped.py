@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from codecllm.converter import ConvertOptions, Rate
 from codecllm.converter.plan.params import QuantParams, nearest_bf16
 from codecllm.converter.plan.tensor_plan import TensorPlan
+from codecllm.converter.rate.allocation import Statistics
+from codecllm.converter.rate.feedback import Feedback
+from codecllm.converter.rate.fitted import FittedParams
+from codecllm.converter.rate.search import fit
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import quantize, step_sizes
 
@@ -55,6 +62,29 @@ def make_steps(
 def provider(factor: float = 0.1, **fields: object) -> Callable[[TensorPlan], QuantParams]:
     """Returns a provider that gives every tensor the steps of `make_steps`."""
     return lambda plan: make_steps(plan, factor, **fields)  # type: ignore[arg-type]
+
+
+def fitted(
+    folder: Path,
+    bits: float,
+    statistics: Statistics | None = None,
+    feedback: Feedback | None = None,
+    on_stage: Callable[[str], None] | None = None,
+    **fields: object,
+) -> FittedParams:
+    """Returns parameters for a rate.
+
+    Args:
+        folder: the source.
+        bits: per quantized weight.
+        statistics: sensitivities by tensor name.
+        feedback: refines codes, or None.
+        on_stage: called with a sentence when a stage begins.
+        fields: further fields of `ConvertOptions`.
+    """
+    options = ConvertOptions(rate=Rate(bits=bits), **fields)  # type: ignore[arg-type]
+    with SourceModel(folder) as model:
+        return fit(model, options, statistics or {}, feedback, on_stage)
 
 
 def mixed(plan: TensorPlan) -> QuantParams:

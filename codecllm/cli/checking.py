@@ -3,82 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from codecllm.cli import options
 from codecllm.cli.app import app
 from codecllm.cli.console import progress_bar, stdout
-from codecllm.cli.options import (
-    EvalDtypeName,
-    Json,
-    LevelName,
-    ResidentName,
-    Revision,
-    Workers,
-    read_text,
-)
+from codecllm.cli.options import Json, Quiet, Revision, Workers, read_text
+from codecllm.cli.output import print_doctor, print_evaluation
 from codecllm.formats.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from codecllm.verifier.report import Report
 
 
 @app.command()
 def verify(
-    out: Annotated[str, typer.Argument(help="Container: a folder or a Hub id.")],
-    level: Annotated[
-        LevelName,
-        typer.Option(
-            help="structure: names, sizes, headers. checksums: every byte. full: decode all and run the baseline too."
-        ),
-    ] = LevelName.full,
-    source: Annotated[
-        str | None,
-        typer.Option(help="Compare every decoded tensor with this model (folder or Hub id)."),
-    ] = None,
-    require_baseline: Annotated[
-        bool, typer.Option(help="Fail where no baseline is recorded.")
-    ] = False,
-    baseline: Annotated[
-        bool,
-        typer.Option("--baseline/--no-baseline", help="Run the recorded prompts (level full)."),
-    ] = True,
-    manifest_sha256: Annotated[
-        str | None, typer.Option(help="Accept only the manifest with this sha256: pins every byte.")
-    ] = None,
-    diagnose: Annotated[
-        bool,
-        typer.Option(
-            "--diagnose",
-            help="Say why the output is wrong: stage by stage, then one paragraph. Needs the source.",
-        ),
-    ] = False,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            "--report", help="Write the diagnosis as one HTML file with plots.", metavar="FILE"
-        ),
-    ] = None,
-    first_layers: Annotated[
-        int | None,
-        typer.Option(
-            help="Diagnose with only the first N layers from the container, the others from the source.",
-            min=0,
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text file for the diagnosis' perplexity instead of the built-in one."),
-    ] = None,
-    resident: Annotated[
-        ResidentName | None,
-        typer.Option(
-            help="Diagnose the model that runs with its weights kept so (default dense); weights are compared in all."
-        ),
-    ] = None,
+    out: options.ContainerName,
+    level: options.Level = "full",
+    source: options.CompareSource = None,
+    require_baseline: options.RequireBaseline = False,
+    baseline: options.RunBaseline = True,
+    manifest_sha256: options.ManifestSha256 = None,
+    diagnose: options.Diagnose = False,
+    html: options.HtmlReport = None,
+    first_layers: options.FirstLayers = None,
+    text: options.DiagnosisText = None,
+    resident: options.DiagnosedResident = None,
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a container: structure, checksums, decoding, ratio, and the output of the loaded model.
 
@@ -91,31 +51,31 @@ def verify(
     from codecllm.verifier import verify as run
 
     if diagnose:
-        if level is not LevelName.full or require_baseline or not baseline:
+        if level != "full" or require_baseline or not baseline:
             raise UsageError(
                 "--diagnose runs its own stages: it takes no --level, --require-baseline or --no-baseline"
             )
-        kept = ResidentName.dense if resident is None else resident
-        options = {
-            "first_layers": first_layers,
-            "revision": revision,
-            "expected_manifest_sha256": manifest_sha256,
-        }
-        _diagnose(
+        report = _diagnose(
             out,
             source,
             html,
             text,
-            {**options, "resident": kept.value, "workers": workers},
-            as_json,
-            quiet,
+            silent=quiet or as_json,
+            first_layers=first_layers,
+            resident=resident or "dense",
+            revision=revision,
+            manifest_sha256=manifest_sha256,
+            workers=workers,
         )
+        from codecllm.verifier.diagnosis import render_diagnosis
+
+        _finish(report, as_json, render_diagnosis)
     if any(option is not None for option in (html, first_layers, text, resident)):
         raise UsageError("--report, --first-layers, --text and --resident go with --diagnose")
     with progress_bar("verifying", not (quiet or as_json)) as advance:
         report = run(
             out,
-            level=level.value,
+            level=level,
             source=source,
             require_baseline=require_baseline,
             baseline=baseline,
@@ -124,10 +84,15 @@ def verify(
             revision=revision,
             progress=advance,
         )
+    _finish(report, as_json, render_report)
+
+
+def _finish(report: Report, as_json: bool, render: Callable[[Report, Console], None]) -> NoReturn:
+    """Prints a report and exits with its code."""
     if as_json:
         typer.echo(report.to_json())
     else:
-        render_report(report, stdout)
+        render(report, stdout)
     raise typer.Exit(report.exit_code)
 
 
@@ -136,25 +101,35 @@ def _diagnose(
     source: str | None,
     html: Path | None,
     text: Path | None,
-    options: dict[str, Any],
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Runs a diagnosis, writes and prints its report, and exits with its code."""
-    from codecllm.verifier.diagnosis import diagnose, render_diagnosis, write_html
+    *,
+    silent: bool,
+    first_layers: int | None,
+    resident: options.ResidentName,
+    revision: str | None,
+    manifest_sha256: str | None,
+    workers: int | None,
+) -> Report:
+    """Runs a diagnosis and writes its HTML report."""
+    from codecllm.verifier.diagnosis import diagnose, write_html
 
     words = None if text is None else read_text(text)
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise UsageError("--report names a file in a folder that exists", file=str(html))
-    with progress_bar("diagnosing", not (quiet or as_json)) as advance:
-        report = diagnose(out, source, text=words, progress=advance, **options)
+    with progress_bar("diagnosing", not silent) as advance:
+        report = diagnose(
+            out,
+            source,
+            text=words,
+            first_layers=first_layers,
+            resident=resident,
+            revision=revision,
+            expected_manifest_sha256=manifest_sha256,
+            workers=workers,
+            progress=advance,
+        )
     if html is not None:
         write_html(report, html)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        render_diagnosis(report, stdout)
-    raise typer.Exit(report.exit_code)
+    return report
 
 
 @app.command()
@@ -168,7 +143,7 @@ def compare(
     ] = True,
     workers: Workers = None,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two containers or models: every tensor, then logits, then text.
 
@@ -179,12 +154,12 @@ def compare(
     from codecllm.verifier.model_comparison import compare_models, render_comparison
 
     with progress_bar("comparing", not (quiet or as_json)) as advance:
-        found = compare_models(a, b, run=run, workers=workers, progress=advance)
+        comparison = compare_models(a, b, run=run, workers=workers, progress=advance)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(comparison, indent=1))
     else:
-        render_comparison(found, stdout)
-    raise typer.Exit(0 if found["same"] else 1)
+        render_comparison(comparison, stdout)
+    raise typer.Exit(0 if comparison["same"] else 1)
 
 
 @app.command("eval")
@@ -205,15 +180,15 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="How much of the text at most.", min=2)] = 2048,
     window: Annotated[int, typer.Option(help="Tokens that a model sees at once.", min=2)] = 512,
     dtype: Annotated[
-        EvalDtypeName, typer.Option(help="In which all models compute.")
-    ] = EvalDtypeName.float32,
+        options.EvalDtypeName, typer.Option(help="In which all models compute.")
+    ] = "float32",
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw KL against bits (png, svg or pdf; needs codecllm[plot])."),
     ] = None,
     workers: Workers = None,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure how far models are from their base: KL divergence per token, top-1 agreement, perplexity, beside their bits.
 
@@ -236,7 +211,7 @@ def evaluate(
             text=content,
             max_tokens=tokens,
             window=window,
-            dtype=getattr(torch, dtype.value),
+            dtype=getattr(torch, dtype),
             workers=workers,
             progress=advance,
         )
@@ -245,32 +220,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
-        _print_evaluation(result)
-
-
-def _print_evaluation(result: Any) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (
-        "candidate",
-        "bits/weight",
-        "in layers",
-        "mean KL",
-        "99th percentile",
-        "top-1",
-        "perplexity",
-    ):
-        table.add_column(column, justify="left" if column == "candidate" else "right")
-    for score in result.scores:
-        bits = (f"{score.bits_per_weight:.3f}", f"{score.layer_bits_per_weight:.3f}")
-        kl = (f"{score.mean_kl:.3e}", f"{score.kl_99:.3e}")
-        table.add_row(score.name, *bits, *kl, f"{score.top1:.2%}", f"{score.perplexity:.3f}")
-    stdout.print(table)
-    stdout.print(
-        f"\nbase {result.base}: {result.base_bits_per_weight:.3f} bits per weight, perplexity {result.base_perplexity:.3f}; "
-        f"{result.tokens} tokens, computed in {result.dtype}; KL in nats per token"
-    )
+        print_evaluation(result)
 
 
 @app.command()
@@ -284,23 +234,10 @@ def doctor(as_json: Json = False) -> None:
     """
     from codecllm.doctor import examine
 
-    found = examine()
+    report = examine()
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(report.to_dict()))
     else:
-        _print_examination(found)
-    if not found.ok:
+        print_doctor(report)
+    if not report.ok:
         raise typer.Exit(1)
-
-
-def _print_examination(found: Any) -> None:
-    for name, installed in found.versions.items():
-        stdout.print(f"{name:<24}{installed or 'not installed'}")
-    for name, facts in found.devices.items():
-        stdout.print(f"{name:<24}{facts}")
-    stdout.print()
-    colours = {"works": "green", "absent": "yellow", "wrong": "red"}
-    for finding in found.findings:
-        state = f"[{colours[finding.state]}]{finding.state:<8}[/]"
-        stdout.print(f"{state}{finding.device + ': ' + finding.decoder:<24}", end="")
-        stdout.print(finding.detail, markup=False)

@@ -1,82 +1,187 @@
-"""Values and meanings that options of several commands share."""
+"""Types of the options that commands take, with their help texts, and the parsing of sizes and text files."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from codecllm.formats.errors import UsageError
 
-
-class SchemeName(StrEnum):
-    """Values of --scheme."""
-
-    int8 = "int8"
-    lossless = "lossless"
-
-
-class CodecName(StrEnum):
-    """Values of --codec."""
-
-    zstd = "zstd"
-    rans = "rans"
-
-
-class QualityName(StrEnum):
-    """Values of --quality."""
-
-    high = "high"
-    balanced = "balanced"
-    small = "small"
-
-
-class NonFiniteName(StrEnum):
-    """Values of --non-finite."""
-
-    error = "error"
-    lossless = "lossless"
-
-
-class LevelName(StrEnum):
-    """Values of --level."""
-
-    structure = "structure"
-    checksums = "checksums"
-    full = "full"
-
-
-class ResidentName(StrEnum):
-    """Values of --resident."""
-
-    dense = "dense"
-    int8 = "int8"
-    compressed = "compressed"
-
-
-class EvalDtypeName(StrEnum):
-    """Values of eval's --dtype."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class FormatName(StrEnum):
-    """Values of --format."""
-
-    safetensors = "safetensors"
-    compressed_tensors = "compressed-tensors"
-    gguf = "gguf"
-
+# The same choices as in the library, spelled again: its modules import numpy and torch, and --help must be fast.
+SchemeName = Literal["int8", "lossless"]
+CodecChoice = Literal["zstd", "rans"]
+QualityName = Literal["high", "balanced", "small"]
+NonFiniteName = Literal["error", "lossless"]
+LevelName = Literal["structure", "checksums", "full"]
+ResidentName = Literal["dense", "int8", "compressed"]
+EvalDtypeName = Literal["float32", "bfloat16"]
+FormatName = Literal["safetensors", "compressed-tensors", "gguf"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit, where the model is a Hub id.")
 ]
 Workers = Annotated[
     int | None, typer.Option(help="Threads. Default: one per core. Never changes a byte.", min=1)
+]
+OutFolder = Annotated[Path, typer.Argument(help="Folder to make.")]
+LocalContainer = Annotated[Path, typer.Argument(help="Container: a local folder.")]
+ContainerName = Annotated[str, typer.Argument(help="Container: a folder or a Hub id.")]
+MaxShardSize = Annotated[
+    str, typer.Option(help="No shard is longer: bytes, or with kB, MB, GB, KiB, MiB, GiB.")
+]
+Private = Annotated[bool, typer.Option(help="Make it private; stop where it exists and is public.")]
+
+# Options of `convert`.
+
+RATE_PANEL = "Rate: how many bits a weight may take"
+
+SourceName = Annotated[
+    str, typer.Argument(help="Hub id (user/name) or local folder with safetensors weights.")
+]
+Scheme = Annotated[
+    SchemeName, typer.Option(help="int8: one scale per output channel. lossless: every bit.")
+]
+Codec = Annotated[
+    CodecChoice,
+    typer.Option(
+        help="zstd: fast everywhere. rans: smaller, made for GPUs, slow to decode on a CPU."
+    ),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="Bits per quantized weight, everything counted: any number from 2 to 8.",
+        rich_help_panel=RATE_PANEL,
+    ),
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of --bits: source bytes / stored bytes.", rich_help_panel=RATE_PANEL
+    ),
+]
+Quality = Annotated[
+    QualityName | None,
+    typer.Option(
+        help="Instead of --bits: high is 6 bits, balanced 5, small 4.", rich_help_panel=RATE_PANEL
+    ),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="self|random|none|FILE",
+        help="The text on which sensitivities are measured: a short one that the model writes itself (default), "
+        "random tokens, none, or the start of a text file.",
+        rich_help_panel=RATE_PANEL,
+    ),
+]
+Refine = Annotated[
+    bool,
+    typer.Option(
+        "--refine",
+        help="Let each column of a linear layer make up for the rounding of those before it: 0.1 bit a weight less at "
+        "equal quality. The model writes a text four times as long, and calibrating takes four times as long. Needs a "
+        "calibration, and room for a temporary file: 4 bytes for each pair of a layer's inputs.",
+        rich_help_panel=RATE_PANEL,
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Quantize tensors matching this glob too. May be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(help="Do not quantize tensors matching this glob. May be repeated."),
+]
+NonFinite = Annotated[
+    NonFiniteName,
+    typer.Option(help="NaN or infinite weights under int8: stop, or keep such tensors lossless."),
+]
+ChunkKib = Annotated[
+    int,
+    typer.Option(
+        min=4, max=1024, help="KiB of symbols in a chunk; small ones suit GPUs and cost some size."
+    ),
+]
+ConvertBaseline = Annotated[
+    bool | None,
+    typer.Option(
+        "--baseline/--no-baseline",
+        help="Run the source and the converted model on fixed prompts and record both. Default: if under 10 minutes.",
+    ),
+]
+Force = Annotated[bool, typer.Option(help="Replace a container that is in the way.")]
+WithCode = Annotated[
+    bool,
+    typer.Option(
+        "--with-code",
+        help="Copy the repository's Python files too (auto_map). They run only where a loading call says "
+        "trust_remote_code=True.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option(help="Predict sizes per tensor and in all; write nothing.")]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="USER/NAME",
+        help="Then verify it and upload it to this Hub repository.",
+    ),
+]
+PushPrivate = Annotated[bool, typer.Option(help="With --push: a private repository.")]
+
+# Options of `verify`.
+
+Level = Annotated[
+    LevelName,
+    typer.Option(
+        help="structure: names, sizes, headers. checksums: every byte. full: decode all and run the baseline too."
+    ),
+]
+CompareSource = Annotated[
+    str | None,
+    typer.Option(help="Compare every decoded tensor with this model (folder or Hub id)."),
+]
+RequireBaseline = Annotated[bool, typer.Option(help="Fail where no baseline is recorded.")]
+RunBaseline = Annotated[
+    bool, typer.Option("--baseline/--no-baseline", help="Run the recorded prompts (level full).")
+]
+ManifestSha256 = Annotated[
+    str | None, typer.Option(help="Accept only the manifest with this sha256: pins every byte.")
+]
+Diagnose = Annotated[
+    bool,
+    typer.Option(
+        "--diagnose",
+        help="Say why the output is wrong: stage by stage, then one paragraph. Needs the source.",
+    ),
+]
+HtmlReport = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", help="Write the diagnosis as one HTML file with plots.", metavar="FILE"
+    ),
+]
+FirstLayers = Annotated[
+    int | None,
+    typer.Option(
+        help="Diagnose with only the first N layers from the container, the others from the source.",
+        min=0,
+    ),
+]
+DiagnosisText = Annotated[
+    Path | None,
+    typer.Option(help="Text file for the diagnosis' perplexity instead of the built-in one."),
+]
+DiagnosedResident = Annotated[
+    ResidentName | None,
+    typer.Option(
+        help="Diagnose the model that runs with its weights kept so (default dense); weights are compared in all."
+    ),
 ]
 
 

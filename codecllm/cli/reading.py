@@ -9,12 +9,12 @@ import typer
 
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr, stdout
-from codecllm.cli.options import Json, ResidentName, Revision, Workers
+from codecllm.cli.options import ContainerName, Json, ResidentName, Revision, Workers
 
 
 @app.command()
 def info(
-    out: Annotated[str, typer.Argument(help="Container: a folder or a Hub id.")],
+    out: ContainerName,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +33,7 @@ def info(
 
 @app.command()
 def generate(
-    out: Annotated[str, typer.Argument(help="Container: a folder or a Hub id.")],
+    out: ContainerName,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 32,
     resident: Annotated[
@@ -42,7 +42,7 @@ def generate(
             help="dense: plain weights in memory. int8: codes stay in memory, half the size. "
             "compressed: weights stay as stored and are decoded when used, smallest and slowest."
         ),
-    ] = ResidentName.dense,
+    ] = "dense",
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,
@@ -57,7 +57,7 @@ def generate(
         out,
         prompt,
         max_new_tokens=max_new_tokens,
-        resident=resident.value,
+        resident=resident,
         revision=revision,
         workers=workers,
         progress=stderr.is_terminal and not as_json,

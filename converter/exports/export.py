@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.conversion import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
 from codecllm.converter.exports.compressed_tensors import (
     PACKED,
     PACKED_SCALE,
@@ -21,13 +20,13 @@ from codecllm.converter.exports.compressed_tensors import (
     pack_codes,
     packed_columns,
 )
+from codecllm.converter.options import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
 from codecllm.converter.source.side_files import pack_index, write_listed
 from codecllm.converter.write.staging import Staging
 from codecllm.converter.write.tensor_writer import ordered
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError
-from codecllm.formats.machine import cores
 from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
     INDEX_NAME,
@@ -73,9 +72,7 @@ def export(
         OutputExistsError: `out` is not empty.
         OSError: writing failed.
     """
-    ConvertOptions(
-        workers=workers, max_shard_bytes=max_shard_bytes
-    ).threads()  # refuses what cannot be
+    options = ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes)
     with Container(container) as opened, Staging(out, force=False) as staging:
         packed = layout.packed if layout is not None else frozenset()
         placed = _place(opened.manifest.tensors, max_shard_bytes)
@@ -86,7 +83,7 @@ def export(
         )
         sizes = {record.name: _written_bytes(record, packed) for record in opened.manifest.tensors}
         done, total = 0, sum(sizes.values())
-        threads = workers or cores()
+        threads = options.threads
         with ThreadPoolExecutor(threads, thread_name_prefix="codecllm-export") as executor:
             for name, records in zip(names, placed, strict=True):
                 for tensor, count in _write_shard(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
 
+from codecllm.converter.options import ConvertOptions
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.dtypes import INT8_SOURCES
 from codecllm.formats.tiling import (
-    DEFAULT_TILE_SYMBOLS,
     ChannelKind,
 )
-
-Scheme = Literal["int8", "lossless"]
 
 MIN_INT8_WEIGHTS = 1 << 16
 MIN_CODED_BYTES = 4096
@@ -45,41 +42,31 @@ _CONV1D_NAMES = ("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight", "*.q_att
 
 
 def plan_tensor(
-    tensor: SourceTensor,
-    scheme: Scheme,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    model_type: str,
-    codec: CodecName = "zstd",
-    accepts_params: bool = False,
-    tile_symbols: int = DEFAULT_TILE_SYMBOLS,
+    tensor: SourceTensor, options: ConvertOptions, model_type: str, *, accepts_params: bool = False
 ) -> TensorPlan:
-    """Decides a tensor's scheme.
+    """Decides the scheme of a tensor.
 
     Args:
         tensor: the tensor.
-        scheme: what the user asked for.
-        include: glob patterns of names to quantize beside the default ones (any float matrix, of any size).
-        exclude: glob patterns of names not to quantize; they win.
-        model_type: the config's, for the channel axis.
-        codec: how chunks are packed.
-        accepts_params: whether int8 tensors may get chosen parameters.
-        tile_symbols: most elements of a tile of whole rows.
+        options: of the conversion. `include` takes any float tensor of rank 2 or more, of any size; `exclude` wins.
+        model_type: that of the config, for the channel axis.
+        accepts_params: whether int8 tensors may get chosen quantization parameters.
     """
+    tile_symbols = options.chunk_kib << 10
     if not _can_be_coded(tensor):
         return TensorPlan(tensor, "raw")
-    if scheme == "int8" and _is_quantized(tensor, include, exclude):
+    if options.scheme == "int8" and _is_quantized(tensor, options.include, options.exclude):
         axis, kind = channel_axis(tensor.name, tensor.shape, model_type)
         return TensorPlan(
             tensor,
             "int8",
             axis,
             kind,
-            codec=codec,
+            codec=options.codec,
             accepts_params=accepts_params,
             tile_symbols=tile_symbols,
         )
-    return plan_lossless(tensor, None, codec, tile_symbols)
+    return plan_lossless(tensor, None, options.codec, tile_symbols)
 
 
 def plan_lossless(

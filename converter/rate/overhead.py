@@ -1,25 +1,23 @@
-"""What a container spends beside chunks and their records: side tensors, headers, manifest. Known before anything is encoded.
+"""The bytes of a container beside chunks and their records: side tensors, headers, manifest.
 
-Records of tensors are made of stand-ins as long as what they stand for; only numbers may come out some digits shorter.
+They are known before anything is encoded: they are counted on placeholder records of the same length as the real ones;
+only numbers may come out some digits shorter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
 
-from codecllm.converter.conversion import (
-    ConvertOptions,
-    Plan,
-    build_manifest,
-    planned_entries,
-    shard_metadata,
-)
+from codecllm.converter.plan.conversion_plan import planned_entries
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.source import SourceModel
-from codecllm.converter.write.records import coded_record, raw_record, scale_sides
+from codecllm.converter.write.container_writer import shard_metadata
+from codecllm.converter.write.manifest import Conversion, build_manifest
+from codecllm.converter.write.records import EncodedTensor, coded_record, raw_record
 from codecllm.converter.write.tensor_writer import StoredRecord
 from codecllm.formats.codecs import CODEC_IDS
 from codecllm.formats.limits import SLOT_ALIGNMENT
@@ -30,60 +28,76 @@ from codecllm.formats.shards.safetensors_header import PREFIX_BYTES
 from codecllm.formats.shards.shard_writer import reserved_header_bytes
 from codecllm.formats.shards.side_tensors import SIDE_TENSORS
 
-_DIGEST, _CHECKSUM, _FLOAT, _TABLES_BYTES = "0" * 64, "0" * 16, 0.012345678, 12345
+_DIGEST, _CHECKSUM = "0" * 64, "0" * 16
+_FLOAT, _WORST_STEPS, _TABLES_BYTES = 0.012345678, 0.50012345, 12345
+_FILE_BYTES, _SHARD_BYTES = 10**4, 10**9
 
 
 def tensor_bytes(plan: TensorPlan, params: QuantParams, *, wide: bool = False) -> int:
     """Returns the bytes of an `int8` tensor beside chunks, chunk records and `rans` tables: side tensors and manifest record.
 
     Args:
-        plan: the tensor's, without steps.
+        plan: the tensor's, without parameters.
         params: its parameters; only their side tensors and their tiles matter.
         wide: whether its codes take two planes.
     """
-    chosen = replace(plan, params=params, wide=wide)
-    return params.stored_bytes + _fixed_bytes(chosen) + record_bytes(_stand_in(chosen, 0))
+    planned = replace(plan, params=params, wide=wide)
+    return params.stored_bytes + _fixed_bytes(planned) + record_bytes(_placeholder(planned, 0))
 
 
-def frame_bytes(model: SourceModel, plan: Plan, options: ConvertOptions, counted: set[str]) -> int:
-    """Returns the bytes that belong to no tensor under chosen steps, data of other tensors left out.
+def planned_record_bytes(plan: TensorPlan) -> int:
+    """Returns the bytes of a tensor's manifest record."""
+    return record_bytes(_placeholder(plan, 0))
+
+
+def frame_bytes(conversion: Conversion, counted: Collection[str]) -> int:
+    """Returns the bytes that are in no tensor's own account: headers, and the manifest without the records of `counted`.
+
+    Of tensors that are not `counted`, shape and chunk table are added; their data are not.
 
     Args:
-        model: the source.
-        plan: of the conversion; its tensors have no steps yet.
-        options: of the conversion, with what the manifest repeats of the request.
-        counted: names of the tensors that `tensor_bytes` counts.
+        conversion: its decisions; no tensor has parameters yet.
+        counted: names of the tensors whose records and side tensors are counted elsewhere (`tensor_bytes`).
     """
-    version = plan.format_version
-    headers = [
-        PREFIX_BYTES + reserved_header_bytes(planned_entries(plans), shard_metadata(version))
-        for plans in plan.shards
-    ]
-    placed = [(number, one) for number, plans in enumerate(plan.shards) for one in plans]
-    records = {one.source.name: _stand_in(one, number) for number, one in placed}
-    shards = [
+    shards = conversion.plan.shards
+    metadata = shard_metadata(conversion.plan.format_version)
+    headers = sum(
+        PREFIX_BYTES + reserved_header_bytes(planned_entries(plans), metadata) for plans in shards
+    )
+    placed = [(number, plan) for number, plans in enumerate(shards) for plan in plans]
+    records = {plan.source.name: _placeholder(plan, number) for number, plan in placed}
+    manifest = build_manifest(
+        conversion,
+        list(records.values()),
+        _placeholder_shards(len(shards)),
+        _placeholder_files(conversion.model),
+    )
+    counted_records = sum(record_bytes(records[name]) for name in counted)
+    other_sides = sum(
+        _fixed_bytes(plan) + _chunk_bytes(plan)
+        for _, plan in placed
+        if plan.source.name not in counted
+    )
+    return headers + len(pack_manifest(manifest)) - counted_records + other_sides
+
+
+def _placeholder_shards(count: int) -> list[ShardRecord]:
+    return [
         ShardRecord(
-            name=shard_name(number, len(plan.shards)),
-            bytes=10**9,
+            name=shard_name(number, count),
+            bytes=_SHARD_BYTES,
             sha256=_DIGEST,
             header_xxh3=_CHECKSUM,
         )
-        for number in range(1, len(plan.shards) + 1)
+        for number in range(1, count + 1)
     ]
-    names = sorted(
-        [
-            *model.side_files.copied,
-            *(["config.json"] if model.config is not None else []),
-            INDEX_NAME,
-        ]
-    )
-    files = [FileRecord(name=name, bytes=10**4, sha256=_DIGEST) for name in names]
-    manifest = build_manifest(model, plan, options, list(records.values()), shards, files)
-    own = sum(record_bytes(records[name]) for name in counted)
-    kept = sum(
-        _fixed_bytes(one) + _chunk_bytes(one) for _, one in placed if one.source.name not in counted
-    )
-    return sum(headers) + len(pack_manifest(manifest)) - own + kept
+
+
+def _placeholder_files(model: SourceModel) -> list[FileRecord]:
+    names = [*model.side_files.copied, INDEX_NAME]
+    if model.config is not None:
+        names.append("config.json")
+    return [FileRecord(name=name, bytes=_FILE_BYTES, sha256=_DIGEST) for name in sorted(names)]
 
 
 def _fixed_bytes(plan: TensorPlan) -> int:
@@ -93,29 +107,32 @@ def _fixed_bytes(plan: TensorPlan) -> int:
 
 def _chunk_bytes(plan: TensorPlan) -> int:
     """Returns the bytes of chunk records and padding."""
-    return (
-        0
-        if plan.scheme == "raw"
-        else len(plan.grid) * plan.planes * (RECORD.itemsize + SLOT_ALIGNMENT // 2)
-    )
-
-
-def _stand_in(plan: TensorPlan, number: int) -> StoredRecord:
     if plan.scheme == "raw":
-        return raw_record(plan, number, _DIGEST, _CHECKSUM)
+        return 0
+    return len(plan.grid) * plan.planes * (RECORD.itemsize + SLOT_ALIGNMENT // 2)
+
+
+def _placeholder(plan: TensorPlan, shard: int) -> StoredRecord:
+    """Returns a record as long as that of the tensor will be."""
+    if plan.scheme == "raw":
+        return raw_record(plan, shard, _DIGEST, _CHECKSUM)
     chunks = np.zeros(len(plan.grid) * plan.planes, RECORD)
     chunks["codec"] = CODEC_IDS[plan.codec]
     chunks["stored_bytes"] = plan.source.entry.elements // len(plan.grid)
-    sides = scale_sides(
-        plan, np.full(plan.channels, _FLOAT, np.float32) if plan.scheme == "int8" else None
+    tensor = EncodedTensor(
+        plan=plan,
+        chunks=chunks,
+        entropy_bits=np.full(plan.planes, 8.0 * plan.source.entry.elements),
+        digest=_DIGEST,
+        scales=np.full(plan.channels, _FLOAT, np.float32) if plan.scheme == "int8" else None,
+        worst_error=_FLOAT,
+        worst_steps=_WORST_STEPS,
     )
-    layout = plan.layout
+    layout, scale_sides = plan.layout, tensor.scale_sides()
     present = [
-        side.key for side in SIDE_TENSORS if side.presence(layout) == "always" or side.key in sides
+        side.key
+        for side in SIDE_TENSORS
+        if side.presence(layout) == "always" or side.key in scale_sides
     ]
     checksums = SideChecksums(**dict.fromkeys(present, _CHECKSUM))
-    entropy = np.full(plan.planes, 8.0 * plan.source.entry.elements)
-    tables_bytes = _TABLES_BYTES if layout.rans else None
-    return coded_record(
-        plan, number, chunks, entropy, sides, checksums, tables_bytes, [_FLOAT, 0.50012345], _DIGEST
-    )
+    return coded_record(tensor, shard, checksums, _TABLES_BYTES if layout.rans else None)

@@ -1,8 +1,9 @@
-"""The manifest's records of stored tensors, and the side tensors that say what a code is worth."""
+"""The manifest's records of stored tensors, and the side tensors from which steps follow."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,95 +17,129 @@ from codecllm.formats.manifest.records import (
     RawTensor,
     SideChecksums,
 )
-from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
+from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.formats.shards.side_tensors import COL_GROUP, COL_SCALE, SCALE
 
 
-def scale_sides(plan: TensorPlan, scales: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
-    """Returns the side tensors from which steps follow, by key, as unsigned words; none for a lossless tensor.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedTensor:
+    """A coded tensor after its last block: the facts that its manifest record repeats.
 
-    Args:
-        plan: the tensor's; its steps decide the type of the scales.
-        scales: float32 [channels], or None.
+    Attributes:
+        plan: its plan, with `wide` as it came out.
+        chunks: its chunk records, RECORD [tiles * planes].
+        entropy_bits: float64 [planes or more]: estimate of each plane's entropy.
+        digest: sha256 of what decoding gives, 64 hex digits.
+        scales: float32 [channels] (int8), or None.
+        worst_error: largest absolute error of a weight (int8).
+        worst_steps: the same in steps (int8 with chosen parameters).
     """
-    if scales is None:
-        return {}
-    if plan.params is None:
-        return {SCALE.key: _as_stored(scales, "F32")}
-    dtype = plan.params.scale_dtype
-    sides: dict[str, NDArray[Any]] = {SCALE.key: _as_stored(scales, dtype)}
-    if plan.params.col_scale is not None:
-        sides[COL_SCALE.key] = _as_stored(plan.params.col_scale, dtype)
-        if plan.params.col_groups is not None:
-            sides[COL_GROUP.key] = plan.params.col_groups
-    return sides
+
+    plan: TensorPlan
+    chunks: NDArray[Any]
+    entropy_bits: NDArray[np.float64]
+    digest: str
+    scales: NDArray[np.float32] | None = None
+    worst_error: float = 0.0
+    worst_steps: float = 0.0
+
+    def scale_sides(self) -> dict[str, NDArray[Any]]:
+        """Returns the side tensors from which steps follow, by key, as unsigned words; none for a lossless tensor."""
+        if self.scales is None:
+            return {}
+        params = self.plan.params
+        if params is None:
+            return {SCALE.key: _as_stored(self.scales, "F32")}
+        dtype = params.scale_dtype
+        sides: dict[str, NDArray[Any]] = {SCALE.key: _as_stored(self.scales, dtype)}
+        if params.col_scale is not None:
+            sides[COL_SCALE.key] = _as_stored(params.col_scale, dtype)
+        if params.col_groups is not None:
+            sides[COL_GROUP.key] = params.col_groups
+        return sides
 
 
 def coded_record(
-    plan: TensorPlan,
-    number: int,
-    chunks: NDArray[Any],
-    entropy: NDArray[np.float64],
-    sides: dict[str, NDArray[Any]],
-    checksums: SideChecksums,
-    tables_bytes: int | None,
-    worst: list[float],
-    digest: str,
+    tensor: EncodedTensor, shard: int, checksums: SideChecksums, tables_bytes: int | None
 ) -> LosslessTensor | Int8Tensor:
     """Returns the record of a coded tensor.
 
     Args:
-        plan: the tensor's.
-        number: of its shard.
-        chunks: its chunks' records, RECORD [tiles * planes].
-        entropy: bits of each plane.
-        sides: `scale_sides`.
-        checksums: of all side tensors.
+        tensor: its facts.
+        shard: number of its shard.
+        checksums: of all its side tensors.
         tables_bytes: size of its `rans` tables, or None.
-        worst: largest error, and largest error in steps.
-        digest: sha256.
     """
-    source, grid = plan.source, plan.grid
-    common: dict[str, Any] = {
-        "name": source.name,
-        "dtype": source.dtype.name,
-        "shape": list(source.shape),
-        "shard": number,
-        "tile": [grid.tile_rows, grid.tile_cols],
-        "planes": _plane_records(chunks.reshape(len(grid), -1), source.entry.elements, entropy),
-        "tables_bytes": tables_bytes,
-        "digest": digest,
-        "xxh3": checksums,
-    }
-    if plan.scheme == "lossless":
-        return LosslessTensor(scheme="lossless", fallback=plan.fallback, **common)
-    scale_dtype = "F32" if plan.params is None else plan.params.scale_dtype
-    stored_scales = float32_from_bits(sides[SCALE.key], scale_dtype)
-    return Int8Tensor(
-        scheme="int8",
-        channel_axis=plan.axis,
-        channel_kind=plan.kind,
-        scale_dtype="BF16" if scale_dtype == "BF16" else None,
-        scale_range=[_short(stored_scales.min()), _short(stored_scales.max())],
-        worst_error=_short(worst[0]),
-        rounding=None if plan.params is None else plan.params.rounding,
-        deadzone=_short(plan.params.deadzone)
-        if plan.params is not None and plan.params.deadzone
-        else None,
-        worst_steps=None if plan.params is None else _short(worst[1]),
-        **common,
+    if tensor.scales is None:
+        return _lossless_record(tensor, shard, checksums, tables_bytes)
+    return _int8_record(tensor, tensor.scales, shard, checksums, tables_bytes)
+
+
+def _lossless_record(
+    tensor: EncodedTensor, shard: int, checksums: SideChecksums, tables_bytes: int | None
+) -> LosslessTensor:
+    plan = tensor.plan
+    return LosslessTensor(
+        scheme="lossless",
+        name=plan.source.name,
+        dtype=plan.source.dtype.name,
+        shape=list(plan.source.shape),
+        shard=shard,
+        tile=[plan.grid.tile_rows, plan.grid.tile_cols],
+        planes=_plane_records(tensor),
+        tables_bytes=tables_bytes,
+        digest=tensor.digest,
+        xxh3=checksums,
+        fallback=plan.fallback,
     )
 
 
-def raw_record(plan: TensorPlan, number: int, digest: str, checksum: str) -> RawTensor:
-    """Returns the record of a tensor that is stored as it is, in shard `number`: sha256 and XXH3-64 of its bytes."""
+def _int8_record(
+    tensor: EncodedTensor,
+    scales: NDArray[np.float32],
+    shard: int,
+    checksums: SideChecksums,
+    tables_bytes: int | None,
+) -> Int8Tensor:
+    plan, params = tensor.plan, tensor.plan.params
+    scale_dtype: Literal["BF16"] | None = None
+    rounding = deadzone = worst_steps = None
+    if params is not None:
+        scale_dtype = "BF16" if params.scale_dtype == "BF16" else None
+        rounding = params.rounding
+        deadzone = _short(params.deadzone) if params.deadzone else None
+        worst_steps = _short(tensor.worst_steps)
+    return Int8Tensor(
+        scheme="int8",
+        name=plan.source.name,
+        dtype=plan.source.dtype.name,
+        shape=list(plan.source.shape),
+        shard=shard,
+        channel_axis=plan.axis,
+        channel_kind=plan.kind,
+        tile=[plan.grid.tile_rows, plan.grid.tile_cols],
+        planes=_plane_records(tensor),
+        tables_bytes=tables_bytes,
+        scale_dtype=scale_dtype,
+        scale_range=[_short(scales.min()), _short(scales.max())],
+        worst_error=_short(tensor.worst_error),
+        rounding=rounding,
+        deadzone=deadzone,
+        worst_steps=worst_steps,
+        digest=tensor.digest,
+        xxh3=checksums,
+    )
+
+
+def raw_record(plan: TensorPlan, shard: int, digest: str, checksum: str) -> RawTensor:
+    """Returns the record of a tensor that is stored as it is, in shard `shard`: sha256 and XXH3-64 of its bytes."""
     source = plan.source
     return RawTensor(
         name=source.name,
         dtype=source.dtype.name,
         shape=list(source.shape),
         scheme="raw",
-        shard=number,
+        shard=shard,
         digest=digest,
         xxh3=checksum,
         fallback=plan.fallback,
@@ -116,17 +151,16 @@ def _as_stored(scales: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     return bits.astype(bits.dtype.newbyteorder("<"))
 
 
-def _plane_records(
-    records: NDArray[Any], elements: int, entropy: NDArray[np.float64]
-) -> list[PlaneRecord]:
+def _plane_records(tensor: EncodedTensor) -> list[PlaneRecord]:
+    by_plane = tensor.chunks.reshape(len(tensor.plan.grid), -1)
     return [
         PlaneRecord(
-            codec=CODEC_NAMES[int(records["codec"][:, plane].max())],
-            raw_bytes=elements,
-            stored_bytes=int(records["stored_bytes"][:, plane].sum(dtype=np.int64)),
-            entropy_bits=round(float(entropy[plane])),
+            codec=CODEC_NAMES[int(by_plane["codec"][:, plane].max())],
+            raw_bytes=tensor.plan.source.entry.elements,
+            stored_bytes=int(by_plane["stored_bytes"][:, plane].sum(dtype=np.int64)),
+            entropy_bits=round(float(tensor.entropy_bits[plane])),
         )
-        for plane in range(records.shape[1])
+        for plane in range(by_plane.shape[1])
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -24,9 +24,10 @@ from codecllm.converter.encode.blocks import (
 from codecllm.converter.encode.encoding import count_block, encode_block, scan_block
 from codecllm.converter.encode.packing import EncodedBlock
 from codecllm.converter.encode.quantize import has_tiny_scale
+from codecllm.converter.options import NonFinite
 from codecllm.converter.plan.policy import plan_lossless
 from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan, check_params
-from codecllm.converter.write.records import coded_record, raw_record, scale_sides
+from codecllm.converter.write.records import EncodedTensor, coded_record, raw_record
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
 from codecllm.formats.errors import NonFiniteWeightError
@@ -37,7 +38,6 @@ from codecllm.formats.shards.chunk_table import pack_chunk_table
 from codecllm.formats.shards.shard_writer import ShardWriter
 from codecllm.formats.shards.side_tensors import CHUNKS, SHAPE, SIDE_TENSORS, TABLES
 
-NonFinite = Literal["error", "lossless"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 StoredRecord = RawTensor | LosslessTensor | Int8Tensor
@@ -211,51 +211,15 @@ class TensorWriter:
         self, job: _Job, encoded: Iterator[EncodedBlock], shard: ShardWriter, number: int
     ) -> LosslessTensor | Int8Tensor:
         plan = job.plan
-        digest = hashlib.sha256()
-        records, entropy, absmax, worst = (
-            [],
-            np.zeros(max(2, plan.source.dtype.planes)),
-            [],
-            [0.0, 0.0],
-        )
-        tables: list[bytes] = []
+        gathered = _Gathered(plan)
         for block, part in zip(job.blocks, encoded, strict=True):
             if part.problem is not None:
                 raise _CannotQuantizeError(part.problem)
             for slot in part.slots:
                 shard.write(slot)
-            digest.update(part.digested)
-            records.append(part.records)
-            tables += part.tables
-            entropy[: len(part.entropy_bits)] += part.entropy_bits
-            worst = [max(worst[0], part.worst_error), max(worst[1], part.worst_steps)]
-            plan = replace(plan, wide=True) if part.wide else plan
-            if part.absmax is not None:
-                absmax.append(part.absmax)
+            gathered.add(part)
             self._on_bytes(plan.source.name, block.rows * block.cols * plan.source.dtype.itemsize)
-        scales = (
-            job.scales
-            if job.scales is not None or not absmax
-            else channel_scales(np.concatenate(absmax))
-        )
-        if plan.params is not None:
-            scales = plan.params.row_scale
-        if scales is not None:
-            digest.update(scales.astype("<f4"))
-        if plan.params is not None and plan.params.col_scale is not None:
-            digest.update(plan.params.col_scale.astype("<f4"))
-        sides = scale_sides(plan, scales)
-        return _finish_coded(
-            plan,
-            shard,
-            number,
-            np.concatenate(records),
-            entropy,
-            sides,
-            tables,
-            worst,
-            digest.hexdigest(),
-        )
+        return _finish_coded(gathered.finish(job.scales), gathered.tables, shard, number)
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> RawTensor:
         source = plan.source
@@ -292,40 +256,81 @@ def _encode(item: tuple[_Job, Block]) -> EncodedBlock:
     return encode_block(job.plan, block, job.scales)
 
 
+class _Gathered:
+    """Sums and lists over the encoded blocks of one tensor, in order.
+
+    Attributes:
+        tables: packed `rans` tables, in order.
+    """
+
+    def __init__(self, plan: TensorPlan) -> None:
+        self.tables: list[bytes] = []
+        self._plan = plan
+        self._digest = hashlib.sha256()
+        self._chunks: list[NDArray[Any]] = []
+        self._entropy_bits = np.zeros(max(2, plan.source.dtype.planes))
+        self._absmax: list[NDArray[np.float32]] = []
+        self._worst_error = self._worst_steps = 0.0
+
+    def add(self, block: EncodedBlock) -> None:
+        """Adds the next block."""
+        self.tables += block.tables
+        self._digest.update(block.digested)
+        self._chunks.append(block.records)
+        self._entropy_bits[: len(block.entropy_bits)] += block.entropy_bits
+        self._worst_error = max(self._worst_error, block.worst_error)
+        self._worst_steps = max(self._worst_steps, block.worst_steps)
+        if block.wide:
+            self._plan = replace(self._plan, wide=True)
+        if block.absmax is not None:
+            self._absmax.append(block.absmax)
+
+    def finish(self, scales: NDArray[np.float32] | None) -> EncodedTensor:
+        """Returns the whole tensor; `scales`, float32 [channels], are those that were found before its first block."""
+        params = self._plan.params
+        if params is not None:
+            scales = params.row_scale
+        elif scales is None and self._absmax:
+            scales = channel_scales(np.concatenate(self._absmax))
+        if scales is not None:
+            self._digest.update(scales.astype("<f4"))
+        if params is not None and params.col_scale is not None:
+            self._digest.update(params.col_scale.astype("<f4"))
+        return EncodedTensor(
+            plan=self._plan,
+            chunks=np.concatenate(self._chunks),
+            entropy_bits=self._entropy_bits,
+            digest=self._digest.hexdigest(),
+            scales=scales,
+            worst_error=self._worst_error,
+            worst_steps=self._worst_steps,
+        )
+
+
 def _finish_coded(
-    plan: TensorPlan,
-    shard: ShardWriter,
-    number: int,
-    records: NDArray[Any],
-    entropy: NDArray[np.float64],
-    sides: dict[str, NDArray[Any]],
-    tables: list[bytes],
-    worst: list[float],
-    digest: str,
+    tensor: EncodedTensor, tables: list[bytes], shard: ShardWriter, number: int
 ) -> LosslessTensor | Int8Tensor:
     """Closes the payload, adds the side tensors and returns the tensor's manifest record."""
-    source, grid = plan.source, plan.grid
-    planes = len(records) // len(grid)
-    table = pack_chunk_table(grid, planes, records)
-    shard.end_tensor(source.name, "U8", (_payload_bytes(records),))
-    stored: dict[str, Any] = {**sides, SHAPE.key: np.array(source.shape, "<i8"), CHUNKS.key: table}
-    group_tables = (
-        pack_group_tables(tile_groups(grid, *group_extent(plan)), planes, tables)
-        if any(tables)
-        else None
-    )
-    if group_tables is not None:
-        stored[TABLES.key] = group_tables
+    plan, source, grid = tensor.plan, tensor.plan.source, tensor.plan.grid
+    planes = len(tensor.chunks) // len(grid)
+    shard.end_tensor(source.name, "U8", (_payload_bytes(tensor.chunks),))
+    stored: dict[str, Any] = {
+        **tensor.scale_sides(),
+        SHAPE.key: np.array(source.shape, "<i8"),
+        CHUNKS.key: pack_chunk_table(grid, planes, tensor.chunks),
+    }
+    tables_bytes = None
+    if any(tables):
+        groups = tile_groups(grid, *group_extent(plan))
+        stored[TABLES.key] = pack_group_tables(groups, planes, tables)
+        tables_bytes = len(stored[TABLES.key])
     for side in SIDE_TENSORS:
         if side.key in stored:
             values = stored[side.key]
             name = side.name_for(source.name)
             shard.add(name, side.dtype(plan.layout), (len(values),), values)
     checksums = SideChecksums(**{key: xxh3_hex(values) for key, values in stored.items()})
-    tables_bytes = None if group_tables is None else len(group_tables)
-    return coded_record(
-        plan, number, records, entropy, sides, checksums, tables_bytes, worst, digest
-    )
+    return coded_record(tensor, number, checksums, tables_bytes)
 
 
 def _payload_bytes(records: NDArray[Any]) -> int:

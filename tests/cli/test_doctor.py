@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codecllm import doctor
-from codecllm.doctor import Finding, examine
+from codecllm.doctor import DecoderFinding, examine
 from codecllm.formats.codecs import native
 from codecllm.loader import stream
 
@@ -67,7 +67,9 @@ def test_a_decoder_that_raises_is_a_failure_too():
     def test():
         raise RuntimeError("out of luck")
 
-    assert doctor._finding("cpu", "x", "y", test) == Finding("cpu", "x", "wrong", "y: out of luck")
+    assert doctor._finding("cpu", "x", "y", test) == DecoderFinding(
+        "cpu", "x", "wrong", "y: out of luck"
+    )
     with pytest.raises(KeyboardInterrupt):
         doctor._finding("cpu", "x", "y", _interrupt)
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, Rate, convert
+from codecllm.converter.plan.tensor_plan import ParamsProvider
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import Calibration
@@ -48,15 +49,13 @@ def good_containers() -> dict[str, Callable[[Path], Path]]:
             base, _some_dtypes(), scheme="lossless", codec="rans"
         ),
         "int8": lambda base: _converted(base, _weights()),
-        "int8-columns": lambda base: _converted(
-            base, _weights(), steps=_steps(0.3), **_rate_options()
-        ),
+        "int8-columns": lambda base: _converted(base, _weights(), choice=_rated(_steps(0.3))),
         "int8-columns-rans": lambda base: _converted(
-            base, _weights(), steps=_steps(0.3), codec="rans"
+            base, _weights(), choice=ParamsChoice(_steps(0.3)), codec="rans"
         ),
-        "int8-wide": lambda base: _converted(base, _weights(), steps=_steps(0.012)),
+        "int8-wide": lambda base: _converted(base, _weights(), choice=ParamsChoice(_steps(0.012))),
         "int8-wide-rans": lambda base: _converted(
-            base, _weights(), steps=_steps(0.012), codec="rans"
+            base, _weights(), choice=ParamsChoice(_steps(0.012)), codec="rans"
         ),
         "shards": _shards,
         "quantized": test_golden.make_quantized,
@@ -112,9 +111,9 @@ def _steps(factor: float) -> Callable[[Any], Any]:
     return provide
 
 
-def _rate_options() -> dict[str, Any]:
+def _rated(provider: ParamsProvider) -> ParamsChoice:
     calibration = Calibration(kind="random", tokens=128, seed=0, sha256="0" * 64)
-    return {"bits": 5.0, "calibrate": "random", "refine": False, "calibration": calibration}
+    return ParamsChoice(provider, Rate(bits=5.0, calibrate="random"), calibration)
 
 
 def _shards(base: Path) -> Path:

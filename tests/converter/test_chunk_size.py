@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from codecllm.converter import ConvertOptions, convert, estimate
+from codecllm.converter import ConvertOptions, ParamsChoice, convert, estimate
 from codecllm.converter.plan.params import QuantParams
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
@@ -58,7 +58,9 @@ def test_tiles_of_like_columns_follow_too(tmp_path, source):
         rows = np.full(plan.matrix[0], 0.05, np.float32)
         return QuantParams(rows, columns) if plan.source.name == "w" else None
 
-    out = convert(source, tmp_path / "out", chunk_kib=16, non_finite="lossless", steps=steps).out
+    out = convert(
+        source, tmp_path / "out", chunk_kib=16, non_finite="lossless", choice=ParamsChoice(steps)
+    ).out
     with Container(out) as container:
         grid = container.tensor("w").table.grid
         assert grid.across > 1

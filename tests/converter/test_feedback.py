@@ -10,18 +10,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from codecllm.converter import ConvertOptions, convert
-from codecllm.converter.conversion import plan_conversion
+from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert
+from codecllm.converter.plan.conversion_plan import plan_conversion
 from codecllm.converter.rate import feedback
 from codecllm.converter.rate.feedback import RIDGE, Feedback, factor_of, refined_codes, shrinkage
 from codecllm.converter.rate.products import InputProducts
-from codecllm.converter.rate.search import Target, fit
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, step_sizes
 from tests.sources import bf16, write_source
-from tests.stepped import make_steps, weights_of
+from tests.stepped import fitted, make_steps, weights_of
 
 DEADZONE = float(np.float32(0.05))
 
@@ -144,7 +143,7 @@ def test_rows_have_the_same_codes_however_they_are_asked_for(made):
     with SourceModel(source) as model:
         plan = next(
             plan
-            for plan in plan_conversion(model, ConvertOptions(steps=lambda plan: None)).tensors
+            for plan in plan_conversion(model, ConvertOptions(), accepts_params=True).tensors
             if plan.source.name == "up"
         )
         steps = make_steps(plan, 0.3)
@@ -174,21 +173,14 @@ def test_refined_codes_have_the_rate_and_less_harm_and_the_same_bytes_from_any_n
     for workers, held in ((1, products()), (4, products()), (2, None)):
         out = tmp_path / f"{workers}"
         told = []
-        steps = fit(
-            source,
-            ConvertOptions(workers=workers),
-            Target(bits=bits),
-            {},
-            held and Feedback(held),
-            told.append,
-        )
+        refiner = held and Feedback(held)
+        steps = fitted(source, bits, {}, refiner, told.append, workers=workers)
+        rate = Rate(bits=bits, refine=held is not None)
         report = convert(
             source,
             out,
-            steps=steps,
-            bits=bits,
+            choice=ParamsChoice(steps, rate),
             workers=workers,
-            refine=None if held is None else True,
         )
         assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
         made_bytes.append({path.name: path.read_bytes() for path in out.iterdir()})

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from codecllm.converter import ConvertOptions, convert
+from codecllm.converter import ParamsChoice, Rate, convert
 from codecllm.converter.rate.allocation import Sensitivity, factors_of, row_steps
-from codecllm.converter.rate.search import Target, deadzone_at, fit
+from codecllm.converter.rate.search import deadzone_at
 from codecllm.formats.container import Container
 from codecllm.formats.errors import NonFiniteWeightError, UsageError
 from codecllm.formats.reference import read_tensor_bytes
+from tests.stepped import fitted
 
 
 @pytest.fixture
@@ -55,8 +56,8 @@ def test_a_tensor_with_gradients_twice_as_large_has_steps_half_as_wide():
 @pytest.mark.parametrize("bits", [2.0, 3.1, 5.0, 7.5])
 def test_the_rate_is_hit(tmp_path, made, bits):
     folder = made(a=_gaussian(1500, 700), b=_gaussian(300, 900, 1) * np.exp(_gaussian(1, 900, 2)))
-    steps = fit(folder, ConvertOptions(), Target(bits=bits), {})
-    report = convert(folder, tmp_path / "out", steps=steps, bits=bits)
+    steps = fitted(folder, bits)
+    report = convert(folder, tmp_path / "out", choice=ParamsChoice(steps, Rate(bits=bits)))
     assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
     assert steps.bits == pytest.approx(bits, rel=0.003)
 
@@ -70,8 +71,7 @@ def test_low_rates_have_a_deadzone(tmp_path, made):
         report = convert(
             folder,
             tmp_path / rounding,
-            steps=fit(folder, ConvertOptions(), Target(bits=bits), {}),
-            bits=bits,
+            choice=ParamsChoice(fitted(folder, bits), Rate(bits=bits)),
         )
         (record,) = report.manifest.tensors
         assert record.rounding == rounding
@@ -86,8 +86,8 @@ def test_the_rate_is_hit_where_the_rows_of_a_large_tensor_are_unlike(tmp_path, m
         words=_gaussian(rows, 500) * np.geomspace(1, 20, rows)[:, None]
     )  # six blocks, of which two are tried
     seen = Sensitivity(np.ones(500), np.geomspace(1, 1e-5, rows) ** 2)
-    steps = fit(folder, ConvertOptions(), Target(bits=4), {"words": seen})
-    report = convert(folder, tmp_path / "out", steps=steps, bits=4)
+    steps = fitted(folder, 4, {"words": seen})
+    report = convert(folder, tmp_path / "out", choice=ParamsChoice(steps, Rate(bits=4)))
     assert report.quantized_bits_per_weight == pytest.approx(4, rel=0.005)
 
 
@@ -96,8 +96,8 @@ def test_columns_that_matter_are_quantized_finely_at_equal_bits(tmp_path, made):
     folder = made(w=weights)
     harm = []
     for number, statistics in enumerate(({}, {"w": Sensitivity(loud**2)})):
-        steps = fit(folder, ConvertOptions(), Target(bits=4), statistics)
-        report = convert(folder, tmp_path / str(number), steps=steps)
+        steps = fitted(folder, 4, statistics)
+        report = convert(folder, tmp_path / str(number), choice=ParamsChoice(steps))
         assert report.quantized_bits_per_weight == pytest.approx(4, rel=0.005)
         with Container(tmp_path / str(number)) as container:
             decoded = _floats(container, "w").reshape(1024, 1024)
@@ -109,7 +109,7 @@ def test_a_weight_far_outside_is_kept_within_its_step(tmp_path, made):
     weights = _gaussian(600, 512)
     weights[3, 5] = 3e6
     folder = made(w=weights, z=np.zeros((300, 300)))
-    convert(folder, tmp_path / "out", steps=fit(folder, ConvertOptions(), Target(bits=6), {}))
+    convert(folder, tmp_path / "out", choice=ParamsChoice(fitted(folder, 6)))
     with Container(tmp_path / "out") as container:
         decoded = _floats(container, "w").reshape(600, 512)
         assert decoded[3, 5] == pytest.approx(3e6, rel=1e-3)
@@ -120,10 +120,10 @@ def test_a_weight_that_is_no_number_stops_or_stays_lossless(tmp_path, made):
     weights = _gaussian(300, 400)
     weights[7, 7] = np.nan
     folder = made(w=weights, v=_gaussian(300, 400))
-    steps = fit(folder, ConvertOptions(), Target(bits=5), {})
+    steps = fitted(folder, 5)
     with pytest.raises(NonFiniteWeightError):
-        convert(folder, tmp_path / "out", steps=steps)
-    report = convert(folder, tmp_path / "out", steps=steps, non_finite="lossless")
+        convert(folder, tmp_path / "out", choice=ParamsChoice(steps))
+    report = convert(folder, tmp_path / "out", choice=ParamsChoice(steps), non_finite="lossless")
     assert {record.name: record.scheme for record in report.manifest.tensors} == {
         "v": "int8",
         "w": "lossless",
@@ -132,4 +132,4 @@ def test_a_weight_that_is_no_number_stops_or_stays_lossless(tmp_path, made):
 
 def test_a_model_without_matrices_has_no_rate(made):
     with pytest.raises(UsageError, match="no tensor"):
-        fit(made(w=np.ones(70_000)), ConvertOptions(), Target(bits=5), {})
+        fitted(made(w=np.ones(70_000)), 5)

@@ -201,9 +201,9 @@ def test_force_leaves_files_that_are_not_ours(tmp_path):
 
 def test_options_are_checked():
     with pytest.raises(UsageError, match="workers"):
-        ConvertOptions(workers=0).threads()
+        ConvertOptions(workers=0)
     with pytest.raises(UsageError, match="max_shard_bytes"):
-        ConvertOptions(max_shard_bytes=0).threads()
+        ConvertOptions(max_shard_bytes=0)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])

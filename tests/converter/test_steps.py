@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from codecllm.converter import ConvertOptions, convert, estimate
-from codecllm.converter.conversion import plan_conversion
+from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert, convert_model, estimate
+from codecllm.converter.options import Origin
+from codecllm.converter.plan.conversion_plan import plan_conversion
 from codecllm.converter.plan.params import QuantParams, column_tiles, max_tiles
-from codecllm.converter.rate.estimate import blocks, packed_size
 from codecllm.converter.rate.overhead import frame_bytes, tensor_bytes
+from codecllm.converter.rate.trial import count_blocks, packed_size
 from codecllm.converter.source.source import SourceModel
+from codecllm.converter.write.manifest import Conversion
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     NonFiniteWeightError,
@@ -54,7 +56,7 @@ def source(tmp_path_factory):
 
 def _plan(folder, name):
     model = SourceModel(folder)
-    plans = plan_conversion(model, ConvertOptions(include=("*",), steps=provider())).tensors
+    plans = plan_conversion(model, ConvertOptions(include=("*",)), accepts_params=True).tensors
     return next(plan for plan in plans if plan.source.name == name)
 
 
@@ -73,7 +75,7 @@ def test_every_tensor_holds_what_the_reference_makes_of_it(source, tmp_path, cod
         given[plan.source.name] = (steps, weights_of(plan))
         return given[plan.source.name][0]
 
-    convert(source, tmp_path / "c", codec=codec, include=("*",), steps=provide)
+    convert(source, tmp_path / "c", codec=codec, include=("*",), choice=ParamsChoice(provide))
     with Container(tmp_path / "c") as container:
         assert given.keys() == TENSORS.keys()
         quantized = {name for name, record in container.records.items() if record.scheme == "int8"}
@@ -119,7 +121,7 @@ def test_same_bytes_from_any_number_of_workers(source, tmp_path, codec):
             out,
             codec=codec,
             include=("*",),
-            steps=provider(0.02),
+            choice=ParamsChoice(provider(0.02)),
             workers=workers,
             max_shard_bytes=60_000,
         )
@@ -138,13 +140,18 @@ def test_a_wide_code_that_comes_late(tmp_path, codec):
     values[1099, 2000] = 300
     source = write_source(tmp_path / "source", {"w": ("F32", values), "x": ("F32", values[:1000])})
     options = {"columns": False, "tile": (60, 512)}
-    convert(source, tmp_path / "late", codec=codec, steps=provider(0.1, **options))
+    convert(source, tmp_path / "late", codec=codec, choice=ParamsChoice(provider(0.1, **options)))
     told = [
         make_steps(plan := _plan(source, name), 0.1, wide=name == "w", **options)
         for name in ("w", "x")
     ]
-    assert blocks(plan, told[1]) == 3
-    convert(source, tmp_path / "told", codec=codec, steps=lambda p: told[p.source.name == "x"])
+    assert count_blocks(plan, told[1]) == 3
+    convert(
+        source,
+        tmp_path / "told",
+        codec=codec,
+        choice=ParamsChoice(lambda p: told[p.source.name == "x"]),
+    )
     shards = [
         (tmp_path / name / "model-00001-of-00001.safetensors").read_bytes()
         for name in ("late", "told")
@@ -170,18 +177,19 @@ def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
         np.float32
     )
     source = write_source(tmp_path / "source", {"w": ("F32", values)})
-    convert(source, tmp_path / "c", codec=codec, steps=provider(factor))
+    convert(source, tmp_path / "c", codec=codec, choice=ParamsChoice(provider(factor)))
     with Container(tmp_path / "c") as container:
         tensor = container.tensor("w")
         tables = tensor.record.tables_bytes or 0
         stored = sum(slot_bytes(chunk.stored_bytes) + 16 for chunk in tensor.table.chunks)
         whole = 8 * container.stored_bytes
     with SourceModel(source) as model:
-        options = ConvertOptions(steps=provider(factor), codec=codec)
-        whole_plan = plan_conversion(model, options)
-        plan, frame = whole_plan.tensors[0], frame_bytes(model, whole_plan, options, {"w"})
+        options, choice = ConvertOptions(codec=codec), ParamsChoice(provider(factor))
+        whole_plan = plan_conversion(model, options, accepts_params=True)
+        conversion = Conversion(model, whole_plan, options, choice, Origin())
+        plan, frame = whole_plan.tensors[0], frame_bytes(conversion, {"w"})
         steps = make_steps(plan, factor)
-        assert blocks(plan, steps) == 2
+        assert count_blocks(plan, steps) == 2
         sample = packed_size(plan, steps, 0, 2)
         half = packed_size(plan, steps, 1)
     assert sample.elements == values.size
@@ -194,7 +202,7 @@ def test_a_sample_of_everything_is_the_stored_size(tmp_path, codec, factor):
     )
     predicted_bytes = sample.stored_bits / 8 + tensor_bytes(plan, steps, wide=sample.wide) + frame
     assert predicted_bytes == pytest.approx(whole / 8, abs=100)
-    predicted = estimate(source, ConvertOptions(steps=provider(factor), codec=codec))
+    predicted = estimate(source, ConvertOptions(codec=codec), choice)
     assert predicted.stored_bytes == pytest.approx(whole / 8, rel=0.02)
 
 
@@ -211,7 +219,7 @@ def test_a_deadzone_takes_the_smaller_code_where_both_are_nearly_as_near(
         )
         return given[plan.source.name][0]
 
-    convert(source, tmp_path / "c", include=("*",), steps=provide)
+    convert(source, tmp_path / "c", include=("*",), choice=ParamsChoice(provide))
     with Container(tmp_path / "c") as container:
         for name, (steps, weights) in given.items():
             tensor = container.tensor(name)
@@ -247,7 +255,9 @@ def test_refined_codes_are_kept_as_they_are(source, tmp_path):
         )
         return replace(steps, refined="feedback", codes=lambda first, last: codes[first:last])
 
-    convert(source, tmp_path / "c", include=("odd",), exclude=("[!o]*",), steps=provide)
+    convert(
+        source, tmp_path / "c", include=("odd",), exclude=("[!o]*",), choice=ParamsChoice(provide)
+    )
     with Container(tmp_path / "c") as container:
         tensor = container.tensor("odd")
         assert np.array_equal(read_codes(tensor), np.broadcast_to(np.arange(123) % 5, (90, 123)))
@@ -257,7 +267,7 @@ def test_refined_codes_are_kept_as_they_are(source, tmp_path):
 
 def test_without_steps_nothing_changes(source, tmp_path):
     convert(source, tmp_path / "plain", include=("*",))
-    convert(source, tmp_path / "none", include=("*",), steps=lambda plan: None)
+    convert(source, tmp_path / "none", include=("*",), choice=ParamsChoice(lambda plan: None))
     records = []
     for name in ("plain", "none"):
         with Container(tmp_path / name) as container:
@@ -269,28 +279,31 @@ def test_without_steps_nothing_changes(source, tmp_path):
 
 def test_what_was_asked_for_is_recorded(source, tmp_path):
     calibration = Calibration(kind="self", tokens=128, seed=3, sha256="ab" * 32)
-    options = {
-        "bits": 5,
-        "ratio": 3.2,
-        "calibrate": "self",
-        "refine": True,
-        "calibration": calibration,
-    }
-    convert(source, tmp_path / "c", **options)
-    with Container(tmp_path / "c") as container:
-        held = container.manifest
-        assert (
-            held.options.bits,
-            held.options.ratio,
-            held.options.calibrate,
-            held.options.refine,
-        ) == (5, 3.2, "self", True)
-        assert held.calibration == calibration
-        assert held.required_features == ["steps"]
+    for rate, bits, ratio in (
+        (Rate(bits=5, calibrate="self", refine=True), 5, None),
+        (Rate(quality="small", calibrate="self", refine=True), 4, None),
+        (Rate(ratio=3.2, calibrate="self", refine=True), None, 3.2),
+    ):
+        choice = ParamsChoice(lambda plan: None, rate, calibration)
+        manifest = convert(source, tmp_path / "c", choice=choice, force=True).manifest
+        options = manifest.options
+        assert (options.bits, options.ratio) == (bits, ratio)
+        assert (options.calibrate, options.refine) == ("self", True)
+        assert manifest.calibration == calibration
+        assert manifest.required_features == ["steps"]
+
+
+def test_a_rate_without_chosen_parameters_is_refused(source, tmp_path):
+    with (
+        SourceModel(source) as model,
+        pytest.raises(UsageError, match="no quantization parameters"),
+    ):
+        convert_model(model, tmp_path / "c", ConvertOptions(rate=Rate(bits=5)))
+    assert not (tmp_path / "c").exists()
 
 
 def test_older_readers_refuse_the_features_by_name(source, tmp_path, monkeypatch):
-    convert(source, tmp_path / "c", include=("*",), steps=provider(0.012))
+    convert(source, tmp_path / "c", include=("*",), choice=ParamsChoice(provider(0.012)))
     for name in ("steps", "col_scale", "wide"):
         known = manifest_module.KNOWN_FEATURES - {name}
         with monkeypatch.context() as patch:
@@ -344,7 +357,10 @@ def test_steps_that_do_not_fit_are_refused_before_anything_is_written(source, tm
     change, words = WRONG[name]
     with pytest.raises(UsageError, match=words) as caught:
         convert(
-            source, tmp_path / "c", include=("odd",), steps=lambda plan: change(make_steps(plan))
+            source,
+            tmp_path / "c",
+            include=("odd",),
+            choice=ParamsChoice(lambda plan: change(make_steps(plan))),
         )
     assert caught.value.tensor == "odd"
     assert not (tmp_path / "c").exists()
@@ -353,11 +369,17 @@ def test_steps_that_do_not_fit_are_refused_before_anything_is_written(source, tm
 def test_a_column_of_channels_has_no_second_scale(source, tmp_path):
     wrong = QuantParams(np.ones(96, np.float32), np.ones(96, np.float32))
     with pytest.raises(UsageError, match="no second one"):
-        convert(source, tmp_path / "c", include=("h.*",), steps=lambda plan: wrong)
+        convert(source, tmp_path / "c", include=("h.*",), choice=ParamsChoice(lambda plan: wrong))
 
 
 def test_what_two_planes_cannot_hold_is_kept_lossless(source, tmp_path):
-    convert(source, tmp_path / "c", include=("odd",), exclude=("[!o]*",), steps=provider(1e-6))
+    convert(
+        source,
+        tmp_path / "c",
+        include=("odd",),
+        exclude=("[!o]*",),
+        choice=ParamsChoice(provider(1e-6)),
+    )
     with Container(tmp_path / "c") as container:
         assert container.records["odd"].scheme == "lossless"
         assert "steps from zero" in container.records["odd"].fallback
@@ -369,8 +391,8 @@ def test_steps_too_large_for_wide_codes_are_never_written(tmp_path):
     """The format bounds them, so that any code times a step is finite."""
     values = np.abs(BASE) * np.float32(2.0**120)
     source = write_source(tmp_path / "source", {"w": ("F32", values)})
-    convert(source, tmp_path / "c", include=("*",), steps=provider(0.012))
-    convert(source, tmp_path / "narrow", include=("*",), steps=provider(0.3))
+    convert(source, tmp_path / "c", include=("*",), choice=ParamsChoice(provider(0.012)))
+    convert(source, tmp_path / "narrow", include=("*",), choice=ParamsChoice(provider(0.3)))
     with Container(tmp_path / "c") as container, Container(tmp_path / "narrow") as narrow:
         assert container.records["w"].scheme == "lossless"
         assert read_tensor_bytes(container, "w") == values.tobytes()
@@ -390,9 +412,13 @@ def test_weights_that_are_no_numbers(tmp_path, bad, refined):
             steps, refined="x", codes=lambda first, last: np.zeros((last - first, 123), np.int16)
         )
     with pytest.raises(NonFiniteWeightError, match="first in row 4"):
-        convert(source, tmp_path / "c", include=("*",), steps=lambda plan: steps)
+        convert(source, tmp_path / "c", include=("*",), choice=ParamsChoice(lambda plan: steps))
     convert(
-        source, tmp_path / "kept", include=("*",), steps=lambda plan: steps, non_finite="lossless"
+        source,
+        tmp_path / "kept",
+        include=("*",),
+        choice=ParamsChoice(lambda plan: steps),
+        non_finite="lossless",
     )
     with Container(tmp_path / "kept") as container:
         assert read_tensor_bytes(container, "w") == values.tobytes()
@@ -402,7 +428,9 @@ def test_weights_that_are_no_numbers(tmp_path, bad, refined):
 def test_a_tensor_named_like_a_side_tensor_keeps_its_name_and_bits(tmp_path, name):
     tensors = {"w": ("F32", BASE), name: ("F32", BASE + 1)}
     source = write_source(tmp_path / "source", tensors)
-    report = convert(source, tmp_path / "c", include=("*",), steps=provider(), codec="rans")
+    report = convert(
+        source, tmp_path / "c", include=("*",), choice=ParamsChoice(provider()), codec="rans"
+    )
     by_name = {record.name: record for record in report.manifest.tensors}
     assert by_name["w"].scheme == ("lossless" if "col" in name else "raw")
     assert "side tensor" in by_name["w"].fallback
@@ -414,7 +442,7 @@ def test_two_tensors_that_would_share_a_side_tensor(tmp_path):
     """`w` with scales of columns beside `w_col`: both would have a side tensor `w_col_scale`."""
     source = write_source(tmp_path / "source", {"w": ("F32", BASE), "w_col": ("F32", BASE + 1)})
     convert(source, tmp_path / "plain", include=("*",))
-    report = convert(source, tmp_path / "c", include=("*",), steps=provider())
+    report = convert(source, tmp_path / "c", include=("*",), choice=ParamsChoice(provider()))
     assert [record.scheme for record in report.manifest.tensors] == ["int8", "lossless"]
     with Container(tmp_path / "c") as container:
         assert read_tensor_bytes(container, "w_col") == (BASE + 1).tobytes()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_codes
 from codecllm.formats.schemes.int8 import step_sizes
@@ -26,7 +26,14 @@ def source(tmp_path_factory):
 
 
 def _convert(source, out, codec="zstd"):
-    convert(source, out, include=("*.weight",), exclude=("*norm*",), codec=codec, steps=mixed)
+    convert(
+        source,
+        out,
+        include=("*.weight",),
+        exclude=("*norm*",),
+        codec=codec,
+        choice=ParamsChoice(mixed),
+    )
     return out
 
 
@@ -49,7 +56,13 @@ def test_codes_with_a_deadzone_are_repeated_one_by_one(source, tmp_path):
     def steps(plan):
         return replace(mixed(plan), refined=None, codes=None, deadzone=0.125)
 
-    convert(source, tmp_path / "c", include=("*.weight",), exclude=("*norm*",), steps=steps)
+    convert(
+        source,
+        tmp_path / "c",
+        include=("*.weight",),
+        exclude=("*norm*",),
+        choice=ParamsChoice(steps),
+    )
     report = diagnose(tmp_path / "c", str(source), prompts=PROMPTS)
     assert report.ok, report.conclusion
     (stage,) = [stage for stage in report.stages if stage.name == "round trip"]

@@ -11,19 +11,20 @@ from typer.testing import CliRunner
 
 import codecllm
 from codecllm import api
-from codecllm.calibrator import calibrate, calibration
+from codecllm.calibrator import calibrate as calibrate_model
+from codecllm.calibrator import calibration
 from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.gradients import _projected, squared_gradients
 from codecllm.calibrator.text import random_text
 from codecllm.cli.app import app
-from codecllm.converter import ConvertOptions, convert, estimate
-from codecllm.converter.rate.search import Target, fit
+from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert
+from codecllm.converter.options import QUALITIES
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.loader.hf.adapter import load_plain
-from codecllm.quality import QUALITIES, chosen_steps
 from tests.integration import tiny_models
+from tests.stepped import fitted
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024}
 MATRICES = ("*_proj.weight", "*embed_tokens*", "*.dense.weight", "*.c_*.weight", "*query.weight")
@@ -58,6 +59,12 @@ def source(tmp_path_factory):
         return made[name]
 
     return get
+
+
+def calibrate(folder, kind, on_stage=None):
+    """Calibrates a folder."""
+    with SourceModel(folder) as opened:
+        return calibrate_model(opened, kind, on_stage)
 
 
 # Of the encoder's 344,064 weights in 39 tensors a fifth of the size is header and manifest.
@@ -193,8 +200,8 @@ def test_the_bytes_do_not_depend_on_workers(tmp_path, source):
     results = []
     for workers in (1, 4):
         options = {"include": MATRICES, "workers": workers}
-        steps = fit(source("moe"), ConvertOptions(**options), Target(bits=4.5), statistics)
-        convert(source("moe"), tmp_path / str(workers), steps=steps, **options)
+        steps = fitted(source("moe"), 4.5, statistics, **options)
+        convert(source("moe"), tmp_path / str(workers), choice=ParamsChoice(steps), **options)
         results.append(
             {path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()}
         )
@@ -237,11 +244,8 @@ def test_a_text_that_is_of_no_use_is_refused(tmp_path, source):
 
 
 def test_a_dry_run_predicts(source):
-    options = {"include": MATRICES}
-    more, _ = chosen_steps(
-        source("gpt2"), options, bits=None, ratio=2.5, quality=None, calibrate="none"
-    )
-    predicted = estimate(source("gpt2"), ConvertOptions(**options, **more))
+    options = ConvertOptions(include=MATRICES, rate=Rate(ratio=2.5, calibrate="none"))
+    predicted = api.predict(source("gpt2"), options)
     assert predicted.source_bytes / predicted.stored_bytes == pytest.approx(2.5, rel=0.02)
 
 

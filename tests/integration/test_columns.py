@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from codecllm.api import export
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
@@ -37,7 +37,12 @@ def source(tmp_path_factory):
 def folder(request, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("columns") / "c"
     convert(
-        source, out, include=("*.weight",), exclude=("*norm*",), codec=request.param, steps=mixed
+        source,
+        out,
+        include=("*.weight",),
+        exclude=("*norm*",),
+        codec=request.param,
+        choice=ParamsChoice(mixed),
     )
     return out
 
@@ -182,7 +187,13 @@ def test_a_plain_export_has_the_bits_of_dense_loading(folder, tmp_path):
 
 
 def test_exports_that_cannot_hold_columns_say_so(source, folder, tmp_path):
-    convert(source, tmp_path / "c", include=("*.weight",), exclude=("*norm*",), steps=provider(0.1))
+    convert(
+        source,
+        tmp_path / "c",
+        include=("*.weight",),
+        exclude=("*norm*",),
+        choice=ParamsChoice(provider(0.1)),
+    )
     with pytest.raises(UsageError, match=r"one scale per output channel .*--format safetensors"):
         export(tmp_path / "c", tmp_path / "packed", format="compressed-tensors")
     with pytest.raises(UsageError, match="scales for their columns"):

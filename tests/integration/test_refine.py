@@ -18,6 +18,7 @@ from codecllm.calibrator import calibrate, calibration
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.text import own_text
 from codecllm.cli.app import app
+from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.loader.hf.adapter import load_plain
 from tests.integration import tiny_models
@@ -189,7 +190,8 @@ def test_a_model_that_cannot_run_cannot_be_refined(tmp_path, source):
 def test_a_model_larger_than_memory_is_not_refined_and_that_is_said(source, monkeypatch):
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     monkeypatch.setattr(calibration, "available_memory", lambda: size)
-    found = calibrate(source, "random", refined={"model.layers.0.mlp.up_proj.weight"})
+    with SourceModel(source) as opened:
+        found = calibrate(opened, "random", refined={"model.layers.0.mlp.up_proj.weight"})
     assert found.products is None
     assert any("no refinement" in note for note in found.notes)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
 from codecllm.formats.checksums import sha256_hex, xxh3_hex
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
@@ -85,7 +85,7 @@ def make_columns_container(base: Path) -> Path:
         steps = make_steps(plan, 0.012 if name == "w" else 0.2, short=name == "q")
         return steps if name != "s" else replace(steps, col_groups=None, tile=(20, 30))
 
-    convert(source, base / "container", include=("*",), steps=provide)
+    convert(source, base / "container", include=("*",), choice=ParamsChoice(provide))
     return base / "container"
 
 

@@ -11,7 +11,7 @@ import os
 import numpy as np
 import pytest
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, CodecLLMError, LayoutError, TruncatedError
 from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME
@@ -51,7 +51,9 @@ def tiny(request, tmp_path_factory):
     codec = "rans" if request.param == "rans" else "zstd"
     source = write_source(base / "source", tensors, {"model_type": "none"})
     steps = provider(0.015) if request.param == "columns" else None
-    convert(source, base / "c", scheme=scheme, codec=codec, include=include, steps=steps)
+    convert(
+        source, base / "c", scheme=scheme, codec=codec, include=include, choice=ParamsChoice(steps)
+    )
     manifest = parse_manifest((base / "c" / MANIFEST_NAME).read_bytes())
     assert {record.scheme for record in manifest.tensors} == {
         "raw" if request.param == "plain" else scheme

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
@@ -163,7 +163,7 @@ def columns(tmp_path_factory):
         source,
         base / "c",
         include=("*",),
-        steps=lambda plan: make_steps(plan, factors[plan.source.name]),
+        choice=ParamsChoice(lambda plan: make_steps(plan, factors[plan.source.name])),
         **options,
     )
     return _workplace(base / "c")

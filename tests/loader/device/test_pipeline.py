@@ -11,7 +11,7 @@ import pytest
 import torch
 import zstandard
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
 from codecllm.converter.plan.params import QuantParams
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, DecodeError
@@ -157,7 +157,11 @@ def test_scales_and_groups_of_columns_and_wide_codes(tmp_path, codecs, wide):
     rows = np.abs(values / columns).max(axis=1).astype(np.float32) / (3000 if wide else 110)
     steps = QuantParams(rows, columns, groups, tile=(64, 50), wide=wide)
     folder = convert(
-        source, tmp_path / "out", scheme="int8", include=("*",), steps=lambda plan: steps
+        source,
+        tmp_path / "out",
+        scheme="int8",
+        include=("*",),
+        choice=ParamsChoice(lambda plan: steps),
     ).out
     with Container(folder) as container:
         assert container.tensor("w").wide is wide

@@ -1,0 +1,183 @@
+"""What a user asks of a conversion: objects that are checked when they are made and then passed on whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from codecllm.formats.codecs import CodecName
+from codecllm.formats.errors import UsageError
+from codecllm.formats.machine import cores
+from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
+
+Scheme = Literal["int8", "lossless"]
+NonFinite = Literal["error", "lossless"]
+Quality = Literal["high", "balanced", "small"]
+
+QUALITIES: dict[Quality, float] = {"high": 6.0, "balanced": 5.0, "small": 4.0}
+"""Named rates, in bits per quantized weight; docs/bits.md has the figures behind them."""
+
+MIN_BITS, MAX_BITS = 2.0, 8.0
+"""The rates that can be asked for, in bits per quantized weight."""
+
+MIN_CHUNK_KIB, MAX_CHUNK_KIB = 4, 1024
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """The rate that a conversion is to reach, and the way to choose the quantization parameters for it.
+
+    Exactly one of `bits`, `ratio` and `quality` is given.
+
+    Attributes:
+        bits: bits per quantized weight, everything counted, 2 to 8.
+        ratio: source bytes / stored bytes, above 1.
+        quality: `high`, `balanced` or `small`: names for bits, see `QUALITIES`.
+        calibrate: text from which sensitivities are learned: `self` (the model writes it), `random` (random tokens),
+            `none`, or a text file. None is `self`, or `none` where the model cannot run here.
+        refine: whether codes of linear layers are chosen with error feedback. Needs a calibration.
+
+    Raises:
+        UsageError: the fields contradict each other, or one is out of range.
+    """
+
+    bits: float | None = None
+    ratio: float | None = None
+    quality: Quality | None = None
+    calibrate: str | Path | None = None
+    refine: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        targets = (self.bits, self.ratio, self.quality)
+        if sum(target is not None for target in targets) != 1:
+            got = f"bits {self.bits}, ratio {self.ratio}, quality {self.quality}"
+            raise UsageError("bits, ratio and quality exclude one another: give one", got=got)
+        if self.quality is not None and self.quality not in QUALITIES:
+            raise UsageError(
+                "no such quality", got=repr(self.quality), expected=", ".join(QUALITIES)
+            )
+        if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UsageError(
+                "bits per weight", got=self.bits, expected=f"{MIN_BITS:g} to {MAX_BITS:g}"
+            )
+        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio > 1):
+            raise UsageError("ratio", got=self.ratio, expected="more than 1")
+        if self.refine and self.calibrate == "none":
+            raise UsageError(
+                "refine needs a calibration: it feeds errors back by the inputs of each layer",
+                got="calibrate none",
+            )
+
+    @property
+    def target_bits(self) -> float | None:
+        """Bits per quantized weight, or None where a ratio is the target.
+
+        >>> Rate(quality="balanced").target_bits
+        5.0
+        """
+        return self.bits if self.quality is None else QUALITIES[self.quality]
+
+
+def requested_rate(
+    bits: float | None = None,
+    ratio: float | None = None,
+    quality: Quality | None = None,
+    calibrate: str | Path | None = None,
+    refine: bool = False,
+) -> Rate | None:
+    """Returns the rate that these fields of `Rate` describe, or None where none is asked for.
+
+    Raises:
+        UsageError: `calibrate` or `refine` stands without a rate, or see `Rate`.
+    """
+    if bits is not None or ratio is not None or quality is not None:
+        return Rate(bits=bits, ratio=ratio, quality=quality, calibrate=calibrate, refine=refine)
+    if calibrate is not None:
+        raise UsageError(
+            "calibrate needs bits, ratio or quality: plain int8 takes its steps from the largest weights"
+        )
+    if refine:
+        raise UsageError("refine needs bits, ratio or quality: plain int8 rounds to nearest")
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """Options of a conversion.
+
+    Attributes:
+        scheme: `int8` (per output channel) or `lossless`.
+        codec: `zstd`, or `rans`: smaller, made for decoding on a GPU, slow to decode on a CPU.
+        rate: the rate to reach (scheme `int8` only); None takes each channel's step from its largest weight.
+        include: glob patterns of tensor names to quantize beside the default choice.
+        exclude: glob patterns of tensor names not to quantize; they win over `include`.
+        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
+        chunk_kib: most KiB of symbols in a chunk, 4 to 1024. Small chunks give a GPU more of them to decode at once, and
+            cost a little size: more checksums and, with zstd, more code tables.
+        max_shard_bytes: no shard is longer, unless one tensor is.
+        workers: encoding threads, 1 or more; None takes one per core. Does not change a byte of the output.
+        force: replace a container that is in the way.
+        with_code: copy the repository's Python files (`auto_map`). They run only where a loading caller passes
+            `trust_remote_code=True`.
+
+    Raises:
+        UsageError: a value is out of range, or a rate is asked of scheme `lossless`.
+    """
+
+    scheme: Scheme = "int8"
+    codec: CodecName = "zstd"
+    rate: Rate | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    non_finite: NonFinite = "error"
+    chunk_kib: int = DEFAULT_TILE_SYMBOLS >> 10
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    workers: int | None = None
+    force: bool = False
+    with_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        for name, allowed in (("scheme", Scheme), ("codec", CodecName), ("non_finite", NonFinite)):
+            if getattr(self, name) not in get_args(allowed):
+                expected = ", ".join(get_args(allowed))
+                raise UsageError(
+                    f"no such {name}", got=repr(getattr(self, name)), expected=expected
+                )
+        if not MIN_CHUNK_KIB <= self.chunk_kib <= MAX_CHUNK_KIB:
+            raise UsageError(
+                "chunk_kib is out of range",
+                got=self.chunk_kib,
+                expected=f"{MIN_CHUNK_KIB} to {MAX_CHUNK_KIB}",
+            )
+        if self.max_shard_bytes < 1:
+            raise UsageError("max_shard_bytes must be positive", got=self.max_shard_bytes)
+        if self.workers is not None and self.workers < 1:
+            raise UsageError("workers must be 1 or more", got=self.workers)
+        if self.rate is not None and self.scheme != "int8":
+            raise UsageError(
+                "bits and ratio need scheme int8: lossless has no rate to choose", got=self.scheme
+            )
+
+    @property
+    def threads(self) -> int:
+        """Number of encoding threads."""
+        return cores() if self.workers is None else self.workers
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the source model comes from, for the manifest.
+
+    Attributes:
+        repo: Hub repository, or None for a local folder.
+        commit: its commit, 40 hex digits, or None.
+    """
+
+    repo: str | None = None
+    commit: str | None = None

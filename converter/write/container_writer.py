@@ -1,0 +1,134 @@
+"""Writes the files of a container: shards in order, then side files; returns the manifest, which goes last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from codecllm.converter.plan.conversion_plan import planned_entries
+from codecllm.converter.plan.tensor_plan import TensorPlan
+from codecllm.converter.source.side_files import (
+    copy_side_files,
+    pack_config,
+    pack_index,
+    write_listed,
+)
+from codecllm.converter.write.manifest import Conversion, build_manifest
+from codecllm.converter.write.tensor_writer import StoredRecord, TensorWriter
+from codecllm.formats.checksums import sha256_of_descriptor, xxh3_hex
+from codecllm.formats.files import SafeFile
+from codecllm.formats.manifest.manifest import INDEX_NAME, Manifest, shard_name
+from codecllm.formats.manifest.records import FileRecord, ShardRecord
+from codecllm.formats.shards.shard_writer import ShardWriter
+from codecllm.formats.shards.side_tensors import side_names
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a tensor's name, the source bytes done and the source bytes in all."""
+
+
+def write_container(
+    conversion: Conversion, folder: Path, on_progress: OnProgress | None = None
+) -> Manifest:
+    """Encodes all tensors and writes shards and side files into `folder`; the manifest is left to the caller.
+
+    Args:
+        conversion: its decisions.
+        folder: an empty folder.
+        on_progress: called as bytes are done, in the calling thread.
+
+    Raises:
+        NonFiniteWeightError: an int8 tensor holds NaN or infinities, and `non_finite` is `error`.
+        OSError, FormatError: reading or writing failed.
+    """
+    total = sum(plan.source.entry.bytes for plan in conversion.plan.tensors)
+    done = 0
+
+    def on_bytes(name: str, count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(name, done, total)
+
+    threads = conversion.options.threads
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="codecllm-encode")
+    try:
+        writer = TensorWriter(
+            executor,
+            2 * threads + 2,
+            conversion.options.non_finite,
+            on_bytes,
+            conversion.choice.provider,
+        )
+        records, shards = _write_shards(conversion, writer, executor, folder)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    files = _write_side_files(conversion, records, shards, folder)
+    return build_manifest(conversion, records, shards, files)
+
+
+def shard_metadata(version: str) -> dict[str, str]:
+    """Returns the strings that the header of a shard holds."""
+    return {"format": "pt", "codecllm.format_version": version}
+
+
+def _write_shards(
+    conversion: Conversion, writer: TensorWriter, executor: ThreadPoolExecutor, folder: Path
+) -> tuple[list[StoredRecord], list[ShardRecord]]:
+    """Writes the shards; each is hashed in another thread while the next is written."""
+    records: list[StoredRecord] = []
+    shards: list[tuple[str, bytes, int, Future[str]]] = []
+    plans_by_shard = conversion.plan.shards
+    for number, plans in enumerate(plans_by_shard):
+        path = folder / shard_name(number + 1, len(plans_by_shard))
+        written, head, size = _write_shard(
+            writer, plans, path, number, conversion.plan.format_version
+        )
+        records += written
+        shards.append((path.name, head, size, executor.submit(_hash_file, folder, path.name)))
+    return records, [
+        ShardRecord(name=name, bytes=size, sha256=digest.result(), header_xxh3=xxh3_hex(head))
+        for name, head, size, digest in shards
+    ]
+
+
+def _write_shard(
+    writer: TensorWriter, plans: list[TensorPlan], path: Path, number: int, version: str
+) -> tuple[list[StoredRecord], bytes, int]:
+    shard = ShardWriter(path, planned_entries(plans), shard_metadata(version))
+    try:
+        records = list(writer.write_all(plans, shard, number))
+        head, size = shard.finish()
+    except BaseException:
+        shard.abort()
+        raise
+    return records, head, size
+
+
+def _hash_file(folder: Path, name: str) -> str:
+    with SafeFile(folder, name) as file:
+        return sha256_of_descriptor(file.descriptor)[0]
+
+
+def _write_side_files(
+    conversion: Conversion, records: list[StoredRecord], shards: list[ShardRecord], folder: Path
+) -> list[FileRecord]:
+    model = conversion.model
+    files = copy_side_files(model.repository, model.side_files, model.modules, folder)
+    if model.config is not None:
+        config = pack_config(
+            model.config,
+            conversion.options.scheme,
+            conversion.plan.format_version,
+            model.original_block,
+        )
+        files.append(write_listed(folder, "config.json", config))
+    weight_map: dict[str, str] = {}
+    for record in records:
+        for name in (record.name, *side_names(record)):
+            weight_map[name] = shards[record.shard].name
+    parameters = sum(record.elements for record in records)
+    stored_bytes = sum(shard.bytes for shard in shards)
+    index = pack_index(weight_map, stored_bytes, parameters)
+    files.append(write_listed(folder, INDEX_NAME, index))
+    return sorted(files, key=lambda record: record.name)
