@@ -123,7 +123,6 @@ def _placeholder(plan: TensorPlan, shard: int) -> StoredRecord:
         plan=plan,
         chunks=chunks,
         entropy_bits=np.full(plan.planes, 8.0 * plan.source.entry.elements),
-        digest=_DIGEST,
         scales=np.full(plan.channels, _FLOAT, np.float32) if plan.scheme == "int8" else None,
         worst_error=_FLOAT,
         worst_steps=_WORST_STEPS,
@@ -135,4 +134,5 @@ def _placeholder(plan: TensorPlan, shard: int) -> StoredRecord:
         if side.presence(layout) == "always" or side.key in scale_sides
     ]
     checksums = SideChecksums(**dict.fromkeys(present, _CHECKSUM))
-    return coded_record(tensor, shard, checksums, _TABLES_BYTES if layout.rans else None)
+    tables_bytes = _TABLES_BYTES if layout.rans else None
+    return coded_record(tensor, shard, checksums, tables_bytes, _DIGEST)

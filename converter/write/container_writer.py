@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from codecllm.converter.plan.conversion_plan import planned_entries
-from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.side_files import (
     copy_side_files,
     pack_config,
@@ -51,20 +50,38 @@ def write_container(
             on_progress(name, done, total)
 
     threads = conversion.options.threads
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="codecllm-encode")
-    try:
+    with _Threads(threads) as pools:
         writer = TensorWriter(
-            executor,
-            2 * threads + 2,
-            conversion.options.non_finite,
-            on_bytes,
-            conversion.choice.provider,
+            pools.workers,
+            conversion.plan.tensors,
+            window=2 * threads + 2,
+            backlog=6 * threads,
+            non_finite=conversion.options.non_finite,
+            on_bytes=on_bytes,
+            params=conversion.choice.provider,
         )
-        records, shards = _write_shards(conversion, writer, executor, folder)
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        records, shards = _write_shards(conversion, writer, pools, folder)
     files = _write_side_files(conversion, records, shards, folder)
     return build_manifest(conversion, records, shards, files)
+
+
+class _Threads:
+    """The threads of a conversion: many that encode and hash, one that writes, one that waits for the disk."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = ThreadPoolExecutor(workers, thread_name_prefix="codecllm-encode")
+        self.write = ThreadPoolExecutor(1, thread_name_prefix="codecllm-write")
+        self.sync = ThreadPoolExecutor(1, thread_name_prefix="codecllm-sync")
+        self.opened: list[ShardWriter] = []
+
+    def __enter__(self) -> _Threads:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for pool in (self.write, self.sync, self.workers):
+            pool.shutdown(wait=True, cancel_futures=True)
+        for shard in self.opened:
+            shard.abort()  # of no effect where it is finished
 
 
 def shard_metadata(version: str) -> dict[str, str]:
@@ -73,41 +90,29 @@ def shard_metadata(version: str) -> dict[str, str]:
 
 
 def _write_shards(
-    conversion: Conversion, writer: TensorWriter, executor: ThreadPoolExecutor, folder: Path
+    conversion: Conversion, writer: TensorWriter, pools: _Threads, folder: Path
 ) -> tuple[list[StoredRecord], list[ShardRecord]]:
-    """Writes the shards; each is hashed in another thread while the next is written."""
-    records: list[StoredRecord] = []
-    shards: list[tuple[str, bytes, int, Future[str]]] = []
+    """Writes the shards; earlier ones are hashed and forced to the disk while the next is written."""
+    records: list[Future[StoredRecord]] = []
+    shards: list[Future[ShardRecord]] = []
     plans_by_shard = conversion.plan.shards
+    metadata = shard_metadata(conversion.plan.format_version)
     for number, plans in enumerate(plans_by_shard):
         path = folder / shard_name(number + 1, len(plans_by_shard))
-        written, head, size = _write_shard(
-            writer, plans, path, number, conversion.plan.format_version
-        )
-        records += written
-        shards.append((path.name, head, size, executor.submit(_hash_file, folder, path.name)))
-    return records, [
-        ShardRecord(name=name, bytes=size, sha256=digest.result(), header_xxh3=xxh3_hex(head))
-        for name, head, size, digest in shards
-    ]
+        shard = ShardWriter(path, planned_entries(plans), metadata, pools.write)
+        pools.opened.append(shard)
+        records += writer.write_all(plans, shard, number)
+        shards.append(pools.workers.submit(_finish_shard, shard, pools.sync))
+    return [record.result() for record in records], [shard.result() for shard in shards]
 
 
-def _write_shard(
-    writer: TensorWriter, plans: list[TensorPlan], path: Path, number: int, version: str
-) -> tuple[list[StoredRecord], bytes, int]:
-    shard = ShardWriter(path, planned_entries(plans), shard_metadata(version))
-    try:
-        records = list(writer.write_all(plans, shard, number))
-        head, size = shard.finish()
-    except BaseException:
-        shard.abort()
-        raise
-    return records, head, size
-
-
-def _hash_file(folder: Path, name: str) -> str:
-    with SafeFile(folder, name) as file:
-        return sha256_of_descriptor(file.descriptor)[0]
+def _finish_shard(shard: ShardWriter, sync: ThreadPoolExecutor) -> ShardRecord:
+    head, size = shard.complete()
+    synced = sync.submit(shard.sync)
+    with SafeFile(shard.path.parent, shard.path.name) as file:
+        digest = sha256_of_descriptor(file.descriptor)[0]
+    synced.result()
+    return ShardRecord(name=shard.path.name, bytes=size, sha256=digest, header_xxh3=xxh3_hex(head))
 
 
 def _write_side_files(

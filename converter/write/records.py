@@ -23,13 +23,12 @@ from codecllm.formats.shards.side_tensors import COL_GROUP, COL_SCALE, SCALE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedTensor:
-    """A coded tensor after its last block: the facts that its manifest record repeats.
+    """A coded tensor after its last block: the facts that its manifest record repeats, but for the digest.
 
     Attributes:
         plan: its plan, with `wide` as it came out.
         chunks: its chunk records, RECORD [tiles * planes].
         entropy_bits: float64 [planes or more]: estimate of each plane's entropy.
-        digest: sha256 of what decoding gives, 64 hex digits.
         scales: float32 [channels] (int8), or None.
         worst_error: largest absolute error of a weight (int8).
         worst_steps: the same in steps (int8 with chosen parameters).
@@ -38,10 +37,18 @@ class EncodedTensor:
     plan: TensorPlan
     chunks: NDArray[Any]
     entropy_bits: NDArray[np.float64]
-    digest: str
     scales: NDArray[np.float32] | None = None
     worst_error: float = 0.0
     worst_steps: float = 0.0
+
+    def digested_scales(self) -> list[NDArray[np.float32]]:
+        """Returns the scales that the digest covers behind the codes, little-endian float32."""
+        params = self.plan.params
+        if self.scales is None:
+            return []
+        if params is None or params.col_scale is None:
+            return [self.scales.astype("<f4")]
+        return [self.scales.astype("<f4"), params.col_scale.astype("<f4")]
 
     def scale_sides(self) -> dict[str, NDArray[Any]]:
         """Returns the side tensors from which steps follow, by key, as unsigned words; none for a lossless tensor."""
@@ -60,7 +67,11 @@ class EncodedTensor:
 
 
 def coded_record(
-    tensor: EncodedTensor, shard: int, checksums: SideChecksums, tables_bytes: int | None
+    tensor: EncodedTensor,
+    shard: int,
+    checksums: SideChecksums,
+    tables_bytes: int | None,
+    digest: str,
 ) -> LosslessTensor | Int8Tensor:
     """Returns the record of a coded tensor.
 
@@ -69,14 +80,19 @@ def coded_record(
         shard: number of its shard.
         checksums: of all its side tensors.
         tables_bytes: size of its `rans` tables, or None.
+        digest: sha256 of what decoding gives, 64 hex digits.
     """
     if tensor.scales is None:
-        return _lossless_record(tensor, shard, checksums, tables_bytes)
-    return _int8_record(tensor, tensor.scales, shard, checksums, tables_bytes)
+        return _lossless_record(tensor, shard, checksums, tables_bytes, digest)
+    return _int8_record(tensor, tensor.scales, shard, checksums, tables_bytes, digest)
 
 
 def _lossless_record(
-    tensor: EncodedTensor, shard: int, checksums: SideChecksums, tables_bytes: int | None
+    tensor: EncodedTensor,
+    shard: int,
+    checksums: SideChecksums,
+    tables_bytes: int | None,
+    digest: str,
 ) -> LosslessTensor:
     plan = tensor.plan
     return LosslessTensor(
@@ -88,7 +104,7 @@ def _lossless_record(
         tile=[plan.grid.tile_rows, plan.grid.tile_cols],
         planes=_plane_records(tensor),
         tables_bytes=tables_bytes,
-        digest=tensor.digest,
+        digest=digest,
         xxh3=checksums,
         fallback=plan.fallback,
     )
@@ -100,6 +116,7 @@ def _int8_record(
     shard: int,
     checksums: SideChecksums,
     tables_bytes: int | None,
+    digest: str,
 ) -> Int8Tensor:
     plan, params = tensor.plan, tensor.plan.params
     scale_dtype: Literal["BF16"] | None = None
@@ -126,7 +143,7 @@ def _int8_record(
         rounding=rounding,
         deadzone=deadzone,
         worst_steps=worst_steps,
-        digest=tensor.digest,
+        digest=digest,
         xxh3=checksums,
     )
 

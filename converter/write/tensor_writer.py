@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from codecllm.converter.encode.blocks import (
@@ -27,8 +28,9 @@ from codecllm.converter.encode.quantize import has_tiny_scale
 from codecllm.converter.options import NonFinite
 from codecllm.converter.plan.policy import plan_lossless
 from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan, check_params
+from codecllm.converter.write.digests import OrderedDigest
 from codecllm.converter.write.records import EncodedTensor, coded_record, raw_record
-from codecllm.formats.checksums import xxh3_hex
+from codecllm.formats.checksums import xxh3_hex, xxh3_stream
 from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
@@ -81,13 +83,18 @@ def ordered(
 class TensorWriter:
     """Encodes planned tensors on an executor and appends them to shards.
 
-    Blocks of the next tensors are encoded while the current one is written. Memory: `window` encoded blocks.
+    Blocks of the next tensors, also of the next shards, are encoded while earlier ones are hashed and
+    written, each in other threads. Memory: `window` encoded blocks, and `backlog` of them that are
+    being hashed or written.
     """
 
     def __init__(
         self,
         executor: Executor,
+        plans: Iterable[TensorPlan],
+        *,
         window: int,
+        backlog: int,
         non_finite: NonFinite,
         on_bytes: Callable[[str, int], None],
         params: ParamsProvider | None = None,
@@ -95,8 +102,10 @@ class TensorWriter:
         """Keeps what every shard needs.
 
         Args:
-            executor: runs the blocks.
-            window: blocks in flight or waiting to be written.
+            executor: encodes and hashes blocks.
+            plans: all tensors of all shards, in order.
+            window: blocks being encoded, or encoded and not yet taken.
+            backlog: blocks that are being hashed or written.
             non_finite: what becomes of an int8 tensor with NaN or infinite weights.
             on_bytes: called with a tensor's name and the source bytes just done.
             params: chooses the parameters of int8 tensors; called once for each, in the order in which they are written.
@@ -107,25 +116,29 @@ class TensorWriter:
         self._on_bytes = on_bytes
         self._params = params
         self._jobs: dict[str, _Job] = {}
+        self._backlog = threading.Semaphore(2 * backlog)  # a block is hashed, and it is written
+        coded = (self._job(plan) for plan in plans if plan.scheme != "raw")
+        work = ((job, block) for job in coded if job.problem is None for block in job.blocks)
+        self._results = ordered(executor, _encode, work, window)
 
     def write_all(
         self, plans: list[TensorPlan], shard: ShardWriter, number: int
-    ) -> Iterator[StoredRecord]:
-        """Writes the tensors of shard `number` in order and yields their records.
+    ) -> Iterator[Future[StoredRecord]]:
+        """Writes the tensors of shard `number` in order and yields their records, once hashed.
+
+        The shards' tensors must be written in the order in which they were announced.
 
         Raises:
             NonFiniteWeightError: an int8 tensor holds NaN or infinities, and `non_finite` is `error`.
             OSError, FormatError: reading or writing failed.
         """
-        coded = (self._job(plan) for plan in plans if plan.scheme != "raw")
-        work = ((job, block) for job in coded if job.problem is None for block in job.blocks)
-        results = ordered(self._executor, _encode, work, self._window)
         for plan in plans:
             if plan.scheme == "raw":
                 yield self._write_raw(plan, shard, number)
                 continue
-            yield self._write_job(self._job(plan), results, shard, number, shard.mark())
-        self._jobs.clear()
+            job = self._job(plan)
+            yield self._write_job(job, self._results, shard, number, shard.mark())
+            del self._jobs[plan.source.name]
 
     def _write_job(
         self,
@@ -134,7 +147,7 @@ class TensorWriter:
         shard: ShardWriter,
         number: int,
         mark: tuple[int, int],
-    ) -> StoredRecord:
+    ) -> Future[StoredRecord]:
         own = islice(results, len(job.blocks)) if job.problem is None else iter(())
         try:
             if job.problem is not None:
@@ -154,7 +167,7 @@ class TensorWriter:
 
     def _write_instead(
         self, plan: TensorPlan, problem: str, shard: ShardWriter, number: int
-    ) -> StoredRecord:
+    ) -> Future[StoredRecord]:
         """Writes losslessly what int8 cannot represent, and in two planes what one cannot hold."""
         if problem == "non_finite" and self._non_finite == "error":
             raise self._non_finite_error(plan)
@@ -209,29 +222,39 @@ class TensorWriter:
 
     def _write_coded(
         self, job: _Job, encoded: Iterator[EncodedBlock], shard: ShardWriter, number: int
-    ) -> LosslessTensor | Int8Tensor:
+    ) -> Future[StoredRecord]:
         plan = job.plan
         gathered = _Gathered(plan)
+        digest = OrderedDigest(self._executor, hashlib.sha256())
         for block, part in zip(job.blocks, encoded, strict=True):
             if part.problem is not None:
                 raise _CannotQuantizeError(part.problem)
-            for slot in part.slots:
-                shard.write(slot)
+            self._hash_and_write(part.digested, part.slots, digest, shard)
             gathered.add(part)
             self._on_bytes(plan.source.name, block.rows * block.cols * plan.source.dtype.itemsize)
-        return _finish_coded(gathered.finish(job.scales), gathered.tables, shard, number)
+        tensor = gathered.finish(job.scales)
+        for scales in tensor.digested_scales():
+            digest.update(scales)
+        return digest.finish(_finish_coded(tensor, gathered.tables, shard, number))
 
-    def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> RawTensor:
+    def _hash_and_write(
+        self, digested: Any, parts: list[Any], digest: OrderedDigest, shard: ShardWriter
+    ) -> None:
+        """Hands a block to the threads that hash and write; waits while the backlog is full."""
+        for _ in range(2):
+            self._backlog.acquire()
+        shard.write(*parts, done=self._backlog.release)
+        digest.update(digested, done=self._backlog.release)
+
+    def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> Future[StoredRecord]:
         source = plan.source
-        digest, checksum = hashlib.sha256(), xxhash.xxh3_64()
+        digest = OrderedDigest(self._executor, hashlib.sha256(), xxh3_stream())
         for start in range(0, source.entry.bytes, _RAW_STEP):
             data = source.read_bytes(start, min(start + _RAW_STEP, source.entry.bytes))
-            digest.update(data)
-            checksum.update(data)
-            shard.write(data)
+            self._hash_and_write(data, [data], digest, shard)
             self._on_bytes(source.name, len(data))
         shard.end_tensor(source.name, source.dtype.name, source.shape)
-        return raw_record(plan, number, digest.hexdigest(), checksum.hexdigest())
+        return digest.finish(partial(raw_record, plan, number))
 
     def _non_finite_error(self, plan: TensorPlan) -> NonFiniteWeightError:
         blocks = list(blocks_of(plan))
@@ -266,7 +289,6 @@ class _Gathered:
     def __init__(self, plan: TensorPlan) -> None:
         self.tables: list[bytes] = []
         self._plan = plan
-        self._digest = hashlib.sha256()
         self._chunks: list[NDArray[Any]] = []
         self._entropy_bits = np.zeros(max(2, plan.source.dtype.planes))
         self._absmax: list[NDArray[np.float32]] = []
@@ -275,7 +297,6 @@ class _Gathered:
     def add(self, block: EncodedBlock) -> None:
         """Adds the next block."""
         self.tables += block.tables
-        self._digest.update(block.digested)
         self._chunks.append(block.records)
         self._entropy_bits[: len(block.entropy_bits)] += block.entropy_bits
         self._worst_error = max(self._worst_error, block.worst_error)
@@ -292,15 +313,10 @@ class _Gathered:
             scales = params.row_scale
         elif scales is None and self._absmax:
             scales = channel_scales(np.concatenate(self._absmax))
-        if scales is not None:
-            self._digest.update(scales.astype("<f4"))
-        if params is not None and params.col_scale is not None:
-            self._digest.update(params.col_scale.astype("<f4"))
         return EncodedTensor(
             plan=self._plan,
             chunks=np.concatenate(self._chunks),
             entropy_bits=self._entropy_bits,
-            digest=self._digest.hexdigest(),
             scales=scales,
             worst_error=self._worst_error,
             worst_steps=self._worst_steps,
@@ -309,8 +325,8 @@ class _Gathered:
 
 def _finish_coded(
     tensor: EncodedTensor, tables: list[bytes], shard: ShardWriter, number: int
-) -> LosslessTensor | Int8Tensor:
-    """Closes the payload, adds the side tensors and returns the tensor's manifest record."""
+) -> Callable[[str], StoredRecord]:
+    """Closes the payload and adds the side tensors; returns what makes the record of the digest."""
     plan, source, grid = tensor.plan, tensor.plan.source, tensor.plan.grid
     planes = len(tensor.chunks) // len(grid)
     shard.end_tensor(source.name, "U8", (_payload_bytes(tensor.chunks),))
@@ -330,7 +346,7 @@ def _finish_coded(
             name = side.name_for(source.name)
             shard.add(name, side.dtype(plan.layout), (len(values),), values)
     checksums = SideChecksums(**{key: xxh3_hex(values) for key, values in stored.items()})
-    return coded_record(tensor, number, checksums, tables_bytes)
+    return partial(coded_record, tensor, number, checksums, tables_bytes)
 
 
 def _payload_bytes(records: NDArray[Any]) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,9 @@ from typing import Any
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import LayoutError
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
+
+_MOST_PARTS = 1024
+"""Parts of one call of the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,26 @@ class PlannedTensor:
 class ShardWriter:
     """A safetensors file under construction.
 
-    The header area is reserved from the plan's upper bounds and padded with spaces, which safetensors allows. Nothing of the
-    data is kept in memory. `rollback` forgets the tensors written since a `mark`, so that a tensor can be written another way.
+    The header area is reserved from the plan's upper bounds and padded with spaces, which
+    safetensors allows. Nothing of the data is kept in memory. `rollback` forgets the tensors written
+    since a `mark`, so that a tensor can be written another way.
     """
 
-    def __init__(self, path: Path, planned: list[PlannedTensor], metadata: dict[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        planned: list[PlannedTensor],
+        metadata: dict[str, str],
+        executor: Executor | None = None,
+    ) -> None:
         """Creates `path` (which must not exist) and reserves the header.
+
+        Args:
+            path: the file.
+            planned: every tensor that the file may hold.
+            metadata: strings for the header.
+            executor: one thread that writes, in the order of the calls; None writes in the calling
+                thread.
 
         Raises:
             OSError: the file cannot be created.
@@ -48,18 +68,36 @@ class ShardWriter:
         self._names: set[str] = set()
         self._header_bytes = reserved_header_bytes(planned, metadata)
         self._position = 0
+        self._executor = executor
+        self._pending: deque[Future[None]] = deque()
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by finish() or abort()
         self.path = path
-        self._file.seek(PREFIX_BYTES + self._header_bytes)
 
     @property
     def data_bytes(self) -> int:
         """Bytes of tensor data written so far."""
         return self._position
 
-    def write(self, data: Any) -> None:
-        """Appends bytes of the tensor that the next `end_tensor` closes."""
-        self._position += self._put(data)
+    def write(self, *parts: Any, done: Callable[[], None] | None = None) -> None:
+        """Appends bytes of the tensor that the next `end_tensor` closes.
+
+        Args:
+            parts: bytes-like objects; with an executor they must not change until they are written.
+            done: called when they are written, or could not be, in the thread that wrote.
+
+        Raises:
+            OSError: writing these or, with an executor, earlier parts failed.
+        """
+        views = [memoryview(part) for part in parts]
+        views = [view.cast("B") for view in views if view.nbytes]
+        offset = PREFIX_BYTES + self._header_bytes + self._position
+        self._position += sum(map(len, views))
+        if self._executor is None:
+            self._put(views, offset, done)
+            return
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._put, views, offset, done))
 
     def end_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
         """Names what was written since the last tensor ended; returns its size in bytes.
@@ -90,32 +128,55 @@ class ShardWriter:
         count, self._position = mark
         self._names -= {entry.name for entry in self._entries[count:]}
         del self._entries[count:]
-        self._file.seek(PREFIX_BYTES + self._header_bytes + self._position)
 
     def finish(self) -> tuple[bytes, int]:
         """Writes the header, forces the file to the disk and closes it.
 
         Returns:
             The bytes before the data (length prefix and header), and the size of the file.
+
+        Raises:
+            OSError: writing failed.
         """
+        head, size = self.complete()
+        self.sync()
+        return head, size
+
+    def complete(self) -> tuple[bytes, int]:
+        """Does what `finish` does, but for what `sync` does; waits for parts that are being written."""
+        while self._pending:
+            self._pending.popleft().result()
         head = pack_header(self._entries, self._metadata, self._header_bytes)
         self._file.truncate(len(head) + self._position)
-        self._file.seek(0)
-        self._put(head)
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._put([memoryview(head)], 0)
         return head, len(head) + self._position
 
-    def _put(self, data: Any) -> int:
-        """Writes all of `data` at the file's position, however many pieces the system takes it in; returns its size."""
-        view = memoryview(data).cast("B")
-        size = len(view)
-        while len(view):
-            view = view[self._file.write(view) :]
-        return size
+    def sync(self) -> None:
+        """Forces a complete file to the disk and closes it."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _put(
+        self, views: list[memoryview], offset: int, done: Callable[[], None] | None = None
+    ) -> None:
+        """Writes parts one behind the other, in however many pieces the system takes them."""
+        try:
+            while views:
+                count = os.pwritev(self._file.fileno(), views[:_MOST_PARTS], offset)
+                offset += count
+                while views and count >= len(views[0]):
+                    count -= len(views[0])
+                    views = views[1:]
+                if count:
+                    views = [views[0][count:], *views[1:]]
+        finally:
+            if done is not None:
+                done()
 
     def abort(self) -> None:
-        """Closes the file as it is; the caller removes it."""
+        """Closes the file as it is, once nothing is being written; the caller removes it."""
+        wait([future for future in self._pending if not future.cancel()])
+        self._pending.clear()
         self._file.close()
 
 
