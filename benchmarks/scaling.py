@@ -1,0 +1,295 @@
+"""How convert and CPU load scale with workers, each beside its floor measured in the same run.
+
+    python -m benchmarks.scaling                                  # 0.2 GB of source, a minute
+    python -m benchmarks.scaling --hidden 4096 --layers 9 --workers 1,2,4,8,16   # 4 GB, 16 cores
+
+The floor of a conversion is a bare loop in as many threads: read, quantize or split, pack, sha256 of
+what the digest covers, xxh3 of every slot, write, and sha256 of the files, which must begin once the
+last byte is there. The floor of a load reads every run of tiles, checks, decodes and places it. Both
+use the kernels of the program; nothing is planned, ordered or reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.synthetic import layered_model
+from codecllm.converter import convert
+from codecllm.converter.encode.blocks import Block, blocks_of
+from codecllm.converter.encode.encoding import encode_block
+from codecllm.converter.options import ConvertOptions
+from codecllm.converter.plan.policy import plan_tensor
+from codecllm.converter.plan.tensor_plan import TensorPlan
+from codecllm.converter.source.source import SourceModel
+from codecllm.formats.checksums import sha256_of_descriptor
+from codecllm.formats.codecs import native
+from codecllm.formats.container import Container
+from codecllm.formats.machine import cores
+from codecllm.formats.stored_tensor import StoredTensor
+from codecllm.formats.tile_run import decode_run
+from codecllm.loader.stream import stream_tensors
+
+SHARD_BYTES = 500_000_000
+"""Shards of the conversions: a file's sha256 cannot be spread over threads, those of several can."""
+
+RUN_SYMBOLS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement: GB of bf16 source a second, the best of the repetitions."""
+
+    scheme: str
+    codec: str
+    work: str
+    workers: int
+    speed: float
+    floor: float
+
+
+def run_in_threads(workers: int, items: Iterable[Any], work: Callable[[Any], None]) -> None:
+    """Runs `work` on all items in threads that take the next one as they become free."""
+    source, lock, failures = iter(items), threading.Lock(), []
+
+    def loop() -> None:
+        try:
+            while not failures:
+                with lock:
+                    item = next(source, None)
+                if item is None:
+                    return
+                work(item)
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=loop) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def convert_floor(source: Path, scratch: Path, scheme: str, codec: str, workers: int) -> float:
+    """Returns the seconds of the bare loop of a conversion."""
+    lock, files, positions = threading.Lock(), [], []
+    started = time.perf_counter()
+    with SourceModel(source) as model:
+        options = ConvertOptions(scheme=scheme, codec=codec)  # type: ignore[arg-type]
+        plans = [plan_tensor(tensor, options, "llama") for tensor in model.tensors.values()]
+        size = sum(plan.source.entry.bytes for plan in plans)
+        count = max(1, size // 2 // SHARD_BYTES)
+        for number in range(count):
+            files.append(os.open(scratch / f"floor-{number}", os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+            positions.append(0)
+
+        def one(item: tuple[int, TensorPlan, Block]) -> None:
+            number, plan, block = item
+            encoded = encode_block(plan, block, None)
+            hashlib.sha256(encoded.digested)
+            length = sum(memoryview(slot).nbytes for slot in encoded.slots)
+            with lock:
+                offset = positions[number % count]
+                positions[number % count] += length
+            os.pwritev(files[number % count], encoded.slots, offset)
+
+        run_in_threads(workers, _blocks(plans), one)
+        run_in_threads(workers, files, sha256_of_descriptor)
+    for descriptor in files:
+        os.close(descriptor)
+    return time.perf_counter() - started
+
+
+def _blocks(plans: list[TensorPlan]) -> Iterator[tuple[int, TensorPlan, Block]]:
+    for number, plan in enumerate(plans):
+        for block in blocks_of(plan):
+            yield number, plan, block
+
+
+def load_floor(folder: Path, workers: int) -> float:
+    """Returns the seconds of the bare loop of a load."""
+    memory = threading.local()
+    with Container(folder) as container:
+        started = time.perf_counter()
+        tensors = [container.tensor(name) for name in container.records]
+
+        def one(item: tuple[StoredTensor, range, Any]) -> None:
+            tensor, tiles, out = item
+            planes = tensor.table.planes
+            first, last = tiles.start * planes, tiles.stop * planes
+            size = tensor.slots_bytes(first, last)
+            if getattr(memory, "size", 0) < size:
+                memory.size, memory.data = size, bytearray(size)
+            slots = tensor.read_slots(first, last, memory.data)
+            decode_run(tensor, tiles, out, "BF16", slots)
+
+        run_in_threads(workers, _runs(tensors), one)
+        return time.perf_counter() - started
+
+
+def _runs(tensors: list[Any]) -> Iterator[tuple[StoredTensor, range, Any]]:
+    for tensor in tensors:
+        if not isinstance(tensor, StoredTensor):
+            continue
+        grid = tensor.table.grid
+        out = np.empty((grid.rows, grid.cols), np.uint16)
+        tile = min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols)
+        step = max(1, RUN_SYMBOLS // tile // grid.across) * grid.across
+        for first in range(0, len(grid), step):
+            yield tensor, range(first, min(first + step, len(grid))), out
+
+
+def load_seconds(folder: Path, workers: int) -> float:
+    """Returns the seconds until every tensor is decoded and kept."""
+    with Container(folder) as container:
+        started = time.perf_counter()
+        kept = [tensor for _, tensor in stream_tensors(container, workers=workers)]
+        seconds = time.perf_counter() - started
+    assert kept
+    return seconds
+
+
+def convert_seconds(source: Path, out: Path, scheme: str, codec: str, workers: int) -> float:
+    """Returns the seconds of a conversion into a new folder."""
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    convert(source, out, scheme=scheme, codec=codec, workers=workers, max_shard_bytes=SHARD_BYTES)  # type: ignore[arg-type]
+    return time.perf_counter() - started
+
+
+def measure(
+    source: Path,
+    scratch: Path,
+    schemes: list[str],
+    codecs: list[str],
+    workers: list[int],
+    repeat: int,
+) -> Iterator[Row]:
+    """Yields the rows; a measurement and its floor alternate."""
+    gigabytes = (source / "model.safetensors").stat().st_size / 1e9
+    for scheme in schemes:
+        for codec in codecs:
+            out = scratch / f"{scheme}-{codec}"
+            for count in workers:
+                seconds = [
+                    (
+                        convert_seconds(source, out, scheme, codec, count),
+                        convert_floor(source, scratch, scheme, codec, count),
+                    )
+                    for _ in range(repeat)
+                ]
+                yield _row(scheme, codec, "convert", count, gigabytes, seconds)
+            for count in workers:
+                seconds = [
+                    (load_seconds(out, count), load_floor(out, count)) for _ in range(repeat)
+                ]
+                yield _row(scheme, codec, "load", count, gigabytes, seconds)
+
+
+def _row(
+    scheme: str,
+    codec: str,
+    work: str,
+    workers: int,
+    gigabytes: float,
+    seconds: list[tuple[float, float]],
+) -> Row:
+    speed = gigabytes / min(own for own, _ in seconds)
+    floor = gigabytes / min(bare for _, bare in seconds)
+    return Row(scheme, codec, work, workers, speed, floor)
+
+
+def print_row(row: Row) -> None:
+    """Prints a line of the table."""
+    share = row.speed / row.floor
+    print(
+        f"{row.work:8} {row.scheme:9} {row.codec:5} {row.workers:8} {row.speed:8.2f} "
+        f"{row.floor:8.2f} {share:8.2f}",
+        flush=True,
+    )
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws speed and floor over workers, one panel for each scheme and work."""
+    from matplotlib.figure import Figure
+
+    panels = sorted({(row.work, row.scheme) for row in rows})
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axes, (work, scheme) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for number, codec in enumerate(sorted({row.codec for row in rows})):
+            own = [
+                row for row in rows if (row.work, row.scheme, row.codec) == (work, scheme, codec)
+            ]
+            counts = [row.workers for row in own]
+            axes.plot(counts, [row.speed for row in own], f"C{number}o-", label=codec)
+            axes.plot(counts, [row.floor for row in own], f"C{number}:", label=f"{codec}, floor")
+        axes.set(title=f"{work}, {scheme}", xlabel="workers", ylabel="GB/s of bf16", ylim=(0, None))
+        axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the model (8B: 4096)")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="its layers; 8B-shaped ones have 436 MB"
+    )
+    parser.add_argument(
+        "--workers", help="numbers of workers, by commas; default 1, 2, 4, ... cores"
+    )
+    parser.add_argument("--schemes", default="int8,lossless")
+    parser.add_argument("--codecs", default="zstd,rans")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="repetitions, of which the best counts"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for what is written (default: temporary)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--plot", type=Path, help="file for a plot (.svg, .png)")
+    options = parser.parse_args(arguments)
+    workers = [1 << step for step in range(cores().bit_length())]
+    if options.workers:
+        workers = [int(count) for count in options.workers.split(",")]
+    source = layered_model(options.hidden, options.layers)
+    print(f"{cores()} cores, {native.describe()}, source {source}")
+    print("work     scheme    codec  workers     GB/s    floor    share")
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        for row in measure(
+            source,
+            Path(scratch),
+            options.schemes.split(","),
+            options.codecs.split(","),
+            workers,
+            options.repeat,
+        ):
+            print_row(row)
+            rows.append(row)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
