@@ -74,15 +74,36 @@ typedef struct {
     uint32_t bias;
 } rans_coding;
 
+typedef struct {
+    int precision;
+    rans_coding coding[256];
+    uint32_t pair[256]; /* frequency | start << 16 */
+} rans_coder;
+
 /* Prepares encoding; 0, or -1 where the frequencies do not add up. */
-int rans_build_coding(const uint16_t frequency[256], int precision, rans_coding coding[256]);
+int rans_build_coder(const uint16_t frequency[256], int precision, rans_coder *coder);
+
+/* Encodes one symbol of a lane to the bytes before `at`; returns where the words begin then. */
+static inline uint8_t *rans_encode_one(uint32_t *state, const rans_coding *code, int precision, uint8_t *at)
+{
+    /* The word is written in any case and stays only where it was due: a branch would be guessed wrong. */
+    uint32_t now = *state, due = now >> (32 - precision) >= code->limit, quotient;
+    store16(at - 2, (uint16_t)now);
+    now >>= 16 * due;
+#ifdef __SIZEOF_INT128__
+    quotient = (uint32_t)((unsigned __int128)now * code->reciprocal >> 64);
+#else
+    quotient = code->limit == 1 ? now - 1 : now / code->limit;
+#endif
+    *state = now + code->bias + quotient * code->complement;
+    return at - 2 * due;
+}
 
 /* Most bytes that rans_encode writes. */
 size_t rans_encode_bound(size_t raw_bytes);
 
 /* Encodes into the end of a buffer of rans_encode_bound bytes; returns the size, 0 for a symbol without frequency. */
-size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coding coding[256], int precision,
-                   uint8_t *buffer);
+size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *coder, uint8_t *buffer);
 
 /* Fits frequencies to counts exactly as rans_fit.py does. log2_table: rint(2^16 * log2(n)) for n up to 2^14 + 1.
  * Returns the precision, or 0 where nothing is counted or a count is negative or too large. */
@@ -107,6 +128,10 @@ typedef struct {
     const char *name;
     /* Decodes whole steps while at least 32 words are left; returns how many of `steps`. */
     size_t (*rans_steps)(rans_lanes *lanes, const rans_table *table, uint8_t *out, size_t steps);
+    /* Encodes whole steps, the last one first, to the bytes before `at`; returns where the words begin then, NULL for a
+     * symbol without frequency. */
+    uint8_t *(*rans_encode_steps)(uint32_t state[LANES], const uint8_t *symbols, size_t steps, const rans_coder *coder,
+                                  uint8_t *at);
     /* Adds `stripes` stripes of 64 bytes to the accumulators; `secret` moves by 8 bytes with each. */
     void (*xxh3_stripes)(uint64_t acc[8], const uint8_t *data, const uint8_t *secret, size_t stripes);
     /* Planes -> elements: `planes` is 1, 2, 4 or 8, plane 0 the most significant. */

@@ -1,7 +1,8 @@
 /* The bodies of the kernels. Each kernels_*.c includes this once, under the instruction set that it is named for, so
  * that the compiler vectorizes the plain loops; only what it cannot vectorize is written by hand there.
  *
- * The including file defines KERNELS and NAME, and may define RANS_STEPS and XXH3_STRIPES.
+ * The including file defines KERNELS and NAME, and may define RANS_STEPS, RANS_ENCODE_STEPS and
+ * XXH3_STRIPES.
  */
 #include "core.h"
 
@@ -44,6 +45,23 @@ static size_t rans_steps_plain(rans_lanes *lanes, const rans_table *table, uint8
     if (table->precision == MIN_PRECISION)
         return plain_steps(lanes, table, out, steps, 1);
     return plain_steps(lanes, table, out, steps, 0);
+}
+#endif
+
+#ifndef RANS_ENCODE_STEPS
+#define RANS_ENCODE_STEPS rans_encode_steps_plain
+
+static uint8_t *rans_encode_steps_plain(uint32_t state[LANES], const uint8_t *symbols, size_t steps,
+                                        const rans_coder *coder, uint8_t *at)
+{
+    int precision = coder->precision;
+    for (size_t number = steps * LANES; number-- > 0;) {
+        const rans_coding *code = &coder->coding[symbols[number]];
+        if (code->limit == 0)
+            return NULL;
+        at = rans_encode_one(&state[number % LANES], code, precision, at);
+    }
+    return at;
 }
 #endif
 
@@ -294,6 +312,6 @@ static uint32_t quantize(const void *words, int itemsize, size_t count, float sc
 }
 
 const kernel_set KERNELS = {
-    NAME, RANS_STEPS, XXH3_STRIPES, join,    split,   dequantize8, dequantize16, widen, has_lowest,
-    largest, quantize,
+    NAME,         RANS_STEPS,   RANS_ENCODE_STEPS, XXH3_STRIPES, join,    split,
+    dequantize8,  dequantize16, widen,             has_lowest,   largest, quantize,
 };

@@ -15,6 +15,7 @@
 #define KERNELS kernels_avx512
 #define NAME "avx512"
 #define RANS_STEPS rans_steps_avx512
+#define RANS_ENCODE_STEPS rans_encode_steps_avx512
 #define XXH3_STRIPES xxh3_stripes_avx512
 
 static inline __attribute__((always_inline)) __m512i sixteen_lanes(__m512i *state, const rans_table *table,
@@ -68,6 +69,52 @@ static size_t rans_steps_avx512(rans_lanes *lanes, const rans_table *table, uint
     if (table->precision == MIN_PRECISION)
         return avx512_steps(lanes, table, out, steps, 1);
     return avx512_steps(lanes, table, out, steps, 0);
+}
+
+/* Encodes a symbol of each of sixteen lanes; `empty` gathers lanes whose symbol has no frequency. */
+static inline __attribute__((always_inline)) __m512i encode_sixteen(__m512i state, const uint8_t *symbols,
+                                                                    const rans_coder *coder, uint8_t **at,
+                                                                    __mmask16 *empty)
+{
+    __m512i symbol = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)symbols));
+    __m512i pair = _mm512_i32gather_epi32(symbol, coder->pair, 4);
+    __m512i frequency = _mm512_and_si512(pair, _mm512_set1_epi32(0xffff)), start = _mm512_srli_epi32(pair, 16);
+    __m512i top = _mm512_srl_epi32(state, _mm_cvtsi32_si128(32 - coder->precision));
+    __mmask16 due = _mm512_cmpge_epu32_mask(top, frequency);
+    *empty |= _mm512_testn_epi32_mask(frequency, frequency);
+    unsigned count = (unsigned)__builtin_popcount(due);
+    __m256i words = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(due, state));
+    *at -= 2 * count;
+    _mm256_mask_storeu_epi16(*at, (__mmask16)((1u << count) - 1), words);
+    state = _mm512_mask_srli_epi32(state, due, state, 16);
+    /* Quotients are below 2^20, so that single precision is wrong by less than 1: by one unit at most once rounded. */
+    __m512 ratio = _mm512_div_ps(_mm512_cvtepu32_ps(state), _mm512_cvtepu32_ps(frequency));
+    __m512i quotient = _mm512_cvttps_epi32(ratio);
+    __m512i rest = _mm512_sub_epi32(state, _mm512_mullo_epi32(quotient, frequency));
+    __mmask16 above = _mm512_movepi32_mask(rest), below = _mm512_cmpge_epi32_mask(rest, frequency);
+    __m512i one = _mm512_set1_epi32(1);
+    quotient = _mm512_mask_sub_epi32(quotient, above, quotient, one);
+    rest = _mm512_mask_add_epi32(rest, above, rest, frequency);
+    quotient = _mm512_mask_add_epi32(quotient, below, quotient, one);
+    rest = _mm512_mask_sub_epi32(rest, below, rest, frequency);
+    quotient = _mm512_sll_epi32(quotient, _mm_cvtsi32_si128(coder->precision));
+    return _mm512_add_epi32(_mm512_add_epi32(quotient, rest), start);
+}
+
+static uint8_t *rans_encode_steps_avx512(uint32_t state[LANES], const uint8_t *symbols, size_t steps,
+                                         const rans_coder *coder, uint8_t *at)
+{
+    __m512i low = _mm512_loadu_si512(state), high = _mm512_loadu_si512(state + 16);
+    __mmask16 empty = 0;
+    for (size_t step = steps; step-- > 0;) {
+        high = encode_sixteen(high, symbols + step * LANES + 16, coder, &at, &empty);
+        low = encode_sixteen(low, symbols + step * LANES, coder, &at, &empty);
+        if (empty)
+            return NULL;
+    }
+    _mm512_storeu_si512(state, low);
+    _mm512_storeu_si512(state + 16, high);
+    return at;
 }
 
 static void xxh3_stripes_avx512(uint64_t acc[8], const uint8_t *data, const uint8_t *secret, size_t stripes)

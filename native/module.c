@@ -104,7 +104,7 @@ static PyObject *py_rans_encode(PyObject *self, PyObject *args)
 {
     Py_buffer symbols, frequencies;
     uint16_t frequency[256];
-    rans_coding coding[256];
+    rans_coder coder;
     int precision;
     (void)self;
     if (!PyArg_ParseTuple(args, "y*y*i", &symbols, &frequencies, &precision))
@@ -112,13 +112,13 @@ static PyObject *py_rans_encode(PyObject *self, PyObject *args)
     PyObject *stored = NULL;
     size_t bound = rans_encode_bound((size_t)symbols.len), size = 0;
     uint8_t *buffer = NULL;
-    if (frequencies_of(&frequencies, frequency) || rans_build_coding(frequency, precision, coding)) {
+    if (frequencies_of(&frequencies, frequency) || rans_build_coder(frequency, precision, &coder)) {
         refuse("not the frequencies of a table");
     } else if (!(buffer = malloc(bound))) {
         PyErr_NoMemory();
     } else {
         Py_BEGIN_ALLOW_THREADS
-        size = rans_encode(symbols.buf, (size_t)symbols.len, coding, precision, buffer);
+        size = rans_encode(symbols.buf, (size_t)symbols.len, &coder, buffer);
         Py_END_ALLOW_THREADS
         if (size)
             stored = PyBytes_FromStringAndSize((const char *)buffer + bound - size, (Py_ssize_t)size);

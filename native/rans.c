@@ -101,21 +101,25 @@ int rans_decode(const uint8_t *stored, size_t stored_bytes, const rans_table *ta
     return lanes.left ? -1 : 0;
 }
 
-int rans_build_coding(const uint16_t frequency[256], int precision, rans_coding coding[256])
+int rans_build_coder(const uint16_t frequency[256], int precision, rans_coder *coder)
 {
     if (precision < MIN_PRECISION || precision > MAX_PRECISION)
         return -1;
     uint32_t total = 1u << precision, start = 0;
+    coder->precision = precision;
     for (int symbol = 0; symbol < 256; symbol++) {
         uint32_t count = frequency[symbol];
-        rans_coding *code = &coding[symbol];
+        rans_coding *code = &coder->coding[symbol];
         code->limit = count;
         code->complement = total - count;
         /* floor(state * ceil(2^64 / f) / 2^64) is state div f for every state below 2^32; for f = 1 the reciprocal
          * below gives state - 1, which the bias makes up for. */
         code->reciprocal = count < 2 ? UINT64_MAX : UINT64_MAX / count + 1;
         code->bias = count == 1 ? start + total - 1 : start;
+        coder->pair[symbol] = count | start << 16;
         start += count;
+        if (start > total)
+            return -1;
     }
     return start == total ? 0 : -1;
 }
@@ -125,35 +129,22 @@ size_t rans_encode_bound(size_t raw_bytes)
     return STATE_BYTES + 2 * raw_bytes;
 }
 
-static inline uint32_t divide(uint32_t state, const rans_coding *code)
-{
-#ifdef __SIZEOF_INT128__
-    return (uint32_t)((unsigned __int128)state * code->reciprocal >> 64);
-#else
-    return code->limit == 1 ? state - 1 : state / code->limit;
-#endif
-}
-
-size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coding coding[256], int precision,
-                   uint8_t *buffer)
+size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *coder, uint8_t *buffer)
 {
     uint32_t state[LANES];
     uint8_t *end = buffer + rans_encode_bound(raw_bytes), *at = end;
-    int shift = 32 - precision;
+    size_t steps = raw_bytes / LANES;
     for (int lane = 0; lane < LANES; lane++)
         state[lane] = LOWER;
-    for (size_t number = raw_bytes; number-- > 0;) {
-        const rans_coding *code = &coding[symbols[number]];
-        uint32_t now = state[number % LANES];
+    for (size_t number = raw_bytes; number-- > steps * LANES;) {
+        const rans_coding *code = &coder->coding[symbols[number]];
         if (code->limit == 0)
             return 0;
-        /* The word is written in any case and stays only where it was due: a branch would be guessed wrong. */
-        uint32_t due = now >> shift >= code->limit;
-        store16(at - 2, (uint16_t)now);
-        at -= 2 * due;
-        now >>= 16 * due;
-        state[number % LANES] = now + code->bias + divide(now, code) * code->complement;
+        at = rans_encode_one(&state[number % LANES], code, coder->precision, at);
     }
+    at = kernels()->rans_encode_steps(state, symbols, steps, coder, at);
+    if (!at)
+        return 0;
     at -= STATE_BYTES;
     for (int lane = 0; lane < LANES; lane++)
         store32(at + 4 * lane, state[lane]);

@@ -31,16 +31,16 @@ static size_t make_chunk(uint8_t *input)
     uint16_t frequency[256] = {0};
     uint32_t part = 1 + (uint32_t)below(4096);
     uint8_t first = (uint8_t)random_number(), second = (uint8_t)random_number();
-    rans_coding coding[256];
+    rans_coder coder;
     uint8_t symbols[1000], buffer[STATE_BYTES + 2000];
     size_t count = below(sizeof symbols);
     frequency[first] = (uint16_t)part;
     frequency[second] += (uint16_t)(4096 - part);
-    if (rans_build_coding(frequency, 12, coding))
+    if (rans_build_coder(frequency, 12, &coder))
         abort();
     for (size_t i = 0; i < count; i++)
         symbols[i] = frequency[second] && random_number() % 2 ? second : first;
-    size_t bound = rans_encode_bound(count), size = rans_encode(symbols, count, coding, 12, buffer);
+    size_t bound = rans_encode_bound(count), size = rans_encode(symbols, count, &coder, buffer);
     const uint8_t head[] = {0, 1, (uint8_t)((part - 1) >> 8), (uint8_t)(part - 1), first, second,
                             (uint8_t)(count >> 8), (uint8_t)count};
     memcpy(input, head, sizeof head);

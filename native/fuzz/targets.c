@@ -86,12 +86,12 @@ int fuzz_decode(const uint8_t *data, size_t size)
     require(symbols != NULL);
     if (!rans_decode(stored, stored_bytes, table, symbols, raw_bytes)) {
         /* An encoder makes the same bytes of the symbols: there is one coding of a chunk. */
-        rans_coding coding[256];
-        require(!rans_build_coding(frequency, precision, coding));
+        rans_coder coder;
+        require(!rans_build_coder(frequency, precision, &coder));
         size_t bound = rans_encode_bound(raw_bytes);
         uint8_t *buffer = malloc(bound);
         require(buffer != NULL);
-        size_t again = rans_encode(symbols, raw_bytes, coding, precision, buffer);
+        size_t again = rans_encode(symbols, raw_bytes, &coder, buffer);
         require(again == stored_bytes && !memcmp(buffer + bound - again, stored, again));
         free(buffer);
     }
@@ -105,14 +105,14 @@ int fuzz_encode(const uint8_t *data, size_t size)
 {
     reader input = {data, size};
     uint16_t frequency[256];
-    rans_coding coding[256];
+    rans_coder coder;
     int precision = take_frequencies(&input, frequency);
     size_t raw_bytes = input.left, bound = rans_encode_bound(raw_bytes);
     uint8_t *symbols = take_copy(&input, raw_bytes), *buffer = malloc(bound), *again = malloc(raw_bytes ? raw_bytes : 1);
     rans_table *table = malloc(sizeof *table);
-    require(buffer && again && table && !rans_build_coding(frequency, precision, coding));
+    require(buffer && again && table && !rans_build_coder(frequency, precision, &coder));
     require(!rans_build_table(frequency, precision, table));
-    size_t stored_bytes = rans_encode(symbols, raw_bytes, coding, precision, buffer);
+    size_t stored_bytes = rans_encode(symbols, raw_bytes, &coder, buffer);
     if (stored_bytes) {
         require(!rans_decode(buffer + bound - stored_bytes, stored_bytes, table, again, raw_bytes));
         require(!memcmp(symbols, again, raw_bytes));
