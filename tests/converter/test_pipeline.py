@@ -1,0 +1,123 @@
+"""Threads of a conversion: order, errors of any of them, and the same bytes at any number of workers."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from codecllm.converter import convert
+from codecllm.converter.write.digests import OrderedDigest
+from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
+from tests.sources import bf16, write_source
+
+PLANNED = [PlannedTensor("w", DTYPES["U8"], (10_000_000,), 10_000_000)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    rng = np.random.default_rng(9)
+    tensors = {
+        f"layers.{n}.weight": ("BF16", bf16(rng.standard_normal((300, 512)))) for n in range(9)
+    }
+    tensors["layers.3.weight"][1][7, 7] = 0x7F80  # infinite: stored lossless
+    tensors["big.weight"] = ("BF16", bf16(rng.standard_normal((3000, 1024))))
+    tensors["ids"] = ("I64", rng.integers(0, 1 << 60, 3000))
+    return write_source(tmp_path_factory.mktemp("source") / "model", tensors, {})
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+def test_bytes_do_not_depend_on_the_workers(source, tmp_path, codec):
+    written = []
+    for workers in (1, 2, 7):
+        out = tmp_path / f"{workers}"
+        options = {"codec": codec, "non_finite": "lossless", "max_shard_bytes": 900_000}
+        convert(source, out, workers=workers, **options)
+        written.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert written[0] == written[1] == written[2]
+    assert sum(name.endswith(".safetensors") for name in written[0]) > 2
+
+
+@pytest.mark.parametrize("calls", [1, 4, 12])
+def test_a_full_disk_ends_the_conversion(source, tmp_path, monkeypatch, calls):
+    write, lock, count = os.pwritev, threading.Lock(), 0
+
+    def fill(*arguments):
+        nonlocal count
+        with lock:
+            count += 1
+            if count >= calls:
+                raise OSError(errno.ENOSPC, "no space")
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", fill)
+    with pytest.raises(OSError, match="no space"):
+        convert(source, tmp_path / "out", non_finite="lossless", max_shard_bytes=900_000, workers=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pieces_of_a_write_are_put_together(tmp_path, monkeypatch):
+    write = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, at: write(fd, [views[0][:7]], at))
+    parts = [bytes([n]) * n for n in (1, 6, 7, 8, 0, 30)]
+    shard = ShardWriter(tmp_path / "s", PLANNED, {})
+    shard.write(*parts)
+    shard.end_tensor("w", "U8", (52,))
+    shard.finish()
+    assert (tmp_path / "s").read_bytes().endswith(b"".join(parts))
+
+
+def test_a_shard_written_by_another_thread_is_the_same(tmp_path):
+    rng = np.random.default_rng(1)
+    parts = [rng.bytes(int(rng.integers(1, 5000))) for _ in range(200)]
+    with ThreadPoolExecutor(1) as executor:
+        for name, pool in (("one", None), ("two", executor)):
+            shard = ShardWriter(tmp_path / name, PLANNED, {}, pool)
+            mark = shard.mark()
+            shard.write(*parts[::2])
+            shard.rollback(mark)
+            for part in parts:
+                shard.write(part)
+            shard.end_tensor("w", "U8", (sum(map(len, parts)),))
+            shard.finish()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_shard_can_be_given_up_while_it_is_written(tmp_path):
+    gate = threading.Event()
+    executor = ThreadPoolExecutor(1)
+    executor.submit(gate.wait)
+    shard = ShardWriter(tmp_path / "s", PLANNED, {}, executor)
+    for _ in range(5):
+        shard.write(bytes(100))
+    gate.set()
+    executor.shutdown(cancel_futures=True)
+    shard.abort()
+
+
+def test_digests_run_side_by_side_and_in_order():
+    rng = np.random.default_rng(2)
+    parts = [[rng.bytes(int(rng.integers(0, 3000))) for _ in range(100)] for _ in range(5)]
+    called = []
+    with ThreadPoolExecutor(4) as executor:
+        digests = [OrderedDigest(executor, hashlib.sha256(), hashlib.md5()) for _ in parts]
+        for number in range(100):
+            for digest, own in zip(digests, parts, strict=True):
+                digest.update(own[number], done=lambda: called.append(None))
+        results = [digest.finish(lambda *both: both) for digest in digests]
+        for result, own in zip(results, parts, strict=True):
+            whole = b"".join(own)
+            assert result.result() == (
+                hashlib.sha256(whole).hexdigest(),
+                hashlib.md5(whole).hexdigest(),
+            )
+        failed = digests[0].finish(lambda *both: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            failed.result()
+    assert len(called) == 500
