@@ -15,15 +15,16 @@ from codecllm.verifier.diagnosis.report.charts import (
     RIGHT,
     WIDTH,
     Series,
-    chart,
+    plot,
 )
+from codecllm.verifier.diagnosis.report.html_report import render_figure
 
 
 def _drawn(*series, labels, **options):
     """Returns the root of the drawing and the caption below it."""
-    page = chart(series, labels, y="y", x="x", **options)
-    svg, caption = re.fullmatch(
-        r"<figure>(<svg.*</svg>)(<figcaption>.*</figcaption>)</figure>", page
+    page = render_figure(plot(series, labels, y="y", x="x", **options))
+    svg, caption = re.search(
+        r"<figure>(<svg.*</svg>)(<figcaption>.*</figcaption>)</figure>", page, re.DOTALL
     ).groups()
     return ElementTree.fromstring(svg), caption
 
@@ -81,9 +82,15 @@ def test_equal_values_and_none():
     root, _ = _drawn(Series("a", [0.5, 0.5, None], 1), labels=["a", "b", "c"], log=True)
     assert len(list(root.iter("circle"))) == 2
     assert len(_texts(root, below=False)) > 1
-    assert "Nothing to draw" in chart(
-        [Series("a", [None, float("nan")], 1)], ["a", "b"], y="y", x="x"
-    )
+    assert plot([Series("a", [None, float("nan")], 1)], ["a", "b"], y="y", x="x") is None
+    assert "Nothing to draw" in render_figure(None)
+
+
+def test_names_are_escaped():
+    series = Series("<b>&", [1.0, 2.0], 1)
+    page = render_figure(plot([series], ["<i>", "b"], y="<y>", x="x"))
+    assert not re.search("<b>|<i>|<y>", page)
+    assert "&lt;b&gt;&amp;" in page
 
 
 def test_places_that_findings_name_are_shaded():

@@ -1,16 +1,20 @@
-"""Plots as inline SVG: no script, no font, no network. Colours come from the page's CSS, for light and for dark."""
+"""Plots of the report: where each mark of an SVG drawing stands. `chart.jinja` draws them, with colours of the page's CSS."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from html import escape
 
 WIDTH, HEIGHT = 760, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34
+
 CHARACTER = 5.9
 """Width of a character of the axis labels, about: labels are left out where they would touch."""
+
+_MAX_LABEL = 44
+_MAX_LABELS = 9
+_INNER_WIDTH = WIDTH - LEFT - RIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,68 @@ class Series:
     stem: int | None = None
 
 
-def chart(
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A label of an axis: its text, and its middle or end in pixels."""
+
+    text: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value of a series: its place in pixels and the text of its tooltip."""
+
+    x: float
+    y: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSeries:
+    """A series with the places of its points.
+
+    Attributes:
+        name: for the legend.
+        colour: number of the page's colour.
+        kind: `line`, `dots` or `bars`.
+        points: the values that can be drawn.
+        radius: of a dot, in pixels.
+        width: of a bar, in pixels.
+    """
+
+    name: str
+    colour: int
+    kind: str
+    points: list[Point]
+    radius: int
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A drawing; all places are pixels of a canvas of WIDTH x HEIGHT.
+
+    Attributes:
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis.
+        marks: left end and width of the shaded places.
+        ticks: of the vertical axis.
+        labels: below the horizontal axis, each with its middle.
+        stems: x, y and y of the thin lines between points.
+        series: what is drawn.
+    """
+
+    x_title: str
+    y_title: str
+    marks: list[tuple[float, float]]
+    ticks: list[Text]
+    labels: list[Text]
+    stems: list[tuple[float, float, float]]
+    series: list[DrawnSeries]
+
+
+def plot(
     series: Sequence[Series],
     labels: Sequence[str],
     *,
@@ -41,8 +106,8 @@ def chart(
     log: bool = False,
     zero: bool = False,
     marked: Collection[str] = (),
-) -> str:
-    """Returns an SVG plot with axes, legend and a tooltip per point.
+) -> Plot | None:
+    """Places series on a canvas with axes, a legend and a tooltip per point.
 
     Args:
         series: what to draw; each has as many values as there are labels.
@@ -52,186 +117,161 @@ def chart(
         log: whether the vertical axis is logarithmic; values that are not positive then lie on its lower end.
         zero: whether the vertical axis begins at 0.
         marked: labels of the places that findings name; they are shaded.
+
+    Returns:
+        The drawing, or None where there is nothing to draw.
     """
-    finite = [
+    drawable = [
         value
         for one in series
         for value in one.values
         if value is not None and math.isfinite(value) and (value > 0 or not log)
     ]
-    if not finite or not labels:
-        return '<p class="note">Nothing to draw.</p>'
-    low, high = _range(finite, log, zero)
-    parts = [*_marks(labels, marked), *_grid(low, high, log), *_axis_labels(labels, x, y)]
-    for one in series:
-        if one.stem is not None:
-            parts += _stems(one, series[one.stem], low, high, log)
-    for one in series:
-        parts += _drawn(one, labels, low, high, log)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y)} by {escape(x)}">{"".join(parts)}</svg>'
-    legend = "".join(
-        f'<span class="key"><i class="b{one.colour}"></i>{escape(one.name)}</span>'
-        for one in series
+    if not drawable or not labels:
+        return None
+    scale = _Scale.over(drawable, log, zero)
+    return Plot(
+        x_title=x,
+        y_title=y,
+        marks=_marks(labels, marked),
+        ticks=[Text(scale.describe(tick), scale.place(tick)) for tick in scale.ticks()],
+        labels=_axis_labels(labels),
+        stems=[
+            stem
+            for one in series
+            if one.stem is not None
+            for stem in _stems(one, series[one.stem], scale)
+        ],
+        series=[_drawn(one, labels, scale) for one in series],
     )
-    if set(marked) & set(labels):
-        legend += '<span class="key"><i class="mark"></i>named by a finding</span>'
-    return f"<figure>{svg}<figcaption>{legend}</figcaption></figure>"
 
 
-def _range(values: list[float], log: bool, zero: bool) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    if log:
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """The vertical axis: from `low` to `high`, which are exponents of 10 where it is logarithmic."""
+
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def over(cls, values: Sequence[float], log: bool, zero: bool) -> _Scale:
+        """Returns an axis on which all values have room."""
+        low, high = min(values), max(values)
+        if not log:
+            low = 0.0 if zero else low - 0.05 * (high - low or abs(high) or 1)
+            return cls(low, high + 0.05 * (high - low or 1), log)
         low, high = math.log10(low), math.log10(high)
         if high - low > 2:
-            return float(math.floor(low)), float(math.ceil(high))
-        pad = max(0.1, 0.25 - (high - low) / 2)
-        return low - pad, high + pad  # whole decades would leave most of the plot empty
-    low = 0.0 if zero else low - 0.05 * (high - low or abs(high) or 1)
-    return low, high + 0.05 * (high - low or 1)
+            return cls(float(math.floor(low)), float(math.ceil(high)), log)
+        # Whole decades would leave most of the plot empty.
+        margin = max(0.1, 0.25 - (high - low) / 2)
+        return cls(low - margin, high + margin, log)
+
+    def level(self, value: float | None) -> float | None:
+        """Returns a value in units of the axis; None where it cannot be drawn."""
+        if value is None or not math.isfinite(value):
+            return None
+        if not self.log:
+            return value
+        return math.log10(value) if value > 0 else self.low
+
+    def place(self, level: float) -> float:
+        """Returns the height of a level on the canvas."""
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (level - self.low) / (self.high - self.low))
+
+    def describe(self, level: float) -> str:
+        """Returns the text of a tick: `2e-3` where the axis is logarithmic."""
+        if not self.log:
+            return f"{level:.4g}"
+        mantissa, _, power = f"{10**level:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
+
+    def ticks(self) -> list[float]:
+        """Returns the levels that get a line and a text."""
+        return self._log_ticks() if self.log else self._linear_ticks()
+
+    def _log_ticks(self) -> list[float]:
+        extent = self.high - self.low
+        if extent > 2:
+            step = max(1, round(extent / 6))
+            return [float(power) for power in range(int(self.low), int(self.high) + 1, step)]
+        factors = (1, 1.5, 2, 3, 5, 7) if extent < 0.8 else (1, 2, 5)
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        levels = [decade + math.log10(factor) for decade in decades for factor in factors]
+        return [level for level in levels if self.low <= level <= self.high]
+
+    def _linear_ticks(self) -> list[float]:
+        ideal = (self.high - self.low) / 5
+        power = 10 ** math.floor(math.log10(ideal))
+        step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda size: abs(size - ideal))
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [index * step for index in range(first, last + 1)]
 
 
-def _grid(low: float, high: float, log: bool) -> list[str]:
-    parts = []
-    for tick in _ticks(low, high, log):
-        place = _y(tick, low, high)
-        text = _power(tick) if log else f"{tick:.4g}"
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{text}</text>'
-        )
-    return parts
+def _axis_labels(labels: Sequence[str]) -> list[Text]:
+    """Returns the labels below the axis: evenly spaced, as many as do not touch, moved inwards at the ends."""
+    texts = [_shortened(label) for label in labels]
+    written = []
+    for index in _labelled(texts):
+        half = len(texts[index]) * CHARACTER / 2
+        middle = min(max(_x(index, len(texts)), LEFT + half), WIDTH - RIGHT - half)
+        written.append(Text(texts[index], middle))
+    return written
 
 
-def _ticks(low: float, high: float, log: bool) -> list[float]:
-    if log:
-        step = max(1, round((high - low) / 6))
-        if high - low > 2:
-            return [float(value) for value in range(int(low), int(high) + 1, step)]
-        decades = range(math.floor(low), math.ceil(high) + 1)
-        factors = (1, 1.5, 2, 3, 5, 7) if high - low < 0.8 else (1, 2, 5)
-        values = (decade + math.log10(factor) for decade in decades for factor in factors)
-        return [value for value in values if low <= value <= high]
-    raw = (high - low) / 5
-    size = 10 ** math.floor(math.log10(raw))
-    step_size = min((factor * size for factor in (1, 2, 5, 10)), key=lambda value: abs(value - raw))
-    first = math.ceil(low / step_size)
-    return [index * step_size for index in range(first, math.floor(high / step_size) + 1)]
-
-
-def _power(exponent: float) -> str:
-    """Returns 10^exponent as `2e-3`."""
-    mantissa, _, power = f"{10**exponent:.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(power)}"
-
-
-def _axis_labels(labels: Sequence[str], x: str, y: str) -> list[str]:
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    last = len(labels) - 1
-    parts = []
-    for index in _labelled(labels):
-        place, anchor = _x(index, len(labels)), "middle"
-        half = len(_tail(labels[index])) * CHARACTER / 2
-        if index == 0 and place - half < LEFT:
-            place, anchor = float(LEFT), "start"
-        elif index == last and place + half > WIDTH - RIGHT:
-            place, anchor = float(WIDTH - RIGHT), "end"
-        text = escape(_tail(labels[index]))
-        parts.append(
-            f'<text class="tick" x="{place:.1f}" y="{HEIGHT - 18}" text-anchor="{anchor}">{text}</text>'
-        )
-    parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
-    )
-    parts.append(
-        f'<text class="axis" transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y)}</text>'
-    )
-    return parts
-
-
-def _labelled(labels: Sequence[str]) -> list[int]:
-    """Returns the places whose labels are written: evenly spaced, as many as do not touch, the ends among them."""
-    last = len(labels) - 1
-    widest = max(len(_tail(label)) for label in labels) * CHARACTER + 14
-    fitting = max(
-        2, min(9, 1 + int((WIDTH - LEFT - RIGHT) / (1.5 * widest)))
-    )  # those at the ends are pushed inwards by half
+def _labelled(texts: Sequence[str]) -> list[int]:
+    """Returns the places whose labels are written, the first and the last among them."""
+    last = len(texts) - 1
     if last < 1:
         return [0]
-    count = min(fitting, last + 1) - 1
-    return sorted({round(last * step / count) for step in range(count + 1)})
+    widest = max(map(len, texts)) * CHARACTER + 14
+    # The labels at the ends are moved inwards by half of their width, so each takes up to 1.5 widths.
+    fitting = max(2, min(_MAX_LABELS, 1 + int(_INNER_WIDTH / (1.5 * widest))))
+    steps = min(fitting - 1, last)
+    return sorted({round(last * step / steps) for step in range(steps + 1)})
 
 
-def _marks(labels: Sequence[str], marked: Collection[str]) -> list[str]:
-    """Shades the places that findings name."""
-    width = min(28.0, max(4.0, (WIDTH - LEFT - RIGHT) / len(labels)))
+def _shortened(label: str) -> str:
+    return label if len(label) <= _MAX_LABEL else "..." + label[3 - _MAX_LABEL :]
+
+
+def _marks(labels: Sequence[str], marked: Collection[str]) -> list[tuple[float, float]]:
+    width = min(28.0, max(4.0, _INNER_WIDTH / len(labels)))
     return [
-        f'<rect class="mark" x="{_x(index, len(labels)) - width / 2:.1f}" y="{TOP}" width="{width:.1f}" '
-        f'height="{HEIGHT - TOP - BOTTOM}"/>'
+        (_x(index, len(labels)) - width / 2, width)
         for index, label in enumerate(labels)
         if label in marked
     ]
 
 
-def _stems(one: Series, other: Series, low: float, high: float, log: bool) -> list[str]:
-    """Draws, at each place, a thin line from one series' point to the other's."""
-    parts = []
-    for index, pair in enumerate(zip(one.values, other.values, strict=True)):
-        a, b = (_level(value, low, log) for value in pair)
-        if a is not None and b is not None:
+def _stems(one: Series, other: Series, scale: _Scale) -> list[tuple[float, float, float]]:
+    """Returns, at each place, a line from the point of one series to that of the other."""
+    stems = []
+    for index, (value, end) in enumerate(zip(one.values, other.values, strict=True)):
+        level, end_level = scale.level(value), scale.level(end)
+        if level is not None and end_level is not None:
             x = _x(index, len(one.values))
-            ends = f'y1="{_y(a, low, high):.1f}" y2="{_y(b, low, high):.1f}"'
-            parts.append(f'<line class="stem" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
-    return parts
+            stems.append((x, scale.place(level), scale.place(end_level)))
+    return stems
 
 
-def _drawn(one: Series, labels: Sequence[str], low: float, high: float, log: bool) -> list[str]:
-    places = [
-        (_x(index, len(labels)), _level(value, low, log), value, label)
-        for index, (value, label) in enumerate(zip(one.values, labels, strict=True))
-    ]
-    known = [
-        (x, _y(level, low, high), value, label)
-        for x, level, value, label in places
-        if level is not None
-    ]
-    parts = []
-    if one.kind == "line" and len(known) > 1:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in known)
-        parts.append(f'<polyline class="l{one.colour}" points="{path}"/>')
-    width = max(1.0, 0.8 * (WIDTH - LEFT - RIGHT) / max(1, len(labels)))
-    for x, y, value, label in known:
-        title = f"<title>{escape(label)}: {escape(one.name)} {value:.5g}</title>"
-        if one.kind == "bars":
-            base = _y(low, low, high)
-            parts.append(
-                f'<rect class="b{one.colour}" x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" '
-                f'height="{max(0.0, base - y):.1f}">{title}</rect>'
-            )
-        else:
-            radius = 3 if len(labels) < 80 else 2
-            parts.append(
-                f'<circle class="b{one.colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>'
-            )
-    return parts
-
-
-def _level(value: float | None, low: float, log: bool) -> float | None:
-    if value is None or not math.isfinite(value):
-        return None
-    if not log:
-        return value
-    return math.log10(value) if value > 0 else low
+def _drawn(one: Series, labels: Sequence[str], scale: _Scale) -> DrawnSeries:
+    points = []
+    for index, (value, label) in enumerate(zip(one.values, labels, strict=True)):
+        level = scale.level(value)
+        if level is not None:
+            title = f"{label}: {one.name} {value:.5g}"
+            points.append(Point(_x(index, len(labels)), scale.place(level), title))
+    return DrawnSeries(
+        name=one.name,
+        colour=one.colour,
+        kind=one.kind,
+        points=points,
+        radius=3 if len(labels) < 80 else 2,
+        width=max(1.0, 0.8 * _INNER_WIDTH / len(labels)),
+    )
 
 
 def _x(index: int, count: int) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * (index + 0.5) / count
-
-
-def _y(value: float, low: float, high: float) -> float:
-    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
-
-
-def _tail(label: str) -> str:
-    return label if len(label) <= 44 else "..." + label[-41:]
+    return LEFT + _INNER_WIDTH * (index + 0.5) / count
