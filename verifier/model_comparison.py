@@ -367,9 +367,9 @@ def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
             output.PromptCoder(left.folder, first.config),
             output.PromptCoder(right.folder, second.config),
         )
-        script = text.write_script(coders[0], None, None)
-        base = text.listen(first, script)
-        other = text.listen(second, script, base)
+        script = text.make_inputs(coders[0], None, None)
+        base = text.evaluate_outputs(first, script)
+        other = text.evaluate_outputs(second, script, base)
     except CodecLLMError:
         raise
     except Exception as exc:  # whatever a model class raises when it is run on plain text

@@ -12,7 +12,7 @@ from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.verifier.diagnosis import Cause, diagnose
 from codecllm.verifier.diagnosis.causes import explaining
 from codecllm.verifier.diagnosis.codes.back_ends import BackEnd, present_back_ends
-from codecllm.verifier.diagnosis.model import layer_outputs
+from codecllm.verifier.diagnosis.model import layer_outputs, layer_runs
 from codecllm.verifier.report import Verdict
 from tests import tampering
 from tests.diagnosis import faults
@@ -254,7 +254,7 @@ def test_rounding_of_the_kernel_for_few_rows_is_no_departure():
     right = torch.ones(6, 512)
     found = right.clone()
     found[:, 7] *= 1.9
-    runs = [layer_outputs.Run({"mlp": value}, value) for value in (right, found)]
+    runs = [layer_runs.Run({"mlp": value}, value) for value in (right, found)]
     assert layer_outputs.first_departure(*runs, torch.bfloat16) == "mlp"
     assert (
         layer_outputs.first_departure(*runs, torch.bfloat16, layer_outputs.FEW_ROWS_SLACK) is None
@@ -272,7 +272,7 @@ def test_what_attention_computes_itself_is_not_blamed_on_a_module_in_it(clean, s
         Cause.COMPUTATION,
     )
     assert finding.module == "model.layers.1.self_attn"
-    assert "what 'model.layers.1.self_attn.o_proj' is given" in finding.error.message
+    assert "the input of 'model.layers.1.self_attn.o_proj'" in finding.error.message
 
 
 def test_a_layer_that_still_holds_the_source(tmp_path, source):

@@ -7,10 +7,15 @@ import torch
 
 from codecllm.verifier.baseline.model_output import PromptTokens
 from codecllm.verifier.diagnosis.causes import Cause
-from codecllm.verifier.diagnosis.model.text import Script, Spoken, compare_text, kl_per_position
+from codecllm.verifier.diagnosis.model.text import (
+    EvalInputs,
+    ModelOutputs,
+    compare_text,
+    kl_per_position,
+)
 from codecllm.verifier.report import Stage
 
-SCRIPT = Script([PromptTokens("The capital of France is", [1, 2])], [])
+INPUTS = EvalInputs([PromptTokens("The capital of France is", [1, 2])], [])
 
 
 class Bytes:
@@ -22,7 +27,7 @@ class Bytes:
 
 def _judged(source, loaded, lossless=False):
     stage = Stage("text")
-    compare_text(SCRIPT, source, loaded, (Bytes(), Bytes()), lossless, stage)
+    compare_text(INPUTS, source, loaded, (Bytes(), Bytes()), lossless, stage)
     return stage
 
 
@@ -30,7 +35,7 @@ def _said(text, favour, noise=0.0):
     """Answers with the given bytes; the logits prefer the token `favour` by 6."""
     logits = torch.zeros(len(text), 256)
     logits[:, favour] = 6.0 + noise
-    return Spoken([list(text)], [logits], [1.0, 2.0])
+    return ModelOutputs([list(text)], [logits], [1.0, 2.0])
 
 
 def test_undecodable_bytes_are_called_that():

@@ -1,10 +1,10 @@
-"""Why the output is garbage: five stages from the bytes to the text, and one paragraph that says what is wrong and where.
+"""Why the output is wrong: five stages from the bytes to the text, and a conclusion.
 
 | module            | stage                                                                            |
 |-------------------|----------------------------------------------------------------------------------|
 | `round_trip`      | the source, quantized and encoded again, against the container; the decode back ends |
 | `quantization`    | errors and sizes: one scale per tensor against one per channel; NaN, zero, extreme |
-| `loaded_model`    | modules and weights of the loaded model against what the verifier computes itself  |
+| `loaded_model`    | modules and weights of the loaded model against weights of the verifier            |
 | `layer_outputs`   | hidden states, layer by layer, then module, then channel                          |
 | `text`            | text, divergence and perplexity of source and loaded model                        |
 """
@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 from codecllm.verifier.diagnosis.causes import Cause
-from codecllm.verifier.diagnosis.diagnosis import DiagnoseOptions, diagnose
+from codecllm.verifier.diagnosis.diagnosis import diagnose
+from codecllm.verifier.diagnosis.options import DiagnoseOptions
 from codecllm.verifier.diagnosis.rendering import render_diagnosis
 from codecllm.verifier.diagnosis.report.html_report import render_html, write_html
 

@@ -1,4 +1,4 @@
-"""The causes that a diagnosis can name, and the paragraph that it ends with."""
+"""The causes that a diagnosis can name, and its conclusion in one paragraph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from codecllm.verifier.report import Finding, Report, Stage, Verdict
 
 
 class Cause(StrEnum):
-    """What is wrong."""
+    """The cause of a fault."""
 
     DAMAGED = "damaged container"
     OTHER_MODEL = "source of another model"
@@ -44,8 +44,14 @@ class Cause(StrEnum):
 
 
 _CONVERT = "Convert the source again, or fetch the container anew and pin its manifest's sha256."
-_WRITER = "The writer of this container is at fault: convert again with this version, and report the writer that the manifest names."
-_LOADER = "The container is right and the loading code is at fault: load it with this version of codecllm and no other patches."
+_WRITER = (
+    "The writer of this container is at fault: convert again with this version, and report the "
+    "writer that the manifest names."
+)
+_LOADER = (
+    "The container is right and the loading code is at fault: load it with this version of "
+    "codecllm and no other patches."
+)
 
 ADVICE: dict[Cause, tuple[str, str]] = {
     Cause.DAMAGED: (
@@ -57,12 +63,13 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "Name the model that was converted.",
     ),
     Cause.OTHER_REVISION: (
-        "Most tensors differ from this source while the container agrees with its own digests: it was made from other weights.",
+        "Most tensors differ from this source while the container agrees with its own digests: it "
+        "was made from other weights.",
         "Compare with the revision that was converted, or convert this one.",
     ),
     Cause.CORRUPTED_PAYLOAD: (
-        "Scales fit the source and some stored symbols do not: the payload or what its chunk table says of it was changed, and "
-        "checksums were made to fit.",
+        "Scales fit the source and some stored symbols do not: the payload or its chunk table was "
+        "changed, and checksums were made to fit.",
         _CONVERT,
     ),
     Cause.SHIFTED: (
@@ -71,7 +78,8 @@ ADVICE: dict[Cause, tuple[str, str]] = {
     ),
     Cause.SWAPPED_SCALES: ("Codes are right and channels have each other's scales.", _WRITER),
     Cause.PER_TENSOR_SCALE: (
-        "All channels share the scale that the tensor's largest weight asks for; the others keep few codes.",
+        "All channels share the scale that the tensor's largest weight asks for; the others keep few "
+        "codes.",
         "Convert again with one scale per channel (the default).",
     ),
     Cause.COARSE_STEP: (
@@ -88,8 +96,9 @@ ADVICE: dict[Cause, tuple[str, str]] = {
     ),
     Cause.WRONG_SCALE: ("Scales are not those that the weights ask for.", _WRITER),
     Cause.HEAD_ORDER: (
-        "The rows are right and stand in another order of attention heads: a checkpoint or cache layout of another program.",
-        "Convert from the checkpoint in the layout of transformers, and use its own attention code.",
+        "The rows are right and stand in another order of attention heads: a checkpoint or cache "
+        "layout of another program.",
+        "Convert from the checkpoint in the layout of transformers, and use its attention code.",
     ),
     Cause.ROW_ORDER: ("The rows are right and stand in another order.", _WRITER),
     Cause.NON_FINITE: (
@@ -124,11 +133,13 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "Look at the module's code, hooks and kernels; load without patches to compare.",
     ),
     Cause.CACHE: (
-        "All weights are right, as is a whole prompt at once; token by token, from the cache of keys and values, it is not.",
-        "Look at the layout in which the cache is written and read (heads, axes, positions, type); load without patches.",
+        "All weights are right, as is a whole prompt at once; token by token, from the cache of keys "
+        "and values, it is not.",
+        "Look at the layout in which the cache is written and read (heads, axes, positions, type); "
+        "load without patches.",
     ),
     Cause.WRONG_TOKENIZER: (
-        "Source and container turn the same text into different tokens: the weights never had a chance.",
+        "Source and container turn the same text into different tokens, whatever the weights are.",
         "Copy the source's tokenizer files and convert again.",
     ),
     Cause.UNDECODABLE: (
@@ -136,7 +147,8 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "The weights lost too much, or a module computes wrongly: see the stages before.",
     ),
     Cause.PRECISION: (
-        "Container, loader and modules are right: the quantization itself costs this model too much.",
+        "Container, loader and modules are right: the quantization itself costs this model too "
+        "much.",
         "Keep the tensors with the largest errors lossless (--exclude), or use --scheme lossless.",
     ),
     Cause.TEXT_DIFFERS: (
@@ -147,17 +159,17 @@ ADVICE: dict[Cause, tuple[str, str]] = {
 
 
 def conclude(report: Report) -> str:
-    """Returns one paragraph: what is wrong, where, and what to do, from the finding that explains the report."""
-    explained = explaining(report)
-    if explained is None:
-        skipped = [
+    """Returns one paragraph on the finding that explains a report: fault, place and advice."""
+    explanation = explaining(report)
+    if explanation is None:
+        skipped_stages = [
             f"{stage.name} ({stage.summary})"
             for stage in report.stages
             if stage.verdict is Verdict.SKIPPED
         ]
-        tail = f" Not looked at: {'; '.join(skipped)}." if skipped else ""
-        return f"No fault found: what was looked at is what the source, the container and the format ask for.{tail}"
-    stage, finding = explained
+        tail = f" Not checked: {'; '.join(skipped_stages)}." if skipped_stages else ""
+        return f"No fault found: everything checked agrees with source, container and format.{tail}"
+    stage, finding = explanation
     cause = Cause(finding.cause) if finding.cause is not None else Cause.DAMAGED
     meaning, advice = ADVICE[cause]
     parts = [
@@ -175,23 +187,25 @@ def conclude(report: Report) -> str:
     ]
     if later:
         parts.append(
-            f"What {' and '.join(later)} found belongs to it, follows from it, or waits behind it."
+            f"Findings of {' and '.join(later)} belong to it, follow from it, or wait behind it."
         )
     return " ".join(parts)
 
 
 def explaining(report: Report) -> tuple[Stage, Finding] | None:
-    """Returns the finding that explains a report and its stage: the first one with a cause, else the first one; None if none.
+    """Returns the stage and the finding that explain a report; None without findings.
 
-    `structure` and `checksums` say that bytes are wrong; `round trip`, where it got that far, says how.
+    It is the first finding with a cause, else the first one.
+
+    `structure` and `checksums` say that bytes are wrong; `round trip`, if it ran, says how.
     """
-    failed = [stage for stage in report.stages if stage.verdict is Verdict.FAILED]
-    if not failed:
+    failed_stages = [stage for stage in report.stages if stage.verdict is Verdict.FAILED]
+    if not failed_stages:
         return None
-    named = [
+    with_cause = [
         (stage, finding)
-        for stage in failed
+        for stage in failed_stages
         for finding in stage.findings
         if finding.cause is not None
     ]
-    return named[0] if named else (failed[0], failed[0].findings[0])
+    return with_cause[0] if with_cause else (failed_stages[0], failed_stages[0].findings[0])

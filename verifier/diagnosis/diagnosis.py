@@ -1,13 +1,12 @@
-"""`diagnose`: runs the stages in order and ends with one paragraph that says what is wrong, where, and what to do."""
+"""`diagnose`: runs the stages in order and ends with a conclusion: fault, place and advice."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
@@ -18,42 +17,10 @@ from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.diagnosis.causes import Cause, conclude
 from codecllm.verifier.diagnosis.examination import Examination
+from codecllm.verifier.diagnosis.options import RESIDENTS, DiagnoseOptions
 from codecllm.verifier.report import Report, Stage, Verdict
 
-if TYPE_CHECKING:
-    from codecllm.verifier.diagnosis.codes.back_ends import BackEnd
-
-Resident = Literal["dense", "int8", "compressed"]
-RESIDENTS: tuple[Resident, ...] = ("dense", "int8", "compressed")
 MODELS_IN_MEMORY = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiagnoseOptions:
-    """What a diagnosis may be told.
-
-    Attributes:
-        resident: how the loaded model keeps its weights while it runs; the weights of every residency are compared.
-        first_layers: run text with only the first so many layers from the container and the others from the source.
-        prompts: what both models continue; None takes the fixed prompts of the baseline.
-        text: text for the perplexity; None takes the built-in one.
-        workers: threads; None takes one per core.
-        expected_manifest_sha256: accept no other manifest.
-        revision: branch, tag or commit of a Hub id.
-        load: loads the container, as `codecllm.loader.from_pretrained` (the default) does; called with the folder and
-            `resident`. Give your own to find what is wrong with it.
-        back_ends: decode back ends to compare; None takes those of this machine.
-    """
-
-    resident: Resident = "dense"
-    first_layers: int | None = None
-    prompts: Sequence[str] | None = None
-    text: str | None = None
-    workers: int | None = None
-    expected_manifest_sha256: str | None = None
-    revision: str | None = None
-    load: Callable[..., Any] | None = None
-    back_ends: Sequence[BackEnd] | None = None
 
 
 def diagnose(
@@ -65,13 +32,15 @@ def diagnose(
 ) -> Report:
     """Says why a container's output is wrong, or that nothing is.
 
-    Stages: `structure`, `checksums`, `round trip`, `quantized`, `loaded`, `layers`, `text`, `baseline`. The paragraph at the
-    end explains the first that fails; later ones still give their figures where the container can be loaded. Nothing is
-    written. Stages 1 and 2 hold a few tiles per thread, the others two models.
+    Stages: `structure`, `checksums`, `round trip`, `quantized`, `loaded`, `layers`, `text`,
+    `baseline`. The paragraph at the end explains the first that fails; later ones still give their
+    figures where the container can be loaded. Nothing is written. Stages 1 and 2 hold a few tiles
+    per thread, the others two models.
 
     Args:
         name_or_path: container folder or Hub id.
-        source: the model it was made from, a folder or Hub id; None takes the one that the manifest names.
+        source: the model it was made from, a folder or Hub id; None takes the one that the manifest
+            names.
         progress: called with a name, bytes done and bytes in all.
         options: fields of `DiagnoseOptions`.
 
@@ -83,19 +52,19 @@ def diagnose(
         HubError: a repository cannot be reached, found or read.
         SourceError: `source` is not a model.
     """
-    chosen = DiagnoseOptions(**options)
-    if chosen.resident not in RESIDENTS:
+    settings = DiagnoseOptions(**options)
+    if settings.resident not in RESIDENTS:
         raise UsageError(
-            "no such resident", got=repr(chosen.resident), expected=" or ".join(RESIDENTS)
+            "no such resident", got=repr(settings.resident), expected=" or ".join(RESIDENTS)
         )
-    if chosen.first_layers is not None and chosen.first_layers < 0:
-        raise UsageError("first_layers must not be negative", got=chosen.first_layers)
-    files = resolve(name_or_path, revision=chosen.revision)
+    if settings.first_layers is not None and settings.first_layers < 0:
+        raise UsageError("first_layers must not be negative", got=settings.first_layers)
+    files = resolve(name_or_path, revision=settings.revision)
     report = Report(str(name_or_path), "diagnosis")
-    pinned = chosen.expected_manifest_sha256
+    expected_sha256 = settings.expected_manifest_sha256
     with (
         _stage(report, "structure") as stage,
-        Container(files.folder, expected_manifest_sha256=pinned) as container,
+        Container(files.folder, expected_manifest_sha256=expected_sha256) as container,
     ):
         report.manifest_sha256 = container.manifest_sha256
         check_structure(container, stage, report.warnings)
@@ -104,7 +73,7 @@ def diagnose(
             model_files = _source_files(source, container)
             scheme = container.manifest.options.scheme
             with SourceModel(model_files.folder, view=scheme) as model:
-                _Diagnosis(report, container, model, model_files.commit, chosen, progress).run()
+                _Diagnosis(report, container, model, model_files.commit, settings, progress).run()
     report.conclusion = conclude(report)
     return report
 
@@ -112,12 +81,13 @@ def diagnose(
 def _source_files(source: str | Path | None, container: Container) -> Any:
     if source is not None:
         return resolve(source, kind="source")
-    recorded = container.manifest.source
-    if recorded.repo is None:
+    origin = container.manifest.source
+    if origin.repo is None:
         raise UsageError(
-            "a diagnosis needs the source: give --source (this container was made from a local folder)"
+            "a diagnosis needs the source: give --source "
+            "(this container was made from a local folder)"
         )
-    return resolve(recorded.repo, revision=recorded.commit, kind="source")
+    return resolve(origin.repo, revision=origin.commit, kind="source")
 
 
 class _Diagnosis:
@@ -199,18 +169,20 @@ class _Diagnosis:
             return "source and container are different models"
         if self._container.manifest.file("config.json") is None:
             return "the container has no config.json: no model can be built"
-        needed, available = (
-            int(MODELS_IN_MEMORY * MEMORY_FACTOR * self._source.tensor_bytes),
-            available_memory(),
-        )
-        if needed > available:
-            return f"two models need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free"
+        size = int(MODELS_IN_MEMORY * MEMORY_FACTOR * self._source.tensor_bytes)
+        available = available_memory()
+        if size > available:
+            sizes = f"{size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free"
+            return f"two models need {sizes}"
         return None
 
 
 @contextmanager
 def _stage(report: Report, name: str) -> Iterator[Stage]:
-    """Adds a stage; an error that ends it becomes its last finding. Its figures stay in its line when it fails."""
+    """Adds a stage.
+
+    An error that ends it becomes its last finding; its figures stay in its line when it fails.
+    """
     stage = Stage(name)
     report.stages.append(stage)
     try:

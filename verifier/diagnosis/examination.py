@@ -1,13 +1,13 @@
-"""Everything that stages 1 and 2 know about a tensor, from two passes over its source and one over its chunks, tile by tile.
+"""Examination of a tensor for stages 1 and 2: two passes over its source, one over its chunks.
 
-Memory is a few copies of one tile per thread, whatever the tensor's size. The arithmetic is that of the slow reference in
-`formats.schemes`; no code of converter or loader that computes a code or a weight is used.
+Memory is a few copies of one tile per thread, whatever the tensor's size. The arithmetic is that of
+the slow reference in `formats.schemes`; no code of converter or loader that computes a code or a
+weight is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,23 @@ from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
 from codecllm.formats.container import Container, widened_scales
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
-from codecllm.formats.errors import CodecLLMError, DecodeError, FormatError, ModelMismatchError
-from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
-from codecllm.formats.reference import join_chunks
+from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
+from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTensor
 from codecllm.formats.schemes.float_bits import float32_from_bits
-from codecllm.formats.schemes.int8 import channel_scales, dequantize, join_codes, quantize
+from codecllm.formats.schemes.int8 import channel_scales, dequantize, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.shards.side_tensors import SCALE
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
-from codecllm.formats.tiling import Grid, Tile, default_grid, last_axis_matrix
+from codecllm.formats.tiling import Tile, default_grid, last_axis_matrix
 from codecllm.verifier.checks.rounding import code_errors, is_repeatable, repeated
+from codecllm.verifier.diagnosis.parts import (
+    Part,
+    asked_steps,
+    decoded_parts,
+    read_tile,
+    read_weights,
+    stored_record,
+)
 
 Place = tuple[int, int]
 """Row and column of the tensor's matrix."""
@@ -42,14 +49,15 @@ _PLAIN_STEP_BYTES = 4 << 20
 
 @dataclass(slots=True)
 class Choice:
-    """What one choice of scales makes of a tensor.
+    """Errors and sizes of a tensor under one choice of scales.
 
     Attributes:
         squared_error: sum of (w - code * scale)^2.
         worst_error: largest |w - code * scale|.
-        histogram: int64 [256]: how often each code occurs; index is code + 128, and 0 for all codes beyond 127.
+        histogram: int64 [256]: how often each code occurs; index is code + 128, and 0 for all codes
+            beyond 127.
         entropy_bits: order-0 entropy of each chunk's codes, summed, in bits, from all symbols.
-        prefix_bits: what a code of whole bits per symbol needs at least, per chunk, summed.
+        prefix_bits: least bits of a code with whole bits per symbol, per chunk, summed.
         stored_bytes: size of the chunks as the container's codec packs them.
     """
 
@@ -78,7 +86,7 @@ class Choice:
         )
 
     def add_chunk(self, symbols: NDArray[np.uint8], stored_bytes: int) -> None:
-        """Counts the symbols of a chunk, flat, and what they take."""
+        """Counts the symbols of a chunk, flat, and their sizes."""
         counts = np.bincount(symbols, minlength=256)
         self.entropy_bits += counts_entropy_bits(counts)
         self.prefix_bits += prefix_code_bits(counts)
@@ -87,7 +95,7 @@ class Choice:
 
 @dataclass(slots=True)
 class Examination:
-    """What was found out about one tensor.
+    """The results of an examination of one tensor.
 
     Attributes:
         name: the tensor's.
@@ -96,12 +104,15 @@ class Examination:
         chunks: chunks that were decoded.
         same_bytes: chunks whose symbols, encoded again on this machine, give the stored bytes.
         energy: sum of w^2 of the source's finite weights (int8).
-        held: what the container holds (int8: codes; lossless: the first plane's symbols are not errors, only sizes count).
-        per_tensor: what one scale for the whole tensor would give (int8 with scales from the channels' largest weights).
-        scales: the scales that the source asks for, float32 [channels]; where steps were chosen, the stored ones (int8).
+        per_channel: errors and sizes of the stored tensor (lossless: only sizes).
+        per_tensor: those of one scale for the whole tensor (int8 with scales from the channels'
+            largest weights).
+        scales: the scales that the source asks for, float32 [channels]; where steps were chosen,
+            the stored ones (int8).
         stored_scales: those that the container holds, as far as they could be read (int8).
         absmax: float32 [channels]: largest magnitudes of the source's channels (int8).
-        not_finite: channel (int8) or row (others) -> number of NaN and infinite weights in the source.
+        not_finite: channel (int8) or row (others) -> number of NaN and infinite weights in the
+            source.
         differing: elements whose symbols differ from those of the source.
         first: where the first of them is.
         faults: damage that kept symbols from being compared.
@@ -113,7 +124,7 @@ class Examination:
     chunks: int = 0
     same_bytes: int = 0
     energy: float = 0.0
-    held: Choice = field(default_factory=Choice)
+    per_channel: Choice = field(default_factory=Choice)
     per_tensor: Choice | None = None
     scales: NDArray[np.float32] | None = None
     stored_scales: NDArray[np.float32] | None = None
@@ -132,16 +143,8 @@ class Examination:
 
     @property
     def differs(self) -> bool:
-        """Whether the container holds anything but what the source gives."""
+        """Whether the stored tensor differs from that of the source."""
         return self.differing > 0 or len(self.wrong_scales) > 0
-
-
-def stored_record(container: Container, name: str) -> RawTensor | LosslessTensor | Int8Tensor:
-    """Returns the record of a tensor that has bytes of its own: an alias's target, or the tensor itself."""
-    record = container.records[name]
-    target = container.records[record.alias_of] if isinstance(record, AliasTensor) else record
-    assert not isinstance(target, AliasTensor)
-    return target
 
 
 def examine(container: Container, name: str, source: SourceTensor) -> Examination:
@@ -174,73 +177,13 @@ def examine(container: Container, name: str, source: SourceTensor) -> Examinatio
     return result
 
 
-def read_tile(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.unsignedinteger]:
-    """Reads a tile of the source's matrix as unsigned words [tile.rows, tile.cols]."""
-    start = tile.row * grid.cols + tile.col
-    if tile.cols == grid.cols or tile.rows == 1:
-        return source.read_elements(start, start + tile.symbols).reshape(tile.rows, tile.cols)
-    rows = [
-        source.read_elements(start + row * grid.cols, start + row * grid.cols + tile.cols)
-        for row in range(tile.rows)
-    ]
-    return np.stack(rows)
-
-
-def read_weights(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.float32]:
-    """Reads a tile of an int8 tensor's source as float32 [tile.rows, tile.cols]."""
-    return float32_from_bits(read_tile(source, grid, tile), source.dtype.name)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some tiles of a tensor that give a rectangle of the source.
-
-    Attributes:
-        place: the rectangle: a tile, or whole rows where tiles give the source's order only together.
-        planes: uint8 [rows, cols] per plane, as in `reference.read_symbols`.
-        first: number of the first chunk.
-        chunks: symbols of the chunks, in order, as they are stored, flat.
-    """
-
-    place: Tile
-    planes: list[NDArray[np.uint8]]
-    first: int
-    chunks: list[NDArray[np.uint8]]
-
-    @property
-    def codes(self) -> NDArray[np.signedinteger]:
-        """The codes of an int8 tensor, [rows, cols]: int8, or int16 of a wide one."""
-        low = self.planes[0].view(np.int8)
-        return low if len(self.planes) == 1 else join_codes(low, self.planes[1].view(np.int8), 8)
-
-
-def decoded_parts(tensor: StoredTensor, faults: list[CodecLLMError]) -> Iterator[Part]:
-    """Yields a tensor part by part; a part with a damaged chunk is left out, and the damage becomes a fault."""
-    planes, together = tensor.table.planes, tensor.tiles_together
-    for start in range(0, len(tensor.table.grid), together):
-        first, last = start * planes, (start + together) * planes
-        slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
-        chunks = []
-        for chunk in range(first, last):
-            try:
-                chunks.append(tensor.decode_chunk(chunk, slots, first))
-            except FormatError as exc:
-                faults.append(exc)
-        if len(chunks) == last - first:
-            yield Part(tensor.part(start), join_chunks(tensor, start, chunks), first, chunks)
-
-
-def place_of(tensor: StoredTensor, row: int, col: int) -> tuple[int, int]:
-    """Returns chunk number, and byte in the shard, of the chunk that holds an element of the matrix."""
-    grid = tensor.table.grid
-    chunk = (row // grid.tile_rows * grid.across + col // grid.tile_cols) * tensor.table.planes
-    return chunk, tensor.offset + int(tensor.table.offsets[chunk])
-
-
 def _find_scales(
     container: Container, record: Int8Tensor, source: SourceTensor, result: Examination
 ) -> None:
-    """First pass over the source: the largest magnitude of each channel, and the scales as stored, valid or not."""
+    """Makes the first pass over the source: the largest magnitude of each channel.
+
+    Reads the stored scales too, valid or not.
+    """
     file, header = container.shard(record.shard)
     entry = header.tensors[SCALE.name_for(record.name)]
     result.stored_scales = widened_scales(file.read(entry.start, entry.bytes), record)
@@ -294,10 +237,10 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
             steps = asked_steps(tensor, result.scales, part.place)
             _note_difference(result, part.place, codes != repeated(weights, steps, tensor))
         else:
-            errors, allowed = code_errors(tensor, part.place, codes, words)
-            _note_difference(result, part.place, ~(errors <= allowed))
-        result.held.add_errors(weights - dequantize(codes, tile_steps(tensor, part.place)))
-        result.held.add_codes(codes)
+            errors, bounds = code_errors(tensor, part.place, codes, words)
+            _note_difference(result, part.place, ~(errors <= bounds))
+        result.per_channel.add_errors(weights - dequantize(codes, tile_steps(tensor, part.place)))
+        result.per_channel.add_codes(codes)
         _encode_again(tensor, part, result)
         if per_tensor is not None:
             together = quantize(weights, whole)
@@ -308,15 +251,8 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
             )
 
 
-def asked_steps(
-    tensor: StoredTensor, scales: NDArray[np.float32], place: Tile
-) -> NDArray[np.float32]:
-    """Returns the steps that a part would have under other scales of its channels, to broadcast against its codes."""
-    return tile_steps(replace(tensor, scales=scales), place)
-
-
 def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.signedinteger]) -> int:
-    """Returns the size of other int8 codes under the tensor's codec, or raw where that is smaller."""
+    """Returns the size of int8 codes under the tensor's codec, or raw if that is smaller."""
     main, symbols = (
         tensor.record.planes[0].codec,
         np.ascontiguousarray(codes).reshape(-1).view(np.uint8),
@@ -330,24 +266,28 @@ def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.signedinteger]) -> int
 def _there_and_back(
     tensor: StoredTensor, chunk: int, symbols: NDArray[np.uint8]
 ) -> tuple[bytes, bytes]:
-    """Returns a chunk's symbols encoded with its codec (and frequency table), and that decoded again."""
+    """Encodes a chunk's symbols with its codec (and frequency table) and decodes them again.
+
+    Returns:
+        The encoded and the decoded bytes.
+    """
     codec = tensor.table.chunks[chunk].codec
     if codec != RANS_ID:
         sparse = (
             tensor.table.records["low_bits"][chunk] >= SPARSE_LOW_BITS
             and codec == ZstdCodec.codec_id
         )
-        encoded = bytes(
+        stored_bytes = bytes(
             ZstdCodec().encode_sparse(symbols) if sparse else CODECS[codec].encode(symbols)
         )
-        return encoded, bytes(CODECS[codec].decode(encoded, symbols.size))
+        return stored_bytes, bytes(CODECS[codec].decode(stored_bytes, symbols.size))
     assert tensor.tables is not None
     table = tensor.tables.table(*divmod(chunk, tensor.table.planes))
-    (encoded,) = rans.encode_chunks([rans.Uncoded(symbols, table)])
-    (decoded,) = rans.decode_chunks([rans.Coded(encoded, symbols.size, table)])
-    if isinstance(decoded, DecodeError):
-        raise decoded.located(tensor=tensor.record.name, chunk=chunk)
-    return encoded, decoded.tobytes()
+    (stored_bytes,) = rans.encode_chunks([rans.Uncoded(symbols, table)])
+    (symbols_again,) = rans.decode_chunks([rans.Coded(stored_bytes, symbols.size, table)])
+    if isinstance(symbols_again, DecodeError):
+        raise symbols_again.located(tensor=tensor.record.name, chunk=chunk)
+    return stored_bytes, symbols_again.tobytes()
 
 
 def _examine_lossless(tensor: StoredTensor, source: SourceTensor, result: Examination) -> None:
@@ -363,10 +303,10 @@ def _examine_lossless(tensor: StoredTensor, source: SourceTensor, result: Examin
             )
             if not np.isfinite(values).all():
                 _count_not_finite(result, values, tile.row)
-        joined = join_planes([plane.reshape(-1) for plane in part.planes], dtype).reshape(
+        elements = join_planes([plane.reshape(-1) for plane in part.planes], dtype).reshape(
             tile.rows, tile.cols
         )
-        _note_difference(result, tile, joined != words)
+        _note_difference(result, tile, elements != words)
         _encode_again(tensor, part, result)
 
 
@@ -374,10 +314,8 @@ def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examinatio
     size, record = tensor.record.source_bytes, tensor.record
     for first in range(0, size, _PLAIN_STEP_BYTES):
         count = min(_PLAIN_STEP_BYTES, size - first)
-        stored, theirs = (
-            tensor.file.read(tensor.offset + first, count),
-            source.read_bytes(first, first + count),
-        )
+        ours = tensor.file.read(tensor.offset + first, count)
+        theirs = source.read_bytes(first, first + count)
         if record.dtype in ("BF16", "F16", "F32", "F64"):
             words = np.frombuffer(theirs, word_dtype(DTYPES[record.dtype]))
             values = (
@@ -390,18 +328,16 @@ def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examinatio
                 for place in np.flatnonzero(~np.isfinite(values)).tolist():
                     row = (first // words.itemsize + place) // cols
                     result.not_finite[row] = result.not_finite.get(row, 0) + 1
-        if stored != theirs:
-            bad = np.frombuffer(stored, np.uint8) != np.frombuffer(theirs, np.uint8)
+        if ours != theirs:
+            bad = np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8)
             result.first = result.first or (
                 0,
                 (first + int(bad.argmax())) // max(1, DTYPES[record.dtype].bits // 8),
             )
             result.differing += int(np.count_nonzero(bad))
-    result.held.stored_bytes, result.held.entropy_bits, result.held.prefix_bits = (
-        size,
-        8.0 * size,
-        8 * size,
-    )
+    result.per_channel.stored_bytes = size
+    result.per_channel.entropy_bits = 8.0 * size
+    result.per_channel.prefix_bits = 8 * size
 
 
 def _note_difference(result: Examination, tile: Tile, bad: NDArray[np.bool_]) -> None:
@@ -420,9 +356,9 @@ def _encode_again(tensor: StoredTensor, part: Part, result: Examination) -> None
     """
     for chunk, symbols in enumerate(part.chunks, part.first):
         place = tensor.table.chunks[chunk]
-        result.held.add_chunk(symbols, place.stored_bytes)
-        encoded, decoded = _there_and_back(tensor, chunk, symbols)
-        if decoded != symbols.tobytes():
+        result.per_channel.add_chunk(symbols, place.stored_bytes)
+        stored_bytes, symbols_again = _there_and_back(tensor, chunk, symbols)
+        if symbols_again != symbols.tobytes():
             name = CODEC_NAMES[place.codec]
             raise DecodeError(
                 f"codec {name} does not give back what it encoded",
@@ -431,4 +367,4 @@ def _encode_again(tensor: StoredTensor, part: Part, result: Examination) -> None
             )
         slots = tensor.read_slots(chunk, chunk + 1, bytearray(tensor.slots_bytes(chunk, chunk + 1)))
         result.chunks += 1
-        result.same_bytes += bytes(encoded) == bytes(slots[: place.stored_bytes])
+        result.same_bytes += bytes(stored_bytes) == bytes(slots[: place.stored_bytes])

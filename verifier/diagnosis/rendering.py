@@ -1,4 +1,4 @@
-"""A diagnosis for people at a terminal: verdict lines, the tensors that cost most, and the texts side by side."""
+"""A diagnosis at a terminal: verdict lines, the worst tensors, and the texts side by side."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ TEXT_SHOWN = 60
 
 def render_diagnosis(report: Report, console: Console) -> None:
     """Prints the figures behind a diagnosis, then its verdict lines and the paragraph."""
-    quantized, spoken = report.stage("quantized"), report.stage("text")
+    quantization, texts = report.stage("quantized"), report.stage("text")
     rows = [
         row
-        for row in (quantized.facts.get("tensors", []) if quantized else [])
+        for row in (quantization.facts.get("tensors", []) if quantization else [])
         if "per_tensor" in row
     ]
     if rows:
         console.print(scale_table(rows))
-    for note in quantized.facts.get("channels", []) if quantized else []:
-        for kind, found in note.items():
+    for note in quantization.facts.get("channels", []) if quantization else []:
+        for kind, channels_of_kind in note.items():
             if kind not in ("name", "not_finite"):
-                channels = ", ".join(map(str, found["channels"][:8]))
-                console.print(
-                    f"{note['name']}: {kind.replace('_', ' ')} scale in {found['count']} channels: {channels}",
-                    highlight=False,
-                )
-    prompts = spoken.facts.get("prompts", []) if spoken else []
+                channels = ", ".join(map(str, channels_of_kind["channels"][:8]))
+                scales = f"{kind.replace('_', ' ')} scale in {channels_of_kind['count']} channels"
+                console.print(f"{note['name']}: {scales}: {channels}", highlight=False)
+    prompts = texts.facts.get("prompts", []) if texts else []
     if prompts:
         console.print(text_table(prompts))
     render_report(report, console)
 
 
 def scale_table(rows: list[dict[str, Any]]) -> Table:
-    """Returns one scale per channel against one per tensor, for the tensors with the largest error."""
+    """Returns a table of the tensors with the largest error: scales per channel and per tensor."""
     worst = sorted(rows, key=lambda row: -float(row["per_channel"]["relative_error"]))[
         :TENSORS_SHOWN
     ]
     table = Table(
-        title=f"One scale per channel | one per tensor ({len(worst)} of {len(rows)} tensors, largest error first)",
+        title=(
+            f"One scale per channel | one per tensor "
+            f"({len(worst)} of {len(rows)} tensors, largest error first)"
+        ),
         box=None,
     )
     table.add_column("tensor", overflow="fold")
@@ -67,7 +68,7 @@ def scale_table(rows: list[dict[str, Any]]) -> Table:
 def text_table(
     prompts: list[dict[str, Any]], sides: tuple[str, str] = ("source", "loaded")
 ) -> Table:
-    """Returns what two models say, side by side under the names of `sides`."""
+    """Returns a table of the texts of two models, side by side under the names of `sides`."""
     table = Table(title="Text", box=None)
     for name in ("prompt", *sides, "differs from token"):
         table.add_column(name, overflow="fold")

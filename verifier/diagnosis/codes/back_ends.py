@@ -1,4 +1,4 @@
-"""Every way in which this machine turns chunks into weights, so that each can be compared with the reference."""
+"""Decode back ends of this machine, each to be compared with the reference."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class BackEnd:
         name: for people.
         version: of the library behind it.
         takes: whether it decodes tensors of this kind.
-        decode: decodes the `tiles_together` tiles from a tile (by its number) on to unsigned words of the source's element
-            size, row-major, flat.
+        decode: decodes the `tiles_together` tiles from a tile (by its number) on to unsigned words
+            of the source's element size, row-major, flat.
     """
 
     name: str
@@ -39,11 +39,15 @@ class BackEnd:
 
 
 def present_back_ends() -> list[BackEnd]:
-    """Returns what this machine has: the loader's CPU decoder, the resident modules' arithmetic, and that on a GPU."""
+    """Returns the back ends of this machine.
+
+    These are the loader's CPU decoder, and the arithmetic of resident modules on the CPU and on a
+    GPU.
+    """
     import zstandard
 
     zstd = ".".join(map(str, zstandard.ZSTD_VERSION))
-    found = [
+    back_ends = [
         BackEnd("cpu", f"libzstd {zstd}", lambda tensor: True, _decode_cpu),
         BackEnd(
             "int8 modules",
@@ -54,7 +58,7 @@ def present_back_ends() -> list[BackEnd]:
     ]
     if torch.cuda.is_available():
         name = f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
-        found.append(
+        back_ends.append(
             BackEnd(
                 "int8 modules on cuda",
                 name,
@@ -62,7 +66,7 @@ def present_back_ends() -> list[BackEnd]:
                 lambda tensor, index: _decode_torch(tensor, index, "cuda"),
             )
         )
-    return found
+    return back_ends
 
 
 def _decode_cpu(tensor: StoredTensor, index: int) -> NDArray[Any]:
@@ -89,7 +93,8 @@ def _decode_torch(tensor: StoredTensor, index: int, device: str) -> NDArray[Any]
         iter(read_tiles(tensor, range(index, index + tensor.tiles_together), Workspace()))
     )
     codes = torch.from_numpy(planes[0].view(np.int8).copy()).to(device)
-    scales, factors = torch.from_numpy(scales_of_rows(tensor, tile)).to(device), None
+    scales = torch.from_numpy(scales_of_rows(tensor, tile)).to(device)
+    factors = None
     if tensor.columns is not None:
         factors = torch.from_numpy(
             tensor.columns.scales[tile.col : tile.col + tile.cols].copy()

@@ -1,4 +1,4 @@
-"""Why an int8 tensor does not hold what its source quantizes to: every explanation is tried, and named only if it fits."""
+"""Why codes of an int8 tensor are not those of its source: explanations that fit are named."""
 
 from __future__ import annotations
 
@@ -22,12 +22,8 @@ from codecllm.verifier.diagnosis.codes.rows import (
     permutation,
     row_digests,
 )
-from codecllm.verifier.diagnosis.examination import (
-    Examination,
-    asked_steps,
-    decoded_parts,
-    read_weights,
-)
+from codecllm.verifier.diagnosis.examination import Examination
+from codecllm.verifier.diagnosis.parts import asked_steps, decoded_parts, read_weights
 
 MAX_SHIFT = 64
 """Farthest offset, in elements, at which a shifted buffer is looked for."""
@@ -50,7 +46,7 @@ class Explanation:
 
 @dataclass(slots=True)
 class _Counts:
-    """Elements, and how many of them each explanation fits."""
+    """Counts of elements, in all and for each explanation that fits them."""
 
     elements: int = 0
     fit_expected: int = 0
@@ -64,12 +60,12 @@ class _Counts:
 def explain(
     tensor: StoredTensor, source: SourceTensor, examined: Examination, head: int | None
 ) -> Explanation:
-    """Returns why codes or scales of an int8 tensor differ from what the source asks for.
+    """Returns why codes or scales of an int8 tensor differ from those of its source.
 
     Args:
         tensor: the stored tensor, whose scales the format allows.
-        source: what it was made from.
-        examined: what the passes over it gave; something differs.
+        source: the source's tensor.
+        examined: the examination of the tensor, which found a difference.
         head: rows of an attention head, or None.
     """
     assert tensor.scales is not None and examined.scales is not None
@@ -77,55 +73,61 @@ def explain(
     wrong = examined.wrong_scales
     if not len(wrong):
         return _explain_codes(tensor, examined, counts)
-    stored, expected = tensor.scales, examined.scales
+    stored_scales, source_scales = tensor.scales, examined.scales
     codes_fit = counts.fit_expected == counts.elements
     scales_explain = counts.fit_stored == counts.elements
     first = int(wrong[0])
-    if codes_fit and sorted(stored[wrong].tolist()) == sorted(expected[wrong].tolist()):
-        values = f"channel {first} has {stored[first]:.6g}, not {expected[first]:.6g}"
+    if codes_fit and sorted(stored_scales[wrong].tolist()) == sorted(source_scales[wrong].tolist()):
+        values = f"channel {first} has {stored_scales[first]:.6g}, not {source_scales[first]:.6g}"
         text = f"channels {_listed(wrong)} have each other's scales: {values}"
         return Explanation(Cause.SWAPPED_SCALES, text, first)
-    narrow = _narrower(stored, expected)
+    narrow = _narrower(stored_scales, source_scales)
     if narrow is not None:
-        text = f"{len(wrong)} scales went through {narrow}: channel {first} has {stored[first]:.9g}, not {expected[first]:.9g}"
+        values = f"channel {first} has {stored_scales[first]:.9g}, not {source_scales[first]:.9g}"
+        text = f"{len(wrong)} scales went through {narrow}: {values}"
         return Explanation(Cause.ROUNDED_SCALES, text, first)
-    if scales_explain and _is_per_tensor(stored, examined):
+    if scales_explain and _is_per_tensor(stored_scales, examined):
         return _per_tensor(examined)
     if codes_fit or scales_explain:
-        return _step(stored, expected, wrong, codes_fit)
+        return _step(stored_scales, source_scales, wrong, codes_fit)
     order = permutation(counts.found_rows, counts.expected_rows)
-    if order is not None and np.array_equal(stored, expected[order]):
+    if order is not None and np.array_equal(stored_scales, source_scales[order]):
         cause = Cause.HEAD_ORDER if is_attention(tensor.record.name) else Cause.ROW_ORDER
         return Explanation(
             cause, describe_order(order, head), int((order != np.arange(len(order))).argmax())
         )
     share = examined.differing / max(1, examined.elements)
-    text = f"{share:.1%} of the codes and {len(wrong)} of {len(stored)} scales differ, first in channel {first}"
+    scales = f"{len(wrong)} of {len(stored_scales)} scales"
+    text = f"{share:.1%} of the codes and {scales} differ, first in channel {first}"
     return Explanation(Cause.OTHER_REVISION, text, first)
 
 
 def scale_fault(examined: Examination) -> Explanation | None:
-    """Explains scales that the format forbids (a container with them cannot be opened), or returns None."""
-    stored, expected, record = examined.stored_scales, examined.scales, examined.record
+    """Explains scales that the format forbids; None without such scales.
+
+    A container with such scales cannot be opened.
+    """
+    stored_scales, source_scales, record = examined.stored_scales, examined.scales, examined.record
     if (
-        stored is None
-        or expected is None
+        stored_scales is None
+        or source_scales is None
         or (isinstance(record, Int8Tensor) and record.rounding is not None)
     ):
         return None
-    bad = np.flatnonzero(~np.isfinite(stored))
+    bad = np.flatnonzero(~np.isfinite(stored_scales))
     if not len(bad):
         return None
     channel = int(bad[0])
     with np.errstate(over="ignore"):
-        through = expected[channel].astype(np.float16)
+        through = source_scales[channel].astype(np.float16)
     kind = " (float16 ends at 65504)" if np.isinf(through) else ""
-    text = f"{len(bad)} scales are {stored[channel]}, first in channel {channel}, which needs {expected[channel]:.6g}{kind}"
+    needed = f"which needs {source_scales[channel]:.6g}{kind}"
+    text = f"{len(bad)} scales are {stored_scales[channel]}, first in channel {channel}, {needed}"
     return Explanation(Cause.SCALE_OVERFLOW if kind else Cause.WRONG_SCALE, text, channel)
 
 
 def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float32]) -> _Counts:
-    """Reads tensor and source once more and counts what each explanation fits."""
+    """Reads tensor and source once more and counts the elements that each explanation fits."""
     assert tensor.scales is not None
     counts, faults, grid = _Counts(), list[CodecLLMError](), tensor.table.grid
     by_row = isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row"
@@ -133,10 +135,10 @@ def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float3
         codes, tile, weights = part.codes, part.place, read_weights(source, grid, part.place)
         weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
         expected = repeated(weights, asked_steps(tensor, scales, tile), tensor)
-        own = repeated(weights, tile_steps(tensor, tile), tensor)
+        with_stored_scales = repeated(weights, tile_steps(tensor, tile), tensor)
         counts.elements += codes.size
         counts.fit_expected += int(np.count_nonzero(codes == expected))
-        counts.fit_stored += int(np.count_nonzero(codes == own))
+        counts.fit_stored += int(np.count_nonzero(codes == with_stored_scales))
         _count_shifts(counts, codes.reshape(-1), expected.reshape(-1))
         if by_row and tile.cols == grid.cols:
             counts.found_rows += row_digests(codes)
@@ -147,7 +149,7 @@ def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float3
 def _count_shifts(
     counts: _Counts, found: NDArray[np.signedinteger], expected: NDArray[np.signedinteger]
 ) -> None:
-    """Counts, for each offset, the elements of a chunk that stand at that offset from their place."""
+    """Counts, for each offset, the elements of a chunk that are that far from their place."""
     if found.size <= 2 * MAX_SHIFT:
         return
     inner = slice(MAX_SHIFT, found.size - MAX_SHIFT)
@@ -174,7 +176,8 @@ def _explain_codes(tensor: StoredTensor, examined: Examination, counts: _Counts)
             f"{examined.differing} codes differ and are those that stand {-shift:+d} elements away"
         )
         return Explanation(Cause.SHIFTED, text, channel)
-    text = f"{examined.differing} of {examined.elements} codes differ, first at row {row}, column {col}"
+    place = f"row {row}, column {col}"
+    text = f"{examined.differing} of {examined.elements} codes differ, first at {place}"
     return Explanation(Cause.CORRUPTED_PAYLOAD, text, channel)
 
 
@@ -198,9 +201,9 @@ def _per_tensor(examined: Examination) -> Explanation:
     largest = np.rint(examined.absmax / examined.absmax.max() * MAX_CODE)
     weight, usual = float(examined.absmax[outlier]), max(float(np.median(examined.absmax)), 1e-38)
     text = (
-        f"all {len(examined.absmax)} channels share the scale of channel {outlier}, whose largest weight {weight:.6g} is "
-        f"{weight / usual:.1f} times the median channel's: half of the channels use codes up to {np.median(largest):.0f} "
-        f"of {MAX_CODE}"
+        f"all {len(examined.absmax)} channels share the scale of channel {outlier}, whose largest "
+        f"weight {weight:.6g} is {weight / usual:.1f} times the median channel's: half of the "
+        f"channels use codes up to {np.median(largest):.0f} of {MAX_CODE}"
     )
     return Explanation(Cause.PER_TENSOR_SCALE, text, outlier)
 
@@ -216,7 +219,10 @@ def _step(
         else f" (from {ratios.min():.3g} to {ratios.max():.3g})"
     )
     where = "all channels" if len(wrong) == len(stored) else f"{len(wrong)} channels"
-    text = f"scales of {where} are {typical:.4g} times what the weights ask for{spread}, first in channel {first}"
+    text = (
+        f"scales of {where} are {typical:.4g} times those of the weights{spread}, "
+        f"first in channel {first}"
+    )
     if codes_fit:
         return Explanation(Cause.WRONG_SCALE, f"{text}; the codes are right", first)
     return Explanation(

@@ -1,4 +1,7 @@
-"""Stage 1: the source, quantized and encoded again by the reference, against the container; and every decode back end."""
+"""Stage 1: the container against its source, quantized and encoded again by the reference.
+
+Every decode back end is compared with the reference too.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,21 @@ from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.codes.back_ends import BackEnd
 from codecllm.verifier.diagnosis.codes.code_autopsy import Explanation, explain, scale_fault
 from codecllm.verifier.diagnosis.codes.rows import head_size
-from codecllm.verifier.diagnosis.examination import Examination, examine, place_of
+from codecllm.verifier.diagnosis.examination import Examination, examine
+from codecllm.verifier.diagnosis.parts import place_of
 from codecllm.verifier.report import Stage
 
 MAX_AUTOPSIES = 12
-"""Tensors of which a difference is explained one by one; with more of them the explanation is common to all."""
+"""Tensors whose difference is explained one by one.
+
+With more of them, one explanation is common to all.
+"""
 
 _FOREIGN = (Cause.OTHER_REVISION, Cause.CORRUPTED_PAYLOAD)
-"""What the difference between two trainings looks like: scales and codes, or for small steps codes alone."""
+"""Causes that fit the difference between two trainings.
+
+Scales and codes differ, or for small steps codes alone.
+"""
 
 _SHIFTS = range(-256, 257)
 _SAMPLE = 1024
@@ -40,17 +50,18 @@ def examine_all(
 ) -> dict[str, Examination]:
     """Examines every tensor that container and source share; see `examination.examine`."""
     names = [name for name in container.records if name in source.tensors]
-    total, done = sum(source.tensors[name].entry.bytes for name in names), 0
-    found: dict[str, Examination] = {}
+    total = sum(source.tensors[name].entry.bytes for name in names)
+    bytes_done = 0
+    examinations: dict[str, Examination] = {}
     with ThreadPoolExecutor(workers) as pool:
         for name, result in in_order(
             pool, names, lambda name: examine(container, name, source.tensors[name])
         ):
-            found[name] = result
-            done += source.tensors[name].entry.bytes
+            examinations[name] = result
+            bytes_done += source.tensors[name].entry.bytes
             if progress is not None:
-                progress(name, done, total)
-    return found
+                progress(name, bytes_done, total)
+    return examinations
 
 
 def check_round_trip(
@@ -62,7 +73,7 @@ def check_round_trip(
     stage: Stage,
     workers: int,
 ) -> None:
-    """Judges what the examination found, and compares every decode back end with the reference.
+    """Judges the examinations, and compares every decode back end with the reference.
 
     Args:
         container: the container.
@@ -78,16 +89,14 @@ def check_round_trip(
         for fault in result.faults:
             _fail_damaged(stage, result, fault)
     _judge(container, source, source_commit, examined, stage)
-    compared = _compare_back_ends(container, back_ends, stage, workers)
-    chunks, same = (
-        sum(one.chunks for one in examined.values()),
-        sum(one.same_bytes for one in examined.values()),
-    )
+    back_end_facts = _compare_back_ends(container, back_ends, stage, workers)
+    chunks = sum(one.chunks for one in examined.values())
+    same = sum(one.same_bytes for one in examined.values())
     stage.facts = {
         "tensors": len(examined),
         "chunks": chunks,
         "chunks_encoded_to_the_same_bytes": same,
-        "back_ends": compared,
+        "back_ends": back_end_facts,
         "versions": versions(),
         "written_by": container.manifest.writer,
     }
@@ -96,23 +105,22 @@ def check_round_trip(
         for one in examined.values()
         if not one.faults and not one.differs
     ]
-    quantized = sum(isinstance(one.record, Int8Tensor) for one in examined.values())
+    int8_count = sum(isinstance(one.record, Int8Tensor) for one in examined.values())
     wrong = {
         finding.error.message.split("'")[1]
         for finding in stage.findings
         if finding.error.message.startswith("back end")
     }
-    refined = sum(not is_repeatable(one.record) for one in examined.values())
-    bounded = (
-        f" ({refined} rounded otherwise: each code is within the recorded error, no more can be told)"
-        if refined
-        else ""
-    )
+    refined_count = sum(not is_repeatable(one.record) for one in examined.values())
+    remark = ""
+    if refined_count:
+        remark = f" ({refined_count} rounded otherwise: each code is within the recorded error)"
     equal = ", ".join(one.name for one in back_ends if one.name not in wrong) or "none"
     stage.summary = (
-        f"{sum(right)} of {quantized} int8 tensors hold what the source quantizes to{bounded}, {len(right) - sum(right)} of "
-        f"{len(examined) - quantized} others are the source's bit for bit; {chunks:,} chunks encoded and decoded again "
-        f"({same:,} to the stored bytes); equal to the reference: {equal}"
+        f"{sum(right)} of {int8_count} int8 tensors have the codes of the source{remark}, "
+        f"{len(right) - sum(right)} of {len(examined) - int8_count} others are the source's bit for "
+        f"bit; {chunks:,} chunks encoded and decoded again ({same:,} to the stored bytes); "
+        f"equal to the reference: {equal}"
     )
 
 
@@ -162,35 +170,40 @@ def _judge(
     stage: Stage,
 ) -> None:
     """Adds a finding for every tensor that holds something else than the source gives."""
-    compared = [one for one in examined.values() if not one.faults and not one.not_finite]
-    differing = [one for one in compared if one.differs]
+    comparable = [one for one in examined.values() if not one.faults and not one.not_finite]
+    differing = [one for one in comparable if one.differs]
     if not differing:
         return
     head = head_size(source.config or {})
-    explained: list[tuple[Examination, Explanation]] = []
+    explanations: list[tuple[Examination, Explanation]] = []
     for one in differing[:MAX_AUTOPSIES]:
-        explained.append((one, _explain(container, source, one, head)))
-    recorded = container.manifest.source.commit
-    other_commit = recorded is not None and commit is not None and recorded != commit
-    foreign = sum(explanation.cause in _FOREIGN for _, explanation in explained)
-    most = 2 * foreign > len(explained) and 2 * len(differing) > len(compared)
+        explanations.append((one, _explain(container, source, one, head)))
+    source_commit = container.manifest.source.commit
+    other_commit = source_commit is not None and commit is not None and source_commit != commit
+    foreign = sum(explanation.cause in _FOREIGN for _, explanation in explanations)
+    most = 2 * foreign > len(explanations) and 2 * len(differing) > len(comparable)
     if other_commit or most:
-        told = f"; converted from commit {recorded}, compared with {commit}" if other_commit else ""
-        text = f"{len(differing)} of {len(compared)} tensors are not those of this source{told}; the first: {explained[0][1].text}"
-        own = (
-            "agrees" if _agrees_with_itself(container, differing[0].name) else "does not even agree"
+        commits = ""
+        if other_commit:
+            commits = f"; converted from commit {source_commit}, compared with {commit}"
+        text = (
+            f"{len(differing)} of {len(comparable)} tensors are not those of this source{commits}; "
+            f"the first: {explanations[0][1].text}"
         )
+        agrees = _agrees_with_itself(container, differing[0].name)
+        verb = "agrees" if agrees else "does not even agree"
         error = DecodeError(
-            f"{text}; the container {own} with its own digest there", tensor=differing[0].name
+            f"{text}; the container {verb} with its own digest there", tensor=differing[0].name
         )
-        stage.fail(error, cause=Cause.OTHER_REVISION, channel=explained[0][1].channel)
-    for one, explanation in explained:
+        stage.fail(error, cause=Cause.OTHER_REVISION, channel=explanations[0][1].channel)
+    for one, explanation in explanations:
         cause = explanation.cause
         if most:
             cause = Cause.OTHER_REVISION
         stage.fail(_located(container, one, explanation), cause=cause, channel=explanation.channel)
     for one in differing[MAX_AUTOPSIES:]:
-        text = f"{one.differing} of {one.elements} symbols and {len(one.wrong_scales)} scales differ from the source"
+        scales = f"{len(one.wrong_scales)} scales"
+        text = f"{one.differing} of {one.elements} symbols and {scales} differ from the source"
         stage.fail(DecodeError(text, tensor=one.name))
 
 
@@ -205,7 +218,10 @@ def _explain(
     row, col = one.first
     where = f"element {col}" if isinstance(one.record, RawTensor) else f"row {row}, column {col}"
     unit = "bytes" if isinstance(one.record, RawTensor) else "elements"
-    text = f"{one.differing} {unit} of {one.elements} elements differ from the source, first at {where}"
+    text = (
+        f"{one.differing} {unit} of {one.elements} elements differ from the source, "
+        f"first at {where}"
+    )
     foreign = share > 0.5 or (isinstance(one.record, RawTensor) and share > 0.1)
     return Explanation(Cause.OTHER_REVISION if foreign else Cause.CORRUPTED_PAYLOAD, text, row)
 
@@ -233,7 +249,11 @@ def _agrees_with_itself(container: Container, name: str) -> bool:
 def _compare_back_ends(
     container: Container, back_ends: Sequence[BackEnd], stage: Stage, workers: int
 ) -> list[dict[str, Any]]:
-    """Compares every tile of every coded tensor under every back end with the reference; returns what was compared."""
+    """Compares every tile of every coded tensor under every back end with the reference.
+
+    Returns:
+        Name, version and number of equal tiles of each back end, as JSON values.
+    """
     counts = dict.fromkeys((one.name for one in back_ends), 0)
     names = [
         name
@@ -264,7 +284,11 @@ def _compare_back_ends(
 
 
 def _compare_back_end(tensor: StoredTensor, back_end: BackEnd) -> tuple[int, DecodeError | None]:
-    """Returns the number of tiles that agree before the first that does not, and the error that describes that one."""
+    """Compares the tiles of a tensor up to the first that differs.
+
+    Returns:
+        The number of equal tiles, and the error that describes the other one.
+    """
     size = word_dtype(DTYPES[tensor.record.dtype])
     for index in range(0, len(tensor.table.grid), tensor.tiles_together):
         try:
@@ -281,16 +305,16 @@ def _compare_back_end(tensor: StoredTensor, back_end: BackEnd) -> tuple[int, Dec
         }
         place["byte"] = tensor.offset + int(tensor.table.offsets[chunk])
         try:
-            found = back_end.decode(tensor, index)
+            words = back_end.decode(tensor, index)
         except Exception as exc:  # a library behind a back end raises what it likes
             reason = one_line(exc)
             return index, DecodeError(
                 f"back end {back_end.name!r} failed ({type(exc).__name__}: {reason})", **place
             )
-        if found.shape == expected.shape and np.array_equal(found, expected):
+        if words.shape == expected.shape and np.array_equal(words, expected):
             continue
         return index, DecodeError(
-            f"back end {back_end.name!r} ({back_end.version}) {_difference(found, expected)}",
+            f"back end {back_end.name!r} ({back_end.version}) {_difference(words, expected)}",
             **place,
         )
     return len(tensor.table.grid), None
@@ -306,13 +330,15 @@ def _difference(found: Any, expected: Any) -> str:
             f"returns a shifted buffer: its elements are those that stand {shift:+d} elements away"
         )
     first = int(bad.argmax())
-    return f"differs from the reference in {int(bad.sum())} of {found.size} elements, first element {first} of the tile"
+    share = f"{int(bad.sum())} of {found.size} elements"
+    return f"differs from the reference in {share}, first element {first} of the tile"
 
 
 def shift_of(found: Any, expected: Any) -> int | None:
-    """Returns k where found[i] == expected[i + k] for every i that has one, 0 < |k| <= 256; None where there is no such k.
+    """Returns the offset of a shifted buffer; None without one.
 
-    Both are flat arrays of bits of one size. A constant array is no shifted one.
+    It is the k, 0 < |k| <= 256, with found[i] == expected[i + k] for every i that has such a
+    partner. Both are flat arrays of bits of one size. A constant array is no shifted one.
     """
     size = len(found)
     if size < 4 or (expected == expected[0]).all():

@@ -1,4 +1,4 @@
-"""Order of rows: whether a matrix holds the rows of another one in another order, and what that order is."""
+"""Order of rows: whether a matrix holds the rows of another one, and in which order."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def row_digests(matrix: NDArray[Any]) -> list[int]:
 
 
 def permutation(found: Sequence[int], expected: Sequence[int]) -> NDArray[np.int64] | None:
-    """Returns int64 [rows]: which expected row each found one is; None where the rows are not the same ones or not moved.
+    """Returns which expected row each row of a matrix is, as int64 [rows].
+
+    None means that the rows are not the same ones, or not moved.
 
     Args:
-        found: a digest of each found row.
+        found: a digest of each row.
         expected: a digest of each expected row; equal rows are matched in order.
     """
     places: dict[int, list[int]] = defaultdict(list)
@@ -49,7 +51,11 @@ def is_attention(name: str) -> bool:
 
 
 def head_size(config: Any) -> int | None:
-    """Returns the width of an attention head from a config (a dict or an object of transformers), or None."""
+    """Returns the width of an attention head from a config, or None.
+
+    Args:
+        config: a dict, or an object of transformers.
+    """
     facts: dict[str, Any] = config if isinstance(config, dict) else dict(vars(config))
     size, width = facts.get("head_dim"), facts.get("hidden_size") or facts.get("n_embd")
     heads = facts.get("num_attention_heads") or facts.get("n_head")
@@ -61,19 +67,21 @@ def head_size(config: Any) -> int | None:
 
 
 def describe_order(order: NDArray[np.int64], head: int | None) -> str:
-    """Says what an order of rows is: whole heads in another order, an order within heads, or any other.
+    """Describes an order of rows: of whole heads, within heads, or any other.
 
     Args:
         order: int64 [rows]: which row of the source each row is.
         head: rows of one attention head, or None.
     """
-    moved = int(np.count_nonzero(order != np.arange(len(order))))
-    text = f"{moved} of {len(order)} rows stand in another order, first row {int((order != np.arange(len(order))).argmax())}"
+    moved_rows = int(np.count_nonzero(order != np.arange(len(order))))
+    first = int((order != np.arange(len(order))).argmax())
+    text = f"{moved_rows} of {len(order)} rows stand in another order, first row {first}"
     if head is None or len(order) % head:
         return text
     blocks = order.reshape(-1, head)
     if (blocks - blocks[:, :1] == np.arange(head)).all() and (blocks[:, 0] % head == 0).all():
-        return f"{text}: whole heads of {head} rows, in the order {(blocks[:, 0] // head).tolist()[:16]}"
+        heads = (blocks[:, 0] // head).tolist()[:16]
+        return f"{text}: whole heads of {head} rows, in the order {heads}"
     within = blocks - np.arange(len(blocks))[:, None] * head
     if (within == within[0]).all() and within[0].min() == 0 and within[0].max() == head - 1:
         return f"{text}: inside each head of {head} rows, in the order {within[0].tolist()[:8]} ..."

@@ -19,9 +19,9 @@ from codecllm.loader.resident.compressed_modules import CompressedWeight
 from codecllm.loader.resident.int8_modules import Int8Weight
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.codes.rows import head_size
-from codecllm.verifier.diagnosis.examination import stored_record
 from codecllm.verifier.diagnosis.model.reference_model import codes_and_scales, source_tensor
 from codecllm.verifier.diagnosis.model.weight_autopsy import Suspect, explain_weight, same_bits
+from codecllm.verifier.diagnosis.parts import stored_record
 from codecllm.verifier.report import Stage
 
 Replaced = Int8Weight | CompressedWeight

@@ -26,8 +26,8 @@ from codecllm.loader.hf import adapter
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 from codecllm.verifier.checks.rounding import is_repeatable, repeated
-from codecllm.verifier.diagnosis.examination import (
-    Examination,
+from codecllm.verifier.diagnosis.examination import Examination
+from codecllm.verifier.diagnosis.parts import (
     asked_steps,
     decoded_parts,
     read_weights,

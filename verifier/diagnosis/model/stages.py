@@ -22,10 +22,17 @@ from codecllm.verifier.baseline import model_output as output
 from codecllm.verifier.baseline.record import parse_baseline
 from codecllm.verifier.baseline.runs import compare_with_record
 from codecllm.verifier.diagnosis.causes import Cause
-from codecllm.verifier.diagnosis.diagnosis import RESIDENTS, DiagnoseOptions, Resident
 from codecllm.verifier.diagnosis.examination import Examination
 from codecllm.verifier.diagnosis.model import layer_outputs as layers
 from codecllm.verifier.diagnosis.model import text
+from codecllm.verifier.diagnosis.model.distances import cosine, relative_error
+from codecllm.verifier.diagnosis.model.layer_runs import (
+    Run,
+    first_layers_of,
+    layer_names,
+    prompt_of,
+    run_model,
+)
 from codecllm.verifier.diagnosis.model.loaded_model import Comparison, check_loaded_model
 from codecllm.verifier.diagnosis.model.reference_model import (
     build_model,
@@ -33,6 +40,7 @@ from codecllm.verifier.diagnosis.model.reference_model import (
     reference_tensors,
     requantized_tensors,
 )
+from codecllm.verifier.diagnosis.options import RESIDENTS, DiagnoseOptions, Resident
 from codecllm.verifier.report import Stage
 
 TOO_LARGE = 2
@@ -110,9 +118,9 @@ class ModelStages:
         if self._model is None or self._reference is None:
             _skip(stage, self._why_not or "no model was loaded")
             return
-        names = layers.layer_names(self._reference)
+        names = layer_names(self._reference)
         self._coder = output.PromptCoder(self._source.folder, self._model.config)
-        tokens = layers.prompt_of(self._coder.prompts()[-1].tokens, self._model.config)
+        tokens = prompt_of(self._coder.prompts()[-1].tokens, self._model.config)
         if any(one.differs for one in self._examined.values()):
             self._reference = None
             gc.collect()
@@ -123,13 +131,13 @@ class ModelStages:
             del right
         self._reference.to(self._model.device)
         try:
-            reference = layers.run_model(self._reference, tokens, names)
+            reference = run_model(self._reference, tokens, names)
         except Exception as exc:  # whatever a model class raises when it is run on plain text
             self._why_not = f"the model cannot be run on plain text ({_one_line(exc)})"
             _skip(stage, self._why_not)
             return
         try:
-            loaded = layers.run_model(self._model, tokens, names)
+            loaded = run_model(self._model, tokens, names)
         except Exception as exc:
             self._why_not = "the loaded model cannot be run"
             stage.fail(
@@ -180,26 +188,26 @@ class ModelStages:
         text.check_tokenizers(
             self._coder, own, (self._source.folder, self._container.folder), stage
         )
-        script = text.write_script(self._coder, self._options.prompts, self._options.text)
-        source = text.listen(self._plain, script)
+        inputs = text.make_inputs(self._coder, self._options.prompts, self._options.text)
+        source = text.evaluate_outputs(self._plain, inputs)
         count = self._options.first_layers
         speaker = (
-            layers.first_layers_of(self._plain, self._model, count)
+            first_layers_of(self._plain, self._model, count)
             if count is not None
             else nullcontext(self._model)
         )
         with speaker as model:
-            loaded = text.listen(model, script, source)
+            loaded = text.evaluate_outputs(model, inputs, source)
         if count is None and loaded.tokens:
             self._spoken = {
                 tuple(prompt.tokens): said
-                for prompt, said in zip(script.prompts, loaded.tokens, strict=True)
+                for prompt, said in zip(inputs.prompts, loaded.tokens, strict=True)
             }
         lossless = (
             not any(one.scales is not None for one in self._examined.values())
             and self._model.dtype == self._plain.dtype
         )
-        text.compare_text(script, source, loaded, (self._coder, own), lossless, stage)
+        text.compare_text(inputs, source, loaded, (self._coder, own), lossless, stage)
         if count is not None:
             stage.facts["first_layers"] = count
             stage.summary = f"first {count} layers from the container: {stage.summary}"
@@ -272,20 +280,20 @@ class ModelStages:
 
     def _compare_with_source(
         self,
-        reference: layers.Run,
-        loaded: layers.Run,
+        reference: Run,
+        loaded: Run,
         tokens: list[int],
         names: list[str],
         stage: Stage,
     ) -> None:
         with adapter.without_progress_bars():
             self._plain = adapter.load_plain(self._source.folder).to(self._model.device).eval()
-        source = layers.run_model(self._plain, tokens, names)
+        source = run_model(self._plain, tokens, names)
         rows = layers.compare_layers(source, reference, loaded)
         stage.facts |= {"tokens": len(tokens), "layers": rows}
         stage.facts["logits"] = {
-            "relative_error": layers.relative_error(source.logits, loaded.logits),
-            "cosine": layers.cosine(source.logits, loaded.logits),
+            "relative_error": relative_error(source.logits, loaded.logits),
+            "cosine": cosine(source.logits, loaded.logits),
         }
         if output.generates(self._plain):
             stage.facts["bisect"] = layers.bisect(

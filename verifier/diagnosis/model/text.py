@@ -1,4 +1,4 @@
-"""Stage 5: what source and loaded model say: text side by side, divergence per token, perplexity, undecodable bytes."""
+"""Stage 5: texts of source and loaded model, divergence, perplexity, undecodable bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from codecllm.verifier.diagnosis.model.sample_text import SAMPLE_TEXT
 from codecllm.verifier.report import Stage
 
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer writes for bytes that are no UTF-8."""
+"""The character that a tokenizer writes for bytes that are no UTF-8."""
 
 PERPLEXITY_TOKENS = 1024
 WINDOW_TOKENS = 512
 MAX_KL, MIN_TOP1 = 0.1, 0.9
-"""Mean divergence in nats above which, together with a top-1 agreement below, precision itself is called the fault."""
+"""Limits beyond which precision itself is the fault.
+
+The mean divergence in nats must be larger and the top-1 agreement smaller.
+"""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,13 +41,15 @@ _TOKENIZER_FILES = (
 
 
 @dataclass(slots=True)
-class Spoken:
-    """What one model said.
+class ModelOutputs:
+    """The outputs of one model for the inputs of a comparison.
 
     Attributes:
         tokens: per prompt, its greedy continuation (models that generate).
-        logits: per prompt, float32 [positions, vocabulary] along the source's continuation, or the first output.
-        nll: negative log-likelihood in nats of each token of the text; empty where it cannot be computed.
+        logits: per prompt, float32 [positions, vocabulary] along the source's continuation, or the
+            first output.
+        nll: negative log-likelihood in nats of each token of the text; empty where it cannot be
+            computed.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -58,48 +63,60 @@ class Spoken:
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
-    """What is said to both models: prompts and text as tokens of the source's tokenizer."""
+class EvalInputs:
+    """Inputs of both models: prompts and text as tokens of the source's tokenizer."""
 
     prompts: list[output.PromptTokens]
     text: list[int]
 
 
-def write_script(
+def make_inputs(
     coder: output.PromptCoder, prompts: Sequence[str] | None, text: str | None
-) -> Script:
-    """Returns prompts (None: the fixed ones of the baseline) and a text (None: the built-in one) as tokens."""
+) -> EvalInputs:
+    """Returns prompts and a text as tokens.
+
+    Args:
+        coder: the source's tokenizer.
+        prompts: None takes the fixed ones of the baseline.
+        text: None takes the built-in one.
+    """
     tokens = coder.encode(SAMPLE_TEXT if text is None else text)
-    return Script(coder.prompts(prompts or PROMPTS), tokens[:PERPLEXITY_TOKENS])
+    return EvalInputs(coder.prompts(prompts or PROMPTS), tokens[:PERPLEXITY_TOKENS])
 
 
-def listen(model: Any, script: Script, along: Spoken | None = None) -> Spoken:
-    """Runs a model on a script.
+def evaluate_outputs(
+    model: Any, inputs: EvalInputs, along: ModelOutputs | None = None
+) -> ModelOutputs:
+    """Runs a model on prompts and text.
 
     Args:
         model: source or loaded model.
-        script: what to say.
-        along: the source's answers, along whose continuations the logits are taken; None: along its own.
+        inputs: prompts and text.
+        along: the source's outputs, along whose continuations the logits are taken; None takes the
+            model's own continuations.
     """
-    said = Spoken()
+    outputs = ModelOutputs()
     if not output.generates(model):
-        said.logits = [output.first_output(model, prompt) for prompt in script.prompts]
-        return said
-    for number, prompt in enumerate(script.prompts):
+        outputs.logits = [output.first_output(model, prompt) for prompt in inputs.prompts]
+        return outputs
+    for number, prompt in enumerate(inputs.prompts):
         tokens = output.greedy_tokens(model, prompt)
-        said.tokens.append(tokens)
-        said.logits.append(
+        outputs.tokens.append(tokens)
+        outputs.logits.append(
             output.continuation_logits(
                 model, prompt, along.tokens[number] if along is not None else tokens
             )
         )
     if not model.config.is_encoder_decoder:
-        said.nll = negative_log_likelihood(model, script.text)
-    return said
+        outputs.nll = negative_log_likelihood(model, inputs.text)
+    return outputs
 
 
 def negative_log_likelihood(model: Any, tokens: list[int]) -> list[float]:
-    """Returns the negative log-likelihood in nats of tokens, in windows that fit the model; each window's first is left out."""
+    """Returns the negative log-likelihood in nats of tokens.
+
+    They are read in windows that fit the model; the first token of each window is left out.
+    """
     longest = int(
         getattr(model.config.get_text_config(), "max_position_embeddings", 0) or WINDOW_TOKENS
     )
@@ -110,13 +127,20 @@ def negative_log_likelihood(model: Any, tokens: list[int]) -> list[float]:
             break
         with torch.inference_mode():
             logits = model(input_ids=part, use_cache=False).logits[0, :-1].to("cpu", torch.float32)
-        chosen = torch.log_softmax(logits.double(), -1).gather(1, part[0, 1:].cpu()[:, None])[:, 0]
-        values += (-chosen).tolist()
+        log_likelihood = torch.log_softmax(logits.double(), -1).gather(
+            1, part[0, 1:].cpu()[:, None]
+        )[:, 0]
+        values += (-log_likelihood).tolist()
     return values
 
 
 def kl_per_position(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Returns KL(base || other) in nats at each position, from logits [positions, vocabulary]; NaN where one is not finite."""
+    """Returns KL(base || other) in nats at each position, float64 [positions].
+
+    Args:
+        base: logits [positions, vocabulary].
+        other: logits of the same shape; NaN comes back where one of them is not finite.
+    """
     p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
     return torch.nansum(p.exp() * (p - q), -1).where(
         torch.isfinite(base).all(-1) & torch.isfinite(other).all(-1), torch.nan
@@ -129,7 +153,7 @@ def check_tokenizers(
     folders: tuple[Path, Path],
     stage: Stage,
 ) -> None:
-    """Compares what the tokenizers of source and container make of the same texts."""
+    """Compares the tokens of the same texts from the tokenizers of source and container."""
     texts = [*PROMPTS, SAMPLE_TEXT]
     for text in texts:
         theirs, ours = source.encode(text), container.encode(text)
@@ -139,7 +163,10 @@ def check_tokenizers(
             which = "container" if theirs else "source"
             raise_text = f"the {which} has no usable tokenizer, the other one has"
         elif theirs == ours:
-            raise_text = f"the same tokens are another text: {container.decode(theirs)[:40]!r} for {source.decode(theirs)[:40]!r}"
+            texts_of_tokens = (
+                f"{container.decode(theirs)[:40]!r} for {source.decode(theirs)[:40]!r}"
+            )
+            raise_text = f"the same tokens are another text: {texts_of_tokens}"
         else:
             place = next(
                 (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
@@ -158,19 +185,19 @@ def check_tokenizers(
 
 
 def compare_text(
-    script: Script,
-    source: Spoken,
-    loaded: Spoken,
+    inputs: EvalInputs,
+    source: ModelOutputs,
+    loaded: ModelOutputs,
     coders: tuple[output.PromptCoder, output.PromptCoder],
     lossless: bool,
     stage: Stage,
 ) -> None:
-    """Compares what both models said.
+    """Compares the outputs of both models.
 
     Args:
-        script: what they were told.
-        source: the source's answers.
-        loaded: the loaded model's, its logits along the source's continuations.
+        inputs: prompts and text of both.
+        source: the source's outputs.
+        loaded: those of the loaded model, its logits along the source's continuations.
         coders: tokenizers of source and container.
         lossless: whether every weight is the source's, so that every difference is a fault.
         stage: receives findings and figures.
@@ -179,7 +206,7 @@ def compare_text(
         _compare_outputs(source, loaded, lossless, stage)
         return
     prompts, kls, hits, places = [], list[float](), 0, 0
-    for number, prompt in enumerate(script.prompts):
+    for number, prompt in enumerate(inputs.prompts):
         base, other = source.tokens[number], loaded.tokens[number]
         first = next((i for i, (a, b) in enumerate(zip(base, other, strict=False)) if a != b), None)
         kl = kl_per_position(source.logits[number], loaded.logits[number])
@@ -221,7 +248,7 @@ def compare_text(
 
 
 def _tail(text: str) -> int:
-    """Undecodable characters at the end beyond the one that a character cut in half leaves there."""
+    """Counts undecodable characters at the end, without the one of a character cut in half."""
     return max(0, len(text) - len(text.rstrip(UNDECODABLE)) - 1)
 
 
@@ -234,8 +261,9 @@ def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> No
     for number, row in enumerate(facts["prompts"]):
         if far and row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:
             text = (
-                f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} undecodable bytes in the loaded "
-                f"model's text (shown as {UNDECODABLE}), {row['undecodable_in_source']} in the source's; first differing token "
+                f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} "
+                f"undecodable bytes in the loaded model's text (shown as {UNDECODABLE}), "
+                f"{row['undecodable_in_source']} in the source's; first differing token "
                 f"{row['first_differing_token']}"
             )
             stage.fail(BaselineError(text), cause=Cause.UNDECODABLE)
@@ -245,25 +273,27 @@ def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> No
         if row["first_differing_token"] is not None
     ]
     if lossless and (different or facts["mean_kl"]):
-        place = (
-            f"prompt {different[0]} from token {facts['prompts'][different[0]]['first_differing_token']} on"
-            if different
-            else "the logits"
-        )
+        place = "the logits"
+        if different:
+            token = facts["prompts"][different[0]]["first_differing_token"]
+            place = f"prompt {different[0]} from token {token} on"
         error = BaselineError(
-            f"the container is lossless and says something else than its source: {place}",
+            f"the container is lossless and gives another text than its source: {place}",
             got=f"mean KL {facts['mean_kl']:.2e}",
         )
         stage.fail(error, cause=Cause.TEXT_DIFFERS)
     elif far and facts["mean_kl"] is not None:
-        text = f"mean KL {facts['mean_kl']:.3f} nats, top-1 agreement {facts['top1']:.1%} against the source"
+        agreement = f"top-1 agreement {facts['top1']:.1%} against the source"
+        text = f"mean KL {facts['mean_kl']:.3f} nats, {agreement}"
         stage.fail(
             BaselineError(text, expected=f"at most {MAX_KL} nats or at least {MIN_TOP1:.0%}"),
             cause=Cause.PRECISION,
         )
 
 
-def _compare_outputs(source: Spoken, loaded: Spoken, lossless: bool, stage: Stage) -> None:
+def _compare_outputs(
+    source: ModelOutputs, loaded: ModelOutputs, lossless: bool, stage: Stage
+) -> None:
     """Compares the first outputs of models that do not generate."""
     cosines = [
         float(
@@ -274,7 +304,10 @@ def _compare_outputs(source: Spoken, loaded: Spoken, lossless: bool, stage: Stag
     same = all(torch.equal(a, b) for a, b in zip(source.logits, loaded.logits, strict=True))
     worst = min(cosines)
     stage.facts |= {"cosines": [_plain(value) for value in cosines], "same_outputs": same}
-    stage.summary = f"the model does not generate; smallest cosine of its output to the source's on {len(cosines)} prompts: {worst:.6f}"
+    stage.summary = (
+        f"the model does not generate; smallest cosine of its output to the source's on "
+        f"{len(cosines)} prompts: {worst:.6f}"
+    )
     if lossless and not same:
         stage.fail(
             BaselineError(
@@ -294,7 +327,10 @@ def _compare_outputs(source: Spoken, loaded: Spoken, lossless: bool, stage: Stag
 def _summary(facts: dict[str, Any]) -> str:
     same = sum(row["first_differing_token"] is None for row in facts["prompts"])
     kl = "not finite" if facts["mean_kl"] is None else f"{facts['mean_kl']:.2e} nats"
-    text = f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per token, top-1 {facts['top1']:.1%}"
+    text = (
+        f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per token, "
+        f"top-1 {facts['top1']:.1%}"
+    )
     if facts["perplexity_of_source"] is not None and facts["perplexity_of_loaded"] is not None:
         perplexities = f"{facts['perplexity_of_source']:.3f} -> {facts['perplexity_of_loaded']:.3f}"
         text += f"; perplexity {perplexities} on {facts['text_tokens']} tokens"

@@ -1,4 +1,4 @@
-"""Why a loaded weight is not what the container decodes to: every explanation is tried, and named only if it fits."""
+"""Why a loaded weight is not the container's: explanations that fit are named."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ UNRELATED = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A loaded weight that is not the right one, and what is known about the right one.
+    """A loaded weight that is not the right one, and facts about the right one.
 
     Attributes:
         name: of the parameter.
         found: the loaded weight, on the CPU.
-        right: what the container decodes to, of the same dtype.
-        codes: int8 codes in the weight's shape as a matrix, where it is an int8 tensor of that very shape.
+        right: the container's weight, of the same dtype.
+        codes: int8 codes in the weight's shape as a matrix, where it is an int8 tensor of that very
+            shape.
         scales: float32 steps that broadcast against `codes`.
         source: the source's own weight, where there is one of that name.
         head: rows of an attention head, or None.
@@ -64,30 +65,28 @@ def _words(tensor: torch.Tensor) -> Any:
 
 
 def explain_weight(suspect: Suspect) -> Explanation:
-    """Returns why a loaded weight differs from what the container decodes to."""
-    found, right = suspect.found, suspect.right
-    if found.shape != right.shape:
+    """Returns why a loaded weight differs from the container's."""
+    weight, right = suspect.found, suspect.right
+    if weight.shape != right.shape:
         if (
-            found.ndim == 2
-            and tuple(found.shape) == tuple(right.shape)[::-1]
-            and same_bits(found.T, right)
+            weight.ndim == 2
+            and tuple(weight.shape) == tuple(right.shape)[::-1]
+            and same_bits(weight.T, right)
         ):
             return Explanation(
                 Cause.TRANSPOSED,
-                f"shape is {list(found.shape)} for {list(right.shape)}, the transposed one",
+                f"shape is {list(weight.shape)} for {list(right.shape)}, the transposed one",
             )
         return Explanation(
-            Cause.WRONG_WEIGHT, f"shape is {list(found.shape)} for {list(right.shape)}"
+            Cause.WRONG_WEIGHT, f"shape is {list(weight.shape)} for {list(right.shape)}"
         )
     tests = (_from_scales, _copied, _moved, _rescaled)
-    explanation = next(
-        (explained for test in tests if (explained := test(suspect)) is not None), None
-    )
+    explanation = next((result for test in tests if (result := test(suspect)) is not None), None)
     return explanation or _any_difference(suspect)
 
 
 def _from_scales(suspect: Suspect) -> Explanation | None:
-    """Codes and scales are known: tries what can go wrong between them."""
+    """Tries faults between codes and scales, where these are known."""
     if suspect.codes is None or suspect.scales is None:
         return None
     codes, scales, shape, dtype = (
@@ -98,21 +97,26 @@ def _from_scales(suspect: Suspect) -> Explanation | None:
     )
     by_row = scales.shape[1] == 1
     flat = scales.reshape(-1)
-    along = flat[None, :] if by_row else flat[:, None]
+    crosswise = flat[None, :] if by_row else flat[:, None]
     first = _first_channel(suspect)
     for narrow in (torch.float16, torch.bfloat16):
         through = scales.to(narrow).float()
         if _is(suspect, codes * through):
-            lost = ~torch.isfinite(through.reshape(-1))
-            if lost.any():
-                channel = int(lost.nonzero()[0])
+            overflows = ~torch.isfinite(through.reshape(-1))
+            if overflows.any():
+                channel = int(overflows.nonzero()[0])
                 value = float(flat[channel])
-                text = f"{int(lost.sum())} scales overflow {narrow}: that of channel {channel}, {value:.6g}, becomes infinite"
+                count = int(overflows.sum())
+                text = (
+                    f"{count} scales overflow {narrow}: that of channel {channel}, {value:.6g}, "
+                    f"becomes infinite"
+                )
                 return Explanation(Cause.SCALE_OVERFLOW, text, channel)
             return Explanation(Cause.ROUNDED_SCALES, f"scales went through {narrow}", first)
-    if along.shape[int(by_row)] == codes.shape[int(by_row)] and _is(suspect, codes * along):
+    if crosswise.shape[int(by_row)] == codes.shape[int(by_row)] and _is(suspect, codes * crosswise):
         axis, right = (1, 0) if by_row else (0, 1)
-        text = f"scales broadcast along axis {axis} instead of {right} of the codes [{codes.shape[0]}, {codes.shape[1]}]"
+        shape_text = f"[{codes.shape[0]}, {codes.shape[1]}]"
+        text = f"scales broadcast along axis {axis} instead of {right} of the codes {shape_text}"
         return Explanation(Cause.SCALE_AXIS, text, first)
     if _is(suspect, codes):
         return Explanation(Cause.SCALE_NOT_APPLIED, "the weight is the bare codes", first)
@@ -151,8 +155,8 @@ def _copied(suspect: Suspect) -> Explanation | None:
 
 
 def _moved(suspect: Suspect) -> Explanation | None:
-    found, right = _words(suspect.found), _words(suspect.right)
-    shift = shift_of(found, right)
+    words, right_words = _words(suspect.found), _words(suspect.right)
+    shift = shift_of(words, right_words)
     if shift is not None:
         return Explanation(
             Cause.SHIFTED,
@@ -162,7 +166,9 @@ def _moved(suspect: Suspect) -> Explanation | None:
     if suspect.found.ndim < 2:
         return None
     cols = suspect.found.shape[-1]
-    order = permutation(row_digests(found.reshape(-1, cols)), row_digests(right.reshape(-1, cols)))
+    order = permutation(
+        row_digests(words.reshape(-1, cols)), row_digests(right_words.reshape(-1, cols))
+    )
     if order is None:
         return None
     cause = Cause.HEAD_ORDER if is_attention(suspect.name) else Cause.ROW_ORDER
@@ -175,47 +181,53 @@ def _rescaled(suspect: Suspect) -> Explanation | None:
     """Rows that are the right ones times a factor: wrong or exchanged scales."""
     if suspect.codes is None or suspect.scales is None or suspect.scales.shape[1] != 1:
         return None
-    found, right = (
+    weight, right = (
         value.reshape(suspect.codes.shape).float() for value in (suspect.found, suspect.right)
     )
     power = right.square().sum(1)
-    factors = torch.where(power > 0, (found * right).sum(1) / power, torch.ones_like(power))
-    remainder = (found - factors[:, None] * right).abs().amax(1)
+    factors = torch.where(power > 0, (weight * right).sum(1) / power, torch.ones_like(power))
+    remainder = (weight - factors[:, None] * right).abs().amax(1)
     if not bool(torch.isfinite(factors).all()) or bool(
-        (remainder > 0.01 * found.abs().amax(1)).any()
+        (remainder > 0.01 * weight.abs().amax(1)).any()
     ):
         return None
     off = ((factors - 1).abs() > 0.01).nonzero().flatten()
     if not len(off):
         return None
     channel, scales = int(off[0]), suspect.scales.reshape(-1)
-    used = (factors * scales)[off]
-    if torch.allclose(used.sort().values, scales[off].sort().values, rtol=0.01):
+    applied_scales = (factors * scales)[off]
+    if torch.allclose(applied_scales.sort().values, scales[off].sort().values, rtol=0.01):
         names = ", ".join(map(str, off[:6].tolist()))
         return Explanation(
             Cause.SWAPPED_SCALES,
             f"channels {names} were multiplied by each other's scales",
             channel,
         )
-    text = f"{len(off)} channels are {float(factors[off].median()):.4g} times what they have to be, first channel {channel}"
+    factor = float(factors[off].median())
+    text = f"{len(off)} channels are {factor:.4g} times the right value, first channel {channel}"
     return Explanation(Cause.WRONG_SCALE, text, channel)
 
 
 def _any_difference(suspect: Suspect) -> Explanation:
-    found, right = suspect.found.double().reshape(-1), suspect.right.double().reshape(-1)
+    weight, right = suspect.found.double().reshape(-1), suspect.right.double().reshape(-1)
     bad = _words(suspect.found) != _words(suspect.right)
     channel = _first_channel(suspect)
-    lost = int((~torch.isfinite(found)).sum()) - int((~torch.isfinite(right)).sum())
-    if lost > 0:
-        text = f"{lost} weights are NaN or infinite that must not be, first in channel {channel}"
+    not_finite = int((~torch.isfinite(weight)).sum()) - int((~torch.isfinite(right)).sum())
+    if not_finite > 0:
+        text = (
+            f"{not_finite} weights are NaN or infinite that must not be, first in channel {channel}"
+        )
         return Explanation(Cause.WRONG_WEIGHT, text, channel)
-    norms = float(found.norm() * right.norm())
-    correlation = float(found @ right) / norms if norms else 0.0
+    norms = float(weight.norm() * right.norm())
+    correlation = float(weight @ right) / norms if norms else 0.0
     share = int(bad.sum()) / max(1, bad.size)
     if share > 0.5 and abs(correlation) < UNRELATED:
-        text = f"the weight has nothing to do with the container's (correlation {correlation:+.3f}): it was never loaded"
+        text = (
+            f"the weight has nothing to do with the container's (correlation {correlation:+.3f}): "
+            f"it was never loaded"
+        )
         return Explanation(Cause.NOT_REPLACED, text)
-    relative = float((found - right).norm() / right.norm().clamp_min(1e-300))
+    relative = float((weight - right).norm() / right.norm().clamp_min(1e-300))
     figures = f"relative error {relative:.3e}, correlation {correlation:.4f}"
     text = f"{share:.2%} of the elements differ, first in channel {channel}; {figures}"
     return Explanation(Cause.WRONG_WEIGHT, text, channel)
@@ -223,8 +235,8 @@ def _any_difference(suspect: Suspect) -> Explanation:
 
 def _first_channel(suspect: Suspect) -> int | None:
     """Returns the first channel (row, or column where scales go by column) with a wrong element."""
-    found, right = _words(suspect.found), _words(suspect.right)
-    bad = found != right
+    words, right = _words(suspect.found), _words(suspect.right)
+    bad = words != right
     if not bad.any():
         return None
     cols = suspect.found.shape[-1] if suspect.found.ndim > 1 else 1
