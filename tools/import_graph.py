@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from tools.source_files import TEST_FOLDERS, TOOL_FOLDERS, SourceFile
 
@@ -14,10 +14,11 @@ class ImportGraph:
     """Modules and the modules that each of them imports, at any level and for types too.
 
     A package's `__init__`, which Python runs before each module below it, counts only where an
-    import names the package itself.
+    import names the package itself. Compiled modules are named by `stubs`; they import nothing.
     """
 
-    def __init__(self, files: Iterable[SourceFile]) -> None:
+    def __init__(self, files: Iterable[SourceFile], stubs: Collection[str] = ()) -> None:
+        self._stubs = set(stubs)
         self._files = {file.module: file for file in files}
         self._bound = {name: set(_bound_names(file.tree)) for name, file in self._files.items()}
         self.unresolved: list[str] = []
@@ -31,7 +32,7 @@ class ImportGraph:
         modules: set[str] = set()
         for node in ast.walk(file.tree):
             for module, name, line in _imported(node):
-                if module.split(".")[0] not in _OURS:
+                if module.split(".")[0] not in _OURS or self._is_compiled(module, name):
                     continue
                 target = self._resolve(module, name)
                 if target is None:
@@ -40,6 +41,9 @@ class ImportGraph:
                 else:
                     modules.add(target)
         return modules - {file.module}
+
+    def _is_compiled(self, module: str, name: str | None) -> bool:
+        return module in self._stubs or f"{module}.{name}" in self._stubs
 
     def _resolve(self, module: str, name: str | None) -> str | None:
         """Returns the module that an import reaches, None if there is no such module or name."""

@@ -27,6 +27,7 @@ from tools.source_files import (
     TOOL_FOLDERS,
     SourceFile,
     source_files,
+    stub_modules,
 )
 from tools.wrap_markdown import wrap
 
@@ -128,8 +129,9 @@ def size_figures(programs: list[SourceFile], everything: list[SourceFile]) -> li
 
 def import_figures(package: list[SourceFile], everything: list[SourceFile]) -> list[Figure]:
     """Figures of imports: circles within the package, imports that resolve nowhere."""
-    circles = [" <-> ".join(circle) for circle in ImportGraph(package).circles()]
-    unresolved = ImportGraph(everything).unresolved
+    stubs = stub_modules(PACKAGE_FOLDERS)
+    circles = [" <-> ".join(circle) for circle in ImportGraph(package, stubs).circles()]
+    unresolved = ImportGraph(everything, stubs).unresolved
     return [
         Figure("import circles, lazy and typing ones too", len(circles), 0, False, tuple(circles)),
         Figure("imports of ours that do not resolve", len(unresolved), 0, False, tuple(unresolved)),

@@ -60,10 +60,19 @@ class SourceFile:
 
 def source_files(folders: tuple[str, ...], root: Path = ROOT) -> Iterator[SourceFile]:
     """Yields the Python files below `folders`, sorted by path; symbolic links are not followed."""
+    yield from _files_ending(".py", folders, root)
+
+
+def stub_modules(folders: tuple[str, ...], root: Path = ROOT) -> set[str]:
+    """Returns the dotted names of compiled modules, which have a stub file (`.pyi`)."""
+    return {file.module for file in _files_ending(".pyi", folders, root)}
+
+
+def _files_ending(suffix: str, folders: tuple[str, ...], root: Path) -> Iterator[SourceFile]:
     paths: list[Path] = []
     for folder in folders:
         for directory, _, names in os.walk(root / folder):
-            paths += [Path(directory, name) for name in names if name.endswith(".py")]
+            paths += [Path(directory, name) for name in names if name.endswith(suffix)]
     for path in sorted(paths):
         if not path.is_symlink():
             yield SourceFile(path.relative_to(root), path.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.source.source import SourceTensor
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, FormatError
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
