@@ -1,12 +1,12 @@
 """Why the output is wrong: five stages from the bytes to the text, and a conclusion.
 
-| module            | stage                                                                            |
-|-------------------|----------------------------------------------------------------------------------|
-| `round_trip`      | the source, quantized and encoded again, against the container; the decode back ends |
-| `quantization`    | errors and sizes: one scale per tensor against one per channel; NaN, zero, extreme |
-| `loaded_model`    | modules and weights of the loaded model against weights of the verifier            |
-| `layer_outputs`   | hidden states, layer by layer, then module, then channel                          |
-| `text`            | text, divergence and perplexity of source and loaded model                        |
+| module         | stage                                                                       |
+|----------------|-----------------------------------------------------------------------------|
+| `round_trip`   | the source, quantized and encoded again, against the container; back ends   |
+| `quantization` | errors and sizes: one scale per tensor or per channel; NaN, zero, extreme   |
+| `loaded_model` | modules and weights of the loaded model against weights of the verifier     |
+| `layer_outputs`| hidden states, layer by layer, then module, then channel                    |
+| `text`         | text, divergence and perplexity of source and loaded model                  |
 """
 
 from __future__ import annotations
@@ -17,4 +17,11 @@ from codecllm.verifier.diagnosis.options import DiagnoseOptions
 from codecllm.verifier.diagnosis.rendering import render_diagnosis
 from codecllm.verifier.diagnosis.report.html_report import render_html, write_html
 
-__all__ = ["Cause", "DiagnoseOptions", "diagnose", "render_diagnosis", "render_html", "write_html"]
+__all__ = [
+    "Cause",
+    "DiagnoseOptions",
+    "diagnose",
+    "render_diagnosis",
+    "render_html",
+    "write_html",
+]

@@ -73,13 +73,14 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         _CONVERT,
     ),
     Cause.SHIFTED: (
-        "The values are right and stand in the wrong place: a buffer is read or written at an offset.",
+        "The values are right and stand in the wrong place: a buffer is read or written at an "
+        "offset.",
         _LOADER,
     ),
     Cause.SWAPPED_SCALES: ("Codes are right and channels have each other's scales.", _WRITER),
     Cause.PER_TENSOR_SCALE: (
-        "All channels share the scale that the tensor's largest weight asks for; the others keep few "
-        "codes.",
+        "All channels share the scale that the tensor's largest weight asks for; the others keep "
+        "few codes.",
         "Convert again with one scale per channel (the default).",
     ),
     Cause.COARSE_STEP: (
@@ -133,8 +134,8 @@ ADVICE: dict[Cause, tuple[str, str]] = {
         "Look at the module's code, hooks and kernels; load without patches to compare.",
     ),
     Cause.CACHE: (
-        "All weights are right, as is a whole prompt at once; token by token, from the cache of keys "
-        "and values, it is not.",
+        "All weights are right, as is a whole prompt at once; token by token, from the cache of "
+        "keys and values, it is not.",
         "Look at the layout in which the cache is written and read (heads, axes, positions, type); "
         "load without patches.",
     ),

@@ -121,8 +121,8 @@ def scale_fault(examined: Examination) -> Explanation | None:
     with np.errstate(over="ignore"):
         through = source_scales[channel].astype(np.float16)
     kind = " (float16 ends at 65504)" if np.isinf(through) else ""
-    needed = f"which needs {source_scales[channel]:.6g}{kind}"
-    text = f"{len(bad)} scales are {stored_scales[channel]}, first in channel {channel}, {needed}"
+    need = f"which needs {source_scales[channel]:.6g}{kind}"
+    text = f"{len(bad)} scales are {stored_scales[channel]}, first in channel {channel}, {need}"
     return Explanation(Cause.SCALE_OVERFLOW if kind else Cause.WRONG_SCALE, text, channel)
 
 

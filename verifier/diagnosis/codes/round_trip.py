@@ -118,8 +118,8 @@ def check_round_trip(
     equal = ", ".join(one.name for one in back_ends if one.name not in wrong) or "none"
     stage.summary = (
         f"{sum(right)} of {int8_count} int8 tensors have the codes of the source{remark}, "
-        f"{len(right) - sum(right)} of {len(examined) - int8_count} others are the source's bit for "
-        f"bit; {chunks:,} chunks encoded and decoded again ({same:,} to the stored bytes); "
+        f"{len(right) - sum(right)} of {len(examined) - int8_count} others are the source's bit "
+        f"for bit; {chunks:,} chunks encoded and decoded again ({same:,} to the stored bytes); "
         f"equal to the reference: {equal}"
     )
 

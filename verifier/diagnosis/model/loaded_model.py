@@ -1,4 +1,4 @@
-"""Stage 3: the loaded model's modules and weights against what the verifier computes itself."""
+"""Stage 3: modules and weights of the loaded model against weights of the verifier."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Replaced = Int8Weight | CompressedWeight
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a loaded model is compared with.
+    """The partners of a comparison with a loaded model.
 
     Attributes:
         container: the container.
@@ -58,11 +58,11 @@ def check_loaded_model(
     """
     names = _tensor_names(against)
     expected = _expected_modules(against, names, resident)
-    replaced = {
+    modules = {
         name: module for name, module in model.named_modules() if isinstance(module, Replaced)
     }
-    _check_replaced(model, resident, expected, replaced, stage)
-    for name, module in replaced.items():
+    _check_replaced(model, resident, expected, modules, stage)
+    for name, module in modules.items():
         if isinstance(module, Int8Weight):
             _check_scale(name, module, stage)
     _check_ties(model, against.reference, stage)
@@ -70,7 +70,7 @@ def check_loaded_model(
     return {
         "resident": resident,
         "modules_expected": len(expected),
-        "modules_replaced": len(replaced),
+        "modules_replaced": len(modules),
         "weights": weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -78,23 +78,29 @@ def check_loaded_model(
 
 
 def _tensor_names(against: Comparison) -> dict[str, str]:
-    """Returns parameter name -> the container's name of the tensor that it is, for tensors of the same shape."""
+    """Returns parameter name -> name of its tensor in the container.
+
+    Shapes must be equal; the two names may differ by the prefix of the base model.
+    """
     prefix = str(getattr(against.reference, "base_model_prefix", ""))
     shapes = {
         name: list(value.shape)
         for name, value in against.reference.state_dict(keep_vars=True).items()
     }
-    found = {}
+    tensor_names = {}
     for name, record in against.container.records.items():
         for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
             if shapes.get(candidate) == record.shape:
-                found[candidate] = name
+                tensor_names[candidate] = name
                 break
-    return found
+    return tensor_names
 
 
 def _expected_modules(against: Comparison, names: dict[str, str], resident: str) -> set[str]:
-    """Returns the names of the modules that this residency replaces: plain linear layers and embeddings, whole tied groups."""
+    """Returns the names of the modules that this residency replaces.
+
+    These are plain linear layers and embeddings, in whole tied groups.
+    """
     if resident == "dense":
         return set()
     parameters = dict(against.reference.named_parameters(remove_duplicate=False))
@@ -153,11 +159,11 @@ def _check_replaced(
                 Cause.REPLACED_TWICE,
                 f"resident {resident!r} does not replace this module, and it was replaced",
             )
-    shared: dict[int, list[str]] = defaultdict(list)
+    names_by_module: dict[int, list[str]] = defaultdict(list)
     for name, module in present.items():
         if isinstance(module, Replaced):
-            shared[id(module)].append(name)
-    for owners in shared.values():
+            names_by_module[id(module)].append(name)
+    for owners in names_by_module.values():
         if len(owners) > 1:
             _fail(
                 stage,
@@ -213,12 +219,12 @@ def _check_ties(model: Any, reference: Any, stage: Stage) -> None:
             for name, _ in reference.named_parameters(remove_duplicate=False)
         }
 
-    right, found = groups(reference), groups(model)
+    right, places = groups(reference), groups(model)
     partners: dict[int, list[str]] = defaultdict(list)
     for name, place in right.items():
         partners[place].append(name)
     for members in partners.values():
-        if len({found[name] for name in members}) > 1:
+        if len({places[name] for name in members}) > 1:
             _fail(
                 stage,
                 members[1],
@@ -226,7 +232,7 @@ def _check_ties(model: Any, reference: Any, stage: Stage) -> None:
                 f"not tied to {members[0]!r}: each has memory of its own",
             )
     owners: dict[int, str] = {}
-    for name, place in found.items():
+    for name, place in places.items():
         other = owners.setdefault(place, name)
         if place and other != name and right[other] != right[name]:
             _fail(
@@ -238,7 +244,7 @@ def _check_ties(model: Any, reference: Any, stage: Stage) -> None:
 
 
 def _memory(model: Any, name: str) -> int:
-    """Returns an address that tied parameters share, whatever form they lie in; 0 where there is none."""
+    """Returns an address that tied parameters share, in any form; 0 where there is none."""
     owner, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
@@ -259,28 +265,31 @@ def _memory(model: Any, name: str) -> int:
 def _check_weights(model: Any, against: Comparison, names: dict[str, str], stage: Stage) -> int:
     """Compares every parameter and persistent buffer bit for bit; returns how many."""
     right = against.reference.state_dict(keep_vars=True)
-    compared, seen = 0, set[tuple[int, str]]()
+    weights, tied_keys = 0, set[tuple[int, str]]()
     for name, value in right.items():
-        found = _loaded_value(model, name)
+        loaded = _loaded_value(model, name)
         key = (value.data_ptr(), str(_memory(model, name)))
-        if key in seen and value.numel():
+        if key in tied_keys and value.numel():
             continue  # tied, and compared under its first name
-        seen.add(key)
-        if found is None:
+        tied_keys.add(key)
+        if loaded is None:
             if not _blamed(stage, name):
                 _fail(stage, name, Cause.NOT_REPLACED, "the loaded model lacks this parameter")
-        elif found.is_meta:
+        elif loaded.is_meta:
             _fail(stage, name, Cause.ON_META, "the parameter is on the meta device: it has no data")
         else:
-            compared += 1
-            cpu = found.detach().cpu()
+            weights += 1
+            cpu = loaded.detach().cpu()
             if not same_bits(cpu, value.detach()):
                 _explain(cpu, name, value.detach(), model, against, names, stage)
-    return compared
+    return weights
 
 
 def _loaded_value(model: Any, name: str) -> torch.Tensor | None:
-    """Returns a parameter or buffer of the loaded model; a replaced module dequantizes or decodes it."""
+    """Returns a parameter or buffer of the loaded model, or None.
+
+    A replaced module dequantizes or decodes it.
+    """
     owner, _, leaf = name.rpartition(".")
     try:
         value = getattr(model.get_submodule(owner), leaf, None)
@@ -313,9 +322,9 @@ def _explain(
     codes = scales = source = None
     tensor = names.get(name)
     if tensor is not None:
-        stored = against.container.tensor(tensor)
-        if isinstance(stored, StoredTensor) and isinstance(stored.record, Int8Tensor):
-            codes, scales = codes_and_scales(stored)
+        stored_tensor = against.container.tensor(tensor)
+        if isinstance(stored_tensor, StoredTensor) and isinstance(stored_tensor.record, Int8Tensor):
+            codes, scales = codes_and_scales(stored_tensor)
         if tensor in against.source.tensors:
             source = source_tensor(against.source.tensors[tensor])
 
@@ -333,7 +342,10 @@ def _explain(
 
 
 def _blamed(stage: Stage, name: str) -> bool:
-    """Whether a finding names the parameter's module already: what is wrong with its structure explains its weight."""
+    """Tells whether a finding names the parameter's module already.
+
+    A fault of the module's structure explains its weight.
+    """
     return any(finding.module == name.rpartition(".")[0] for finding in stage.findings)
 
 

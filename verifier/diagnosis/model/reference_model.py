@@ -1,7 +1,7 @@
-"""The model as it has to be: the class that the config names, with weights from the slow reference and nothing of the loader.
+"""The reference model: the class that the config names, with weights from the slow reference.
 
-Two sets of weights can be put in: what the container decodes to, and what the source quantizes to. They are the same where
-stage 1 found nothing.
+No code of the loader decodes them. There are two sets of weights: those that the container decodes
+to, and those of the source, quantized again. They are the same where stage 1 found no fault.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _FLOATS = ("BF16", "F16", "F32")
 
 
 def reference_tensors(container: Container, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Returns every tensor of a container as the reference decodes it, each in memory of its own: the model class ties.
+    """Returns every tensor of a container as the reference decodes it.
+
+    Each has memory of its own: the model class ties them.
 
     Args:
         container: the container, undamaged.
@@ -56,23 +58,26 @@ def reference_tensors(container: Container, dtype: torch.dtype) -> dict[str, tor
 def requantized_tensors(
     container: Container, source: SourceModel, examined: dict[str, Examination], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Returns what the container would have to decode to: the source's tensors, quantized again where the container's are.
+    """Returns the source's tensors, quantized again where the container's are.
 
-    A tensor whose codes do not follow from its steps is the container's own: its rounding cannot be repeated.
+    A right container decodes to these.
+
+    A tensor whose codes do not follow from its steps is the container's own: its rounding cannot be
+    repeated.
     """
-    made: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in container.records:
         record, one, tensor = stored_record(container, name), examined[name], source.tensors[name]
         if isinstance(record, Int8Tensor) and one.scales is not None and not one.not_finite:
-            stored = container.tensor(name)
-            assert isinstance(stored, StoredTensor)
+            stored_tensor = container.tensor(name)
+            assert isinstance(stored_tensor, StoredTensor)
             if is_repeatable(record):
-                made[name] = _requantized(stored, tensor, one.scales, dtype)
-            else:  # no other rounding can be repeated without what chose it
-                made[name] = _decoded(container, record.name, dtype)
+                tensors[name] = _requantized(stored_tensor, tensor, one.scales, dtype)
+            else:  # other roundings cannot be repeated without the data that chose them
+                tensors[name] = _decoded(container, record.name, dtype)
         else:
-            made[name] = source_tensor(tensor)
-    return made
+            tensors[name] = source_tensor(tensor)
+    return tensors
 
 
 def source_tensor(tensor: SourceTensor) -> torch.Tensor:
@@ -98,7 +103,10 @@ def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: t
 
 
 def parameters_of_config(container: Container) -> int:
-    """Returns how many parameters the config's model has; it is built without data, so a wrong config costs no memory."""
+    """Returns how many parameters the config's model has.
+
+    It is built without data, so a wrong config costs no memory.
+    """
     config = read_config(container.folder)
     adapter.strip_quantization(config)
     with torch.device("meta"):
@@ -109,12 +117,12 @@ def parameters_of_config(container: Container) -> int:
 def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tensor:
     tensor = container.tensor(name)
     if isinstance(tensor, PlainTensor):
-        own = torch_dtype(tensor.record.dtype, name)
+        own_dtype = torch_dtype(tensor.record.dtype, name)
         data = tensor.read()
         return (
-            torch.frombuffer(data, dtype=own).reshape(tensor.record.shape)
+            torch.frombuffer(data, dtype=own_dtype).reshape(tensor.record.shape)
             if data
-            else torch.empty(tensor.record.shape, dtype=own)
+            else torch.empty(tensor.record.shape, dtype=own_dtype)
         )
     record, grid = tensor.record, tensor.table.grid
     int8 = isinstance(record, Int8Tensor)
@@ -130,8 +138,10 @@ def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tenso
                 bits_from_float32(dequantize(part.codes, tile_steps(tensor, tile)), target),
             )
         else:
-            joined = join_planes([plane.reshape(-1) for plane in part.planes], DTYPES[record.dtype])
-            _put(words, tile, joined.reshape(tile.rows, tile.cols))
+            elements = join_planes(
+                [plane.reshape(-1) for plane in part.planes], DTYPES[record.dtype]
+            )
+            _put(words, tile, elements.reshape(tile.rows, tile.cols))
     if faults:
         raise faults[0]
     return _as_torch(words, target, record.shape, dtype if int8 else None)
@@ -144,9 +154,9 @@ def _requantized(
     target = _target(dtype)
     words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))
     for tile in grid:
-        own = asked_steps(stored, scales, tile)
-        codes = repeated(read_weights(tensor, grid, tile), own, stored)
-        _put(words, tile, bits_from_float32(dequantize(codes, own), target))
+        steps = asked_steps(stored, scales, tile)
+        codes = repeated(read_weights(tensor, grid, tile), steps, stored)
+        _put(words, tile, bits_from_float32(dequantize(codes, steps), target))
     return _as_torch(words, target, stored.record.shape, dtype)
 
 

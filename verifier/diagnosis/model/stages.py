@@ -48,7 +48,7 @@ TOO_LARGE = 2
 
 
 class ModelStages:
-    """The stages that run models, in order; each uses what the one before left.
+    """The stages that run models, in order; each uses results of the one before.
 
     Stage 3 holds the reference and one loaded model, the others the source and the loaded one.
     """
@@ -74,7 +74,10 @@ class ModelStages:
         self._why_not = ""
 
     def check_loaded(self, stage: Stage) -> None:
-        """Loads the container in every residency and compares each with the reference; keeps the chosen one."""
+        """Loads the container in every residency and compares each with the reference.
+
+        The model of the residency that the options name is kept.
+        """
         if self._is_too_large(stage):
             return
         order = [resident for resident in RESIDENTS if resident != self._options.resident] + [
@@ -97,8 +100,8 @@ class ModelStages:
                 if len(stage.findings) == before
                 else "not all right"
             )
-            words.append(f"{resident}: {facts[-1]['modules_replaced']} of {facts[-1]['modules_expected']} modules replaced, "
-                         f"{facts[-1]['weights']} weights {same}")  # fmt: skip
+            modules = f"{facts[-1]['modules_replaced']} of {facts[-1]['modules_expected']} modules"
+            words.append(f"{resident}: {modules} replaced, {facts[-1]['weights']} weights {same}")
             if resident == self._options.resident:
                 self._model = model
             del model
@@ -109,7 +112,7 @@ class ModelStages:
             stage.skipped, stage.summary = True, self._why_not
 
     def check_layers(self, stage: Stage, *, explained: bool) -> None:
-        """Runs the prompt through reference, loaded model and source, and names the first departure.
+        """Runs the prompt through all three models and names the first departure.
 
         Args:
             stage: receives findings and figures.
@@ -137,7 +140,7 @@ class ModelStages:
             _skip(stage, self._why_not)
             return
         try:
-            loaded = run_model(self._model, tokens, names)
+            run = run_model(self._model, tokens, names)
         except Exception as exc:
             self._why_not = "the loaded model cannot be run"
             stage.fail(
@@ -145,11 +148,10 @@ class ModelStages:
                 cause=Cause.COMPUTATION,
             )
             return
-        at_once = (
-            len(tokens) if self._model.device.type == "cpu" else 1
-        )  # a GPU's kernels round in an order of their own
+        # A GPU's kernels round in an order of their own.
+        at_once = len(tokens) if self._model.device.type == "cpu" else 1
         slack = layers.slack_for(self._options.resident, at_once)
-        for layer in layers.suspects(reference, loaded, self._model.dtype):
+        for layer in layers.suspects(reference, run, self._model.dtype):
             place = layers.name_departure(
                 self._reference, self._model, tokens, layer, explained, slack, stage
             )
@@ -159,10 +161,10 @@ class ModelStages:
         self._check_cached(tokens, stage)
         self._reference = None
         gc.collect()
-        self._compare_with_source(reference, loaded, tokens, names, stage)
+        self._compare_with_source(reference, run, tokens, names, stage)
 
     def _check_cached(self, tokens: list[int], stage: Stage) -> None:
-        """Runs the end of the prompt again, token by token, where the whole prompt at once was right."""
+        """Runs the end of a prompt again, token by token, if the whole prompt was right."""
         count = min(layers.CACHED_TOKENS, len(tokens) - 1)
         if "first_departure" in stage.facts or count < 1 or not output.generates(self._reference):
             return
@@ -171,22 +173,21 @@ class ModelStages:
             place = layers.name_cached_departure(
                 self._reference, self._model, tokens, count, slack, stage
             )
-        except (
-            Exception
-        ):  # the right model itself does not go on from a prompt: there is nothing to compare with
+        except Exception:
+            # The reference itself cannot go on from a prompt: there is no comparison.
             return
         stage.facts["cached_tokens"] = count
         if place is not None:
             stage.facts["first_departure"] = {**place, "cached": True}
 
     def check_text(self, stage: Stage) -> None:
-        """Lets source and loaded model speak and compares."""
+        """Compares texts of source and loaded model."""
         if self._plain is None or self._coder is None:
             _skip(stage, self._why_not or "no model was loaded")
             return
-        own = output.PromptCoder(self._container.folder, self._model.config)
+        container_coder = output.PromptCoder(self._container.folder, self._model.config)
         text.check_tokenizers(
-            self._coder, own, (self._source.folder, self._container.folder), stage
+            self._coder, container_coder, (self._source.folder, self._container.folder), stage
         )
         inputs = text.make_inputs(self._coder, self._options.prompts, self._options.text)
         source = text.evaluate_outputs(self._plain, inputs)
@@ -197,17 +198,19 @@ class ModelStages:
             else nullcontext(self._model)
         )
         with speaker as model:
-            loaded = text.evaluate_outputs(model, inputs, source)
-        if count is None and loaded.tokens:
+            loaded_outputs = text.evaluate_outputs(model, inputs, source)
+        if count is None and loaded_outputs.tokens:
             self._spoken = {
-                tuple(prompt.tokens): said
-                for prompt, said in zip(inputs.prompts, loaded.tokens, strict=True)
+                tuple(prompt.tokens): outputs
+                for prompt, outputs in zip(inputs.prompts, loaded_outputs.tokens, strict=True)
             }
         lossless = (
             not any(one.scales is not None for one in self._examined.values())
             and self._model.dtype == self._plain.dtype
         )
-        text.compare_text(inputs, source, loaded, (self._coder, own), lossless, stage)
+        text.compare_text(
+            inputs, source, loaded_outputs, (self._coder, container_coder), lossless, stage
+        )
         if count is not None:
             stage.facts["first_layers"] = count
             stage.summary = f"first {count} layers from the container: {stage.summary}"
@@ -242,26 +245,29 @@ class ModelStages:
         self._model = self._reference = self._plain = None
 
     def _is_too_large(self, stage: Stage) -> bool:
-        """Whether the config's model is much larger than what the container holds: loading would make up the rest in memory."""
-        held = sum(record.elements for record in self._container.manifest.tensors)
+        """Tells whether the config's model is much larger than the container.
+
+        Loading would make up the rest in memory.
+        """
+        stored_weights = sum(record.elements for record in self._container.manifest.tensors)
         try:
-            wanted = parameters_of_config(self._container)
+            config_weights = parameters_of_config(self._container)
         except Exception:  # no such class, or a config that it does not take: loading says so
             return False
-        if wanted <= TOO_LARGE * held:
+        if config_weights <= TOO_LARGE * stored_weights:
             return False
         self._why_not = "no model was loaded"
         error = ModelMismatchError(
             "the config describes a larger model: parameters",
-            got=held,
-            expected=wanted,
+            got=stored_weights,
+            expected=config_weights,
             file="config.json",
         )
         stage.fail(error, cause=Cause.LOAD_FAILED)
         return True
 
     def _load(self, resident: Resident, stage: Stage) -> Any:
-        """Returns the loaded model, or None where this residency does not apply or loading failed."""
+        """Returns the loaded model; None if the residency does not apply or loading failed."""
         load = self._options.load or from_pretrained
         try:
             with adapter.without_progress_bars():
@@ -302,12 +308,15 @@ class ModelStages:
                 tokens,
                 lambda logits: float(text.kl_per_position(source.logits, logits).nanmean()),
             )
-        lost = next((row for row in rows if row["not_finite"] > row["not_finite_in_source"]), None)
-        if lost is not None and not stage.findings:
+        not_finite = next(
+            (row for row in rows if row["not_finite"] > row["not_finite_in_source"]), None
+        )
+        if not_finite is not None and not stage.findings:
             error = ModelMismatchError(
-                f"layer {lost['name']!r} gives {lost['not_finite']} NaN or infinite values"
+                f"layer {not_finite['name']!r} gives "
+                f"{not_finite['not_finite']} NaN or infinite values"
             )
-            stage.fail(error, cause=Cause.PRECISION, module=lost["name"])
+            stage.fail(error, cause=Cause.PRECISION, module=not_finite["name"])
         if rows:
             worst = max(rows, key=lambda row: row["relative_error"])
             same = sum(row["off_reference"] == 0 for row in rows)
@@ -317,8 +326,9 @@ class ModelStages:
                 else ""
             )
             stage.summary = (
-                f"{len(rows)} layers on {len(tokens)} tokens{again}: {same} give the reference's bits; against the source the "
-                f"largest relative error is {worst['relative_error']:.2e} (layer {worst['name']}), logits' cosine "
+                f"{len(rows)} layers on {len(tokens)} tokens{again}: {same} give the reference's "
+                f"bits; against the source the largest relative error is "
+                f"{worst['relative_error']:.2e} (layer {worst['name']}), logits' cosine "
                 f"{stage.facts['logits']['cosine']:.6f}"
             )
 

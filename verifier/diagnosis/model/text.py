@@ -328,8 +328,8 @@ def _summary(facts: dict[str, Any]) -> str:
     same = sum(row["first_differing_token"] is None for row in facts["prompts"])
     kl = "not finite" if facts["mean_kl"] is None else f"{facts['mean_kl']:.2e} nats"
     text = (
-        f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per token, "
-        f"top-1 {facts['top1']:.1%}"
+        f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per "
+        f"token, top-1 {facts['top1']:.1%}"
     )
     if facts["perplexity_of_source"] is not None and facts["perplexity_of_loaded"] is not None:
         perplexities = f"{facts['perplexity_of_source']:.3f} -> {facts['perplexity_of_loaded']:.3f}"
