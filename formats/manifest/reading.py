@@ -1,4 +1,7 @@
-"""Reading a manifest: every record is checked before the next one is decoded, so that work is bounded by what is valid."""
+"""Reading a manifest, record by record.
+
+Each record is checked before the next one is decoded: the work is bounded by the valid records.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ _LISTS: dict[str, tuple[TypeAdapter[Any], int]] = {
     "files": (TypeAdapter(FileRecord), limits.FILES),
     "tensors": (TypeAdapter(TensorRecord), limits.TENSORS),
 }
-"""Name of a list -> what checks one of its records, and the most records that it may have."""
+"""Name of a list -> the schema of its records, and the most records that it may have."""
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -47,8 +50,9 @@ def parse_manifest(data: bytes) -> Manifest:
     Records are decoded and checked one after another, up to the first that is wrong.
 
     Raises:
-        NotAContainerError: the bytes are something else altogether.
-        UnsupportedVersionError: another major version, or an unknown required feature, scheme or codec.
+        NotAContainerError: the bytes are no manifest.
+        UnsupportedVersionError: another major version, or an unknown required feature, scheme or
+            codec.
         ChecksumError: the seal does not fit the bytes.
         SchemaError, LimitError, UnsafePathError: see SPEC.md 8 and 10.
     """
@@ -100,6 +104,8 @@ def _read_fields(data: bytes) -> dict[str, Any]:
     for key, begin in postponed.items():
         inner = JsonWalker(data, file=MANIFEST_NAME, max_depth=limits.JSON_DEPTH - 1, begin=begin)
         fields[key] = list(_records(inner, key))
+    for key in fields.keys() - _LISTS.keys() - {"source"}:
+        _refuse_null(fields[key], key)
     return fields
 
 
@@ -108,10 +114,24 @@ def _records(walker: JsonWalker, key: str) -> Iterator[Record]:
     for number, item in enumerate(walker.items(limits.RECORD_BYTES, most, key)):
         if key == "tensors":
             _check_known(item)
+        _refuse_null(item, f"{key}.{number}")
         try:
             yield adapter.validate_python(item)
         except ValidationError as exc:
             raise _first_error(exc, f"{key}.{number}") from exc
+
+
+def _refuse_null(value: Any, place: str) -> None:
+    """Refuses null, which the schema would take for an optional key that is absent.
+
+    Raises:
+        SchemaError: the value, or one of an object in it, is null.
+    """
+    if value is None:
+        raise SchemaError(f"field {place} is null", file=MANIFEST_NAME)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_null(item, f"{place}.{key}")
 
 
 def _check_seal(data: bytes) -> None:
@@ -131,7 +151,7 @@ def _check_seal(data: bytes) -> None:
 
 
 def _check_head(fields: dict[str, Any]) -> None:
-    """Refuses what this reader cannot know, by name, before the strict schema sees it."""
+    """Refuses a newer format, by name, before the strict schema sees it."""
     if fields.get("format") != "codecllm":
         raise NotAContainerError("field 'format' is not 'codecllm'", file=MANIFEST_NAME)
     version = fields.get("format_version")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -129,6 +130,18 @@ def _scale_range(folder: Path) -> None:
     tampering.reseal(folder, lambda document: document["tensors"][Q].update(scale_range=[0.5, 1.0]))
 
 
+def _expansion(folder: Path) -> None:
+    """Declares `l` as two GiB of weights."""
+
+    def edit(document: dict[str, Any]) -> None:
+        record = document["tensors"][0]
+        record["shape"] = [1 << 20, 1 << 10]
+        for plane in record["planes"]:
+            plane["raw_bytes"] = 1 << 30
+
+    tampering.reseal(folder, edit)
+
+
 def _index(folder: Path) -> None:
     index = json.loads((folder / INDEX_NAME).read_bytes())
     index["weight_map"]["n"] = "model-00002-of-00002.safetensors"
@@ -150,6 +163,7 @@ OWN = (
     Fault("8.3m", "digest of another tensor", "plain", _digest),
     Fault("8.3n", "range of other scales", "plain", _scale_range),
     Fault("9a", "index of another shard", "plain", _index),
+    Fault("10b", "two gigabytes of weights", "plain", _expansion),
 )
 
 _MANIFEST = {
@@ -175,6 +189,7 @@ _MANIFEST = {
         "unknown key in a record",
         "key missing",
         "true for an integer",
+        "null for an optional key",
         "float for an integer",
         "version without minor",
         "minor with a leading zero",

@@ -221,7 +221,7 @@ def test_weights_are_right_and_the_computation_is_not(clean, source, resident):
 
 
 def test_a_prompt_of_few_tokens_is_no_finding_under_resident_int8(clean, source, monkeypatch):
-    monkeypatch.setattr(layer_outputs, "PROMPT_TOKENS", 16)
+    monkeypatch.setattr(layer_runs, "PROMPT_TOKENS", 16)
     report = diagnose(clean, source, resident="int8", **FAST)
     layers_stage = next(stage for stage in report.stages if stage.name == "layers")
     assert report.ok and "first_departure" not in layers_stage.facts
