@@ -1,4 +1,9 @@
-"""Builds the native core where a C compiler is; without one the package is complete and slower."""
+"""Builds the native core where a C compiler is; without one the package is complete and slower.
+
+CODECLLM_REQUIRE_NATIVE=1 makes a failure to build it an error: wheels are built so.
+"""
+
+import os
 
 from setuptools import Extension, setup
 
@@ -19,7 +24,7 @@ setup(
                 "-fvisibility=hidden",
             ],
             py_limited_api=True,
-            optional=True,
+            optional=os.environ.get("CODECLLM_REQUIRE_NATIVE") != "1",
         )
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
