@@ -88,7 +88,7 @@ def convert(
         model: a Hub id or a local folder with safetensors weights.
         out: folder to make.
         scheme: `int8` (one scale per output channel) or `lossless`.
-        codec: `zstd`, or `rans`: smaller, made for decoding on a GPU, slow to decode on a CPU.
+        codec: `zstd`, or `rans`: smaller, fastest on a GPU, and on a CPU slow without the native core.
         bits: bits per quantized weight, everything counted, 2 to 8.
         ratio: source bytes / stored bytes.
         quality: `high`, `balanced` or `small`: names for bits, see `codecllm.converter.options.QUALITIES`.

@@ -112,7 +112,7 @@ class ConvertOptions:
 
     Attributes:
         scheme: `int8` (per output channel) or `lossless`.
-        codec: `zstd`, or `rans`: smaller, made for decoding on a GPU, slow to decode on a CPU.
+        codec: `zstd`, or `rans`: smaller, fastest on a GPU, and on a CPU slow without the native core.
         rate: the rate to reach (scheme `int8` only); None takes each channel's step from its largest weight.
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win over `include`.

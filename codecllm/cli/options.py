@@ -48,7 +48,7 @@ Scheme = Annotated[
 Codec = Annotated[
     CodecChoice,
     typer.Option(
-        help="zstd: fast everywhere. rans: smaller, made for GPUs, slow to decode on a CPU."
+        help="zstd: fast everywhere. rans: smaller, fastest on GPUs, slow on a CPU without the native core."
     ),
 ]
 Bits = Annotated[
