@@ -38,10 +38,12 @@ test-oldest: $(READY) ## Run the loader's tests with the oldest transformers, in
 matrix: $(READY) ## Run the loader's tests with six versions of transformers, each in an environment of its own.
 	$(BIN)/python -m tests.matrix
 
-lint: $(READY) ## Check style and types.
+lint: $(READY) ## Check style, types, and that editors resolve our imports.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --config-file pyproject.toml -p codecllm
+	$(BIN)/python -m tools.resolved_imports
 
 metrics: ## Print the figures of words, density, files, imports and documents beside their bars.
 	$(PYTHON) -m tools.metrics
