@@ -18,7 +18,7 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest.manifest import KNOWN_FEATURES
 from codecllm.formats.manifest.records import NEAREST
 from codecllm.formats.reference import read_tensor_bytes, tensor_digest
-from tests.golden import independent_reader
+from tests.golden import independent_checks, independent_reader
 from tests.golden.independent_reader import read_container
 from tests.sources import bf16, write_source
 
@@ -150,9 +150,11 @@ def test_a_reader_written_from_the_specification_gives_the_same_bits(version, na
 
 
 def test_the_other_reader_shares_no_code():
-    assert "codecllm" not in re.findall(
-        r"^(?:from|import) (\w+)", Path(independent_reader.__file__).read_text(), re.MULTILINE
-    )
+    for module in (independent_reader, independent_checks):
+        text = Path(module.__file__).read_text()
+        imported = set(re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE))
+        assert not any(name.split(".")[0] == "codecllm" for name in imported)
+        assert {name for name in imported if name.startswith("tests")} <= {"tests.golden"}
 
 
 def test_golden_containers_hold_every_scheme_codec_and_dtype():
