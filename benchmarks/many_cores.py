@@ -2,8 +2,9 @@
 
     python -m benchmarks.many_cores --out FOLDER
 
-Under six minutes on 16 cores. The native core is taken as it is in the tree (`codecllm/_native.abi3.so`)
-or built. Rows and a plot go to FOLDER; the table is printed as it grows.
+Under six minutes on 16 cores. The native core is taken as it is in the tree
+(`codecllm/_native.abi3.so`) or built. Rows and a plot go to FOLDER; the table is printed as it
+grows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def build() -> None:
 
 
 def check_bits() -> None:
-    """Runs the tests that compare every set of kernels with numpy and the reference, or the doctor."""
+    """Runs the tests that compare every set of kernels with numpy, or the doctor."""
     tests = ["tests/unit/formats/test_rans.py", "tests/unit/formats/test_native.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.native_core
 
-CPU time of one thread, best of nine; symbols are 16 chunks of 128 Ki of a Gaussian's rounded values.
+CPU time of one thread, best of nine; symbols are 16 chunks of 128 Ki of a Gaussian's rounded
+values.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def print_kernels(kernels: str) -> None:
 
 
 def print_runs() -> None:
-    """Prints the speed of whole runs of tiles, from slots in memory to bf16 weights, by scheme and codec."""
+    """Prints the speed of whole runs of tiles, from slots in memory to bf16 weights."""
     source = layered_model(1024, 1)
     for scheme in ("int8", "lossless"):
         for codec in ("zstd", "rans"):

@@ -3,10 +3,10 @@
     python -m benchmarks.scaling                                  # 0.2 GB of source, a minute
     python -m benchmarks.scaling --hidden 4096 --layers 9 --workers 1,2,4,8,16   # 4 GB, 16 cores
 
-The floor of a conversion is a bare loop in as many threads: read, quantize or split, pack, sha256 of
-what the digest covers, xxh3 of every slot, write, and sha256 of the files, which must begin once the
-last byte is there. The floor of a load reads every run of tiles, checks, decodes and places it. Both
-use the kernels of the program; nothing is planned, ordered or reported.
+The floor of a conversion is a bare loop in as many threads: read, quantize or split, pack, sha256
+of what the digest covers, xxh3 of every slot, write, and sha256 of the files, which must begin once
+the last byte is there. The floor of a load reads every run of tiles, checks, decodes and places it.
+Both use the kernels of the program; nothing is planned, ordered or reported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from codecllm.formats.tile_run import decode_run
 from codecllm.loader.stream import stream_tensors
 
 SHARD_BYTES = 500_000_000
-"""Shards of the conversions: a file's sha256 cannot be spread over threads, those of several can."""
+"""Bytes of a shard: the sha256 of one file is one thread's work, several run side by side."""
 
 RUN_SYMBOLS = 1 << 20
 

@@ -13,7 +13,7 @@ def cores() -> int:
 
 
 def available_memory() -> int:
-    """Returns the bytes of memory that can be allocated without swapping; a large number where that is unknown."""
+    """Returns the bytes that can be allocated without swapping; all memory where that is unknown."""
     try:
         with open("/proc/meminfo") as file:
             for line in file:

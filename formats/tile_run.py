@@ -1,7 +1,7 @@
-"""A run of tiles from its slots to its place in the tensor: check, decode, and join planes or dequantize.
+"""A run of tiles from its slots to its place: check, decode, join planes or dequantize.
 
-The native core does it by one call without the interpreter's lock. Without the core, numpy does it, plainly. Both give the
-bits of `formats.reference`.
+The native core does it by one call without the interpreter's lock. Without the core, numpy does it,
+plainly. Both give the bits of `formats.reference`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from codecllm.formats.stored_tensor import StoredTensor, sound, tile_steps
 from codecllm.formats.tiling import Tile
 
 CODES, WIDE_CODES = "I8", "I16"
-"""Targets that ask for the codes of an `int8` tensor instead of its weights: int8, or int16 of a wide one."""
+"""Targets for the codes of an `int8` tensor instead of its weights: int8, or int16 if wide."""
 
 _TARGETS = {"BF16": 0, "F16": 1, "F32": 2, CODES: 3, WIDE_CODES: 4}
 _JOIN, _DEQUANTIZE = 0, 1
@@ -50,15 +50,17 @@ def decode_run(
 
     Args:
         tensor: the tensor.
-        tiles: numbers of the tiles, ascending, without gaps; where columns are permuted, all tiles of each row of tiles.
-        out: unsigned words [rows, cols] of the grid, of the target's size, C order; the tiles' rectangles are written.
-        target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once), `CODES` or, where it is wide, `WIDE_CODES`;
-            for `lossless` its own dtype.
+        tiles: numbers of the tiles, ascending, without gaps; where columns are permuted, all tiles
+            of each row of tiles.
+        out: unsigned words [rows, cols] of the grid, of the target's size, C order; the tiles'
+            rectangles are written.
+        target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once), `CODES` or, where
+            it is wide, `WIDE_CODES`; for `lossless` its own dtype.
         slots: the slots of the tiles' chunks, as `StoredTensor.read_slots` returns them; unchecked.
 
     Raises:
-        ChecksumError, SchemaError, DecodeError: a chunk is damaged; it was not given to a decoder. Tiles before it may have been
-            written.
+        ChecksumError, SchemaError, DecodeError: a chunk is damaged; it was not given to a decoder.
+            Tiles before it may have been written.
     """
     if not decode_natively(tensor, tiles, out, target, slots):
         decode_plainly(tensor, tiles, out, target, slots)
@@ -70,7 +72,8 @@ def decode_natively(
     """Does what `decode_run` does, by the native core; arguments as there.
 
     Returns:
-        False where there is no core, or where it refuses a chunk: then `decode_plainly` finds out which, and why.
+        False where there is no core, or where it refuses a chunk: then `decode_plainly` finds out
+        which, and why.
     """
     core, table = native.core, tensor.table
     if core is None:
@@ -116,7 +119,7 @@ def decode_natively(
 def _decompress(
     tensor: StoredTensor, first: int, last: int, slots: memoryview
 ) -> list[memoryview | None] | None:
-    """Returns the symbols of each chunk [first, last) of codec `zstd`, None for others; None in all if one is refused."""
+    """Returns the symbols of `zstd` chunks, None for others; None in all if one is refused."""
     chunks = tensor.table.chunks[first:last]
     base = chunks[0].begin
     coded = [number for number, chunk in enumerate(chunks) if chunk.codec == ZSTD.codec_id]
@@ -142,7 +145,7 @@ def _finish_of(tensor: StoredTensor, target: str) -> tuple[int, int, bool, bool]
 
 
 def _sides_of(tensor: StoredTensor) -> tuple[Any, bool, Any, Any]:
-    """Returns what the codes are worth: scales, whether they belong to columns, scales of columns, order of columns."""
+    """Returns scales, whether they belong to columns, scales of columns, order of columns."""
     if not isinstance(tensor.record, Int8Tensor):
         return None, False, None, None
     assert tensor.scales is not None
@@ -156,7 +159,7 @@ def _sides_of(tensor: StoredTensor) -> tuple[Any, bool, Any, Any]:
 def decode_plainly(
     tensor: StoredTensor, tiles: range, out: NDArray[Any], target: str, slots: memoryview
 ) -> None:
-    """Does what `decode_run` does, with numpy, row of tiles by row of tiles; arguments and errors as there."""
+    """Does what `decode_run` does, with numpy; arguments and errors as there."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     decoded = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))

@@ -41,7 +41,7 @@ def needs_scale_pass(plan: TensorPlan) -> bool:
 
 
 def blocks_of(plan: TensorPlan) -> Iterator[Block]:
-    """Cuts a coded tensor's tiles into blocks of about 1 Mi elements: whole rows, or pieces of one row where rows are huge."""
+    """Cuts the tiles of a tensor into blocks of about 1 Mi elements: rows, or pieces of huge rows."""
     grid = plan.grid
     tile_rows, tile_cols = block_extent(grid)
     if tile_cols < grid.across:
@@ -56,14 +56,14 @@ def blocks_of(plan: TensorPlan) -> Iterator[Block]:
 
 
 def block_extent(grid: Grid) -> tuple[int, int]:
-    """Returns how many tiles a block has one above the other and side by side. A block's chunks share their `rans` tables."""
+    """Returns the tiles of a block: one above the other, and side by side."""
     if grid.across > 1 and grid.cols > ONE_PASS_COLUMNS:
         return 1, min(grid.across, max(1, BLOCK_ELEMENTS // grid.tile_cols))
     return max(1, BLOCK_ELEMENTS // max(grid.cols, 1) // grid.tile_rows), max(1, grid.across)
 
 
 def group_extent(plan: TensorPlan) -> tuple[int, int]:
-    """Returns how many tiles share a `rans` table one above the other and side by side: a block's, or its like columns'."""
+    """Returns the tiles that share a `rans` table: one above the other, and side by side."""
     down, across = block_extent(plan.grid)
     return down, across if plan.params is None else 1
 
@@ -78,7 +78,7 @@ def _pieces_of_rows(grid: Grid, step: int) -> Iterator[Block]:
 
 
 def tile_slices(grid: Grid, block: Block) -> list[slice]:
-    """Where each tile of the block lies in the block's elements; tiles follow one another, as the default grid's do."""
+    """Returns the place of each tile in the elements of its block, where tiles follow one another."""
     slices, position = [], 0
     for index in range(block.first, block.last):
         symbols = grid.tile(index).symbols

@@ -1,4 +1,4 @@
-"""One block of a tensor -> an encoded block. Runs in worker threads; the result is complete and in order."""
+"""One block of a tensor -> an encoded block. Runs in worker threads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def _read_block(plan: TensorPlan, block: Block, buffer: NDArray[np.uint8] | None
     Args:
         plan: the tensor's plan.
         block: which part of it.
-        buffer: uint8 memory of the block's size; None takes this thread's, which its next call overwrites.
+        buffer: uint8 memory of the block's size; None takes this thread's, which its next call
+            overwrites.
     """
     start = block.row * plan.grid.cols + block.col
     count = block.rows * block.cols
@@ -67,7 +68,7 @@ def _read_block(plan: TensorPlan, block: Block, buffer: NDArray[np.uint8] | None
 
 
 def scan_block(plan: TensorPlan, block: Block) -> RowScales:
-    """First pass over a block: largest magnitude of each of its channels, in the block's columns or rows."""
+    """First pass over a block: the largest magnitude of each channel."""
     words = _read_block(plan, block)
     find = column_absmax if plan.kind == "column" else row_absmax
     return find(words, plan.source.dtype.name)
@@ -86,7 +87,8 @@ def encode_block(
     Args:
         plan: the tensor's plan, `lossless` or `int8`.
         block: which part of it.
-        scales: float32 [channels] of the whole tensor where they are known already; None finds them here, per row.
+        scales: float32 [channels] of the whole tensor where they are known already; None finds them
+            here, per row.
     """
     if plan.scheme == "lossless":
         return _encode_lossless(plan, block)
@@ -98,7 +100,8 @@ def encode_block(
 
 def _encode_lossless(plan: TensorPlan, block: Block) -> EncodedBlock:
     dtype = plan.source.dtype
-    # The digest, and planes of types of one byte, keep the memory that is read into: it is not used again.
+    # The digest, and planes of types of one byte, keep the memory that is read into: it is not used
+    # again.
     buffer = np.empty(block.rows * block.cols * dtype.itemsize, np.uint8)
     flat = _read_block(plan, block, buffer).reshape(-1)
     planes = [split_planes(flat[part], dtype) for part in tile_slices(plan.grid, block)]
@@ -204,7 +207,7 @@ def _problem(found: Quantized, plan: TensorPlan, params: QuantParams, block: Blo
 def _column_tiles(
     grid: Grid, params: QuantParams, block: Block, codes: NDArray[np.int16]
 ) -> Iterator[list[NDArray[np.int16]]]:
-    """Yields, for each row of tiles of a block, the codes of its tiles one after another, columns in the stored order."""
+    """Yields the codes of the tiles of each row of tiles, columns in the stored order."""
     order = params.order
     for row in range(0, block.rows, grid.tile_rows):
         band, tiles = codes[row : row + grid.tile_rows], []

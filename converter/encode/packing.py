@@ -24,7 +24,7 @@ from codecllm.formats.shards.chunk_table import RECORD, slot_bytes
 _ZSTD = ZstdCodec()
 _RAW_ID = CODEC_IDS["raw"]
 _MIN_GAIN = 128
-"""A chunk is stored coded only if that saves 1/128 of it: less is not worth the time of decoding."""
+"""A chunk is stored coded if that saves 1/128 of it: less is not worth the decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ class PackedChunks:
         slots: bytes of the chunks' slots, in order.
         records: RECORD [chunks].
         entropy_bits: per chunk of a tile, the sum over tiles one above the other.
-        tables: packed frequency tables (codec `rans`), one per entry of `entropy_bits`; empty where no chunk uses it.
+        tables: packed frequency tables (codec `rans`), one per entry of `entropy_bits`; empty where
+            no chunk uses it.
     """
 
     slots: list[Any]
@@ -56,11 +57,12 @@ class EncodedBlock:
         absmax: float32 [rows] of an int8 block whose scales were found here, else None.
         worst_error: worst absolute error (int8).
         worst_steps: worst error in steps (int8 under given steps).
-        problem: why int8 cannot represent this block (`non_finite`, `tiny_scale`, `codes`), or not in one plane (`wide`), or
-            None. If there is one, nothing else is valid.
-        wide: whether the block's codes are in two planes, though its plan does not say so: it is all of its tensor.
-        tables: packed frequency table of each plane and, under given steps, of each tile side by side (codec `rans`), empty
-            where no chunk of the block uses one.
+        problem: why int8 cannot represent this block (`non_finite`, `tiny_scale`, `codes`), or not
+            in one plane (`wide`), or None. If there is one, nothing else is valid.
+        wide: whether the block's codes are in two planes, though its plan does not say so: it is
+            all of its tensor.
+        tables: packed frequency table of each plane and, under given steps, of each tile side by
+            side (codec `rans`), empty where no chunk of the block uses one.
     """
 
     slots: list[Any]
@@ -81,8 +83,9 @@ def pack_chunks(
     """Packs the chunks of consecutive tiles.
 
     Args:
-        planes_of: uint8 [n] symbols of each chunk, by tiles or, under given steps, by rows of tiles: entry by entry, chunks at
-            the same place share a frequency table (codec `rans`). The slots may keep them: nothing may write to them later.
+        planes_of: uint8 [n] symbols of each chunk, by tiles or, under given steps, by rows of
+            tiles: entry by entry, chunks at the same place share a frequency table (codec `rans`).
+            The slots may keep them: nothing may write to them later.
         codec: `zstd` or `rans`; a chunk that it does not shrink is stored `raw`.
         low_bits: of each tile, where codes are wide.
     """

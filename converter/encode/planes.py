@@ -1,4 +1,4 @@
-"""Splits elements into the byte planes of `lossless`, fast: the same bytes as `formats.schemes.lossless.split_planes`."""
+"""Splits elements into the byte planes of `lossless`; the reference is in `formats.schemes`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from codecllm.formats.dtypes import DType
 
 
 def split_planes(elements: NDArray[np.unsignedinteger], dtype: DType) -> list[NDArray[np.uint8]]:
-    """Splits unsigned integers [n] holding the bits of `dtype` elements; returns uint8 [n] planes, plane 0 first.
+    """Splits unsigned integers [n], the bits of elements, into uint8 [n] planes, plane 0 first.
 
-    Without the native core it works in the element's own width: about three passes over the elements and two for each plane.
+    Without the native core it works in the element's own width: about three passes over the
+    elements and two for each plane.
     """
     if dtype.bits == 8:
         return [elements.view(np.uint8)]

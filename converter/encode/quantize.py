@@ -1,6 +1,7 @@
-"""The int8 quantizer: `formats/schemes/int8.py` again, by the native core, or blocked so that intermediates stay in cache.
+"""The int8 quantizer, by the native core or in blocks whose intermediates stay in the cache.
 
-Codes and scales equal the reference's bit for bit: the same single division, rounding to even, and cast.
+Codes and scales equal the reference's bit for bit: the same single division, rounding to even, and
+cast.
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ _SCRATCH = _Scratch()
 
 
 def has_tiny_scale(absmax: NDArray[np.float32]) -> bool:
-    """Whether a channel's largest magnitude (float32 [channels]) is not zero and gives a scale below 2^-126."""
+    """Whether a channel, by its largest magnitude, has a scale below 2^-126 and is not zero."""
     return bool(((absmax > 0) & (np.divide(absmax, np.float32(127)) < np.float32(MIN_SCALE))).any())
 
 
 def row_absmax(words: Words, dtype: str) -> RowScales:
-    """Returns the largest magnitudes of the rows of `words`, unsigned [rows, cols] bit patterns of BF16, F16 or F32."""
+    """Returns the largest magnitude of each row of `words`, bit patterns of BF16, F16 or F32."""
     rows, cols = words.shape
     step = max(1, _SUB_ELEMENTS // cols)
     bits = np.empty(rows, words.dtype)
@@ -134,7 +135,8 @@ class Quantized:
 
     Attributes:
         finite: whether no weight is NaN or infinite; nothing else is valid if one is.
-        lowest, highest: the extreme codes; if one passes the format's range nothing behind them is valid.
+        lowest, highest: the extreme codes; if one passes the format's range nothing behind them is
+            valid.
         worst_error: largest |w - code * step|, in float32.
         worst_steps: the same in steps.
     """
@@ -162,7 +164,8 @@ def quantize_steps(
         scales: float32 [rows, 1] or [1, cols], and the factors of the columns [1, cols] or None.
         codes: int16 [rows, cols], receives the codes unless they are `given`.
         given: whether `codes` holds them already.
-        deadzone: how far quotients are moved toward zero before they are rounded; of no effect where codes are `given`.
+        deadzone: how far quotients are moved toward zero before they are rounded; of no effect
+            where codes are `given`.
     """
     rows, cols = words.shape
     step = max(1, _SUB_ELEMENTS // cols)
@@ -204,7 +207,7 @@ def quantize_steps(
 def round_toward_zero(
     quotients: NDArray[np.float32], deadzone: float, out: NDArray[np.float32]
 ) -> None:
-    """Rounds float32 quotients x as rint(fl32(x - copysign(deadzone, x))) into `out`, float32 of the same shape."""
+    """Rounds float32 quotients x as rint(fl32(x - copysign(deadzone, x))) into `out`."""
     np.copysign(np.float32(deadzone), quotients, out=out)
     with np.errstate(invalid="ignore"):
         np.subtract(quotients, out, out=out)
@@ -212,7 +215,7 @@ def round_toward_zero(
 
 
 def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:
-    """Max |error| * scale over a block whose scales are per row ([rows, 1]) or per column ([1, cols])."""
+    """Max |error| * scale over a block; scales are [rows, 1] or [1, cols]."""
     np.abs(error, out=error)
     largest = (
         error.max(axis=1, keepdims=True)
@@ -223,7 +226,7 @@ def _worst(error: NDArray[np.float32], scale: NDArray[np.float32]) -> float:
 
 
 def as_float32(block: Words, dtype: str, out: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the weights of unsigned bit patterns of BF16, F16 or F32, in `out` (float32, same shape) or as a view."""
+    """Returns the float32 weights of bit patterns, in `out` (same shape) or as a view."""
     if dtype == "F32":
         return block.view(np.float32)
     if dtype == "F16":

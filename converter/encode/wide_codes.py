@@ -1,7 +1,8 @@
-"""Cuts codes of 16 bits into the two planes of a wide tensor: how many of their bits go where (SPEC.md 7.3).
+"""Cuts codes of 16 bits into the two planes of a wide tensor (SPEC.md 7.3).
 
-Low bits are as good as random and cost what they are; the high rest has few symbols and a short code table. Where a few codes
-among many leave a byte, though, a high plane that is zero but for these is cheaper. Which of it holds is tried.
+Low bits are as good as random and cost what they are; the high rest has few symbols and a short
+code table. Where a few codes among many leave a byte, though, a high plane that is zero but for
+these is cheaper. Which of it holds is tried.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ _ZSTD = ZstdCodec()
 
 
 def choose_low_bits(bands: list[list[NDArray[np.int16]]], codec: str) -> list[int]:
-    """Returns how many low bits the codes of each tile are given: 3 to 8, tile by tile and row by row of them.
+    """Returns the number of low bits of each tile: 3 to 8, row of tiles by row of tiles.
 
-    Tried are the fewest with which every high part fits a byte, 7 and 8. Codes that fit a byte as they are keep it whole. With
-    codec `rans` tiles that stand one above the other share frequency tables, and so this.
+    Tried are the fewest with which every high part fits a byte, 7 and 8. Codes that fit a byte as
+    they are keep it whole. With codec `rans` tiles that stand one above the other share frequency
+    tables, and so this.
 
     Args:
         bands: rows of tiles, int16 [rows, cols] each.

@@ -1,4 +1,4 @@
-"""Writes the files of a container: shards in order, then side files; returns the manifest, which goes last."""
+"""Writes the files of a container: shards in order, then side files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OnProgress = Callable[[str, int, int], None]
 def write_container(
     conversion: Conversion, folder: Path, on_progress: OnProgress | None = None
 ) -> Manifest:
-    """Encodes all tensors and writes shards and side files into `folder`; the manifest is left to the caller.
+    """Encodes all tensors, writes shards and side files into `folder`; returns the manifest.
 
     Args:
         conversion: its decisions.
@@ -66,7 +66,7 @@ def write_container(
 
 
 class _Threads:
-    """The threads of a conversion: many that encode and hash, one that writes, one that waits for the disk."""
+    """Threads of a conversion: many encode and hash, one writes, one waits for the disk."""
 
     def __init__(self, workers: int) -> None:
         self.workers = ThreadPoolExecutor(workers, thread_name_prefix="codecllm-encode")
@@ -92,7 +92,7 @@ def shard_metadata(version: str) -> dict[str, str]:
 def _write_shards(
     conversion: Conversion, writer: TensorWriter, pools: _Threads, folder: Path
 ) -> tuple[list[StoredRecord], list[ShardRecord]]:
-    """Writes the shards; earlier ones are hashed and forced to the disk while the next is written."""
+    """Writes the shards; earlier ones are hashed and synchronized meanwhile."""
     records: list[Future[StoredRecord]] = []
     shards: list[Future[ShardRecord]] = []
     plans_by_shard = conversion.plan.shards

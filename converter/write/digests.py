@@ -22,7 +22,7 @@ class Hasher(Protocol):
 
 
 class OrderedDigest:
-    """Hashes parts in the order in which they are added, one after another, in threads of an executor.
+    """Hashes parts in the order in which they are added, in threads of an executor.
 
     The digests of several tensors run side by side; that of one cannot.
     """

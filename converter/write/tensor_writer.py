@@ -54,12 +54,12 @@ _REASONS = {
 
 
 class _CannotQuantizeError(Exception):
-    """Inside this module: the tensor under way cannot be int8, or not in one plane; `args[0]` is the problem."""
+    """The tensor under way cannot be int8, or not in one plane; `args[0]` is the problem."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A coded tensor on its way: its blocks, and its scales where they had to be found first (or why there are none)."""
+    """A coded tensor in flight: its blocks, and scales (or a problem) known before the first."""
 
     plan: TensorPlan
     blocks: list[Block]
@@ -70,7 +70,7 @@ class _Job:
 def ordered(
     executor: Executor, work: Callable[[Item], Result], items: Iterable[Item], window: int
 ) -> Iterator[Result]:
-    """Runs `work` on items in threads and yields the results in order, at most `window` ahead of the consumer."""
+    """Runs `work` in threads and yields results in order, at most `window` ahead."""
     pending: deque[Future[Result]] = deque()
     for item in items:
         pending.append(executor.submit(work, item))
@@ -83,9 +83,9 @@ def ordered(
 class TensorWriter:
     """Encodes planned tensors on an executor and appends them to shards.
 
-    Blocks of the next tensors, also of the next shards, are encoded while earlier ones are hashed and
-    written, each in other threads. Memory: `window` encoded blocks, and `backlog` of them that are
-    being hashed or written.
+    Blocks of the next tensors, also of the next shards, are encoded while earlier ones are hashed
+    and written, each in other threads. Memory: `window` encoded blocks, and `backlog` of them that
+    are being hashed or written.
     """
 
     def __init__(
@@ -108,7 +108,8 @@ class TensorWriter:
             backlog: blocks that are being hashed or written.
             non_finite: what becomes of an int8 tensor with NaN or infinite weights.
             on_bytes: called with a tensor's name and the source bytes just done.
-            params: chooses the parameters of int8 tensors; called once for each, in the order in which they are written.
+            params: chooses the parameters of int8 tensors; called once for each, in the order in
+                which they are written.
         """
         self._executor = executor
         self._window = window
@@ -129,7 +130,8 @@ class TensorWriter:
         The shards' tensors must be written in the order in which they were announced.
 
         Raises:
-            NonFiniteWeightError: an int8 tensor holds NaN or infinities, and `non_finite` is `error`.
+            NonFiniteWeightError: an int8 tensor holds NaN or infinities, and `non_finite` is
+                `error`.
             OSError, FormatError: reading or writing failed.
         """
         for plan in plans:
@@ -184,7 +186,7 @@ class TensorWriter:
         return self._write_job(job, encoded, shard, number, shard.mark())
 
     def _job(self, plan: TensorPlan) -> _Job:
-        """Returns the tensor's job; the first call finds its scales, if they must be known before its first block."""
+        """Returns the tensor's job; the first call scans for scales that blocks need beforehand."""
         name = plan.source.name
         if name not in self._jobs:
             plan = self._with_params(plan)
@@ -194,7 +196,7 @@ class TensorWriter:
         return self._jobs[name]
 
     def _with_params(self, plan: TensorPlan) -> TensorPlan:
-        """Asks for the steps of an int8 tensor. Rows too long to be held whole keep those of their largest weights."""
+        """Asks for the parameters of an int8 tensor, unless its rows are too long for one block."""
         if self._params is None or not plan.accepts_params or plan.matrix[1] > ONE_PASS_COLUMNS:
             return plan
         params = self._params(plan)
@@ -307,7 +309,7 @@ class _Gathered:
             self._absmax.append(block.absmax)
 
     def finish(self, scales: NDArray[np.float32] | None) -> EncodedTensor:
-        """Returns the whole tensor; `scales`, float32 [channels], are those that were found before its first block."""
+        """Returns the whole tensor; `scales`, float32 [channels], are those of the scan or None."""
         params = self._plan.params
         if params is not None:
             scales = params.row_scale

@@ -10,10 +10,11 @@ from codecllm.formats.codecs.zstd import ZstdCodec
 
 
 class Codec(Protocol):
-    """One way to pack a plane's symbols, chunk by chunk; objects are stateless and may be shared between threads.
+    """One way to pack the symbols of a chunk. Objects are stateless; threads may share them.
 
     Attributes:
-        codec_id: number in chunk records. Two codecs share an id only if each reads the other's output.
+        codec_id: number in chunk records. Two codecs share an id only if each reads the other's
+            output.
         name: name in manifests.
     """
 
@@ -21,15 +22,15 @@ class Codec(Protocol):
     name: str
 
     def encode(self, raw: Any) -> Any:
-        """Returns the packed bytes of a bytes-like, contiguous `raw`. The same input gives the same output."""
+        """Returns the packed bytes of a bytes-like `raw`; equal inputs give equal outputs."""
 
     def decode(self, stored: Any, raw_bytes: int) -> Any:
-        """Returns exactly `raw_bytes` bytes (read-only, bytes-like). Raises DecodeError otherwise."""
+        """Returns exactly `raw_bytes` bytes, read-only, or raises DecodeError."""
 
 
 ZSTD = ZstdCodec()
 CODECS: dict[int, Codec] = {codec.codec_id: codec for codec in (RawCodec(), ZSTD)}
-"""Codecs whose chunks decode by themselves. A chunk of `rans` needs the table of its group: see `codecs.rans`."""
+"""Codecs whose chunks decode alone. A chunk of `rans` needs the table of its group."""
 
 RANS_ID = rans.CODEC_ID
 CODEC_NAMES: dict[int, str] = {codec_id: codec.name for codec_id, codec in CODECS.items()} | {

@@ -1,7 +1,8 @@
-"""The native core `codecllm._native`, where it was built; everything that it does, numpy does too, with the same bits.
+"""The native core `codecllm._native`, where it was built; numpy gives the same bits without it.
 
-The environment variable `CODECLLM_NATIVE` is `0` to do without it, or the name of the kernels to use (`avx512`, `avx2`,
-`portable`) instead of the best that the machine can run. It is read once, at the first import.
+The environment variable `CODECLLM_NATIVE` is `0` to do without it, or the name of the kernels to
+use (`avx512`, `avx2`, `portable`) instead of the best that the machine can run. It is read once, at
+the first import.
 """
 
 from __future__ import annotations

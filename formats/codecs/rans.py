@@ -1,4 +1,4 @@
-"""Codec `rans`: chunks packed and unpacked by the native core or, without it, by numpy. Both give the same bits."""
+"""Codec `rans`: chunks are coded by the native core or, with the same bits, by numpy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _decode(chunk: Coded) -> Decoded:
 
 
 def encode_chunks(chunks: Sequence[Uncoded]) -> list[bytes]:
-    """Encodes chunks; returns their stored bytes in order. They do not depend on the other chunks."""
+    """Encodes chunks, each for itself; returns their stored bytes in order."""
     if native.core is None:
         return rans_numpy.encode_chunks(chunks)
     return [

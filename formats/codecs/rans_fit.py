@@ -1,7 +1,8 @@
-"""Fits a frequency table to counted symbols: how a writer chooses precision and frequencies. In integers: everywhere the same.
+"""Fits a frequency table to counted symbols, in integers, so that every machine fits the same.
 
-A symbol of frequency f under precision n costs n - log2(f) bits. Frequencies begin at the counts' share, rounded down and at
-least 1; what is then left over or owed goes, unit by unit, to the symbol that gains most or from the one that loses least.
+A symbol of frequency f under precision n costs n - log2(f) bits. Frequencies begin at the counts'
+share, rounded down and at least 1; what is then left over or owed goes, unit by unit, to the symbol
+that gains most or from the one that loses least.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _LOG2 = np.rint(
     np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)
 ).astype(np.int64)
 _TOLERANCE = (1 << _COST_BITS) // 256
-"""A lower precision is taken where it costs at most 1/256 bit per symbol more than the highest: its table is smaller."""
+"""A lower precision has a smaller table: it may cost 1/256 bit a symbol more than the highest."""
 
 
 def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:
@@ -44,12 +45,12 @@ def fit_table_plainly(counts: NDArray[np.int64]) -> FrequencyTable:
 
 
 def coded_bits(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
-    """Returns the bits, rounded down, that symbols which occur int64 [256] `counts` times cost; all must be in the table."""
+    """Returns the cost in bits, rounded down, of int64 [256] counts; the table must hold them."""
     return _cost(table, counts) >> _COST_BITS
 
 
 def coded_bytes(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
-    """Returns about how many bytes a chunk of such symbols is stored in: the states and `coded_bits`."""
+    """Returns the expected stored bytes of a chunk of such symbols: states and `coded_bits`."""
     return STATE_BYTES + -(-coded_bits(table, counts) // 8)
 
 
@@ -60,7 +61,7 @@ def _cost(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
 
 
 def fit_frequencies(counts: NDArray[np.int64], precision: int) -> NDArray[np.int64]:
-    """Returns int64 [256] frequencies that add up to 2^precision, at least 1 for every symbol that occurs."""
+    """Returns int64 [256] frequencies of sum 2^precision, 1 or more for each symbol present."""
     total = 1 << precision
     shares = counts * total // int(counts.sum())
     frequencies = np.where(counts > 0, np.maximum(shares, 1), 0)
@@ -73,7 +74,7 @@ def fit_frequencies(counts: NDArray[np.int64], precision: int) -> NDArray[np.int
 
 
 def _move(frequencies: NDArray[np.int64], counts: NDArray[np.int64], units: int, step: int) -> None:
-    """Adds `step` (1 or -1) to a frequency `units` times, each time where it costs least; ties go to the smaller symbol."""
+    """Adds `step` (1 or -1) `units` times where it costs least; ties go to the smaller symbol."""
     heap = [
         entry
         for symbol in np.flatnonzero(counts).tolist()

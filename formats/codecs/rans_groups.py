@@ -1,4 +1,4 @@
-"""The side tensor `X_tables`: the frequency tables that groups of `rans` chunks share (SPEC.md 5)."""
+"""The side tensor `X_tables`: frequency tables shared by groups of `rans` chunks (SPEC.md 6)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class GroupTables:
     Attributes:
         groups: tiles of tiles: the grid of tiles is the matrix whose rectangles the groups are.
         planes: planes per tile.
-        offsets: int64 [groups * planes + 1]: where each table lies in `data`; an empty one is absent.
+        offsets: int64 [groups * planes + 1]: where each table lies in `data`; an empty one is
+            absent.
         data: the tables, one after another.
     """
 
@@ -64,20 +65,20 @@ class GroupTables:
             DecodeError: it is malformed.
         """
         place = self.place(tile, plane)
-        found = self._read.get(place)
-        if found is None:  # two threads may both read it: they get equal tables
-            found = parse_table(self.data[self.offsets[place] : self.offsets[place + 1]])
-            self._read[place] = found
-        return found
+        table = self._read.get(place)
+        if table is None:  # two threads may both read it: they get equal tables
+            table = parse_table(self.data[self.offsets[place] : self.offsets[place + 1]])
+            self._read[place] = table
+        return table
 
 
 def tile_groups(grid: Grid, group_rows: int, group_cols: int) -> Grid:
-    """Returns the groups of a grid's tiles: rectangles of group_rows x group_cols tiles, smaller at the far edges."""
+    """Returns the groups: rectangles of group_rows x group_cols tiles, smaller at the far edges."""
     return Grid(grid.down, grid.across, group_rows, group_cols)
 
 
 def max_tables_bytes(chunks: int) -> int:
-    """Returns the most bytes that the tables of `chunks` chunks may take: no group has less than one tile."""
+    """Returns the most bytes that the tables of `chunks` chunks take: one table a chunk."""
     return HEADER.itemsize + chunks * (SIZE.itemsize + MAX_TABLE_BYTES)
 
 
@@ -87,7 +88,8 @@ def pack_group_tables(groups: Grid, planes: int, tables: list[bytes]) -> bytes:
     Args:
         groups: see `tile_groups`.
         planes: planes per tile.
-        tables: packed tables of group 0's planes, then group 1's and so on; empty where no chunk needs one.
+        tables: packed tables of group 0's planes, then group 1's and so on; empty where no chunk
+            needs one.
     """
     header = np.zeros((), HEADER)
     header["magic"], header["version"], header["planes"] = MAGIC, TABLES_VERSION, planes

@@ -1,7 +1,8 @@
-"""Codec `rans` without the native core: chunks in lockstep, one numpy operation over all lanes of all of them for each step.
+"""Codec `rans` in numpy: chunks in lockstep, each operation over all lanes of all chunks.
 
-Step s of a chunk codes symbols 32 s to 32 s + 31, one per lane. The lanes of K chunks stand side by side in arrays of 32 K, so
-that they share the cost of an operation: one chunk alone runs at 2 to 4 MB/s, 64 together at 20 to 60.
+Step s of a chunk codes symbols 32 s to 32 s + 31, one per lane. The lanes of K chunks stand side by
+side in arrays of 32 K, so that they share the cost of an operation: one chunk alone runs at 2 to 4
+MB/s, 64 together at 20 to 60.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from codecllm.formats.codecs.rans_table import FrequencyTable
 from codecllm.formats.errors import DecodeError
 
 BATCH_SYMBOLS = 1 << 23
-"""Symbols of a batch, counted as if each chunk were as long as the longest: bounds the memory (about five bytes a symbol)."""
+"""Symbols of a batch, each chunk counted as long as the longest; memory is 5 bytes a symbol."""
 
 _RUN_STEPS = 64
 _UNREACHED = 1 << 31
 
 
 class Coded(NamedTuple):
-    """A chunk to decode: its stored bytes (bytes-like), the number of its symbols and the table of its group."""
+    """A chunk to decode: stored bytes (bytes-like), number of symbols, table of its group."""
 
     stored: Any
     raw_bytes: int
@@ -34,7 +35,7 @@ class Coded(NamedTuple):
 
 
 class Uncoded(NamedTuple):
-    """A chunk to encode: uint8 [n] symbols, each of which has a frequency in the table of the group."""
+    """A chunk to encode: uint8 [n] symbols, all of them in the table of its group."""
 
     symbols: NDArray[np.uint8]
     table: FrequencyTable
@@ -59,7 +60,7 @@ def decode_chunks(chunks: Sequence[Coded]) -> list[Decoded]:
 
 
 def encode_chunks(chunks: Sequence[Uncoded]) -> list[bytes]:
-    """Encodes chunks together; returns their stored bytes in order. They do not depend on the other chunks."""
+    """Encodes chunks together; returns their stored bytes in order."""
     results: dict[int, bytes] = {}
     for batch in _batches(range(len(chunks)), [len(chunk.symbols) for chunk in chunks]):
         results |= zip(batch, _encode_batch([chunks[number] for number in batch]), strict=True)
@@ -67,7 +68,7 @@ def encode_chunks(chunks: Sequence[Uncoded]) -> list[bytes]:
 
 
 def _batches(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Puts chunks of like length together, the longest first; no batch passes BATCH_SYMBOLS unless one chunk does."""
+    """Puts chunks of like length together, longest first, up to BATCH_SYMBOLS a batch."""
     batch: list[int] = []
     for number in sorted(numbers, key=lambda number: (-lengths[number], number)):
         if batch and (len(batch) + 1) * max(lengths[batch[0]], LANES) > BATCH_SYMBOLS:
@@ -80,7 +81,7 @@ def _batches(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[in
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Steps [first, last) in which the same lanes are at work; `idle` are the flat lane numbers that stop before `first`."""
+    """Steps [first, last) of the same lanes; `idle` are flat lane numbers that stop before `first`."""
 
     first: int
     last: int
@@ -126,8 +127,9 @@ def _decode_batch(chunks: list[Coded]) -> list[Decoded]:
 class _DecodingLanes:
     """The states of all lanes of a batch, and where each chunk's next word lies.
 
-    The slots of all tables stand one after another in `_entries`, four uint16 each: slot - start, frequency, symbol, 0. Entry 0
-    belongs to lanes that have stopped: its frequency of 1 leaves a state as it is.
+    The slots of all tables stand one after another in `_entries`, four uint16 each: slot - start,
+    frequency, symbol, 0. Entry 0 belongs to lanes that have stopped: its frequency of 1 leaves a
+    state as it is.
     """
 
     def __init__(self, chunks: list[Coded]) -> None:
@@ -147,8 +149,8 @@ class _DecodingLanes:
         self._words = np.concatenate([*words, np.zeros(1, np.uint16)]).astype(np.uint32)
         sizes = np.array([len(part) for part in words], np.intp)
         self._ends = np.cumsum(sizes)
-        # Column 0: place of the word that a chunk read last; behind it, whether each lane needs a word. Summed along a row,
-        # this gives the place of every lane's word.
+        # Column 0: place of the word that a chunk read last; behind it, whether each lane needs a
+        # word. Summed along a row, this gives the place of every lane's word.
         self._needs = np.zeros((count, 1 + LANES), np.intp)
         self._needs[:, 0] = self._ends - sizes - 1
         self._places = np.empty_like(self._needs)
@@ -248,21 +250,21 @@ def _encode_batch(chunks: list[Uncoded]) -> list[bytes]:
         lanes.pause(run.idle)
     pieces = [[np.empty(0, np.uint16)] for _ in chunks]
     for run in reversed(runs):
-        for own, words in zip(pieces, lanes.encode(rows[run.first : run.last]), strict=True):
-            own.append(words)
+        for piece, words in zip(pieces, lanes.encode(rows[run.first : run.last]), strict=True):
+            piece.append(words)
         lanes.resume(run.idle)
     states = lanes.states.reshape(count, LANES).astype("<u4")
     return [
-        own.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes()
-        for own, words in zip(states, pieces, strict=True)
+        chunk_states.tobytes() + np.concatenate(words[::-1]).astype("<u2").tobytes()
+        for chunk_states, words in zip(states, pieces, strict=True)
     ]
 
 
 class _EncodingLanes:
     """The states of all lanes of a batch, coding their symbols from the last to the first.
 
-    The symbols of all tables stand one after another, 256 each; before them 256 for lanes that pause: a frequency that no state
-    reaches and a complement of 0 leave a state as it is.
+    The symbols of all tables stand one after another, 256 each; before them 256 for lanes that
+    pause: a frequency that no state reaches and a complement of 0 leave a state as it is.
 
     Attributes:
         states: uint32 [lanes].
@@ -294,7 +296,7 @@ class _EncodingLanes:
         self._base[idle] = self._own_base[idle]
 
     def encode(self, rows: NDArray[np.uint8]) -> list[NDArray[np.uint16]]:
-        """Codes one symbol per lane from each row of uint8 [steps, chunks, 32], at most 64 rows, the last row first.
+        """Codes the symbols of uint8 [steps, chunks, 32], at most 64 steps, the last one first.
 
         Returns:
             Per chunk uint16 [n], the words that a decoder of these rows needs, in its order.
@@ -312,7 +314,8 @@ class _EncodingLanes:
             np.left_shift(sent.view(np.uint8), 4, out=top, casting="unsafe")
             np.right_shift(states, top, out=states)
             np.floor_divide(states, frequencies[step], out=top)
-            # quotient << precision, plus remainder, plus start: the remainder is state - quotient * frequency.
+            # quotient << precision, plus remainder, plus start: the remainder is state - quotient *
+            # frequency.
             np.multiply(top, complements[step], out=top)
             np.add(states, starts[step], out=states)
             np.add(states, top, out=states)
@@ -322,5 +325,5 @@ class _EncodingLanes:
 
 
 def _per_symbol(paused: int, values: list[NDArray[np.int64]]) -> NDArray[np.uint32]:
-    """Returns uint32 [256 * (1 + tables)]: the value for lanes that pause, then those of each table."""
+    """Returns uint32 [256 * (1 + tables)]: the value for paused lanes, then those of each table."""
     return np.concatenate([np.full(256, paused, np.int64), *values]).astype(np.uint32)

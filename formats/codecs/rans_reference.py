@@ -1,6 +1,7 @@
-"""Codec `rans`, slowly and obviously: the pseudo-code of SPEC.md 6 in Python. Every fast path gives the same bits.
+"""Codec `rans`: the pseudo-code of SPEC.md 6 in Python, the reference of every fast path.
 
-Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540) with 32 interleaved states, as in Giesen 2014 (arXiv 1402.3392).
+Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540) with 32 interleaved states, as in
+Giesen 2014 (arXiv 1402.3392).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Frequency tables of codec `rans`: which symbols a group of chunks uses and how often, as packed in `X_tables` (SPEC.md 6)."""
+"""Frequency tables of codec `rans`, as packed in `X_tables` (SPEC.md 6)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class FrequencyTable:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """int64 [256]: where each symbol's slots begin; the slots of symbol s are [starts[s], starts[s] + frequencies[s])."""
+        """int64 [256]: the first slot of each symbol, which has as many slots as its frequency."""
         return np.cumsum(self.frequencies) - self.frequencies
 
 
 def pack_table(table: FrequencyTable) -> bytes:
-    """Returns the bytes of a table: precision, bitmap of symbols, then frequency - 1 of each in one or two bytes."""
+    """Returns the bytes of a table: precision, bitmap, then frequency - 1 in one or two bytes."""
     present = table.frequencies > 0
     packed = bytearray([table.precision])
     packed += np.packbits(present, bitorder="little").tobytes()

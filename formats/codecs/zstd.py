@@ -1,12 +1,13 @@
-"""Codec `zstd`: one standard Zstandard frame (RFC 8878) per chunk, tuned for symbols without repeated strings.
+"""Codec `zstd`: a standard Zstandard frame (RFC 8878) a chunk, for symbols without repetition.
 
-Weights have a skewed distribution but hardly a repeated string, so the gain is all in the literals' Huffman code and every
-match that is found costs more than it saves. Strategy `fast` with min_match 7 and a hash table of 64 entries finds almost none:
-0.05 to 0.08 bit above the order-0 entropy, where levels 1 to 19 waste up to 0.5 bit on low-entropy symbols.
+Weights have a skewed distribution but hardly a repeated string, so the gain is all in the literals'
+Huffman code and every match that is found costs more than it saves. Strategy `fast` with min_match
+7 and a hash table of 64 entries finds almost none: 0.05 to 0.08 bit above the order-0 entropy,
+where levels 1 to 19 waste up to 0.5 bit on low-entropy symbols.
 
-The high plane of wide codes is another matter where their low plane holds most bits: nearly all of it is zero, and runs of
-zeros are matches. `btultra` chooses them by what they cost: 0.078 bit a symbol where `fast` takes 0.128 and the order-0 entropy
-is 0.121, at a thirtieth of the speed.
+The high plane of wide codes is another matter where their low plane holds most bits: nearly all of
+it is zero, and runs of zeros are matches. `btultra` chooses them by what they cost: 0.078 bit a
+symbol where `fast` takes 0.128 and the order-0 entropy is 0.121, at a thirtieth of the speed.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class ZstdCodec:
         return _STATE.compressor.compress(raw)
 
     def encode_sparse(self, raw: Any) -> bytes:
-        """Returns one frame of symbols that are nearly all equal, as the high parts of wide codes; deterministic likewise."""
+        """Returns one frame of symbols that are nearly all equal, as high parts of wide codes are."""
         frame = self.encode(raw)
         if SPARSE_SHARE * len(frame) <= memoryview(raw).nbytes:
             return frame
@@ -91,10 +92,12 @@ class ZstdCodec:
     def decode(self, stored: Any, raw_bytes: int) -> bytes:
         """Decodes one frame whose size was declared elsewhere.
 
-        The frame's own size is compared with `raw_bytes` before anything is allocated, so a frame cannot ask for more memory.
+        The frame's own size is compared with `raw_bytes` before anything is allocated, so a frame
+        cannot ask for more memory.
 
         Raises:
-            DecodeError: not exactly one standard frame of `raw_bytes` bytes, or the frame is damaged.
+            DecodeError: not exactly one standard frame of `raw_bytes` bytes, or the frame is
+                damaged.
         """
         check_frame(stored, raw_bytes)
         try:
@@ -108,7 +111,7 @@ class ZstdCodec:
     def decode_together(
         self, frames: memoryview, spans: list[tuple[int, int]], raw_bytes: list[int]
     ) -> list[memoryview] | None:
-        """Decodes frames that lie in one piece of memory by one call, during which other threads run; the bytes of `decode`.
+        """Decodes frames in one piece of memory by one call without the interpreter's lock.
 
         Args:
             frames: the memory.
@@ -116,7 +119,8 @@ class ZstdCodec:
             raw_bytes: the size that each decodes to.
 
         Returns:
-            The bytes of each, or None where `decode` might refuse one: it is for the caller to find which, and why.
+            The bytes of each, or None where `decode` might refuse one: it is for the caller to find
+            which, and why.
         """
         try:
             if len(spans) == 1:
@@ -133,7 +137,7 @@ class ZstdCodec:
     def decompress_together(
         self, frames: memoryview, spans: list[tuple[int, int]], raw_bytes: list[int]
     ) -> list[memoryview] | None:
-        """As `decode_together`, of frames whose headers and ends were checked before; None where one is damaged."""
+        """As `decode_together`, for frames whose headers and ends were checked before."""
         numbers = [number for span in spans for number in span]
         segments = zstandard.BufferWithSegments(frames, struct.pack(f"={len(numbers)}Q", *numbers))
         sizes = struct.pack(f"={len(raw_bytes)}Q", *raw_bytes)
@@ -147,13 +151,13 @@ class ZstdCodec:
 
 
 def _header_bytes(descriptor: int) -> int:
-    """Returns the size of the header of a frame, magic number included, from the byte behind that."""
+    """Returns the size of a frame's header, magic number included, from its fifth byte."""
     single = descriptor >> 5 & 1
     return 6 - single + (single, 2, 4, 8)[descriptor >> 6] + (0, 1, 2, 4)[descriptor & 3]
 
 
 def _is_one_frame(stored: memoryview) -> bool:
-    """Whether the blocks of a frame without checksum end where its bytes end; `check_frame` accepted its header."""
+    """Whether the blocks of a frame end where its bytes end; `check_frame` accepted the header."""
     descriptor = stored[4]
     if descriptor & 4:
         return False
@@ -171,7 +175,8 @@ def check_frame(stored: Any, raw_bytes: int) -> None:
     """Checks the header of a frame before a decoder sees it.
 
     Raises:
-        DecodeError: it is not that of a standard frame of `raw_bytes` bytes, or asks for a dictionary or too large a window.
+        DecodeError: it is not that of a standard frame of `raw_bytes` bytes, or asks for a
+            dictionary or too large a window.
     """
     if bytes(stored[:4]) != _MAGIC:
         raise DecodeError("not a Zstandard frame", got=bytes(stored[:4]).hex())
@@ -190,7 +195,7 @@ def check_frame(stored: Any, raw_bytes: int) -> None:
 
 
 def are_alike(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> bool:
-    """Whether `check_frame` judges all of some frames as it judges the first; arguments as for `are_plain`, n 1 or more."""
+    """Whether `check_frame` judges all frames as it judges the first; arguments of `are_plain`."""
     descriptor = int(heads[0, 4])
     length = _header_bytes(descriptor)
     head = heads[:, : min(length, HEAD_BYTES)]
@@ -202,10 +207,11 @@ def are_alike(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> bool:
 
 
 def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Returns bool [n]: whether `check_frame` certainly accepts a frame, seen from its first bytes; many frames at once.
+    """Returns bool [n]: whether `check_frame` certainly accepts each frame, by its first bytes.
 
     Args:
-        heads: uint8 [n, HEAD_BYTES], the first bytes of each (of a shorter one, whatever follows it).
+        heads: uint8 [n, HEAD_BYTES], the first bytes of each (of a shorter one, whatever follows
+            it).
         raw_bytes: int64 [n], the size that each has to declare.
     """
     descriptor = heads[:, 4]

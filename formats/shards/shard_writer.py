@@ -1,4 +1,4 @@
-"""Writes one shard as a stream: data first, while sizes become known; the header last, into room kept for it."""
+"""Writes a shard as a stream: data first, the header last, into space reserved for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_PARTS = 1024
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor that a shard will hold: its name and type, and the most bytes and dimensions its entry may come to.
+    """A tensor that a shard may hold, with upper bounds of its bytes and dimensions.
 
     Attributes:
         name: name in the shard.
@@ -39,8 +39,8 @@ class ShardWriter:
     """A safetensors file under construction.
 
     The header area is reserved from the plan's upper bounds and padded with spaces, which
-    safetensors allows. Nothing of the data is kept in memory. `rollback` forgets the tensors written
-    since a `mark`, so that a tensor can be written another way.
+    safetensors allows. Nothing of the data is kept in memory. `rollback` forgets the tensors
+    written since a `mark`, so that a tensor can be written another way.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ShardWriter:
         return head, size
 
     def complete(self) -> tuple[bytes, int]:
-        """Does what `finish` does, but for what `sync` does; waits for parts that are being written."""
+        """Writes the header behind all parts, as `finish` does; `sync` has to follow."""
         while self._pending:
             self._pending.popleft().result()
         head = pack_header(self._entries, self._metadata, self._header_bytes)
@@ -181,13 +181,14 @@ class ShardWriter:
 
 
 def reserved_header_bytes(planned: list[PlannedTensor], metadata: dict[str, str]) -> int:
-    """Returns the size of the header, without its length prefix, that a shard of these tensors will have, padding included."""
+    """Returns the size of a shard's header, padding included, without its length prefix."""
     end = sum(tensor.max_bytes for tensor in planned)
     worst, position = [], 0
     for tensor in planned:
         position = min(end, position + tensor.max_bytes)
         worst.append(TensorEntry(tensor.name, tensor.dtype, tensor.max_shape, position, position))
-    # An offset never has more digits than the sum of the bounds before it, so each entry is no longer than in this header.
+    # An offset never has more digits than the sum of the bounds before it, so each entry is no
+    # longer than in this header.
     return (
         len(pack_header([replace(entry, start=entry.end) for entry in worst], metadata))
         - PREFIX_BYTES
