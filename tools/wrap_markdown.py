@@ -1,6 +1,6 @@
 """Wraps the prose of a Markdown file: `python -m tools.wrap_markdown SPEC.md`.
 
-Tables, code, headings, HTML comments and lists of links keep their lines; paragraphs and list items
+Tables, code, headings, quotations, directives and HTML keep their lines; paragraphs and list items
 are filled up to 100 characters.
 """
 
@@ -15,7 +15,7 @@ WIDTH = 100
 _FENCE = re.compile(r"\s*(```|~~~)")
 _ITEM = re.compile(r"(\s*)([-*+]|\d+\.)\s+")
 _SIGN = re.compile(r" (?=(?:[-*+#>|]+|\d+\.)(?: |$))")
-_KEPT = re.compile(r"\s*(\||#|<|\[[^\]]+\]:)| {4,}\S")
+_KEPT = re.compile(r"\s*(\||#|<|>|:::|!\[|\{%|--8<--|\[[^\]]+\]:)| {4,}\S")
 
 
 def wrap(text: str, width: int = WIDTH) -> str:
@@ -42,7 +42,7 @@ def wrap(text: str, width: int = WIDTH) -> str:
             result += _fill(paragraph, width)
             result.append(line)
     result += _fill(paragraph, width)
-    return "\n".join(result) + "\n"
+    return "\n".join(result) + "\n" if result else ""
 
 
 def _is_text(line: str, paragraph: list[str]) -> bool:
@@ -59,8 +59,9 @@ def _fill(paragraph: list[str], width: int) -> list[str]:
     if not paragraph:
         return []
     item = _ITEM.match(paragraph[0])
-    first = item.group(1) if item else ""
-    later = " " * len(item.group(0)) if item else ""
+    # A paragraph with an indent goes on the list item before it.
+    first = item.group(1) if item else " " * (len(paragraph[0]) - len(paragraph[0].lstrip()))
+    later = " " * len(item.group(0)) if item else first
     words = " ".join(line.strip() for line in paragraph)
     # A line must not begin with a sign that Markdown reads as a list, a heading or a table.
     start = len(item.group(0).lstrip()) if item else 0

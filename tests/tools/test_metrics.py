@@ -143,10 +143,10 @@ def test_no_line_begins_with_a_sign_of_markdown():
 
 
 def test_items_of_lists_are_wrapped_each_for_itself():
-    text = "- " + "word " * 25 + "\n- two\n  goes on\n1. three\n"
+    text = "- " + "word " * 25 + "\n- two\n  goes on\n1. three\n\n   of three\n   too\n::: kept\n"
     lines = wrap(text).splitlines()
     assert lines[1].startswith("  word")
-    assert lines[2:] == ["- two goes on", "1. three"]
+    assert lines[2:] == ["- two goes on", "1. three", "", "   of three too", "::: kept"]
 
 
 def test_check_fails_where_a_bar_is_missed(monkeypatch, capsys):
