@@ -43,6 +43,7 @@ def mean_squared_inputs(
         with torch.inference_mode():
             model(**arguments)
     finally:
+        # A hook that stayed would keep the statistics alive with the model.
         for hook in hooks:
             hook.remove()
     return by_target
@@ -55,6 +56,7 @@ def _watcher(
         values = inputs[0].detach()
         squares = values.reshape(-1, values.shape[-1]).float().square().mean(0).cpu()
         mean_squares = np.asarray(squares.numpy(), np.float32)
+        # A layer that is called several times gets the sum of its means.
         before = by_target.get(target)
         by_target[target] = Sensitivity(
             mean_squares if before is None else before.cols + mean_squares

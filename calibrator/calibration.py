@@ -110,6 +110,7 @@ def calibrate(
     task = _Task(folder, kind, refined, shapes, on_stage or (lambda text: None))
     try:
         with adapter.without_progress_bars(), adapter.silenced():
+            # Squares of gradients need float32; the dtype of the files is second best.
             if 4 * elements * _ROOM <= available_memory():
                 return _with_gradients(adapter.load_plain(folder, torch.float32), task)
             if size * _ROOM <= available_memory():
@@ -118,6 +119,7 @@ def calibrate(
     except CodecLLMError:
         raise
     except Exception as exc:  # whatever a model class raises when it is run on plain tokens
+        # A full disk is no fault of the model: it keeps its own error.
         if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
             raise
         reason = one_line(exc)
@@ -127,6 +129,7 @@ def calibrate(
 
 
 def _with_gradients(model: Any, task: _Task) -> Calibrated:
+    # The whole backward pass must fit: half of it on the GPU would be slower than none.
     if torch.cuda.is_available() and _weight_bytes(model) * _ROOM <= torch.cuda.mem_get_info()[0]:
         model = model.to("cuda")
     model.eval()

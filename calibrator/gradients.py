@@ -52,6 +52,7 @@ def squared_gradients(
     """
     sums: Sums = {}
     for parameter in model.parameters():
+        # Gradients of outputs are enough; those of all weights would take as much memory again.
         parameter.requires_grad_(False)
     parameters = {
         name: parameter for name, parameter in model.named_parameters() if _wanted(parameter)
@@ -66,6 +67,7 @@ def squared_gradients(
         hooks.append(
             parameters[name].register_post_accumulate_grad_hook(_whole_collector(name, sums))
         )
+    # The same signs at every run, so that a conversion can be repeated.
     generator = torch.Generator().manual_seed(1)
     try:
         for first in range(0, len(tokens), _TOGETHER):
@@ -155,6 +157,7 @@ def _token_collector(
 def _whole_collector(name: str, sums: Sums) -> Callable[[torch.Tensor], None]:
     def collect(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
+        # The gradient is dropped at once: it is as large as the weight.
         squares = parameter.grad.detach().float().square_()
         parameter.grad = None
         _add(sums, name, squares.sum(-1), squares.sum(-2))
@@ -187,6 +190,7 @@ def _projected(output: Any, generator: torch.Generator) -> torch.Tensor:
     flat = logits.reshape(-1, logits.shape[-1]).float()
     chances = torch.softmax(flat.detach(), -1)
     gradient = chances.sqrt() * _signs(flat, generator)
+    # Adding a constant to all logits changes no prediction: the mean of the gradient is 0.
     gradient -= chances * gradient.sum(-1, keepdim=True)
     projection: torch.Tensor = (flat * gradient).sum()
     return projection
@@ -194,5 +198,6 @@ def _projected(output: Any, generator: torch.Generator) -> torch.Tensor:
 
 def _signs(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Returns random signs of the shape of `values`, the same on every device."""
+    # They are drawn on the CPU: each device has random numbers of its own.
     bits = torch.randint(2, values.shape, generator=generator, dtype=torch.int8)
     return (2 * bits - 1).to(values.device)

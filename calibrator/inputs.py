@@ -62,6 +62,7 @@ def input_products(
 
 def _layers(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Linear]:
     """Returns the layers to watch by the source's names of their weights."""
+    # A weight that another module uses too has inputs that no hook here sees.
     uses = Counter(
         id(parameter)
         for module in model.modules()
@@ -107,11 +108,13 @@ class _Watch:
             number = products.number(name)
             diagonal = products.matrix(number).diagonal()
             is_complete = not self._follows[name] or self._followed[name] == self._calls[number]
+            # Infinite inputs make useless sums, and inputs of zeros a singular matrix.
             if not (is_complete and np.isfinite(diagonal).all() and diagonal.any()):
                 products.drop(name)
         return products
 
     def _see(self, name: str, values: torch.Tensor) -> None:
+        # Layers such as query, key and value share one input: one sum serves all of them.
         same = self._last is not None and values is self._last
         if name not in self._follows:
             self._follows[name] = same
@@ -127,6 +130,7 @@ class _Watch:
         self._last, self._last_number = values, number
 
     def _add(self, number: int, inputs: torch.Tensor) -> None:
+        # The sums stay on the CPU: those of all layers together may exceed a GPU.
         total = torch.from_numpy(self._products.matrix(number))
         if inputs.device == total.device:
             total.addmm_(inputs.T, inputs)

@@ -37,12 +37,14 @@ def by_source(model: Any, sums: Sums, known: set[str]) -> dict[str, Sensitivity]
     sensitivities: dict[str, Sensitivity] = {}
     for group in _layers(sums):
         spread = {name: _spread(*sums[name]) for name in group}
+        # Fused tensors can be taken apart only with all parameters of their layer.
         for name, values in adapter.as_saved(model, spread).items():
             target = known_name(name, known)
             if target is not None and values.ndim >= 2:
                 matrix = values.reshape(-1, values.shape[-1]).double()
                 sensitivities[target] = Sensitivity(_array(matrix.sum(0)), _array(matrix.sum(1)))
     for name, other in adapter.tied_parameters(model).items():
+        # A checkpoint holds a tied tensor under one of its names.
         copies = known_name(name, known), known_name(other, known)
         for copy, original in (copies, copies[::-1]):
             if copy is not None and original in sensitivities:
@@ -60,6 +62,7 @@ def _layers(sums: Sums) -> Iterator[list[str]]:
 
 
 def _spread(rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    # The bound keeps a tensor without gradients at 0 in place of NaN.
     total = rows.sum(-1, keepdim=True).clamp_min(1e-37)
     return rows[..., None] * (cols / total)[..., None, :]
 

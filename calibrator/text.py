@@ -75,6 +75,7 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     except Exception as exc:
         raise UsageError(f"no usable tokenizer for a calibration text ({one_line(exc)})") from exc
     length = min(length, _longest(model))
+    # Sequences of one length need no padding, which would count as text.
     count = min(SEQUENCES, len(ids) // length)
     if count < 1:
         raise UsageError(
@@ -100,6 +101,7 @@ def _start_token(config: Any) -> int:
     text = config.get_text_config()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(text, name, None)
+        # Some configs list several end tokens.
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, int) and 0 <= value < text.vocab_size:
             return value

@@ -100,6 +100,7 @@ def sha256_of_descriptor(
     buffer = bytearray(_READ_BYTES)
     view = memoryview(buffer)
     offset = 0
+    # Reads by offset: other threads may use the descriptor.
     while count := os.preadv(descriptor, [view], offset):
         digest.update(view[:count])
         offset += count

@@ -37,6 +37,7 @@ _TABLE = (
     DType("F64", 64, True, 8, True),
     DType("F8_E4M3", 8, True, 1, False),
     DType("F8_E5M2", 8, True, 1, False),
+    # Scales of block formats, and types whose elements do not fill bytes, are stored plainly.
     DType("F8_E8M0", 8, True, 0, False),
     DType("F6_E2M3", 6, True, 0, False),
     DType("F6_E3M2", 6, True, 0, False),

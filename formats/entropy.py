@@ -59,6 +59,7 @@ def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
     counts = symbol_counts(symbols, SAMPLE_STRIDE)
     counts = counts[counts > 0]
     sample = int(counts.sum())
+    # The correction of Miller for a sample, less that for the whole.
     bias = (len(counts) - 1) / (2 * math.log(2)) * (1 / sample - 1 / symbols.size)
     return min(8.0, _total_bits(counts, sample) / sample + bias) * symbols.size
 
@@ -80,6 +81,7 @@ def prefix_code_bits(counts: NDArray[np.int64]) -> int:
     heapq.heapify(heap)
     bits = 0
     while len(heap) > 1:
+        # Each merge adds a bit to every symbol below it.
         pair = heapq.heappop(heap) + heapq.heappop(heap)
         bits += pair
         heapq.heappush(heap, pair)

@@ -52,6 +52,7 @@ def runs(tensor: StoredTensor) -> list[range]:
     step = together
     if tensor.tables is not None:
         tiles = _RANS_SYMBOLS // (min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols))
+        # A run ends where rows end, so that its elements are contiguous in the source.
         step = max(1, tiles // together) * together
     return [range(first, min(first + step, len(grid))) for first in range(0, len(grid), step)]
 
@@ -106,6 +107,7 @@ def _in_order(tensor: StoredTensor, stored: NDArray[np.uint8]) -> NDArray[np.uin
     if tensor.columns is None or tensor.columns.order is None:
         return stored
     source = np.empty_like(stored)
+    # Assignment by index undoes the permutation; reading by it would apply it twice.
     source[:, tensor.columns.order] = stored
     return source
 

@@ -100,6 +100,7 @@ def default_grid(rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS)
     cols_or_1 = max(cols, 1)
     if cols_or_1 <= tile_symbols:
         return Grid(rows, cols, max(1, min(rows, tile_symbols // cols_or_1)), cols_or_1)
+    # Tiles of one size cost less than full ones and a small rest: each has its own code table.
     pieces = -(-cols // tile_symbols)
     return Grid(rows, cols, 1, -(-cols // pieces))
 

@@ -51,6 +51,7 @@ def order_of(groups: NDArray[np.uint8]) -> NDArray[np.int32]:
     >>> order_of(np.array([1, 0, 1, 0, 0], np.uint8)).tolist()
     [1, 3, 4, 0, 2]
     """
+    # A stable sort keeps columns of one group as in the source.
     return np.argsort(groups, kind="stable").astype(np.int32)
 
 

@@ -48,6 +48,7 @@ def bits_from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.uns
     ['3f80', '3f80', '7f80']
     """
     if dtype == "BF16":
+        # Half of the last kept bit is added, one less before an even one: ties go to even.
         bits = np.ascontiguousarray(values).view(np.uint32)
         return (
             (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)

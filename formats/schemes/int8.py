@@ -52,6 +52,7 @@ def channel_scales(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     scales = np.divide(absmax, np.float32(MAX_CODE), dtype=np.float32)
     np.minimum(scales, np.float32(MAX_SCALE), out=scales)
+    # Any scale fits a channel of zeros; this one is normal and the same for each writer.
     scales[absmax == 0] = 1.0
     return scales
 
@@ -80,9 +81,11 @@ def quantize(
     >>> quantize(weights, np.float32(0.5), deadzone=0.25).tolist()
     [2, -1, 0]
     """
+    # Quotients beyond float32 become infinite and are clipped below.
     with np.errstate(over="ignore", invalid="ignore"):
         quotients = np.divide(weights, scales, dtype=np.float32)
         if deadzone:
+            # Both operands are float32: a wider difference would round otherwise.
             quotients -= np.copysign(np.float32(deadzone), quotients)
         nearest = np.rint(quotients)
     if wide:
@@ -174,6 +177,7 @@ def check_scales(scales: NDArray[np.float32], owner: str = "channel") -> None:
     Raises:
         DecodeError: a scale is not in [MIN_SCALE, MAX_SCALE].
     """
+    # Written so that NaN, which fails every comparison, is refused too.
     bad = ~((scales >= np.float32(MIN_SCALE)) & (scales <= np.float32(MAX_SCALE)))
     if bad.any():
         channel = int(bad.argmax())

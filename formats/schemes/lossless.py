@@ -35,6 +35,7 @@ def split_planes(elements: NDArray[np.unsignedinteger], dtype: DType) -> list[ND
     >>> [plane.tolist() for plane in split_planes(elements, DTYPES["BF16"])]
     [[127, 127], [0, 1]]
     """
+    # One width for all element sizes keeps the reference obvious.
     words = elements.astype(np.uint64)
     bits = dtype.bits
     if dtype.rotates:
@@ -61,6 +62,7 @@ def join_planes(planes: list[NDArray[np.uint8]], dtype: DType) -> NDArray[np.uns
     if dtype.rotates:
         mask = np.uint64((1 << bits) - 1)
         words = ((words >> np.uint64(1)) | (words << np.uint64(bits - 1))) & mask
+    # Other bytes are undefined in torch and numpy: two programs could disagree.
     if dtype.name == "BOOL" and (words > 1).any():
         raise DecodeError("a boolean is neither 0 nor 1", got=int(words.max()))
     return words.astype(word_dtype(dtype))

@@ -178,6 +178,7 @@ def conclude(report: Report) -> str:
         meaning,
         advice,
     ]
+    # The first finding explains the stage; the others mostly follow from it.
     more = len(stage.findings) - 1
     if more:
         parts.append(f"The stage has {more} more finding{'s' * (more != 1)}.")

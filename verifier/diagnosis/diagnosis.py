@@ -68,6 +68,7 @@ def diagnose(
     ):
         report.manifest_sha256 = container.manifest_sha256
         check_structure(container, stage, report.warnings)
+    # The second opening pins the manifest: no other container can slip in between.
     if report.manifest_sha256 is not None:
         with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:
             model_files = _source_files(source, container)
@@ -135,6 +136,7 @@ class _Diagnosis:
         with _stage(self._report, "baseline") as stage:
             stages.check_baseline(stage)
         stages.close()
+        # Models hold reference cycles: without this the memory comes back much later.
         gc.collect()
 
     def _examine(self) -> None:
@@ -171,6 +173,7 @@ class _Diagnosis:
             return "the container has no config.json: no model can be built"
         size = int(MODELS_IN_MEMORY * MEMORY_FACTOR * self._source.tensor_bytes)
         available = available_memory()
+        # Models that do not fit would be swapped to the disk, layer after layer.
         if size > available:
             sizes = f"{size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free"
             return f"two models need {sizes}"

@@ -231,8 +231,10 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
         codes, words = part.codes, read_tile(source, tensor.table.grid, part.place)
         weights = float32_from_bits(words, record.dtype)
         if result.not_finite:
+            # They are reported on their own; here they would hide every other difference.
             weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
         result.energy += float(np.square(weights, dtype=np.float64).sum())
+        # Codes that follow from weights and steps are compared one by one, others by their bound.
         if is_repeatable(record):
             steps = asked_steps(tensor, result.scales, part.place)
             _note_difference(result, part.place, codes != repeated(weights, steps, tensor))
@@ -242,6 +244,7 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
         result.per_channel.add_errors(weights - dequantize(codes, tile_steps(tensor, part.place)))
         result.per_channel.add_codes(codes)
         _encode_again(tensor, part, result)
+        # One scale per tensor is measured with the same tiles and the same coder.
         if per_tensor is not None:
             together = quantize(weights, whole)
             per_tensor.add_errors(weights - dequantize(together, whole))
@@ -257,6 +260,7 @@ def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.signedinteger]) -> int
         tensor.record.planes[0].codec,
         np.ascontiguousarray(codes).reshape(-1).view(np.uint8),
     )
+    # The size of a rans chunk follows from its counts: nothing needs to be encoded.
     if main == rans.NAME:
         counts = np.bincount(symbols, minlength=256)
         return min(codes.size, STATE_BYTES + coded_bits(fit_table(counts), counts) // 8)

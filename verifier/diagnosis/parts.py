@@ -82,6 +82,7 @@ def decoded_parts(tensor: StoredTensor, faults: list[CodecLLMError]) -> Iterator
         first, last = start * planes, (start + together) * planes
         slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
         chunks = []
+        # Chunk by chunk: a damaged one must not hide the others.
         for chunk in range(first, last):
             try:
                 chunks.append(tensor.decode_chunk(chunk, slots, first))

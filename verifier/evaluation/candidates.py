@@ -104,6 +104,7 @@ class Candidate:
             SourceError: the files cannot be read.
         """
         rows = list(_COUNTS[self.kind](self.path))
+        # Vectors and embeddings are not where formats differ.
         inner = [row for row in rows if row.rank >= 2 and _INNER.search(row.name)]
         stored_bits, layer_bits = (
             round(8 * sum(row.bytes for row in part)) for part in (rows, inner)
@@ -163,6 +164,7 @@ def _container_tensors(folder: Path) -> Iterator[_Row]:
             sizes |= {name: entry.bytes + of_header for name, entry in header.tensors.items()}
         for record in records:
             if isinstance(record, AliasTensor):
+                # An alias stores no bytes of its own, only its record.
                 yield _Row(record.name, 0, of_manifest, 0)
                 continue
             tensor_bytes = sum(sizes[name] for name in (record.name, *side_names(record)))
@@ -178,6 +180,7 @@ def _folder_tensors(folder: Path) -> Iterator[_Row]:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
+        # The header is as much a part of the stored size as the data.
         of_header = (8 + header_bytes) / max(1, len(header))
         for name, entry in header.items():
             begin, end = entry["data_offsets"]

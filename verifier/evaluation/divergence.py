@@ -74,6 +74,7 @@ class Base:
             window: tokens that a model sees at once; the first of each window is only seen, not
                 predicted.
         """
+        # A window shorter than two tokens predicts nothing.
         parts = [tokens[first : first + window] for first in range(0, len(tokens), window)]
         self._model = model
         self._windows = [torch.tensor([part]) for part in parts if len(part) > 1]
@@ -153,6 +154,7 @@ class Base:
 def _add(
     divergence: Divergence, base: torch.Tensor, other: torch.Tensor, text: torch.Tensor
 ) -> None:
+    # In float32 the error of a sum over the vocabulary can exceed a small divergence.
     p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
     divergence.kl += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
     divergence.same_top += (base.argmax(-1) == other.argmax(-1)).tolist()

@@ -118,6 +118,7 @@ def evaluate(
         raise UsageError("window and number of tokens must be 2 or more")
     models = [find_candidate(candidate) for candidate in candidates]
     reference = find_candidate(base)
+    # The base is loaded first: without its tokenizer no candidate needs to be.
     model = reference.load(dtype, workers)
     tokens = _tokens(reference, model, sample_text() if text is None else text)[:max_tokens]
     reading = Base(model, tokens, min(window, _longest(model)))
@@ -127,6 +128,7 @@ def evaluate(
     for candidate in models:
         other = candidate.load(dtype, workers)
         divergence = reading.compare(other, _reporter(progress, candidate.name))
+        # The next candidate needs the memory: at most two models are loaded.
         del other
         base_perplexity, perplexity = divergence.perplexities
         token_count = len(divergence.kl)

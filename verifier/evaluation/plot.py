@@ -42,6 +42,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
+    # A third of the smallest value puts marks without any distance below the others.
     floor = (
         min((score.mean_kl for score in evaluation.scores if score.mean_kl > 0), default=1.0) / 3
     )

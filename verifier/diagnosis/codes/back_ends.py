@@ -92,6 +92,7 @@ def _decode_torch(tensor: StoredTensor, index: int, device: str) -> NDArray[Any]
     tile, planes = next(
         iter(read_tiles(tensor, range(index, index + tensor.tiles_together), Workspace()))
     )
+    # A copy, since the workspace is used again.
     codes = torch.from_numpy(planes[0].view(np.int8).copy()).to(device)
     scales = torch.from_numpy(scales_of_rows(tensor, tile)).to(device)
     factors = None

@@ -81,6 +81,7 @@ def explain(
         values = f"channel {first} has {stored_scales[first]:.6g}, not {source_scales[first]:.6g}"
         text = f"channels {_listed(wrong)} have each other's scales: {values}"
         return Explanation(Cause.SWAPPED_SCALES, text, first)
+    # Tried before the factor: rounded scales are wrong by a factor too.
     narrow = _narrower(stored_scales, source_scales)
     if narrow is not None:
         values = f"channel {first} has {stored_scales[first]:.9g}, not {source_scales[first]:.9g}"
@@ -90,6 +91,7 @@ def explain(
         return _per_tensor(examined)
     if codes_fit or scales_explain:
         return _step(stored_scales, source_scales, wrong, codes_fit)
+    # Rows that moved took their scales along.
     order = permutation(counts.found_rows, counts.expected_rows)
     if order is not None and np.array_equal(stored_scales, source_scales[order]):
         cause = Cause.HEAD_ORDER if is_attention(tensor.record.name) else Cause.ROW_ORDER
@@ -118,6 +120,7 @@ def scale_fault(examined: Examination) -> Explanation | None:
     if not len(bad):
         return None
     channel = int(bad[0])
+    # The overflow is the point of the test.
     with np.errstate(over="ignore"):
         through = source_scales[channel].astype(np.float16)
     kind = " (float16 ends at 65504)" if np.isinf(through) else ""
@@ -150,6 +153,7 @@ def _count_shifts(
     counts: _Counts, found: NDArray[np.signedinteger], expected: NDArray[np.signedinteger]
 ) -> None:
     """Counts, for each offset, the elements of a chunk that are that far from their place."""
+    # A chunk so short could match by chance.
     if found.size <= 2 * MAX_SHIFT:
         return
     inner = slice(MAX_SHIFT, found.size - MAX_SHIFT)

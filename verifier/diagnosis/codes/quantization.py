@@ -129,6 +129,7 @@ def ratio_account(container: Container, examined: dict[str, Examination]) -> dic
     source = 8 * container.manifest.source.tensor_bytes
     headers = container_bits - payload - scales - plain
     weights = max(1, sum(one.elements for one in examined.values()))
+    # A coder with fewer bits than any code of whole bits has no such loss.
     whole_bits = min(max(0.0, prefix - entropy), max(0.0, payload - entropy))
     single = sum(
         8 * one.per_tensor.stored_bytes + 32
@@ -184,6 +185,7 @@ def channel_notes(one: Examination) -> dict[str, Any]:
         }
     if one.scales is not None and one.absmax is not None:
         is_used = one.absmax > 0
+        # Channels of zeros say nothing about the usual scale.
         median = float(np.median(one.scales[is_used])) if is_used.any() else 1.0
         kinds = {
             "zero": ~is_used,

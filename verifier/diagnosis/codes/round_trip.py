@@ -180,8 +180,10 @@ def _judge(
         explanations.append((one, _explain(container, source, one, head)))
     source_commit = container.manifest.source.commit
     other_commit = source_commit is not None and commit is not None and source_commit != commit
+    # Most of the tensors must differ as trainings do: single ones are damage.
     foreign = sum(explanation.cause in _FOREIGN for _, explanation in explanations)
     most = 2 * foreign > len(explanations) and 2 * len(differing) > len(comparable)
+    # The revision explains all differences at once and is named first.
     if other_commit or most:
         commits = ""
         if other_commit:
@@ -341,6 +343,7 @@ def shift_of(found: Any, expected: Any) -> int | None:
     partner. Both are flat arrays of bits of one size. A constant array is no shifted one.
     """
     size = len(found)
+    # A constant buffer looks the same at every offset.
     if size < 4 or (expected == expected[0]).all():
         return None
     for shift in sorted(_SHIFTS, key=abs):

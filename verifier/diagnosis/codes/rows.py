@@ -41,6 +41,7 @@ def permutation(found: Sequence[int], expected: Sequence[int]) -> NDArray[np.int
     for row, digest in enumerate(found):
         if not places[digest]:
             return None
+        # Equal rows, such as rows of zeros, are matched in order.
         order[row] = places[digest].pop(0)
     return order if (order != np.arange(len(order))).any() else None
 
@@ -76,6 +77,7 @@ def describe_order(order: NDArray[np.int64], head: int | None) -> str:
     moved_rows = int(np.count_nonzero(order != np.arange(len(order))))
     first = int((order != np.arange(len(order))).argmax())
     text = f"{moved_rows} of {len(order)} rows stand in another order, first row {first}"
+    # Without the width of a head, no order of heads can be told.
     if head is None or len(order) % head:
         return text
     blocks = order.reshape(-1, head)

@@ -15,6 +15,7 @@ def relative_error(right: torch.Tensor, found: torch.Tensor) -> float:
     """
     if right.shape != found.shape:
         return float("inf")
+    # NaN in the same places is no difference.
     whole = torch.isfinite(right)
     if not torch.equal(whole, torch.isfinite(found)):
         return float("inf")
@@ -65,6 +66,7 @@ def channel_order(
     ):
         return None
     order = torch.cdist(b.T.double(), a.T.double()).argmin(1)
+    # Two channels with one nearest neighbour are no permutation.
     if len(set(order.tolist())) != len(order) or bool((order == torch.arange(len(order))).all()):
         return None
     return (

@@ -234,6 +234,7 @@ def _blame(
     if key != name and name != layer:
         name = name.rpartition(".")[0]
         text += f"; {name!r} computes that itself"
+    # A permutation explains the error, whatever its size.
     order = channel_order(a, b)
     if order is not None:
         cause = Cause.HEAD_ORDER if _has_attention(name) else Cause.ROW_ORDER
@@ -260,6 +261,7 @@ def bisect(
     if layer_list is None:
         return []
     count = len(layer_list[1])
+    # Few points show the shape; each costs a run of the model.
     points = sorted({round(count * step / BISECT_POINTS) for step in range(BISECT_POINTS + 1)})
     rows = []
     for layers in points:

@@ -102,6 +102,7 @@ def first_layers_of(source: Any, loaded: Any, count: int) -> Iterator[Any]:
             layers[index] = theirs[1][index]
         yield source
     finally:
+        # The caller goes on with its own model, also after an error.
         for index, layer in enumerate(layers_before):
             layers[index] = layer
 
@@ -145,6 +146,7 @@ def _recording(
     handles = []
 
     def keep(name: str, value: Any) -> None:
+        # Modules return tensors, tuples or objects; the first value is the hidden state.
         first = value[0] if isinstance(value, (tuple, list)) and value else value
         if isinstance(first, torch.Tensor) and first.is_floating_point():
             before = calls.pop(name, [])

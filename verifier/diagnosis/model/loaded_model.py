@@ -105,6 +105,7 @@ def _expected_modules(against: Comparison, names: dict[str, str], resident: str)
         return set()
     parameters = dict(against.reference.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = defaultdict(list)
+    # Tied parameters share memory, so an address groups them.
     for name, value in parameters.items():
         groups[value.data_ptr()].append(name)
     expected: set[str] = set()
@@ -307,6 +308,7 @@ def _explain(
     names: dict[str, str],
     stage: Stage,
 ) -> None:
+    # A wrong dtype is one fault; after the cast the values may hold another.
     if found.dtype != right.dtype:
         _fail(
             stage,

@@ -109,6 +109,7 @@ def parameters_of_config(container: Container) -> int:
     """
     config = read_config(container.folder)
     adapter.strip_quantization(config)
+    # The meta device builds modules without data.
     with torch.device("meta"):
         model = adapter.model_class(config)(config)
     return sum(value.numel() for value in model.parameters())

@@ -88,6 +88,7 @@ class ModelStages:
             model = self._load(resident, stage)
             if model is None:
                 continue
+            # The dtype of the loaded model decides to which one int8 tensors are rounded.
             if self._reference is None:
                 self._reference = build_model(
                     self._container, reference_tensors(self._container, model.dtype), model.dtype
@@ -124,6 +125,7 @@ class ModelStages:
         names = layer_names(self._reference)
         self._coder = output.PromptCoder(self._source.folder, self._model.config)
         tokens = prompt_of(self._coder.prompts()[-1].tokens, self._model.config)
+        # A wrong container would make reference and loaded model wrong alike.
         if any(one.differs for one in self._examined.values()):
             self._reference = None
             gc.collect()
@@ -214,6 +216,7 @@ class ModelStages:
         if count is not None:
             stage.facts["first_layers"] = count
             stage.summary = f"first {count} layers from the container: {stage.summary}"
+        # The check of free memory counted on two models.
         self._plain = None
         gc.collect()
 

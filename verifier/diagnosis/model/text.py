@@ -123,6 +123,7 @@ def negative_log_likelihood(model: Any, tokens: list[int]) -> list[float]:
     window, values = min(WINDOW_TOKENS, longest), list[float]()
     for first in range(0, len(tokens) - 1, window):
         part = torch.tensor([tokens[first : first + window]], device=model.device)
+        # A single token predicts nothing.
         if part.shape[1] < 2:
             break
         with torch.inference_mode():
@@ -257,6 +258,7 @@ def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> No
         stage.fail(
             BaselineError(f"logits are NaN or infinite at {lost} positions"), cause=Cause.PRECISION
         )
+    # Small models differ in single tokens; both figures together show a real loss.
     far = facts["mean_kl"] is None or (facts["mean_kl"] > MAX_KL and facts["top1"] < MIN_TOP1)
     for number, row in enumerate(facts["prompts"]):
         if far and row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:

@@ -80,6 +80,7 @@ def explain_weight(suspect: Suspect) -> Explanation:
         return Explanation(
             Cause.WRONG_WEIGHT, f"shape is {list(weight.shape)} for {list(right.shape)}"
         )
+    # From the most specific to the most general: the first that fits is named.
     tests = (_from_scales, _copied, _moved, _rescaled)
     explanation = next((result for test in tests if (result := test(suspect)) is not None), None)
     return explanation or _any_difference(suspect)
@@ -184,6 +185,7 @@ def _rescaled(suspect: Suspect) -> Explanation | None:
     weight, right = (
         value.reshape(suspect.codes.shape).float() for value in (suspect.found, suspect.right)
     )
+    # The least squares factor of each row; rows of zeros have none.
     power = right.square().sum(1)
     factors = torch.where(power > 0, (weight * right).sum(1) / power, torch.ones_like(power))
     remainder = (weight - factors[:, None] * right).abs().amax(1)
@@ -221,6 +223,7 @@ def _any_difference(suspect: Suspect) -> Explanation:
     norms = float(weight.norm() * right.norm())
     correlation = float(weight @ right) / norms if norms else 0.0
     share = int(bad.sum()) / max(1, bad.size)
+    # Most elements differ and nothing is alike: another initialization.
     if share > 0.5 and abs(correlation) < UNRELATED:
         text = (
             f"the weight has nothing to do with the container's (correlation {correlation:+.3f}): "
