@@ -123,7 +123,14 @@ class ChunkTable:
 
 
 def slot_bytes(stored_bytes: Any) -> Any:
-    """Returns the size of a chunk's slot: its stored bytes (a number or an array), zero-padded to a multiple of 16."""
+    """Returns the size of a chunk's slot: its stored bytes, zero padded to a multiple of 16.
+
+    Args:
+        stored_bytes: a number or an integer array.
+
+    >>> slot_bytes(1), slot_bytes(16), slot_bytes(17)
+    (16, 16, 32)
+    """
     return (stored_bytes + (limits.SLOT_ALIGNMENT - 1)) & -limits.SLOT_ALIGNMENT
 
 

@@ -15,11 +15,18 @@ MODULES = sorted(
 )
 WITH_EXAMPLES = [
     "codecllm.formats.checksums",
+    "codecllm.formats.codecs.rans_groups",
+    "codecllm.formats.codecs.rans_reference",
+    "codecllm.formats.codecs.rans_table",
+    "codecllm.formats.codecs.raw",
+    "codecllm.formats.codecs.zstd",
     "codecllm.formats.entropy",
+    "codecllm.formats.limits",
     "codecllm.formats.schemes.columns",
     "codecllm.formats.schemes.float_bits",
     "codecllm.formats.schemes.int8",
     "codecllm.formats.schemes.lossless",
+    "codecllm.formats.shards.chunk_table",
     "codecllm.formats.tiling",
 ]
 
