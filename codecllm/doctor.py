@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -278,20 +278,18 @@ def _feed(folder: Path, device: Any, codecs: Any) -> None:
     Raises:
         DecodeError: it is not what the reference gives.
     """
-    from codecllm.loader.device.feed import DeviceFeed
+    from codecllm.loader.device.engine import DeviceEngine
     from codecllm.loader.device.streams import DeviceStreams
-    from codecllm.loader.host.pool import DecodePool
+    from codecllm.loader.engine import Request
     from codecllm.loader.torch_tensors import torch_dtype
 
-    with Container(folder) as container, DecodePool(2) as pool:
-        feed = DeviceFeed(container, pool, DeviceStreams(device), codecs, None)
-        try:
-            for name, record in container.records.items():
-                _compare(
-                    container, name, feed.take(name, "weight", torch_dtype(record.dtype)).cpu()
-                )
-        finally:
-            feed.close()
+    with (
+        Container(folder) as container,
+        closing(DeviceEngine(container, 2, DeviceStreams(device), codecs)) as engine,
+    ):
+        for name, record in container.records.items():
+            request = Request(name, dtype=torch_dtype(record.dtype))
+            _compare(container, name, engine.take(request).get().cpu())
 
 
 def _compare(container: Container, name: str, tensor: Any) -> None:

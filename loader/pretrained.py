@@ -19,14 +19,15 @@ from codecllm.formats.errors import (
 )
 from codecllm.hub import resolve
 from codecllm.loader.device.codecs import Decoder
-from codecllm.loader.device.feed import DeviceFeeds, has_device, refuse_without_device, sole_device
+from codecllm.loader.device.engines import DeviceEngines
+from codecllm.loader.device.placement import has_device, refuse_without_device, sole_device
 from codecllm.loader.hf import adapter
 from codecllm.loader.hf.folder import read_config, read_generation_config
-from codecllm.loader.host.pool import DecodePool
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter, OnProgress, metered
+from codecllm.loader.reader import CPU, TensorReader
 from codecllm.loader.resident.residency import Residency, ResidentCompressed, ResidentInt8
-from codecllm.loader.state_dict import CPU, TensorReader, lazy_state_dict, main_dtype
+from codecllm.loader.state_dict import lazy_state_dict, main_dtype, prefetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,8 +88,8 @@ def from_pretrained(
             the bits of dense, and the time of decoding the whole model for every forward pass.
         decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there, as far as it can, else on the
             CPU. `cpu`: on the CPU. `nvcomp`, `triton`: zstd by nvCOMP, `rans` by our kernel, or an error that says why not.
-        workers: threads that read and decode, the calling one among them while it waits; None takes one per core up to six, and
-            16 for codec `rans`. For what a GPU decodes no more than three read.
+        workers: threads that read and decode; None takes one per core, without the native core at
+            most six. For tensors that a GPU decodes no more than three read.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;
             None leaves it to transformers' own bar.
@@ -117,24 +118,24 @@ def from_pretrained(
         )
     refuse_without_device(decoder, device_map)
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
-    with (
-        Container(files.folder, expected_manifest_sha256=expected_manifest_sha256) as container,
-        DecodePool(decoding_threads(container, workers)) as pool,
-    ):
+    pinned = expected_manifest_sha256
+    with Container(files.folder, expected_manifest_sha256=pinned) as container:
+        threads = decoding_threads(workers)
         config = _read_config(container, resident)
         wanted = _wanted_dtype(dtype, config, container)
         with (
+            nullcontext() if progress is None else adapter.without_progress_bars(),
             metered(progress, container.manifest.source.tensor_bytes) as meter,
-            DeviceFeeds(container, pool, decoder, meter) as feeds,
+            DeviceEngines(container, threads, decoder) as devices,
             closing(
                 _Load(
                     container,
-                    pool,
+                    threads,
                     config,
                     wanted,
                     workers,
                     meter,
-                    feeds,
+                    devices,
                     device_map,
                     hf_kwargs.get("max_memory"),
                 )
@@ -152,12 +153,12 @@ class _Load:
     def __init__(
         self,
         container: Container,
-        pool: DecodePool,
+        threads: int,
         config: Any,
         dtype: torch.dtype,
         workers: int | None,
         meter: Meter,
-        feeds: DeviceFeeds,
+        devices: DeviceEngines,
         device_map: Any,
         max_memory: Any,
     ) -> None:
@@ -168,8 +169,8 @@ class _Load:
         self._meter = meter
         needed = container.manifest.source.tensor_bytes * max(1, dtype.itemsize // 2)
         device = sole_device(device_map, needed, max_memory)
-        self._feed = feeds.feed(device) if device is not None else None
-        self._reader = TensorReader(container, pool, meter, feeds, device or CPU)
+        self._engine = devices.engine(device) if device is not None else None
+        self._reader = TensorReader(container, threads, meter, devices, device or CPU)
         self._state_dict = lazy_state_dict(self._reader, container, dtype)
 
     def close(self) -> None:
@@ -179,7 +180,7 @@ class _Load:
     def run(self, resident: Resident, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         """Builds the model class and loads the weights; see `from_pretrained`."""
         if resident == "dense":
-            self._reader.expect(value.wanted for value in self._state_dict.values())
+            prefetch(self._reader, self._state_dict)
             model = self._build(hf_kwargs)
         else:
             model = self._run_resident(self._plan(resident), hf_kwargs)
@@ -216,7 +217,12 @@ class _Load:
         if resident == "int8":
             return ResidentInt8(self._container, self._reader, self._state_dict)
         return ResidentCompressed(
-            self._container, self._reader, self._state_dict, self._workers, self._meter, self._feed
+            self._container,
+            self._reader,
+            self._state_dict,
+            self._workers,
+            self._meter,
+            self._engine,
         )
 
     def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -247,7 +253,7 @@ class _Load:
 
     def _asking(self, device_map: Any) -> AbstractContextManager[None]:
         """Returns how weights are asked for: from one thread, but where some go to devices for which none are made ahead."""
-        if adapter.spreads(device_map) and self._feed is None and has_device():
+        if adapter.spreads(device_map) and self._engine is None and has_device():
             return nullcontext()
         return adapter.without_loading_threads()
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from codecllm.loader.hf import adapter
-
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of the tensor just read, the bytes of weights read so far, and all of them."""
 
@@ -38,24 +36,19 @@ def metered(progress: bool | OnProgress | None, total: int) -> Iterator[Meter]:
     """Yields the meter of one load.
 
     Args:
-        progress: None leaves transformers' own bar as the user has set it; True draws ours instead, False draws none, a
-            callback is called instead.
+        progress: True draws a bar; False and None draw none; a callback is called instead.
         total: bytes of all weights, as they are in the source.
     """
-    if progress is None:
-        yield Meter(total, None)
+    if progress is not True:
+        yield Meter(total, progress or None)
         return
-    with adapter.without_progress_bars():
-        if progress is not True:
-            yield Meter(total, progress or None)
-            return
-        columns = (
-            TextColumn("loading"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TextColumn("{task.fields[name]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("loading", total=total, name="")
-            yield Meter(total, lambda name, done, _: bar.update(task, completed=done, name=name))
+    columns = (
+        TextColumn("loading"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=total, name="")
+        yield Meter(total, lambda name, done, _: bar.update(task, completed=done, name=name))

@@ -13,7 +13,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -28,8 +28,8 @@ from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader import from_pretrained
-from codecllm.loader.host.pool import DecodePool
 from codecllm.loader.host.threads import decoding_threads
+from codecllm.loader.host.workers import Job, WorkerThreads
 
 FULL = {
     "hidden_size": 4096,
@@ -152,22 +152,22 @@ def _seconds(machine: Machine, work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _read(folder: Path) -> None:
     """Reads every chunk into memory and compares its checksum, in threads, as a load does."""
-    with Container(folder) as container, DecodePool(decoding_threads(container, None)) as pool:
+    with (
+        Container(folder) as container,
+        closing(WorkerThreads(decoding_threads(None))) as workers,
+    ):
         names = [
             record.name
             for record in container.manifest.tensors
             if record.scheme in ("int8", "lossless")
         ]
-        jobs = []
+        jobs: list[Job] = []
         for tensor in (container.tensor(name) for name in names):
             assert isinstance(tensor, StoredTensor)
             chunks = len(tensor.table.records)
             for first in range(0, chunks, 64):
-                jobs.append(
-                    pool.submit(partial(_read_chunks, tensor, first, min(first + 64, chunks)))
-                )
-        for job in jobs:
-            job.result()
+                jobs.append(partial(_read_chunks, tensor, first, min(first + 64, chunks)))
+        workers.run_all(jobs)
 
 
 def _read_chunks(tensor: StoredTensor, first: int, last: int, _workspace: object) -> None:

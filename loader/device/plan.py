@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
+from codecllm.formats.tile_run import CODES
 from codecllm.loader.device.chunks import WORDS_PER_CHUNK, chunks_of, plane_bytes
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finishes_on_device, side_arrays
-from codecllm.loader.host.decode import CODES
-from codecllm.loader.host.promise import Promise
+from codecllm.loader.engine import Part, Request
+from codecllm.loader.promise import Promise
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 
 PIECE_SYMBOLS = 8 << 20
@@ -31,27 +32,25 @@ ARENA_BYTES = 128 << 20
 ALIGNMENT = 256
 """Alignment of pieces in pinned and device memory: any element type and any vector load."""
 
-Part = Literal["weight", "codes", "payload"]
-"""What of a tensor: its elements; the int8 codes; its chunks as they are stored, checked."""
-
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """A tensor that is wanted on the device.
+class Order:
+    """A request on its way to the device.
 
     Attributes:
-        name: a stored tensor of the container, no alias.
-        part: what of it.
-        dtype: dtype of a weight; None keeps the source's.
-        done: receives the tensor, or the error.
-        out: the tensor once it was allocated.
+        request: the request.
+        promise: receives the tensor, or the error.
+        out: the tensor on the device, from its allocation until it is handed out.
+        hasher: state of the checksum of a plainly stored tensor, which covers all its pieces.
     """
 
-    name: str
-    part: Part
-    dtype: torch.dtype | None
-    done: Promise[torch.Tensor] = field(default_factory=Promise)
+    request: Request
+    promise: Promise[torch.Tensor] = field(default_factory=Promise)
     out: torch.Tensor | None = None
+    hasher: Any = None
+
+    def __post_init__(self) -> None:
+        self.out = self.request.out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +58,7 @@ class Piece:
     """Part of a tensor: what one thread reads, and one kernel or copy finishes.
 
     Attributes:
-        request: the tensor.
+        order: the tensor.
         source: where it is stored.
         shape: dimensions of the whole tensor on the device.
         dtype: its dtype there.
@@ -70,7 +69,7 @@ class Piece:
         ends: whether it is the tensor's last.
     """
 
-    request: Request
+    order: Order
     source: PlainTensor | StoredTensor
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -126,24 +125,25 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def cut(request: Request, container: Container, codecs: DeviceCodecs) -> Iterator[Piece]:
+def cut(order: Order, container: Container, codecs: DeviceCodecs) -> Iterator[Piece]:
     """Opens a tensor and cuts it into pieces.
 
     Raises:
         FormatError: its side data are damaged.
         UnsupportedEnvironmentError: torch lacks its dtype.
     """
+    request = order.request
     source = container.tensor(request.name)
     own = torch_dtype(source.record.dtype, request.name)
     if isinstance(source, PlainTensor):
-        yield from _plain_pieces(request, source, own)
+        yield from _plain_pieces(order, source, own)
     elif request.part == "payload":
         shape = (int(source.table.offsets[-1]),)
         for bands in _runs_of_bands(source):
             first, last = chunks_of(source, bands)
             size = source.slots_bytes(first, last)
             yield Piece(
-                request,
+                order,
                 source,
                 shape,
                 torch.uint8,
@@ -154,13 +154,13 @@ def cut(request: Request, container: Container, codecs: DeviceCodecs) -> Iterato
                 _ends(source, bands),
             )
     else:
-        yield from _coded_pieces(request, source, own, codecs)
+        yield from _coded_pieces(order, source, own, codecs)
 
 
 def _coded_pieces(
-    request: Request, source: StoredTensor, own: torch.dtype, codecs: DeviceCodecs
+    order: Order, source: StoredTensor, own: torch.dtype, codecs: DeviceCodecs
 ) -> Iterator[Piece]:
-    record, grid = source.record, source.table.grid
+    request, record, grid = order.request, source.record, source.table.grid
     dtype = torch.int8 if request.part == "codes" else request.dtype or own
     staged = None if decodes_on_device(source, codecs) else host_dtype(source, request.part, dtype)
     for bands in _runs_of_bands(source):
@@ -169,23 +169,23 @@ def _coded_pieces(
         shape = tuple(record.shape)
         if staged is not None:
             yield Piece(
-                request, source, shape, dtype, staged, bands, symbols * staged.itemsize, 0, ends
+                order, source, shape, dtype, staged, bands, symbols * staged.itemsize, 0, ends
             )
             continue
         stored = aligned(source.slots_bytes(*chunks_of(source, bands)))
         arena = source.table.planes * plane_bytes(symbols)
         sides = sum(aligned(side.nbytes) for side in side_arrays(source, band_rows(source, bands)))
-        yield Piece(request, source, shape, dtype, None, bands, stored + sides, arena, ends)
+        yield Piece(order, source, shape, dtype, None, bands, stored + sides, arena, ends)
 
 
-def _plain_pieces(request: Request, source: PlainTensor, own: torch.dtype) -> Iterator[Piece]:
+def _plain_pieces(order: Order, source: PlainTensor, own: torch.dtype) -> Iterator[Piece]:
     shape = tuple(source.record.shape)
-    elements, dtype = math.prod(shape), request.dtype or own
+    elements, dtype = math.prod(shape), order.request.dtype or own
     step = max(1, PIECE_SYMBOLS // own.itemsize)
     for first in range(0, max(1, elements), step):
         run = range(first, min(first + step, elements))
         yield Piece(
-            request,
+            order,
             source,
             shape,
             dtype,

@@ -1,8 +1,8 @@
-"""Streams, events and pinned memory of a device, and the same for the CPU, where all work is done when a call returns."""
+"""Streams, events and pinned memory of a device."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -128,69 +128,6 @@ class DeviceStreams:
         """See `Streams`."""
         for stream in (self.copy, self.decode, self.side):
             stream.synchronize()
-
-
-class _Done:
-    """An event whose work is done."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-
-class HostStreams:
-    """The same for the CPU, where every call has done its work when it returns.
-
-    With it the tests run the pipeline where there is no GPU (the kernels then run under Triton's interpreter). It shows that
-    the right bytes go to the right places; it cannot show that a wait is missing.
-    """
-
-    def __init__(self) -> None:
-        """There is nothing to make."""
-        self.device = torch.device("cpu")
-        self.copy = self.decode = self.side = None
-
-    def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """See `Streams`."""
-        return nullcontext()
-
-    def here(self) -> AbstractContextManager[Any]:
-        """See `Streams`."""
-        return nullcontext()
-
-    def record(self, stream: Any) -> Event:
-        """See `Streams`."""
-        return _Done()
-
-    def wait(self, stream: Any, event: Event) -> None:
-        """See `Streams`."""
-
-    def follow(self, stream: Any) -> None:
-        """See `Streams`."""
-
-    def current(self) -> Any:
-        """See `Streams`."""
-        return None
-
-    def capturing(self) -> bool:
-        """See `Streams`."""
-        return False
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """See `Streams`."""
-
-    def pinned(self, size: int) -> torch.Tensor:
-        """See `Streams`."""
-        return torch.empty(size, dtype=torch.uint8)
-
-    def handle(self, stream: Any) -> int:
-        """See `Streams`."""
-        return 0
-
-    def synchronize(self) -> None:
-        """See `Streams`."""
 
 
 def is_accelerator(device: torch.device) -> bool:

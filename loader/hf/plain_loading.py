@@ -23,9 +23,9 @@ from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTenso
 from codecllm.formats.shards.side_tensors import CHUNKS, SIDE_TENSORS, SUFFIXES
 from codecllm.formats.stored_tensor import PlainTensor
 from codecllm.hub import resolve
-from codecllm.loader.host.pool import DecodePool
+from codecllm.loader.engine import Request
 from codecllm.loader.host.threads import decoding_threads
-from codecllm.loader.state_dict import TensorReader
+from codecllm.loader.reader import TensorReader
 from codecllm.loader.torch_tensors import is_model_float
 
 _SIDES = [side for side in SIDE_TENSORS if side.decides_meaning]
@@ -49,8 +49,7 @@ class PlainLoad:
             FormatError: the container is damaged.
         """
         self._container = Container(_container_folder(checkpoint_files))
-        self._pool = DecodePool(decoding_threads(self._container, None))
-        self._reader = TensorReader(self._container, self._pool)
+        self._reader = TensorReader(self._container, decoding_threads(None))
         self._records: dict[str, list[CodedTensor]] = {}
         try:
             self._check_plain()
@@ -63,13 +62,12 @@ class PlainLoad:
     def close(self) -> None:
         """Ends the threads and closes the files."""
         self._reader.close()
-        self._pool.close()
         self._container.close()
 
     def expect(self, dtype: torch.dtype) -> None:
         """Starts to decode every coded tensor, floats as `dtype`, before transformers comes to it."""
         names = [record.name for records in self._records.values() for record in records]
-        self._reader.expect((name, "weight", self._wanted(name, dtype)) for name in names)
+        self._reader.prefetch(Request(name, dtype=self._wanted(name, dtype)) for name in names)
 
     def decode(self, collected: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Turns collected stored tensors into decoded ones.

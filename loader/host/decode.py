@@ -19,6 +19,7 @@ from codecllm.formats.errors import DecodeError
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.int8 import codes_hold
 from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile, sound
+from codecllm.formats.tile_run import CODES, WIDE_CODES, decode_natively
 from codecllm.formats.tiling import Tile
 
 JOB_SYMBOLS = 1 << 20
@@ -27,26 +28,16 @@ JOB_SYMBOLS = 1 << 20
 BLOCK_ELEMENTS = 1 << 20
 """Most elements whose intermediate values are held at once, whatever the container's tile size."""
 
-CODES, WIDE_CODES = "I8", "I16"
-"""Targets that ask for the codes of an `int8` tensor instead of its weights: int8, or int16 of a wide one."""
-
 Plane = NDArray[Any]
 """Symbols of a plane, uint8, or the codes of a wide tensor, int16."""
 
 _TORCH_ROUNDED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-FEW_THREADS = 3
-"""Most threads among which short calls on data that stay in the second-level cache are best. More of them wait for the
-interpreter's lock behind each call: there fewer and longer calls gain 25 % (6 to 8 threads on 16 cores)."""
-
-
 class Workspace:
     """Buffers of one thread, grown on demand and used again for every tile."""
 
-    def __init__(self, threads: int = 1) -> None:
-        """Begins empty; `threads` are how many decode at the same time."""
-        self.short_calls = threads <= FEW_THREADS
+    def __init__(self) -> None:
         self._slots = bytearray()
         self._scratch: dict[tuple[np.dtype[Any], int], NDArray[Any]] = {}
 
@@ -233,32 +224,11 @@ def decode_tiles(
     Raises:
         FormatError: a chunk is damaged. Tiles before it were written.
     """
-    if _join_rows(tensor, tiles, out, slots, workspace):
+    if decode_natively(tensor, tiles, out, target, slots):
         return
     for tile, planes in tiles_of(tensor, tiles, slots, workspace):
         place = out[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
         write_tile(tensor, tile, planes, place, target, workspace)
-
-
-def _join_rows(
-    tensor: StoredTensor, tiles: range, out: NDArray[Any], slots: memoryview, workspace: Workspace
-) -> bool:
-    """Does what `decode_tiles` does for lossless tiles of whole rows, each by itself, where that is best; whether it did."""
-    grid, planes, dtype = tensor.table.grid, tensor.table.planes, DTYPES[tensor.record.dtype]
-    if tensor.scales is not None or grid.across != 1 or not tiles or not workspace.short_calls:
-        return False
-    whole = _rows_of(tensor, tiles)
-    if whole.rows * whole.cols > BLOCK_ELEMENTS:
-        return False
-    symbols = tensor.decode_together(tiles.start * planes, tiles.stop * planes, slots)
-    if symbols is None:
-        return False
-    words, at = out[whole.row : whole.row + whole.rows].reshape(1, -1), 0
-    for first in range(0, len(symbols), planes):
-        parts = [np.frombuffer(part, np.uint8)[None] for part in symbols[first : first + planes]]
-        join_planes(parts, dtype, words[:, at : at + parts[0].size], workspace)
-        at += parts[0].size
-    return True
 
 
 def write_tile(

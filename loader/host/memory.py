@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,10 @@ _NUMPY_DTYPES: dict[torch.dtype, Any] = {
     torch.int32: np.int32,
     torch.int64: np.int64,
 }
+
+
+Allocate = Callable[[int], NDArray[np.uint8]]
+"""Returns uninitialised memory, uint8 [size], contiguous and aligned for any element type."""
 
 
 def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -60,51 +63,23 @@ def tensor_over(
 
 
 class SlabMemory:
-    """Gives memory for tensors out; small ones lie together in slabs, which lets the kernel back them by huge pages too.
+    """Allocates memory for tensors; small ones lie together in slabs, which get huge pages too.
 
-    The memory of a slab is freed once none of its tensors is left.
+    The memory of a slab is freed once none of its tensors is left. For one thread.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._slab = np.empty(0, np.uint8)
-        self._noted: list[NDArray[np.uint8]] | None = None
 
     def empty_bytes(self, size: int) -> NDArray[np.uint8]:
-        """As the function of that name."""
-        if size >= _OWN_MEMORY_BYTES:
-            return self._note(empty_bytes(size))
-        if size < _SLAB_TAKES_BYTES:
+        """Does what the function of that name does."""
+        if size >= _OWN_MEMORY_BYTES or size < _SLAB_TAKES_BYTES:
             return empty_bytes(size)
         rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
-        with self._lock:
-            if self._slab.size < rounded:
-                self._slab = self._note(_slab())
-            memory, self._slab = self._slab[:size], self._slab[rounded:]
+        if self._slab.size < rounded:
+            self._slab = _slab()
+        memory, self._slab = self._slab[:size], self._slab[rounded:]
         return memory
-
-    def note(self) -> None:
-        """Begins to note what is taken from the system in large pieces."""
-        self._noted = []
-
-    def noted(self) -> list[NDArray[np.uint8]]:
-        """Returns what was taken since `note`, and ends noting."""
-        noted, self._noted = self._noted, None
-        return noted or []
-
-    def _note(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        if (noted := self._noted) is not None:
-            noted.append(memory)
-        return memory
-
-
-def touch(memory: list[NDArray[np.uint8]]) -> Iterator[None]:
-    """Writes to the pages of memory, so that the kernel supplies them; step by step, each one call without the interpreter."""
-    while memory:
-        piece = memory.pop(0)
-        for begin in range(0, piece.size, _SLAB_BYTES):
-            piece[begin : begin + _SLAB_BYTES : mmap.PAGESIZE] = 0
-            yield
 
 
 class RecycledMemory:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from codecllm.formats.codecs import rans
-from codecllm.formats.container import Container
+from codecllm.formats.codecs import native
 from codecllm.formats.errors import UsageError
 from codecllm.formats.machine import cores
 
 USEFUL_THREADS = 6
-"""Most threads that decode zstd by default: between two calls they share the interpreter's lock.
-
-On 16 cores 6 of them decoded 1.1 billion weights a second, 8 of them 1.0 and 16 of them 0.8.
+"""Most threads that decode without the native core: between two calls they share the interpreter's
+lock. On 16 cores 6 of them decoded 1.1 billion weights a second, 8 of them 1.0 and 16 of them 0.8.
 """
 
-RANS_THREADS = 16
-"""Fewest threads for codec `rans` by default: its decoder in numpy works on chunks of many threads
-together."""
 
-
-def decoding_threads(container: Container, workers: int | None) -> int:
+def decoding_threads(workers: int | None) -> int:
     """Returns the number of threads that read and decode for a load.
 
     Args:
-        container: the container to load.
-        workers: the caller's wish; None takes the fastest number for the container's codecs.
+        workers: the caller's wish; None takes one per core, without the native core at most
+            `USEFUL_THREADS`.
 
     Raises:
         UsageError: `workers` is not positive.
@@ -32,6 +26,4 @@ def decoding_threads(container: Container, workers: int | None) -> int:
         if workers < 1:
             raise UsageError("workers must be 1 or more", got=workers)
         return workers
-    if rans.NAME in container.manifest.required_features:
-        return max(cores(), RANS_THREADS)
-    return min(cores(), USEFUL_THREADS)
+    return cores() if native.core is not None else min(cores(), USEFUL_THREADS)

@@ -19,13 +19,11 @@ from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.host.decode import Workspace, read_tiles, tiles_per_job, write_tile
-from codecllm.loader.host.memory import empty_tensor
-from codecllm.loader.host.pool import DecodePool, Job
+from codecllm.loader.host.memory import empty_bytes, empty_tensor
+from codecllm.loader.host.workers import Job, WorkerThreads
 from codecllm.loader.torch_tensors import (
     DTYPE_NAMES,
     TORCH_DTYPES,
-    Filling,
-    start_keeping,
     words_of,
 )
 
@@ -51,18 +49,21 @@ class SharedDecoder:
     One weight at a time lies in the scratch: `lock` is held from decoding to the end of its use.
     """
 
-    def __init__(self, workers: int | None) -> None:
-        """Starts the threads; they end when nothing refers to the decoder any more."""
-        self.pool = DecodePool(workers)
+    def __init__(self, workers: int) -> None:
+        """Takes `workers` threads; they end when nothing refers to the decoder any more."""
+        self.workers = WorkerThreads(workers)
         self.lock = threading.RLock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._written_to = False
 
-    def hold(self, source: StoredTensor) -> tuple[CompressedTensor, Filling]:
-        """Returns the tensor with memory for its payload, and what fills it; use the tensor only once it is filled."""
-        filling = start_keeping(source)
-        file = InMemoryFile(source.file.name, memoryview(filling.tensor.numpy()))
-        return CompressedTensor(replace(source, file=file, offset=0), self), filling
+    def hold(self, source: StoredTensor) -> tuple[CompressedTensor, torch.Tensor]:
+        """Returns the tensor and memory for its payload, uint8 [payload bytes], to be filled.
+
+        Use the tensor only once its payload is complete and checked.
+        """
+        payload = torch.from_numpy(empty_bytes(int(source.table.offsets[-1])))
+        file = InMemoryFile(source.file.name, memoryview(payload.numpy()))
+        return CompressedTensor(replace(source, file=file, offset=0), self), payload
 
     def decoded(
         self, tensor: CompressedTensor, bands: list[int], dtype: torch.dtype
@@ -187,7 +188,7 @@ class CompressedTensor(CodedMatrix):
             rows = sum(self.height(band) for band in part)
             jobs.append(partial(self._decode_job, part, dtype, out[row : row + rows]))
             row += rows
-        self.decoder.pool.run_all(jobs)
+        self.decoder.workers.run_all(jobs)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the whole matrix in memory of its own."""

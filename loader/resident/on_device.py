@@ -25,10 +25,10 @@ from codecllm.loader.device.chunks import (
     plane_places,
 )
 from codecllm.loader.device.codecs import DeviceCodecs
-from codecllm.loader.device.feed import DeviceFeed
 from codecllm.loader.device.finish import finish_bands, side_arrays, sides_of_rows, to_device
 from codecllm.loader.device.plan import aligned, band_rows
 from codecllm.loader.device.streams import Event, Streams
+from codecllm.loader.engine import Engine, Request, fill
 from codecllm.loader.resident.compressed_modules import CodedMatrix
 
 GROUP_ELEMENTS = 1 << 27
@@ -183,7 +183,7 @@ class DeviceDecoder:
         )
         return tensor
 
-    def load(self, tensors: Sequence[DeviceCompressedTensor], feed: DeviceFeed) -> None:
+    def load(self, tensors: Sequence[DeviceCompressedTensor], engine: Engine) -> None:
         """Brings the payloads of all tensors, and decodes everything once to see that it can be.
 
         Later decoding is of the same bytes; how it went is not read back.
@@ -192,13 +192,13 @@ class DeviceDecoder:
             FormatError: a chunk is damaged or does not decode.
         """
         self._payloads = torch.empty(self._filled, dtype=torch.uint8, device=self.device)
-        places = {}
-        for tensor in tensors:
-            source = tensor.stored
-            places[source.record.name] = self._payloads[
-                tensor.slot : tensor.slot + int(source.table.offsets[-1])
-            ]
-        feed.fill(places)
+        requests = []
+        in_file_order = sorted(tensors, key=lambda t: (t.stored.file.name, t.stored.offset))
+        for tensor in in_file_order:
+            end = tensor.slot + int(tensor.stored.table.offsets[-1])
+            out = self._payloads[tensor.slot : end]
+            requests.append(Request(tensor.stored.record.name, "payload", out=out))
+        fill(engine, requests)
         with self.lock:
             groups = _grouped([block for tensor in tensors for block in tensor.blocks])
             for verdict in [self._launch(group) for group in groups]:

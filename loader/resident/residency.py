@@ -18,11 +18,12 @@ from codecllm.formats.manifest.records import (
 )
 from codecllm.formats.shards.side_tensors import COL_SCALE, SCALE
 from codecllm.formats.stored_tensor import StoredTensor
-from codecllm.loader.device.feed import DeviceFeed
+from codecllm.loader.device.engine import DeviceEngine
 from codecllm.loader.device.plan import decodes_on_device
-from codecllm.loader.host.read_ahead import Request
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter
+from codecllm.loader.promise import Promise
+from codecllm.loader.reader import TensorReader
 from codecllm.loader.resident.compressed_modules import (
     CodedMatrix,
     CompressedWeight,
@@ -31,7 +32,7 @@ from codecllm.loader.resident.compressed_modules import (
 )
 from codecllm.loader.resident.int8_modules import Int8Weight, int8_twin
 from codecllm.loader.resident.on_device import DeviceCompressedTensor, DeviceDecoder
-from codecllm.loader.state_dict import LazyTensor, TensorReader
+from codecllm.loader.state_dict import LazyTensor, prefetch
 
 
 class Residency:
@@ -79,7 +80,7 @@ class Residency:
             ) and self._swap(model, record, group):
                 own_prefix = name.removesuffix(target) if name.endswith(target) else ""
                 self._redirect(name, own_prefix, record, group, tied, dtype)
-        self._reader.expect(value.wanted for value in self._state_dict.values())
+        prefetch(self._reader, self._state_dict)
 
     def finish(self, model: nn.Module) -> None:
         """Verifies the replaced modules and ends their loading; see the subclasses."""
@@ -200,11 +201,11 @@ class ResidentCompressed(Residency):
         state_dict: dict[str, LazyTensor],
         workers: int | None,
         meter: Meter,
-        feed: DeviceFeed | None = None,
+        engine: DeviceEngine | None = None,
     ) -> None:
         """Collects the coded tensors; `workers` threads stay with the model to decode them.
 
-        What the device of `feed` can decode stays in its memory and is decoded there.
+        What the device of `engine` can decode stays in its memory and is decoded there.
 
         Raises:
             UsageError: the container holds none.
@@ -219,12 +220,12 @@ class ResidentCompressed(Residency):
             raise UsageError("resident='compressed' needs coded tensors; this container holds none")
         super().__init__(records, reader, state_dict)
         self._container = container
-        self._decoder = SharedDecoder(decoding_threads(container, workers))
+        self._decoder = SharedDecoder(decoding_threads(workers))
         self._meter = meter
         self._payloads: dict[str, CodedMatrix] = {}
-        self._checked: list[tuple[CodedTensor, Request]] = []
-        self._feed = feed
-        self._device = DeviceDecoder(feed.streams, feed.codecs) if feed is not None else None
+        self._checked: list[tuple[CodedTensor, Promise[torch.Tensor]]] = []
+        self._engine = engine
+        self._device = DeviceDecoder(engine.streams, engine.codecs) if engine is not None else None
         self._on_device: list[DeviceCompressedTensor] = []
 
     def prepare(
@@ -236,11 +237,11 @@ class ResidentCompressed(Residency):
             FormatError: one is damaged or does not decode.
         """
         super().prepare(model, prefix, tied, dtype)
-        if self._device is not None and self._feed is not None and self._on_device:
+        if self._device is not None and self._engine is not None and self._on_device:
             with torch.device(
                 "cpu"
             ):  # transformers calls this where new tensors go to the meta device
-                self._device.load(self._on_device, self._feed)
+                self._device.load(self._on_device, self._engine)
             for tensor in self._on_device:
                 self._meter.add(tensor.stored.record.name, tensor.stored.record.source_bytes)
 
@@ -252,7 +253,7 @@ class ResidentCompressed(Residency):
             ModelMismatchError: a module was replaced again.
         """
         for record, checked in self._checked:
-            self._reader.kept(checked)
+            checked.get()
             self._meter.add(record.name, record.source_bytes)
         for name in self.modules:
             if not isinstance(model.get_submodule(name), CompressedWeight):
@@ -269,16 +270,16 @@ class ResidentCompressed(Residency):
             assert isinstance(source, StoredTensor)
             if (
                 self._device is not None
-                and self._feed is not None
-                and decodes_on_device(source, self._feed.codecs)
+                and self._engine is not None
+                and decodes_on_device(source, self._engine.codecs)
             ):
                 with torch.device("cpu"):
                     held = self._device.hold(source)
                 self._on_device.append(held)
                 self._payloads[record.name] = held
                 return held
-            self._payloads[record.name], filling = self._decoder.hold(source)
-            self._checked.append((record, self._reader.keep(record.name, filling)))
+            self._payloads[record.name], payload = self._decoder.hold(source)
+            self._checked.append((record, self._reader.keep(record.name, payload)))
         return self._payloads[record.name]
 
     def _redirect(

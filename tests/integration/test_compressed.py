@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, UsageError
 from codecllm.loader import from_pretrained
-from codecllm.loader.host.decode import Workspace
+from codecllm.loader.engine import Request
+from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.resident import compressed_modules
 from codecllm.loader.resident.compressed_modules import (
     CompressedEmbedding,
@@ -159,9 +161,9 @@ def _matrices(tmp_path, rows=640, cols=320):
 
 def _tensor(folder):
     with Container(folder) as opened:
-        tensor, filling = compressed_modules.SharedDecoder(2).hold(opened.tensor("w"))
-        for run in filling.runs:
-            run.decode(run.read(bytearray()), Workspace())
+        tensor, payload = compressed_modules.SharedDecoder(2).hold(opened.tensor("w"))
+        with closing(HostEngine(opened, 1)) as engine:
+            engine.take(Request("w", "payload", out=payload)).get()
         return tensor
 
 
@@ -239,20 +241,13 @@ def test_damage_in_memory_is_found_when_the_layer_runs(container):
 
 
 def test_no_thread_outlives_the_model(container):
-    before = set(threading.enumerate())
     model = from_pretrained(container("llama", "int8"), resident="compressed", workers=2)
     logits(model)
-    own = [
-        thread
-        for thread in set(threading.enumerate()) - before
-        if thread.name.startswith("codecllm")
-    ]
-    assert len(own) == 2
+    ended = model.lm_head.tensor.decoder.workers._queue.ended
+    assert not ended.done
     del model
     gc.collect()
-    for thread in own:
-        thread.join(5)
-    assert not any(thread.is_alive() for thread in own)
+    assert ended.wait(20)
 
 
 def test_it_is_not_saved_as_if_it_were_plain(tmp_path, container):

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from codecllm.loader.host.memory import RecycledMemory, SlabMemory, empty_tensor, tensor_over, touch
+from codecllm.loader.host.memory import RecycledMemory, SlabMemory, empty_tensor, tensor_over
 
 SHAPE = (1024, 4096)
 
@@ -87,22 +87,3 @@ def test_tiny_and_empty_tensors_are_made_too():
         shapes = [(0, 5), (3,), (), (200, 200), (2000, 2000)]
         assert [tuple(_tensor(memory, shape, torch.float32).shape) for shape in shapes] == shapes
         assert {_tensor(memory, shape, torch.float32).device.type for shape in shapes} == {"cpu"}
-
-
-def test_what_is_taken_in_large_pieces_is_noted_and_touched():
-    memory = SlabMemory()
-    memory.empty_bytes(5 << 20)
-    memory.note()
-    large, small = memory.empty_bytes(40 << 20), [memory.empty_bytes(1 << 20) for _ in range(17)]
-    tiny = memory.empty_bytes(100)
-    pieces = memory.noted()
-    memory.empty_bytes(5 << 20)
-    assert memory.noted() == []
-    assert [piece.nbytes for piece in pieces] == [40 << 20, 16 << 20, 16 << 20]
-    for part in (large, *small, tiny):
-        part[:] = 1
-    steps = touch(pieces)
-    assert len(list(steps)) == 3 + 1 + 1, "no step is long"
-    assert pieces == []
-    assert all((part.reshape(-1, 4096) == 0).any(axis=1).all() for part in (large, *small))
-    assert tiny.all()

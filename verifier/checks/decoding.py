@@ -20,10 +20,9 @@ from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.reference import scales_bytes
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
+from codecllm.formats.tile_run import CODES, WIDE_CODES
 from codecllm.formats.tiling import Tile
 from codecllm.loader.host.decode import (
-    CODES,
-    WIDE_CODES,
     Workspace,
     join_tiles,
     plan_jobs,

@@ -6,7 +6,7 @@ What it cannot show is that a wait between streams is missing; tests/gpu runs th
 from __future__ import annotations
 
 import ctypes
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import zstandard
 
 from codecllm.formats.container import Container
 from codecllm.loader.device.codecs import NOTHING, DeviceCodecs
-from codecllm.loader.device.feed import DeviceFeed
+from codecllm.loader.device.engine import DeviceEngine
 from codecllm.loader.device.nvcomp import ZstdFrames
-from codecllm.loader.device.streams import HostStreams
-from codecllm.loader.host.pool import DecodePool
+from tests.loader.device.host_streams import HostStreams
 
 CPU = torch.device("cpu")
 KERNELS_ONLY = DeviceCodecs(kernels=True, nvcomp=None, rans=True, reasons={})
@@ -71,14 +70,13 @@ def with_nvcomp(nvcomp: NvcompOfTheHost) -> DeviceCodecs:
 
 
 @contextmanager
-def feed_of(folder: Path, codecs: DeviceCodecs = NOTHING) -> Any:
-    """Yields the opened container and its feed on the device that is the CPU."""
-    with Container(folder) as container, DecodePool(2) as pool:
-        feed = DeviceFeed(container, pool, HostStreams(), codecs, None)
-        try:
-            yield container, feed
-        finally:
-            feed.close()
+def engine_of(folder: Path, codecs: DeviceCodecs = NOTHING) -> Any:
+    """Yields the opened container and its engine on the device that is the CPU."""
+    with (
+        Container(folder) as container,
+        closing(DeviceEngine(container, 2, HostStreams(), codecs)) as engine,
+    ):
+        yield container, engine
 
 
 def _array(address: int, count: int, kind: Any) -> Any:

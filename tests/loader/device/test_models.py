@@ -1,4 +1,4 @@
-"""Whole models through the device's feed; the device is the CPU (see `machine`), so transformers is told nothing new."""
+"""Whole models through the device engine; the device is the CPU (see `machine`)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError, UsageError
 from codecllm.loader import from_pretrained, pretrained
-from codecllm.loader.device import feed as feed_module
-from codecllm.loader.device.feed import DeviceFeeds
-from codecllm.loader.device.streams import HostStreams
+from codecllm.loader.device import engines as engines_module
+from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.resident import on_device as resident
 from codecllm.loader.resident.on_device import DeviceCompressedTensor
 from tests import tampering
 from tests.integration.outputs import logits, same_bits
+from tests.loader.device.host_streams import HostStreams
 from tests.loader.device.machine import CPU, NvcompOfTheHost, with_nvcomp
 
 
@@ -24,18 +24,18 @@ from tests.loader.device.machine import CPU, NvcompOfTheHost, with_nvcomp
 def device(request, monkeypatch):
     """Lets `from_pretrained` take the CPU for a device with nvCOMP; returns the library, which counts its frames."""
     nvcomp = NvcompOfTheHost()
-    feeds = partial(DeviceFeeds, make_streams=lambda _: HostStreams(), types=("cpu",))
-    monkeypatch.setattr(pretrained, "DeviceFeeds", feeds)
+    engines = partial(DeviceEngines, make_streams=lambda _: HostStreams(), types=("cpu",))
+    monkeypatch.setattr(pretrained, "DeviceEngines", engines)
     monkeypatch.setattr(
         pretrained, "sole_device", lambda *_: CPU if request.param == "ahead" else None
     )
-    monkeypatch.setattr(feed_module, "choose_codecs", lambda *_: with_nvcomp(nvcomp))
+    monkeypatch.setattr(engines_module, "choose_codecs", lambda *_: with_nvcomp(nvcomp))
     return nvcomp
 
 
 def _without_device(folder, **options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "DeviceFeeds", DeviceFeeds)
+        patch.setattr(pretrained, "DeviceEngines", DeviceEngines)
         patch.setattr(pretrained, "sole_device", lambda *_: None)
         return from_pretrained(folder, **options)
 
@@ -52,7 +52,7 @@ def test_dense_models_have_the_bits_of_the_cpu_path(container, name, scheme, dev
     assert all(same_bits(theirs[key], ours[key]) for key in theirs)
 
 
-def test_int8_models_get_their_codes_through_the_feed(container, device):
+def test_int8_models_get_their_codes_through_the_engine(container, device):
     folder = container("llama", "int8")
     model = from_pretrained(folder, resident="int8")
     assert device.frames > 0

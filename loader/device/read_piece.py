@@ -43,7 +43,7 @@ def decodes_on_host(piece: Piece) -> bool:
     return (
         isinstance(piece.source, StoredTensor)
         and piece.staged is not None
-        and piece.request.part != "payload"
+        and piece.order.request.part != "payload"
     )
 
 
@@ -89,7 +89,7 @@ def _decode(source: StoredTensor, piece: Piece, buffer: torch.Tensor, workspace:
     grid = source.table.grid
     row, rows = band_rows(source, piece.bands)
     words = words_of(buffer.view(piece.staged), rows, grid.cols)
-    target = target_name(source, piece.request.part, piece.staged)
+    target = target_name(source, piece.order.request.part, piece.staged)
     tiles = range(piece.bands.start * grid.across, piece.bands.stop * grid.across)
     for tile, planes in read_tiles(source, tiles, workspace):
         place = words[tile.row - row : tile.row - row + tile.rows, tile.col : tile.col + tile.cols]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -17,16 +17,16 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, DecodeError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.formats.shards.chunk_table import RECORD
-from codecllm.loader.device import pipeline, plan
+from codecllm.loader.device import issuing, plan, reading
 from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools
 from codecllm.loader.device.codecs import NOTHING
-from codecllm.loader.device.feed import DeviceFeed
-from codecllm.loader.device.streams import HostStreams
-from codecllm.loader.host.pool import DecodePool
-from codecllm.loader.state_dict import TensorReader
+from codecllm.loader.device.engine import DeviceEngine
+from codecllm.loader.engine import Request
+from codecllm.loader.reader import TensorReader
 from codecllm.loader.torch_tensors import file_order, torch_dtype
 from tests import tampering
-from tests.loader.device.machine import KERNELS_ONLY, NvcompOfTheHost, feed_of, with_nvcomp
+from tests.loader.device.host_streams import HostStreams
+from tests.loader.device.machine import KERNELS_ONLY, NvcompOfTheHost, engine_of, with_nvcomp
 from tests.malformed.builders import fix_chunks, make_container, rewrite_shard, split_shard
 from tests.sources import bf16, write_source
 
@@ -82,16 +82,20 @@ def rans_container(tmp_path_factory):
     return base / "container"
 
 
+def _take(engine, name, part="weight", dtype=None):
+    return engine.take(Request(name, part, dtype)).get()
+
+
 def _take_all(folder, codecs):
     """Takes every tensor as its own dtype, decoded ahead, and compares it with the reference."""
-    with feed_of(folder, codecs) as (container, feed):
+    with engine_of(folder, codecs) as (container, engine):
         names = list(file_order(container))
-        wanted = {
-            name: (name, "weight", torch_dtype(container.records[name].dtype)) for name in names
+        requests = {
+            name: Request(name, dtype=torch_dtype(container.records[name].dtype)) for name in names
         }
-        feed.expect(wanted.values())
+        engine.prefetch(requests.values())
         for name in reversed(names):
-            tensor = feed.take(*wanted[name])
+            tensor = engine.take(requests[name]).get()
             assert list(tensor.shape) == container.records[name].shape
             assert _bytes(tensor) == read_tensor_bytes(container, name), name
 
@@ -116,8 +120,9 @@ def test_what_the_device_cannot_decode_is_decoded_on_the_cpu(made, scheme, codec
 def test_small_batches_and_pieces_fit_together(made, monkeypatch):
     """Every tensor spans batches, the ring and the stages go round several times."""
     monkeypatch.setattr(plan, "PIECE_SYMBOLS", 700)
-    for module in (plan, pipeline):
+    for module in (plan, reading, issuing):
         monkeypatch.setattr(module, "SLOT_BYTES", 4096)
+    for module in (plan, issuing):
         monkeypatch.setattr(module, "ARENA_BYTES", 2048)
     for scheme in ("int8", "lossless"):
         _take_all(made[scheme], with_nvcomp(NvcompOfTheHost()))
@@ -128,16 +133,14 @@ def test_other_dtypes_are_those_of_the_cpu_path(made):
     for scheme in ("int8", "lossless"):
         folder = made[scheme]
         with (
-            feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (container, feed),
-            DecodePool(1) as pool,
+            engine_of(folder, with_nvcomp(NvcompOfTheHost())) as (container, engine),
+            closing(TensorReader(container, 1)) as reader,
         ):
-            reader = TensorReader(container, pool)
             for name in ("wide", "tall", "full", COLUMNS, "norm"):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
                     assert torch.equal(
-                        feed.take(name, "weight", dtype), reader.read(name, "weight", dtype)
+                        _take(engine, name, "weight", dtype), reader.read(name, "weight", dtype)
                     ), (name, dtype)
-            reader.close()
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -170,22 +173,22 @@ def test_scales_and_groups_of_columns_and_wide_codes(tmp_path, codecs, wide):
 
 def test_codes_and_payloads(made):
     for codecs in (with_nvcomp(NvcompOfTheHost()), NOTHING):
-        with feed_of(made["int8"], codecs) as (container, feed):
+        with engine_of(made["int8"], codecs) as (container, engine):
             stored = container.tensor("tall")
             assert torch.equal(
-                feed.take("tall", "codes", None), torch.from_numpy(read_codes(stored).copy())
+                _take(engine, "tall", "codes", None), torch.from_numpy(read_codes(stored).copy())
             )
             payload = bytearray(stored.slots_bytes(0, len(stored.table.chunks)))
             stored.file.read_into(stored.offset, memoryview(payload))
-            assert _bytes(feed.take("tall", "payload", None)) == payload
+            assert _bytes(_take(engine, "tall", "payload", None)) == payload
 
 
 def test_many_threads_ask_at_once(made):
     folder, wrong = made["lossless"], []
-    with feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (container, feed):
+    with engine_of(folder, with_nvcomp(NvcompOfTheHost())) as (container, engine):
 
         def ask(name):
-            tensor = feed.take(name, "weight", torch_dtype(container.records[name].dtype))
+            tensor = _take(engine, name, "weight", torch_dtype(container.records[name].dtype))
             if _bytes(tensor) != read_tensor_bytes(container, name):
                 wrong.append(name)
 
@@ -204,11 +207,11 @@ def test_a_flipped_bit_is_named_before_anything_is_decoded(tmp_path, codecs):
     folder = make_container(tmp_path)
     path, byte = tampering.payload_place(folder, "l", 1)
     tampering.flip_bit(path, byte + 3)
-    with feed_of(folder, codecs) as (_, feed):
+    with engine_of(folder, codecs) as (_, engine):
         with pytest.raises(ChecksumError, match="'l' chunk 1"):
-            feed.take("l", "weight", torch.bfloat16)
+            _take(engine, "l", "weight", torch.bfloat16)
         with pytest.raises(ChecksumError, match="'l' chunk 1"):  # the first error stays
-            feed.take("q", "weight", torch.bfloat16)
+            _take(engine, "q", "weight", torch.bfloat16)
 
 
 def test_a_flipped_bit_of_a_plain_tensor_is_named(tmp_path):
@@ -217,8 +220,8 @@ def test_a_flipped_bit_of_a_plain_tensor_is_named(tmp_path):
         plain = container.tensor("n")
         path, byte = folder / plain.file.name, plain.offset
     tampering.flip_bit(path, byte + 3)
-    with feed_of(folder) as (_, feed), pytest.raises(ChecksumError, match="tensor 'n'"):
-        feed.take("n", "weight", torch.float32)
+    with engine_of(folder) as (_, engine), pytest.raises(ChecksumError, match="tensor 'n'"):
+        _take(engine, "n", "weight", torch.float32)
 
 
 def test_what_nvcomp_reports_names_the_chunk(tmp_path):
@@ -231,10 +234,10 @@ def test_what_nvcomp_reports_names_the_chunk(tmp_path):
         ),
     ):
         with (
-            feed_of(folder, with_nvcomp(nvcomp)) as (_, feed),
+            engine_of(folder, with_nvcomp(nvcomp)) as (_, engine),
             pytest.raises(DecodeError, match=message),
         ):
-            feed.take("l", "weight", torch.bfloat16)
+            _take(engine, "l", "weight", torch.bfloat16)
 
 
 def test_a_frame_of_another_size_never_reaches_nvcomp(tmp_path):
@@ -253,10 +256,10 @@ def test_a_frame_of_another_size_never_reaches_nvcomp(tmp_path):
     rewrite_shard(folder, edit)
     message = r"'l' chunk 0 at byte \d+: frame declares a wrong size, got 1048576"
     with (
-        feed_of(folder, with_nvcomp(nvcomp)) as (_, feed),
+        engine_of(folder, with_nvcomp(nvcomp)) as (_, engine),
         pytest.raises(DecodeError, match=message),
     ):
-        feed.take("l", "weight", torch.bfloat16)
+        _take(engine, "l", "weight", torch.bfloat16)
     assert nvcomp.frames == 0
 
 
@@ -279,10 +282,10 @@ def test_a_forbidden_code_is_found_on_the_device(tmp_path):
     tampering.reseal(folder, lambda document: _set_stored(document, stored))
     message = r"'q' chunk 0 at byte \d+: code -128 is not allowed"
     with (
-        feed_of(folder, with_nvcomp(NvcompOfTheHost())) as (_, feed),
+        engine_of(folder, with_nvcomp(NvcompOfTheHost())) as (_, engine),
         pytest.raises(DecodeError, match=message),
     ):
-        feed.take("q", "weight", torch.bfloat16)
+        _take(engine, "q", "weight", torch.bfloat16)
 
 
 def test_corrupt_rans_words_end_in_an_error_that_names_the_chunk(rans_container, tmp_path):
@@ -294,10 +297,10 @@ def test_corrupt_rans_words_end_in_an_error_that_names_the_chunk(rans_container,
 
     rewrite_shard(folder, edit)
     with (
-        feed_of(folder, KERNELS_ONLY) as (_, feed),
+        engine_of(folder, KERNELS_ONLY) as (_, engine),
         pytest.raises(DecodeError, match=r"'q' chunk 0 at byte .*rans chunk"),
     ):
-        feed.take("q", "weight", torch.float32)
+        _take(engine, "q", "weight", torch.float32)
 
 
 def _sizes(folder):
@@ -311,11 +314,11 @@ def _set_stored(document, stored):
     record["planes"][0]["stored_bytes"] = stored
 
 
-def test_a_closed_feed_answers_at_once(made):
-    with feed_of(made["lossless"]) as (_, feed):
+def test_a_closed_engine_answers_at_once(made):
+    with engine_of(made["lossless"]) as (_, engine):
         pass
     with pytest.raises(RuntimeError, match="closed"):
-        feed.take("wide", "weight", torch.bfloat16)
+        _take(engine, "wide", "weight", torch.bfloat16)
 
 
 class _Broken(HostStreams):
@@ -328,15 +331,15 @@ class _Broken(HostStreams):
         self.record(None)
 
 
-def test_a_broken_device_lets_nobody_wait(made):
-    with Container(made["lossless"]) as container, DecodePool(2) as pool:
-        feed = DeviceFeed(container, pool, _Broken(), NOTHING, None)
-        feed.expect([("wide", "weight", None), ("tall", "weight", None)])
+def test_a_broken_device_lets_no_thread_wait(made):
+    with Container(made["lossless"]) as container:
+        engine = DeviceEngine(container, 2, _Broken(), NOTHING)
+        engine.prefetch([Request("wide"), Request("tall")])
         answers = []
 
         def take(name):
             with pytest.raises(RuntimeError, match="illegal memory access"):
-                feed.take(name, "weight", None)
+                _take(engine, name)
             answers.append(name)
 
         threads = [
@@ -348,75 +351,19 @@ def test_a_broken_device_lets_nobody_wait(made):
         for thread in threads:
             thread.join(30)
         assert sorted(answers) == ["full", "tall", "wide"]
-        feed.close()
+        engine.close()
 
 
-def test_closing_that_ctrl_c_ends_still_ends_the_thread(made, monkeypatch):
-    with Container(made["lossless"]) as container, DecodePool(2) as pool:
-        feed = DeviceFeed(container, pool, HostStreams(), NOTHING, None)
-        feed.expect([("wide", "weight", None)])
-
-        def interrupted(pipeline, error):
-            if threading.current_thread() is threading.main_thread():
-                raise KeyboardInterrupt
-            fail(pipeline, error)
-
-        fail = pipeline.DevicePipeline._fail
-        monkeypatch.setattr(pipeline.DevicePipeline, "_fail", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            feed.close()
-        feed._pipeline._thread.join(30)
-        assert not feed._pipeline._thread.is_alive()
-
-
-_INTERRUPTED = """
-import faulthandler, os, random, signal, sys
-from codecllm.formats.container import Container
-from codecllm.loader.device.codecs import NOTHING
-from codecllm.loader.device.feed import DeviceFeed
-from codecllm.loader.device.streams import HostStreams
-from codecllm.loader.host.pool import DecodePool
-from codecllm.loader.torch_tensors import file_order
-
-faulthandler.dump_traceback_later(100, exit=True)
-rng, interrupted, armed = random.Random(7), 0, False
-
-def interrupt(*_):
-    if armed: raise KeyboardInterrupt
-
-signal.signal(signal.SIGALRM, interrupt)
-with Container(sys.argv[1]) as container, DecodePool(2) as pool:
-    wanted = [(name, "weight", None) for name in file_order(container)]
-    for turn in range(400):
-        feed = None
-        try:
-            try:
-                armed = True
-                signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.02 + 1e-5)
-                feed = DeviceFeed(container, pool, HostStreams(), NOTHING, None)
-                feed.expect(wanted)
-                for key in wanted:
-                    try:
-                        feed.take(*key)
-                    except KeyboardInterrupt:  # as somebody who tries once more
-                        interrupted += 1
-                        feed.take(*key)
-            finally:
-                armed = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                if feed is not None: feed.close()
-        except KeyboardInterrupt:
-            interrupted += 1
-print(interrupted, flush=True)
-os._exit(0)  # threads of feeds that were interrupted while they were made are just ending, some inside torch
-"""
-
-
-def test_ctrl_c_at_any_moment_lets_nobody_wait(made):
-    command = [sys.executable, "-c", _INTERRUPTED, str(made["lossless"])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 40
+def test_closing_may_be_interrupted_and_done_again(made, monkeypatch):
+    with Container(made["lossless"]) as container:
+        engine = DeviceEngine(container, 2, HostStreams(), NOTHING)
+        engine.prefetch([Request("wide")])
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._ended, "wait", lambda *_: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                engine.close()
+        engine.close()
+        assert engine._ended.done
 
 
 def test_tables_reach_the_device_even_where_new_tensors_go_to_meta(rans_container):

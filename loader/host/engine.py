@@ -1,0 +1,222 @@
+"""Tensors decoded on the CPU before they are taken: reading, checking, decoding and casting overlap.
+
+    caller         puts messages into the coordinator's queue and waits for promises
+    coordinator    one thread: plans tensors in the order of the prefetch, while the budget lasts
+    workers        each takes the next run of tiles: reads, checks, decodes and casts it
+
+Only the coordinator's thread touches the order and the budget, so they need no lock. No tensor is
+handed from worker to worker: under the interpreter's lock each hand-over costs as much as decoding
+some kilobytes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+
+from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
+from codecllm.loader.engine import Part, Request
+from codecllm.loader.host.announce import Announcer
+from codecllm.loader.host.decode import Workspace
+from codecllm.loader.host.filling import PendingTensor, plan_tensor
+from codecllm.loader.host.memory import Allocate, SlabMemory
+from codecllm.loader.host.workers import Job, WorkerThreads
+from codecllm.loader.promise import Promise
+
+BUDGET_BYTES = 256 << 20
+"""Upper bound on bytes decoded or in flight but not yet taken; one larger tensor is allowed."""
+
+
+class HostEngine:
+    """Decodes tensors of a container into the memory of the CPU; see `engine.Engine`."""
+
+    def __init__(
+        self,
+        container: Container,
+        threads: int,
+        *,
+        allocate: Allocate | None = None,
+        budget: int = BUDGET_BYTES,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            container: where the tensors are stored.
+            threads: number of workers.
+            allocate: returns memory for tensors, called by one thread; None takes new memory.
+            budget: see `BUDGET_BYTES`.
+
+        Raises:
+            UsageError: `threads` is not positive.
+        """
+        self._container = container
+        self._allocate = allocate if allocate is not None else SlabMemory().empty_bytes
+        self._budget = budget
+        self._workers = WorkerThreads(threads)
+        self._coordinator = WorkerThreads(1, "codecllm-coordinator")
+        self._process = os.getpid()
+        self._announcer = Announcer()
+        self._error: BaseException | None = None
+        self._promises: dict[Request, Promise[torch.Tensor]] = {}
+        self._in_flight: set[_InFlight] = set()
+        self._jobs: deque[tuple[_InFlight, Job]] = deque()
+        # Only the coordinator uses these.
+        self._waiting: OrderedDict[Request, None] = OrderedDict()
+        self._untaken: dict[Request, int] = {}
+        self._untaken_bytes = 0
+        self._prefetched: dict[tuple[str, Part], Request] = {}
+
+    def prefetch(self, requests: Iterable[Request]) -> None:
+        """See `engine.Engine`; as many tensors are decoded ahead as the budget allows."""
+        new = {request: Promise[torch.Tensor]() for request in requests}
+        for request in new.keys() & self._promises.keys():
+            del new[request]
+        self._promises.update(new)
+        self._post(self._on_prefetch, list(new))
+
+    def take(self, request: Request) -> Promise[torch.Tensor]:
+        """See `engine.Engine`; a tensor that was not begun goes first.
+
+        Raises:
+            RuntimeError: in a process that was forked from the one that made the engine.
+        """
+        if self._process != os.getpid():
+            raise RuntimeError("a load cannot go on in a forked process")
+        # The coordinator removes the promise: a caller that Ctrl-C interrupts here and that asks
+        # again gets the same one.
+        promise = self._promises.setdefault(request, Promise())
+        self._post(self._on_take, request)
+        if self._error is not None:  # the coordinator may have ended
+            promise.fail(self._error)
+        return promise
+
+    def close(self) -> None:
+        """See `engine.Engine`."""
+        self._break(RuntimeError("the load has ended"))
+        self._coordinator.close()
+        self._workers.close()
+        self._break(RuntimeError("the load has ended"))  # for what came meanwhile
+
+    def _post(self, handler: Callable[..., None], *arguments: object) -> None:
+        self._coordinator.submit(partial(self._handle, handler, arguments))
+
+    def _handle(
+        self, handler: Callable[..., None], arguments: tuple[object, ...], workspace: Workspace
+    ) -> None:
+        try:
+            if self._error is None:
+                handler(*arguments)
+        except BaseException as exc:  # no tensor is to blame: nothing can go on
+            self._break(exc)
+
+    def _break(self, error: BaseException) -> None:
+        """Fails all promises that are not kept; the first error stays for later ones."""
+        self._error = self._error or error
+        for promise in list(self._promises.copy().values()):
+            promise.fail(self._error)
+        for pending in list(self._in_flight.copy()):
+            pending.promise.fail(self._error)
+
+    def _on_prefetch(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._waiting[request] = None
+            self._prefetched[request.name, request.part] = request
+        self._start_waiting()
+
+    def _on_take(self, request: Request) -> None:
+        promise = self._promises.pop(request, None)
+        if promise is None:  # another thread took it at the same moment: both have its promise
+            return
+        expected = self._prefetched.pop((request.name, request.part), None)
+        started = expected is not None and self._forget(expected)
+        if expected is not None and expected != request:
+            # Taken with another dtype: the prefetched tensor will never be taken.
+            self._promises.pop(expected, None)
+            started = False
+        if not started:
+            self._start(request, promise, first=True)
+        self._start_waiting()
+
+    def _forget(self, request: Request) -> bool:
+        """Takes a prefetched tensor out of the order and the budget; whether it was started."""
+        self._waiting.pop(request, None)
+        size = self._untaken.pop(request, None)
+        self._untaken_bytes -= size or 0
+        return size is not None
+
+    def _start_waiting(self) -> None:
+        """Starts prefetched tensors in their order while the budget lasts."""
+        while self._waiting:
+            request = next(iter(self._waiting))
+            size = self._size(request)
+            if self._untaken and self._untaken_bytes + size > self._budget:
+                return
+            del self._waiting[request]
+            self._untaken[request] = size
+            self._untaken_bytes += size
+            self._start(request, self._promises[request], first=False)
+
+    def _size(self, request: Request) -> int:
+        """Returns about how many bytes a tensor takes."""
+        record = self._container.records[request.name]
+        if request.part != "weight":
+            return record.elements
+        if request.dtype is not None:
+            return record.elements * request.dtype.itemsize
+        return record.elements * DTYPES[record.dtype].itemsize
+
+    def _start(self, request: Request, promise: Promise[torch.Tensor], *, first: bool) -> None:
+        """Plans a tensor and queues its jobs, before all others or behind them."""
+        try:
+            source = self._container.tensor(request.name)
+            self._announcer.announce(source)
+            planned = plan_tensor(source, request, self._allocate)
+        except Exception as exc:
+            promise.fail(exc)
+            return
+        if not planned.jobs:
+            promise.give(planned.tensor)
+            return
+        pending = _InFlight(planned, promise)
+        self._in_flight.add(pending)
+        jobs = [(pending, job) for job in planned.jobs]
+        if first:
+            self._jobs.extendleft(reversed(jobs))
+        else:
+            self._jobs.extend(jobs)
+        for _ in jobs:
+            self._workers.submit(self._run_next)
+
+    def _run_next(self, workspace: Workspace) -> None:
+        """Runs the first job of the queue, in a worker."""
+        pending, job = self._jobs.popleft()
+        if not pending.promise.done:
+            try:
+                job(workspace)
+            except BaseException as exc:
+                pending.promise.fail(exc)
+        if pending.job_ended():
+            pending.promise.give(pending.tensor)
+            self._in_flight.discard(pending)
+
+
+class _InFlight:
+    """A tensor whose jobs are queued or run."""
+
+    def __init__(self, planned: PendingTensor, promise: Promise[torch.Tensor]) -> None:
+        self.tensor = planned.tensor
+        self.promise = promise
+        self._jobs_left = len(planned.jobs)
+        self._lock = threading.Lock()  # of workers, which Ctrl-C does not interrupt
+
+    def job_ended(self) -> bool:
+        """Counts a job that has ended; returns whether it was the last."""
+        with self._lock:
+            self._jobs_left -= 1
+            return not self._jobs_left
