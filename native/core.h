@@ -68,6 +68,16 @@ int rans_decode(const uint8_t *stored, size_t stored_bytes, const rans_table *ta
                 size_t raw_bytes);
 
 typedef struct {
+    const uint8_t *stored;
+    size_t stored_bytes;
+    uint8_t *symbols;
+    size_t raw_bytes;
+} rans_chunk;
+
+/* Decodes two chunks of one table side by side: a step waits for its look-ups, which those of the other chunk fill. */
+int rans_decode_pair(const rans_chunk chunk[2], const rans_table *table);
+
+typedef struct {
     uint64_t reciprocal;
     uint32_t limit; /* states from there on emit a word; as state >> (32 - precision) */
     uint32_t complement;
@@ -128,6 +138,8 @@ typedef struct {
     const char *name;
     /* Decodes whole steps while at least 32 words are left; returns how many of `steps`. */
     size_t (*rans_steps)(rans_lanes *lanes, const rans_table *table, uint8_t *out, size_t steps);
+    /* The same for two chunks at once, or NULL where that gains nothing. */
+    size_t (*rans_pair_steps)(rans_lanes lanes[2], const rans_table *table, uint8_t *const out[2], size_t steps);
     /* Encodes whole steps, the last one first, to the bytes before `at`; returns where the words begin then, NULL for a
      * symbol without frequency. */
     uint8_t *(*rans_encode_steps)(uint32_t state[LANES], const uint8_t *symbols, size_t steps, const rans_coder *coder,

@@ -1,8 +1,8 @@
 /* The bodies of the kernels. Each kernels_*.c includes this once, under the instruction set that it is named for, so
  * that the compiler vectorizes the plain loops; only what it cannot vectorize is written by hand there.
  *
- * The including file defines KERNELS and NAME, and may define RANS_STEPS, RANS_ENCODE_STEPS and
- * XXH3_STRIPES.
+ * The including file defines KERNELS and NAME, and may define RANS_STEPS, RANS_PAIR_STEPS,
+ * RANS_ENCODE_STEPS and XXH3_STRIPES.
  */
 #include "core.h"
 
@@ -46,6 +46,10 @@ static size_t rans_steps_plain(rans_lanes *lanes, const rans_table *table, uint8
         return plain_steps(lanes, table, out, steps, 1);
     return plain_steps(lanes, table, out, steps, 0);
 }
+#endif
+
+#ifndef RANS_PAIR_STEPS
+#define RANS_PAIR_STEPS NULL
 #endif
 
 #ifndef RANS_ENCODE_STEPS
@@ -312,6 +316,6 @@ static uint32_t quantize(const void *words, int itemsize, size_t count, float sc
 }
 
 const kernel_set KERNELS = {
-    NAME,         RANS_STEPS,   RANS_ENCODE_STEPS, XXH3_STRIPES, join,    split,
-    dequantize8,  dequantize16, widen,             has_lowest,   largest, quantize,
+    NAME,         RANS_STEPS,   RANS_PAIR_STEPS, RANS_ENCODE_STEPS, XXH3_STRIPES, join,     split,
+    dequantize8,  dequantize16, widen,           has_lowest,        largest,      quantize,
 };

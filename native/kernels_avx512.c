@@ -15,6 +15,7 @@
 #define KERNELS kernels_avx512
 #define NAME "avx512"
 #define RANS_STEPS rans_steps_avx512
+#define RANS_PAIR_STEPS rans_pair_steps_avx512
 #define RANS_ENCODE_STEPS rans_encode_steps_avx512
 #define XXH3_STRIPES xxh3_stripes_avx512
 
@@ -45,6 +46,12 @@ static inline __attribute__((always_inline)) __m512i sixteen_lanes(__m512i *stat
     return symbol;
 }
 
+static inline __attribute__((always_inline)) void store_symbols(uint8_t *out, __m512i low, __m512i high)
+{
+    _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(low));
+    _mm_storeu_si128((__m128i *)(out + 16), _mm512_cvtepi32_epi8(high));
+}
+
 static inline __attribute__((always_inline)) size_t avx512_steps(rans_lanes *lanes, const rans_table *table,
                                                                  uint8_t *out, size_t steps, int packed)
 {
@@ -54,8 +61,7 @@ static inline __attribute__((always_inline)) size_t avx512_steps(rans_lanes *lan
     for (; step < steps && last - words >= 2 * LANES; step++, out += LANES) {
         __m512i first = sixteen_lanes(&low, table, &words, packed);
         __m512i second = sixteen_lanes(&high, table, &words, packed);
-        _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(first));
-        _mm_storeu_si128((__m128i *)(out + 16), _mm512_cvtepi32_epi8(second));
+        store_symbols(out, first, second);
     }
     _mm512_storeu_si512(lanes->state, low);
     _mm512_storeu_si512(lanes->state + 16, high);
@@ -69,6 +75,38 @@ static size_t rans_steps_avx512(rans_lanes *lanes, const rans_table *table, uint
     if (table->precision == MIN_PRECISION)
         return avx512_steps(lanes, table, out, steps, 1);
     return avx512_steps(lanes, table, out, steps, 0);
+}
+
+static inline __attribute__((always_inline)) size_t avx512_pair_steps(rans_lanes lanes[2], const rans_table *table,
+                                                                      uint8_t *const out[2], size_t steps, int packed)
+{
+    __m512i low0 = _mm512_loadu_si512(lanes[0].state), high0 = _mm512_loadu_si512(lanes[0].state + 16);
+    __m512i low1 = _mm512_loadu_si512(lanes[1].state), high1 = _mm512_loadu_si512(lanes[1].state + 16);
+    const uint8_t *words0 = lanes[0].words, *last0 = words0 + 2 * lanes[0].left;
+    const uint8_t *words1 = lanes[1].words, *last1 = words1 + 2 * lanes[1].left;
+    size_t step = 0;
+    for (; step < steps && last0 - words0 >= 2 * LANES && last1 - words1 >= 2 * LANES; step++) {
+        __m512i first0 = sixteen_lanes(&low0, table, &words0, packed);
+        __m512i first1 = sixteen_lanes(&low1, table, &words1, packed);
+        store_symbols(out[0] + step * LANES, first0, sixteen_lanes(&high0, table, &words0, packed));
+        store_symbols(out[1] + step * LANES, first1, sixteen_lanes(&high1, table, &words1, packed));
+    }
+    _mm512_storeu_si512(lanes[0].state, low0);
+    _mm512_storeu_si512(lanes[0].state + 16, high0);
+    _mm512_storeu_si512(lanes[1].state, low1);
+    _mm512_storeu_si512(lanes[1].state + 16, high1);
+    lanes[0].words = words0;
+    lanes[1].words = words1;
+    lanes[0].left = (size_t)(last0 - words0) / 2;
+    lanes[1].left = (size_t)(last1 - words1) / 2;
+    return step;
+}
+
+static size_t rans_pair_steps_avx512(rans_lanes lanes[2], const rans_table *table, uint8_t *const out[2], size_t steps)
+{
+    if (table->precision == MIN_PRECISION)
+        return avx512_pair_steps(lanes, table, out, steps, 1);
+    return avx512_pair_steps(lanes, table, out, steps, 0);
 }
 
 /* Encodes a symbol of each of sixteen lanes; `empty` gathers lanes whose symbol has no frequency. */

@@ -78,27 +78,55 @@ static int decode_one(rans_lanes *lanes, int lane, const rans_table *table, uint
     return 0;
 }
 
+static int begin(const rans_chunk *chunk, rans_lanes *lanes)
+{
+    if (chunk->stored_bytes < STATE_BYTES || chunk->stored_bytes % 2)
+        return -1;
+    for (int lane = 0; lane < LANES; lane++) {
+        lanes->state[lane] = load32(chunk->stored + 4 * lane);
+        if (lanes->state[lane] < LOWER)
+            return -1;
+    }
+    lanes->words = chunk->stored + STATE_BYTES;
+    lanes->left = (chunk->stored_bytes - STATE_BYTES) / 2;
+    return 0;
+}
+
+/* Decodes what is left behind `done` symbols, a multiple of 32. */
+static int finish(const rans_chunk *chunk, rans_lanes *lanes, const rans_table *table, size_t done)
+{
+    uint8_t *symbols = chunk->symbols;
+    size_t raw_bytes = chunk->raw_bytes;
+    done += LANES * kernels()->rans_steps(lanes, table, symbols + done, (raw_bytes - done) / LANES);
+    for (; done < raw_bytes; done++)
+        if (decode_one(lanes, (int)(done % LANES), table, symbols + done))
+            return -1;
+    for (int lane = 0; lane < LANES; lane++)
+        if (lanes->state[lane] != LOWER)
+            return -1;
+    return lanes->left ? -1 : 0;
+}
+
 int rans_decode(const uint8_t *stored, size_t stored_bytes, const rans_table *table, uint8_t *symbols,
                 size_t raw_bytes)
 {
+    rans_chunk chunk = {stored, stored_bytes, symbols, raw_bytes};
     rans_lanes lanes;
-    if (stored_bytes < STATE_BYTES || stored_bytes % 2)
+    return begin(&chunk, &lanes) ? -1 : finish(&chunk, &lanes, table, 0);
+}
+
+int rans_decode_pair(const rans_chunk chunk[2], const rans_table *table)
+{
+    rans_lanes lanes[2];
+    uint8_t *const out[2] = {chunk[0].symbols, chunk[1].symbols};
+    size_t shorter = chunk[0].raw_bytes < chunk[1].raw_bytes ? chunk[0].raw_bytes : chunk[1].raw_bytes, steps = 0;
+    if (begin(&chunk[0], &lanes[0]) || begin(&chunk[1], &lanes[1]))
         return -1;
-    for (int lane = 0; lane < LANES; lane++) {
-        lanes.state[lane] = load32(stored + 4 * lane);
-        if (lanes.state[lane] < LOWER)
-            return -1;
-    }
-    lanes.words = stored + STATE_BYTES;
-    lanes.left = (stored_bytes - STATE_BYTES) / 2;
-    size_t done = LANES * kernels()->rans_steps(&lanes, table, symbols, raw_bytes / LANES);
-    for (; done < raw_bytes; done++)
-        if (decode_one(&lanes, (int)(done % LANES), table, symbols + done))
-            return -1;
-    for (int lane = 0; lane < LANES; lane++)
-        if (lanes.state[lane] != LOWER)
-            return -1;
-    return lanes.left ? -1 : 0;
+    if (kernels()->rans_pair_steps)
+        steps = kernels()->rans_pair_steps(lanes, table, out, shorter / LANES);
+    return finish(&chunk[0], &lanes[0], table, LANES * steps) || finish(&chunk[1], &lanes[1], table, LANES * steps)
+               ? -1
+               : 0;
 }
 
 int rans_build_coder(const uint16_t frequency[256], int precision, rans_coder *coder)

@@ -138,7 +138,7 @@ static int is_possible(const tile_run *run)
            run->last_tile <= tiles && run->last_tile - run->first_tile <= UINT32_MAX / MAX_PLANES;
 }
 
-/* Scratch: symbols of each plane of a tile, one row of 16-bit codes, one of elements, one of factors. */
+/* Scratch: symbols of each plane of two tiles, one row of 16-bit codes, one of elements, one of factors. */
 static size_t row_scratch(const tile_run *run)
 {
     return (size_t)(least(run->tile_cols, run->cols) + 15) / 16 * 16 * (sizeof(float) + 4 + sizeof(int16_t));
@@ -153,7 +153,7 @@ size_t decode_run_scratch(const tile_run *run)
 {
     if (!is_possible(run))
         return 0;
-    return sizeof(rans_table) + (size_t)run->planes * plane_scratch(run) + row_scratch(run) + 64;
+    return sizeof(rans_table) + 2 * (size_t)run->planes * plane_scratch(run) + row_scratch(run) + 64;
 }
 
 static int sides_fit(const tile_run *run)
@@ -198,21 +198,24 @@ typedef struct {
     const tile_run *run;
     rans_table *table;
     uint64_t table_number; /* of the table in `table`; UINT64_MAX at first */
-    uint8_t *plane[MAX_PLANES];
+    uint8_t *plane[2][MAX_PLANES];
     int16_t *codes;
     uint8_t *elements;
     float *factors;
 } workplace;
 
-static int read_table(workplace *at, uint64_t tile, int plane)
+/* Returns the number of the table of a tile's plane. */
+static uint64_t table_of(const tile_run *run, uint64_t tile, int plane)
 {
-    const tile_run *run = at->run;
-    if (!run->tables)
-        return -1;
     uint64_t across = divide_up(run->cols, run->tile_cols);
     uint64_t group = tile / across / run->group_rows * divide_up(across, run->group_cols) +
                      tile % across / run->group_cols;
-    uint64_t number = group * (uint64_t)run->planes + (uint64_t)plane;
+    return group * (uint64_t)run->planes + (uint64_t)plane;
+}
+
+static int read_table(workplace *at, uint64_t number)
+{
+    const tile_run *run = at->run;
     if (number == at->table_number)
         return 0;
     if (number >= run->table_count)
@@ -227,22 +230,72 @@ static int read_table(workplace *at, uint64_t tile, int plane)
     return 0;
 }
 
-/* Returns the symbols of a chunk, or NULL where it is wrong. */
-static const uint8_t *decode_chunk(workplace *at, size_t chunk, uint64_t tile, int plane, const uint8_t *slot,
-                                   size_t symbols)
+/* Checks a chunk and finds its symbols where they need no decoder here; -1 where it is wrong. Those of codec rans stay
+ * NULL. */
+static int open_chunk(const tile_run *run, size_t chunk, const uint8_t *slot, size_t symbols, const uint8_t **opened)
+{
+    const uint8_t *record = record_of(run->records, chunk);
+    *opened = NULL;
+    if (!run->checked && !is_sound(slot, record))
+        return -1;
+    if (run->given && run->given[chunk]) {
+        *opened = run->given[chunk];
+        return run->given_bytes[chunk] == symbols ? 0 : -1;
+    }
+    if (record[4] == CODEC_RAW) {
+        *opened = slot;
+        return load32(record) == symbols ? 0 : -1;
+    }
+    return record[4] == CODEC_RANS && run->tables ? 0 : -1;
+}
+
+typedef struct {
+    uint64_t index;
+    rectangle place;
+    size_t chunk; /* its first one, in the run */
+    const uint8_t *slot[MAX_PLANES];
+    const uint8_t *symbols[MAX_PLANES];
+} tile_work;
+
+static rans_chunk coded_chunk(const workplace *at, const tile_work *tile, int plane, uint8_t *symbols)
+{
+    size_t stored_bytes = load32(record_of(at->run->records, tile->chunk + (size_t)plane));
+    rans_chunk chunk = {tile->slot[plane], stored_bytes, symbols, (size_t)(tile->place.rows * tile->place.cols)};
+    return chunk;
+}
+
+/* Decodes one plane of one or two tiles; returns the chunk that is wrong, or -1. */
+static int64_t decode_plane(workplace *at, tile_work tile[2], int count, int plane)
 {
     const tile_run *run = at->run;
-    const uint8_t *record = record_of(run->records, chunk);
-    size_t stored_bytes = load32(record);
-    if (!run->checked && !is_sound(slot, record))
-        return NULL;
-    if (run->given && run->given[chunk])
-        return run->given_bytes[chunk] == symbols ? run->given[chunk] : NULL;
-    if (record[4] == CODEC_RAW)
-        return stored_bytes == symbols ? slot : NULL;
-    if (record[4] != CODEC_RANS || read_table(at, tile, plane))
-        return NULL;
-    return rans_decode(slot, stored_bytes, at->table, at->plane[plane], symbols) ? NULL : at->plane[plane];
+    rans_chunk coded[2];
+    int waiting = 0;
+    for (int number = 0; number < count; number++) {
+        tile_work *one = &tile[number];
+        size_t chunk = one->chunk + (size_t)plane, symbols = (size_t)(one->place.rows * one->place.cols);
+        if (open_chunk(run, chunk, one->slot[plane], symbols, &one->symbols[plane]))
+            return (int64_t)chunk;
+        coded[number] = coded_chunk(at, one, plane, at->plane[number][plane]);
+        waiting += !one->symbols[plane];
+    }
+    if (waiting == 2 && table_of(run, tile[0].index, plane) == table_of(run, tile[1].index, plane)) {
+        if (read_table(at, table_of(run, tile[0].index, plane)) || rans_decode_pair(coded, at->table))
+            return (int64_t)tile[0].chunk + plane;
+        tile[0].symbols[plane] = coded[0].symbols;
+        tile[1].symbols[plane] = coded[1].symbols;
+        return -1;
+    }
+    for (int number = 0; number < count; number++) {
+        tile_work *one = &tile[number];
+        if (one->symbols[plane])
+            continue;
+        if (read_table(at, table_of(run, one->index, plane)) ||
+            rans_decode(coded[number].stored, coded[number].stored_bytes, at->table, coded[number].symbols,
+                        coded[number].raw_bytes))
+            return (int64_t)one->chunk + plane;
+        one->symbols[plane] = coded[number].symbols;
+    }
+    return -1;
 }
 
 /* ---- placing a tile -------------------------------------------------------------------------------------------------- */
@@ -350,8 +403,8 @@ static void lay_out(const tile_run *run, workplace *at)
     scratch += 10 * width;
     at->table = (rans_table *)(void *)scratch;
     scratch += sizeof(rans_table);
-    for (int plane = 0; plane < run->planes; plane++)
-        at->plane[plane] = scratch + (size_t)plane * plane_scratch(run);
+    for (int number = 0; number < 2 * run->planes; number++)
+        at->plane[number % 2][number / 2] = scratch + (size_t)number * plane_scratch(run);
 }
 
 int64_t decode_run(const tile_run *run)
@@ -369,20 +422,30 @@ int64_t decode_run(const tile_run *run)
     lay_out(run, &at);
     const uint8_t *slot = run->slots;
     size_t chunk = 0;
-    for (uint64_t index = run->first_tile; index < run->last_tile; index++) {
-        rectangle tile = tile_at(run, index);
-        const uint8_t *symbols[MAX_PLANES] = {NULL};
-        for (int plane = 0; plane < run->planes; plane++, chunk++) {
-            symbols[plane] = decode_chunk(&at, chunk, index, plane, slot, (size_t)(tile.rows * tile.cols));
-            if (!symbols[plane])
-                return (int64_t)chunk;
-            slot += slot_bytes(load32(record_of(run->records, chunk)));
+    for (uint64_t index = run->first_tile; index < run->last_tile;) {
+        tile_work tile[2];
+        int count = run->last_tile - index > 1 ? 2 : 1;
+        for (int number = 0; number < count; number++, index++) {
+            tile[number].index = index;
+            tile[number].place = tile_at(run, index);
+            tile[number].chunk = chunk;
+            for (int plane = 0; plane < run->planes; plane++, chunk++) {
+                tile[number].slot[plane] = slot;
+                slot += slot_bytes(load32(record_of(run->records, chunk)));
+            }
         }
-        size_t last = chunk - 1;
-        int low_bits = run->planes == 2 ? record_of(run->records, last)[5] : 0;
-        if (run->finish == FINISH_JOIN ? join_tile(&at, &tile, symbols)
-                                       : dequantize_tile(&at, &tile, symbols, low_bits))
-            return (int64_t)last;
+        for (int plane = 0; plane < run->planes; plane++) {
+            int64_t wrong = decode_plane(&at, tile, count, plane);
+            if (wrong >= 0)
+                return wrong;
+        }
+        for (int number = 0; number < count; number++) {
+            size_t last = tile[number].chunk + (size_t)run->planes - 1;
+            int low_bits = run->planes == 2 ? record_of(run->records, last)[5] : 0;
+            if (run->finish == FINISH_JOIN ? join_tile(&at, &tile[number].place, tile[number].symbols)
+                                           : dequantize_tile(&at, &tile[number].place, tile[number].symbols, low_bits))
+                return (int64_t)last;
+        }
     }
     return -1;
 }

@@ -83,8 +83,17 @@ int fuzz_decode(const uint8_t *data, size_t size)
     require(!rans_build_table(frequency, precision, table));
     size_t raw_bytes = take(&input, 2) % 5000, stored_bytes = input.left;
     uint8_t *stored = take_copy(&input, stored_bytes), *symbols = malloc(raw_bytes ? raw_bytes : 1);
-    require(symbols != NULL);
-    if (!rans_decode(stored, stored_bytes, table, symbols, raw_bytes)) {
+    uint8_t *other = malloc(raw_bytes ? raw_bytes : 1);
+    require(symbols && other);
+    int wrong = rans_decode(stored, stored_bytes, table, symbols, raw_bytes);
+    /* Side by side with itself, and with its own head, which is no chunk. */
+    rans_chunk pair[2] = {{stored, stored_bytes, symbols, raw_bytes}, {stored, stored_bytes, other, raw_bytes}};
+    require(rans_decode_pair(pair, table) == wrong);
+    require(wrong || !memcmp(symbols, other, raw_bytes));
+    pair[1].raw_bytes = raw_bytes / 2;
+    rans_decode_pair(pair, table);
+    free(other);
+    if (!wrong) {
         /* An encoder makes the same bytes of the symbols: there is one coding of a chunk. */
         rans_coder coder;
         require(!rans_build_coder(frequency, precision, &coder));

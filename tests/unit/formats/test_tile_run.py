@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
+from codecllm.converter.plan.choice import ParamsChoice
 from codecllm.formats.codecs import native
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
@@ -116,10 +117,23 @@ def test_odd_shapes(tmp_path, kind, dtype, codec, decode):
     if kind != "lossless":
         options["include"] = ["*"]
     if kind == "columns":
-        options["steps"] = lambda plan: make_steps(plan, 0.1, tile=(17, 40))
+        options["choice"] = ParamsChoice(lambda plan: make_steps(plan, 0.1, tile=(17, 40)))
     elif kind == "wide":
-        options["steps"] = lambda plan: make_steps(plan, 0.008, short=True)
+        options["choice"] = ParamsChoice(lambda plan: make_steps(plan, 0.008, short=True))
     out = convert(_source(tmp_path / "source", dtype), tmp_path / "out", **options).out
+    assert _compare(out, decode)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_chunks_of_all_lengths_side_by_side(tmp_path, scheme, decode):
+    """Two tiles are decoded at once; the last one of a tensor is short, and so is the last group's."""
+    rng = np.random.default_rng(8)
+    tensors = {
+        f"{rows}.weight": ("BF16", bf16(rng.standard_normal((rows, 1024)) * rng.uniform(0.2, 5)))
+        for rows in (127, 128, 129, 300, 1100, 1153, 2200)
+    }
+    source = write_source(tmp_path / "source", tensors, {})
+    out = convert(source, tmp_path / "out", scheme=scheme, codec="rans").out
     assert _compare(out, decode)
 
 
