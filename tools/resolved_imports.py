@@ -1,7 +1,7 @@
 """Checks that pyright, and with it editors, resolves every import of the project's own modules.
 
-Run as `python -m tools.resolved_imports`, in an environment with basedpyright (`make lint` installs it; its wheel brings the
-node binary that it needs).
+Run as `python -m tools.resolved_imports`, in an environment with basedpyright (`make lint` installs
+it; its wheel brings the node binary that it needs).
 """
 
 from __future__ import annotations

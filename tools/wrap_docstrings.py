@@ -32,14 +32,14 @@ def wrap_source(text: str) -> tuple[str, list[int]]:
     for first, last in sorted(_docstring_lines(text), reverse=True):
         lines[first:last] = _wrap_docstring(lines[first:last])
     lines = _wrap_comments(lines)
-    wrapped = "\n".join(lines) + "\n"
+    wrapped = "\n".join(lines) + "\n" if lines else ""
     if _without_docstrings(text) != _without_docstrings(wrapped):
         raise AssertionError("wrapping changed the program")
     return wrapped, [number for number, line in enumerate(lines, 1) if len(line) > WIDTH]
 
 
 def _docstring_lines(text: str) -> Iterator[tuple[int, int]]:
-    """Yields first and last line, from 0 and exclusive, of docstrings and of strings below names."""
+    """Yields the range of lines, counted from 0, of each docstring and string below a name."""
     for node in ast.walk(ast.parse(text)):
         for statement in getattr(node, "body", []) if isinstance(node, _Documented) else []:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):

@@ -24,7 +24,8 @@ BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
 UNCODED = {"F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64"}  # [7] 0 planes under lossless
 FEATURES = {"rans", "steps", "col_scale", "wide", "paths", "code", "quantized"}
 FORBIDDEN = re.compile(
-    '["*:<>?\\\\|\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb]'
+    '["*:<>?\\\\|\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f'
+    "\ud800-\udfff\ufeff\ufff9-\ufffb]"
 )
 PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
 NAME = r"[a-z][a-z0-9_-]{0,31}"

@@ -29,7 +29,7 @@ ROTATED = {"BF16", "F16", "F32", "F64"}  # [7]
 
 
 def read_container(folder: Path) -> dict[str, bytes]:
-    """Returns every tensor's bytes, checking everything that a reader must check of a good container."""
+    """Returns every tensor's bytes, after all checks of SPEC.md."""
     manifest = checks.check_manifest((folder / "codecllm.json").read_bytes())
     for record in manifest["files"] + manifest["shards"]:
         content = (folder / record["name"]).read_bytes()
@@ -136,7 +136,10 @@ def _codes(planes: list[bytes], low_bits: bytes) -> list[int]:
 def _read_planes(
     record: dict[str, Any], table: bytes, payload: bytes, group_tables: bytes
 ) -> tuple[int, int, list[bytes], list[bytes]]:
-    """[5] Returns the matrix, one row-major stream of symbols per plane, and one of the low_bits of their chunks per plane."""
+    """[5] Returns rows, columns, and two row-major streams per plane.
+
+    The streams are the symbols, and the low_bits of their chunks.
+    """
     magic, version, count, reserved, rows, cols, tile_rows, tile_cols = struct.unpack_from(
         "<4sBBHQQII", table
     )
@@ -182,7 +185,7 @@ def _read_planes(
 def _group_tables(
     data: bytes, planes: int, down: int, across: int
 ) -> dict[tuple[int, int, int], list[int]]:
-    """[6.1] X_tables: returns the frequencies for each (i, j, plane) of the grid of tiles that has any."""
+    """[6.1] X_tables: returns the frequencies of each (i, j, plane) of the grid of tiles."""
     magic, version, count, reserved, group_rows, group_cols = struct.unpack_from("<4sBBHII", data)
     assert (magic, version, reserved, count) == (b"CLRT", 1, 0, planes)
     groups_across = -(-across // group_cols)

@@ -1,4 +1,7 @@
-"""Containers of every released format version, kept as they were written: each later reader decodes them to the same bits."""
+"""Containers of every released format version, kept as they were written.
+
+Each later reader decodes them to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -65,10 +68,13 @@ def _int8_tensors():
 
 
 def _make(folder):
-    """Writes the golden containers. Only for a new format version: those of a released one are never made again.
+    """Writes the golden containers.
 
-    v1.0 held what that version has, with codec `zstd`, and tied tensors in two shards; v1.1 codec `rans`, of lossless and int8
-    tensors; v1.2 scales of columns and wide codes; v1.3 holds what came after it.
+    Only for a new format version: those of a released one are never made again.
+
+    v1.0 held what that version has, with codec `zstd`, and tied tensors in two shards; v1.1 codec
+    `rans`, of lossless and int8 tensors; v1.2 scales of columns and wide codes; v1.3 holds what
+    came after it.
     """
     make_quantized(folder)
     with Container(folder / "container") as container:
@@ -79,7 +85,10 @@ def _make(folder):
 
 
 def make_quantized(folder):
-    """Writes a container with everything of format 1.3: another quantization, code, and a name that is not plain."""
+    """Writes a container with everything of format 1.3.
+
+    Another quantization, code, and a name that is not plain.
+    """
     config = {
         "model_type": "own",
         "auto_map": {"AutoConfig": "own.OwnConfig"},
@@ -104,7 +113,7 @@ def _quantized_tensors():
 
 
 def _tensors_of_two_groups():
-    """Long enough for several frequency tables, and nearly constant, so that the container stays small."""
+    """Long enough for several frequency tables, and nearly constant: the container stays small."""
     return {"groups": ("U8", (np.arange(1_200_000) % 97 == 0).astype(np.uint8).reshape(1200, 1000))}
 
 

@@ -1,4 +1,4 @@
-"""A tiny valid container, and ways to change one thing in it while every checksum around that thing still fits."""
+"""A tiny valid container, and ways to change one thing in it while all checksums still fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Tensors = dict[str, tuple[str, list[int], bytearray]]
 
 
 def make_container(base: Path) -> Path:
-    """Makes a container of a few KiB: `l` lossless, `q` int8 by rows, `h.0.attn.c_attn.weight` int8 by columns, `n` plain."""
+    """Makes a container of a few KiB.
+
+    `l` lossless, `q` int8 by rows, `h.0.attn.c_attn.weight` int8 by columns, `n` plain.
+    """
     rng = np.random.default_rng(1)
     tensors = {
         "l": ("BF16", bf16(rng.standard_normal((40, 64)))),
@@ -90,7 +93,10 @@ def make_columns_container(base: Path) -> Path:
 
 
 def read_everything(folder: Path) -> dict[str, bytes]:
-    """Reads a container as a careful reader does: every file's checksum, every tensor. Returns the tensors' bytes."""
+    """Reads a container as a careful reader does: every file's checksum, every tensor.
+
+    Returns the tensors' bytes.
+    """
     with Container(folder) as container:
         for record in (*container.manifest.files, *container.manifest.shards):
             container.check_file(record)
@@ -122,7 +128,7 @@ def split_shard(folder: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def rewrite_shard(folder: Path, edit: Callable[[Tensors], None], *, fix_sides: bool = True) -> None:
-    """Edits the shard's tensors and makes every checksum of files, header and side tensors fit again."""
+    """Edits the shard's tensors and makes all checksums of files and side tensors fit again."""
     tensors, metadata = split_shard(folder)
     edit(tensors)
     entries, position = [], 0
@@ -150,7 +156,7 @@ def put_shard(folder: Path, head: bytes, body: bytes) -> None:
 
 
 def edit_header(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Edits the shard's header as JSON (the edit may return a text in its place), keeping the data as it is."""
+    """Edits the shard's header as JSON; the edit may return a text in its place."""
     raw = (folder / SHARD).read_bytes()
     size = int.from_bytes(raw[:PREFIX_BYTES], "little")
     header = json.loads(raw[PREFIX_BYTES : PREFIX_BYTES + size])
@@ -160,7 +166,7 @@ def edit_header(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def fix_chunks(tensors: Tensors, name: str) -> None:
-    """Recomputes the chunk checksums of a one-chunk-per-plane tensor over whatever its payload holds now."""
+    """Recomputes the chunk checksums of a tensor with one chunk per plane over its payload."""
     payload, table = tensors[name][2], tensors[name + "_chunks"][2]
     records = np.frombuffer(table, RECORD, offset=32).copy()
     position = 0

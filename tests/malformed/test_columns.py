@@ -1,4 +1,4 @@
-"""Containers with scales of columns, or with wide codes, in which one thing is wrong and every checksum around it fits."""
+"""Faults of containers with scales of columns or wide codes, whose checksums all fit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every bit flipped, every length cut: an error or the same bits, never other bits.
 
-What a loader reads is tried bit by bit through the tensors alone, without the files' sha256, so that the checksums of
-header, side tensors, chunks and padding have to find it.
+What a loader reads is tried bit by bit through the tensors alone, without the files' sha256, so
+that the checksums of header, side tensors, chunks and padding have to find it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def test_every_length_of_a_shard(tiny, tmp_path):
 
 @pytest.mark.many_inputs
 def test_every_bit_of_every_side_file(tiny, tmp_path):
-    """Each is found by the file's sha256 alone, whether the whole file is read into memory or not."""
+    """Each is found by the file's sha256 alone, however the file is read."""
     folder = tampering.copy_of(tiny, tmp_path / "c")
     with Container(folder) as container:
         assert [record.name for record in container.manifest.files] == ["config.json", INDEX_NAME]

@@ -1,4 +1,7 @@
-"""Names, links and kinds of files: nothing outside the folder is read, nothing hangs, and each fault has its exit code."""
+"""Names, links and kinds of files.
+
+Nothing outside the folder is read, nothing hangs, and each fault has its exit code.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Malformed shards whose outer checksums fit: hostile headers, chunk tables, frames, codes and scales."""
+"""Malformed shards whose outer checksums fit.
+
+Hostile headers, chunk tables, frames, codes and scales.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ def _resized_table(change, tensor="q"):
 
 
 def _frame(frame_of, tensor="q"):
-    """Puts another frame into the only chunk of an int8 tensor: record, slot, checksum and sizes all fit it."""
+    """Puts another frame into the only chunk of an int8 tensor.
+
+    Record, slot, checksum and sizes all fit it.
+    """
 
     def edit(tensors):
         dtype, _, payload = tensors[tensor]
@@ -445,7 +451,10 @@ def test_flaw_has_its_error(folder, name):
 
 
 def test_window_larger_than_the_content_is_accepted(folder, pristine):
-    """Any encoder may have made a frame: a window larger than the content is cut by the content's declared size."""
+    """Any encoder may have made a frame.
+
+    A window larger than the content is cut by the content's declared size.
+    """
     _frame(_with_window)(folder)
     assert read_tensors(folder) == read_tensors(pristine)
 

@@ -1,4 +1,7 @@
-"""IEEE 754 rounding in exact rational arithmetic, slow and obvious: what the fast paths must equal."""
+"""IEEE 754 rounding in exact rational arithmetic, slow and obvious.
+
+What the fast paths must equal.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ _KINDS = {"F32": (24, -126, 127), "BF16": (8, -126, 127), "F16": (11, -14, 15)}
 
 
 def rounded(value: Fraction, dtype: str) -> Fraction | None:
-    """Returns the number of `dtype` nearest to `value`, ties to even; None stands for an infinity."""
+    """Returns the number of `dtype` nearest to `value`, ties to even.
+
+    None stands for an infinity.
+    """
     precision, lowest, highest = _KINDS[dtype]
     if value == 0:
         return value
@@ -32,7 +38,10 @@ def fl32(value: Fraction) -> Fraction:
 
 
 def bits_of(value: Fraction | None, dtype: str, negative: bool) -> int:
-    """Returns the bit pattern of a number of `dtype` (None: an infinity); `negative` gives zero and infinity their sign."""
+    """Returns the bit pattern of a number of `dtype` (None: an infinity).
+
+    `negative` gives zero and infinity their sign.
+    """
     width = {"F32": 32, "BF16": 16, "F16": 16}[dtype]
     if value is None or value == 0:
         infinity = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}[dtype]

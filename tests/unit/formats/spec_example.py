@@ -84,7 +84,7 @@ def numbers() -> str:
 
 
 def _wide_vector() -> list[str]:
-    """A wide tensor of two rows and five columns in tiles of two by two, all chunks of codec raw."""
+    """Returns a wide tensor [2, 5] in tiles of [2, 2], all chunks of codec raw."""
     codes = np.array([[5, -300, 127, 9, -1], [-128, 3, 40, -32640, 32639]], np.int16)
     rows = _float32("3dcccccd 3e99999a")
     cols = _float32("3f333333 3f800000 3f666666 3f8ccccd 3e99999a")
@@ -131,7 +131,8 @@ def vectors() -> str:
         stored = bytes(codec.encode(symbols))
         slot = stored.ljust(-(-len(stored) // 16) * 16, b"\0")
         lines.append(
-            f"codec {codec_id} ({codec.name}): stored_bytes {len(stored)}, xxh3 of the slot {xxh3_hex(slot)}"
+            f"codec {codec_id} ({codec.name}): stored_bytes {len(stored)}, "
+            f"xxh3 of the slot {xxh3_hex(slot)}"
         )
         lines.append(f"  stored {stored.hex()}" if codec_id else "  stored 07 x 64")
     lines.append(f"sha256 of the symbols {sha256_hex(symbols)}")
@@ -145,7 +146,8 @@ def _rans_vector() -> list[str]:
     stored = rans_reference.encode(symbols, table)
     return [
         "",
-        f"codec {RANS_ID} ({rans.NAME}): symbols 01020301 x 160, f[1] 2048, f[2] 1024, f[3] 1024, precision 12",
+        f"codec {RANS_ID} ({rans.NAME}): symbols 01020301 x 160, f[1] 2048, f[2] 1024, "
+        "f[3] 1024, precision 12",
         f"  table {pack_table(table).hex()}",
         f"  stored_bytes {len(stored)}, xxh3 of the slot {xxh3_hex(stored)}",
         *(f"  stored {stored[start : start + 32].hex()}" for start in range(0, len(stored), 32)),

@@ -27,7 +27,7 @@ class Rule:
 
 
 def tables(section: str, text: str | None = None) -> list[list[list[str]]]:
-    """Returns the tables of the section whose heading begins so, as rows of cells with the header."""
+    """Returns the tables of a section, by the beginning of its heading, as rows of cells."""
     parts = re.split(r"\n#+ ", SPEC.read_text() if text is None else text)
     return _tables_of(next(part for part in parts if part.startswith(section)))
 

@@ -90,7 +90,7 @@ def test_a_frame_cannot_ask_for_more_memory():
 
 
 def _frame_with_window(window_log: int) -> bytes:
-    """A frame of five literal bytes whose header asks for a window of 2^window_log bytes (no single segment)."""
+    """A frame of five literal bytes whose header asks for a window of 2^window_log bytes."""
     descriptor = bytes(
         [0b10_0_0_0_0_00, (window_log - 10) << 3]
     )  # four bytes of content size, window descriptor
@@ -115,7 +115,10 @@ def test_a_checksum_inside_a_frame_is_compared():
 
 
 def test_every_bit_of_a_frame_gives_the_declared_size_or_an_error():
-    """Without the checksum of the slot a decoder cannot tell right from wrong: here only size and type of error are judged."""
+    """Without the checksum of the slot a decoder cannot tell right from wrong.
+
+    Here only size and type of error are judged.
+    """
     symbols = np.random.default_rng(4).normal(0, 3, 600).astype(np.int8).tobytes()
     frame, silent = ZSTD.encode(symbols), 0
     for position in range(8 * len(frame)):

@@ -1,4 +1,7 @@
-"""Whole containers: every scheme, dtype and odd shape comes back; reading in pieces, in threads and by pinned digest."""
+"""Whole containers: every scheme, dtype and odd shape comes back.
+
+Reading in pieces, in threads and by pinned digest.
+"""
 
 from __future__ import annotations
 
@@ -365,7 +368,10 @@ def test_chunks_checked_together_fail_as_the_first_that_fails_alone(folder):
 
 
 def test_chunks_decoded_together_have_the_bytes_of_one_by_one_or_are_left_to_it(folder):
-    """Any damage, and anything behind a frame, makes the fast path give up: the slow one says what is wrong."""
+    """Any damage, and anything behind a frame, makes the fast path give up.
+
+    The slow one says what is wrong.
+    """
     refused, several = set(), 0
     with Container(folder) as container:
         for tensor, count in _coded(container):

@@ -13,7 +13,10 @@ PLANED = [dtype for dtype in DTYPES.values() if dtype.planes]
 
 
 def _words(dtype):
-    """Every pattern of types up to 16 bits; all powers of two, their neighbours and a sample of longer ones."""
+    """Every pattern of types up to 16 bits.
+
+    All powers of two, their neighbours and a sample of longer ones.
+    """
     if dtype.name == "BOOL":
         return np.array([0, 1], np.uint8)
     if dtype.bits <= 16:

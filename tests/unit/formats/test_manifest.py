@@ -1,4 +1,7 @@
-"""What a manifest says and how it is written; what is refused is in tests/malformed/test_manifest.py."""
+"""What a manifest says and how it is written.
+
+What is refused is in tests/malformed/test_manifest.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The native core against numpy and the slow references: the same bits, from every set of kernels, and no wrong byte passes."""
+"""The native core against numpy and the slow references.
+
+The same bits, from every set of kernels, and no wrong byte passes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Shards are opened as needed: few descriptors, the same bytes, and never a file that was replaced meanwhile."""
+"""Shards are opened as needed.
+
+Few descriptors, the same bytes, and never a file that was replaced meanwhile.
+"""
 
 from __future__ import annotations
 

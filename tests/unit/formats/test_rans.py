@@ -154,7 +154,10 @@ def _both(stored, raw_bytes, table):
 
 
 def test_every_bit_of_a_chunk(path):
-    """Unlike a frame of zstd, a chunk of rans ends in a known state: hardly a flip passes even without its checksum."""
+    """Unlike a frame of zstd, a chunk of rans ends in a known state.
+
+    Hardly a flip passes even without its checksum.
+    """
     symbols = _gaussian(300, 6, 1)
     table = fit_table(_counts(symbols))
     stored = rans_reference.encode(symbols.tobytes(), table)

@@ -1,4 +1,7 @@
-"""The table of side tensors: who has which, of which type and length, and that no other module spells their names."""
+"""The table of side tensors.
+
+Who has which, of which type and length, and that no other module spells their names.
+"""
 
 import ast
 import doctest

@@ -1,4 +1,4 @@
-"""Runs of tiles: the native core and numpy give the bits of the slow reference for every codec, scheme, type and shape."""
+"""Runs of tiles: the native core and numpy give the bits of the slow reference."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ def _targets(tensor):
 
 
 def _compare(folder, decode):
-    """Compares whole tensors with the reference; other targets, which it does not know, with numpy."""
+    """Compares whole tensors with the reference.
+
+    Other targets, which it does not know, with numpy.
+    """
     count = 0
     for container, name, tensor in _tensors(folder):
         for target in _targets(tensor):
