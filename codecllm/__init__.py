@@ -1,4 +1,4 @@
-"""codecllm: model weights, entropy-coded into an open container that any machine decodes to the same bits.
+"""codecllm: model weights in an open, entropy-coded container with the same bits on any machine.
 
     import codecllm
     codecllm.convert("HuggingFaceTB/SmolLM2-135M-Instruct", "out/")

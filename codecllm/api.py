@@ -1,4 +1,4 @@
-"""What the command line does, as functions: a name or a folder in, a finished container (or plain model) out."""
+"""The functions behind the command line: convert, predict and export, from a name or a folder."""
 
 from __future__ import annotations
 
@@ -81,31 +81,37 @@ def convert(
 ) -> Converted:
     """Converts a model into a container and records its baseline output.
 
-    Without `bits`, `ratio` or `quality` the steps of int8 tensors follow from the largest weight of each channel. With one
-    of them they are chosen such that the container has that rate, and such that bits go where the model is sensitive.
+    Without `bits`, `ratio` or `quality` the steps of int8 tensors follow from the largest weight of
+    each channel. With one of them they are chosen such that the container has that rate, and such
+    that bits go where the model is sensitive.
 
     Args:
         model: a Hub id or a local folder with safetensors weights.
         out: folder to make.
         scheme: `int8` (one scale per output channel) or `lossless`.
-        codec: `zstd`, or `rans`: smaller, fastest on a GPU, and on a CPU slow without the native core.
+        codec: `zstd`, or `rans`: smaller, fastest on a GPU, and on a CPU slow without the native
+            core.
         bits: bits per quantized weight, everything counted, 2 to 8.
         ratio: source bytes / stored bytes.
-        quality: `high`, `balanced` or `small`: names for bits, see `codecllm.converter.options.QUALITIES`.
-        calibrate: text from which the sensitivities come, where a rate is asked for: `self` (the model writes it), `random`
-            (random tokens), `none`, or a text file. None is `self`, or `none` where the model cannot run here.
-        refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and a conversion that takes
-            longer. Needs a rate and a calibration.
+        quality: `high`, `balanced` or `small`: names for bits, see
+            `codecllm.converter.options.QUALITIES`.
+        calibrate: text from which the sensitivities come, where a rate is asked for: `self` (the
+            model writes it), `random` (random tokens), `none`, or a text file. None is `self`, or
+            `none` where the model cannot run here.
+        refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and
+            a conversion that takes longer. Needs a rate and a calibration.
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win over `include`.
-        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
+        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such
+            tensors as they are.
         chunk_kib: most KiB of symbols in a chunk, 4 to 1024.
         max_shard_bytes: no shard is longer, unless one tensor is.
         workers: encoding threads; None takes one per core. Does not change a byte of the output.
         force: replace a container that is in the way.
-        with_code: copy the repository's Python files (`auto_map`). They run only where a loading caller passes
-            `trust_remote_code=True`.
-        baseline: True records in any case, False never, None where the source fits in memory and it takes under 10 minutes.
+        with_code: copy the repository's Python files (`auto_map`). They run only where a loading
+            caller passes `trust_remote_code=True`.
+        baseline: True records in any case, False never, None where the source fits in memory and it
+            takes under 10 minutes.
         revision: branch, tag or commit of a Hub id; the commit it leads to is recorded.
         token: Hub token.
         cache_dir: Hub cache.
@@ -163,7 +169,7 @@ def run_conversion(
     progress: OnProgress | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> Converted:
-    """Does what `convert` does, with packed options."""
+    """Converts as `convert` does, with packed options."""
     files = _resolve_source(model, access)
     report = _convert_source(files, out, options, progress, on_stage)
     outcome, pinned = None, report.manifest_sha256
@@ -208,7 +214,7 @@ def _convert_source(
     progress: OnProgress | None,
     on_stage: Callable[[str], None] | None,
 ) -> ConversionReport:
-    """Converts; the chosen parameters, and with them the temporary file of a refinement, are gone when it returns."""
+    """Converts; chosen parameters, and a refinement's temporary file, are gone when it returns."""
     with open_source(files.folder, options) as source:
         choice = choose_params(source, options, on_stage)
         origin = Origin(files.repo, files.commit)
@@ -232,8 +238,9 @@ def export(
     Args:
         container: folder or Hub id.
         out: folder to make.
-        format: `safetensors`: a plain model in the source's dtypes. `compressed-tensors`: int8 weights of linear modules stay
-            int8, in that library's `pack-quantized` layout; everything else is plain. `gguf`: refused, with the reason.
+        format: `safetensors`: a plain model in the source's dtypes. `compressed-tensors`: int8
+            weights of linear modules stay int8, in that library's `pack-quantized` layout;
+            everything else is plain. `gguf`: refused, with the reason.
         max_shard_bytes: no weight file is longer, unless one tensor is.
         workers: decoding threads; None takes one per core.
         revision: branch, tag or commit of a Hub id.
@@ -242,7 +249,7 @@ def export(
         progress: called with a tensor's name, bytes done and bytes in all.
 
     Raises:
-        UsageError: the format cannot hold what the container holds.
+        UsageError: the format cannot hold the tensors of the container.
         CodecLLMError: see `codecllm.converter.exports.export` and `codecllm.hub.resolve`.
     """
     if format not in get_args(ExportFormat):
@@ -267,7 +274,7 @@ def export(
 
 
 def _compressed_tensors_layout(container: Container) -> PackedLayout:
-    """Asks the model class which of its modules are linear, once it is clear that there is something to pack."""
+    """Returns the layout; the model class is asked only where there are int8 tensors to pack."""
     manifest = container.manifest
     config = manifest.file("config.json")
     if config is None or manifest.options.scheme != "int8":

@@ -1,4 +1,7 @@
-"""What is installed, which decoders work on this machine and why others do not, and whether each gives the right bits."""
+"""Examines this machine.
+
+Installed packages, usable decoders, and the bits that each decoder gives.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,10 @@ class DecoderFinding:
 
     Attributes:
         device: `cpu`, or a device as torch names it.
-        decoder: what decodes.
-        state: `works`: its self-test gave the bits of the reference. `absent`: it cannot run here. `wrong`: it failed the test.
-        detail: what was tested, or why not.
+        decoder: name of the decoder.
+        state: `works`: its self-test gave the bits of the reference. `absent`: it cannot run here.
+            `wrong`: it failed the test.
+        detail: the test, or the reason why there was none.
     """
 
     device: str
@@ -62,7 +66,7 @@ class DecoderFinding:
 
 @dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """What `examine` found.
+    """The result of `examine`.
 
     Attributes:
         versions: package or program -> version, None where it is not installed.
@@ -90,7 +94,7 @@ class DoctorReport:
 
 
 def examine() -> DoctorReport:
-    """Looks at the machine and tests every decoder on a small container of each codec, made here."""
+    """Examines the machine and tests every decoder on a small container of each codec."""
     devices = _devices()
     with (
         tempfile.TemporaryDirectory(prefix="codecllm-doctor-") as base,
@@ -110,19 +114,19 @@ def examine() -> DoctorReport:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"codecllm": __version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"codecllm": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    if found["torch"] is not None:
+            versions[name] = None
+    if versions["torch"] is not None:
         import torch
 
-        found["CUDA of torch"] = torch.version.cuda
+        versions["CUDA of torch"] = torch.version.cuda
         if torch.version.hip is not None:
-            found["ROCm of torch"] = torch.version.hip
-    return found
+            versions["ROCm of torch"] = torch.version.hip
+    return versions
 
 
 def _why_no_device() -> str:
@@ -136,7 +140,7 @@ def _devices() -> dict[str, str]:
         return {}
     from codecllm.loader.device.streams import ACCELERATORS
 
-    found = {}
+    devices = {}
     for kind in ACCELERATORS:
         module: Any = getattr(torch, kind, None)
         for index in range(
@@ -146,10 +150,10 @@ def _devices() -> dict[str, str]:
             capability = (
                 f", compute capability {facts.major}.{facts.minor}" if kind == "cuda" else ""
             )
-            found[f"{kind}:{index}"] = (
+            devices[f"{kind}:{index}"] = (
                 f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB{capability}"
             )
-    return found
+    return devices
 
 
 @contextmanager
@@ -276,7 +280,7 @@ def _feed(folder: Path, device: Any, codecs: Any) -> None:
     """Brings every tensor of a container to a device and compares it.
 
     Raises:
-        DecodeError: it is not what the reference gives.
+        DecodeError: it differs from that of the reference.
     """
     from codecllm.loader.device.engine import DeviceEngine
     from codecllm.loader.device.streams import DeviceStreams

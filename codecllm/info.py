@@ -1,4 +1,4 @@
-"""`codecllm info`: what a container holds, from its manifest; on the Hub without downloading weights."""
+"""`codecllm info`: the content of a container by its manifest, on the Hub without its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from codecllm.hub import open_remote, resolve
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """Returns the figures of a container in a local folder as JSON values; see `describe_manifest`."""
+    """Returns the figures of a container in a local folder as JSON values.
+
+    See `describe_manifest`.
+    """
     with Container(folder) as container:
         facts = describe_manifest(
             container.manifest, container.manifest_sha256, container.manifest_bytes
@@ -27,10 +30,13 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def describe_name(
     name: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> dict[str, Any]:
-    """Returns the figures of a container: a local folder, or a Hub repository of which no weights are downloaded.
+    """Returns the figures of a container.
 
-    Of a repository the manifest and the headers of all shards are read by range requests and compared; `hub` holds repository,
-    commit and the bytes that were transferred. In offline mode the Hub's cache takes its place.
+    A local folder, or a Hub repository of which no weights are downloaded.
+
+    Of a repository the manifest and the headers of all shards are read by range requests and
+    compared; `hub` holds repository, commit and the bytes that were transferred. In offline mode
+    the Hub's cache takes its place.
 
     Raises:
         UsageError: neither a folder nor a Hub id.
@@ -59,10 +65,10 @@ def describe_name(
 def describe_manifest(
     manifest: Manifest, manifest_sha256: str, manifest_bytes: int
 ) -> dict[str, Any]:
-    """Returns what a manifest says as JSON values.
+    """Returns the figures of a manifest as JSON values.
 
-    `stored_bytes` of a tensor counts its chunks, scales and frequency tables, not its share of headers and manifest; those are
-    in the totals.
+    `stored_bytes` of a tensor counts its chunks, scales and frequency tables, not its share of
+    headers and manifest; those are in the totals.
     """
     tensors = [_describe_tensor(record) for record in manifest.tensors]
     weights = sum(
@@ -164,17 +170,19 @@ def render(facts: dict[str, Any], console: Console) -> None:
     origin = f"{source['repo']} @ {source['commit']}" if source["repo"] else "a local folder"
     dtypes = ", ".join(f"{name} {size:,} B" for name, size in facts["source_dtypes"].items())
     console.print(
-        f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, from {origin}",
+        f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, "
+        f"from {origin}",
         highlight=False,
     )
-    asked = {
+    requested_options = {
         name: facts["options"][name]
         for name in ("bits", "ratio", "calibrate", "refine")
         if name in facts["options"]
     }
-    if asked:
+    if requested_options:
         console.print(
-            "asked for  " + ", ".join(f"{name} {value}" for name, value in asked.items()),
+            "asked for  "
+            + ", ".join(f"{name} {value}" for name, value in requested_options.items()),
             highlight=False,
         )
     console.print(
@@ -182,11 +190,13 @@ def render(facts: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(
-        f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and the manifest",
+        f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and "
+        "the manifest",
         highlight=False,
     )
     console.print(
-        f"ratio      {facts['ratio']:.3f}x   {facts['bits_per_weight']:.3f} bits per weight, all counted "
+        f"ratio      {facts['ratio']:.3f}x   {facts['bits_per_weight']:.3f} bits per weight, all "
+        "counted "
         f"(entropy bound {facts['entropy_bits_per_weight']:.3f})",
         highlight=False,
     )
@@ -198,8 +208,10 @@ def render(facts: dict[str, Any], console: Console) -> None:
 def _render_hub(hub: dict[str, Any], console: Console) -> None:
     console.print(f"hub        {hub['repo']} @ {hub['commit']}", highlight=False)
     console.print(
-        f"read       {hub['transferred_bytes']:,} of {hub['listed_bytes']:,} bytes, no weights: manifest and shard headers "
-        f"({hub['shard_headers']}); they agree with each other, all sizes, and {hub['known_sha256']} sha256 on the Hub",
+        f"read       {hub['transferred_bytes']:,} of {hub['listed_bytes']:,} bytes, no weights: "
+        "manifest and shard headers "
+        f"({hub['shard_headers']}); they agree with each other, all sizes, and "
+        f"{hub['known_sha256']} sha256 on the Hub",
         highlight=False,
     )
 

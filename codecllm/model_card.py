@@ -1,4 +1,7 @@
-"""The model card of a container: README.md for the Hub, every figure of it from the manifest and the baseline."""
+"""The model card of a container.
+
+README.md for the Hub, every figure of it from the manifest and the baseline.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from codecllm.verifier.baseline.record import Baseline, parse_baseline
 
 MARKER = "<!-- Written by `codecllm push`. A README.md without this line is never replaced. -->"
 _SCHEMES = {
-    "int8": "int8, one float32 scale per output channel; norms, biases, routers and positional embeddings keep every bit",
+    "int8": "int8, one float32 scale per output channel; norms, biases, routers and positional "
+    "embeddings keep every bit",
     "lossless": "lossless: every tensor comes back bit for bit",
 }
 _TOKENIZERS = (
@@ -46,7 +50,8 @@ def make_card(container: Container, repo: str, base: BaseModel | None) -> str:
         f"# {repo.rsplit('/', maxsplit=1)[-1]}",
         _opening(base_name, manifest),
         f"## Load\n\n{_loading(container, repo)}",
-        f"## Figures\n\n{_table(_figures(facts, base_name, baseline))}\n\n{_remarks(facts, baseline)}",
+        "## "
+        f"Figures\n\n{_table(_figures(facts, base_name, baseline))}\n\n{_remarks(facts, baseline)}",
         f"## Verify\n\n{_verification(repo, facts)}",
         _licence(base),
     ]
@@ -98,8 +103,10 @@ def _pipeline_tag(container: Container) -> str | None:
 def _opening(base: str | None, manifest: Manifest) -> str:
     source = f"[{base}](https://huggingface.co/{base})" if base is not None else "A model"
     return (
-        f"{source} in a codecllm container: {_SCHEMES[manifest.options.scheme]}. Weights are entropy-coded into ordinary "
-        "safetensors files, every chunk with a checksum, and decoded when they are loaded. Without codecllm they do not load: "
+        f"{source} in a codecllm container: {_SCHEMES[manifest.options.scheme]}. Weights are "
+        "entropy-coded into ordinary "
+        "safetensors files, every chunk with a checksum, and decoded when they are loaded. "
+        "Without codecllm they do not load: "
         "transformers stops at a shape error."
     )
 
@@ -116,25 +123,31 @@ def _loading(container: Container, repo: str) -> str:
     text = "```python\n" + "\n".join(lines) + "\n```"
     if any(isinstance(record, Int8Tensor) for record in container.manifest.tensors):
         text += (
-            '\n\n`resident="int8"` keeps the codes in memory: half the bytes of bf16, the same weights, and products that '
+            '\n\n`resident="int8"` keeps the codes in memory: half the bytes of bf16, the same '
+            "weights, and products that "
             "differ by the rounding of bf16 at most."
         )
     return text + _loading_remarks(container.manifest)
 
 
 def _loading_remarks(manifest: Manifest) -> str:
-    """Returns paragraphs on what a load runs beside codecllm: a quantizer of the source, code of the repository."""
+    """Returns paragraphs on code that a load runs.
+
+    The quantizer of the source, the repository's own.
+    """
     text = ""
     if manifest.source.quantization is not None:
         text += (
-            f"\n\nThe source is quantized ({manifest.source.quantization}) and stays so: every tensor is its own, bit for bit, "
+            f"\n\nThe source is quantized ({manifest.source.quantization}) and stays so: every "
+            "tensor is its own, bit for bit, "
             "and transformers loads them with the quantizer of that method."
         )
     code = [record for record in manifest.files if record.name.endswith(CODE_SUFFIX)]
     if code:
         names = "\n".join(f"- `{record.name}`, sha256 `{record.sha256}`" for record in code)
         text += (
-            "\n\n**This repository contains Python code** of the source's authors. It runs only if you pass "
+            "\n\n**This repository contains Python code** of the source's authors. It runs only "
+            "if you pass "
             f"`trust_remote_code=True`; read it first.\n\n{names}"
         )
     return text
@@ -187,16 +200,20 @@ def _remarks(facts: dict[str, Any], baseline: Baseline | None) -> str:
     where = baseline.environment
     prompts = len(baseline.greedy) or len(baseline.hidden)
     return (
-        f"{ratio} Source and container were compared on {prompts} fixed prompts (torch {where.torch}, transformers "
-        f"{where.transformers}, {where.device}, {where.dtype}); `{BASELINE_NAME}` holds prompts and outputs, and "
-        "`codecllm verify` runs them again. That is a check that the container says what it said, not a benchmark of quality."
+        f"{ratio} Source and container were compared on {prompts} fixed prompts (torch "
+        f"{where.torch}, transformers "
+        f"{where.transformers}, {where.device}, {where.dtype}); `{BASELINE_NAME}` holds prompts "
+        "and outputs, and "
+        "`codecllm verify` runs them again. That is a check that the container says what it said, "
+        "not a benchmark of quality."
     )
 
 
 def _verification(repo: str, facts: dict[str, Any]) -> str:
     return (
         f"```\ncodecllm verify {repo} \\\n  --manifest-sha256 {facts['manifest_sha256']}\n```\n\n"
-        "The manifest's sha256 fixes every byte of the container; `codecllm.from_pretrained` takes it as "
+        "The manifest's sha256 fixes every byte of the container; `codecllm.from_pretrained` "
+        "takes it as "
         "`expected_manifest_sha256`."
     )
 
@@ -208,4 +225,7 @@ def _licence(base: BaseModel | None) -> str:
     gated = (
         " Access to it is gated; its conditions hold for these weights too." if base.gated else ""
     )
-    return f"## Licence\n\nThat of the [base model](https://huggingface.co/{base.repo}): {licence}.{gated}"
+    return (
+        f"## Licence\n\nThat of the [base model](https://huggingface.co/{base.repo}): "
+        f"{licence}.{gated}"
+    )

@@ -36,7 +36,7 @@ _FREE_LICENCES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What was published.
+    """The result of a push.
 
     Attributes:
         repo: `user/name`.
@@ -44,7 +44,8 @@ class PushReport:
         manifest_sha256: the value to pin.
         files: number of files sent or already there, the manifest and the card included.
         container_bytes: of shards and manifest.
-        card: whether the model card is codecllm's; False where the container or the repository has one of the user's own.
+        card: whether the model card is codecllm's; False where the container or the repository has
+            one of the user's own.
         warnings: sentences for the user.
     """
 
@@ -104,8 +105,10 @@ def push(
         on_stage: called with a sentence when a stage begins.
 
     Raises:
-        UsageError: the arguments contradict each other, or a public repository is in the way of a private one.
-        CodecLLMError: the container does not verify: the class of its first fault. Nothing was sent.
+        UsageError: the arguments contradict each other, or a public repository is in the way of a
+            private one.
+        CodecLLMError: the container does not verify: the class of its first fault. Nothing was
+            sent.
         HubError: the Hub cannot be reached, or refuses.
     """
     folder, tell = Path(container), on_stage or (lambda text: None)
@@ -166,10 +169,11 @@ def _verified(folder: Path, level: Level, workers: int | None, progress: Progres
 def _ask_base(
     repo: str | None, private: bool, token: str | bool | None
 ) -> tuple[BaseModel | None, list[str]]:
-    """Returns what the Hub knows of the base model, and what its publisher has to know."""
+    """Returns the base model as the Hub knows it, and warnings for the publisher."""
     if repo is None:
         return None, [
-            "the source was a local folder: the card names no base model and no licence (--base-model names it)"
+            "the source was a local folder: the card names no base model and no licence "
+            "(--base-model names it)"
         ]
     try:
         base = read_base_model(repo, token=token)
@@ -180,7 +184,8 @@ def _ask_base(
     warnings = []
     if base.gated and not private:
         warnings.append(
-            f"{repo} is gated, and gating does not travel: everyone can read a public copy (--private hides it)"
+            f"{repo} is gated, and gating does not travel: everyone can read a public copy "
+            "(--private hides it)"
         )
     licence = base.card.get("license")
     if licence is None:

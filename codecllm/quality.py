@@ -71,7 +71,7 @@ def _recorded_kind(rate: Rate) -> str:
 def _calibrate(
     model: SourceModel, rate: Rate, refined: Collection[str], on_stage: OnStage | None
 ) -> tuple[Calibrated | None, list[str]]:
-    """Runs the calibration; returns its result, or None where there is none, and sentences for the user."""
+    """Runs the calibration; returns its result or None, and sentences for the user."""
     if rate.calibrate == "none":
         return None, []
     kind = "self" if rate.calibrate is None else str(rate.calibrate)

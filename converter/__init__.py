@@ -1,4 +1,7 @@
-"""Source model (a folder of safetensors) -> container. Numpy only: the model is never built, never in memory whole."""
+"""Source model (a folder of safetensors) -> container.
+
+Numpy only: the model is never built, never in memory whole.
+"""
 
 from codecllm.converter.conversion import convert, convert_model
 from codecllm.converter.options import ConvertOptions, Rate

@@ -57,7 +57,8 @@ def convert(
         codec: `zstd` or `rans`.
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win over `include`.
-        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
+        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such
+            tensors as they are.
         chunk_kib: most KiB of symbols in a chunk, 4 to 1024.
         max_shard_bytes: no shard is longer, unless one tensor is.
         workers: encoding threads; None takes one per core. Does not change a byte of the output.
@@ -106,7 +107,8 @@ def convert_model(
         progress: called as bytes are done.
 
     Raises:
-        SourceError: the source cannot be converted; NonFiniteWeightError names tensor, row and count.
+        SourceError: the source cannot be converted; NonFiniteWeightError names tensor, row and
+            count.
         OutputExistsError: `out` holds something else.
         UsageError: the options ask for a rate, and no parameters were chosen.
         FormatError: the source's files are malformed.

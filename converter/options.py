@@ -1,4 +1,4 @@
-"""What a user asks of a conversion: objects that are checked when they are made and then passed on whole."""
+"""Options of a conversion: objects that are checked when they are made and then passed on whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """The rate that a conversion is to reach, and the way to choose the quantization parameters for it.
+    """The rate that a conversion is to reach, and the way to choose its quantization parameters.
 
     Exactly one of `bits`, `ratio` and `quality` is given.
 
@@ -37,8 +37,9 @@ class Rate:
         bits: bits per quantized weight, everything counted, 2 to 8.
         ratio: source bytes / stored bytes, above 1.
         quality: `high`, `balanced` or `small`: names for bits, see `QUALITIES`.
-        calibrate: text from which sensitivities are learned: `self` (the model writes it), `random` (random tokens),
-            `none`, or a text file. None is `self`, or `none` where the model cannot run here.
+        calibrate: text from which sensitivities are learned: `self` (the model writes it), `random`
+            (random tokens), `none`, or a text file. None is `self`, or `none` where the model
+            cannot run here.
         refine: whether codes of linear layers are chosen with error feedback. Needs a calibration.
 
     Raises:
@@ -99,7 +100,8 @@ def requested_rate(
         return Rate(bits=bits, ratio=ratio, quality=quality, calibrate=calibrate, refine=refine)
     if calibrate is not None:
         raise UsageError(
-            "calibrate needs bits, ratio or quality: plain int8 takes its steps from the largest weights"
+            "calibrate needs bits, ratio or quality: plain int8 takes its steps from the largest "
+            "weights"
         )
     if refine:
         raise UsageError("refine needs bits, ratio or quality: plain int8 rounds to nearest")
@@ -112,18 +114,23 @@ class ConvertOptions:
 
     Attributes:
         scheme: `int8` (per output channel) or `lossless`.
-        codec: `zstd`, or `rans`: smaller, fastest on a GPU, and on a CPU slow without the native core.
-        rate: the rate to reach (scheme `int8` only); None takes each channel's step from its largest weight.
+        codec: `zstd`, or `rans`: smaller, fastest on a GPU, and on a CPU slow without the native
+            core.
+        rate: the rate to reach (scheme `int8` only); None takes each channel's step from its
+            largest weight.
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win over `include`.
-        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such tensors as they are.
-        chunk_kib: most KiB of symbols in a chunk, 4 to 1024. Small chunks give a GPU more of them to decode at once, and
-            cost a little size: more checksums and, with zstd, more code tables.
+        non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such
+            tensors as they are.
+        chunk_kib: most KiB of symbols in a chunk, 4 to 1024. Small chunks give a GPU more of them
+            to decode at once, and cost a little size: more checksums and, with zstd, more code
+            tables.
         max_shard_bytes: no shard is longer, unless one tensor is.
-        workers: encoding threads, 1 or more; None takes one per core. Does not change a byte of the output.
+        workers: encoding threads, 1 or more; None takes one per core. Does not change a byte of the
+            output.
         force: replace a container that is in the way.
-        with_code: copy the repository's Python files (`auto_map`). They run only where a loading caller passes
-            `trust_remote_code=True`.
+        with_code: copy the repository's Python files (`auto_map`). They run only where a loading
+            caller passes `trust_remote_code=True`.
 
     Raises:
         UsageError: a value is out of range, or a rate is asked of scheme `lossless`.

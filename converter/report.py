@@ -55,7 +55,10 @@ class ConversionReport:
 
     @property
     def quantized_bits_per_weight(self) -> float:
-        """Stored bits without the data of unquantized tensors / quantized weights; 0 where there are none."""
+        """Stored bits without the data of unquantized tensors / quantized weights.
+
+        0 where there are none.
+        """
         unquantized_bytes = quantized = 0
         for record in self.manifest.tensors:
             if isinstance(record, Int8Tensor):

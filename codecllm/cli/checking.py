@@ -42,8 +42,9 @@ def verify(
 ) -> None:
     """Check a container: structure, checksums, decoding, ratio, and the output of the loaded model.
 
-    One verdict line per stage; every damaged chunk is listed. Exit code 0 only when all hold. With [bold]--diagnose[/bold]:
-    round trip, quantization, loaded model, layer outputs and text against the source, and what is wrong, where, and what to do.
+    One verdict line per stage; every damaged chunk is listed. Exit code 0 only when all hold. With
+    [bold]--diagnose[/bold]: round trip, quantization, loaded model, layer outputs and text are
+    compared with the source; then one paragraph names the fault, its place, and the remedy.
 
     Example: [bold]codecllm verify out/ --source HuggingFaceTB/SmolLM2-135M-Instruct[/bold]
     """
@@ -53,7 +54,8 @@ def verify(
     if diagnose:
         if level != "full" or require_baseline or not baseline:
             raise UsageError(
-                "--diagnose runs its own stages: it takes no --level, --require-baseline or --no-baseline"
+                "--diagnose runs its own stages: it takes no --level, --require-baseline or "
+                "--no-baseline"
             )
         report = _diagnose(
             out,
@@ -190,11 +192,15 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how far models are from their base: KL divergence per token, top-1 agreement, perplexity, beside their bits.
+    """Measure how far models are from their base.
 
-    All compute in the same dtype, so that only their weights differ. Bits count all stored for weights, headers too.
+    KL divergence per token, top-1 agreement, perplexity, beside their bits.
 
-    Example: [bold]codecllm eval HuggingFaceTB/SmolLM2-135M-Instruct out/ other-Q4_K_M.gguf --plot kl.png[/bold]
+    All compute in the same dtype, so that only their weights differ. Bits count all stored for
+    weights, headers too.
+
+    Example: [bold]codecllm eval HuggingFaceTB/SmolLM2-135M-Instruct out/ other-Q4_K_M.gguf --plot
+    kl.png[/bold]
     """
     import torch
 
@@ -225,10 +231,11 @@ def evaluate(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what is installed, which decoders work on this machine and why others do not, and test each of them.
+    """Show installed packages and test every decoder of this machine.
 
-    Every decoder decodes a small model that is made here, and its bits are compared with the slow reference's. A decoder that
-    is not installed, or has no device, is no fault; one that gives other bits is, and the exit code is 1.
+    Every decoder decodes a small model that is made here, and its bits are compared with the slow
+    reference's. A decoder that is not installed, or has no device, is no fault; one that gives
+    other bits is, and the exit code is 1.
 
     Example: [bold]codecllm doctor[/bold]
     """

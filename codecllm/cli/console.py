@@ -1,4 +1,4 @@
-"""What commands print to: the two streams, warnings, the progress bar."""
+"""The output of commands: two streams, warnings, the progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @contextmanager
 def progress_bar(verb: str, shown: bool, unit: str = "bytes") -> Iterator[Any]:
-    """Yields a callback (name, done, total) that draws a bar on a terminal's stderr and does nothing elsewhere."""
+    """Yields a callback (name, done, total) that draws a bar on stderr, if that is a terminal."""
     counts = (
         (DownloadColumn(), TransferSpeedColumn())
         if unit == "bytes"

@@ -48,13 +48,15 @@ def convert(
 ) -> None:
     """Convert a model into a container.
 
-    Every float matrix of 65,536 weights or more becomes int8 with one scale per output channel, then entropy-coded; routers,
-    positional embeddings, norms and biases keep every bit. With [bold]--scheme lossless[/bold] everything does.
+    Every float matrix of 65,536 weights or more becomes int8 with one scale per output channel,
+    then entropy-coded; routers, positional embeddings, norms and biases keep every bit. With
+    [bold]--scheme lossless[/bold] everything does.
 
-    Plain int8 takes about 7 bits a weight. [bold]--bits 5[/bold] (or --ratio, or --quality) makes steps wider until the
-    container has that rate, and spends the bits where the model is sensitive: it writes a short text, and the gradients on it
-    decide how fine each row, column and tensor is. No data of yours is needed. [bold]--refine[/bold] gets more out of the same
-    bits, for a conversion that takes minutes longer.
+    Plain int8 takes about 7 bits a weight. [bold]--bits 5[/bold] (or --ratio, or --quality) makes
+    steps wider until the container has that rate, and spends the bits where the model is sensitive:
+    it writes a short text, and the gradients on it decide how fine each row, column and tensor is.
+    No data of yours is needed. [bold]--refine[/bold] gets more out of the same bits, for a
+    conversion that takes minutes longer.
 
     Example: [bold]codecllm convert HuggingFaceTB/SmolLM2-135M-Instruct out/ --bits 5[/bold]
     """
@@ -113,7 +115,8 @@ def export(
     format: Annotated[
         options.FormatName,
         typer.Option(
-            help="safetensors: a plain model in the source's dtypes. compressed-tensors: int8 weights stay int8 "
+            help="safetensors: a plain model in the source's dtypes. compressed-tensors: int8 "
+            "weights stay int8 "
             "(pack-quantized). gguf: refused, Q8_0 cannot hold the scales."
         ),
     ] = "safetensors",
@@ -123,10 +126,13 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model that others read: by default plain safetensors, bit-identical from lossless, dequantized from int8.
+    """Write a model that others read.
 
-    With [bold]--format compressed-tensors[/bold] the int8 weights of linear layers keep codes and scales, in the layout that
-    transformers (with compressed-tensors installed) and vLLM know; embeddings and all else are written plainly.
+    By default plain safetensors, bit-identical from lossless, dequantized from int8.
+
+    With [bold]--format compressed-tensors[/bold] the int8 weights of linear layers keep codes and
+    scales, in the layout that transformers (with compressed-tensors installed) and vLLM know;
+    embeddings and all else are written plainly.
 
     Example: [bold]codecllm export out/ packed/ --format compressed-tensors[/bold]
     """
@@ -151,7 +157,8 @@ def export(
         typer.echo(json.dumps(facts))
     else:
         stdout.print(
-            f"wrote {report.tensor_bytes:,} bytes of tensors in {len(report.shards)} files to {report.out}"
+            f"wrote {report.tensor_bytes:,} bytes of tensors in {len(report.shards)} files to "
+            f"{report.out}"
         )
 
 
@@ -183,9 +190,9 @@ def push(
 ) -> None:
     """Verify a container, write its model card and upload it to the Hub.
 
-    What does not verify is not pushed. An upload that was interrupted goes on when the command is given again. The card repeats
-    the licence of the base model; a base that is gated or not freely licensed is warned of. Log in with
-    [bold]hf auth login[/bold] or set HF_TOKEN.
+    A container that does not verify is not pushed. An upload that was interrupted goes on when the
+    command is given again. The card repeats the licence of the base model; a base that is gated or
+    not freely licensed is warned of. Log in with [bold]hf auth login[/bold] or set HF_TOKEN.
 
     Example: [bold]codecllm push out/ user/SmolLM2-135M-Instruct-codecllm-int8 --private[/bold]
     """
@@ -240,5 +247,8 @@ def _push(
 
 
 def _teller(silent: bool) -> Callable[[str], None] | None:
-    """Returns a function that prints the sentence of a stage on stderr; None where nothing is to be printed."""
+    """Returns a function that prints the sentence of a stage on stderr.
+
+    None where nothing is to be printed.
+    """
     return None if silent else lambda text: stderr.print(text, markup=False)

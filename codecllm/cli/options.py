@@ -1,4 +1,4 @@
-"""Types of the options that commands take, with their help texts, and the parsing of sizes and text files."""
+"""Types of the options of commands with their help texts; parsing of sizes and text files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 
 from codecllm.formats.errors import UsageError
 
-# The same choices as in the library, spelled again: its modules import numpy and torch, and --help must be fast.
+# The same choices as in the library, spelled again: its modules import numpy and torch, and --help
+# must be fast.
 SchemeName = Literal["int8", "lossless"]
 CodecChoice = Literal["zstd", "rans"]
 QualityName = Literal["high", "balanced", "small"]
@@ -48,7 +49,8 @@ Scheme = Annotated[
 Codec = Annotated[
     CodecChoice,
     typer.Option(
-        help="zstd: fast everywhere. rans: smaller, fastest on GPUs, slow on a CPU without the native core."
+        help="zstd: fast everywhere. rans: smaller, fastest on GPUs, slow on a CPU without the "
+        "native core."
     ),
 ]
 Bits = Annotated[
@@ -74,7 +76,8 @@ Calibrate = Annotated[
     str | None,
     typer.Option(
         metavar="self|random|none|FILE",
-        help="The text on which sensitivities are measured: a short one that the model writes itself (default), "
+        help="The text on which sensitivities are measured: a short one that the model writes "
+        "itself (default), "
         "random tokens, none, or the start of a text file.",
         rich_help_panel=RATE_PANEL,
     ),
@@ -83,8 +86,10 @@ Refine = Annotated[
     bool,
     typer.Option(
         "--refine",
-        help="Let each column of a linear layer make up for the rounding of those before it: 0.1 bit a weight less at "
-        "equal quality. The model writes a text four times as long, and calibrating takes four times as long. Needs a "
+        help="Let each column of a linear layer make up for the rounding of those before it: 0.1 "
+        "bit a weight less at "
+        "equal quality. The model writes a text four times as long, and calibrating takes four "
+        "times as long. Needs a "
         "calibration, and room for a temporary file: 4 bytes for each pair of a layer's inputs.",
         rich_help_panel=RATE_PANEL,
     ),
@@ -111,7 +116,8 @@ ConvertBaseline = Annotated[
     bool | None,
     typer.Option(
         "--baseline/--no-baseline",
-        help="Run the source and the converted model on fixed prompts and record both. Default: if under 10 minutes.",
+        help="Run the source and the converted model on fixed prompts and record both. Default: "
+        "if under 10 minutes.",
     ),
 ]
 Force = Annotated[bool, typer.Option(help="Replace a container that is in the way.")]
@@ -119,7 +125,8 @@ WithCode = Annotated[
     bool,
     typer.Option(
         "--with-code",
-        help="Copy the repository's Python files too (auto_map). They run only where a loading call says "
+        help="Copy the repository's Python files too (auto_map). They run only where a loading "
+        "call says "
         "trust_remote_code=True.",
     ),
 ]
@@ -139,7 +146,8 @@ PushPrivate = Annotated[bool, typer.Option(help="With --push: a private reposito
 Level = Annotated[
     LevelName,
     typer.Option(
-        help="structure: names, sizes, headers. checksums: every byte. full: decode all and run the baseline too."
+        help="structure: names, sizes, headers. checksums: every byte. full: decode all and run "
+        "the baseline too."
     ),
 ]
 CompareSource = Annotated[
@@ -169,7 +177,8 @@ HtmlReport = Annotated[
 FirstLayers = Annotated[
     int | None,
     typer.Option(
-        help="Diagnose with only the first N layers from the container, the others from the source.",
+        help="Diagnose with only the first N layers from the container, the others from the "
+        "source.",
         min=0,
     ),
 ]
@@ -180,7 +189,8 @@ DiagnosisText = Annotated[
 DiagnosedResident = Annotated[
     ResidentName | None,
     typer.Option(
-        help="Diagnose the model that runs with its weights kept so (default dense); weights are compared in all."
+        help="Diagnose the model that runs with its weights kept so (default dense); weights are "
+        "compared in all."
     ),
 ]
 

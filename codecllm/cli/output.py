@@ -1,4 +1,4 @@
-"""What commands print: reports as text for people, or as one JSON object."""
+"""Prints the results of commands: as text for people, or as one JSON object."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def print_estimate(predicted: Estimate, as_json: bool) -> None:
     _print_files(predicted)
     ratio = predicted.source_bytes / max(1, predicted.stored_bytes)
     stdout.print(
-        f"\n{predicted.source_bytes:,} bytes -> about {predicted.stored_bytes:,} bytes ({ratio:.2f}x); nothing was written"
+        f"\n{predicted.source_bytes:,} bytes -> about {predicted.stored_bytes:,} bytes "
+        f"({ratio:.2f}x); nothing was written"
     )
 
 
@@ -91,7 +92,8 @@ def print_conversion(done: Converted, as_json: bool) -> None:
     print_warnings(report.warnings)
     _print_files(report)
     stdout.print(
-        f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} bytes "
+        f"{report.out}: {report.manifest.source.tensor_bytes:,} bytes -> {report.stored_bytes:,} "
+        "bytes "
         f"in {report.seconds:.1f} s, "
         f"ratio {report.ratio:.3f}x, {report.bits_per_weight:.3f} bits per weight"
         f" ({report.quantized_bits_per_weight:.3f} of the quantized ones)"
@@ -114,7 +116,10 @@ def _print_files(report: ConversionReport | Estimate) -> None:
 
 
 def _describe_left(left: list[LeftFile]) -> list[str]:
-    """Returns a line for each reason why files are not in the container; --json names every file."""
+    """Returns a line for each reason why files are not in the container.
+
+    --json names every file.
+    """
     names: dict[str, list[str]] = {}
     for file in left:
         names.setdefault(file.reason, []).append(file.name)
@@ -147,7 +152,8 @@ def print_evaluation(result: Evaluation) -> None:
         table.add_row(score.name, *bits, *kl, f"{score.top1:.2%}", f"{score.perplexity:.3f}")
     stdout.print(table)
     stdout.print(
-        f"\nbase {result.base}: {result.base_bits_per_weight:.3f} bits per weight, perplexity {result.base_perplexity:.3f}; "
+        f"\nbase {result.base}: {result.base_bits_per_weight:.3f} bits per weight, perplexity "
+        f"{result.base_perplexity:.3f}; "
         f"{result.tokens} tokens, computed in {result.dtype}; KL in nats per token"
     )
 

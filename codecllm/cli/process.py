@@ -1,4 +1,7 @@
-"""The process around a command: signals, and one clear line with the right exit code for every failure."""
+"""The process around a command.
+
+Signals, and one clear line with the right exit code for every failure.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ def main() -> None:
 
 
 class _StopError(BaseException):
-    """SIGINT or SIGTERM arrived: unwinds through every context manager, so that everything cleans up."""
+    """SIGINT or SIGTERM arrived.
+
+    Unwinds through every context manager, so that everything cleans up.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -62,7 +68,10 @@ def _stopped(stop: _StopError) -> str:
 
 
 def _stop_behind(exc: BaseException | None) -> _StopError | None:
-    """Returns the signal during whose unwinding `exc` was raised: one that arrives inside a lock's own code upsets the lock."""
+    """Returns the signal during whose unwinding `exc` was raised.
+
+    One that arrives inside a lock's own code upsets the lock.
+    """
     while exc is not None and not isinstance(exc, _StopError):
         exc = exc.__context__
     return exc

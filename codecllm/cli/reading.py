@@ -18,9 +18,12 @@ def info(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a container holds: per tensor scheme, codec, sizes, bits per weight, entropy bound, worst error.
+    """Show the content of a container.
 
-    Of a container on the Hub only the manifest and the shards' headers are read, by range requests; no weights are downloaded.
+    Per tensor scheme, codec, sizes, bits per weight, entropy bound, worst error.
+
+    Of a container on the Hub only the manifest and the shards' headers are read, by range requests;
+    no weights are downloaded.
     """
     from codecllm.info import describe_name, render
 

@@ -41,7 +41,7 @@ def needs_scale_pass(plan: TensorPlan) -> bool:
 
 
 def blocks_of(plan: TensorPlan) -> Iterator[Block]:
-    """Cuts the tiles of a tensor into blocks of about 1 Mi elements: rows, or pieces of huge rows."""
+    """Cuts a tensor into blocks of about 1 Mi elements: whole rows, or pieces of huge rows."""
     grid = plan.grid
     tile_rows, tile_cols = block_extent(grid)
     if tile_cols < grid.across:
@@ -78,7 +78,7 @@ def _pieces_of_rows(grid: Grid, step: int) -> Iterator[Block]:
 
 
 def tile_slices(grid: Grid, block: Block) -> list[slice]:
-    """Returns the place of each tile in the elements of its block, where tiles follow one another."""
+    """Returns the place of each tile in the elements of its block; tiles follow one another."""
     slices, position = [], 0
     for index in range(block.first, block.last):
         symbols = grid.tile(index).symbols

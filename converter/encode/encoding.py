@@ -117,11 +117,11 @@ def _encode_int8(
     dtype = plan.source.dtype.name
     absmax = None
     if scales is None:
-        found = row_absmax(words, dtype)
-        if not found.finite or found.tiny:
-            problem = "tiny_scale" if found.finite else "non_finite"
+        measured_rows = row_absmax(words, dtype)
+        if not measured_rows.finite or measured_rows.tiny:
+            problem = "tiny_scale" if measured_rows.finite else "non_finite"
             return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
-        absmax = found.absmax
+        absmax = measured_rows.absmax
         factors = channel_scales(absmax)[:, None]
     elif plan.kind == "column":
         factors = scales[None, block.col : block.col + block.cols]
@@ -158,14 +158,14 @@ def _encode_with_params(
                 got=got,
                 expected=expected,
             )
-    given = params.codes is not None
-    found = quantize_steps(
-        words, plan.source.dtype.name, (rows, factors), codes, given, params.deadzone
+    has_codes = params.codes is not None
+    quantized = quantize_steps(
+        words, plan.source.dtype.name, (rows, factors), codes, has_codes, params.deadzone
     )
-    problem = _problem(found, plan, params, block)
+    problem = _problem(quantized, plan, params, block)
     if problem is not None:
         return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
-    wide = plan.wide or max(-found.lowest, found.highest) > MAX_CODE
+    wide = plan.wide or max(-quantized.lowest, quantized.highest) > MAX_CODE
     bands = _column_tiles(plan.grid, params, block, codes)
     low_bits: list[int] = []
     if wide:
@@ -183,20 +183,22 @@ def _encode_with_params(
         packed.records,
         codes.astype("<i2" if wide else np.int8).reshape(-1).view(np.uint8),
         _per_plane(packed.entropy_bits, 2 if wide else 1),
-        worst_error=found.worst_error,
-        worst_steps=found.worst_steps,
+        worst_error=quantized.worst_error,
+        worst_steps=quantized.worst_steps,
         wide=wide and not plan.wide,
         tables=packed.tables,
     )
 
 
-def _problem(found: Quantized, plan: TensorPlan, params: QuantParams, block: Block) -> str | None:
+def _problem(
+    quantized: Quantized, plan: TensorPlan, params: QuantParams, block: Block
+) -> str | None:
     """Returns why the codes of a block cannot be packed as the plan says."""
-    if not found.finite:
+    if not quantized.finite:
         return "non_finite"
-    if not (found.lowest >= MIN_WIDE_CODE and found.highest <= MAX_WIDE_CODE):
+    if not (quantized.lowest >= MIN_WIDE_CODE and quantized.highest <= MAX_WIDE_CODE):
         return "codes"
-    narrow = found.lowest >= -MAX_CODE and found.highest <= MAX_CODE
+    narrow = quantized.lowest >= -MAX_CODE and quantized.highest <= MAX_CODE
     if narrow and not plan.wide:
         return None
     if params.largest > MAX_WIDE_STEP:

@@ -47,7 +47,7 @@ class PackedChunks:
 
 @dataclass(frozen=True, slots=True)
 class EncodedBlock:
-    """What a worker hands to the writer.
+    """The result of a worker for one block.
 
     Attributes:
         slots: bytes of the chunks' slots, in order.
@@ -112,7 +112,7 @@ class _Chunks:
 
     @property
     def next_low_bits(self) -> int:
-        """What the record of the next chunk says."""
+        """`low_bits` of the record of the next chunk."""
         chunk = len(self.slots)
         return self._low_bits[chunk // 2] if self._low_bits and chunk % 2 else 0
 

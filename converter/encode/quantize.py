@@ -131,7 +131,7 @@ def quantize_block(
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What quantizing a block under given steps came to.
+    """The result of quantizing a block under given steps.
 
     Attributes:
         finite: whether no weight is NaN or infinite; nothing else is valid if one is.
@@ -153,36 +153,36 @@ def quantize_steps(
     dtype: str,
     scales: tuple[NDArray[np.float32], NDArray[np.float32] | None],
     codes: NDArray[np.int16],
-    given: bool,
+    has_codes: bool,
     deadzone: float = 0.0,
 ) -> Quantized:
-    """Quantizes a block of rows under steps, or measures the codes that somebody gives for it.
+    """Quantizes a block of rows under steps, or measures codes that the caller has chosen.
 
     Args:
         words: unsigned [rows, cols], bit patterns of BF16, F16 or F32 weights.
         dtype: which of them.
         scales: float32 [rows, 1] or [1, cols], and the factors of the columns [1, cols] or None.
-        codes: int16 [rows, cols], receives the codes unless they are `given`.
-        given: whether `codes` holds them already.
+        codes: int16 [rows, cols], receives the codes unless `has_codes`.
+        has_codes: whether `codes` holds them already.
         deadzone: how far quotients are moved toward zero before they are rounded; of no effect
-            where codes are `given`.
+            where `has_codes`.
     """
     rows, cols = words.shape
     step = max(1, _SUB_ELEMENTS // cols)
     _SCRATCH.reserve(min(rows, step) * cols)
     lowest = highest = worst_error = worst_steps = 0.0
     for row in range(0, rows, step):
-        block, held = words[row : row + step], codes[row : row + step]
-        own = scales[0] if scales[0].shape[0] == 1 else scales[0][row : row + step]
+        block, block_codes = words[row : row + step], codes[row : row + step]
+        row_scales = scales[0] if scales[0].shape[0] == 1 else scales[0][row : row + step]
         quotient, rounded, sizes = (
             buffer[: block.size].reshape(block.shape)
             for buffer in (_SCRATCH.quotient, _SCRATCH.rounded, _SCRATCH.steps)
         )
-        steps = own if scales[1] is None else np.multiply(own, scales[1], out=sizes)
+        steps = row_scales if scales[1] is None else np.multiply(row_scales, scales[1], out=sizes)
         with np.errstate(over="ignore", invalid="ignore"):
             np.divide(as_float32(block, dtype, quotient), steps, out=quotient)
-        if given:
-            np.copyto(rounded, held)
+        if has_codes:
+            np.copyto(rounded, block_codes)
         elif deadzone:
             round_toward_zero(quotient, deadzone, rounded)
         else:
@@ -191,8 +191,8 @@ def quantize_steps(
         lowest, highest = min(lowest, least), max(highest, most)
         if not (least >= MIN_WIDE_CODE and most <= MAX_WIDE_CODE):
             return Quantized(not count_non_finite(block, dtype).any(), lowest, highest)
-        if not given:
-            np.copyto(held, rounded, casting="unsafe")
+        if not has_codes:
+            np.copyto(block_codes, rounded, casting="unsafe")
         np.subtract(quotient, rounded, out=quotient)
         np.abs(quotient, out=quotient)
         farthest = float(quotient.max())

@@ -1,8 +1,8 @@
 """Cuts codes of 16 bits into the two planes of a wide tensor (SPEC.md 7.3).
 
-Low bits are as good as random and cost what they are; the high rest has few symbols and a short
+Low bits are as good as random and cost their number; the high rest has few symbols and a short
 code table. Where a few codes among many leave a byte, though, a high plane that is zero but for
-these is cheaper. Which of it holds is tried.
+these is cheaper. The encoder tries both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def choose_low_bits(bands: list[list[NDArray[np.int16]]], codec: str) -> list[in
 
     Args:
         bands: rows of tiles, int16 [rows, cols] each.
-        codec: what will pack them.
+        codec: the codec that packs them.
     """
     if codec != rans.NAME:
         return [_choose([tile], _packed) for band in bands for tile in band]
@@ -51,8 +51,8 @@ def _choose(
     fewest = next(
         bits for bits in range(LEAST_LOW_BITS, MAX_LOW_BITS + 1) if _fit(lowest, highest, bits)
     )
-    tried = sorted({fewest, max(fewest, MAX_LOW_BITS - 1), MAX_LOW_BITS})
-    return min(tried, key=lambda bits: measure(tiles, bits))
+    candidate_bits = sorted({fewest, max(fewest, MAX_LOW_BITS - 1), MAX_LOW_BITS})
+    return min(candidate_bits, key=lambda bits: measure(tiles, bits))
 
 
 def halves(tile: NDArray[np.int16], low_bits: int) -> list[NDArray[np.uint8]]:
@@ -78,7 +78,7 @@ def _coded(tiles: list[NDArray[np.int16]], low_bits: int) -> int:
     for plane in zip(*(halves(tile, low_bits) for tile in tiles), strict=True):
         counts = [np.bincount(half, minlength=256) for half in plane]
         table = fit_table(np.sum(counts, axis=0))
-        sizes = [coded_bytes(table, own) for own in counts]
+        sizes = [coded_bytes(table, chunk_counts) for chunk_counts in counts]
         raw = [half.size for half in plane]
         total += sum(map(slot_bytes, map(min, sizes, raw)))
         if any(map(lt, sizes, raw)):

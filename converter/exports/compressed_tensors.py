@@ -1,10 +1,13 @@
-"""int8 codes in the layout of the compressed-tensors library: `pack-quantized`, 8 bits, one scale per output channel.
+"""int8 codes in the layout of the compressed-tensors library.
 
-A weight `X.weight` [out, in] becomes `X.weight_packed` int32 [out, ceil(in / 4)] (code + 128 as an unsigned byte, four to a
-word, the first in the lowest bits), `X.weight_scale` float32 [out, 1] and `X.weight_shape` int64 [2]. Codes and scales are the
-container's own, so nothing is lost. The library's other int8 layout, `int-quantized`, is for activations that are quantized
-too (its `IntQuantizationCompressor.can_compress` asks for them); ours are not. Read from compressed-tensors 0.20.0:
-`compressors/pack_quantized`, `compressors/format.py`, `quantization/quant_args.py`.
+`pack-quantized`, 8 bits, one scale per output channel.
+
+A weight `X.weight` [out, in] becomes `X.weight_packed` int32 [out, ceil(in / 4)] (code + 128 as an
+unsigned byte, four to a word, the first in the lowest bits), `X.weight_scale` float32 [out, 1] and
+`X.weight_shape` int64 [2]. Codes and scales are the container's own, so nothing is lost. The
+library's other int8 layout, `int-quantized`, is for activations that are quantized too (its
+`IntQuantizationCompressor.can_compress` asks for them); ours are not. Read from compressed-tensors
+0.20.0: `compressors/pack_quantized`, `compressors/format.py`, `quantization/quant_args.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class PackedLayout:
 
     Attributes:
         packed: names of the tensors, each the weight of an nn.Linear or of one expert.
-        ignore: modules whose weights are written plainly though they are linear, or int8 in the container.
+        ignore: modules whose weights are written plainly though they are linear, or int8 in the
+            container.
     """
 
     packed: frozenset[str]
@@ -68,12 +72,14 @@ class PackedLayout:
 
 
 def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayout:
-    """Decides which tensors are written packed: int8 weights [out, in] of linear modules that share them with no other tensor.
+    """Decides which tensors are written packed.
+
+    Int8 weights [out, in] of linear modules that share them with no other tensor.
 
     Tensors with scales for their columns, or with codes beyond 8 bits, are written plainly.
 
-    Experts that the checkpoint holds one by one are written packed too, though the model class may fuse them: the library's
-    loaders expect all of a model's experts in one form.
+    Experts that the checkpoint holds one by one are written packed too, though the model class may
+    fuse them: the library's loaders expect all of a model's experts in one form.
 
     Args:
         manifest: of the container.
@@ -84,7 +90,8 @@ def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayo
     """
     if manifest.options.scheme != "int8":
         raise UsageError(
-            f"compressed-tensors holds int8 weights, and this container is {manifest.options.scheme}: "
+            "compressed-tensors holds int8 weights, and this container is "
+            f"{manifest.options.scheme}: "
             "--format safetensors gives every bit back"
         )
     linear = set(linear_modules)
@@ -98,12 +105,14 @@ def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayo
     }
     if not packed and any(map(_is_beyond_channels, manifest.tensors)):
         raise UsageError(
-            "compressed-tensors' int8 has one scale per output channel and codes of 8 bits; the tensors of this container have "
+            "compressed-tensors' int8 has one scale per output channel and codes of 8 bits; the "
+            "tensors of this container have "
             "scales for their columns or wider codes: --format safetensors writes them dequantized"
         )
     if not packed:
         raise UsageError(
-            "no int8 tensor of this container is the weight of a linear module: nothing to export packed"
+            "no int8 tensor of this container is the weight of a linear module: nothing to export "
+            "packed"
         )
     plain = linear - {name.removesuffix(_SUFFIX) for name in packed}
     plain |= {
@@ -115,7 +124,10 @@ def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayo
 
 
 def pack_codes(codes: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Returns int32 [rows, ceil(cols / 4)] words for int8 [rows, cols] codes; missing codes of a last word are zero bits."""
+    """Returns int32 [rows, ceil(cols / 4)] words for int8 [rows, cols] codes.
+
+    Missing codes of a last word are zero bits.
+    """
     rows, cols = codes.shape
     unsigned = np.zeros((rows, packed_columns(cols) * _WORD_CODES), np.uint8)
     unsigned[:, :cols] = codes.view(np.uint8) ^ np.uint8(0x80)  # two's complement + 128
@@ -138,5 +150,5 @@ def _is_channel_int8(record: TensorRecord) -> bool:
 
 
 def _is_beyond_channels(record: TensorRecord) -> bool:
-    """Whether a tensor's codes or scales are more than one signed byte per weight and one scale per channel."""
+    """Whether a tensor has codes beyond one signed byte, or scales beside those of its channels."""
     return isinstance(record, Int8Tensor) and (record.wide or record.xxh3.col_scale is not None)

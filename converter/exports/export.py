@@ -1,4 +1,7 @@
-"""Container -> a model in another layout: plain safetensors (bit-identical for `lossless`, else dequantized), or packed."""
+"""Container -> a model in another layout.
+
+Plain safetensors (bit-identical for `lossless`, else dequantized), or packed.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export wrote: the folder, its weight files, and the bytes of all tensors."""
+    """The result of an export: the folder, its weight files, and the bytes of all tensors."""
 
     out: Path
     shards: list[str]
@@ -62,7 +65,8 @@ def export(
     Args:
         container: the container's folder.
         out: folder to make; absent or empty.
-        layout: tensors to write as packed int8 (`compressed_tensors.plan_layout`); None writes all of them plainly.
+        layout: tensors to write as packed int8 (`compressed_tensors.plan_layout`); None writes all
+            of them plainly.
         max_shard_bytes: no weight file is longer, unless one tensor is.
         workers: decoding threads; None takes one per core, or more where the codec gains by it.
         progress: called with a tensor's name, bytes done and bytes in all.
@@ -117,7 +121,7 @@ def _written_bytes(record: TensorRecord, packed: Collection[str]) -> int:
 
 
 def _planned(record: TensorRecord, packed: Collection[str]) -> list[PlannedTensor]:
-    """Returns the tensors that will be written for one of the container, in order, with their exact sizes."""
+    """Returns the tensors that are written for one of the container, with their exact sizes."""
     if record.name not in packed:
         return [
             PlannedTensor(
@@ -141,7 +145,7 @@ def _write_shard(
     records: list[TensorRecord],
     packed: Collection[str],
 ) -> Iterator[tuple[str, int]]:
-    """Writes a shard; yields the name of each tensor of the container with the bytes that were written for it."""
+    """Writes a shard; yields the name of each tensor with the bytes that were written for it."""
     shard = ShardWriter(
         path,
         [tensor for record in records for tensor in _planned(record, packed)],
@@ -181,7 +185,10 @@ def _write_packed(
     shard: ShardWriter,
     record: TensorRecord,
 ) -> Iterator[int]:
-    """Writes codes as packed words, then scales and shape; what was packed is compared with the tensor's digest."""
+    """Writes codes as packed words, then scales and shape.
+
+    The codes are compared with the tensor's digest.
+    """
     tensor = container.tensor(record.name)
     assert isinstance(tensor, StoredTensor) and tensor.scales is not None
     digest = hashlib.sha256()

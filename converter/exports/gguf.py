@@ -1,4 +1,4 @@
-"""Why a container is not exported to GGUF: its only comparable type cannot hold what the container holds."""
+"""Refuses the export to GGUF: its only comparable type cannot hold the scales of a container."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
 
-_WAY_ROUND = "export --format safetensors, and let llama.cpp's convert_hf_to_gguf.py quantize the result as you wish"
+_WAY_ROUND = (
+    "export --format safetensors, and let llama.cpp's convert_hf_to_gguf.py quantize the "
+    "result as you wish"
+)
 
 
 def refuse(container: Container) -> None:
     """Raises the UsageError that says why, with this container's own figures.
 
-    Q8_0 (gguf's `quants.py`, ggml's `block_q8_0`) keeps one float16 scale for each 32 weights of a row. The codes of a channel
-    could be laid out so, but its float32 scale cannot: rounding it to float16 changes every weight of the channel, and below
-    2**-14 float16 also loses precision step by step. A file made so would claim to be the container's model and be another.
+    Q8_0 (gguf's `quants.py`, ggml's `block_q8_0`) keeps one float16 scale for each 32 weights of a
+    row. The codes of a channel could be laid out so, but its float32 scale cannot: rounding it to
+    float16 changes every weight of the channel, and below 2**-14 float16 also loses precision step
+    by step. A file made so would claim to be the container's model and be another.
     """
     if container.manifest.options.scheme != "int8":
         raise UsageError(f"GGUF's Q8_0 is not {container.manifest.options.scheme}: {_WAY_ROUND}")
@@ -26,7 +30,8 @@ def refuse(container: Container) -> None:
         for record in container.manifest.tensors
     ):
         raise UsageError(
-            "GGUF's Q8_0 has one scale for 32 weights of a row, and this container has scales for their columns too: "
+            "GGUF's Q8_0 has one scale for 32 weights of a row, and this container has scales for "
+            "their columns too: "
             f"{_WAY_ROUND}"
         )
     scales = _all_scales(container)
@@ -40,8 +45,10 @@ def refuse(container: Container) -> None:
             f"codecllm writes no GGUF, though float16 could hold these scales; {_WAY_ROUND}"
         )
     raise UsageError(
-        "GGUF's Q8_0 keeps its scales as float16, which cannot hold the float32 scales of this container: "
-        f"{changed:,} of {scales.size:,} would change, by up to {error.max():.2e} of their value, and with them the weights of "
+        "GGUF's Q8_0 keeps its scales as float16, which cannot hold the float32 scales of this "
+        "container: "
+        f"{changed:,} of {scales.size:,} would change, by up to {error.max():.2e} of their value, "
+        "and with them the weights of "
         f"their channels; {_WAY_ROUND}"
     )
 

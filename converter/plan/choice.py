@@ -1,4 +1,4 @@
-"""The outcome of a search for a rate: who chooses the parameters of each tensor, and the record of how that came about."""
+"""The outcome of a search for a rate: the provider of parameters, and its record."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ class ParamsChoice:
     """Chosen quantization parameters for one conversion.
 
     Attributes:
-        provider: chooses the parameters of each int8 tensor; None takes all scales from the largest weights.
-        rate: the rate for which they were chosen, with the kind of calibration that was run; recorded in the manifest.
+        provider: chooses the parameters of each int8 tensor; None takes all scales from the largest
+            weights.
+        rate: the rate for which they were chosen, with the kind of calibration that was run;
+            recorded in the manifest.
         calibration: the text from which sensitivities were learned; recorded in the manifest.
         notes: sentences for the user.
     """

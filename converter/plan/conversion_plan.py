@@ -1,4 +1,7 @@
-"""The plan of a conversion: scheme, alias and shard of every tensor, decided before a byte is written."""
+"""The plan of a conversion.
+
+Scheme, alias and shard of every tensor, decided before a byte is written.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class ConversionPlan:
         shards: plans of the tensors of each shard, in order.
         aliases: name -> name of the tensor whose bytes it shares.
         warnings: sentences for the user.
-        format_version: the lowest version of the format above 1.0 that can say what will be written.
+        format_version: the lowest version of the format above 1.0 that can describe the container.
     """
 
     shards: list[list[TensorPlan]]
@@ -106,14 +109,16 @@ def _remarks(model: SourceModel, options: ConvertOptions) -> list[str]:
     side_files = model.side_files
     if side_files.linked:
         remarks.append(
-            f"{len(side_files.linked)} copied files are links to places outside the source's folder, "
+            f"{len(side_files.linked)} copied files are links to places outside the source's "
+            "folder, "
             f"first {side_files.linked[0]}"
         )
     if options.with_code and not any(name.endswith(CODE_SUFFIX) for name in side_files.copied):
         remarks.append("--with-code: the source holds no Python files")
     if not options.with_code and model.names_code:
         remarks.append(
-            f"the config names code of the repository (auto_map): {len(side_files.code)} Python files are left out; "
+            f"the config names code of the repository (auto_map): {len(side_files.code)} Python "
+            "files are left out; "
             "--with-code copies them"
         )
     return remarks
@@ -134,7 +139,10 @@ def _unmatched(option: str, patterns: Sequence[str], model: SourceModel) -> list
 
 
 def _place(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
-    """Cuts the tensors into shards by upper bounds of their sizes: names must be known before anything is written."""
+    """Cuts the tensors into shards by upper bounds of their sizes.
+
+    Names must be known before anything is written.
+    """
     shards: list[list[TensorPlan]] = [[]]
     filled = 0
     for plan in plans:

@@ -1,4 +1,7 @@
-"""Steps of an `int8` tensor chosen by somebody else: scales of rows and columns, groups of columns, tiles, refined codes."""
+"""Quantization parameters of an `int8` tensor, supplied by the caller.
+
+Scales, groups, tiles, codes.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +18,42 @@ from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, default_grid
 
 COLUMN_GROUPS = 8
-"""Groups of like columns that a tensor's tiles have by default, where each can have enough symbols."""
+"""Groups of like columns by default, where each can have enough symbols."""
 
 MIN_TILE_SYMBOLS = 1 << 16
-"""Symbols of a tile by default, where the tensor has so many: the code table of a smaller one costs too much."""
+"""Symbols of a tile by default, where the tensor has so many: the code table of a smaller one costs
+too much.
+"""
 
 _MIN_COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantParams:
-    """How an `int8` tensor is quantized: code of (r, c) = rint(fl32(w / step)), step = fl32(row_scale[r] * col_scale[c]).
+    """How an `int8` tensor is quantized.
+
+    Code of (r, c) = rint(fl32(w / step)), step = fl32(row_scale[r] * col_scale[c]).
 
     With a `deadzone` d the quotient x is moved d toward zero first: rint(fl32(x - copysign(d, x))).
-    Rows and columns are those of the plan's `matrix`. For a plan of kind `column` (Conv1D), `row_scale` has one entry per
-    output channel, as always, and `col_scale` and `col_groups` must be None.
+    Rows and columns are those of the plan's `matrix`. For a plan of kind `column` (Conv1D),
+    `row_scale` has one entry per output channel, as always, and `col_scale` and `col_groups` must
+    be None.
 
     Attributes:
         row_scale: float32 [channels].
         col_scale: float32 [cols] in the source's order, or None for 1 everywhere.
-        col_groups: uint8 [cols]: which columns are alike. Columns are stored group by group, within one as in the source; only
-            beside `col_scale`, or None.
-        tile: rows and columns of a tile of the stored matrix; None takes `column_tiles` or, without `col_scale`, whole rows.
-        deadzone: how far quotients are moved toward zero before they are rounded, a float32 value in [0, 0.5); 0 rounds to
-            nearest.
-        codes: gives int16 [last - first, cols] for rows [first, last), columns in the source's order; called from several
-            threads, once or twice for each block of rows. None rounds as `deadzone` says.
-        refined: the name of what `codes` did; None where there are none.
-        wide: whether codes beyond 127 are to be expected. It only spares a second look at tensors of several blocks.
+        col_groups: uint8 [cols]: which columns are alike. Columns are stored group by group, within
+            one as in the source; only beside `col_scale`, or None.
+        tile: rows and columns of a tile of the stored matrix; None takes `column_tiles` or, without
+            `col_scale`, whole rows.
+        deadzone: how far quotients are moved toward zero before they are rounded, a float32 value
+            in [0, 0.5); 0 rounds to nearest.
+        codes: gives int16 [last - first, cols] for rows [first, last), columns in the source's
+            order; called from several threads, once or twice for each block of rows. None rounds as
+            `deadzone` says.
+        refined: the name of the method behind `codes`; None where there are none.
+        wide: whether codes beyond 127 are to be expected. It only spares a second look at tensors
+            of several blocks.
     """
 
     row_scale: NDArray[np.float32]
@@ -56,19 +67,32 @@ class QuantParams:
 
     @property
     def rounding(self) -> str:
-        """What the manifest calls the choice of codes: `nearest`, `deadzone`, or the name of what `codes` did."""
+        """The rounding by its name in the manifest.
+
+        `nearest`, `deadzone`, or the method behind `codes`.
+        """
         return self.refined or (DEADZONE if self.deadzone else NEAREST)
 
     @property
     def order(self) -> NDArray[np.int32] | None:
-        """int32 [cols]: the columns of the source as they are stored; None where they stand as in the source."""
+        """int32 [cols]: the columns of the source as they are stored.
+
+        None where they stand as in the source.
+        """
         return None if self.col_groups is None else order_of(self.col_groups)
 
     @property
     def scale_dtype(self) -> str:
-        """`BF16` where all scales have values of that type, and are thus stored as such; otherwise `F32`."""
+        """`BF16` where all scales have values of that type, and are thus stored as such.
+
+        Otherwise `F32`.
+        """
         scales = [self.row_scale] if self.col_scale is None else [self.row_scale, self.col_scale]
-        return "BF16" if all(np.array_equal(nearest_bf16(held), held) for held in scales) else "F32"
+        return (
+            "BF16"
+            if all(np.array_equal(nearest_bf16(values), values) for values in scales)
+            else "F32"
+        )
 
     @property
     def stored_bytes(self) -> int:
@@ -91,7 +115,7 @@ def nearest_bf16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def next_bf16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns for each scale, positive float32, the smallest value of type BF16 that is not below it."""
+    """Returns for each positive float32 scale the smallest BF16 value that is not below it."""
     return ((scales.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
@@ -100,8 +124,8 @@ def column_tiles(
 ) -> tuple[int, int]:
     """Returns rows and columns of the tiles for a matrix whose like columns stand together.
 
-    Up to `groups` tiles side by side, at least 32 columns wide and of at least 65,536 symbols where the matrix is large enough,
-    and as many rows as `tile_symbols` symbols (131,072) allow.
+    Up to `groups` tiles side by side, at least 32 columns wide and of at least 65,536 symbols where
+    the matrix is large enough, and as many rows as `tile_symbols` symbols (131,072) allow.
     """
     fitting = max(1, min(groups, rows * cols // MIN_TILE_SYMBOLS, cols // _MIN_COLUMNS))
     width = -(-cols // fitting)
@@ -109,7 +133,7 @@ def column_tiles(
 
 
 def like_columns(squares: NDArray[np.float64], width: int) -> NDArray[np.uint8]:
-    """Returns groups of `width` columns each, uint8 [cols], in ascending order of their squared codes, float64 [cols]."""
+    """Returns groups of `width` columns, uint8 [cols], in ascending order of `squares` [cols]."""
     groups = np.empty(squares.size, np.uint8)
     groups[np.argsort(squares, kind="stable")] = np.arange(squares.size) // width
     return groups
@@ -127,5 +151,8 @@ def grid_of(
 
 
 def max_tiles(rows: int, cols: int) -> int:
-    """Returns the most tiles that steps may ask for: one per 4096 symbols, and some for small or narrow matrices."""
+    """Returns the most tiles that steps may ask for.
+
+    One per 4096 symbols, and some for small or narrow matrices.
+    """
     return 64 + rows * cols // 4096 + 2 * (rows + cols) // 64

@@ -1,4 +1,7 @@
-"""Which scheme a tensor gets, and which of its dimensions is the output channel. The one place where names matter."""
+"""Which scheme a tensor gets, and which of its dimensions is the output channel.
+
+The one place where names matter.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ def plan_tensor(
 
     Args:
         tensor: the tensor.
-        options: of the conversion. `include` takes any float tensor of rank 2 or more, of any size; `exclude` wins.
+        options: of the conversion. `include` takes any float tensor of rank 2 or more, of any size;
+            `exclude` wins.
         model_type: that of the config, for the channel axis.
         accepts_params: whether int8 tensors may get chosen quantization parameters.
     """
@@ -72,7 +76,10 @@ def plan_tensor(
 def plan_lossless(
     tensor: SourceTensor, fallback: str | None, codec: CodecName, tile_symbols: int
 ) -> TensorPlan:
-    """Returns the plan that keeps every bit: `lossless` where planes exist and the size is worth it, else `raw`."""
+    """Returns the plan that keeps every bit.
+
+    `lossless` where planes exist and the size is worth it, else `raw`.
+    """
     if (
         not _can_be_coded(tensor)
         or tensor.dtype.planes == 0

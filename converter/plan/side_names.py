@@ -1,4 +1,4 @@
-"""No side tensor gets the name of another tensor: what would need such a name is stored in a plainer scheme."""
+"""Plainer schemes for tensors whose side tensors would get the name of another tensor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from codecllm.converter.plan.tensor_plan import TensorPlan
 def without_clashes(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
     """Returns the plans, with a plainer scheme where a side tensor's name is taken (SPEC.md 4).
 
-    A name is taken by a tensor of the source, or by a side tensor of an earlier one. `int8` gives way to `lossless`, which
-    has fewer side tensors, and that to `raw`, which has none.
+    A name is taken by a tensor of the source, or by a side tensor of an earlier one. `int8` gives
+    way to `lossless`, which has fewer side tensors, and that to `raw`, which has none.
     """
     taken = {plan.source.name for plan in plans}
     settled = []

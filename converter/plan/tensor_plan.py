@@ -1,4 +1,4 @@
-"""The plan of one tensor: scheme, output channel, tiles and quantization parameters, before a byte of it is encoded."""
+"""The plan of one tensor: scheme, output channel, tiles and quantization parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TABLE_HEAD_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What is to become of one tensor.
+    """The plan of one tensor.
 
     Attributes:
         source: the tensor.
@@ -41,7 +41,8 @@ class TensorPlan:
         kind: whether each row or each column of the matrix view has a scale (int8).
         fallback: why the scheme is not the one asked for, or None.
         codec: how its chunks are packed where that shrinks them.
-        accepts_params: whether it may get chosen parameters (int8): room is kept for their side tensors.
+        accepts_params: whether it may get chosen parameters (int8): room is kept for their side
+            tensors.
         params: the chosen ones, or None.
         wide: whether its codes have 16 bits (int8).
         tile_symbols: most elements of a tile of whole rows.
@@ -104,7 +105,10 @@ class TensorPlan:
 
     @property
     def possible_sides(self) -> list[SideTensor]:
-        """The side tensors that a coded tensor may come to have; only chosen steps bring the optional ones."""
+        """The side tensors that a coded tensor may come to have.
+
+        Only chosen steps bring the optional ones.
+        """
         layout = self.layout
         allowed = ("always", "optional") if self.accepts_params else ("always",)
         return [side for side in SIDE_TENSORS if side.presence(layout) in allowed]
@@ -124,9 +128,9 @@ class TensorPlan:
         return self.source.entry.elements * planes + 16 * chunks + side
 
     def _max_side_bytes(self) -> int:
-        """Returns an upper bound of the side tensors whose lengths are known before anything is encoded."""
-        # Counted as for rows, and at 4 bytes an element or more: where shards are cut follows from this bound, so another
-        # bound would be another output.
+        """Returns an upper bound of the side tensors whose lengths are known before encoding."""
+        # Counted as for rows, and at 4 bytes an element or more: where shards are cut follows from
+        # this bound, so another bound would be another output.
         plan = replace(self, kind="row") if self.accepts_params else self
         layout = replace(self.layout, kind=plan.kind)
         total = 0
@@ -138,7 +142,9 @@ class TensorPlan:
 
 
 ParamsProvider = Callable[[TensorPlan], QuantParams | None]
-"""Chooses the quantization parameters of an `int8` tensor; None takes the scales from each channel's largest weight."""
+"""Chooses the quantization parameters of an `int8` tensor; None takes the scales from each
+channel's largest weight.
+"""
 
 
 def check_params(params: QuantParams, plan: TensorPlan) -> None:

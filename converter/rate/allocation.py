@@ -1,15 +1,16 @@
-"""Where the bits go: the relative steps of a tensor's rows and columns, and of tensors among each other.
+"""Allocation of bits: relative steps of the rows and columns of a tensor, and of tensors.
 
-Entropy-coded uniform steps spend their bits best where every element adds the same expected harm, and the harm of an element is
-the mean square of the loss's gradient there, F[r, c], times its step squared. So the step wants to be proportional to
-F[r, c]^-1/2. F is known from few tokens only, as its sums over rows and columns: F[r, c] ~ rows[r] * cols[c] / sum. Sums over a
-row are the less certain ones, and a row whose weights are large is sensitive to large errors only. What won at equal bits
-(docs/bits.md) is the geometric mean of the two rules:
+Entropy-coded uniform steps spend their bits best where every element adds the same expected harm,
+and the harm of an element is the mean square of the loss's gradient there, F[r, c], times its step
+squared. So the step wants to be proportional to F[r, c]^-1/2. F is known from few tokens only, as
+its sums over rows and columns: F[r, c] ~ rows[r] * cols[c] / sum. Sums over a row are the less
+certain ones, and a row whose weights are large is sensitive to large errors only. The best rule at
+equal bits (docs/bits.md) is the geometric mean of the two:
 
     step[r, c] = k * level * rows[r]^-1/4 * rms[r]^1/2 * cols[c]^-1/2
 
-where rms[r] is the root mean square of the row's weights and `level` makes the tensor's mean log step that of F^-1/2. One
-number k sets the rate of the whole model.
+where rms[r] is the root mean square of the row's weights and `level` makes the tensor's mean log
+step that of F^-1/2. One number k sets the rate of the whole model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Floats = NDArray[np.float64]
 
 ROW_DAMPING = 0.1
 COLUMN_DAMPING = 0.1
-"""Share of the mean that is added to the sums of rows and columns: few tokens say little of what they hardly used."""
+"""Share of the mean that is added to the sums of rows and columns: few tokens say little of what
+they hardly used.
+"""
 
 _MIN_RMS = 1e-4
 """Rows are treated as if their root mean square were at least this share of the tensor's."""
@@ -32,11 +35,13 @@ _MIN_RMS = 1e-4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sensitivity:
-    """What a calibration learned of one tensor, seen as a matrix of the source's leading dimensions x its last one.
+    """Sensitivities of one tensor, seen as a matrix of its leading dimensions x its last one.
 
     Attributes:
-        cols: float [cols], >= 0: mean squared gradient summed over rows; or mean squared input, where `rows` is None.
-        rows: float [rows], >= 0: mean squared gradient summed over columns; None where only the inputs were seen.
+        cols: float [cols], >= 0: mean squared gradient summed over rows; or mean squared input,
+            where `rows` is None.
+        rows: float [rows], >= 0: mean squared gradient summed over columns; None where only the
+            inputs were seen.
     """
 
     cols: NDArray[np.floating]
@@ -72,7 +77,10 @@ class Factors:
 
 
 def factors_of(sensitivity: Sensitivity | None, rows: int, cols: int) -> Factors:
-    """Returns the relative steps of a matrix of `rows` x `cols` weights; without a sensitivity every row's is its rms."""
+    """Returns the relative steps of a matrix of `rows` x `cols` weights.
+
+    Without a sensitivity every row's is its rms.
+    """
     if sensitivity is None or not _usable(sensitivity.cols, cols):
         return Factors(np.ones(rows), np.ones(cols), 1.0, False, 1.0)
     col_sums = _damped(sensitivity.cols, COLUMN_DAMPING)
@@ -94,9 +102,9 @@ def row_steps(factors: Factors, rms: Floats, typical_rms: float, first: int = 0)
         typical_rms: of the whole tensor, > 0.
         first: number of the first row.
     """
-    held = np.maximum(rms, _MIN_RMS * typical_rms)
+    bounded_rms = np.maximum(rms, _MIN_RMS * typical_rms)
     scale = factors.level / typical_rms**factors.power if factors.absolute else 1.0
-    result: Floats = scale * factors.rows[first : first + len(rms)] * held**factors.power
+    result: Floats = scale * factors.rows[first : first + len(rms)] * bounded_rms**factors.power
     return result
 
 
@@ -110,8 +118,8 @@ def _usable(values: NDArray[np.floating], size: int) -> bool:
 
 
 def _damped(values: NDArray[np.floating], share: float) -> Floats:
-    held: Floats = np.asarray(values, np.float64)
-    result: Floats = held + share * held.mean()
+    floats: Floats = np.asarray(values, np.float64)
+    result: Floats = floats + share * floats.mean()
     return result
 
 

@@ -1,4 +1,7 @@
-"""Predicts the size of a conversion without writing: some blocks of every tensor are encoded, the rest is extrapolated."""
+"""Predicts the size of a conversion without writing.
+
+Some blocks of every tensor are encoded, the rest is extrapolated.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,10 @@ class Estimate:
 def estimate(
     source: str | Path, options: ConvertOptions | None = None, choice: ParamsChoice = NO_CHOICE
 ) -> Estimate:
-    """Predicts the output of `convert` for a local folder; nothing is written. See `estimate_model`."""
+    """Predicts the output of `convert` for a local folder; nothing is written.
+
+    See `estimate_model`.
+    """
     options = options or ConvertOptions()
     with open_source(source, options) as model:
         return estimate_model(model, options, choice)
@@ -90,8 +96,8 @@ def estimate_model(
 ) -> Estimate:
     """Predicts the output of `convert_model`; nothing is written.
 
-    Each coded tensor is judged by up to two of its blocks (of about a million weights). Problems that only a full pass
-    shows (a NaN outside the sample) are not seen.
+    Each coded tensor is judged by up to two of its blocks (of about a million weights). Problems
+    that only a full pass shows (a NaN outside the sample) are not seen.
 
     Raises:
         CodecLLMError, OSError: as in a conversion, for a source that cannot be read.
@@ -116,7 +122,7 @@ def estimate_model(
 
 
 def sampled_bytes(plan: TensorPlan) -> int:
-    """Returns the predicted bytes of a tensor's data and side tensors under its plan, from up to two of its blocks."""
+    """Returns predicted bytes of the data and side tensors of a tensor, from one or two blocks."""
     return _sampled(plan)[1]
 
 
@@ -144,7 +150,7 @@ def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
 
 
 def _sampled(plan: TensorPlan) -> tuple[TensorPlan, int]:
-    """Returns the plan as a conversion would end with it, and the predicted bytes of data and side tensors."""
+    """Returns the plan that a conversion ends with, and the predicted bytes of data and sides."""
     source = plan.source
     if plan.scheme == "raw":
         return plan, source.entry.bytes

@@ -1,14 +1,16 @@
-"""Error feedback: each column of codes makes up for what rounding did to the columns before it.
+"""Error feedback: each column of codes makes up for the rounding of the columns before it.
 
-An error e[c] = w[c] - code[c] * step[c] of a row's weights changes its output by e x, by e H e^T in the square over all tokens
-seen, H = X^T X. Write H = V V^T with an upper triangular V: then e H e^T = |e V|^2, column by column, and column c of it,
-V[c, c] * (e[c] + sum over i < c of e[i] * V[i, c] / V[c, c]), is smallest if c is rounded as if its weight were
+An error e[c] = w[c] - code[c] * step[c] of a row's weights changes its output by e x, by e H e^T in
+the square over all tokens seen, H = X^T X. Write H = V V^T with an upper triangular V: then e H e^T
+= |e V|^2, column by column, and column c of it, V[c, c] * (e[c] + sum over i < c of e[i] * V[i, c]
+/ V[c, c]), is smallest if c is rounded as if its weight were
 
     w[c] + sum over i < c of e[i] * V[i, c] / V[c, c]
 
-That is the order of GPTQ, without an inverse. Columns with large H[c, c] come first, while there is most to correct with. What
-a short text says of pairs of inputs is noise in part: off-diagonal elements are shrunk, the more the fewer tokens were seen
-(docs/bits.md), and a share of the mean diagonal is added to it.
+That is the order of GPTQ, without an inverse. Columns with large H[c, c] come first, while there is
+most to correct with. The products of pairs of inputs in a short text are noise in part:
+off-diagonal elements are shrunk, the more the fewer tokens were seen (docs/bits.md), and a share of
+the mean diagonal is added to it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ _GROUP_ROWS, _GROUP_ELEMENTS = 1024, 1 << 22
 
 
 def shrinkage(tokens: int) -> float:
-    """Returns by which share products of two different inputs are lessened: 0.2 after 16,384 tokens, more after fewer."""
+    """Returns by which share products of two different inputs are lessened.
+
+    0.2 after 16,384 tokens, more after fewer.
+    """
     return min(1.0, _SHRINKAGE * math.sqrt(_SHRINKAGE_TOKENS / max(1, tokens)))
 
 
@@ -47,7 +52,8 @@ class Factor:
 
     Attributes:
         order: int64 [cols]: the columns, first to last.
-        ratios: float32 [cols, cols]: what the error of the i-th column adds to the j-th, i < j, in row j. Elsewhere anything.
+        ratios: float32 [cols, cols]: share of the i-th column's error that is added to the j-th, i
+            < j, in row j. The other elements are undefined.
     """
 
     order: NDArray[np.int64]
@@ -93,7 +99,7 @@ def refined_codes(
     """
     rows, cols = weights.shape
     order, ratios = factor.order, factor.ratios
-    own = np.ones(cols, np.float32) if scales[1] is None else scales[1][order]
+    col_scales = np.ones(cols, np.float32) if scales[1] is None else scales[1][order]
     turned = np.ascontiguousarray(weights[:, order].T)
     errors, codes = np.empty_like(turned), np.empty((cols, rows), np.int16)
     step, rounded = np.empty(rows, np.float32), np.empty(rows, np.float32)
@@ -106,7 +112,7 @@ def refined_codes(
             quotient = panel[col - first]
             if col > first:
                 quotient += ratios[col, first:col] @ errors[first:col]
-            np.multiply(scales[0], own[col], out=step)
+            np.multiply(scales[0], col_scales[col], out=step)
             np.divide(quotient, step, out=quotient)
             if deadzone:
                 round_toward_zero(quotient, deadzone, rounded)
@@ -128,7 +134,10 @@ class Feedback:
     """Refines the codes of tensors whose inputs are known. May be used by several threads."""
 
     def __init__(self, products: InputProducts) -> None:
-        """Takes over the sums, for good: each is replaced by its factor, in the file, when that is needed first."""
+        """Takes over the sums, for good.
+
+        Each is replaced by its factor, in the file, when that is needed first.
+        """
         self._products = products
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
@@ -138,7 +147,10 @@ class Feedback:
         return name in self._products
 
     def refine(self, plan: TensorPlan, params: QuantParams) -> QuantParams:
-        """Returns steps whose codes are chosen with feedback; the same ones, where the inputs are not known."""
+        """Returns steps whose codes are chosen with feedback.
+
+        The same ones, where the inputs are not known.
+        """
         if plan.source.name not in self or plan.kind != "row":
             return params
         refined = FEEDBACK_DEADZONE if params.deadzone else FEEDBACK
@@ -150,15 +162,15 @@ class Feedback:
         matrix = self._products.matrix(number)
         with self._lock:  # one at a time: it takes several times the room of the matrix
             if number not in self._orders:
-                made = factor_of(matrix, shrinkage(self._products.tokens(number)))
-                matrix[...] = made.ratios
-                self._orders[number] = made.order
+                new_factor = factor_of(matrix, shrinkage(self._products.tokens(number)))
+                matrix[...] = new_factor.ratios
+                self._orders[number] = new_factor.order
         return Factor(self._orders[number], matrix)
 
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """Some rows on their way: their codes once they are known, and how many rows nobody has asked for yet."""
+    """Some rows in flight: their codes once they are known, and the number still to be taken."""
 
     waiting: int
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -168,9 +180,9 @@ class _Group:
 class _Codes:
     """`QuantParams.codes` of one tensor.
 
-    Rows are quantized in groups that begin at multiples of a number which follows from `cols` alone, always a whole group at a
-    time, so that codes do not depend on how many rows are asked for, or by whom. A group is kept until all its rows have been
-    given.
+    Rows are quantized in groups that begin at multiples of a number which follows from `cols`
+    alone, always a whole group at a time, so that codes depend neither on the number of rows of a
+    call nor on the calling thread. A group is kept until all its rows have been taken.
     """
 
     def __init__(self, feedback: Feedback, plan: TensorPlan, params: QuantParams) -> None:
@@ -185,14 +197,16 @@ class _Codes:
         for number in range(first // self._rows, -(-last // self._rows)):
             start = number * self._rows
             stop = min(start + self._rows, self._plan.matrix[0])
-            own = slice(max(first, start) - start, min(last, stop) - start)
-            parts.append(self._group(number, start, stop, own.stop - own.start)[own])
+            rows_here = slice(max(first, start) - start, min(last, stop) - start)
+            parts.append(
+                self._group(number, start, stop, rows_here.stop - rows_here.start)[rows_here]
+            )
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _group(self, number: int, start: int, stop: int, given: int) -> NDArray[np.int16]:
+    def _group(self, number: int, start: int, stop: int, taken_rows: int) -> NDArray[np.int16]:
         with self._lock:
             group = self._groups.setdefault(number, _Group(stop - start))
-            group.waiting -= given
+            group.waiting -= taken_rows
             if group.waiting <= 0:
                 self._groups.pop(number, None)
         with group.lock:

@@ -1,4 +1,4 @@
-"""Quantization parameters of all tensors as a function of one scale k, and the rate that they give."""
+"""Quantization parameters of all tensors as a function of one scale k, and their rate."""
 
 from __future__ import annotations
 

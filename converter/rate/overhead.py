@@ -1,7 +1,7 @@
 """The bytes of a container beside chunks and their records: side tensors, headers, manifest.
 
-They are known before anything is encoded: they are counted on placeholder records of the same length as the real ones;
-only numbers may come out some digits shorter.
+They are known before anything is encoded: they are counted on placeholder records of the same
+length as the real ones; only numbers may come out some digits shorter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ _FILE_BYTES, _SHARD_BYTES = 10**4, 10**9
 
 
 def tensor_bytes(plan: TensorPlan, params: QuantParams, *, wide: bool = False) -> int:
-    """Returns the bytes of an `int8` tensor beside chunks, chunk records and `rans` tables: side tensors and manifest record.
+    """Returns the bytes of an `int8` tensor beside chunks, chunk records and `rans` tables.
+
+    Side tensors and manifest record.
 
     Args:
         plan: the tensor's, without parameters.
@@ -51,13 +53,16 @@ def planned_record_bytes(plan: TensorPlan) -> int:
 
 
 def frame_bytes(conversion: Conversion, counted: Collection[str]) -> int:
-    """Returns the bytes that are in no tensor's own account: headers, and the manifest without the records of `counted`.
+    """Returns the bytes that are in no tensor's own account.
+
+    Headers, and the manifest without the records of `counted`.
 
     Of tensors that are not `counted`, shape and chunk table are added; their data are not.
 
     Args:
         conversion: its decisions; no tensor has parameters yet.
-        counted: names of the tensors whose records and side tensors are counted elsewhere (`tensor_bytes`).
+        counted: names of the tensors whose records and side tensors are counted elsewhere
+            (`tensor_bytes`).
     """
     shards = conversion.plan.shards
     metadata = shard_metadata(conversion.plan.format_version)

@@ -1,4 +1,4 @@
-"""What is known of the inputs of linear layers: sums of products of every two of them, X^T X, in a file instead of memory."""
+"""Sums of products of every two inputs of linear layers, X^T X, in a file instead of memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _Sum:
 class InputProducts:
     """Sums of X^T X by the names of tensors; tensors of layers with the same inputs share one.
 
-    The file has no name: its room is free again once this object is gone or the process ends, however it ends. It is made where
-    `tempfile` makes files (TMPDIR), 4 bytes for every product.
+    The file has no name: its room is free again once this object is gone or the process ends,
+    however it ends. It is made where `tempfile` makes files (TMPDIR), 4 bytes for every product.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -56,7 +56,10 @@ class InputProducts:
         try:
             os.posix_fallocate(self._file, self._end, size)
         except OSError as exc:
-            text = f"no room for the sums of products of inputs, {self._end + size:,} bytes and more ({exc.strerror})"
+            text = (
+                f"no room for the sums of products of inputs, {self._end + size:,} bytes and "
+                f"more ({exc.strerror})"
+            )
             raise OSError(exc.errno, text, tempfile.gettempdir()) from exc
         self._sums.append(_Sum(self._end, cols))
         self._end += size
@@ -88,9 +91,9 @@ class InputProducts:
 
     def matrix(self, number: int) -> NDArray[np.float32]:
         """Returns a sum, float32 [cols, cols]: a view of the file, which is changed with it."""
-        held = self._sums[number]
-        mapped = mmap.mmap(self._file, 4 * held.cols**2, offset=held.offset)
-        return np.frombuffer(mapped, np.float32).reshape(held.cols, held.cols)
+        total = self._sums[number]
+        mapped = mmap.mmap(self._file, 4 * total.cols**2, offset=total.offset)
+        return np.frombuffer(mapped, np.float32).reshape(total.cols, total.cols)
 
     def close(self) -> None:
         """Gives the room back; nothing else may be called afterwards."""

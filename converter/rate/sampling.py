@@ -1,4 +1,4 @@
-"""A tensor as the search for a rate sees it: relative steps of all its rows and columns, and a few blocks to try them on."""
+"""Samples of tensors for the search for a rate: relative steps of all rows, a few blocks to try."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _LARGEST_CODE = MAX_WIDE_CODE - 8  # room for the rounding of steps to float32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """What is known of a tensor before the rate is.
+    """Facts of a tensor that do not depend on the rate.
 
     Attributes:
         plan: the tensor's.
-        factors: relative steps but for the weights; of a plan of kind `column`, `factors.rows` are those of its columns.
-        groups: uint8 [cols]: groups of like columns, from the narrowest codes to the widest; None where they are not worth
-            their bits.
+        factors: relative steps but for the weights; of a plan of kind `column`, `factors.rows` are
+            those of its columns.
+        groups: uint8 [cols]: groups of like columns, from the narrowest codes to the widest; None
+            where they are not worth their bits.
         blocks: numbers of the sampled blocks.
         within: bool [channels]: those that sampled blocks have.
         rms: float64 [channels]: root mean squares of the weights.
@@ -64,7 +65,8 @@ class Sampled:
     def params(self, scale: float, deadzone: float = 0.0) -> QuantParams:
         """Returns the steps of the tensor at k = `scale`, with a deadzone.
 
-        A channel's step is made larger where a weight would otherwise lie too many steps from zero for the format.
+        A channel's step is made larger where a weight would otherwise lie too many steps from zero
+        for the format.
         """
         params = self._params(scale * self.relative, self.largest / _LARGEST_CODE)
         return replace(
@@ -72,12 +74,15 @@ class Sampled:
         )
 
     def beyond_sample(self, params: QuantParams) -> float:
-        """Returns how many bits the average weight takes more than one of the sample, if both are Gaussian in every channel."""
+        """Returns the extra bits of the average weight over a sampled one, if both are Gaussian."""
         bits = 0.5 * np.log2(1 + 2 * np.pi * np.e * (self.rms / params.row_scale) ** 2)
         return float(bits.mean() - bits[self.within].mean())
 
     def _params(self, channels: Floats, lowest: Floats) -> QuantParams:
-        """Rounds steps of channels, float64, to values of BF16, which take half the room; none below `lowest`, float64."""
+        """Rounds steps of channels, float64, to values of BF16, which take half the room.
+
+        None below `lowest`, float64.
+        """
         cols = (
             self.factors.cols.astype(np.float32)
             if self.plan.kind == "row" and self.factors.by_column
@@ -90,11 +95,13 @@ class Sampled:
 
 
 def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
-    """Reads a tensor once, finds its relative steps and picks blocks of it; None where a weight is not finite.
+    """Reads a tensor once, finds its relative steps and picks blocks of it.
+
+    None where a weight is not finite.
 
     Args:
         plan: of scheme `int8`.
-        sensitivity: what a calibration learned of it, or None.
+        sensitivity: from a calibration, or None.
     """
     return (
         _sample_columns(plan, sensitivity)
@@ -127,17 +134,20 @@ def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled |
         np.ones(rows, np.float32), np.ones(cols, np.float32) if factors.by_column else None
     )
     blocks = list(blocks_of(replace(plan, params=probe)))
-    chosen = _chosen(len(blocks))
+    block_numbers = _chosen(len(blocks))
     within = np.zeros(rows, np.bool_)
-    for number in chosen:
+    for number in block_numbers:
         within[blocks[number].row : blocks[number].row + blocks[number].rows] = True
     groups = _groups(squares, rows) if factors.by_column else None
     relative = row_steps(factors, rms, _geometric_mean(rms))
-    return Sampled(plan, factors, groups, chosen, within, rms, relative, largest)
+    return Sampled(plan, factors, groups, block_numbers, within, rms, relative, largest)
 
 
 def _sample_columns(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
-    """As `_sample_rows` of the transposed tensor, whose columns have no factors; every block has all channels."""
+    """As `_sample_rows` of the transposed tensor, whose columns have no factors.
+
+    Every block has all channels.
+    """
     rows, cols = plan.matrix
     squares, largest = np.zeros(cols), np.zeros(cols)
     for _, weights in read_rows(plan):
@@ -165,9 +175,12 @@ def _chosen(blocks: int) -> tuple[int, ...]:
 
 
 def _groups(squares: Floats, rows: int) -> NDArray[np.uint8] | None:
-    """Returns groups of columns with like squared codes, float64 [cols], one a tile; None where they save less than they take.
+    """Returns groups of columns with like squared codes, float64 [cols], one a tile.
 
-    A table for Gaussian columns of unlike variances costs half the log of the arithmetic over the geometric mean of these.
+    None where they save less than they take.
+
+    A table for Gaussian columns of unlike variances costs half the log of the arithmetic over the
+    geometric mean of these.
     """
     positive = squares[squares > 0]
     saved = (
@@ -180,7 +193,10 @@ def _groups(squares: Floats, rows: int) -> NDArray[np.uint8] | None:
 
 
 def read_rows(plan: TensorPlan) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yields all rows, some at a time: number of the first one, float32 weights [n, cols] that may be overwritten."""
+    """Yields all rows, some at a time.
+
+    Number of the first one, float32 weights [n, cols] that may be overwritten.
+    """
     rows, cols = plan.matrix
     step = max(1, _READ_ELEMENTS // cols)
     for row in range(0, rows, step):
@@ -190,7 +206,10 @@ def read_rows(plan: TensorPlan) -> Iterator[tuple[int, NDArray[np.float32]]]:
 
 
 def row_rms(weights: NDArray[np.float32]) -> Floats:
-    """Returns float64 [rows]: root mean squares of the rows of float32 [rows, cols] weights; not finite where one is not."""
+    """Returns float64 [rows]: root mean squares of the rows of float32 [rows, cols] weights.
+
+    Not finite where one is not.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         result: Floats = np.sqrt(
             np.einsum("rc,rc->r", weights, weights, dtype=np.float64) / weights.shape[1]

@@ -1,8 +1,9 @@
 """Finds the one number k that sets the rate: with it, the container takes the requested bits.
 
-Every tensor is read once; then rows of it (all of a small one) are quantized and packed as the conversion will do it, under a
-first guess and then under better ones, and the other rows are judged by their root mean squares. Then k is fixed; the
-conversion is one more pass. Nothing here depends on the number of threads.
+Every tensor is read once; then rows of it (all of a small one) are quantized and packed as the
+conversion will do it, under a first guess and then under better ones, and the other rows are judged
+by their root mean squares. Then k is fixed; the conversion is one more pass. Nothing here depends
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.records import Calibration
 
 _TOLERANCE, _GOAL, _MISSED = 0.001, 0.005, 0.03
-"""Shares of the rate: the search ends within the first, mentions more than the second, refuses more than the third."""
+"""Shares of the rate: the search ends within the first, mentions more than the second, refuses more
+than the third.
+"""
 
 _DEADZONE, _DEADZONE_BITS, _NEAREST_BITS = 0.05, 3.0, 4.5
-"""The deadzone of low rates, in steps; the rate down from which it is this, and the rate from which there is none."""
+"""The deadzone of low rates, in steps; the rate down from which it is this, and the rate from which
+there is none.
+"""
 
 _NEAR = 0.02
 """Where refined codes miss the rate by no more, the corrected step is not measured again."""
@@ -49,10 +54,12 @@ _PLACEHOLDER_CALIBRATION = Calibration(kind="self", tokens=4096, seed=0, sha256=
 
 
 def deadzone_at(bits: float) -> float:
-    """Returns the deadzone, in steps, for a rate in bits per weight: 0.05 up to 3 bits, falling evenly to none at 4.5.
+    """Returns the deadzone, in steps, for a rate in bits per weight.
 
-    It trades a little error for fewer bits of the codes: many are 0 at low rates, and a weight just beyond half a step costs
-    more as a 1 than it harms as a 0 (docs/bits.md).
+    0.05 up to 3 bits, falling evenly to none at 4.5.
+
+    It trades a little error for fewer bits of the codes: many are 0 at low rates, and a weight just
+    beyond half a step costs more as a 1 than it harms as a 0 (docs/bits.md).
 
     >>> deadzone_at(4.5)
     0.0
@@ -73,7 +80,8 @@ def fit(
     Args:
         model: the source.
         options: those of the conversion; `options.rate` is the rate to reach.
-        statistics: sensitivities by tensor name; where one is missing, a row's steps follow from its weights.
+        statistics: sensitivities by tensor name; where one is missing, a row's steps follow from
+            its weights.
         feedback: refines codes; None leaves them as their steps round them.
         on_stage: called with a sentence when a stage begins, and now and then.
 
@@ -114,7 +122,10 @@ def fit(
 def _sample_all(
     plans: Sequence[TensorPlan], statistics: Statistics, executor: Executor
 ) -> dict[str, Sampled]:
-    """Returns the tensors that get parameters, by name: not those with infinite weights or with very long rows."""
+    """Returns the tensors that get parameters, by name.
+
+    Not those with infinite weights or with very long rows.
+    """
     eligible = [
         plan for plan in plans if plan.accepts_params and plan.matrix[1] <= ONE_PASS_COLUMNS
     ]
@@ -158,7 +169,10 @@ def _bits_for_ratio(
 def _search(
     tensors: dict[str, Sampled], target: float, frame_bits: int, executor: Executor
 ) -> FittedParams:
-    """Moves k until the predicted rate is the target: halving the step costs one bit, or a little less at low rates."""
+    """Moves k until the predicted rate is the target.
+
+    Halving the step costs one bit, or a little less at low rates.
+    """
     sampled = list(tensors.values())
     elements = [tensor.plan.source.entry.elements for tensor in sampled]
     loose = _loose_factor(sampled, elements)
@@ -196,9 +210,10 @@ def _correct(
     executor: Executor,
     tell: Callable[[str], None],
 ) -> FittedParams:
-    """Moves k until refined codes have the target rate; before, it is that of the same codes without refinement.
+    """Moves k until refined codes have the target rate; their rate is near that of rounded codes.
 
-    A correction of less than 2 % is not measured again: what it misses is far below the tolerance.
+    A correction of less than 2 % is not measured again: the error that is left is far below the
+    tolerance.
     """
     tensors = list(fitted.tensors.values())
     scaling = fitted.scaling
@@ -227,15 +242,18 @@ def _slope(trials: Sequence[Trial]) -> float:
 
 
 def _loose_factor(tensors: Sequence[Sampled], elements: Sequence[int]) -> float:
-    """Returns the typical step / rms of a row, of tensors whose level is known; the others get it too. 1 if none is known."""
-    known = [
+    """Returns the typical step / rms of a row, of tensors whose level is known.
+
+    The others get it too. 1 if none is known.
+    """
+    known_spreads = [
         (tensor.spread, size)
         for tensor, size in zip(tensors, elements, strict=True)
         if tensor.factors.absolute
     ]
-    if not known:
+    if not known_spreads:
         return 1.0
-    spreads, sizes = zip(*known, strict=True)
+    spreads, sizes = zip(*known_spreads, strict=True)
     return float(2.0 ** -np.average(spreads, weights=sizes))
 
 

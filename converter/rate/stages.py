@@ -1,4 +1,4 @@
-"""Sentences that tell of a long stage, but not of every step of it."""
+"""Progress of a long stage: a sentence now and then."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PATIENCE = 20.0
 
 
 def now_and_then(tell: Callable[[str], None], sentence: str) -> Callable[[int, int], None]:
-    """Returns what is called with steps done and all steps, and tells of some.
+    """Returns a callback for steps done and all steps, which tells of some.
 
     Args:
         tell: called with a sentence.

@@ -1,4 +1,7 @@
-"""Exact sizes of parts of a tensor under given quantization parameters: the trials of a search for a rate."""
+"""Exact sizes of parts of a tensor under given quantization parameters.
+
+The trials of a search for a rate.
+"""
 
 from __future__ import annotations
 
@@ -36,21 +39,23 @@ def packed_size(
     *,
     wide: bool = False,
 ) -> PackedSize:
-    """Quantizes and packs rows of a tensor as a conversion with these parameters does, in the calling thread.
+    """Quantizes and packs rows of a tensor as a conversion does, in the calling thread.
 
     Args:
         plan: the tensor's, as `plan_conversion` gives it, of scheme `int8`.
-        params: the parameters to try; not checked against the limits of the format (`check_params`).
-        first: first block of rows; blocks are the units in which a conversion works (`count_blocks`).
+        params: the parameters to try; not checked against the limits of the format
+            (`check_params`).
+        first: first block of rows; blocks are the units in which a conversion works
+            (`count_blocks`).
         last: block behind the last one; None takes one block.
         wide: whether to use two planes though one may do.
 
     Raises:
         UsageError: weights are not finite, or some lie too many steps from zero.
     """
-    tried = replace(plan, params=params, wide=wide or params.wide)
-    blocks = list(blocks_of(tried))[first : first + 1 if last is None else last]
-    encoded = [encode_block(tried, block, None) for block in blocks]
+    trial_plan = replace(plan, params=params, wide=wide or params.wide)
+    blocks = list(blocks_of(trial_plan))[first : first + 1 if last is None else last]
+    encoded = [encode_block(trial_plan, block, None) for block in blocks]
     problems = {block.problem for block in encoded if block.problem is not None}
     if problems == {"wide"}:
         return packed_size(plan, params, first, last, wide=True)
@@ -61,11 +66,11 @@ def packed_size(
         )
     bits = 8 * sum(map(encoded_bytes, encoded))
     elements = sum(block.rows * block.cols for block in blocks)
-    return PackedSize(elements, bits, tried.wide or any(block.wide for block in encoded))
+    return PackedSize(elements, bits, trial_plan.wide or any(block.wide for block in encoded))
 
 
 def count_blocks(plan: TensorPlan, params: QuantParams) -> int:
-    """Returns the number of blocks of rows that a conversion makes of a tensor with these parameters."""
+    """Returns the number of blocks that a conversion makes of a tensor with these parameters."""
     return len(list(blocks_of(replace(plan, params=params))))
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a conversion, built from its decisions and the records of what was written."""
+"""The manifest of a conversion, built from its decisions and the records of its files."""
 
 from __future__ import annotations
 

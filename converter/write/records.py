@@ -23,7 +23,9 @@ from codecllm.formats.shards.side_tensors import COL_GROUP, COL_SCALE, SCALE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedTensor:
-    """A coded tensor after its last block: the facts that its manifest record repeats, but for the digest.
+    """A coded tensor after its last block.
+
+    The facts that its manifest record repeats, but for the digest.
 
     Attributes:
         plan: its plan, with `wide` as it came out.
@@ -51,7 +53,10 @@ class EncodedTensor:
         return [self.scales.astype("<f4"), params.col_scale.astype("<f4")]
 
     def scale_sides(self) -> dict[str, NDArray[Any]]:
-        """Returns the side tensors from which steps follow, by key, as unsigned words; none for a lossless tensor."""
+        """Returns the side tensors from which steps follow, by key, as unsigned words.
+
+        None for a lossless tensor.
+        """
         if self.scales is None:
             return {}
         params = self.plan.params
@@ -80,7 +85,7 @@ def coded_record(
         shard: number of its shard.
         checksums: of all its side tensors.
         tables_bytes: size of its `rans` tables, or None.
-        digest: sha256 of what decoding gives, 64 hex digits.
+        digest: sha256 of the decoded tensor, 64 hex digits.
     """
     if tensor.scales is None:
         return _lossless_record(tensor, shard, checksums, tables_bytes, digest)
@@ -149,7 +154,10 @@ def _int8_record(
 
 
 def raw_record(plan: TensorPlan, shard: int, digest: str, checksum: str) -> RawTensor:
-    """Returns the record of a tensor that is stored as it is, in shard `shard`: sha256 and XXH3-64 of its bytes."""
+    """Returns the record of a tensor that is stored as it is, in shard `shard`.
+
+    Sha256 and XXH3-64 of its bytes.
+    """
     source = plan.source
     return RawTensor(
         name=source.name,

@@ -1,4 +1,4 @@
-"""The output folder: everything is written beside its final place and moved in at the end, the manifest last."""
+"""The output folder: files are written beside their final place and moved in at the end."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ STAGING_NAME = ".codecllm-partial"
 class Staging:
     """A conversion's output under construction.
 
-    Files are made in `out/.codecllm-partial/`. `commit` moves them into `out`, the manifest last: no manifest, no
-    container. Leaving the context without a commit removes everything that was written, and `out` itself if it was made here.
-    A conversion that was killed leaves only the staging folder, which the next one removes.
+    Files are made in `out/.codecllm-partial/`. `commit` moves them into `out`, the manifest last:
+    no manifest, no container. Leaving the context without a commit removes everything that was
+    written, and `out` itself if it was made here. A conversion that was killed leaves only the
+    staging folder, which the next one removes.
     """
 
     def __init__(self, out: str | Path, *, force: bool) -> None:
         """Makes and locks the folders.
 
         Args:
-            out: the output folder: absent, empty, or, with `force`, a container that is then replaced.
+            out: the output folder: absent, empty, or, with `force`, a container that is then
+                replaced.
             force: whether an existing container may be replaced.
 
         Raises:
@@ -53,7 +55,10 @@ class Staging:
         self._committed = False
 
     def commit(self, manifest: bytes) -> None:
-        """Moves the staged files into place and writes the manifest; from then on `out` is a container."""
+        """Moves the staged files into place and writes the manifest.
+
+        From then on `out` is a container.
+        """
         self._remove_old()
         self._move(self._staged())
         write_atomically(self.out / MANIFEST_NAME, manifest)
@@ -111,7 +116,10 @@ class Staging:
             )
 
     def _remove_old(self) -> None:
-        """Removes the container that `force` replaces: its manifest first, then only files that are known to be its own."""
+        """Removes the container that `force` replaces.
+
+        Its manifest first, then only files that are known to be its own.
+        """
         manifest = self.out / MANIFEST_NAME
         if not manifest.exists():
             return

@@ -49,7 +49,8 @@ _ENTRY_BYTES = 384  # about what the header spends on side tensors: less gain th
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
     "non_finite": "int8: weights are NaN or infinite",
-    "codes": "int8: weights lie too many steps from zero, or steps are too large for codes beyond 8 bits",
+    "codes": "int8: weights lie too many steps from zero, or steps are too large for codes beyond "
+    "8 bits",
 }
 
 
@@ -99,14 +100,14 @@ class TensorWriter:
         on_bytes: Callable[[str, int], None],
         params: ParamsProvider | None = None,
     ) -> None:
-        """Keeps what every shard needs.
+        """Prepares writing; nothing is read yet.
 
         Args:
             executor: encodes and hashes blocks.
             plans: all tensors of all shards, in order.
             window: blocks being encoded, or encoded and not yet taken.
             backlog: blocks that are being hashed or written.
-            non_finite: what becomes of an int8 tensor with NaN or infinite weights.
+            non_finite: the treatment of int8 tensors with NaN or infinite weights.
             on_bytes: called with a tensor's name and the source bytes just done.
             params: chooses the parameters of int8 tensors; called once for each, in the order in
                 which they are written.
@@ -150,13 +151,13 @@ class TensorWriter:
         number: int,
         mark: tuple[int, int],
     ) -> Future[StoredRecord]:
-        own = islice(results, len(job.blocks)) if job.problem is None else iter(())
+        own_blocks = islice(results, len(job.blocks)) if job.problem is None else iter(())
         try:
             if job.problem is not None:
                 raise _CannotQuantizeError(job.problem)
-            record = self._write_coded(job, own, shard, number)
+            record = self._write_coded(job, own_blocks, shard, number)
         except _CannotQuantizeError as exc:
-            deque(own, maxlen=0)  # the blocks of this tensor that were encoded ahead
+            deque(own_blocks, maxlen=0)  # the blocks of this tensor that were encoded ahead
             shard.rollback(mark)
             return self._write_instead(job.plan, exc.args[0], shard, number)
         if shard.data_bytes - mark[1] + _ENTRY_BYTES >= job.plan.source.entry.bytes:
@@ -170,16 +171,18 @@ class TensorWriter:
     def _write_instead(
         self, plan: TensorPlan, problem: str, shard: ShardWriter, number: int
     ) -> Future[StoredRecord]:
-        """Writes losslessly what int8 cannot represent, and in two planes what one cannot hold."""
+        """Writes a tensor that does not fit int8: losslessly, or with wide codes in two planes."""
         if problem == "non_finite" and self._non_finite == "error":
             raise self._non_finite_error(plan)
         if problem == "wide":
-            kept = replace(plan, wide=True)
+            other_plan = replace(plan, wide=True)
         else:
-            kept = plan_lossless(plan.source, _REASONS[problem], plan.codec, plan.tile_symbols)
-        if kept.scheme == "raw":
-            return self._write_raw(kept, shard, number)
-        job = _Job(kept, list(blocks_of(kept)))
+            other_plan = plan_lossless(
+                plan.source, _REASONS[problem], plan.codec, plan.tile_symbols
+            )
+        if other_plan.scheme == "raw":
+            return self._write_raw(other_plan, shard, number)
+        job = _Job(other_plan, list(blocks_of(other_plan)))
         encoded = ordered(
             self._executor, _encode, ((job, block) for block in job.blocks), self._window
         )
@@ -208,16 +211,16 @@ class TensorWriter:
     def _scan(self, plan: TensorPlan) -> _Job:
         blocks = list(blocks_of(plan))
         absmax = np.zeros(plan.channels, np.float32)
-        for block, found in zip(
+        for block, scanned in zip(
             blocks,
             ordered(self._executor, lambda b: scan_block(plan, b), blocks, self._window),
             strict=True,
         ):
-            if not found.finite:
+            if not scanned.finite:
                 return _Job(plan, blocks, problem="non_finite")
             start = block.col if plan.kind == "column" else block.row
-            part = absmax[start : start + len(found.absmax)]
-            np.maximum(part, found.absmax, out=part)
+            part = absmax[start : start + len(scanned.absmax)]
+            np.maximum(part, scanned.absmax, out=part)
         if has_tiny_scale(absmax):
             return _Job(plan, blocks, problem="tiny_scale")
         return _Job(plan, blocks, scales=channel_scales(absmax))
@@ -261,15 +264,16 @@ class TensorWriter:
     def _non_finite_error(self, plan: TensorPlan) -> NonFiniteWeightError:
         blocks = list(blocks_of(plan))
         counts = np.zeros(plan.grid.rows, np.int64)
-        for block, found in zip(
+        for block, scanned in zip(
             blocks,
             ordered(self._executor, lambda b: count_block(plan, b), blocks, self._window),
             strict=True,
         ):
-            counts[block.row : block.row + block.rows] += found
+            counts[block.row : block.row + block.rows] += scanned
         rows = np.flatnonzero(counts)
         return NonFiniteWeightError(
-            f"{counts.sum()} weights are NaN or infinite, in {len(rows)} rows, first in row {rows[0]}; "
+            f"{counts.sum()} weights are NaN or infinite, in {len(rows)} rows, first in row "
+            f"{rows[0]}; "
             "int8 cannot represent them (--non-finite lossless keeps such tensors as they are)",
             file=plan.source.file.name,
             tensor=plan.source.name,
@@ -328,7 +332,7 @@ class _Gathered:
 def _finish_coded(
     tensor: EncodedTensor, tables: list[bytes], shard: ShardWriter, number: int
 ) -> Callable[[str], StoredRecord]:
-    """Closes the payload and adds the side tensors; returns what makes the record of the digest."""
+    """Closes the payload and adds the side tensors; returns a maker of the record by its digest."""
     plan, source, grid = tensor.plan, tensor.plan.source, tensor.plan.grid
     planes = len(tensor.chunks) // len(grid)
     shard.end_tensor(source.name, "U8", (_payload_bytes(tensor.chunks),))

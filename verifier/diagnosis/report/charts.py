@@ -1,4 +1,4 @@
-"""Plots of the report: where each mark of an SVG drawing stands. `chart.jinja` draws them, with colours of the page's CSS."""
+"""Plots of the report: the place of each mark of an SVG drawing, which `chart.jinja` draws."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Series:
         values: one per place; None where there is none.
         colour: number of the page's colour, from 1.
         kind: `line`, `dots` or `bars`.
-        stem: number of another series in the same chart to whose points these hang by a thin line, or None.
+        stem: number of another series in the same chart to whose points these hang by a thin line,
+            or None.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Plot:
         ticks: of the vertical axis.
         labels: below the horizontal axis, each with its middle.
         stems: x, y and y of the thin lines between points.
-        series: what is drawn.
+        series: the drawn series.
     """
 
     x_title: str
@@ -110,11 +111,13 @@ def plot(
     """Places series on a canvas with axes, a legend and a tooltip per point.
 
     Args:
-        series: what to draw; each has as many values as there are labels.
-        labels: name of each place, for tooltips; as many as fit are written below the axis, the first and last always.
+        series: the series to draw; each has as many values as there are labels.
+        labels: name of each place, for tooltips; as many as fit are written below the axis, the
+            first and last always.
         y: title of the vertical axis.
         x: title of the horizontal axis.
-        log: whether the vertical axis is logarithmic; values that are not positive then lie on its lower end.
+        log: whether the vertical axis is logarithmic; values that are not positive then lie on its
+            lower end.
         zero: whether the vertical axis begins at 0.
         marked: labels of the places that findings name; they are shaded.
 
@@ -148,7 +151,7 @@ def plot(
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """The vertical axis: from `low` to `high`, which are exponents of 10 where it is logarithmic."""
+    """The vertical axis, from `low` to `high`: exponents of 10 where it is logarithmic."""
 
     low: float
     high: float
@@ -210,7 +213,10 @@ class _Scale:
 
 
 def _axis_labels(labels: Sequence[str]) -> list[Text]:
-    """Returns the labels below the axis: evenly spaced, as many as do not touch, moved inwards at the ends."""
+    """Returns the labels below the axis.
+
+    Evenly spaced, as many as do not touch, moved inwards at the ends.
+    """
     texts = [_shortened(label) for label in labels]
     written = []
     for index in _labelled(texts):
@@ -226,7 +232,8 @@ def _labelled(texts: Sequence[str]) -> list[int]:
     if last < 1:
         return [0]
     widest = max(map(len, texts)) * CHARACTER + 14
-    # The labels at the ends are moved inwards by half of their width, so each takes up to 1.5 widths.
+    # The labels at the ends are moved inwards by half of their width, so each takes up to 1.5
+    # widths.
     fitting = max(2, min(_MAX_LABELS, 1 + int(_INNER_WIDTH / (1.5 * widest))))
     steps = min(fitting - 1, last)
     return sorted({round(last * step / steps) for step in range(steps + 1)})

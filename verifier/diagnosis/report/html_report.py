@@ -1,6 +1,7 @@
-"""The diagnosis as one HTML file: verdicts, the paragraph, plots, texts and tables. Nothing is fetched, nothing is executed.
+"""The diagnosis as one HTML file, which fetches and executes nothing.
 
-This module chooses what is shown; `report.html.jinja` and `chart.jinja` hold the page. Jinja escapes all that they insert.
+This module chooses the figures; `report.html.jinja` and `chart.jinja` hold the page. Jinja escapes
+all that they insert.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _CANVAS = {
     name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")
 }
 _REFERENCE_NOTE = (
-    "The reference is the model class with weights that the verifier quantized itself. Where no line "
+    "The reference is the model class with weights that the verifier quantized itself. Where no "
+    "line "
     "'loaded against reference' is drawn, every bit is the reference's."
 )
 
