@@ -105,7 +105,9 @@ def calibrate(
         SourceError, FormatError: the source cannot be read.
         OSError: there is no room for temporary files.
     """
-    folder, elements, size = source.repository, source.elements, source.tensor_bytes
+    folder = source.repository
+    elements = source.elements
+    size = source.tensor_bytes
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     task = _Task(folder, kind, refined, shapes, on_stage or (lambda text: None))
     try:
@@ -133,7 +135,10 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
     if torch.cuda.is_available() and _weight_bytes(model) * _ROOM <= torch.cuda.mem_get_info()[0]:
         model = model.to("cuda")
     model.eval()
-    tokens, kind, notes, tell = None, task.kind, [], task.tell
+    tokens = None
+    kind = task.kind
+    notes = []
+    tell = task.tell
     length = REFINED_LENGTH if task.refined else LENGTH
     if kind == "self" and _writes(model):
         tell("calibrating: the model writes its own text")
@@ -143,7 +148,8 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
         kind = "random"
     if tokens is None:
         tokens = _text(model, task.folder, kind, length)
-    source_names, some = set(task.shapes), tokens[:, :LENGTH]
+    source_names = set(task.shapes)
+    some = tokens[:, :LENGTH]
     tell(f"calibrating: gradients on {some.numel():,} tokens")
     sums = squared_gradients(model, some, now_and_then(tell, "calibrating: {} of {} sequences"))
     products = None
@@ -157,13 +163,11 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
 
 
 def _layer_by_layer(task: _Task) -> Calibrated:
-    kind, notes = (
-        task.kind,
-        [
-            "the model does not fit in memory: activations instead of gradients, "
-            "layer by layer from disk"
-        ],
-    )
+    kind = task.kind
+    notes = [
+        "the model does not fit in memory: activations instead of gradients, "
+        "layer by layer from disk"
+    ]
     if kind == "self":
         notes.append("and random tokens instead of its own text")
         kind = "random"

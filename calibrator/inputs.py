@@ -127,7 +127,8 @@ class _Watch:
             return
         self._calls[number] += 1
         self._add(number, values.detach().reshape(-1, values.shape[-1]).float())
-        self._last, self._last_number = values, number
+        self._last = values
+        self._last_number = number
 
     def _add(self, number: int, inputs: torch.Tensor) -> None:
         # The sums stay on the CPU: those of all layers together may exceed a GPU.

@@ -32,7 +32,8 @@ def own_text(model: Any, length: int = LENGTH) -> torch.Tensor | None:
     """
     generator = torch.Generator().manual_seed(SEED)
     current = torch.full((SEQUENCES, 1), _start_token(model.config), device=model.device)
-    past, tokens = None, []
+    past = None
+    tokens = []
     # Inference mode would leave tensors in the model's caches that no gradient may pass.
     with torch.no_grad():
         for _ in range(min(length, _longest(model) - 1)):

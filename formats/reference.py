@@ -31,7 +31,8 @@ def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
     Returns:
         One uint8 [rows, cols] matrix of symbols per plane, columns as in the source.
     """
-    grid, planes = tensor.table.grid, tensor.table.planes
+    grid = tensor.table.grid
+    planes = tensor.table.planes
     matrices = [np.empty((grid.rows, grid.cols), np.uint8) for _ in range(planes)]
     for tiles in runs(tensor):
         for part, part_planes in _decoded_parts(tensor, tiles):
@@ -43,12 +44,11 @@ def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
 def runs(tensor: StoredTensor) -> list[range]:
     """Cuts a tensor's tiles into runs that are read and decoded together.
 
-    Each run has whole rows in the source's order.
-
-    A run is one tile or row of tiles; with codec `rans`, which needs company, about a million
-    elements.
+    Each run has whole rows in the source's order. It is one tile or row of tiles; with codec `rans`,
+    whose chunks are decoded side by side, about a million elements.
     """
-    grid, together = tensor.table.grid, tensor.tiles_together
+    grid = tensor.table.grid
+    together = tensor.tiles_together
     step = together
     if tensor.tables is not None:
         tiles = _RANS_SYMBOLS // (min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols))
@@ -65,8 +65,10 @@ def _decoded_parts(
     Yields:
         Each rectangle of the source and its planes, uint8 [rows, cols].
     """
-    planes, together = tensor.table.planes, tensor.tiles_together
-    first, last = tiles.start * planes, tiles.stop * planes
+    planes = tensor.table.planes
+    together = tensor.tiles_together
+    first = tiles.start * planes
+    last = tiles.stop * planes
     slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
     run = tensor.decode_run(first, last, slots, first)
     for start in range(tiles.start, tiles.stop, together):
@@ -86,7 +88,8 @@ def join_chunks(
         start: number of the first tile.
         chunks: the symbols of these tiles' chunks in order, flat.
     """
-    part, planes = tensor.part(start), tensor.table.planes
+    part = tensor.part(start)
+    planes = tensor.table.planes
     matrices = [np.empty((part.rows, part.cols), np.uint8) for _ in range(planes)]
     for number in range(tensor.tiles_together):
         tile = tensor.table.grid.tile(start + number)
@@ -137,7 +140,8 @@ def read_run_bytes(tensor: StoredTensor, tiles: range) -> bytes:
 def read_rows(tensor: StoredTensor, first: int, last: int) -> bytes:
     """Returns rows [first, last) of a tensor's matrix, row-major; decodes only their tiles."""
     grid = tensor.table.grid
-    begin, end = first // grid.tile_rows, -(-last // grid.tile_rows)
+    begin = first // grid.tile_rows
+    end = -(-last // grid.tile_rows)
     row_bytes = grid.cols * DTYPES[tensor.record.dtype].itemsize
     elements = bytearray()
     for band in range(begin, end):

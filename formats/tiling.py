@@ -72,7 +72,8 @@ class Grid:
     def tile(self, index: int) -> Tile:
         """Returns tile `index` of the row-major order, 0 <= index < len(self)."""
         i, j = divmod(index, self.across)
-        row, col = i * self.tile_rows, j * self.tile_cols
+        row = i * self.tile_rows
+        col = j * self.tile_cols
         return Tile(
             row, col, min(self.tile_rows, self.rows - row), min(self.tile_cols, self.cols - col)
         )

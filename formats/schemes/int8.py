@@ -34,7 +34,8 @@ MIN_SCALE = 2.0**-126
 Tensors with smaller scales are stored `lossless`.
 """
 
-MIN_WIDE_CODE, MAX_WIDE_CODE = -128 - 127 * 256, 127 + 127 * 256
+MIN_WIDE_CODE = -128 - 127 * 256
+MAX_WIDE_CODE = 127 + 127 * 256
 """Range of the codes of a wide tensor."""
 
 MAX_WIDE_STEP = 2.0**112
@@ -204,7 +205,8 @@ def check_steps(
     factors = np.ones(1, np.float32) if col_scales is None else col_scales
     with np.errstate(over="ignore", under="ignore"):
         # Rounding is monotonic: the extreme steps are the products of the extreme scales.
-        lowest, highest = row_scales.min() * factors.min(), row_scales.max() * factors.max()
+        lowest = row_scales.min() * factors.min()
+        highest = row_scales.max() * factors.max()
     if not (lowest >= np.float32(MIN_SCALE) and highest <= np.float32(largest)):
         raise DecodeError(
             "a step is not allowed",

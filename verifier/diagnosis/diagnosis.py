@@ -103,13 +103,12 @@ class _Diagnosis:
         options: DiagnoseOptions,
         progress: Progress | None,
     ) -> None:
-        self._report, self._container, self._source, self._commit = (
-            report,
-            container,
-            source,
-            commit,
-        )
-        self._options, self._progress = options, progress
+        self._report = report
+        self._container = container
+        self._source = source
+        self._commit = commit
+        self._options = options
+        self._progress = progress
         self._threads = options.workers or cores()
         self._examined: dict[str, Examination] = {}
 

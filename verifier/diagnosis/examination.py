@@ -41,7 +41,8 @@ from codecllm.verifier.diagnosis.parts import (
 Place = tuple[int, int]
 """Row and column of the tensor's matrix."""
 
-FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-14
+FP16_LARGEST = 65504.0
+FP16_SMALLEST = 2.0**-14
 """Largest and smallest normal float16: a scale outside is lost where it goes through that type."""
 
 _PLAIN_STEP_BYTES = 4 << 20
@@ -153,10 +154,8 @@ def examine(container: Container, name: str, source: SourceTensor) -> Examinatio
     result = Examination(name, record, record.elements)
     try:
         if (record.dtype, tuple(record.shape)) != (source.dtype.name, source.shape):
-            got, expected = (
-                f"{source.dtype.name} {list(source.shape)}",
-                f"{record.dtype} {record.shape}",
-            )
+            got = f"{source.dtype.name} {list(source.shape)}"
+            expected = f"{record.dtype} {record.shape}"
             raise ModelMismatchError(
                 "type of the source's tensor is not the container's",
                 tensor=name,
@@ -225,10 +224,12 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
         and result.scales is not None
         and result.absmax is not None
     )
-    record, whole = tensor.record, channel_scales(result.absmax.max(keepdims=True))
+    record = tensor.record
+    whole = channel_scales(result.absmax.max(keepdims=True))
     per_tensor = result.per_tensor = Choice() if record.rounding is None else None
     for part in decoded_parts(tensor, result.faults):
-        codes, words = part.codes, read_tile(source, tensor.table.grid, part.place)
+        codes = part.codes
+        words = read_tile(source, tensor.table.grid, part.place)
         weights = float32_from_bits(words, record.dtype)
         if result.not_finite:
             # They are reported on their own; here they would hide every other difference.
@@ -256,10 +257,8 @@ def _examine_int8(tensor: StoredTensor, source: SourceTensor, result: Examinatio
 
 def _packed_bytes(tensor: StoredTensor, codes: NDArray[np.signedinteger]) -> int:
     """Returns the size of int8 codes under the tensor's codec, or raw if that is smaller."""
-    main, symbols = (
-        tensor.record.planes[0].codec,
-        np.ascontiguousarray(codes).reshape(-1).view(np.uint8),
-    )
+    main = tensor.record.planes[0].codec
+    symbols = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
     # The size of a rans chunk follows from its counts: nothing needs to be encoded.
     if main == rans.NAME:
         counts = np.bincount(symbols, minlength=256)
@@ -315,7 +314,8 @@ def _examine_lossless(tensor: StoredTensor, source: SourceTensor, result: Examin
 
 
 def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examination) -> None:
-    size, record = tensor.record.source_bytes, tensor.record
+    size = tensor.record.source_bytes
+    record = tensor.record
     for first in range(0, size, _PLAIN_STEP_BYTES):
         count = min(_PLAIN_STEP_BYTES, size - first)
         ours = tensor.file.read(tensor.offset + first, count)

@@ -77,9 +77,11 @@ def decoded_parts(tensor: StoredTensor, faults: list[CodecLLMError]) -> Iterator
         tensor: the tensor.
         faults: receives the errors of damaged chunks.
     """
-    planes, together = tensor.table.planes, tensor.tiles_together
+    planes = tensor.table.planes
+    together = tensor.tiles_together
     for start in range(0, len(tensor.table.grid), together):
-        first, last = start * planes, (start + together) * planes
+        first = start * planes
+        last = (start + together) * planes
         slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
         chunks = []
         # Chunk by chunk: a damaged one must not hide the others.

@@ -17,7 +17,8 @@ TEXT_SHOWN = 60
 
 def render_diagnosis(report: Report, console: Console) -> None:
     """Prints the figures behind a diagnosis, then its verdict lines and the paragraph."""
-    quantization, texts = report.stage("quantized"), report.stage("text")
+    quantization = report.stage("quantized")
+    texts = report.stage("text")
     rows = [
         row
         for row in (quantization.facts.get("tensors", []) if quantization else [])
@@ -53,7 +54,8 @@ def scale_table(rows: list[dict[str, Any]]) -> Table:
     for name in ("error", "codes", "entropy", "bits/w", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in worst:
-        a, b = row["per_channel"], row["per_tensor"]
+        a = row["per_channel"]
+        b = row["per_tensor"]
         table.add_row(
             escape(row["name"]),
             f"{a['relative_error']:.2e} | {b['relative_error']:.2e}",

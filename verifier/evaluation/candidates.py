@@ -196,7 +196,8 @@ def _dequantized_tensors(folder: Path) -> Iterator[_Row]:
         )
     for row in rows:
         if type(bits[row.name]) is not int or bits[row.name] < 0:
-            got, file = repr(bits[row.name]), str(folder / STORED_BITS_NAME)
+            got = repr(bits[row.name])
+            file = str(folder / STORED_BITS_NAME)
             raise SourceError("not a number of bits", file=file, tensor=row.name, got=got)
         yield row._replace(bytes=bits[row.name] / 8)
 

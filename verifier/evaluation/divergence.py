@@ -97,10 +97,8 @@ class Base:
         total = sum(ids.shape[1] for ids in self._windows)
         for number, ids in enumerate(self._windows):
             with torch.inference_mode():
-                ours, theirs = (
-                    self._logits(number),
-                    other(input_ids=ids, use_cache=False).logits[0, :-1],
-                )
+                ours = self._logits(number)
+                theirs = other(input_ids=ids, use_cache=False).logits[0, :-1]
                 if ours.shape != theirs.shape:
                     raise ModelMismatchError(
                         "vocabularies differ", got=theirs.shape[-1], expected=ours.shape[-1]
@@ -123,7 +121,8 @@ class Base:
 
         From the second call on, only the head runs.
         """
-        ids, head = self._windows[number], self._model.get_output_embeddings()
+        ids = self._windows[number]
+        head = self._model.get_output_embeddings()
         if number < len(self._entering):
             again: torch.Tensor = head(self._entering[number])
             return again[0, :-1]
@@ -155,7 +154,8 @@ def _add(
     divergence: Divergence, base: torch.Tensor, other: torch.Tensor, text: torch.Tensor
 ) -> None:
     # In float32 the error of a sum over the vocabulary can exceed a small divergence.
-    p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
+    p = torch.log_softmax(base.double(), -1)
+    q = torch.log_softmax(other.double(), -1)
     divergence.kl += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
     divergence.same_top += (base.argmax(-1) == other.argmax(-1)).tolist()
     for values, log_probability in ((divergence.base_nll, p), (divergence.other_nll, q)):

@@ -73,7 +73,8 @@ def explain(
     wrong = examined.wrong_scales
     if not len(wrong):
         return _explain_codes(tensor, examined, counts)
-    stored_scales, source_scales = tensor.scales, examined.scales
+    stored_scales = tensor.scales
+    source_scales = examined.scales
     codes_fit = counts.fit_expected == counts.elements
     scales_explain = counts.fit_stored == counts.elements
     first = int(wrong[0])
@@ -109,7 +110,9 @@ def scale_fault(examined: Examination) -> Explanation | None:
 
     A container with such scales cannot be opened.
     """
-    stored_scales, source_scales, record = examined.stored_scales, examined.scales, examined.record
+    stored_scales = examined.stored_scales
+    source_scales = examined.scales
+    record = examined.record
     if (
         stored_scales is None
         or source_scales is None
@@ -132,10 +135,14 @@ def scale_fault(examined: Examination) -> Explanation | None:
 def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float32]) -> _Counts:
     """Reads tensor and source once more and counts the elements that each explanation fits."""
     assert tensor.scales is not None
-    counts, faults, grid = _Counts(), list[CodecLLMError](), tensor.table.grid
+    counts = _Counts()
+    faults = list[CodecLLMError]()
+    grid = tensor.table.grid
     by_row = isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row"
     for part in decoded_parts(tensor, faults):
-        codes, tile, weights = part.codes, part.place, read_weights(source, grid, part.place)
+        codes = part.codes
+        tile = part.place
+        weights = read_weights(source, grid, part.place)
         weights = np.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
         expected = repeated(weights, asked_steps(tensor, scales, tile), tensor)
         with_stored_scales = repeated(weights, tile_steps(tensor, tile), tensor)
@@ -203,7 +210,8 @@ def _per_tensor(examined: Examination) -> Explanation:
     assert examined.absmax is not None and examined.scales is not None
     outlier = int(examined.absmax.argmax())
     largest = np.rint(examined.absmax / examined.absmax.max() * MAX_CODE)
-    weight, usual = float(examined.absmax[outlier]), max(float(np.median(examined.absmax)), 1e-38)
+    weight = float(examined.absmax[outlier])
+    usual = max(float(np.median(examined.absmax)), 1e-38)
     text = (
         f"all {len(examined.absmax)} channels share the scale of channel {outlier}, whose largest "
         f"weight {weight:.6g} is {weight / usual:.1f} times the median channel's: half of the "
@@ -216,7 +224,8 @@ def _step(
     stored: NDArray[Any], expected: NDArray[Any], wrong: NDArray[np.int64], codes_fit: bool
 ) -> Explanation:
     ratios = stored[wrong].astype(np.float64) / expected[wrong]
-    first, typical = int(wrong[0]), float(np.median(ratios))
+    first = int(wrong[0])
+    typical = float(np.median(ratios))
     spread = (
         ""
         if np.allclose(ratios, typical, rtol=1e-3)

@@ -120,10 +120,8 @@ def ratio_account(container: Container, examined: dict[str, Examination]) -> dic
         if isinstance(one.record, RawTensor)
     )
     payload = sum(8 * one.per_channel.stored_bytes for one in coded_tensors)
-    entropy, prefix = (
-        sum(one.per_channel.entropy_bits for one in coded_tensors),
-        sum(one.per_channel.prefix_bits for one in coded_tensors),
-    )
+    entropy = sum(one.per_channel.entropy_bits for one in coded_tensors)
+    prefix = sum(one.per_channel.prefix_bits for one in coded_tensors)
     scales = sum(32 * len(one.scales) for one in coded_tensors if one.scales is not None)
     container_bits = 8 * container.stored_bytes
     source = 8 * container.manifest.source.tensor_bytes

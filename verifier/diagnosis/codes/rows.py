@@ -58,7 +58,8 @@ def head_size(config: Any) -> int | None:
         config: a dict, or an object of transformers.
     """
     facts: dict[str, Any] = config if isinstance(config, dict) else dict(vars(config))
-    size, width = facts.get("head_dim"), facts.get("hidden_size") or facts.get("n_embd")
+    size = facts.get("head_dim")
+    width = facts.get("hidden_size") or facts.get("n_embd")
     heads = facts.get("num_attention_heads") or facts.get("n_head")
     if isinstance(size, int) and size > 0:
         return size

@@ -19,7 +19,8 @@ def relative_error(right: torch.Tensor, found: torch.Tensor) -> float:
     whole = torch.isfinite(right)
     if not torch.equal(whole, torch.isfinite(found)):
         return float("inf")
-    a, b = right[whole].double(), found[whole].double()
+    a = right[whole].double()
+    b = found[whole].double()
     return float((a - b).norm() / a.norm().clamp_min(1e-300))
 
 

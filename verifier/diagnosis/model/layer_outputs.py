@@ -63,7 +63,9 @@ def compare_layers(source: Run, reference: Run, loaded: Run) -> list[dict[str, A
     for name in loaded.outputs:
         if name not in source.outputs or name not in reference.outputs:
             continue
-        base, right, output = source.outputs[name], reference.outputs[name], loaded.outputs[name]
+        base = source.outputs[name]
+        right = reference.outputs[name]
+        output = loaded.outputs[name]
         rows.append(
             {
                 "name": name,
@@ -106,7 +108,8 @@ def first_departure(
     With a `slack` of more than 1 these are so many times as large, and single channels are not
     looked at.
     """
-    limit, each = slack * TOLERANCES.get(dtype, 1e-4), slack == 1.0
+    limit = slack * TOLERANCES.get(dtype, 1e-4)
+    each = slack == 1.0
     return next(
         (
             name
@@ -143,7 +146,8 @@ def name_departure(
         `TOLERANCES`.
     """
     names = _inside(reference, layer)
-    right, run = run_model(reference, tokens, names), run_model(loaded, tokens, names)
+    right = run_model(reference, tokens, names)
+    run = run_model(loaded, tokens, names)
     key = first_departure(right, run, loaded.dtype, slack)
     if key is None:
         return None

@@ -37,7 +37,8 @@ def layer_names(model: Any) -> list[str]:
 
     These are the entries of every outermost ModuleList, embeddings and output layer.
     """
-    names, lists = [], list[str]()
+    names = []
+    lists = list[str]()
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
@@ -91,7 +92,8 @@ def first_layers_of(source: Any, loaded: Any, count: int) -> Iterator[Any]:
 
     Its own layers are put back at the end.
     """
-    ours, theirs = main_layers(source), main_layers(loaded)
+    ours = main_layers(source)
+    theirs = main_layers(loaded)
     if ours is None or theirs is None:
         yield source
         return

@@ -176,7 +176,8 @@ def _check_replaced(
 
 def _check_scale(name: str, module: Int8Weight, stage: Stage) -> None:
     """Checks type, shape, device and values of the scales of an int8 module."""
-    scale, codes = module.weight_scale, module.codes
+    scale = module.weight_scale
+    codes = module.codes
     facts = [
         ("dtype of the scales", scale.dtype, torch.float32, Cause.ROUNDED_SCALES),
         (
@@ -220,7 +221,8 @@ def _check_ties(model: Any, reference: Any, stage: Stage) -> None:
             for name, _ in reference.named_parameters(remove_duplicate=False)
         }
 
-    right, places = groups(reference), groups(model)
+    right = groups(reference)
+    places = groups(model)
     partners: dict[int, list[str]] = defaultdict(list)
     for name, place in right.items():
         partners[place].append(name)
@@ -266,7 +268,8 @@ def _memory(model: Any, name: str) -> int:
 def _check_weights(model: Any, against: Comparison, names: dict[str, str], stage: Stage) -> int:
     """Compares every parameter and persistent buffer bit for bit; returns how many."""
     right = against.reference.state_dict(keep_vars=True)
-    weights, tied_keys = 0, set[tuple[int, str]]()
+    weights = 0
+    tied_keys = set[tuple[int, str]]()
     for name, value in right.items():
         loaded = _loaded_value(model, name)
         key = (value.data_ptr(), str(_memory(model, name)))

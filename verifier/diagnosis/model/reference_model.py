@@ -67,7 +67,9 @@ def requantized_tensors(
     """
     tensors: dict[str, torch.Tensor] = {}
     for name in container.records:
-        record, one, tensor = stored_record(container, name), examined[name], source.tensors[name]
+        record = stored_record(container, name)
+        one = examined[name]
+        tensor = source.tensors[name]
         if isinstance(record, Int8Tensor) and one.scales is not None and not one.not_finite:
             stored_tensor = container.tensor(name)
             assert isinstance(stored_tensor, StoredTensor)
@@ -125,7 +127,8 @@ def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tenso
             if data
             else torch.empty(tensor.record.shape, dtype=own_dtype)
         )
-    record, grid = tensor.record, tensor.table.grid
+    record = tensor.record
+    grid = tensor.table.grid
     int8 = isinstance(record, Int8Tensor)
     target = _target(dtype) if int8 else record.dtype
     words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))

@@ -60,12 +60,10 @@ class ModelStages:
         examined: dict[str, Examination],
         options: DiagnoseOptions,
     ) -> None:
-        self._container, self._source, self._examined, self._options = (
-            container,
-            source,
-            examined,
-            options,
-        )
+        self._container = container
+        self._source = source
+        self._examined = examined
+        self._options = options
         self._model: Any = None
         self._reference: Any = None
         self._plain: Any = None
@@ -83,7 +81,8 @@ class ModelStages:
         order = [resident for resident in RESIDENTS if resident != self._options.resident] + [
             self._options.resident
         ]
-        facts, words = [], []
+        facts = []
+        words = []
         for resident in order:
             model = self._load(resident, stage)
             if model is None:
@@ -110,7 +109,8 @@ class ModelStages:
         stage.facts = {"residencies": facts}
         stage.summary = "; ".join(words)
         if not facts and not stage.findings:
-            stage.skipped, stage.summary = True, self._why_not
+            stage.skipped = True
+            stage.summary = self._why_not
 
     def check_layers(self, stage: Stage, *, explained: bool) -> None:
         """Runs the prompt through all three models and names the first departure.

@@ -120,7 +120,8 @@ def negative_log_likelihood(model: Any, tokens: list[int]) -> list[float]:
     longest = int(
         getattr(model.config.get_text_config(), "max_position_embeddings", 0) or WINDOW_TOKENS
     )
-    window, values = min(WINDOW_TOKENS, longest), list[float]()
+    window = min(WINDOW_TOKENS, longest)
+    values = list[float]()
     for first in range(0, len(tokens) - 1, window):
         part = torch.tensor([tokens[first : first + window]], device=model.device)
         # A single token predicts nothing.
@@ -142,7 +143,8 @@ def kl_per_position(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         base: logits [positions, vocabulary].
         other: logits of the same shape; NaN comes back where one of them is not finite.
     """
-    p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
+    p = torch.log_softmax(base.double(), -1)
+    q = torch.log_softmax(other.double(), -1)
     return torch.nansum(p.exp() * (p - q), -1).where(
         torch.isfinite(base).all(-1) & torch.isfinite(other).all(-1), torch.nan
     )
@@ -157,7 +159,8 @@ def check_tokenizers(
     """Compares the tokens of the same texts from the tokenizers of source and container."""
     texts = [*PROMPTS, SAMPLE_TEXT]
     for text in texts:
-        theirs, ours = source.encode(text), container.encode(text)
+        theirs = source.encode(text)
+        ours = container.encode(text)
         if theirs == ours and source.decode(theirs) == container.decode(theirs):
             continue
         if bool(theirs) != bool(ours):
@@ -206,9 +209,13 @@ def compare_text(
     if not source.tokens:
         _compare_outputs(source, loaded, lossless, stage)
         return
-    prompts, kls, hits, places = [], list[float](), 0, 0
+    prompts = []
+    kls = list[float]()
+    hits = 0
+    places = 0
     for number, prompt in enumerate(inputs.prompts):
-        base, other = source.tokens[number], loaded.tokens[number]
+        base = source.tokens[number]
+        other = loaded.tokens[number]
         first = next((i for i, (a, b) in enumerate(zip(base, other, strict=False)) if a != b), None)
         kl = kl_per_position(source.logits[number], loaded.logits[number])
         hits += int((source.logits[number].argmax(-1) == loaded.logits[number].argmax(-1)).sum())

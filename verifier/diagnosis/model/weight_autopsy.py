@@ -66,7 +66,8 @@ def _words(tensor: torch.Tensor) -> Any:
 
 def explain_weight(suspect: Suspect) -> Explanation:
     """Returns why a loaded weight differs from the container's."""
-    weight, right = suspect.found, suspect.right
+    weight = suspect.found
+    right = suspect.right
     if weight.shape != right.shape:
         if (
             weight.ndim == 2
@@ -90,12 +91,10 @@ def _from_scales(suspect: Suspect) -> Explanation | None:
     """Tries faults between codes and scales, where these are known."""
     if suspect.codes is None or suspect.scales is None:
         return None
-    codes, scales, shape, dtype = (
-        suspect.codes.float(),
-        suspect.scales,
-        suspect.found.shape,
-        suspect.found.dtype,
-    )
+    codes = suspect.codes.float()
+    scales = suspect.scales
+    shape = suspect.found.shape
+    dtype = suspect.found.dtype
     by_row = scales.shape[1] == 1
     flat = scales.reshape(-1)
     crosswise = flat[None, :] if by_row else flat[:, None]
@@ -156,7 +155,8 @@ def _copied(suspect: Suspect) -> Explanation | None:
 
 
 def _moved(suspect: Suspect) -> Explanation | None:
-    words, right_words = _words(suspect.found), _words(suspect.right)
+    words = _words(suspect.found)
+    right_words = _words(suspect.right)
     shift = shift_of(words, right_words)
     if shift is not None:
         return Explanation(
@@ -196,7 +196,8 @@ def _rescaled(suspect: Suspect) -> Explanation | None:
     off = ((factors - 1).abs() > 0.01).nonzero().flatten()
     if not len(off):
         return None
-    channel, scales = int(off[0]), suspect.scales.reshape(-1)
+    channel = int(off[0])
+    scales = suspect.scales.reshape(-1)
     applied_scales = (factors * scales)[off]
     if torch.allclose(applied_scales.sort().values, scales[off].sort().values, rtol=0.01):
         names = ", ".join(map(str, off[:6].tolist()))
@@ -211,7 +212,8 @@ def _rescaled(suspect: Suspect) -> Explanation | None:
 
 
 def _any_difference(suspect: Suspect) -> Explanation:
-    weight, right = suspect.found.double().reshape(-1), suspect.right.double().reshape(-1)
+    weight = suspect.found.double().reshape(-1)
+    right = suspect.right.double().reshape(-1)
     bad = _words(suspect.found) != _words(suspect.right)
     channel = _first_channel(suspect)
     not_finite = int((~torch.isfinite(weight)).sum()) - int((~torch.isfinite(right)).sum())
@@ -238,7 +240,8 @@ def _any_difference(suspect: Suspect) -> Explanation:
 
 def _first_channel(suspect: Suspect) -> int | None:
     """Returns the first channel (row, or column where scales go by column) with a wrong element."""
-    words, right = _words(suspect.found), _words(suspect.right)
+    words = _words(suspect.found)
+    right = _words(suspect.right)
     bad = words != right
     if not bad.any():
         return None
