@@ -20,6 +20,7 @@ from codecllm.converter.plan.conversion_plan import open_source, plan_conversion
 from codecllm.converter.report import ConversionReport
 from codecllm.converter.source.source import SourceModel
 from codecllm.converter.write.container_writer import OnProgress, write_container
+from codecllm.converter.write.fingerprint import fingerprint_of
 from codecllm.converter.write.manifest import Conversion
 from codecllm.converter.write.staging import Staging
 from codecllm.formats.checksums import sha256_hex
@@ -113,15 +114,19 @@ def convert_model(
         UsageError: the options ask for a rate, and no parameters were chosen.
         FormatError: the source's files are malformed.
         OSError: reading or writing failed. In every case nothing half-written stays.
+
+    After a kill the same call goes on: finished shards are kept, and the result has the same bytes.
     """
     if options.rate is not None and choice.provider is None:
         raise UsageError("a rate is asked for, and no quantization parameters were chosen")
     started = time.monotonic()
     plan = plan_conversion(model, options, accepts_params=choice.provider is not None)
     conversion = Conversion(model, plan, options, choice, origin or Origin())
-    with Staging(out, force=options.force) as staging:
-        _check_space(staging.out, plan.max_stored_bytes + model.side_bytes)
-        manifest = write_container(conversion, staging.folder, progress)
+    fingerprint = fingerprint_of(conversion)
+    with Staging(out, force=options.force, fingerprint=fingerprint) as staging:
+        finished = sum(shard.record.bytes for shard in staging.journal.finished.values())
+        _check_space(staging.out, plan.max_stored_bytes + model.side_bytes - finished)
+        manifest = write_container(conversion, staging.folder, staging.journal, progress)
         model.check_unchanged()
         data = pack_manifest(manifest)
         staging.commit(data)

@@ -68,8 +68,8 @@ _SIDES_TOGETHER_BYTES = 4 << 20
 class Container:
     """A container folder, opened for reading. Safe to share between threads.
 
-    Opening reads and validates the manifest only. A shard's header is checked when the shard is first used, a tensor's side
-    data when the tensor is, a chunk before it is decoded.
+    Opening reads and validates the manifest only. A shard's header is checked when the shard is
+    first used, a tensor's side data when the tensor is, a chunk before it is decoded.
     """
 
     def __init__(
@@ -83,9 +83,10 @@ class Container:
 
         Args:
             folder: the container.
-            expected_manifest_sha256: refuse any manifest but the one with this sha256 (64 hex digits). It pins every byte.
-            max_expansion: how many times their stored size the tensors may have (SPEC.md 10); None takes
-                `CODECLLM_MAX_EXPANSION` of the environment, or 100.
+            expected_manifest_sha256: refuse any manifest but the one with this sha256 (64 hex
+                digits). It pins every byte.
+            max_expansion: how many times their stored size the tensors may have (SPEC.md 10); None
+                takes `CODECLLM_MAX_EXPANSION` of the environment, or 100.
 
         Raises:
             NotAContainerError: there is no manifest.
@@ -220,7 +221,8 @@ class Container:
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
         _check_table_size(header, record, file.name)
-        # The size of the rans tables is limited by the other side tensors, so they are read after these.
+        # The size of the rans tables is limited by the other side tensors, so they are read after
+        # these.
         tables = TABLES.name_for(record.name)
         sides = _read_together(
             file, [header.tensors[side] for side in side_names(record) if side != tables]

@@ -8,7 +8,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +54,7 @@ class SafeFile:
             os.close(self.descriptor)
             raise UnsafePathError("not a regular file", file=name)
         self.size = status.st_size
-        self.identity = _identity(status)
+        self.identity = file_identity(status)
 
     @contextmanager
     def opened(self) -> Iterator[int]:
@@ -103,7 +103,7 @@ class SafeFile:
             status = os.stat(self.path)
         except OSError:
             return False
-        return _identity(status) == self.identity
+        return file_identity(status) == self.identity
 
     def close(self) -> None:
         """Closes the descriptor; a second call does nothing."""
@@ -123,7 +123,8 @@ class SafeFile:
         self.close()
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
+    """Returns the numbers of which one changes when a file is replaced or written to."""
     return (
         status.st_dev,
         status.st_ino,
@@ -225,12 +226,17 @@ def refuse_foreign(file: SafeFile) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash it holds either the old or the new bytes, both whole."""
     partial = path.with_name(path.name + ".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
     fsync_folder(path.parent)
 
 

@@ -1,7 +1,8 @@
 """A JSON reader that accepts no ambiguity: the two parsers of an attack always read the same thing.
 
-Small texts are decoded as a whole (`parse_json_object`). Long ones are walked value by value (`JsonWalker`): the walk
-stops at the first fault, and neither time nor memory goes beyond what was read until then.
+Small texts are decoded as a whole (`parse_json_object`). Long ones are walked value by value
+(`JsonWalker`): the walk stops at the first fault, and neither time nor memory goes beyond what was
+read until then.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def parse_json_object(
 
     Raises:
         LimitError: too long, too deep, too many values, or an integer beyond 2^53.
-        SchemaError: not UTF-8, not JSON, a repeated key at any depth, NaN or an infinity, or not an object.
+        SchemaError: not UTF-8, not JSON, a repeated key at any depth, NaN or an infinity, or not an
+            object.
     """
     if len(data) > max_bytes:
         raise LimitError(
@@ -67,8 +69,9 @@ def parse_json_object(
 class JsonWalker:
     """Walks a JSON text without decoding it as a whole.
 
-    The position moves forward only. `members` and `items` step through the object or list at the position; in each step
-    the caller must take the value: with `value`, `members` or `items`. All raise as `parse_json_object` does.
+    The position moves forward only. `members` and `items` step through the object or list at the
+    position; in each step the caller must take the value: with `value`, `members` or `items`. All
+    raise as `parse_json_object` does.
 
     Example:
         >>> walker = JsonWalker(b'{"a": 1, "list": [2, 3]}', file="example.json")

@@ -4,8 +4,26 @@ Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported version or envi
 network, 5 unsafe.
 """
 
-# The order of these imports is the order of the commands in --help.
-from codecllm.cli import converting, checking, reading  # noqa: F401, I001
-from codecllm.cli.process import main
+from __future__ import annotations
+
+import os
+import signal
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _quit)
+    # The order of these imports is the order of the commands in --help.
+    from codecllm.cli import converting, checking, reading  # noqa: F401, I001
+    from codecllm.cli.process import main as run
+
+    run()
+
+
+def _quit(number: int, frame: object) -> None:
+    """Ends the process while modules are imported: nothing was begun yet that would have to be cleaned up."""
+    os.write(2, f"error: stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)

@@ -17,11 +17,14 @@ from codecllm.cli.app import app
 from codecllm.cli.console import stderr
 from codecllm.formats.errors import CodecLLMError, one_line
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _stop)
     debug = "--debug" in sys.argv[1:2]
     if not sys.stderr.isatty() or {"--json", "--quiet", "-q"} & set(sys.argv[1:]):
         os.environ.setdefault(
@@ -35,7 +38,7 @@ def main() -> None:
         if debug:
             raise
         message = str(exc) if isinstance(exc, CodecLLMError) else f"{type(exc).__name__}: {exc}"
-        _fail(message, exc.exit_code if isinstance(exc, CodecLLMError) else 4, exc)
+        _fail(message + _notes(exc), exc.exit_code if isinstance(exc, CodecLLMError) else 4, exc)
     except Exception as exc:
         if debug:
             raise
@@ -49,7 +52,7 @@ def main() -> None:
 
 
 class _StopError(BaseException):
-    """SIGINT or SIGTERM arrived.
+    """SIGINT, SIGTERM or SIGHUP arrived.
 
     Unwinds through every context manager, so that everything cleans up.
     """
@@ -60,11 +63,24 @@ class _StopError(BaseException):
 
 
 def _stop(number: int, frame: object) -> None:
+    """Ends the command once: signals that come while it cleans up are ignored."""
+    for other in STOPPING:
+        signal.signal(other, signal.SIG_IGN)
     raise _StopError(number)
 
 
 def _stopped(stop: _StopError) -> str:
-    return f"stopped by {signal.Signals(stop.number).name}; nothing half-written was left"
+    left = _notes(stop) or "; nothing half-written was left"
+    return f"stopped by {signal.Signals(stop.number).name}{left}"
+
+
+def _notes(exc: BaseException | None) -> str:
+    """Returns what those who cleaned up said of the files that are there, of an exception and those behind it."""
+    notes: list[str] = []
+    while exc is not None:
+        notes += getattr(exc, "__notes__", [])
+        exc = exc.__context__
+    return "".join(f"; {note}" for note in dict.fromkeys(notes))
 
 
 def _stop_behind(exc: BaseException | None) -> _StopError | None:

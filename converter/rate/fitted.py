@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
@@ -59,6 +60,9 @@ class FittedParams:
     scaling: Scaling
     tensors: Mapping[str, Sampled]
     wide: frozenset[str]
+
+    repeatable: ClassVar[bool] = True
+    """The same source, options and calibration give the same parameters: a killed conversion can go on."""
 
     def __call__(self, plan: TensorPlan) -> QuantParams | None:
         """Returns the parameters of a tensor; None where it has weights that are not finite."""

@@ -18,7 +18,7 @@ from codecllm.converter.source.selection import SideFiles, select_side_files
 from codecllm.converter.source.tensors import SourceTensor, same_bytes
 from codecllm.formats import limits
 from codecllm.formats.errors import SourceError, TruncatedError
-from codecllm.formats.files import describe_missing
+from codecllm.formats.files import describe_missing, file_identity
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.shards.safetensors_header import read_header
 
@@ -67,6 +67,8 @@ class SourceModel:
             raise SourceError("this is a codecllm container already", file=str(folder))
         self.modules = read_modules(self.repository)
         self.folder = self.repository / self.modules.main
+        self._side_identities: dict[Path, tuple[int, ...] | None] = {}
+        self._remember(self.folder / "config.json")
         self.config = _read_config(self.folder)
         self.notes: list[str] = []
         self.tensors: dict[str, SourceTensor] = {}
@@ -124,9 +126,12 @@ class SourceModel:
         """
         prefix = f"{self.modules.main}/" if self.modules.main else ""
         names = [*self.weights.files, *([self.weights.index] if self.weights.index else [])]
-        return select_side_files(
+        side_files = select_side_files(
             self.repository, self.modules, [prefix + name for name in names], self._with_code
         )
+        for name in side_files.copied.values():
+            self._remember(self.repository / name)
+        return side_files
 
     def describe_taken(self) -> str:
         """Says in one line which files were taken as the model's weights."""
@@ -136,11 +141,23 @@ class SourceModel:
         index = f", listed in {self.weights.index}" if self.weights.index else ""
         return f"{text}{where}{index}: {len(self.tensors)} tensors"
 
+    @property
+    def files(self) -> list[SourceFile]:
+        """The open weight files."""
+        return list(self._files)
+
     def check_unchanged(self) -> None:
         """Raises SourceError where a file was replaced or written to since it was opened."""
         for file in self._files:
             if not file.unchanged():
                 raise SourceError("source changed while it was read", file=file.name)
+        for path, identity in self._side_identities.items():
+            if _identity_of(path) != identity:
+                name = str(path.relative_to(self.repository))
+                raise SourceError("source changed while it was read", file=name)
+
+    def _remember(self, path: Path) -> None:
+        self._side_identities[path] = _identity_of(path)
 
     def close(self) -> None:
         """Closes all files."""
@@ -232,6 +249,14 @@ class SourceModel:
                 self.tensors[name] = tensor
         count = len(quantization.scaled) + len(quantization.blocks)
         self.notes.append(f"{count} quantized tensors ({quantization.method}) are read as bfloat16")
+
+
+def _identity_of(path: Path) -> tuple[int, ...] | None:
+    """Returns what changes when the file is replaced or written to, or None where there is none."""
+    try:
+        return file_identity(path.stat())
+    except OSError:
+        return None
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

@@ -7,12 +7,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from codecllm.converter.plan.conversion_plan import planned_entries
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.side_files import (
     copy_side_files,
     pack_config,
     pack_index,
     write_listed,
 )
+from codecllm.converter.write.journal import FinishedShard, Journal
 from codecllm.converter.write.manifest import Conversion, build_manifest
 from codecllm.converter.write.tensor_writer import StoredRecord, TensorWriter
 from codecllm.formats.checksums import sha256_of_descriptor, xxh3_hex
@@ -27,13 +29,14 @@ OnProgress = Callable[[str, int, int], None]
 
 
 def write_container(
-    conversion: Conversion, folder: Path, on_progress: OnProgress | None = None
+    conversion: Conversion, folder: Path, journal: Journal, on_progress: OnProgress | None = None
 ) -> Manifest:
     """Encodes all tensors, writes shards and side files into `folder`; returns the manifest.
 
     Args:
         conversion: its decisions.
-        folder: an empty folder.
+        folder: empty but for the finished shards of the journal.
+        journal: shards that an earlier, killed conversion finished; the others are noted there.
         on_progress: called as bytes are done, in the calling thread.
 
     Raises:
@@ -53,32 +56,41 @@ def write_container(
     with _Threads(threads) as pools:
         writer = TensorWriter(
             pools.workers,
-            conversion.plan.tensors,
+            [
+                plan
+                for name, plans in _names_of_shards(conversion)
+                if name not in journal.finished
+                for plan in plans
+            ],
             window=2 * threads + 2,
             backlog=6 * threads,
             non_finite=conversion.options.non_finite,
             on_bytes=on_bytes,
             params=conversion.choice.provider,
         )
-        records, shards = _write_shards(conversion, writer, pools, folder)
+        for name, plans in _names_of_shards(conversion):
+            if name in journal.finished:
+                on_bytes(name, sum(plan.source.entry.bytes for plan in plans))
+        records, shards = _write_shards(conversion, writer, pools, folder, journal)
     files = _write_side_files(conversion, records, shards, folder)
     return build_manifest(conversion, records, shards, files)
 
 
 class _Threads:
-    """Threads of a conversion: many encode and hash, one writes, one waits for the disk."""
+    """Threads of a conversion: many encode and hash, one writes, two wait for the disk."""
 
     def __init__(self, workers: int) -> None:
         self.workers = ThreadPoolExecutor(workers, thread_name_prefix="codecllm-encode")
         self.write = ThreadPoolExecutor(1, thread_name_prefix="codecllm-write")
         self.sync = ThreadPoolExecutor(1, thread_name_prefix="codecllm-sync")
+        self.journal = ThreadPoolExecutor(1, thread_name_prefix="codecllm-journal")
         self.opened: list[ShardWriter] = []
 
     def __enter__(self) -> _Threads:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for pool in (self.write, self.sync, self.workers):
+        for pool in (self.write, self.sync, self.workers, self.journal):
             pool.shutdown(wait=True, cancel_futures=True)
         for shard in self.opened:
             shard.abort()  # of no effect where it is finished
@@ -89,21 +101,42 @@ def shard_metadata(version: str) -> dict[str, str]:
     return {"format": "pt", "codecllm.format_version": version}
 
 
+def _names_of_shards(conversion: Conversion) -> list[tuple[str, list[TensorPlan]]]:
+    shards = conversion.plan.shards
+    return [(shard_name(number, len(shards)), plans) for number, plans in enumerate(shards, 1)]
+
+
 def _write_shards(
-    conversion: Conversion, writer: TensorWriter, pools: _Threads, folder: Path
+    conversion: Conversion, writer: TensorWriter, pools: _Threads, folder: Path, journal: Journal
 ) -> tuple[list[StoredRecord], list[ShardRecord]]:
     """Writes the shards; earlier ones are hashed and synchronized meanwhile."""
-    records: list[Future[StoredRecord]] = []
-    shards: list[Future[ShardRecord]] = []
-    plans_by_shard = conversion.plan.shards
+    finished: list[Future[FinishedShard]] = []
     metadata = shard_metadata(conversion.plan.format_version)
-    for number, plans in enumerate(plans_by_shard):
-        path = folder / shard_name(number + 1, len(plans_by_shard))
-        shard = ShardWriter(path, planned_entries(plans), metadata, pools.write)
+    for number, (name, plans) in enumerate(_names_of_shards(conversion)):
+        earlier = journal.finished.get(name)
+        if earlier is not None:
+            known: Future[FinishedShard] = Future()
+            known.set_result(earlier)
+            finished.append(known)
+            continue
+        shard = ShardWriter(folder / name, planned_entries(plans), metadata, pools.write)
         pools.opened.append(shard)
-        records += writer.write_all(plans, shard, number)
-        shards.append(pools.workers.submit(_finish_shard, shard, pools.sync))
-    return [record.result() for record in records], [shard.result() for shard in shards]
+        records = list(writer.write_all(plans, shard, number))
+        record = pools.workers.submit(_finish_shard, shard, pools.sync)
+        finished.append(pools.journal.submit(_note, journal, record, records))
+    shards = [future.result() for future in finished]
+    return [record for shard in shards for record in shard.tensors], [
+        shard.record for shard in shards
+    ]
+
+
+def _note(
+    journal: Journal, record: Future[ShardRecord], tensors: list[Future[StoredRecord]]
+) -> FinishedShard:
+    """Notes in the journal that a shard is whole and on the disk."""
+    shard = FinishedShard(record.result(), [tensor.result() for tensor in tensors])
+    journal.add(shard)
+    return shard
 
 
 def _finish_shard(shard: ShardWriter, sync: ThreadPoolExecutor) -> ShardRecord:

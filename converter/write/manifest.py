@@ -72,7 +72,7 @@ def build_manifest(
         format="codecllm",
         format_version=conversion.plan.format_version,
         required_features=[*features_of(records, options, choice.calibration), *source_needs],
-        writer=_writer_versions(),
+        writer=writer_versions(),
         source=Source(
             repo=origin.repo,
             commit=origin.commit,
@@ -104,7 +104,8 @@ def _recorded_options(options: ConvertOptions, choice: ParamsChoice) -> Options:
     )
 
 
-def _writer_versions() -> dict[str, str]:
+def writer_versions() -> dict[str, str]:
+    """Returns names and versions of what decides about the bytes of a container."""
     zstd = ".".join(str(part) for part in zstandard.ZSTD_VERSION)
     return {
         "codecllm": WRITER_VERSION,

@@ -1,38 +1,54 @@
-"""The output folder: files are written beside their final place and moved in at the end."""
+"""The output folder: everything is written beside its final place and moved in at the end, the manifest last."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from codecllm.formats.errors import FormatError, OutputExistsError, UsageError
+from codecllm.converter.write.journal import Journal
+from codecllm.converter.write.signals import signals_wait
+from codecllm.formats.errors import FormatError, OutputExistsError, UnsafePathError, UsageError
 from codecllm.formats.files import fsync_folder, write_atomically
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, SHARD_NAME
 from codecllm.formats.manifest.reading import parse_manifest
 
 STAGING_NAME = ".codecllm-partial"
+_PARTIAL_NAMES = {f"{name}.partial" for name in (MANIFEST_NAME, BASELINE_NAME)}
 
 
 class Staging:
     """A conversion's output under construction.
 
-    Files are made in `out/.codecllm-partial/`. `commit` moves them into `out`, the manifest last:
-    no manifest, no container. Leaving the context without a commit removes everything that was
-    written, and `out` itself if it was made here. A conversion that was killed leaves only the
-    staging folder, which the next one removes.
+    `out/.codecllm-partial/` has three parts: `files/`, where everything is written; `old/`, which
+    keeps the files of a container that is replaced until the new manifest is on the disk; and
+    `journal`, by which the same conversion goes on after a kill. `commit` moves the files into
+    `out`, the manifest last: no manifest, no container.
+
+    Whatever ends the context without a commit, `out` is then as it was before. After a kill the
+    next conversion into the folder first undoes what the killed one had moved.
+
+    Attributes:
+        out: the output folder.
+        folder: where files are written before the commit.
+        journal: the finished shards.
     """
 
-    def __init__(self, out: str | Path, *, force: bool) -> None:
+    def __init__(self, out: str | Path, *, force: bool, fingerprint: str | None = None) -> None:
         """Makes and locks the folders.
 
         Args:
             out: the output folder: absent, empty, or, with `force`, a container that is then
                 replaced.
             force: whether an existing container may be replaced.
+            fingerprint: equal for conversions that write the same bytes: after a kill the finished
+                shards of such a one are kept. None begins anew.
 
         Raises:
             OutputExistsError: `out` holds something else, or a container without `force`.
@@ -40,48 +56,201 @@ class Staging:
             OSError: the folder cannot be made.
         """
         self.out = Path(out)
-        self._made_out = not self.out.exists()
-        self._check_out(force)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self._staging = self.out / STAGING_NAME
+        self.folder = self._staging / "files"
+        self.journal = Journal(self._staging / "journal", self.folder)
+        self._old = self._staging / "old"
+        self._moving = self._staging / "moving"
+        self._committed = False
+        self._staged = False
+        self._lock = -1
+        self._made: list[Path] = []
+        try:
+            with signals_wait():
+                self._make_folder(self.out)
+                self._take_lock()
+                self._recover()
+                self._check_out(force)
+                self._make_staging(fingerprint)
+        except BaseException as exc:
+            self._release()
+            self._explain(exc)
+            raise
+
+    def commit(self, manifest: bytes) -> None:
+        """Moves the staged files into place, the manifest last; from then on `out` is a container.
+
+        Raises:
+            OSError: moving failed. `out` is then as it was before, with the container that was to
+                be replaced.
+            UnsafePathError: a link stands where a folder of the container belongs.
+        """
+        write_atomically(self.folder / MANIFEST_NAME, manifest)
+        self._commit(last=MANIFEST_NAME)
+
+    def commit_plain(self, *, last: str) -> None:
+        """Moves the staged files of a plain model into place, `last` behind all others."""
+        self._commit(last=last)
+
+    def _commit(self, last: str) -> None:
+        names = [*(name for name in _files_of(self.folder) if name != last), last]
+        with signals_wait():
+            try:
+                self._refuse_links(names)
+                self._save_list(names)
+                self._move_old()
+                self._move(self.folder, self.out, names[:-1])
+                self._move(self.folder, self.out, names[-1:])
+            except BaseException:
+                self._undo()
+                raise
+            self._committed = True
+
+    def _move(self, source: Path, target: Path, names: Iterable[str]) -> None:
+        """Moves files by renaming, and forces the entries to the disk."""
+        folders = set()
+        for name in names:
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / name, place)
+            folders |= {target / parent for parent in Path(name).parents}
+        for folder in sorted(folders, reverse=True):
+            fsync_folder(folder)
+
+    def _save_list(self, names: list[str]) -> None:
+        """Notes which files will be moved, before the first one is: a kill may come at any time."""
+        write_atomically(self._moving, "\n".join(names).encode())
+        folders = {self.folder / parent for name in names for parent in Path(name).parents}
+        for folder in sorted(folders | {self._staging}):
+            fsync_folder(folder)
+
+    def _move_old(self) -> None:
+        """Puts the files of the container that is replaced aside, its manifest first."""
+        self._old.mkdir(exist_ok=True)
+        fsync_folder(self._staging)
+        names = self._old_names()
+        first = [name for name in names if name == MANIFEST_NAME]
+        for group in (first, [name for name in names if name != MANIFEST_NAME]):
+            self._move(self.out, self._old, group)
+            fsync_folder(self.out)
+
+    def _undo(self) -> None:
+        """Moves back what was moved: new files into staging, then old ones into place, their manifest last.
+
+        It goes on where a step fails. What could not be moved stays in staging for the next
+        conversion.
+        """
+        moving = self._moving.read_text().split("\n") if self._moving.exists() else []
+        # The last one first: without it the folder is no container any more.
+        for name in reversed(moving):
+            if not os.path.lexists(self.folder / name) and _is_file(self.out, name):
+                with suppress(OSError):
+                    os.replace(self.out / name, self.folder / name)
+            _remove_empty_parents(self.out, name)
+        old = _files_of(self._old) if _is_folder(self._old) else []
+        old.sort(key=lambda name: name == MANIFEST_NAME)
+        for name in old:
+            with suppress(OSError):
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self._old / name, self.out / name)
+        with suppress(OSError):
+            fsync_folder(self.out)
+            if not self._holds_old():
+                self._moving.unlink(missing_ok=True)
+
+    def _holds_old(self) -> bool:
+        """Whether files of a container that was to be replaced are in staging and nowhere else."""
+        return not self._committed and _is_folder(self._old) and bool(_files_of(self._old))
+
+    def _recover(self) -> None:
+        """Undoes the commit of a conversion that was killed in it, unless all its files were in place already."""
+        if not _is_folder(self._staging):
+            return
+        moving = self._moving.read_text().split("\n") if self._moving.exists() else []
+        last = moving[-1] if moving else None
+        if last is not None and (
+            os.path.lexists(self.folder / last) or not _is_file(self.out, last)
+        ):
+            self._undo()
+            if self._holds_old():
+                raise OSError(
+                    errno.EIO, "files of the replaced container cannot be moved back", self._old
+                )
+            self._moving.unlink(missing_ok=True)
+        elif last is not None:
+            _remove(self._staging)  # only the cleaning behind the commit was missing
+        _remove(self._old)  # without a list of files to move it holds nothing that is needed
+
+    def _make_folder(self, folder: Path) -> None:
+        """Makes a folder and its parents, and remembers which were not there."""
+        if folder.exists():
+            if not folder.is_dir():
+                raise OutputExistsError("output exists and is not a folder", file=str(folder))
+            return
+        if folder.is_symlink():
+            raise OutputExistsError("output is a link that leads nowhere", file=str(folder))
+        self._make_folder(folder.parent)
+        with suppress(FileExistsError):
+            folder.mkdir()
+            self._made.append(folder)
+
+    def _take_lock(self) -> None:
         self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
-            os.close(self._lock)
-            raise UsageError("another conversion is writing to this folder", file=str(out)) from exc
-        self.folder = self.out / STAGING_NAME
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
-        self._committed = False
+            self._made.clear()
+            raise UsageError(
+                "another conversion is writing to this folder", file=str(self.out)
+            ) from exc
 
-    def commit(self, manifest: bytes) -> None:
-        """Moves the staged files into place and writes the manifest.
+    def _make_staging(self, fingerprint: str | None) -> None:
+        """Makes the staging folder, or goes on with that of the same conversion."""
+        self._staged = True
+        for folder in (self._staging, self.folder):
+            if not _is_folder(folder):
+                _remove(folder)
+                folder.mkdir()
+        self.journal.begin(fingerprint)
+        for path in self.folder.iterdir():
+            if path.name not in self.journal.finished:
+                _remove(path)
 
-        From then on `out` is a container.
-        """
-        self._remove_old()
-        self._move(self._staged())
-        write_atomically(self.out / MANIFEST_NAME, manifest)
-        self._committed = True
+    def _check_out(self, force: bool) -> None:
+        present = {path.name for path in self.out.iterdir()} - {STAGING_NAME}
+        if not present:
+            return
+        if MANIFEST_NAME not in present:
+            raise OutputExistsError(
+                "output folder is not empty and not a container",
+                file=str(self.out),
+                got=", ".join(ascii(name)[1:-1] for name in sorted(present)[:5]),
+            )
+        if not force:
+            raise OutputExistsError(
+                "output folder holds a container; --force replaces it", file=str(self.out)
+            )
 
-    def commit_plain(self, *, last: str) -> None:
-        """Moves the staged files of a plain model into place, `last` behind all others."""
-        names = self._staged()
-        self._move([name for name in names if name != last])
-        self._move([name for name in names if name == last])
-        self._committed = True
-
-    def _staged(self) -> list[str]:
-        return sorted(
-            str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()
-        )
-
-    def _move(self, names: list[str]) -> None:
+    def _refuse_links(self, names: Iterable[str]) -> None:
+        """Refuses a link in `out` where the new container has a folder: nothing outside is written."""
         for name in names:
-            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.folder / name, self.out / name)
-        for parent in {parent for name in names for parent in Path(name).parents}:
-            fsync_folder(self.out / parent)
+            for parent in Path(name).parents[:-1]:
+                if (self.out / parent).is_symlink():
+                    raise UnsafePathError(
+                        "a link stands where a folder of the container belongs",
+                        file=str(self.out / parent),
+                    )
+
+    def _old_names(self) -> list[str]:
+        """Returns the files of the container that `force` replaces: those that are known to be its own."""
+        manifest = self.out / MANIFEST_NAME
+        if not _is_file(self.out, MANIFEST_NAME):
+            return []
+        owned = {MANIFEST_NAME, INDEX_NAME, BASELINE_NAME, *_PARTIAL_NAMES}
+        owned |= {path.name for path in self.out.iterdir() if SHARD_NAME.fullmatch(path.name)}
+        with suppress(FormatError):  # a damaged manifest names nothing; its shards go all the same
+            owned |= {record.name for record in parse_manifest(manifest.read_bytes()).files}
+        return sorted(name for name in owned if _is_file(self.out, name))
 
     def __enter__(self) -> Staging:
         return self
@@ -92,42 +261,79 @@ class Staging:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if not self._committed and self._made_out:
-            with suppress(OSError):  # something else was put there meanwhile: it stays
-                self.out.rmdir()
-        os.close(self._lock)
+        try:
+            with signals_wait():
+                replaced = _files_of(self._old) if _is_folder(self._old) else []
+                self._release()
+                for name in replaced:
+                    _remove_empty_parents(self.out, name)
+        except BaseException as stopped:
+            self._explain(stopped)
+            raise
+        if value is not None:
+            self._explain(value)
 
-    def _check_out(self, force: bool) -> None:
-        if not self.out.exists():
-            return
-        if not self.out.is_dir():
-            raise OutputExistsError("output exists and is not a folder", file=str(self.out))
-        present = {path.name for path in self.out.iterdir()} - {STAGING_NAME}
-        if not present:
-            return
-        if MANIFEST_NAME not in present:
-            raise OutputExistsError(
-                "output folder is not empty and not a container", file=str(self.out)
-            )
-        if not force:
-            raise OutputExistsError(
-                "output folder holds a container; --force replaces it", file=str(self.out)
-            )
+    def _explain(self, error: BaseException) -> None:
+        """Notes on an error which files are there now."""
+        made = [] if self._committed else reversed(self._made)
+        left = [path for path in (self._staging, *made) if os.path.lexists(path)]
+        if left and self._staged:
+            error.add_note(f"unfinished files could not be removed: {left[0]}")
+        if self._committed:
+            error.add_note(f"the output in {self.out} is complete")
 
-    def _remove_old(self) -> None:
-        """Removes the container that `force` replaces.
+    def _release(self) -> None:
+        """Removes the staging folder and, without a commit, the folders that were made; ends the lock."""
+        if self._staged and not self._holds_old():
+            _remove(self._staging)
+        if not self._committed:
+            for folder in reversed(self._made):
+                with suppress(OSError):  # something else was put there meanwhile: it stays
+                    folder.rmdir()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
-        Its manifest first, then only files that are known to be its own.
-        """
-        manifest = self.out / MANIFEST_NAME
-        if not manifest.exists():
-            return
-        owned = {INDEX_NAME, BASELINE_NAME}
-        owned |= {path.name for path in self.out.iterdir() if SHARD_NAME.fullmatch(path.name)}
-        with suppress(FormatError):  # a damaged manifest names nothing; its shards go all the same
-            owned |= {record.name for record in parse_manifest(manifest.read_bytes()).files}
-        manifest.unlink()
-        fsync_folder(self.out)
-        for name in owned:
-            (self.out / name).unlink(missing_ok=True)
+
+def _files_of(folder: Path) -> list[str]:
+    """Returns the names of all files and links of a folder and of its subfolders, sorted. No link is followed."""
+    return sorted(
+        str((Path(parent) / name).relative_to(folder))
+        for parent, folders, files in os.walk(folder)
+        for name in (*files, *folders)
+        if not _is_folder(Path(parent) / name)
+    )
+
+
+def _remove_empty_parents(folder: Path, name: str) -> None:
+    """Removes the subfolders in which a file stood, as far as they are empty and no links."""
+    for parent in Path(name).parents[:-1]:
+        if _is_folder(folder / parent):
+            with suppress(OSError):
+                (folder / parent).rmdir()
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder itself stands there, not a link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    """Whether a file or a link stands there, in a folder that is no link."""
+    path = folder / name
+    if not all(_is_folder(folder / parent) for parent in Path(name).parents[:-1]):
+        return False
+    return os.path.lexists(path) and not _is_folder(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link itself or a folder with everything in it, as far as that can be done."""
+    if _is_folder(path):
+        for _ in range(2):  # a file that could not be removed is tried once more
+            shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -272,7 +272,7 @@ def test_signals_leave_nothing_behind(tmp_path, number, code):
     ]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     staging = out / ".codecllm-partial"
-    while not any(staging.glob("*.safetensors")) and child.poll() is None:
+    while not any(staging.rglob("*.safetensors")) and child.poll() is None:
         time.sleep(0.01)
     os.kill(child.pid, number)
     _, stderr = child.communicate(timeout=60)

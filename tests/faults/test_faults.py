@@ -1,24 +1,29 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import resource
+import shutil
+import signal
+import stat
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from codecllm.converter import convert
+from codecllm.converter.write import container_writer
+from codecllm.converter.write.journal import Journal
 from codecllm.converter.write.staging import STAGING_NAME, Staging
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UsageError
-from codecllm.formats.reference import tensor_digest
+from codecllm.formats.errors import SourceError, UnsafePathError, UsageError
 from tests.sources import bf16, write_source
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tampering import flip_bit, reseal
 
 
 @pytest.fixture(scope="module")
@@ -32,73 +37,19 @@ def source(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, source):
-    """The bytes of a conversion that nothing disturbed, and how many operations it took."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = _drive(source, out, "none", 0)
-    assert done.returncode == 0, done.stderr
-    return _bytes(out), int(done.stdout)
-
-
-def _drive(source, out, fault, at):
-    command = [sys.executable, "-m", "tests.faults.driver", str(source), str(out), fault, str(at)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
-
-
 def _bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def _whole_or_nothing(out, expected):
-    """No manifest, or exactly the undisturbed container."""
-    if (out / "codecllm.json").exists():
-        assert _bytes(out) == expected
-        with Container(out) as container:
-            for name, record in container.records.items():
-                assert tensor_digest(container, name) == record.digest
+OPTIONS = {"scheme": "lossless", "max_shard_bytes": 150_000, "workers": 2}
 
 
-@pytest.mark.parametrize("fault", ["kill", "EIO", "ENOSPC", "stop"])
-def test_a_fault_at_any_operation_leaves_a_whole_container_or_none(
-    tmp_path, source, undisturbed, fault
-):
-    expected, operations = undisturbed
-    assert operations > 20
-
-    def one(at):
-        out = tmp_path / f"out{at}"
-        done = _drive(source, out, fault, at)
-        if (
-            done.returncode == 0
-        ):  # a fault that does no harm: the folder was there already, or the work was done
-            assert _bytes(out) == expected, at
-        if out.exists():
-            _whole_or_nothing(out, expected)
-            if fault != "kill" and not (out / "codecllm.json").exists():
-                assert not (out / STAGING_NAME).exists(), at
-        return out
-
-    with ThreadPoolExecutor(2) as pool:
-        outs = list(pool.map(one, range(1, operations + 1, 1 if fault == "kill" else 3)))
-    for out in outs[:: max(1, len(outs) // 4)]:
-        if not (out / "codecllm.json").exists():
-            leftovers = (
-                [path.name for path in out.iterdir() if path.is_file()] if out.exists() else []
-            )
-            if not leftovers:
-                convert(source, out, scheme="lossless", max_shard_bytes=150_000)
-                assert _bytes(out) == expected
-
-
-def test_a_short_write_is_continued(tmp_path, source, undisturbed):
-    expected, operations = undisturbed
-    for at in range(1, operations, 4):
-        done = _drive(source, tmp_path / f"out{at}", "short", at)
-        assert done.returncode == 0, done.stderr
-        assert _bytes(tmp_path / f"out{at}") == expected
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, source):
+    """The bytes of a conversion that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    convert(source, out, **OPTIONS)
+    return _bytes(out)
 
 
 def test_a_file_size_limit_is_an_error_with_nothing_left(tmp_path, source):
@@ -137,12 +88,173 @@ def test_two_conversions_into_one_folder(tmp_path, source):
     convert(source, tmp_path / "out")
 
 
-def test_leftovers_of_a_killed_conversion_are_replaced(tmp_path, source, undisturbed):
+def _wait_for_lines(path, count):
+    while path.read_bytes().count(b"\n") < count:
+        time.sleep(0.01)
+
+
+def _killed(source, out, shards=1):
+    """Leaves what a conversion leaves that is killed when some shards are finished; returns their inodes."""
+    written = []
+
+    def stop(path, *args):
+        if len(written) == shards:
+            _wait_for_lines(out / STAGING_NAME / "journal", 1 + shards)
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(path)
+        return real(path, *args)
+
+    child = os.fork()
+    if child == 0:
+        real, container_writer.ShardWriter = container_writer.ShardWriter, stop
+        with contextlib.suppress(BaseException):
+            convert(source, out, **OPTIONS | {"workers": 1})
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    files = out / STAGING_NAME / "files"
+    return {path.name: path.stat().st_ino for path in files.iterdir()}
+
+
+def test_the_same_conversion_goes_on_after_a_kill(tmp_path, source, undisturbed):
     out = tmp_path / "out"
-    (out / STAGING_NAME).mkdir(parents=True)
-    (out / STAGING_NAME / "model-00001-of-00009.safetensors").write_bytes(b"half")
-    convert(source, out, scheme="lossless", max_shard_bytes=150_000)
-    assert _bytes(out) == undisturbed[0]
+    inodes = _killed(source, out, shards=2)
+    assert len(inodes) == 2
+    convert(source, out, **OPTIONS)
+    assert _bytes(out) == undisturbed
+    assert {name: (out / name).stat().st_ino for name in inodes} == inodes
+
+
+def test_another_conversion_begins_anew(tmp_path, source):
+    options = OPTIONS | {"codec": "rans"}
+    convert(source, tmp_path / "expected", **options)
+    _killed(source, tmp_path / "out")
+    convert(source, tmp_path / "out", **options)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "expected")
+
+
+def test_a_finished_shard_that_rotted_is_made_again(tmp_path, source, undisturbed):
+    out = tmp_path / "out"
+    (name,) = _killed(source, out)
+    flip_bit(out / STAGING_NAME / "files" / name, 5000)
+    convert(source, out, **OPTIONS)
+    assert _bytes(out) == undisturbed
+
+
+def test_a_journal_that_was_torn_anywhere_loses_work_and_nothing_else(tmp_path, source):
+    out = tmp_path / "out"
+    names = set(_killed(source, out, shards=2))
+    whole = (out / STAGING_NAME / "journal").read_bytes()
+    fingerprint = json.loads(whole.split(b"\n")[0].partition(b" ")[2])["fingerprint"]
+    for length in range(0, len(whole), 7):
+        (tmp_path / "journal").write_bytes(whole[:length])
+        journal = Journal(tmp_path / "journal", out / STAGING_NAME / "files")
+        lines = whole[:length].count(b"\n")
+        assert journal.begin(fingerprint) == (lines > 0)
+        assert len(journal.finished) == max(0, lines - 1)
+        assert set(journal.finished) <= names
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_link_or_file_in_the_place_of_the_staging_folder(tmp_path, source, undisturbed, kind):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("kept")
+    if kind == "link":
+        (out / STAGING_NAME).symlink_to(elsewhere)
+    else:
+        (out / STAGING_NAME).write_text("a file")
+    convert(source, out, **OPTIONS)
+    assert _bytes(out) == undisturbed
+    assert not os.path.lexists(out / STAGING_NAME)
+    assert [path.name for path in elsewhere.iterdir()] == ["kept"]
+
+
+def test_links_inside_a_container_that_is_replaced_are_not_followed(tmp_path, source):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    convert(source, out, **OPTIONS)
+    elsewhere.mkdir()
+    (elsewhere / "keys").write_text("secret")
+    (elsewhere / "config.json").write_text("theirs")
+    (out / "sub").symlink_to(elsewhere)
+    (out / "linked.txt").symlink_to(elsewhere / "keys")
+
+    def edit(document):
+        for name in ("sub/keys", "linked.txt"):
+            document["files"].append({"name": name, "bytes": 6, "sha256": "0" * 64})
+
+    reseal(out, edit)
+    convert(source, out, force=True, **OPTIONS)
+    assert (elsewhere / "keys").read_text() == "secret"
+    assert (elsewhere / "config.json").read_text() == "theirs"
+    assert not os.path.lexists(out / "linked.txt")
+    Container(out).close()
+
+
+def test_a_link_where_a_folder_of_the_container_belongs_is_refused(tmp_path, source):
+    source = shutil.copytree(source, tmp_path / "model")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    convert(source, out, **OPTIONS)
+    before = _bytes(out)
+    shutil.move(out / "1_Pooling", elsewhere)
+    (out / "1_Pooling").symlink_to(elsewhere)
+    (elsewhere / "config.json").write_text("theirs")
+    with pytest.raises(UnsafePathError, match="a link stands"):
+        convert(source, out, force=True, **OPTIONS)
+    assert (elsewhere / "config.json").read_text() == "theirs"
+    assert _bytes(out) == before
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o077])
+def test_modes_follow_the_umask(tmp_path, source, mask):
+    before = os.umask(mask)
+    try:
+        convert(source, tmp_path / "out", **OPTIONS)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def test_a_source_that_changes_meanwhile_is_refused_even_with_its_times_put_back(tmp_path, source):
+    source = shutil.copytree(source, tmp_path / "model")
+    (source / "tokenizer_config.json").write_text("{}")
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        path = source / name
+        status = path.stat()
+
+        def rewrite(*_, path=path, status=status):
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        with pytest.raises(SourceError, match="changed while it was read") as caught:
+            convert(source, tmp_path / "out", progress=rewrite, **OPTIONS)
+        assert caught.value.file == name
+        assert not (tmp_path / "out").exists()
+
+
+IMPORTING = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+sys.meta_path.insert(0, Finder())
+from codecllm.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_modules_are_imported_ends_with_one_line(number, code):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, number], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr == f"error: stopped by {number}\n"
 
 
 def test_read_only_target(tmp_path, source):

@@ -1,0 +1,43 @@
+"""Signals wait while an output folder is put in order: a second Ctrl-C must not end the cleaning after the first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Holds SIGINT, SIGTERM and SIGHUP back until the end of the block; then the first one that came is raised.
+
+    Signals that the process ignores stay ignored. Outside the main thread nothing is to be done: Python runs handlers
+    in the main thread only.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    replaced = {
+        number: handler
+        for number, handler in handlers.items()
+        if handler is not None and handler is not signal.SIG_IGN
+    }
+    for number in replaced:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])

@@ -1,0 +1,60 @@
+"""Runs command lines of codecllm in forks of a process that has imported everything, under the preloaded shim.
+
+One JSON object per line on stdin: `arguments`, `root`, `fault`, `at`, `log` (a path or null),
+`errors` (a path). The answer is a JSON object: `code` (negative: ended by that signal) and `count`,
+the operations below `root` so far.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Serves until stdin ends."""
+    import codecllm.api  # noqa: F401 - imported before the forks
+    from codecllm.cli import main as run
+
+    shim = ctypes.CDLL(None)
+    shim.shim_count.restype = ctypes.c_long
+    shim.shim_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int]
+    for line in sys.stdin:
+        request = json.loads(line)
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(ours)
+            _serve(run, shim, request, theirs)
+        os.close(theirs)
+        _, status = os.waitpid(child, 0)
+        with os.fdopen(ours) as answer:
+            count = int(answer.read() or 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "count": count}), flush=True)
+
+
+def _serve(run: Any, shim: Any, request: dict[str, Any], answer: int) -> None:
+    errors = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(errors, 1)
+    os.dup2(errors, 2)
+    log = -1 if request["log"] is None else os.open(request["log"], os.O_WRONLY | os.O_CREAT)
+    code = 0
+    sys.argv = ["codecllm", *request["arguments"]]
+    shim.shim_arm(request["root"].encode(), request["fault"], request["at"], log)
+    try:
+        run()
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    finally:
+        count = shim.shim_count()
+        shim.shim_arm(b"", 0, 0, -1)
+        os.write(answer, str(count).encode())
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

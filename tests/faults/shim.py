@@ -1,0 +1,91 @@
+"""Conversions in real processes of which one operation on the output folder fails; see shim.c and server.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+FAULTS = (
+    "none", "ENOSPC", "EIO", "short", "kill", "SIGTERM", "SIGINT", "SIGHUP", "SIGINT twice", "dead",
+)  # fmt: skip
+
+
+def compile_shim(folder: Path) -> Path:
+    """Compiles the shim; skips the test, with the reason, where that cannot be done."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the shim is preloaded with LD_PRELOAD, which this system does not have")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc or gcc) to compile the shim that makes operations fail")
+    library = folder / "shim.so"
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-o",
+        str(library),
+        str(HERE / "shim.c"),
+        "-ldl",
+    ]
+    subprocess.run([*command, "-lpthread"], check=True, capture_output=True)
+    return library
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code (negative: the signal that ended it), its operations, what it printed."""
+
+    code: int
+    count: int
+    text: str
+
+
+class Server:
+    """A process that serves conversions, each in a fork of its own."""
+
+    def __init__(self, library: Path, scratch: Path) -> None:
+        """Starts the process."""
+        self._scratch = scratch
+        environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.server"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=HERE.parents[1], env=environment,
+        )  # fmt: skip
+
+    def run(
+        self,
+        arguments: list[Any],
+        root: Path,
+        fault: str = "none",
+        at: int = 0,
+        log: Path | None = None,
+    ) -> Ended:
+        """Runs a command line; operation `at` below `root` has the fault."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        errors = self._scratch / "errors"
+        request = {
+            "arguments": list(map(str, arguments)), "root": str(root), "fault": FAULTS.index(fault),
+            "at": at, "log": None if log is None else str(log), "errors": str(errors),
+        }  # fmt: skip
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return Ended(answer["code"], answer["count"], errors.read_text())
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(timeout=30)
