@@ -24,6 +24,7 @@ from codecllm.converter.options import (
 from codecllm.converter.plan.conversion_plan import open_source
 from codecllm.converter.rate.estimate import Estimate, estimate_model
 from codecllm.converter.report import ConversionReport
+from codecllm.converter.source.modules import read_modules
 from codecllm.converter.write.container_writer import OnProgress
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
@@ -176,8 +177,9 @@ def run_conversion(
     if baseline is not False:
         from codecllm.verifier import record_baseline
 
+        main_folder = files.folder / read_modules(files.folder).main
         outcome = record_baseline(
-            report.out, files.folder, required=baseline is True, on_stage=on_stage
+            report.out, main_folder, required=baseline is True, on_stage=on_stage
         )
         with Container(report.out) as container:
             pinned = container.manifest_sha256

@@ -10,8 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from codecllm import api
 from codecllm.converter import convert
-from codecllm.formats.errors import SourceError
+from codecllm.formats.errors import BaselineError, SourceError
 from codecllm.loader import from_pretrained
 from codecllm.verifier import verify
 
@@ -171,3 +172,19 @@ def test_a_block_that_a_merge_left(tmp_path, scheme):
     if scheme == "lossless":
         _assert_loads_as(plain, tmp_path / "c", verified=False)
         assert verify(tmp_path / "c", source=source, baseline=False).ok
+
+
+def test_a_model_that_needs_its_own_code_has_no_baseline(tmp_path):
+    """The conversion is no failure: only the model cannot run here."""
+    source = _llama(tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "configuration_own.py").write_text("raise SystemExit\n")
+    (source / "tokenizer.json").write_text("{}")
+    converted = api.convert(source, tmp_path / "c", scheme="lossless")
+    assert converted.baseline.kind == "none"
+    assert "custom code" in converted.baseline.reason
+    assert any("--with-code" in line for line in converted.report.warnings)
+    with pytest.raises(BaselineError):
+        api.convert(source, tmp_path / "d", scheme="lossless", baseline=True)

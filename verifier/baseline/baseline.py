@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
-from codecllm.formats.errors import BaselineError, CodecLLMError, one_line
+from codecllm.formats.errors import (
+    BaselineError,
+    CodecLLMError,
+    UnsupportedEnvironmentError,
+    one_line,
+)
 from codecllm.formats.files import write_atomically
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.manifest import BASELINE_NAME, MANIFEST_NAME, Manifest, pack_manifest
@@ -103,7 +108,11 @@ def record_baseline(
                 reason = (
                     f"the model could not be run on text: {type(exc).__name__}: {one_line(exc)}"
                 )
-                if required or isinstance(exc, CodecLLMError):
+                # A class that this transformers lacks, or code that must not run, is no fault of the container.
+                is_fault = isinstance(exc, CodecLLMError) and not isinstance(
+                    exc, UnsupportedEnvironmentError
+                )
+                if required or is_fault:
                     raise BaselineError(reason) from exc
                 baseline = Baseline(
                     format="codecllm-baseline", version=1, kind="none", reason=reason
