@@ -1,4 +1,7 @@
-"""Bytes <-> records: the container format, without torch, network or knowledge of models. See SPEC.md."""
+"""Bytes <-> records: the container format, without torch, network or knowledge of models.
+
+See SPEC.md.
+"""
 
 FORMAT_VERSION = "1.3"
 """Newest version that this package reads and writes."""

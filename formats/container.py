@@ -62,7 +62,7 @@ MAX_EXPANSION = "CODECLLM_MAX_EXPANSION"
 """The variable of the environment that lifts the bound on declared size against stored size."""
 
 _SIDES_TOGETHER_BYTES = 4 << 20
-"""Most bytes of a tensor's side tensors, and of what lies between them, that are read by one call."""
+"""Most bytes that one call reads of side tensors, with the bytes between them."""
 
 
 class Container:
@@ -91,7 +91,7 @@ class Container:
         Raises:
             NotAContainerError: there is no manifest.
             FormatError: the manifest is not valid; see `parse_manifest`.
-            LimitError: the tensors are too large for what is stored of them.
+            LimitError: the tensors are too large for their stored bytes.
             ChecksumError: it is not the expected one.
         """
         self.folder = Path(folder)
@@ -169,7 +169,9 @@ class Container:
         return data
 
     def check_presence(self, record: FileRecord) -> None:
-        """Checks that a listed file is there, is a regular file of this folder and has its size; its content is not read.
+        """Checks that a listed file is there, is a regular file of this folder and has its size.
+
+        Its content is not read.
 
         Raises:
             TruncatedError: it is missing or too short.
@@ -180,7 +182,10 @@ class Container:
             _check_size(file, record)
 
     def check_file(self, record: FileRecord) -> None:
-        """Checks size and sha256 of a listed file of any size, reading it through. Errors as `read_side_file`."""
+        """Checks size and sha256 of a listed file of any size, reading it through.
+
+        Errors as `read_side_file`.
+        """
         with SafeFile(self.folder, record.name) as file:
             _check_size(file, record)
             got, _ = sha256_of_descriptor(file.descriptor)
@@ -193,7 +198,7 @@ class Container:
             )
 
     def shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
-        """Opens shard `number` (from 0) and checks its size, its header and that it holds what the manifest says.
+        """Opens shard `number` (from 0) and checks its size, its header and its tensors.
 
         Raises:
             FormatError: see SPEC.md 11.
@@ -320,7 +325,7 @@ class Container:
 
 
 def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> None:
-    """Checks that a shard's header has its checksum and holds what the manifest places in shard `number`, and nothing else.
+    """Checks that a shard's header has its checksum and exactly the tensors of the manifest.
 
     Raises:
         ChecksumError: the header differs from the manifest.
@@ -362,7 +367,9 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
 
 
 def check_expansion(manifest: Manifest, most: float | None = None) -> None:
-    """Refuses tensors that are far larger than what is stored of them: a small file would cost hours.
+    """Refuses tensors that are far larger than their stored bytes.
+
+    A small file would cost hours.
 
     Args:
         manifest: of the container.
@@ -392,7 +399,10 @@ def check_expansion(manifest: Manifest, most: float | None = None) -> None:
 
 
 def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:
-    """Returns what gives the bytes of some entries: they are read by one call where they are small and lie together."""
+    """Returns a reader of the bytes of some entries.
+
+    They are read by one call where they are small and lie together.
+    """
     begin, end = min(entry.start for entry in entries), max(entry.end for entry in entries)
     if end - begin > min(_SIDES_TOGETHER_BYTES, 2 * sum(entry.bytes for entry in entries)):
         return file
@@ -400,7 +410,10 @@ def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Exc
 
 
 def widened_scales(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:
-    """Returns the bytes of a side tensor of scales, of rows or of columns, as float32; values are not looked at."""
+    """Returns the bytes of a side tensor of scales, of rows or of columns, as float32.
+
+    Values are not looked at.
+    """
     if record.scale_dtype == "BF16":
         return float32_from_bits(np.frombuffer(data, "<u2"), "BF16")
     return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
@@ -448,7 +461,10 @@ def _check_table_size(header: ShardHeader, record: CodedTensor, file: str) -> No
 
 
 def _check_codecs(record: CodedTensor, table: ChunkTable, file: str) -> None:
-    """Refuses a plane whose chunks use another codec than `raw` and the plane's, or never the plane's."""
+    """Refuses a plane whose chunks use another codec than `raw` and the plane's.
+
+    At least one chunk must use the plane's codec.
+    """
     codecs = table.records["codec"].reshape(-1, table.planes)
     declared = np.array([CODEC_IDS[plane.codec] for plane in record.planes], np.uint8)
     wrong = (codecs != declared) & (codecs != CODEC_IDS["raw"])

@@ -1,4 +1,7 @@
-"""The error tree of codecllm: every failure a caller may meet has one class, and one line that holds every fact."""
+"""The error tree of codecllm.
+
+Every failure a caller may meet has one class, and one line that holds every fact.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ class CodecLLMError(Exception):
         tensor: name of the tensor concerned, or None.
         chunk: number of the chunk in the tensor's chunk table, or None.
         byte: offset in the file at which the fault was found, or None.
-        expected: what had to be there, or None.
-        got: what was found, or None.
-        exit_code: what the command line returns for this class.
+        expected: the expected value, or None.
+        got: the value that stands there, or None.
+        exit_code: the exit code of the command line for this class.
     """
 
     exit_code = 1
@@ -42,7 +45,11 @@ class CodecLLMError(Exception):
         self.got = got
 
     def located(self, **place: Any) -> Self:
-        """Fills in facts that the place of the failure did not know (`file`, `tensor`, `chunk`, `byte`); returns itself."""
+        """Fills in facts that were unknown at the place of the failure, and returns itself.
+
+        Args:
+            place: `file`, `tensor`, `chunk` or `byte`; those that are known already stay.
+        """
         for name, value in place.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -76,13 +83,16 @@ class NotAContainerError(FormatError):
 
 
 class UnsupportedVersionError(FormatError):
-    """The container needs a newer reader: unknown format version, scheme, codec or required feature."""
+    """The container needs a newer reader.
+
+    Unknown format version, scheme, codec or required feature.
+    """
 
     exit_code = 3
 
 
 class TruncatedError(FormatError):
-    """A file is missing, or shorter than what the manifest says."""
+    """A file is missing, or shorter than in the manifest."""
 
 
 class LimitError(FormatError):
@@ -108,7 +118,7 @@ class ChecksumError(FormatError):
 
 
 class DecodeError(FormatError):
-    """Stored bytes passed their checksum and still do not decode to what the record says."""
+    """Stored bytes passed their checksum and still do not decode as the record says."""
 
 
 class SourceError(CodecLLMError):
@@ -116,7 +126,10 @@ class SourceError(CodecLLMError):
 
 
 class UnsafeSourceError(SourceError):
-    """The source can only be read by executing it (pickle), or its names lead outside its folder."""
+    """The source is unsafe to read.
+
+    It can only be read by executing it (pickle), or its names lead outside its folder.
+    """
 
     exit_code = 5
 
@@ -144,7 +157,10 @@ class HubError(CodecLLMError):
 
 
 class ModelMismatchError(CodecLLMError):
-    """The container's tensors and the model class's parameters do not agree. No model is returned."""
+    """The container's tensors and the model class's parameters do not agree.
+
+    No model is returned.
+    """
 
 
 class BaselineError(CodecLLMError):
@@ -158,7 +174,7 @@ class UnsupportedEnvironmentError(CodecLLMError):
 
 
 def one_line(error: object, limit: int = 200) -> str:
-    r"""Returns the text of an exception of another library as one line of at most `limit` characters.
+    r"""Returns the text of another library's exception as one line of `limit` characters.
 
     >>> one_line(ValueError("no such  tensor:\n  a.b"))
     'no such tensor: a.b'

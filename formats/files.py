@@ -1,4 +1,7 @@
-"""Opening and writing files safely: regular files inside one folder, exact reads, atomic replacement."""
+"""Opening and writing files safely.
+
+Regular files inside one folder, exact reads, atomic replacement.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,31 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
 _PLAIN_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
 _MAX_NAME_BYTES, _MAX_PART_BYTES, _MAX_PARTS = 1024, 255, 8
 _REFUSED_CHARACTERS = re.compile(
-    '[\\x00-\\x1f\\x7f-\\x9f"*:<>?\\\\|\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]'
+    '[\\x00-\\x1f\\x7f-\\x9f"*:<>?\\\\|\u200b-\u200f\u2028-\u202e'
+    "\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-"""Control characters, those that Windows reserves, and invisible ones that make a name look like another."""
+"""Characters that no name may hold.
+
+These are control characters, those that Windows reserves, and invisible ones.
+"""
 _SNIFF_BYTES = 64
 
 
 class SafeFile:
     """A regular file inside `folder`, opened once for reading by offset.
 
-    Reads use pread on one descriptor, so threads may share the object and a file that is replaced meanwhile is not mixed in.
+    Reads use pread on one descriptor, so threads may share the object and a file that is replaced
+    meanwhile is not mixed in.
 
     Raises:
-        UnsafePathError: the name has an unsafe form, or leads outside the folder, or is not a regular file.
+        UnsafePathError: the name has an unsafe form, or leads outside the folder, or is not a
+            regular file.
         TruncatedError: there is no such file.
         OSError: the file cannot be opened.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Opens `folder / name`; see the class for what is refused."""
+        """Opens `folder / name`; see the class for its errors."""
         self.name = name
         self.path = self._locate(folder, name)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -80,7 +89,10 @@ class SafeFile:
         return bytes(buffer)
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fills `target` (bytes, writable) from `offset`; raises TruncatedError where the file ends before."""
+        """Fills `target` (bytes, writable) from `offset`.
+
+        Raises TruncatedError where the file ends before.
+        """
         done, length = 0, len(target)
         with self.opened() as descriptor:
             while done < length:
@@ -97,7 +109,8 @@ class SafeFile:
     def unchanged(self) -> bool:
         """Whether the path still leads to the file that was opened, and nothing was written to it.
 
-        The time of the last change tells too: unlike that of the last modification nobody can put it back.
+        The time of the last change tells too: unlike that of the last modification no program can
+        put it back.
         """
         try:
             status = os.stat(self.path)
@@ -136,7 +149,10 @@ def file_identity(status: os.stat_result) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """Bytes of a file that were read together: `read` gives parts of them by their place in the file, as `SafeFile.read`."""
+    """Bytes of a file that were read together.
+
+    `read` gives parts of them by their place in the file, as `SafeFile.read`.
+    """
 
     name: str
     begin: int
@@ -156,7 +172,10 @@ def is_plain_name(name: str) -> bool:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether `name` is a relative path that cannot leave its folder and means the same file on every system (SPEC.md 3)."""
+    """Tells whether a name is a relative path within its folder, the same on every system.
+
+    See SPEC.md 3.
+    """
     if is_plain_name(name):
         return True
     if _REFUSED_CHARACTERS.search(name) or unicodedata.normalize("NFC", name) != name:
@@ -177,9 +196,12 @@ def _is_safe_part(part: str) -> bool:
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """Returns the real path of `folder / name` if it is inside the folder, or in the blobs of the same Hub cache entry.
+    """Returns the real path of `folder / name`.
 
-    A Hub cache keeps `<repository>/snapshots/<commit>/<name>` as a link into `<repository>/blobs/`; no other link is followed.
+    It must be inside the folder, or in the blobs of the same Hub cache entry.
+
+    A Hub cache keeps `<repository>/snapshots/<commit>/<name>` as a link into `<repository>/blobs/`;
+    no other link is followed.
 
     Raises:
         UnsafePathError: anything else.
@@ -197,12 +219,15 @@ def safe_path(folder: Path, name: str) -> Path:
 
 
 def describe_missing(folder: Path, wanted: str) -> str:
-    """Says why `folder` is none, in words for an error; `wanted` tells what is meant where a file stands in its place."""
+    """Says why `folder` is none, in words for an error.
+
+    `wanted` describes the folder, for the case that a file stands there.
+    """
     return f"a file; {wanted}" if folder.exists() else "no such folder"
 
 
 def describe_foreign(head: bytes) -> str | None:
-    """Says what a file looks like from its first bytes, for the commonest things found in place of a shard."""
+    """Names the kind of a file by its first bytes, for files that often replace a shard."""
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (the real file was not downloaded: run 'git lfs pull')"
     if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):

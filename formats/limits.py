@@ -1,4 +1,7 @@
-"""Limits of the format (SPEC.md 10). Normative: a writer stays inside them, a reader may lower but not raise them."""
+"""Limits of the format (SPEC.md 10).
+
+Normative: a writer stays inside them, a reader may lower but not raise them.
+"""
 
 from __future__ import annotations
 

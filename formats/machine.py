@@ -1,4 +1,4 @@
-"""What the machine at hand can give."""
+"""Cores and memory of this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ def cores() -> int:
 
 
 def available_memory() -> int:
-    """Returns the bytes that can be allocated without swapping; all memory where that is unknown."""
+    """Returns the bytes that can be allocated without swapping.
+
+    All memory where that is unknown.
+    """
     try:
         with open("/proc/meminfo") as file:
             for line in file:

@@ -1,4 +1,7 @@
-"""Shards that are open at the same time: a container may have more of them than a process may have descriptors."""
+"""Shards that are open at the same time.
+
+A container may have more of them than a process may have descriptors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ OPEN_FILES = 32
 
 
 class OpenFiles:
-    """The files of one container: the least recently used ones are closed, and opened again when they are read.
+    """The files of one container.
+
+    The least recently used ones are closed, and opened again when they are read.
 
     Safe to share between threads. A descriptor that a thread reads from is never closed.
     """

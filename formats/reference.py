@@ -44,8 +44,8 @@ def read_symbols(tensor: StoredTensor) -> list[NDArray[np.uint8]]:
 def runs(tensor: StoredTensor) -> list[range]:
     """Cuts a tensor's tiles into runs that are read and decoded together.
 
-    Each run has whole rows in the source's order. It is one tile or row of tiles; with codec `rans`,
-    whose chunks are decoded side by side, about a million elements.
+    Each run has whole rows in the source's order. It is one tile or row of tiles; with codec
+    `rans`, whose chunks are decoded side by side, about a million elements.
     """
     grid = tensor.table.grid
     together = tensor.tiles_together

@@ -42,7 +42,7 @@ def sound(decoded: Decoded) -> NDArray[np.uint8]:
 
 
 class ReadsAt(Protocol):
-    """What a tensor's bytes are read from: an open file, or memory."""
+    """The source of a tensor's bytes: an open file, or memory."""
 
     name: str
 
@@ -100,7 +100,10 @@ class StoredTensor:
 
     @property
     def tiles_together(self) -> int:
-        """Tiles that give whole rows in the source's order only together: a row of tiles, or 1 where each tile does so."""
+        """Tiles that give whole rows in the source's order only together.
+
+        A row of tiles, or 1 where each tile does so.
+        """
         return (
             1 if self.table.grid.in_source_order and not self.permuted else self.table.grid.across
         )
@@ -111,7 +114,7 @@ class StoredTensor:
         return self.columns is not None and self.columns.order is not None
 
     def part(self, tile: int) -> Tile:
-        """Returns the rectangle of the source's matrix that `tiles_together` tiles from `tile` on hold."""
+        """Returns the rectangle of the source's matrix of `tiles_together` tiles from `tile` on."""
         found = self.table.grid.tile(tile)
         return (
             found
@@ -122,10 +125,11 @@ class StoredTensor:
     def in_order(
         self, part: NDArray[_Symbols], out: NDArray[_Symbols] | None = None
     ) -> NDArray[_Symbols]:
-        """Returns symbols or codes [rows, cols] of whole rows, given with columns as they are stored, in the source's order.
+        """Returns symbols or codes [rows, cols] of whole rows in the source's order.
 
         Args:
-            part: the symbols; what is returned where columns are stored in the source's order.
+            part: the symbols; they come back as they are where columns are stored in the source's
+                order.
             out: receives them otherwise, of the same shape; None allocates.
         """
         if self.columns is None or self.columns.places is None:
@@ -137,7 +141,13 @@ class StoredTensor:
         return int(self.table.offsets[last] - self.table.offsets[first])
 
     def read_slots(self, first: int, last: int, buffer: bytearray) -> memoryview:
-        """Reads the slots of chunks [first, last) with one read into the head of `buffer` (large enough); unchecked."""
+        """Reads the slots of chunks [first, last) with one read; they are not checked.
+
+        Args:
+            first: number of the first chunk.
+            last: number behind the last chunk.
+            buffer: its head receives the slots; it must be large enough.
+        """
         view = memoryview(buffer)[: self.slots_bytes(first, last)]
         try:
             self.file.read_into(self.offset + int(self.table.offsets[first]), view)
@@ -178,7 +188,8 @@ class StoredTensor:
             slots: uint8 [slots_bytes(first, last)], their slots.
 
         Raises:
-            ChecksumError, SchemaError: what `stored_chunk` raises for the first chunk that is wrong.
+            ChecksumError, SchemaError: those of `stored_chunk` for the first chunk that is
+                wrong.
         """
         records, ends = (
             self.table.records[first:last],
@@ -199,7 +210,9 @@ class StoredTensor:
             )
 
     def decode_together(self, first: int, last: int, slots: memoryview) -> list[memoryview] | None:
-        """Verifies and decodes chunks [first, last) with few calls: as `decode_run`, but for the codes' range (`check_codes`).
+        """Verifies and decodes chunks [first, last) with few calls.
+
+        As `decode_run`, but for the codes' range (`check_codes`).
 
         Args:
             first: number of the first chunk.
@@ -207,8 +220,8 @@ class StoredTensor:
             slots: their slots, as `read_slots` returned them.
 
         Returns:
-            The symbols of each chunk, or None where `decode_run` is to be asked: it knows every codec, and which chunk is
-            damaged.
+            The symbols of each chunk, or None where `decode_run` is to be asked: it knows every
+            codec, and which chunk is damaged.
         """
         if self.tables is not None or first == last:
             return None
@@ -248,7 +261,9 @@ class StoredTensor:
         return sound(decoded)
 
     def decode_run(self, begin: int, end: int, slots: memoryview, first: int) -> Iterator[Decoded]:
-        """Verifies and decodes chunks [begin, end), one after another; those of codec `rans` all together at the start.
+        """Verifies and decodes chunks [begin, end), one after another.
+
+        Those of codec `rans` all together at the start.
 
         Args:
             begin: number of the first chunk.
@@ -257,7 +272,7 @@ class StoredTensor:
             first: number of the chunk with which `slots` begins.
 
         Yields:
-            Per chunk what `decode_chunk` returns, or the error that it raises.
+            Per chunk the symbols as from `decode_chunk`, or its error.
         """
         together = self._decode_rans(begin, end, slots, first) if self.tables is not None else {}
         for chunk in range(begin, end):
@@ -284,7 +299,10 @@ class StoredTensor:
     def _decode_rans(
         self, begin: int, end: int, slots: memoryview, first: int
     ) -> dict[int, Decoded]:
-        """Verifies and decodes the chunks of [begin, end) that use codec `rans`; returns symbols or error of each."""
+        """Verifies and decodes the chunks of [begin, end) that use codec `rans`.
+
+        Returns symbols or error of each.
+        """
         assert self.tables is not None
         results: dict[int, Decoded] = {}
         coded: dict[int, rans.Coded] = {}
@@ -316,7 +334,7 @@ def tensor_matrix(record: CodedTensor) -> tuple[int, int]:
 
 
 def tile_steps(tensor: StoredTensor, tile: Tile) -> NDArray[np.float32]:
-    """Returns the steps of a tile whose columns stand in the source's order, to broadcast against its codes.
+    """Returns the steps of a tile whose columns stand in the source's order.
 
     Float32 [rows, 1] or [1, cols]; [rows, cols] where columns have scales.
     """
@@ -330,7 +348,10 @@ def tile_steps(tensor: StoredTensor, tile: Tile) -> NDArray[np.float32]:
 def scales_for_tile(
     record: CodedTensor, scales: NDArray[np.float32], tile: Tile
 ) -> NDArray[np.float32]:
-    """Returns the scales of a tile's channels, shaped to broadcast against its codes: [rows, 1] or [1, cols]."""
+    """Returns the scales of a tile's channels, shaped to broadcast against its codes.
+
+    [rows, 1] or [1, cols].
+    """
     if isinstance(record, Int8Tensor) and record.channel_kind == "column":
         return scales[None, tile.col : tile.col + tile.cols]
     return scales[tile.row : tile.row + tile.rows, None]

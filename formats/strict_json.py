@@ -110,7 +110,10 @@ class JsonWalker:
     def items(
         self, max_bytes: int, most: int = limits.FIELDS, what: str = "items"
     ) -> Iterator[Any]:
-        """Yields the items of the list at the position: at most `most`, each of at most `max_bytes`."""
+        """Yields the items of the list at the position.
+
+        At most `most`, each of at most `max_bytes`.
+        """
         for _ in self._elements("[", "]", most, what):
             yield self.value(max_bytes)
 

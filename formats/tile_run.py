@@ -69,7 +69,7 @@ def decode_run(
 def decode_natively(
     tensor: StoredTensor, tiles: range, out: NDArray[Any], target: str, slots: memoryview
 ) -> bool:
-    """Does what `decode_run` does, by the native core; arguments as there.
+    """Decodes as `decode_run`, by the native core; arguments as there.
 
     Returns:
         False where there is no core, or where it refuses a chunk: then `decode_plainly` finds out
@@ -159,7 +159,7 @@ def _sides_of(tensor: StoredTensor) -> tuple[Any, bool, Any, Any]:
 def decode_plainly(
     tensor: StoredTensor, tiles: range, out: NDArray[Any], target: str, slots: memoryview
 ) -> None:
-    """Does what `decode_run` does, with numpy; arguments and errors as there."""
+    """Decodes as `decode_run`, with numpy; arguments and errors as there."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     decoded = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))

@@ -81,7 +81,10 @@ def _batches(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[in
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Steps [first, last) of the same lanes; `idle` are flat lane numbers that stop before `first`."""
+    """Steps [first, last) of the same lanes.
+
+    `idle` are flat lane numbers that stop before `first`.
+    """
 
     first: int
     last: int
@@ -199,7 +202,7 @@ class _DecodingLanes:
         rows[...] = fields[: len(rows), :, 2]
 
     def errors(self) -> list[DecodeError | None]:
-        """Returns what is wrong with each chunk, once all steps are done."""
+        """Returns the error of each chunk, or None, once all steps are done."""
         whole = (self._states.reshape(self._need.shape) == LOWER).all(axis=1)
         left = self._ends - 1 - self._needs[:, 0]
         return [

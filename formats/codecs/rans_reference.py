@@ -20,7 +20,7 @@ def decode(stored: bytes, raw_bytes: int, table: FrequencyTable) -> bytes:
     """Returns the `raw_bytes` symbols of a chunk.
 
     Raises:
-        DecodeError: `stored` is not what an encoder makes of `raw_bytes` symbols.
+        DecodeError: `stored` is no chunk of `raw_bytes` symbols.
     """
     if len(stored) < STATE_BYTES or len(stored) % 2:
         raise DecodeError("rans chunk has an impossible size", got=len(stored))

@@ -1,4 +1,7 @@
-"""The manifest `codecllm.json`: what the container holds, where it came from, and the checksum of every byte (SPEC.md 8)."""
+"""The manifest `codecllm.json`.
+
+What the container holds, where it came from, and the checksum of every byte (SPEC.md 8).
+"""
 
 from __future__ import annotations
 
@@ -49,16 +52,25 @@ UNLISTED_NAMES = frozenset({"README.md", ".gitattributes"})
 
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 STEPS, COL_SCALE, WIDE = "steps", "col_scale", "wide"
-"""Features of format 1.2: recorded rounding and rate options, scales for columns, codes in two planes."""
+"""Features of format 1.2.
+
+Recorded rounding and rate options, scales for columns, codes in two planes.
+"""
 
 PATHS, CODE, QUANTIZED = "paths", "code", "quantized"
-"""Features of format 1.3: side files of any safe name, files of Python code, weights in another library's quantization."""
+"""Features of format 1.3.
+
+Side files of any safe name, files of Python code, weights in another library's quantization.
+"""
 
 CODE_SUFFIX = ".py"
 """End of the name of a side file that holds code."""
 
 ORIGINAL_KEY = "original_quantization_config"
-"""Key of the config's block under which the block of another library's quantization stays (feature `quantized`)."""
+"""Key of the config's block that keeps the block of another library's quantization.
+
+See feature `quantized`.
+"""
 
 KNOWN_FEATURES: frozenset[str] = frozenset(
     {rans.NAME, STEPS, COL_SCALE, WIDE, PATHS, CODE, QUANTIZED}
@@ -67,7 +79,10 @@ KNOWN_FEATURES: frozenset[str] = frozenset(
 
 
 class Manifest(Record):
-    """The whole manifest but for its seal. Extra top-level keys are allowed only under an `x_` prefix, and ignored."""
+    """The whole manifest but for its seal.
+
+    Extra top-level keys are allowed only under an `x_` prefix, and ignored.
+    """
 
     format: Literal["codecllm"]
     format_version: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})$")]
@@ -102,7 +117,10 @@ class Manifest(Record):
 
 
 def pack_manifest(manifest: Manifest) -> bytes:
-    """Returns the manifest's bytes: one line per record, sealed with the sha256 of all bytes before the seal's key."""
+    """Returns the manifest's bytes.
+
+    One line per record, sealed with the sha256 of all bytes before the seal's key.
+    """
     document = manifest.model_dump(mode="json", exclude_none=False)
     parts = []
     for key, value in document.items():
@@ -130,12 +148,15 @@ def pack_manifest(manifest: Manifest) -> bytes:
 
 
 def record_bytes(record: TensorRecord) -> int:
-    """Returns how many bytes of a manifest a tensor's record takes, what separates it from the next one included."""
+    """Returns the bytes of a tensor's record in a manifest, with the separator behind it."""
     return len(_dump(_without_none(record.model_dump(mode="json"))).encode()) + len(",\n")
 
 
 def manifest_sha256(data: bytes) -> str:
-    """Returns the sha256 of a whole manifest: the one value a user may pin to fix every byte of a container."""
+    """Returns the sha256 of a whole manifest.
+
+    The one value a user may pin to fix every byte of a container.
+    """
     return sha256_hex(data)
 
 
@@ -166,7 +187,10 @@ def _check_file_names(manifest: Manifest) -> None:
 
 
 def fold_name(name: str) -> str:
-    """Returns what two names share that some file systems take for one: letters of either case are alike."""
+    """Returns a form that two names share if some file systems take them for one.
+
+    Letters of either case are alike.
+    """
     return unicodedata.normalize("NFC", name.casefold())
 
 
@@ -193,7 +217,7 @@ def _check_features(manifest: Manifest) -> None:
 def features_of(
     records: Iterable[TensorRecord], options: Options, calibration: Calibration | None
 ) -> list[str]:
-    """Returns what a container's reader must know beyond format 1.0, by name, in a fixed order."""
+    """Returns the features beyond format 1.0 that a reader must know, in a fixed order."""
     used = {rans.NAME: False, STEPS: calibration is not None, COL_SCALE: False, WIDE: False}
     used[STEPS] |= any(
         value is not None
@@ -210,7 +234,7 @@ def features_of(
 
 
 def source_features(file_names: Iterable[str], quantization: str | None) -> list[str]:
-    """Returns the features that side files and the source's quantization need, by name, in a fixed order."""
+    """Returns the features of side files and the source's quantization, in a fixed order."""
     names = list(file_names)
     used = {
         PATHS: not all(is_plain_name(name) for name in names),

@@ -16,7 +16,10 @@ DEADZONE = "deadzone"
 """The rounding that prefers the smaller of two codes that are nearly as near."""
 
 FEEDBACK, FEEDBACK_DEADZONE = "feedback", "feedback-deadzone"
-"""Roundings whose codes make up for the errors of others of their row, without and with a deadzone."""
+"""Roundings whose codes make up for the errors of other codes of their row.
+
+The second one has a deadzone.
+"""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -25,7 +28,7 @@ Shape = list[Annotated[int, Field(ge=0)]]  # its limits: check_shape
 
 
 class Record(BaseModel):
-    """What all records share: no value is converted, no key ignored, nothing changed later."""
+    """Base of all records: no value is converted, no key ignored, no field changed later."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -39,7 +42,10 @@ class FileRecord(Record):
 
 
 class ShardRecord(FileRecord):
-    """A safetensors file; `header_xxh3` covers length prefix and header, so that a reader can check them alone."""
+    """A safetensors file.
+
+    `header_xxh3` covers length prefix and header, so that a reader can check them alone.
+    """
 
     header_xxh3: Xxh3
 
@@ -47,8 +53,9 @@ class ShardRecord(FileRecord):
 class PlaneRecord(Record):
     """One plane of a coded tensor, over all its chunks.
 
-    `codec` is the one that at least one chunk uses, or `raw`. `stored_bytes` counts without padding. `entropy_bits` is the
-    writer's estimate of the order-0 entropy of the chunks' symbols, in bits, summed (informative).
+    `codec` is the one that at least one chunk uses, or `raw`. `stored_bytes` counts without
+    padding. `entropy_bits` is the writer's estimate of the order-0 entropy of the chunks' symbols,
+    in bits, summed (informative).
     """
 
     codec: str
@@ -58,7 +65,10 @@ class PlaneRecord(Record):
 
 
 class SideChecksums(Record):
-    """xxh3-64 of the side tensors as stored; `scale` and `col_` for `int8` only, `tables` where a chunk uses codec `rans`."""
+    """xxh3-64 of the side tensors as stored.
+
+    `scale` and `col_` for `int8` only, `tables` where a chunk uses codec `rans`.
+    """
 
     shape: Xxh3
     chunks: Xxh3
@@ -98,7 +108,10 @@ class RawTensor(_Tensor):
 
 
 class LosslessTensor(_Tensor):
-    """A tensor stored as byte planes. `digest` is the sha256 of the source's bytes, `tables_bytes` the size of `X_tables`."""
+    """A tensor stored as byte planes.
+
+    `digest` is the sha256 of the source's bytes, `tables_bytes` the size of `X_tables`.
+    """
 
     scheme: Literal["lossless"]
     shard: Count
@@ -113,12 +126,14 @@ class LosslessTensor(_Tensor):
 
 
 class Int8Tensor(_Tensor):
-    """A quantized tensor. `digest` is the sha256 of the codes in source order followed by the float32 scales.
+    """A quantized tensor.
 
-    `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`. `scale_dtype`, the type in which the scales are
-    stored, is absent where it is F32. `rounding` and `worst_steps`, the largest
-    |w - code * step| in steps, are absent where scales follow from the largest weights and codes are the nearest ones;
-    `deadzone`, in steps, is there where `rounding` names one.
+    `digest` is the sha256 of the codes in source order followed by the float32 scales.
+
+    `tables_bytes` is the size of `X_tables`, where a chunk uses codec `rans`. `scale_dtype`, the
+    type of the stored scales, is absent where it is F32. `rounding` and `worst_steps`, the largest
+    |w - code * step| in steps, are absent where scales follow from the largest weights and codes
+    are the nearest ones. `deadzone`, in steps, is there where `rounding` names one.
     """
 
     scheme: Literal["int8"]
@@ -159,9 +174,12 @@ CodedTensor = LosslessTensor | Int8Tensor
 
 
 class Source(Record):
-    """Where the weights came from. `repo` and `commit` are null for a local folder; no local path is recorded.
+    """Where the weights came from.
 
-    `quantization` names the method of another library under which the tensors are quantized; absent where they are not.
+    `repo` and `commit` are null for a local folder; no local path is recorded.
+
+    `quantization` names the method of another library under which the tensors are quantized; absent
+    where they are not.
     """
 
     repo: str | None
@@ -171,10 +189,10 @@ class Source(Record):
 
 
 class Options(Record):
-    """What the conversion was asked for; with the same source and writer these give the same bytes.
+    """Options of the conversion; the same source and writer then give the same bytes.
 
-    `codec` is absent where it is `zstd`, the only one of format 1.0. `bits` (per weight) or `ratio`, `calibrate` and `refine`
-    are what chose the steps, where something did.
+    `codec` is absent where it is `zstd`, the only one of format 1.0. `bits` (per weight) or
+    `ratio`, `calibrate` and `refine` are what chose the steps, where something did.
     """
 
     scheme: Literal["int8", "lossless"]
@@ -190,9 +208,12 @@ class Options(Record):
 
 
 class Calibration(Record):
-    """The text whose activations chose the steps: its kind, its number of tokens and the sha256 of their ids as int64.
+    """The text whose activations chose the steps.
 
-    `seed` is absent where nothing was drawn at random. `sha256` covers the ids, little-endian, sequence by sequence.
+    Its kind, its number of tokens and the sha256 of their ids as int64.
+
+    `seed` is absent where nothing was drawn at random. `sha256` covers the ids, little-endian,
+    sequence by sequence.
     """
 
     kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]

@@ -52,7 +52,7 @@ _KEPT_CHUNKS = 1 << 14
 
 
 class Chunk(NamedTuple):
-    """One chunk: its slot [begin, end) in the payload, its sizes, codec id and checksum, as plain numbers."""
+    """One chunk as plain numbers: slot [begin, end) in the payload, sizes, codec, checksum."""
 
     begin: int
     end: int
@@ -70,7 +70,8 @@ class ChunkTable:
         grid: the tiles.
         planes: planes per tile.
         records: RECORD [len(grid) * planes]; chunk `tile * planes + plane`.
-        offsets: int64 [len(records) + 1]: where each chunk's slot begins in the payload; the last is the payload's size.
+        offsets: int64 [len(records) + 1]: where each chunk's slot begins in the payload; the last
+            is the payload's size.
         raw_bytes: int64 [len(records)]: symbols of each chunk.
     """
 
@@ -92,12 +93,17 @@ class ChunkTable:
 
     @cached_property
     def low_bits(self) -> list[int]:
-        """Of a wide `int8` tensor: per tile, how many bits of its codes plane 0 holds (`schemes.int8.join_codes`)."""
+        """Of a wide `int8` tensor.
+
+        Per tile, how many bits of its codes plane 0 holds (`schemes.int8.join_codes`).
+        """
         found: list[int] = self.records["low_bits"][1 :: self.planes].tolist()
         return found
 
     def check_low_bits(self, wide: bool, *, file: str, tensor: str) -> None:
-        """Refuses chunks whose `low_bits` does not fit their tensor: 1 to 8 in plane 1 of a wide one, 0 elsewhere.
+        """Refuses chunks whose `low_bits` does not fit their tensor.
+
+        1 to 8 in plane 1 of a wide one, 0 elsewhere.
 
         Raises:
             SchemaError: the first that does not.
@@ -207,7 +213,10 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
 
 
 def _chunk_sizes(grid: Grid, planes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the symbols of each chunk, and the most bytes that it may take stored: int64 [tiles * planes], read-only."""
+    """Returns the symbols of each chunk, and the most bytes that it may take stored.
+
+    Int64 [tiles * planes], read-only.
+    """
     down, across = grid.down, grid.across
     rows, cols = min(grid.tile_rows, grid.rows), min(grid.tile_cols, grid.cols)
     symbols = np.full((down, across), rows * cols, np.int64)

@@ -1,7 +1,8 @@
 """Headers of safetensors files, read strictly and written deterministically.
 
-Layout of a file: `u64 header_bytes (little-endian) | header (JSON, padded with spaces) | tensor data`. The rules are those of
-the safetensors README, plus: a name stands once, and nothing is left to the parser (see `strict_json`).
+Layout of a file: `u64 header_bytes (little-endian) | header (JSON, padded with spaces) | tensor
+data`. The rules are those of the safetensors README, plus: a name stands once, and nothing is left
+to the parser (see `strict_json`).
 """
 
 from __future__ import annotations
@@ -89,11 +90,13 @@ def read_header(
 
     Raises:
         ChecksumError: length prefix and header differ from `expected_xxh3`.
-        NotAContainerError: the file looks like something else, or is too short to be a safetensors file.
+        NotAContainerError: the file looks like something else, or is too short to be a safetensors
+            file.
         TruncatedError: the file ends inside the header or the data.
         LimitError: a size passes its limit.
         SchemaError: the header is not the JSON that the format asks for.
-        LayoutError: offsets overlap, leave holes, disagree with shapes, or data follows the last tensor.
+        LayoutError: offsets overlap, leave holes, disagree with shapes, or data follows the last
+            tensor.
     """
     if file.size < PREFIX_BYTES:
         raise NotAContainerError(
@@ -124,7 +127,10 @@ def read_header(
 def parse_header(
     raw: bytes, *, file_bytes: int, file: str, max_header_bytes: int = limits.HEADER_BYTES
 ) -> ShardHeader:
-    """Validates length prefix and header together; `file_bytes` is the size of the whole file. Errors as `read_header`."""
+    """Validates length prefix and header together; `file_bytes` is the size of the whole file.
+
+    Errors as `read_header`.
+    """
     if raw[PREFIX_BYTES : PREFIX_BYTES + 1] != b"{":
         raise SchemaError("header does not begin with '{'", file=file, byte=PREFIX_BYTES)
     if len(raw) - PREFIX_BYTES > max_header_bytes:
@@ -248,7 +254,8 @@ def pack_header(
     """Builds length prefix and header.
 
     Args:
-        entries: tensors in the order of their data; `start` and `end` count from the first data byte, not from the file's.
+        entries: tensors in the order of their data; `start` and `end` count from the first data
+            byte, not from the file's.
         metadata: strings for `__metadata__`.
         header_bytes: pad the JSON text with spaces to this size; None pads to a multiple of 8.
 

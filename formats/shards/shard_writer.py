@@ -100,7 +100,7 @@ class ShardWriter:
         self._pending.append(self._executor.submit(self._put, views, offset, done))
 
     def end_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
-        """Names what was written since the last tensor ended; returns its size in bytes.
+        """Names the bytes since the end of the last tensor; returns their number.
 
         Raises:
             LayoutError: the name was used before.

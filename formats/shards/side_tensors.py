@@ -1,8 +1,11 @@
-"""The side tensors beside the payload of a coded tensor (SPEC.md 5): one table for all readers and writers.
+"""The side tensors beside the payload of a coded tensor (SPEC.md 5).
 
-The payload of tensor `X` is stored as `X`; what explains it is stored as `X_scale`, `X_shape` and so on. Header check,
-writer, planner, source check, loader and diagnosis all take suffix, type, length and presence from `SIDE_TENSORS`. A new
-side tensor is one more row here, and its checksum one more field of `SideChecksums`.
+One table for all readers and writers.
+
+The payload of tensor `X` is stored as `X`; its description is stored as `X_scale`, `X_shape` and
+so on. Header check, writer, planner, source check, loader and diagnosis all take suffix, type,
+length and presence from `SIDE_TENSORS`. A new side tensor is one more row here, and its checksum
+one more field of `SideChecksums`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ Presence = Literal["always", "optional", "never"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedLayout:
-    """The facts of a coded tensor on which its side tensors depend; a manifest record and a plan both have them.
+    """The facts of a coded tensor on which its side tensors depend.
+
+    A manifest record and a plan both have them.
 
     Attributes:
         int8: whether the scheme is `int8`; `lossless` otherwise.
@@ -59,7 +64,8 @@ class SideTensor:
         key: name of its checksum in the manifest (`SideChecksums`).
         title: its content, for error texts.
         dtype: element type in the shard.
-        length: number of elements, or None where only the tensor itself tells. Every side tensor has rank 1.
+        length: number of elements, or None where only the tensor itself tells. Every side tensor
+            has rank 1.
         presence: whether a tensor of this layout has it.
         needs: key of a side tensor without which this one must not stand, or None.
         decides_meaning: whether tensors with equal payloads may still differ in it.
@@ -213,7 +219,10 @@ def layout_of(record: CodedTensor) -> CodedLayout:
 
 
 def side_tensors(record: TensorRecord) -> list[StoredSide]:
-    """Returns the side tensors of a record, in the order of the table; none for a plain tensor or an alias."""
+    """Returns the side tensors of a record, in the order of the table.
+
+    None for a plain tensor or an alias.
+    """
     if isinstance(record, RawTensor | AliasTensor):
         return []
     layout = layout_of(record)
@@ -236,7 +245,10 @@ def side_names(record: TensorRecord) -> list[str]:
 
 
 def misplaced_side(record: CodedTensor) -> SideTensor | None:
-    """Returns the first side tensor that a record has and must not have, or lacks and must have; None if all is right."""
+    """Returns the first side tensor that a record has and must not have, or lacks and must have.
+
+    None if all is right.
+    """
     layout = layout_of(record)
     for side in SIDE_TENSORS:
         stored = side.checksum(record) is not None
