@@ -56,7 +56,7 @@ bench: $(READY) ## Measure convert and load against their floors, and peak memor
 	$(BIN)/python -m benchmarks.run
 
 FUZZ_RUNS ?= 10000000
-CORE      := $(addprefix native/,dispatch.c kernels_avx2.c kernels_avx512.c kernels_portable.c rans.c run.c xxh3.c)
+CORE      := $(addprefix native/,check.c dispatch.c kernels_avx2.c kernels_avx512.c kernels_portable.c rans.c run.c xxh3.c)
 SANITIZED := -std=gnu11 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Inative
 
 fuzz: ## Run the native core's fuzz targets, FUZZ_RUNS executions in all (libFuzzer where clang is).

@@ -7,14 +7,26 @@ import os
 
 from setuptools import Extension, setup
 
-SOURCES = ("dispatch", "kernels_avx2", "kernels_avx512", "kernels_portable", "rans", "run", "xxh3")
+SOURCES = (
+    "check",
+    "dispatch",
+    "kernels_avx2",
+    "kernels_avx512",
+    "kernels_portable",
+    "module",
+    "module_encode",
+    "module_run",
+    "rans",
+    "run",
+    "xxh3",
+)
 
 setup(
     ext_modules=[
         Extension(
             "codecllm._native",
-            sources=[f"native/{name}.c" for name in ("module", *SOURCES)],
-            depends=["native/core.h", "native/kernels.inc.h"],
+            sources=[f"native/{name}.c" for name in SOURCES],
+            depends=["native/core.h", "native/kernels.inc.h", "native/module.h"],
             include_dirs=["native"],
             extra_compile_args=[
                 "-std=gnu11",

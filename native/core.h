@@ -1,7 +1,8 @@
-/* The native core of codecllm: what the loader and the converter do for each chunk, without the interpreter.
+/* The native core of codecllm: what the loader and the converter do for each chunk, without the
+ * interpreter.
  *
- * Nothing in these files but module.c knows Python. Functions trust no size that comes from outside: each one that
- * reads or writes memory is told how much of it there is.
+ * Nothing in these files but module.c knows Python. Functions trust no size that comes from
+ * outside: each one that reads or writes memory is told how much of it there is.
  */
 #ifndef CODECLLM_CORE_H
 #define CODECLLM_CORE_H
@@ -48,13 +49,24 @@ static inline void store32(uint8_t *at, uint32_t value)
     store16(at + 2, (uint16_t)(value >> 16));
 }
 
-/* ---- rANS (SPEC.md 6.1) -------------------------------------------------------------------------------------- */
+static inline size_t slot_bytes(size_t stored_bytes)
+{
+    return (stored_bytes + SLOT_ALIGNMENT - 1) / SLOT_ALIGNMENT * SLOT_ALIGNMENT;
+}
+
+static inline const uint8_t *record_of(const uint8_t *records, size_t chunk)
+{
+    return records + chunk * RECORD_BYTES;
+}
+
+/* ---- rANS (SPEC.md 6.1) ---- */
 
 typedef struct {
     int precision;
     uint16_t frequency[256];
-    /* One entry a slot. Precision 12: symbol << 24 | (frequency - 1) << 12 | (slot - start). Others: frequency |
-     * (slot - start) << 16, and the symbol in `symbol`; vector code reads four bytes from there, hence the tail. */
+    /* One entry a slot. Precision 12: symbol << 24 | (frequency - 1) << 12 | (slot - start).
+     * Others: frequency | (slot - start) << 16, and the symbol in `symbol`; vector code reads four
+     * bytes from there, hence the tail. */
     uint32_t entry[1 << MAX_PRECISION];
     uint8_t symbol[(1 << MAX_PRECISION) + 4];
 } rans_table;
@@ -64,8 +76,8 @@ int rans_parse_table(const uint8_t *packed, size_t size, rans_table *table);
 int rans_build_table(const uint16_t frequency[256], int precision, rans_table *table);
 
 /* Decodes exactly raw_bytes symbols; 0, or -1 where the bytes are not what an encoder makes. */
-int rans_decode(const uint8_t *stored, size_t stored_bytes, const rans_table *table, uint8_t *symbols,
-                size_t raw_bytes);
+int rans_decode(const uint8_t *stored, size_t stored_bytes, const rans_table *table,
+                uint8_t *symbols, size_t raw_bytes);
 
 typedef struct {
     const uint8_t *stored;
@@ -74,7 +86,8 @@ typedef struct {
     size_t raw_bytes;
 } rans_chunk;
 
-/* Decodes two chunks of one table side by side: a step waits for its look-ups, which those of the other chunk fill. */
+/* Decodes two chunks of one table side by side: a step waits for its look-ups, which those of the
+ * other chunk fill. */
 int rans_decode_pair(const rans_chunk chunk[2], const rans_table *table);
 
 typedef struct {
@@ -94,9 +107,11 @@ typedef struct {
 int rans_build_coder(const uint16_t frequency[256], int precision, rans_coder *coder);
 
 /* Encodes one symbol of a lane to the bytes before `at`; returns where the words begin then. */
-static inline uint8_t *rans_encode_one(uint32_t *state, const rans_coding *code, int precision, uint8_t *at)
+static inline uint8_t *rans_encode_one(uint32_t *state, const rans_coding *code, int precision,
+                                       uint8_t *at)
 {
-    /* The word is written in any case and stays only where it was due: a branch would be guessed wrong. */
+    /* The word is written in any case and stays only where it was due: a branch would be guessed
+     * wrong. */
     uint32_t now = *state, due = now >> (32 - precision) >= code->limit, quotient;
     store16(at - 2, (uint16_t)now);
     now >>= 16 * due;
@@ -112,19 +127,24 @@ static inline uint8_t *rans_encode_one(uint32_t *state, const rans_coding *code,
 /* Most bytes that rans_encode writes. */
 size_t rans_encode_bound(size_t raw_bytes);
 
-/* Encodes into the end of a buffer of rans_encode_bound bytes; returns the size, 0 for a symbol without frequency. */
-size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *coder, uint8_t *buffer);
+/* Encodes into the end of a buffer of rans_encode_bound bytes; returns the size, 0 for a symbol
+ * without frequency. */
+size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *coder,
+                   uint8_t *buffer);
 
-/* Fits frequencies to counts exactly as rans_fit.py does. log2_table: rint(2^16 * log2(n)) for n up to 2^14 + 1.
- * Returns the precision, or 0 where nothing is counted or a count is negative or too large. */
+/* Fits frequencies to counts exactly as rans_fit.py does. log2_table: rint(2^16 * log2(n)) for n up
+ * to 2^14 + 1. Returns the precision, or 0 where nothing is counted or a count is negative or too
+ * large. */
 int rans_fit(const int64_t counts[256], const int64_t *log2_table, uint16_t frequency[256]);
 
-/* ---- xxh3-64 ------------------------------------------------------------------------------------------------- */
+/* ---- xxh3-64
+ *
+ */
 
 /* XXH3-64 with seed 0 of `size` bytes, a multiple of 16 that is not 0. */
 uint64_t xxh3_of_slot(const uint8_t *data, size_t size);
 
-/* ---- kernels: the same code for each instruction set ------------------------------------------------------------ */
+/* ---- kernels: the same code for each instruction set ---- */
 
 typedef struct {
     uint32_t state[LANES];
@@ -139,25 +159,35 @@ typedef struct {
     /* Decodes whole steps while at least 32 words are left; returns how many of `steps`. */
     size_t (*rans_steps)(rans_lanes *lanes, const rans_table *table, uint8_t *out, size_t steps);
     /* The same for two chunks at once, or NULL where that gains nothing. */
-    size_t (*rans_pair_steps)(rans_lanes lanes[2], const rans_table *table, uint8_t *const out[2], size_t steps);
-    /* Encodes whole steps, the last one first, to the bytes before `at`; returns where the words begin then, NULL for a
-     * symbol without frequency. */
-    uint8_t *(*rans_encode_steps)(uint32_t state[LANES], const uint8_t *symbols, size_t steps, const rans_coder *coder,
-                                  uint8_t *at);
-    /* Adds `stripes` stripes of 64 bytes to the accumulators; `secret` moves by 8 bytes with each. */
-    void (*xxh3_stripes)(uint64_t acc[8], const uint8_t *data, const uint8_t *secret, size_t stripes);
+    size_t (*rans_pair_steps)(rans_lanes lanes[2], const rans_table *table, uint8_t *const out[2],
+                              size_t steps);
+    /* Encodes whole steps, the last one first, to the bytes before `at`; returns where the words
+     * begin then, NULL for a symbol without frequency. */
+    uint8_t *(*rans_encode_steps)(uint32_t state[LANES], const uint8_t *symbols, size_t steps,
+                                  const rans_coder *coder, uint8_t *at);
+    /* Adds `stripes` stripes of 64 bytes to the accumulators; `secret` moves by 8 bytes with each.
+     */
+    void (*xxh3_stripes)(uint64_t acc[8], const uint8_t *data, const uint8_t *secret,
+                         size_t stripes);
     /* Planes -> elements: `planes` is 1, 2, 4 or 8, plane 0 the most significant. */
     void (*join)(const uint8_t *const *plane, int planes, int rotate, size_t count, void *out);
-    void (*split)(const void *elements, int planes, int rotate, size_t count, uint8_t *const *plane);
-    /* out = round(fl32(code * step)); step = fl32(scale * factor[i]), or scale where factor is NULL. */
-    void (*dequantize8)(const int8_t *code, size_t count, float scale, const float *factor, int target, void *out);
-    void (*dequantize16)(const int16_t *code, size_t count, float scale, const float *factor, int target, void *out);
+    void (*split)(const void *elements, int planes, int rotate, size_t count,
+                  uint8_t *const *plane);
+    /* out = round(fl32(code * step)); step = fl32(scale * factor[i]), or scale where factor is
+     * NULL. */
+    void (*dequantize8)(const int8_t *code, size_t count, float scale, const float *factor,
+                        int target, void *out);
+    void (*dequantize16)(const int16_t *code, size_t count, float scale, const float *factor,
+                         int target, void *out);
     void (*widen)(const int8_t *low, const int8_t *high, int low_bits, size_t count, int16_t *code);
     int (*has_lowest)(const int8_t *code, size_t count); /* whether some code is -128 */
-    uint32_t (*largest)(const void *words, int itemsize, size_t count); /* of the words without their top bit */
-    /* code = rint(fl32(weight / step)); returns the bits of the largest |quotient - code| (factor NULL), or of the
-     * largest fl32(|quotient - code| * factor[i]). Steps are `scale`, or factor[i]. */
-    uint32_t (*quantize)(const void *words, int itemsize, size_t count, float scale, const float *factor, int8_t *code);
+    uint32_t (*largest)(const void *words, int itemsize,
+                        size_t count); /* of the words without their top bit */
+    /* code = rint(fl32(weight / step)); returns the bits of the largest |quotient - code| (factor
+     * NULL), or of the largest fl32(|quotient - code| * factor[i]). Steps are `scale`, or
+     * factor[i]. */
+    uint32_t (*quantize)(const void *words, int itemsize, size_t count, float scale,
+                         const float *factor, int8_t *code);
 } kernel_set;
 
 extern const kernel_set kernels_portable;
@@ -166,12 +196,12 @@ extern const kernel_set kernels_avx512;
 
 /* The set in use: the best that this machine has, until kernels_use names another one. */
 const kernel_set *kernels(void);
-/* Number and sets that this machine can run, the best first. `portable` is one of them everywhere; on AArch64 the
- * compiler makes NEON of it. */
+/* Number and sets that this machine can run, the best first. `portable` is one of them everywhere;
+ * on AArch64 the compiler makes NEON of it. */
 size_t kernels_supported(const kernel_set *sets[3]);
 int kernels_use(const char *name);
 
-/* ---- a run of tiles ---------------------------------------------------------------------------------------------- */
+/* ---- a run of tiles ---- */
 
 enum { FINISH_JOIN, FINISH_DEQUANTIZE };
 
@@ -217,17 +247,25 @@ typedef struct {
 /* Bytes of scratch that decode_run needs for such tiles, 0 where the numbers are impossible. */
 size_t decode_run_scratch(const tile_run *run);
 
-/* Checks, decodes and places a run of tiles. Returns -1 where all is well, -2 where the arguments do not fit each
- * other, else the number, in the run, of a chunk that is wrong. */
+/* Checks, decodes and places a run of tiles. Returns -1 where all is well, -2 where the arguments
+ * do not fit each other, else the number, in the run, of a chunk that is wrong. */
 int64_t decode_run(const tile_run *run);
 
-/* Compares checksums and padding of `chunks` slots; -1, -2 or the number of the first that is wrong, as above. A chunk of
- * codec zstd is wrong, too, where it is not one plain frame: see zstd_is_plain. */
-int64_t check_slots(const uint8_t *slots, size_t slots_bytes, const uint8_t *records, const int64_t *raw_bytes,
-                    size_t chunks);
+/* Compares checksums and padding of `chunks` slots; -1, -2 or the number of the first that is
+ * wrong, as above. A chunk of codec zstd is wrong, too, where it is not one plain frame: see
+ * zstd_is_plain. */
+int64_t check_slots(const uint8_t *slots, size_t slots_bytes, const uint8_t *records,
+                    const int64_t *raw_bytes, size_t chunks);
 
-/* Whether some bytes are one Zstandard frame that declares raw_bytes, with an allowed window, without dictionary and
- * checksum, and whose blocks end where the bytes end. The blocks themselves are not looked at. */
+/* Whether the slots of some chunks fill their memory exactly. */
+int slots_fill_exactly(const uint8_t *records, size_t chunks, size_t slots_bytes);
+
+/* Whether checksum and padding of a slot are those of its record. */
+int slot_is_sound(const uint8_t *slot, const uint8_t *record);
+
+/* Whether some bytes are one Zstandard frame that declares raw_bytes, with an allowed window,
+ * without dictionary and checksum, and whose blocks end where the bytes end. The blocks themselves
+ * are not looked at. */
 int zstd_is_plain(const uint8_t *frame, size_t size, uint64_t raw_bytes);
 
 #endif

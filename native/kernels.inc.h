@@ -1,5 +1,6 @@
-/* The bodies of the kernels. Each kernels_*.c includes this once, under the instruction set that it is named for, so
- * that the compiler vectorizes the plain loops; only what it cannot vectorize is written by hand there.
+/* The bodies of the kernels. Each kernels_*.c includes this once, under the instruction set that it
+ * is named for, so that the compiler vectorizes the plain loops; only what it cannot vectorize is
+ * written by hand there.
  *
  * The including file defines KERNELS and NAME, and may define RANS_STEPS, RANS_PAIR_STEPS,
  * RANS_ENCODE_STEPS and XXH3_STRIPES.
@@ -9,8 +10,8 @@
 #ifndef RANS_STEPS
 #define RANS_STEPS rans_steps_plain
 
-static inline __attribute__((always_inline)) size_t plain_steps(rans_lanes *lanes, const rans_table *table, uint8_t *out,
-                                                                size_t steps, int packed)
+static inline __attribute__((always_inline)) size_t
+plain_steps(rans_lanes *lanes, const rans_table *table, uint8_t *out, size_t steps, int packed)
 {
     int precision = packed ? MIN_PRECISION : table->precision;
     uint32_t state[LANES], mask = (1u << precision) - 1;
@@ -40,7 +41,8 @@ static inline __attribute__((always_inline)) size_t plain_steps(rans_lanes *lane
     return step;
 }
 
-static size_t rans_steps_plain(rans_lanes *lanes, const rans_table *table, uint8_t *out, size_t steps)
+static size_t rans_steps_plain(rans_lanes *lanes, const rans_table *table, uint8_t *out,
+                               size_t steps)
 {
     if (table->precision == MIN_PRECISION)
         return plain_steps(lanes, table, out, steps, 1);
@@ -72,7 +74,8 @@ static uint8_t *rans_encode_steps_plain(uint32_t state[LANES], const uint8_t *sy
 #ifndef XXH3_STRIPES
 #define XXH3_STRIPES xxh3_stripes_plain
 
-static void xxh3_stripes_plain(uint64_t acc[8], const uint8_t *data, const uint8_t *secret, size_t stripes)
+static void xxh3_stripes_plain(uint64_t acc[8], const uint8_t *data, const uint8_t *secret,
+                               size_t stripes)
 {
     for (; stripes > 0; stripes--, data += 64, secret += 8) {
         for (int lane = 0; lane < 8; lane++) {
@@ -84,46 +87,50 @@ static void xxh3_stripes_plain(uint64_t acc[8], const uint8_t *data, const uint8
 }
 #endif
 
-/* ---- lossless -------------------------------------------------------------------------------------------------- */
+/* ---- lossless
+ *
+ */
 
-#define JOIN(BITS, WORD)                                                                                               \
-    static void join_##BITS(const uint8_t *const *plane, int rotate, size_t count, WORD *restrict out)                \
-    {                                                                                                                  \
-        enum { PLANES = BITS / 8 };                                                                                    \
-        const uint8_t *restrict from[PLANES];                                                                          \
-        for (int number = 0; number < PLANES; number++)                                                                \
-            from[number] = plane[number];                                                                              \
-        if (rotate) {                                                                                                  \
-            for (size_t i = 0; i < count; i++) {                                                                       \
-                WORD word = 0;                                                                                         \
-                for (int number = 0; number < PLANES; number++)                                                        \
-                    word = (WORD)(word << (8 % BITS) | from[number][i]);                                               \
-                out[i] = (WORD)(word >> 1 | word << (BITS - 1));                                                       \
-            }                                                                                                          \
-            return;                                                                                                    \
-        }                                                                                                              \
-        for (size_t i = 0; i < count; i++) {                                                                           \
-            WORD word = 0;                                                                                             \
-            for (int number = 0; number < PLANES; number++)                                                            \
-                word = (WORD)(word << (8 % BITS) | from[number][i]);                                                   \
-            out[i] = word;                                                                                             \
-        }                                                                                                              \
-    }                                                                                                                  \
-    static void split_##BITS(const WORD *restrict in, int rotate, size_t count, uint8_t *const *plane)                 \
-    {                                                                                                                  \
-        for (int number = 0; number < BITS / 8; number++) {                                                            \
-            uint8_t *restrict to = plane[number];                                                                      \
-            int shift = BITS - 8 * (number + 1);                                                                       \
-            if (!rotate)                                                                                               \
-                for (size_t i = 0; i < count; i++)                                                                     \
-                    to[i] = (uint8_t)(in[i] >> shift);                                                                 \
-            else if (shift)                                                                                            \
-                for (size_t i = 0; i < count; i++)                                                                     \
-                    to[i] = (uint8_t)(in[i] >> (shift - 1));                                                           \
-            else                                                                                                       \
-                for (size_t i = 0; i < count; i++)                                                                     \
-                    to[i] = (uint8_t)(in[i] << 1 | in[i] >> (BITS - 1));                                               \
-        }                                                                                                              \
+#define JOIN(BITS, WORD)                                                                           \
+    static void join_##BITS(const uint8_t *const *plane, int rotate, size_t count,                 \
+                            WORD *restrict out)                                                    \
+    {                                                                                              \
+        enum { PLANES = BITS / 8 };                                                                \
+        const uint8_t *restrict from[PLANES];                                                      \
+        for (int number = 0; number < PLANES; number++)                                            \
+            from[number] = plane[number];                                                          \
+        if (rotate) {                                                                              \
+            for (size_t i = 0; i < count; i++) {                                                   \
+                WORD word = 0;                                                                     \
+                for (int number = 0; number < PLANES; number++)                                    \
+                    word = (WORD)(word << (8 % BITS) | from[number][i]);                           \
+                out[i] = (WORD)(word >> 1 | word << (BITS - 1));                                   \
+            }                                                                                      \
+            return;                                                                                \
+        }                                                                                          \
+        for (size_t i = 0; i < count; i++) {                                                       \
+            WORD word = 0;                                                                         \
+            for (int number = 0; number < PLANES; number++)                                        \
+                word = (WORD)(word << (8 % BITS) | from[number][i]);                               \
+            out[i] = word;                                                                         \
+        }                                                                                          \
+    }                                                                                              \
+    static void split_##BITS(const WORD *restrict in, int rotate, size_t count,                    \
+                             uint8_t *const *plane)                                                \
+    {                                                                                              \
+        for (int number = 0; number < BITS / 8; number++) {                                        \
+            uint8_t *restrict to = plane[number];                                                  \
+            int shift = BITS - 8 * (number + 1);                                                   \
+            if (!rotate)                                                                           \
+                for (size_t i = 0; i < count; i++)                                                 \
+                    to[i] = (uint8_t)(in[i] >> shift);                                             \
+            else if (shift)                                                                        \
+                for (size_t i = 0; i < count; i++)                                                 \
+                    to[i] = (uint8_t)(in[i] >> (shift - 1));                                       \
+            else                                                                                   \
+                for (size_t i = 0; i < count; i++)                                                 \
+                    to[i] = (uint8_t)(in[i] << 1 | in[i] >> (BITS - 1));                           \
+        }                                                                                          \
     }
 
 JOIN(16, uint16_t)
@@ -154,7 +161,7 @@ static void split(const void *elements, int planes, int rotate, size_t count, ui
         memcpy(plane[0], elements, count);
 }
 
-/* ---- int8: codes -> weights ------------------------------------------------------------------------------------ */
+/* ---- int8: codes -> weights ---- */
 
 static inline uint32_t bits_of(float value)
 {
@@ -192,16 +199,16 @@ static inline uint32_t to_f32(float value)
     return bits_of(value);
 }
 
-#define DEQUANTIZE(CODE, TARGET, WORD)                                                                                 \
-    static void CODE##_##TARGET(const CODE##_t *restrict code, size_t count, float scale,                              \
-                                const float *restrict factor, WORD *restrict out)                                     \
-    {                                                                                                                  \
-        if (factor)                                                                                                    \
-            for (size_t i = 0; i < count; i++)                                                                         \
-                out[i] = TARGET((float)code[i] * (scale * factor[i]));                                                 \
-        else                                                                                                           \
-            for (size_t i = 0; i < count; i++)                                                                         \
-                out[i] = TARGET((float)code[i] * scale);                                                               \
+#define DEQUANTIZE(CODE, TARGET, WORD)                                                             \
+    static void CODE##_##TARGET(const CODE##_t *restrict code, size_t count, float scale,          \
+                                const float *restrict factor, WORD *restrict out)                  \
+    {                                                                                              \
+        if (factor)                                                                                \
+            for (size_t i = 0; i < count; i++)                                                     \
+                out[i] = TARGET((float)code[i] * (scale * factor[i]));                             \
+        else                                                                                       \
+            for (size_t i = 0; i < count; i++)                                                     \
+                out[i] = TARGET((float)code[i] * scale);                                           \
     }
 
 DEQUANTIZE(int8, to_bf16, uint16_t)
@@ -211,7 +218,8 @@ DEQUANTIZE(int16, to_bf16, uint16_t)
 DEQUANTIZE(int16, to_f16, uint16_t)
 DEQUANTIZE(int16, to_f32, uint32_t)
 
-static void dequantize8(const int8_t *code, size_t count, float scale, const float *factor, int target, void *out)
+static void dequantize8(const int8_t *code, size_t count, float scale, const float *factor,
+                        int target, void *out)
 {
     if (target == TO_BF16)
         int8_to_bf16(code, count, scale, factor, out);
@@ -221,7 +229,8 @@ static void dequantize8(const int8_t *code, size_t count, float scale, const flo
         int8_to_f32(code, count, scale, factor, out);
 }
 
-static void dequantize16(const int16_t *code, size_t count, float scale, const float *factor, int target, void *out)
+static void dequantize16(const int16_t *code, size_t count, float scale, const float *factor,
+                         int target, void *out)
 {
     if (target == TO_BF16)
         int16_to_bf16(code, count, scale, factor, out);
@@ -231,8 +240,8 @@ static void dequantize16(const int16_t *code, size_t count, float scale, const f
         int16_to_f32(code, count, scale, factor, out);
 }
 
-static void widen(const int8_t *restrict low, const int8_t *restrict high, int low_bits, size_t count,
-                  int16_t *restrict code)
+static void widen(const int8_t *restrict low, const int8_t *restrict high, int low_bits,
+                  size_t count, int16_t *restrict code)
 {
     int16_t factor = (int16_t)(1 << low_bits);
     for (size_t i = 0; i < count; i++)
@@ -247,7 +256,7 @@ static int has_lowest(const int8_t *code, size_t count)
     return lowest == -128;
 }
 
-/* ---- int8: weights -> codes ------------------------------------------------------------------------------------ */
+/* ---- int8: weights -> codes ---- */
 
 static uint32_t largest(const void *words, int itemsize, size_t count)
 {
@@ -269,13 +278,15 @@ static uint32_t largest(const void *words, int itemsize, size_t count)
     return most;
 }
 
-/* Rounds to an integer, ties to even, what lies between -2^22 and 2^22: the additions do the rounding. */
+/* Rounds to an integer, ties to even, what lies between -2^22 and 2^22: the additions do the
+ * rounding. */
 static inline float to_integer(float value)
 {
     return value + 12582912.0f - 12582912.0f;
 }
 
-/* Weights that are finite, under the scales of their channels, give no other codes; for others any code will do. */
+/* Weights that are finite, under the scales of their channels, give no other codes; for others any
+ * code will do. */
 static inline int8_t to_code(float rounded)
 {
     float bounded = rounded < 127.0f ? rounded : 127.0f;
@@ -283,32 +294,33 @@ static inline int8_t to_code(float rounded)
     return (int8_t)(int32_t)bounded;
 }
 
-#define QUANTIZE(BITS, WORD, VALUE)                                                                                    \
-    static uint32_t quantize_##BITS(const WORD *restrict word, size_t count, float scale,                              \
-                                    const float *restrict factor, int8_t *restrict code)                              \
-    {                                                                                                                  \
-        uint32_t most = 0;                                                                                             \
-        if (factor)                                                                                                    \
-            for (size_t i = 0; i < count; i++) {                                                                       \
-                float quotient = VALUE / factor[i], rounded = to_integer(quotient);                                    \
-                uint32_t error = bits_of((quotient - rounded) * factor[i]) & 0x7fffffff;                               \
-                code[i] = to_code(rounded);                                                                    \
-                most = error > most ? error : most;                                                                    \
-            }                                                                                                          \
-        else                                                                                                           \
-            for (size_t i = 0; i < count; i++) {                                                                       \
-                float quotient = VALUE / scale, rounded = to_integer(quotient);                                        \
-                uint32_t error = bits_of(quotient - rounded) & 0x7fffffff;                                             \
-                code[i] = to_code(rounded);                                                                    \
-                most = error > most ? error : most;                                                                    \
-            }                                                                                                          \
-        return most;                                                                                                   \
+#define QUANTIZE(BITS, WORD, VALUE)                                                                \
+    static uint32_t quantize_##BITS(const WORD *restrict word, size_t count, float scale,          \
+                                    const float *restrict factor, int8_t *restrict code)           \
+    {                                                                                              \
+        uint32_t most = 0;                                                                         \
+        if (factor)                                                                                \
+            for (size_t i = 0; i < count; i++) {                                                   \
+                float quotient = VALUE / factor[i], rounded = to_integer(quotient);                \
+                uint32_t error = bits_of((quotient - rounded) * factor[i]) & 0x7fffffff;           \
+                code[i] = to_code(rounded);                                                        \
+                most = error > most ? error : most;                                                \
+            }                                                                                      \
+        else                                                                                       \
+            for (size_t i = 0; i < count; i++) {                                                   \
+                float quotient = VALUE / scale, rounded = to_integer(quotient);                    \
+                uint32_t error = bits_of(quotient - rounded) & 0x7fffffff;                         \
+                code[i] = to_code(rounded);                                                        \
+                most = error > most ? error : most;                                                \
+            }                                                                                      \
+        return most;                                                                               \
     }
 
 QUANTIZE(16, uint16_t, value_of((uint32_t)word[i] << 16))
 QUANTIZE(32, uint32_t, value_of(word[i]))
 
-static uint32_t quantize(const void *words, int itemsize, size_t count, float scale, const float *factor, int8_t *code)
+static uint32_t quantize(const void *words, int itemsize, size_t count, float scale,
+                         const float *factor, int8_t *code)
 {
     if (itemsize == 2)
         return quantize_16(words, count, scale, factor, code);
@@ -316,6 +328,6 @@ static uint32_t quantize(const void *words, int itemsize, size_t count, float sc
 }
 
 const kernel_set KERNELS = {
-    NAME,         RANS_STEPS,   RANS_PAIR_STEPS, RANS_ENCODE_STEPS, XXH3_STRIPES, join,     split,
-    dequantize8,  dequantize16, widen,           has_lowest,        largest,      quantize,
+    NAME,        RANS_STEPS,   RANS_PAIR_STEPS, RANS_ENCODE_STEPS, XXH3_STRIPES, join,     split,
+    dequantize8, dequantize16, widen,           has_lowest,        largest,      quantize,
 };

@@ -1,15 +1,18 @@
-/* Kernels for x86-64 with AVX-512 F, BW, DQ and VL, which every server since 2017 (Intel) and 2022 (AMD) has. */
+/* Kernels for x86-64 with AVX-512 F, BW, DQ and VL, which every server since 2017 (Intel) and 2022
+ * (AMD) has. */
 #include "core.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl"))),   \
-                             apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx2,fma,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl"))),        \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target(                                                                                \
+    "avx2,fma,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 
 #define KERNELS kernels_avx512
@@ -19,8 +22,8 @@
 #define RANS_ENCODE_STEPS rans_encode_steps_avx512
 #define XXH3_STRIPES xxh3_stripes_avx512
 
-static inline __attribute__((always_inline)) __m512i sixteen_lanes(__m512i *state, const rans_table *table,
-                                                                   const uint8_t **words, int packed)
+static inline __attribute__((always_inline)) __m512i
+sixteen_lanes(__m512i *state, const rans_table *table, const uint8_t **words, int packed)
 {
     int precision = packed ? MIN_PRECISION : table->precision;
     __m512i slot = _mm512_and_si512(*state, _mm512_set1_epi32((1 << precision) - 1));
@@ -29,7 +32,8 @@ static inline __attribute__((always_inline)) __m512i sixteen_lanes(__m512i *stat
     __m512i frequency, offset, symbol;
     if (packed) {
         __m512i twelve = _mm512_set1_epi32(0xfff);
-        frequency = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 12), twelve), _mm512_set1_epi32(1));
+        frequency = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(entry, 12), twelve),
+                                     _mm512_set1_epi32(1));
         offset = _mm512_and_si512(entry, twelve);
         symbol = _mm512_srli_epi32(entry, 24);
     } else {
@@ -46,14 +50,15 @@ static inline __attribute__((always_inline)) __m512i sixteen_lanes(__m512i *stat
     return symbol;
 }
 
-static inline __attribute__((always_inline)) void store_symbols(uint8_t *out, __m512i low, __m512i high)
+static inline __attribute__((always_inline)) void store_symbols(uint8_t *out, __m512i low,
+                                                                __m512i high)
 {
     _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(low));
     _mm_storeu_si128((__m128i *)(out + 16), _mm512_cvtepi32_epi8(high));
 }
 
-static inline __attribute__((always_inline)) size_t avx512_steps(rans_lanes *lanes, const rans_table *table,
-                                                                 uint8_t *out, size_t steps, int packed)
+static inline __attribute__((always_inline)) size_t
+avx512_steps(rans_lanes *lanes, const rans_table *table, uint8_t *out, size_t steps, int packed)
 {
     __m512i low = _mm512_loadu_si512(lanes->state), high = _mm512_loadu_si512(lanes->state + 16);
     const uint8_t *words = lanes->words, *last = words + 2 * lanes->left;
@@ -70,18 +75,23 @@ static inline __attribute__((always_inline)) size_t avx512_steps(rans_lanes *lan
     return step;
 }
 
-static size_t rans_steps_avx512(rans_lanes *lanes, const rans_table *table, uint8_t *out, size_t steps)
+static size_t rans_steps_avx512(rans_lanes *lanes, const rans_table *table, uint8_t *out,
+                                size_t steps)
 {
     if (table->precision == MIN_PRECISION)
         return avx512_steps(lanes, table, out, steps, 1);
     return avx512_steps(lanes, table, out, steps, 0);
 }
 
-static inline __attribute__((always_inline)) size_t avx512_pair_steps(rans_lanes lanes[2], const rans_table *table,
-                                                                      uint8_t *const out[2], size_t steps, int packed)
+static inline __attribute__((always_inline)) size_t avx512_pair_steps(rans_lanes lanes[2],
+                                                                      const rans_table *table,
+                                                                      uint8_t *const out[2],
+                                                                      size_t steps, int packed)
 {
-    __m512i low0 = _mm512_loadu_si512(lanes[0].state), high0 = _mm512_loadu_si512(lanes[0].state + 16);
-    __m512i low1 = _mm512_loadu_si512(lanes[1].state), high1 = _mm512_loadu_si512(lanes[1].state + 16);
+    __m512i low0 = _mm512_loadu_si512(lanes[0].state),
+            high0 = _mm512_loadu_si512(lanes[0].state + 16);
+    __m512i low1 = _mm512_loadu_si512(lanes[1].state),
+            high1 = _mm512_loadu_si512(lanes[1].state + 16);
     const uint8_t *words0 = lanes[0].words, *last0 = words0 + 2 * lanes[0].left;
     const uint8_t *words1 = lanes[1].words, *last1 = words1 + 2 * lanes[1].left;
     size_t step = 0;
@@ -102,21 +112,25 @@ static inline __attribute__((always_inline)) size_t avx512_pair_steps(rans_lanes
     return step;
 }
 
-static size_t rans_pair_steps_avx512(rans_lanes lanes[2], const rans_table *table, uint8_t *const out[2], size_t steps)
+static size_t rans_pair_steps_avx512(rans_lanes lanes[2], const rans_table *table,
+                                     uint8_t *const out[2], size_t steps)
 {
     if (table->precision == MIN_PRECISION)
         return avx512_pair_steps(lanes, table, out, steps, 1);
     return avx512_pair_steps(lanes, table, out, steps, 0);
 }
 
-/* Encodes a symbol of each of sixteen lanes; `empty` gathers lanes whose symbol has no frequency. */
-static inline __attribute__((always_inline)) __m512i encode_sixteen(__m512i state, const uint8_t *symbols,
-                                                                    const rans_coder *coder, uint8_t **at,
-                                                                    __mmask16 *empty)
+/* Encodes a symbol of each of sixteen lanes; `empty` gathers lanes whose symbol has no frequency.
+ */
+static inline __attribute__((always_inline)) __m512i encode_sixteen(__m512i state,
+                                                                    const uint8_t *symbols,
+                                                                    const rans_coder *coder,
+                                                                    uint8_t **at, __mmask16 *empty)
 {
     __m512i symbol = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)symbols));
     __m512i pair = _mm512_i32gather_epi32(symbol, coder->pair, 4);
-    __m512i frequency = _mm512_and_si512(pair, _mm512_set1_epi32(0xffff)), start = _mm512_srli_epi32(pair, 16);
+    __m512i frequency = _mm512_and_si512(pair, _mm512_set1_epi32(0xffff)),
+            start = _mm512_srli_epi32(pair, 16);
     __m512i top = _mm512_srl_epi32(state, _mm_cvtsi32_si128(32 - coder->precision));
     __mmask16 due = _mm512_cmpge_epu32_mask(top, frequency);
     *empty |= _mm512_testn_epi32_mask(frequency, frequency);
@@ -125,7 +139,8 @@ static inline __attribute__((always_inline)) __m512i encode_sixteen(__m512i stat
     *at -= 2 * count;
     _mm256_mask_storeu_epi16(*at, (__mmask16)((1u << count) - 1), words);
     state = _mm512_mask_srli_epi32(state, due, state, 16);
-    /* Quotients are below 2^20, so that single precision is wrong by less than 1: by one unit at most once rounded. */
+    /* Quotients are below 2^20, so that single precision is wrong by less than 1: by one unit at
+     * most once rounded. */
     __m512 ratio = _mm512_div_ps(_mm512_cvtepu32_ps(state), _mm512_cvtepu32_ps(frequency));
     __m512i quotient = _mm512_cvttps_epi32(ratio);
     __m512i rest = _mm512_sub_epi32(state, _mm512_mullo_epi32(quotient, frequency));
@@ -139,8 +154,8 @@ static inline __attribute__((always_inline)) __m512i encode_sixteen(__m512i stat
     return _mm512_add_epi32(_mm512_add_epi32(quotient, rest), start);
 }
 
-static uint8_t *rans_encode_steps_avx512(uint32_t state[LANES], const uint8_t *symbols, size_t steps,
-                                         const rans_coder *coder, uint8_t *at)
+static uint8_t *rans_encode_steps_avx512(uint32_t state[LANES], const uint8_t *symbols,
+                                         size_t steps, const rans_coder *coder, uint8_t *at)
 {
     __m512i low = _mm512_loadu_si512(state), high = _mm512_loadu_si512(state + 16);
     __mmask16 empty = 0;
@@ -155,11 +170,13 @@ static uint8_t *rans_encode_steps_avx512(uint32_t state[LANES], const uint8_t *s
     return at;
 }
 
-static void xxh3_stripes_avx512(uint64_t acc[8], const uint8_t *data, const uint8_t *secret, size_t stripes)
+static void xxh3_stripes_avx512(uint64_t acc[8], const uint8_t *data, const uint8_t *secret,
+                                size_t stripes)
 {
     __m512i sum = _mm512_loadu_si512(acc);
     for (; stripes > 0; stripes--, data += 64, secret += 8) {
-        __m512i value = _mm512_loadu_si512(data), key = _mm512_xor_si512(value, _mm512_loadu_si512(secret));
+        __m512i value = _mm512_loadu_si512(data),
+                key = _mm512_xor_si512(value, _mm512_loadu_si512(secret));
         __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
         __m512i swapped = _mm512_shuffle_epi32(value, (_MM_PERM_ENUM)_MM_SHUFFLE(1, 0, 3, 2));
         sum = _mm512_add_epi64(sum, _mm512_add_epi64(product, swapped));

@@ -107,8 +107,8 @@ static int finish(const rans_chunk *chunk, rans_lanes *lanes, const rans_table *
     return lanes->left ? -1 : 0;
 }
 
-int rans_decode(const uint8_t *stored, size_t stored_bytes, const rans_table *table, uint8_t *symbols,
-                size_t raw_bytes)
+int rans_decode(const uint8_t *stored, size_t stored_bytes, const rans_table *table,
+                uint8_t *symbols, size_t raw_bytes)
 {
     rans_chunk chunk = {stored, stored_bytes, symbols, raw_bytes};
     rans_lanes lanes;
@@ -119,12 +119,15 @@ int rans_decode_pair(const rans_chunk chunk[2], const rans_table *table)
 {
     rans_lanes lanes[2];
     uint8_t *const out[2] = {chunk[0].symbols, chunk[1].symbols};
-    size_t shorter = chunk[0].raw_bytes < chunk[1].raw_bytes ? chunk[0].raw_bytes : chunk[1].raw_bytes, steps = 0;
+    size_t shorter =
+               chunk[0].raw_bytes < chunk[1].raw_bytes ? chunk[0].raw_bytes : chunk[1].raw_bytes,
+           steps = 0;
     if (begin(&chunk[0], &lanes[0]) || begin(&chunk[1], &lanes[1]))
         return -1;
     if (kernels()->rans_pair_steps)
         steps = kernels()->rans_pair_steps(lanes, table, out, shorter / LANES);
-    return finish(&chunk[0], &lanes[0], table, LANES * steps) || finish(&chunk[1], &lanes[1], table, LANES * steps)
+    return finish(&chunk[0], &lanes[0], table, LANES * steps) ||
+                   finish(&chunk[1], &lanes[1], table, LANES * steps)
                ? -1
                : 0;
 }
@@ -140,8 +143,8 @@ int rans_build_coder(const uint16_t frequency[256], int precision, rans_coder *c
         rans_coding *code = &coder->coding[symbol];
         code->limit = count;
         code->complement = total - count;
-        /* floor(state * ceil(2^64 / f) / 2^64) is state div f for every state below 2^32; for f = 1 the reciprocal
-         * below gives state - 1, which the bias makes up for. */
+        /* floor(state * ceil(2^64 / f) / 2^64) is state div f for every state below 2^32; for f = 1
+         * the reciprocal below gives state - 1, which the bias makes up for. */
         code->reciprocal = count < 2 ? UINT64_MAX : UINT64_MAX / count + 1;
         code->bias = count == 1 ? start + total - 1 : start;
         coder->pair[symbol] = count | start << 16;
@@ -157,7 +160,8 @@ size_t rans_encode_bound(size_t raw_bytes)
     return STATE_BYTES + 2 * raw_bytes;
 }
 
-size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *coder, uint8_t *buffer)
+size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *coder,
+                   uint8_t *buffer)
 {
     uint32_t state[LANES];
     uint8_t *end = buffer + rans_encode_bound(raw_bytes), *at = end;
@@ -179,7 +183,7 @@ size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *c
     return (size_t)(end - at);
 }
 
-/* ---- fitting (rans_fit.py) ----------------------------------------------------------------------------------- */
+/* ---- fitting (rans_fit.py) ---- */
 
 #define COST_BITS 16
 
@@ -214,9 +218,10 @@ static void sift_down(offers *heap, int at)
     }
 }
 
-/* What one more unit (step 1) or one less (step -1) costs a symbol; 0 where its frequency would become 0. */
-static int make_offer(const int64_t *counts, const int64_t *log2_table, const int64_t *frequency, int symbol, int step,
-                      offer *made)
+/* What one more unit (step 1) or one less (step -1) costs a symbol; 0 where its frequency would
+ * become 0. */
+static int make_offer(const int64_t *counts, const int64_t *log2_table, const int64_t *frequency,
+                      int symbol, int step, offer *made)
 {
     int64_t now = frequency[symbol];
     if (now + step < 1)
@@ -226,11 +231,13 @@ static int make_offer(const int64_t *counts, const int64_t *log2_table, const in
     return 1;
 }
 
-static void move_units(int64_t *frequency, const int64_t *counts, const int64_t *log2_table, int64_t units, int step)
+static void move_units(int64_t *frequency, const int64_t *counts, const int64_t *log2_table,
+                       int64_t units, int step)
 {
     offers heap = {.size = 0};
     for (int symbol = 0; symbol < 256; symbol++)
-        if (counts[symbol] > 0 && make_offer(counts, log2_table, frequency, symbol, step, &heap.item[heap.size]))
+        if (counts[symbol] > 0 &&
+            make_offer(counts, log2_table, frequency, symbol, step, &heap.item[heap.size]))
             heap.size++;
     for (int at = heap.size / 2 - 1; at >= 0; at--)
         sift_down(&heap, at);
@@ -258,13 +265,15 @@ static int64_t fit_one(const int64_t *counts, int64_t sum, const int64_t *log2_t
         move_units(frequency, counts, log2_table, -missing, -1);
     for (int symbol = 0; symbol < 256; symbol++)
         if (counts[symbol] > 0)
-            cost += counts[symbol] * (((int64_t)precision << COST_BITS) - log2_table[frequency[symbol]]);
+            cost += counts[symbol] *
+                    (((int64_t)precision << COST_BITS) - log2_table[frequency[symbol]]);
     return cost;
 }
 
 int rans_fit(const int64_t counts[256], const int64_t *log2_table, uint16_t frequency[256])
 {
-    int64_t sum = 0, fitted[MAX_PRECISION - MIN_PRECISION + 1][256], cost[MAX_PRECISION - MIN_PRECISION + 1];
+    int64_t sum = 0, fitted[MAX_PRECISION - MIN_PRECISION + 1][256],
+            cost[MAX_PRECISION - MIN_PRECISION + 1];
     for (int symbol = 0; symbol < 256; symbol++) {
         if (counts[symbol] < 0 || counts[symbol] > (int64_t)1 << 32)
             return 0;
@@ -275,8 +284,10 @@ int rans_fit(const int64_t counts[256], const int64_t *log2_table, uint16_t freq
     for (int number = 0; number <= MAX_PRECISION - MIN_PRECISION; number++)
         cost[number] = fit_one(counts, sum, log2_table, MIN_PRECISION + number, fitted[number]);
     int number = 0;
-    /* A lower precision is taken where it costs at most 1/256 bit a symbol more than the highest. */
-    while (cost[number] > cost[MAX_PRECISION - MIN_PRECISION] + ((int64_t)1 << COST_BITS) / 256 * sum)
+    /* A lower precision is taken where it costs at most 1/256 bit a symbol more than the highest.
+     */
+    while (cost[number] >
+           cost[MAX_PRECISION - MIN_PRECISION] + ((int64_t)1 << COST_BITS) / 256 * sum)
         number++;
     for (int symbol = 0; symbol < 256; symbol++)
         frequency[symbol] = (uint16_t)fitted[number][symbol];

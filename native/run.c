@@ -1,4 +1,5 @@
-/* A run of tiles from its slots to its place: check, decode, and join planes or dequantize (SPEC.md 5 to 7). */
+/* A run of tiles from its slots to its place: check, decode, and join planes or dequantize (SPEC.md
+ * 5 to 7). */
 #include "core.h"
 
 typedef struct {
@@ -24,98 +25,9 @@ static rectangle tile_at(const tile_run *run, uint64_t index)
     return tile;
 }
 
-static size_t slot_bytes(size_t stored_bytes)
-{
-    return (stored_bytes + SLOT_ALIGNMENT - 1) / SLOT_ALIGNMENT * SLOT_ALIGNMENT;
-}
-
-static const uint8_t *record_of(const uint8_t *records, size_t chunk)
-{
-    return records + chunk * RECORD_BYTES;
-}
-
-/* Returns 0 where the slots of some chunks do not fill their memory exactly. */
-static int fill_exactly(const uint8_t *records, size_t chunks, size_t slots_bytes)
-{
-    uint64_t sum = 0;
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        uint32_t stored_bytes = load32(record_of(records, chunk));
-        if (stored_bytes == 0)
-            return 0;
-        sum += slot_bytes(stored_bytes); /* chunks and sizes have 32 bits at most: no overflow */
-    }
-    return sum == slots_bytes;
-}
-
-static int is_sound(const uint8_t *slot, const uint8_t *record)
-{
-    size_t stored_bytes = load32(record), size = slot_bytes(stored_bytes);
-    if (xxh3_of_slot(slot, size) != load64(record + 8))
-        return 0;
-    for (size_t at = stored_bytes; at < size; at++)
-        if (slot[at])
-            return 0;
-    return 1;
-}
-
-#define ZSTD_MAGIC 0xFD2FB528u
-#define ZSTD_MOST_WINDOW ((uint64_t)1 << 23)
-
-int zstd_is_plain(const uint8_t *frame, size_t size, uint64_t raw_bytes)
-{
-    static const int size_bytes[] = {0, 2, 4, 8};
-    if (size < 6 || load32(frame) != ZSTD_MAGIC)
-        return 0;
-    int descriptor = frame[4], single = descriptor >> 5 & 1, bytes = size_bytes[descriptor >> 6];
-    size_t at = 5;
-    uint64_t window = raw_bytes, declared = 0;
-    if (descriptor & 0x1f) /* a dictionary, a checksum, or a bit that means nothing yet */
-        return 0;
-    if (!single) {
-        int exponent = frame[at] >> 3, eighths = frame[at] & 7;
-        at++;
-        window = ((uint64_t)8 + (uint64_t)eighths) << (exponent + 7);
-    } else if (bytes == 0) {
-        bytes = 1;
-    }
-    if (bytes == 0 || window > ZSTD_MOST_WINDOW || size - at < (size_t)bytes)
-        return 0;
-    for (int byte = 0; byte < bytes; byte++)
-        declared |= (uint64_t)frame[at + (size_t)byte] << 8 * byte;
-    if (declared + (bytes == 2 ? 256 : 0) != raw_bytes)
-        return 0;
-    at += (size_t)bytes;
-    for (int last = 0; !last;) {
-        if (size - at < 3)
-            return 0;
-        uint32_t block = frame[at] | (uint32_t)frame[at + 1] << 8 | (uint32_t)frame[at + 2] << 16;
-        size_t content = (block >> 1 & 3) == 1 ? 1 : block >> 3;
-        last = block & 1;
-        at += 3;
-        if (size - at < content)
-            return 0;
-        at += content;
-    }
-    return at == size;
-}
-
-int64_t check_slots(const uint8_t *slots, size_t slots_bytes, const uint8_t *records, const int64_t *raw_bytes,
-                    size_t chunks)
-{
-    if (chunks > UINT32_MAX || !fill_exactly(records, chunks, slots_bytes))
-        return -2;
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        const uint8_t *record = record_of(records, chunk);
-        if (!is_sound(slots, record))
-            return (int64_t)chunk;
-        if (record[4] == CODEC_ZSTD && !zstd_is_plain(slots, load32(record), (uint64_t)raw_bytes[chunk]))
-            return (int64_t)chunk;
-        slots += slot_bytes(load32(record));
-    }
-    return -1;
-}
-
-/* ---- sizes -------------------------------------------------------------------------------------------------------- */
+/* ---- sizes
+ *
+ */
 
 #define MOST_ELEMENTS ((uint64_t)1 << 47)
 #define MOST_SYMBOLS ((uint64_t)1 << 32)
@@ -129,19 +41,23 @@ static int is_possible(const tile_run *run)
 {
     if (run->rows < 1 || run->cols < 1 || run->tile_rows < 1 || run->tile_cols < 1)
         return 0;
-    if (run->rows > MOST_ELEMENTS || run->cols > MOST_ELEMENTS || run->rows > MOST_ELEMENTS / run->cols)
+    if (run->rows > MOST_ELEMENTS || run->cols > MOST_ELEMENTS ||
+        run->rows > MOST_ELEMENTS / run->cols)
         return 0;
-    if (run->tile_rows > UINT32_MAX || run->tile_cols > UINT32_MAX || tile_symbols(run) > MOST_SYMBOLS)
+    if (run->tile_rows > UINT32_MAX || run->tile_cols > UINT32_MAX ||
+        tile_symbols(run) > MOST_SYMBOLS)
         return 0;
     uint64_t tiles = divide_up(run->rows, run->tile_rows) * divide_up(run->cols, run->tile_cols);
     return run->planes >= 1 && run->planes <= MAX_PLANES && run->first_tile <= run->last_tile &&
            run->last_tile <= tiles && run->last_tile - run->first_tile <= UINT32_MAX / MAX_PLANES;
 }
 
-/* Scratch: symbols of each plane of two tiles, one row of 16-bit codes, one of elements, one of factors. */
+/* Scratch: symbols of each plane of two tiles, one row of 16-bit codes, one of elements, one of
+ * factors. */
 static size_t row_scratch(const tile_run *run)
 {
-    return (size_t)(least(run->tile_cols, run->cols) + 15) / 16 * 16 * (sizeof(float) + 4 + sizeof(int16_t));
+    return (size_t)(least(run->tile_cols, run->cols) + 15) / 16 * 16 *
+           (sizeof(float) + 4 + sizeof(int16_t));
 }
 
 static size_t plane_scratch(const tile_run *run)
@@ -153,16 +69,18 @@ size_t decode_run_scratch(const tile_run *run)
 {
     if (!is_possible(run))
         return 0;
-    return sizeof(rans_table) + 2 * (size_t)run->planes * plane_scratch(run) + row_scratch(run) + 64;
+    return sizeof(rans_table) + 2 * (size_t)run->planes * plane_scratch(run) + row_scratch(run) +
+           64;
 }
 
 static int sides_fit(const tile_run *run)
 {
     if (run->finish == FINISH_JOIN)
-        return run->planes == run->itemsize && (run->itemsize == 1 || run->itemsize == 2 || run->itemsize == 4 ||
-                                                run->itemsize == 8);
+        return run->planes == run->itemsize && (run->itemsize == 1 || run->itemsize == 2 ||
+                                                run->itemsize == 4 || run->itemsize == 8);
     static const int itemsizes[] = {2, 2, 4, 1, 2};
-    if (run->finish != FINISH_DEQUANTIZE || run->planes > 2 || run->target < TO_BF16 || run->target > TO_I16)
+    if (run->finish != FINISH_DEQUANTIZE || run->planes > 2 || run->target < TO_BF16 ||
+        run->target > TO_I16)
         return 0;
     if (run->itemsize != itemsizes[run->target] || (run->target == TO_I8 && run->planes != 1) ||
         (run->target == TO_I16 && run->planes != 2))
@@ -187,12 +105,15 @@ static int tables_fit(const tile_run *run)
         return 1;
     if (run->group_rows < 1 || run->group_cols < 1)
         return 0;
-    uint64_t down = divide_up(run->rows, run->tile_rows), across = divide_up(run->cols, run->tile_cols);
+    uint64_t down = divide_up(run->rows, run->tile_rows),
+             across = divide_up(run->cols, run->tile_cols);
     uint64_t groups = divide_up(down, run->group_rows) * divide_up(across, run->group_cols);
     return run->table_count == groups * (uint64_t)run->planes;
 }
 
-/* ---- one chunk ------------------------------------------------------------------------------------------------------ */
+/* ---- one chunk
+ *
+ */
 
 typedef struct {
     const tile_run *run;
@@ -230,13 +151,14 @@ static int read_table(workplace *at, uint64_t number)
     return 0;
 }
 
-/* Checks a chunk and finds its symbols where they need no decoder here; -1 where it is wrong. Those of codec rans stay
- * NULL. */
-static int open_chunk(const tile_run *run, size_t chunk, const uint8_t *slot, size_t symbols, const uint8_t **opened)
+/* Checks a chunk and finds its symbols where they need no decoder here; -1 where it is wrong. Those
+ * of codec rans stay NULL. */
+static int open_chunk(const tile_run *run, size_t chunk, const uint8_t *slot, size_t symbols,
+                      const uint8_t **opened)
 {
     const uint8_t *record = record_of(run->records, chunk);
     *opened = NULL;
-    if (!run->checked && !is_sound(slot, record))
+    if (!run->checked && !slot_is_sound(slot, record))
         return -1;
     if (run->given && run->given[chunk]) {
         *opened = run->given[chunk];
@@ -257,10 +179,12 @@ typedef struct {
     const uint8_t *symbols[MAX_PLANES];
 } tile_work;
 
-static rans_chunk coded_chunk(const workplace *at, const tile_work *tile, int plane, uint8_t *symbols)
+static rans_chunk coded_chunk(const workplace *at, const tile_work *tile, int plane,
+                              uint8_t *symbols)
 {
     size_t stored_bytes = load32(record_of(at->run->records, tile->chunk + (size_t)plane));
-    rans_chunk chunk = {tile->slot[plane], stored_bytes, symbols, (size_t)(tile->place.rows * tile->place.cols)};
+    rans_chunk chunk = {tile->slot[plane], stored_bytes, symbols,
+                        (size_t)(tile->place.rows * tile->place.cols)};
     return chunk;
 }
 
@@ -272,14 +196,17 @@ static int64_t decode_plane(workplace *at, tile_work tile[2], int count, int pla
     int waiting = 0;
     for (int number = 0; number < count; number++) {
         tile_work *one = &tile[number];
-        size_t chunk = one->chunk + (size_t)plane, symbols = (size_t)(one->place.rows * one->place.cols);
+        size_t chunk = one->chunk + (size_t)plane,
+               symbols = (size_t)(one->place.rows * one->place.cols);
         if (open_chunk(run, chunk, one->slot[plane], symbols, &one->symbols[plane]))
             return (int64_t)chunk;
         coded[number] = coded_chunk(at, one, plane, at->plane[number][plane]);
         waiting += !one->symbols[plane];
     }
-    if (waiting == 2 && table_of(run, tile[0].index, plane) == table_of(run, tile[1].index, plane)) {
-        if (read_table(at, table_of(run, tile[0].index, plane)) || rans_decode_pair(coded, at->table))
+    if (waiting == 2 &&
+        table_of(run, tile[0].index, plane) == table_of(run, tile[1].index, plane)) {
+        if (read_table(at, table_of(run, tile[0].index, plane)) ||
+            rans_decode_pair(coded, at->table))
             return (int64_t)tile[0].chunk + plane;
         tile[0].symbols[plane] = coded[0].symbols;
         tile[1].symbols[plane] = coded[1].symbols;
@@ -290,22 +217,25 @@ static int64_t decode_plane(workplace *at, tile_work tile[2], int count, int pla
         if (one->symbols[plane])
             continue;
         if (read_table(at, table_of(run, one->index, plane)) ||
-            rans_decode(coded[number].stored, coded[number].stored_bytes, at->table, coded[number].symbols,
-                        coded[number].raw_bytes))
+            rans_decode(coded[number].stored, coded[number].stored_bytes, at->table,
+                        coded[number].symbols, coded[number].raw_bytes))
             return (int64_t)one->chunk + plane;
         one->symbols[plane] = coded[number].symbols;
     }
     return -1;
 }
 
-/* ---- placing a tile -------------------------------------------------------------------------------------------------- */
+/* ---- placing a tile
+ *
+ */
 
 static uint8_t *place_of(const tile_run *run, uint64_t row, uint64_t col)
 {
     return run->out + (row * run->cols + col) * (uint64_t)run->itemsize;
 }
 
-static int join_tile(const workplace *at, const rectangle *tile, const uint8_t *const symbols[MAX_PLANES])
+static int join_tile(const workplace *at, const rectangle *tile,
+                     const uint8_t *const symbols[MAX_PLANES])
 {
     const tile_run *run = at->run;
     const kernel_set *set = kernels();
@@ -321,7 +251,8 @@ static int join_tile(const workplace *at, const rectangle *tile, const uint8_t *
         for (size_t i = 0; run->boolean && i < count; i++)
             if (plane[0][i] > 1)
                 return -1;
-        set->join(plane, run->planes, run->rotate, count, place_of(run, tile->row + piece, tile->col));
+        set->join(plane, run->planes, run->rotate, count,
+                  place_of(run, tile->row + piece, tile->col));
     }
     return 0;
 }
@@ -359,14 +290,15 @@ static const float *factors_of(const workplace *at, const rectangle *tile)
     return at->factors;
 }
 
-static int dequantize_tile(const workplace *at, const rectangle *tile, const uint8_t *const symbols[MAX_PLANES],
-                           int low_bits)
+static int dequantize_tile(const workplace *at, const rectangle *tile,
+                           const uint8_t *const symbols[MAX_PLANES], int low_bits)
 {
     const tile_run *run = at->run;
     const kernel_set *set = kernels();
     size_t count = (size_t)tile->cols;
     const float *factors = factors_of(at, tile);
-    if (set->has_lowest((const int8_t *)symbols[run->planes - 1], (size_t)(tile->rows * tile->cols)))
+    if (set->has_lowest((const int8_t *)symbols[run->planes - 1],
+                        (size_t)(tile->rows * tile->cols)))
         return -1;
     if (run->planes == 2 && (low_bits < 1 || low_bits > 8))
         return -1;
@@ -416,7 +348,7 @@ int64_t decode_run(const tile_run *run)
         (uintptr_t)run->out % (uintptr_t)run->itemsize)
         return -2;
     size_t chunks = (size_t)(run->last_tile - run->first_tile) * (size_t)run->planes;
-    if (!fill_exactly(run->records, chunks, run->slots_bytes))
+    if (!slots_fill_exactly(run->records, chunks, run->slots_bytes))
         return -2;
     workplace at;
     lay_out(run, &at);
@@ -442,8 +374,9 @@ int64_t decode_run(const tile_run *run)
         for (int number = 0; number < count; number++) {
             size_t last = tile[number].chunk + (size_t)run->planes - 1;
             int low_bits = run->planes == 2 ? record_of(run->records, last)[5] : 0;
-            if (run->finish == FINISH_JOIN ? join_tile(&at, &tile[number].place, tile[number].symbols)
-                                           : dequantize_tile(&at, &tile[number].place, tile[number].symbols, low_bits))
+            if (run->finish == FINISH_JOIN
+                    ? join_tile(&at, &tile[number].place, tile[number].symbols)
+                    : dequantize_tile(&at, &tile[number].place, tile[number].symbols, low_bits))
                 return (int64_t)last;
         }
     }

@@ -1,6 +1,7 @@
 /* XXH3-64 with seed 0, of data whose size is a multiple of 16: slots of chunks are no other.
  *
- * After the description of the algorithm in the documentation of xxHash; the constants are part of it.
+ * After the description of the algorithm in the documentation of xxHash; the constants are part of
+ * it.
  */
 #include "core.h"
 
@@ -106,7 +107,8 @@ static void scramble(uint64_t acc[8])
 
 static uint64_t of_many(const uint8_t *data, size_t size)
 {
-    uint64_t acc[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+    uint64_t acc[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
+                       PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     const kernel_set *set = kernels();
     size_t blocks = (size - 1) / BLOCK;
     for (size_t block = 0; block < blocks; block++) {
@@ -118,7 +120,8 @@ static uint64_t of_many(const uint8_t *data, size_t size)
     set->xxh3_stripes(acc, data + size - STRIPE, secret + SECRET_BYTES - STRIPE - 7, 1);
     uint64_t hash = size * PRIME64_1;
     for (int pair = 0; pair < 4; pair++)
-        hash += fold(acc[2 * pair] ^ load64(secret + 11 + 16 * pair), acc[2 * pair + 1] ^ load64(secret + 19 + 16 * pair));
+        hash += fold(acc[2 * pair] ^ load64(secret + 11 + 16 * pair),
+                     acc[2 * pair + 1] ^ load64(secret + 19 + 16 * pair));
     return avalanche(hash);
 }
 

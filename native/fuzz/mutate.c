@@ -1,7 +1,8 @@
 /* Runs every target on mutated inputs, for machines without libFuzzer: mutate EXECUTIONS [SEED].
  *
- * Inputs begin as valid ones where that matters (a coded chunk, a table) or as noise, and are changed by flips, copies,
- * cuts and random bytes. Every set of kernels that the machine can run takes its turn.
+ * Inputs begin as valid ones where that matters (a coded chunk, a table) or as noise, and are
+ * changed by flips, copies, cuts and random bytes. Every set of kernels that the machine can run
+ * takes its turn.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,8 +42,8 @@ static size_t make_chunk(uint8_t *input)
     for (size_t i = 0; i < count; i++)
         symbols[i] = frequency[second] && random_number() % 2 ? second : first;
     size_t bound = rans_encode_bound(count), size = rans_encode(symbols, count, &coder, buffer);
-    const uint8_t head[] = {0, 1, (uint8_t)((part - 1) >> 8), (uint8_t)(part - 1), first, second,
-                            (uint8_t)(count >> 8), (uint8_t)count};
+    const uint8_t head[] = {0,     1,      (uint8_t)((part - 1) >> 8), (uint8_t)(part - 1),
+                            first, second, (uint8_t)(count >> 8),      (uint8_t)count};
     memcpy(input, head, sizeof head);
     memcpy(input + sizeof head, buffer + bound - size, size);
     return sizeof head + size;
@@ -80,10 +81,18 @@ static size_t mutate(uint8_t *input, size_t size)
     for (size_t changes = below(4); changes > 0 && size; changes--) {
         size_t at = below(size), other = below(size), most = size - (at > other ? at : other);
         switch (random_number() % 5) {
-        case 0: input[at] ^= (uint8_t)(1 << random_number() % 8); break;
-        case 1: input[at] = (uint8_t)random_number(); break;
-        case 2: memmove(input + at, input + other, below(most + 1)); break;
-        case 3: size = at; break;
+        case 0:
+            input[at] ^= (uint8_t)(1 << random_number() % 8);
+            break;
+        case 1:
+            input[at] = (uint8_t)random_number();
+            break;
+        case 2:
+            memmove(input + at, input + other, below(most + 1));
+            break;
+        case 3:
+            size = at;
+            break;
         default:
             for (size_t extra = below(40); extra > 0 && size < MOST_BYTES; extra--)
                 input[size++] = (uint8_t)random_number();
@@ -97,8 +106,9 @@ static const struct {
     size_t (*make)(uint8_t *);
     const char *name;
 } targets[] = {
-    {fuzz_table, make_table, "table"},   {fuzz_decode, make_chunk, "decode"}, {fuzz_encode, make_chunk, "encode"},
-    {fuzz_fit, make_noise, "fit"},       {fuzz_check, make_noise, "check"},   {fuzz_run, make_noise, "run"},
+    {fuzz_table, make_table, "table"},   {fuzz_decode, make_chunk, "decode"},
+    {fuzz_encode, make_chunk, "encode"}, {fuzz_fit, make_noise, "fit"},
+    {fuzz_check, make_noise, "check"},   {fuzz_run, make_noise, "run"},
 };
 
 int main(int argc, char **argv)
@@ -115,6 +125,7 @@ int main(int argc, char **argv)
         size_t size = mutate(input, targets[target].make(input));
         targets[target].run(input, size);
     }
-    printf("%llu executions of %zu targets with %zu sets of kernels: no finding\n", executions, count, set_count);
+    printf("%llu executions of %zu targets with %zu sets of kernels: no finding\n", executions,
+           count, set_count);
     return 0;
 }

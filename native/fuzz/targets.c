@@ -1,5 +1,5 @@
-/* One target for each entry point of the core. Each splits its input into arguments in buffers of exactly their size,
- * so that AddressSanitizer sees every byte that is read or written outside. */
+/* One target for each entry point of the core. Each splits its input into arguments in buffers of
+ * exactly their size, so that AddressSanitizer sees every byte that is read or written outside. */
 #include <stdlib.h>
 
 #include "targets.h"
@@ -87,7 +87,8 @@ int fuzz_decode(const uint8_t *data, size_t size)
     require(symbols && other);
     int wrong = rans_decode(stored, stored_bytes, table, symbols, raw_bytes);
     /* Side by side with itself, and with its own head, which is no chunk. */
-    rans_chunk pair[2] = {{stored, stored_bytes, symbols, raw_bytes}, {stored, stored_bytes, other, raw_bytes}};
+    rans_chunk pair[2] = {{stored, stored_bytes, symbols, raw_bytes},
+                          {stored, stored_bytes, other, raw_bytes}};
     require(rans_decode_pair(pair, table) == wrong);
     require(wrong || !memcmp(symbols, other, raw_bytes));
     pair[1].raw_bytes = raw_bytes / 2;
@@ -117,7 +118,8 @@ int fuzz_encode(const uint8_t *data, size_t size)
     rans_coder coder;
     int precision = take_frequencies(&input, frequency);
     size_t raw_bytes = input.left, bound = rans_encode_bound(raw_bytes);
-    uint8_t *symbols = take_copy(&input, raw_bytes), *buffer = malloc(bound), *again = malloc(raw_bytes ? raw_bytes : 1);
+    uint8_t *symbols = take_copy(&input, raw_bytes), *buffer = malloc(bound),
+            *again = malloc(raw_bytes ? raw_bytes : 1);
     rans_table *table = malloc(sizeof *table);
     require(buffer && again && table && !rans_build_coder(frequency, precision, &coder));
     require(!rans_build_table(frequency, precision, table));
@@ -145,7 +147,8 @@ int fuzz_fit(const uint8_t *data, size_t size)
             log2_table[number] = (bits << 16) + ((number - ((int64_t)1 << bits)) << 16 >> bits);
         }
     for (int symbol = 0; symbol < 256; symbol++)
-        counts[symbol] = (int64_t)(take(&input, 1) % 3 ? take(&input, 4) : 0) - (take(&input, 1) == 255);
+        counts[symbol] =
+            (int64_t)(take(&input, 1) % 3 ? take(&input, 4) : 0) - (take(&input, 1) == 255);
     int precision = rans_fit(counts, log2_table, frequency);
     if (precision) {
         uint32_t total = 0;

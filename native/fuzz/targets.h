@@ -1,4 +1,5 @@
-/* Fuzz targets: each takes any bytes and aborts, or trips a sanitizer, where the core breaks a promise. */
+/* Fuzz targets: each takes any bytes and aborts, or trips a sanitizer, where the core breaks a
+ * promise. */
 #ifndef CODECLLM_FUZZ_TARGETS_H
 #define CODECLLM_FUZZ_TARGETS_H
 

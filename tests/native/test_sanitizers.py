@@ -20,7 +20,16 @@ FLAGS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
 )
-CORE = ("dispatch", "kernels_avx2", "kernels_avx512", "kernels_portable", "rans", "run", "xxh3")
+CORE = (
+    "check",
+    "dispatch",
+    "kernels_avx2",
+    "kernels_avx512",
+    "kernels_portable",
+    "rans",
+    "run",
+    "xxh3",
+)
 
 
 @pytest.fixture(scope="module")
