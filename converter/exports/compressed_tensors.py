@@ -135,7 +135,11 @@ def pack_codes(codes: NDArray[np.int8]) -> NDArray[np.int32]:
 
 
 def packed_columns(columns: int) -> int:
-    """Returns how many words a row of `columns` codes takes."""
+    """Returns the number of words that a row of `columns` codes takes.
+
+    >>> packed_columns(5)
+    2
+    """
     return -(-columns // _WORD_CODES)
 
 

@@ -97,6 +97,11 @@ def channel_axis(name: str, shape: tuple[int, ...], model_type: str) -> tuple[in
     | nn.Linear, nn.Embedding, default    | [out, ...]    | 0    | row    |
     | Conv1D of GPT-2 and its kin         | [in, out]     | 1    | column |
     | fused experts                       | [E, out, in]  | 1    | row    |
+
+    >>> channel_axis("h.0.attn.c_attn.weight", (768, 2304), "gpt2")
+    (1, 'column')
+    >>> channel_axis("model.layers.0.mlp.up_proj.weight", (11008, 4096), "llama")
+    (0, 'row')
     """
     if model_type in _CONV1D_MODELS and len(shape) == 2 and _matches(name, _CONV1D_NAMES):
         return 1, "column"

@@ -1,0 +1,30 @@
+"""The choices of the command line are those of the library, which it does not import to show its help."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from codecllm import api
+from codecllm.cli import options
+from codecllm.converter import options as converter_options
+from codecllm.formats.codecs import CodecName
+from codecllm.loader import pretrained
+from codecllm.verifier import verification
+
+
+@pytest.mark.parametrize(
+    ("shown", "accepted"),
+    [
+        (options.SchemeName, converter_options.Scheme),
+        (options.CodecChoice, CodecName),
+        (options.QualityName, converter_options.Quality),
+        (options.NonFiniteName, converter_options.NonFinite),
+        (options.LevelName, verification.Level),
+        (options.FormatName, api.ExportFormat),
+        (options.ResidentName, pretrained.Resident),
+    ],
+)
+def test_choices_are_those_of_the_library(shown, accepted):
+    assert get_args(shown) == get_args(accepted)
