@@ -33,7 +33,7 @@ unit: $(READY) ## Run the tests that need neither torch nor a model (under a min
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/malformed tests/golden tests/property
 
 test-oldest: $(READY) ## Run the loader's tests with the oldest transformers, in an environment of its own.
-	$(BIN)/python -m tests.matrix --versions 5.0.0
+	$(BIN)/python -m tests.matrix --versions 5.16.0
 
 matrix: $(READY) ## Run the loader's tests with six versions of transformers, each in an environment of its own.
 	$(BIN)/python -m tests.matrix

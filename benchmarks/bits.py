@@ -44,7 +44,7 @@ from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.int8 import join_codes
 from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.formats.stored_tensor import StoredTensor, sound
-from codecllm.loader.hf import adapter as transformers_adapter
+from codecllm.loader.hf.plain import load_plain
 from codecllm.quality import quantized_tensors
 from codecllm.verifier.evaluation import evaluate
 from demo import models
@@ -136,7 +136,7 @@ def _calibrated(source: Path, kind: str, refined: Collection[str]) -> Calibrated
         if kind != "inputs":
             return calibrate(opened, kind, refined=refined)
         known = set(opened.tensors)
-    model = transformers_adapter.load_plain(source, torch.float32).eval()
+    model = load_plain(source, torch.float32).eval()
     tokens = own_text(model)
     assert tokens is not None
     tokens = tokens[:2]

@@ -30,7 +30,8 @@ from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import CodecLLMError, UnsupportedEnvironmentError, one_line
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.records import Calibration
-from codecllm.loader.hf import adapter
+from codecllm.loader.hf.plain import load_offloaded, load_plain
+from codecllm.loader.hf.quiet import silenced, without_progress_bars
 
 _ROOM = 1.6
 """Memory of a backward pass, as a multiple of the weights' size.
@@ -111,12 +112,12 @@ def calibrate(
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     task = _Task(folder, kind, refined, shapes, on_stage or (lambda text: None))
     try:
-        with adapter.without_progress_bars(), adapter.silenced():
+        with without_progress_bars(), silenced():
             # Squares of gradients need float32; the dtype of the files is second best.
             if 4 * elements * _ROOM <= available_memory():
-                return _with_gradients(adapter.load_plain(folder, torch.float32), task)
+                return _with_gradients(load_plain(folder, torch.float32), task)
             if size * _ROOM <= available_memory():
-                return _with_gradients(adapter.load_plain(folder), task)
+                return _with_gradients(load_plain(folder), task)
             return _layer_by_layer(task)
     except CodecLLMError:
         raise
@@ -175,9 +176,7 @@ def _layer_by_layer(task: _Task) -> Calibrated:
         notes.append("no refinement, which needs the whole model in memory")
     task.tell(f"calibrating: {', '.join(notes)}")
     with tempfile.TemporaryDirectory(prefix="codecllm-") as offload:
-        model = adapter.load_offloaded(
-            task.folder, Path(offload), int(available_memory() / _ROOM)
-        ).eval()
+        model = load_offloaded(task.folder, Path(offload), int(available_memory() / _ROOM)).eval()
         tokens = _text(model, task.folder, kind, LENGTH)[:_FEW]
         return Calibrated(
             mean_squared_inputs(model, tokens, set(task.shapes)), record(_kind(kind), tokens), notes

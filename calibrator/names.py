@@ -15,7 +15,7 @@ import torch
 
 from codecllm.calibrator.gradients import Sums
 from codecllm.converter.rate.allocation import Sensitivity
-from codecllm.loader.hf import adapter
+from codecllm.loader.hf.hooks import as_saved, tied_parameters
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -38,12 +38,12 @@ def by_source(model: Any, sums: Sums, known: set[str]) -> dict[str, Sensitivity]
     for group in _layers(sums):
         spread = {name: _spread(*sums[name]) for name in group}
         # Fused tensors can be taken apart only with all parameters of their layer.
-        for name, values in adapter.as_saved(model, spread).items():
+        for name, values in as_saved(model, spread).items():
             target = known_name(name, known)
             if target is not None and values.ndim >= 2:
                 matrix = values.reshape(-1, values.shape[-1]).double()
                 sensitivities[target] = Sensitivity(_array(matrix.sum(0)), _array(matrix.sum(1)))
-    for name, other in adapter.tied_parameters(model).items():
+    for name, other in tied_parameters(model).items():
         # A checkpoint holds a tied tensor under one of its names.
         copies = known_name(name, known), known_name(other, known)
         for copy, original in (copies, copies[::-1]):

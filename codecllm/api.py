@@ -173,16 +173,20 @@ def run_conversion(
     """Converts as `convert` does, with packed options."""
     files = _resolve_source(model, access)
     report = _convert_source(files, out, options, progress, on_stage)
-    outcome, pinned = None, report.manifest_sha256
-    if baseline is not False:
-        from codecllm.verifier import record_baseline
+    from codecllm.verifier import record_baseline
+    from codecllm.verifier.load_report import record_load_report
 
+    note = record_load_report(report.out)
+    if note is not None:
+        report.warnings.append(note)
+    outcome = None
+    if baseline is not False:
         main_folder = files.folder / read_modules(files.folder).main
         outcome = record_baseline(
             report.out, main_folder, required=baseline is True, on_stage=on_stage
         )
-        with Container(report.out) as container:
-            pinned = container.manifest_sha256
+    with Container(report.out) as container:
+        pinned = container.manifest_sha256
     return Converted(report, pinned, outcome)
 
 
@@ -281,7 +285,7 @@ def _compressed_tensors_layout(container: Container) -> PackedLayout:
     config = manifest.file("config.json")
     if config is None or manifest.options.scheme != "int8":
         return plan_layout(manifest, ())
-    from codecllm.loader.hf.adapter import linear_modules
+    from codecllm.loader.hf.plain import linear_modules
 
     container.read_side_file(config)
     return plan_layout(manifest, linear_modules(container.folder))

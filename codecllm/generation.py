@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import ModelMismatchError, SchemaError, UsageError, one_line
 from codecllm.hub import resolve
 
 
@@ -32,7 +32,9 @@ def generate(
         progress: whether loading draws a bar on stderr.
 
     Raises:
-        UsageError: the model does not generate text, or has no tokenizer.
+        UsageError: the model does not generate text, or the prompt has no tokens.
+        SchemaError: the container has no tokenizer, or none that transformers can read.
+        ModelMismatchError: the tokenizer is not the model's.
         CodecLLMError: loading failed.
     """
     files = resolve(out, revision=revision)
@@ -45,13 +47,25 @@ def generate(
     model = from_pretrained(files.folder, resident=resident, workers=workers, progress=progress)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
+    tokenizer = read_tokenizer(files.folder)
     try:
-        tokenizer = read_tokenizer(files.folder)
-    except (OSError, ValueError) as exc:
-        raise UsageError(f"the container holds no usable tokenizer ({exc})", file=str(out)) from exc
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    except Exception as exc:  # tokenizer files decide what their classes do, and fail in
+        raise SchemaError(
+            f"the tokenizer cannot encode the prompt: {type(exc).__name__}: {one_line(exc)}",
+            file="tokenizer.json",
+        ) from exc
     if inputs["input_ids"].shape[-1] == 0:
         raise UsageError("the prompt has no tokens", got=repr(prompt))
+    largest = int(inputs["input_ids"].max())
+    rows = getattr(model.config.get_text_config(decoder=True), "vocab_size", largest + 1)
+    if largest >= rows:
+        raise ModelMismatchError(
+            "the tokenizer gives tokens beyond the model's vocabulary",
+            file="tokenizer.json",
+            got=largest,
+            expected=f"below {rows}",
+        )
     with torch.inference_mode():
         tokens = model.generate(
             **inputs,

@@ -1,14 +1,14 @@
 """From a container to a live torch model: streaming, decoding, resident int8 modules, and the way into transformers.
 
 Importing this package registers the format with transformers: from then on `AutoModel.from_pretrained` and its kin load
-containers by themselves (transformers 5.21 and newer).
+containers by themselves.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from codecllm.loader.hf.adapter import register
+from codecllm.loader.hf.quantizer import register
 
 if TYPE_CHECKING:
     from codecllm.loader.pretrained import from_pretrained

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -13,46 +14,34 @@ from codecllm.formats.errors import (
     CodecLLMError,
     ModelMismatchError,
     NotAContainerError,
-    UnsupportedEnvironmentError,
     UsageError,
-    one_line,
 )
+from codecllm.formats.strict_json import parse_json_object
 from codecllm.hub import resolve
+from codecllm.loader.config_size import check_config_size
 from codecllm.loader.device.codecs import Decoder
-from codecllm.loader.device.engines import DeviceEngines
-from codecllm.loader.device.placement import has_device, refuse_without_device, sole_device
-from codecllm.loader.hf import adapter
-from codecllm.loader.hf.folder import read_config, read_generation_config
-from codecllm.loader.host.threads import decoding_threads
-from codecllm.loader.progress import Meter, OnProgress, metered
-from codecllm.loader.reader import CPU, TensorReader
-from codecllm.loader.resident.residency import Residency, ResidentCompressed, ResidentInt8
-from codecllm.loader.state_dict import lazy_state_dict, main_dtype, prefetch
+from codecllm.loader.device.placement import refuse_without_device
+from codecllm.loader.hf import placement, quantizer
+from codecllm.loader.hf.folder import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    describe,
+    read_config,
+    read_generation_config,
+)
+from codecllm.loader.hf.model_class import described_tensors, model_class
+from codecllm.loader.load import Load, LoadOptions, Resident
+from codecllm.loader.progress import OnProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Resident = Literal["dense", "int8", "compressed"]
+CONFIG_BYTES = 16 << 20
 
-_CONFIG = "config.json"
-_GENERATION_CONFIG = "generation_config.json"
-_OURS = frozenset(
-    {
-        "config",
-        "state_dict",
-        "quantization_config",
-        "gguf_file",
-        "subfolder",
-        "variant",
-        "use_safetensors",
-        "output_loading_info",
-        "ignore_mismatched_sizes",
-        "key_mapping",
-        "trust_remote_code",
-        "weights_only",
-    }
+_REFUSED = frozenset(
+    {"state_dict", "quantization_config", "gguf_file", "subfolder", "variant", "from_tf"}
 )
-"""Arguments of transformers' `from_pretrained` that a container answers itself, or that would let a wrong weight pass."""
+"""Arguments of transformers' `from_pretrained` that say where the weights are: a container does."""
 
 
 def from_pretrained(
@@ -63,6 +52,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    auto_class: Any = None,
     resident: Resident = "dense",
     decoder: Decoder = "auto",
     workers: int | None = None,
@@ -70,282 +60,158 @@ def from_pretrained(
     progress: bool | OnProgress | None = None,
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads a container into the transformers model that its config names, in evaluation mode.
+    """Loads a container as transformers loads the model that it was made from.
 
-    Every byte is compared with its checksum before it is decoded. Missing, extra or mis-shaped tensors are errors; a model is
-    returned only when it is complete.
+    The class, its config, names, tied weights, dtypes, generation defaults and warnings are what
+    transformers' own `from_pretrained` makes of the source. Every byte of a weight is compared with
+    its checksum before it is decoded. What the plain load of the source leaves over (a head that
+    the class lacks, say) is recorded in the container: the same is a warning here, and anything
+    else that is missing or left over an error. A model is returned only when it is complete.
 
     Args:
         name_or_path: container folder or Hub id (`user/name`).
         revision: branch, tag or commit of a Hub id.
         token: Hub token.
         cache_dir: Hub cache.
-        dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`; None and "auto" take the source's.
+        dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`; None and "auto"
+            take the source's.
         device_map: as in transformers; None loads onto the CPU.
-        resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and scales stay, about half of
-            bf16's bytes; products are those of dense or, with another kernel, within its rounding (`int8_matmul.int8_linear`).
-            `compressed`: payloads stay coded as in the files and each weight is decoded just before it is used: least memory,
+        auto_class: class to load, one of transformers' Auto classes or a model class, for example
+            `transformers.AutoModelForSequenceClassification`; None takes the class that the config
+            names, or where transformers has no such class the usual one that the weights fill best.
+            With a class of the caller, weights that it lacks are initialised, with a warning, as
+            transformers does.
+        resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and
+            scales stay, about half of bf16's bytes; products are those of dense or, with another
+            kernel, within its rounding (`int8_matmul.int8_linear`). `compressed`: payloads stay
+            coded as in the files and each weight is decoded just before it is used: least memory,
             the bits of dense, and the time of decoding the whole model for every forward pass.
-        decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there, as far as it can, else on the
-            CPU. `cpu`: on the CPU. `nvcomp`, `triton`: zstd by nvCOMP, `rans` by our kernel, or an error that says why not.
+        decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there,
+            as far as it can, else on the CPU. `cpu`: on the CPU. `nvcomp`, `triton`: zstd by
+            nvCOMP, `rans` by our kernel, or an error that says why not.
         workers: threads that read and decode; None takes one per core, without the native core at
             most six. For tensors that a GPU decodes no more than three read.
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
-        progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name, bytes done and bytes in all;
-            None leaves it to transformers' own bar.
-        hf_kwargs: further arguments of transformers' `from_pretrained`, for example `attn_implementation`.
+        progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name,
+            bytes done and bytes in all; None leaves it to transformers' own bar.
+        hf_kwargs: further arguments of transformers' `from_pretrained`, for example
+            `attn_implementation`, `max_memory`, `key_mapping`, `num_labels`, `output_loading_info`.
 
     Returns:
-        The model. It has no tie to the container's files.
+        The model, in evaluation mode, with no tie to the container's files; with
+        `output_loading_info=True` the model and transformers' report.
 
     Raises:
-        FormatError: the container is damaged or is none.
+        FormatError: the container is damaged or is none, or transformers cannot read a side file.
         ModelMismatchError: its tensors are not those of the model class.
         UnsupportedEnvironmentError: this transformers or torch lacks the class or a dtype.
         HubError: the repository cannot be reached, found or read.
         UsageError: the arguments contradict each other or the container.
     """
-    refused = sorted(_OURS & hf_kwargs.keys())
-    if refused:
-        raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
-    if resident not in get_args(Resident):
-        raise UsageError(
-            "no such resident", got=repr(resident), expected=" or ".join(get_args(Resident))
-        )
-    if decoder not in get_args(Decoder):
-        raise UsageError(
-            "no such decoder", got=repr(decoder), expected=" or ".join(get_args(Decoder))
-        )
+    _check_arguments(resident, decoder, dtype, hf_kwargs)
     refuse_without_device(decoder, device_map)
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
-    pinned = expected_manifest_sha256
-    with Container(files.folder, expected_manifest_sha256=pinned) as container:
-        threads = decoding_threads(workers)
-        config = _read_config(container, resident)
-        wanted = _wanted_dtype(dtype, config, container)
-        with (
-            nullcontext() if progress is None else adapter.without_progress_bars(),
-            metered(progress, container.manifest.source.tensor_bytes) as meter,
-            DeviceEngines(container, threads, decoder) as devices,
-            closing(
-                _Load(
-                    container,
-                    threads,
-                    config,
-                    wanted,
-                    workers,
-                    meter,
-                    devices,
-                    device_map,
-                    hf_kwargs.get("max_memory"),
-                )
-            ) as load,
-        ):
-            model = load.run(resident, {"device_map": device_map, **hf_kwargs})
-        _read_generation_config(container, model)
+    spreading = {}
+    if resident != "dense" and placement.spreads(device_map):
+        # transformers would spread, and maybe offload, weights before they are what they stay.
+        names = ("max_memory", "offload_folder")
+        spreading = {name: hf_kwargs.pop(name) for name in names if name in hf_kwargs}
+        spreading["device_map"], device_map = device_map, None
+    options = LoadOptions(
+        resident=resident,
+        decoder=decoder,
+        workers=workers,
+        progress=progress,
+        device_map=device_map,
+        max_memory=hf_kwargs.get("max_memory"),
+        complete=auto_class is None and not hf_kwargs.get("key_mapping"),
+    )
+    with closing(Load(files.folder, options, expected_manifest_sha256)) as load:
+        _check_side_files(load.container)
+        result = _build(load, auto_class, dtype, device_map, hf_kwargs)
+    model = result[0] if isinstance(result, tuple) else result
+    if spreading:
+        placement.spread(model, **spreading)
     model.name_or_path = model.config._name_or_path = str(name_or_path)
-    return model
+    return result
 
 
-class _Load:
-    """One load in progress."""
-
-    def __init__(
-        self,
-        container: Container,
-        threads: int,
-        config: Any,
-        dtype: torch.dtype,
-        workers: int | None,
-        meter: Meter,
-        devices: DeviceEngines,
-        device_map: Any,
-        max_memory: Any,
-    ) -> None:
-        self._container = container
-        self._config = config
-        self._dtype = dtype
-        self._workers = workers
-        self._meter = meter
-        needed = container.manifest.source.tensor_bytes * max(1, dtype.itemsize // 2)
-        device = sole_device(device_map, needed, max_memory)
-        self._engine = devices.engine(device) if device is not None else None
-        self._reader = TensorReader(container, threads, meter, devices, device or CPU)
-        self._state_dict = lazy_state_dict(self._reader, container, dtype)
-
-    def close(self) -> None:
-        """Ends what is still being read."""
-        self._reader.close()
-
-    def run(self, resident: Resident, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
-        """Builds the model class and loads the weights; see `from_pretrained`."""
-        if resident == "dense":
-            prefetch(self._reader, self._state_dict)
-            model = self._build(hf_kwargs)
-        else:
-            model = self._run_resident(self._plan(resident), hf_kwargs)
-        self._check_materialized(model)
-        _separate_untied(model)
-        return model
-
-    def _run_resident(self, plan: Residency, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
-        """Loads with replaced modules; spreads them over devices only once they are complete.
-
-        transformers would spread, and maybe offload, the int8 parameters before they have become what they stay.
-        """
-        device_map = hf_kwargs.get("device_map")
-        spread = adapter.spreads(device_map)
-        if spread:
-            spreading = {
-                name: hf_kwargs[name]
-                for name in ("max_memory", "offload_folder")
-                if name in hf_kwargs
-            }
-            hf_kwargs = {
-                name: value
-                for name, value in hf_kwargs.items()
-                if name not in ("device_map", *spreading)
-            }
-        with adapter.module_plan(plan):
-            model = self._build(hf_kwargs)
-        plan.finish(model)
-        if spread:
-            adapter.spread(model, device_map, **spreading)
-        return model
-
-    def _plan(self, resident: Resident) -> Residency:
-        if resident == "int8":
-            return ResidentInt8(self._container, self._reader, self._state_dict)
-        return ResidentCompressed(
-            self._container,
-            self._reader,
-            self._state_dict,
-            self._workers,
-            self._meter,
-            self._engine,
+def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[str, Any]) -> None:
+    refused = sorted(_REFUSED & hf_kwargs.keys())
+    if hf_kwargs.pop("trust_remote_code", None):
+        refused.append("trust_remote_code: code of a container is never run")
+    if refused:
+        raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
+    for name, value, choices in (
+        ("resident", resident, get_args(Resident)),
+        ("decoder", decoder, get_args(Decoder)),
+    ):
+        if value not in choices:
+            raise UsageError(f"no such {name}", got=repr(value), expected=" or ".join(choices))
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype, dtype)
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if dtype not in (None, "auto") and not is_float:
+        raise UsageError(
+            "not a float dtype", got=repr(dtype), expected="for example torch.bfloat16"
         )
 
-    def _build(self, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
-        cls = adapter.model_class(self._config)
-        try:
-            with adapter.silenced(), self._asking(hf_kwargs.get("device_map")):
-                model, found = cls.from_pretrained(
-                    None,
-                    config=self._config,
-                    state_dict=self._state_dict,
-                    dtype=self._dtype,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                    **hf_kwargs,
-                )
-        except Exception as exc:
-            if self._reader.first_error is not None:
-                raise self._reader.first_error from exc
-            if isinstance(exc, CodecLLMError):
-                raise
-            raise ModelMismatchError(
-                f"transformers could not build {cls.__name__}: {_one_line(exc)}"
-            ) from exc
-        if self._reader.first_error is not None:
-            raise self._reader.first_error
-        _check_loading(found, cls.__name__)
-        return model
 
-    def _asking(self, device_map: Any) -> AbstractContextManager[None]:
-        """Returns how weights are asked for: from one thread, but where some go to devices for which none are made ahead."""
-        if adapter.spreads(device_map) and self._engine is None and has_device():
-            return nullcontext()
-        return adapter.without_loading_threads()
+def _check_side_files(container: Container) -> None:
+    """Compares the side files that a load reads with the manifest, and tries to read them.
 
-    def _check_materialized(self, model: PreTrainedModel) -> None:
-        """Refuses a model with parameters that have no weights, here or where they are offloaded to."""
-        empty = [
-            name
-            for name, value in model.named_parameters()
-            if value.is_meta and not adapter.is_offloaded(model, name)
-        ]
-        if empty:
-            raise ModelMismatchError(
-                "parameters were left without weights", tensor=empty[0], got=len(empty)
-            )
-
-
-def _read_config(container: Container, resident: Resident) -> Any:
-    """Reads the checked config.json; our block stays in it only where modules will be replaced."""
-    record = container.manifest.file(_CONFIG)
+    Raises:
+        FormatError: one differs from the manifest, or transformers cannot read it.
+        ModelMismatchError: the config describes far more layers than the container can fill.
+    """
+    record = container.manifest.file(CONFIG_NAME)
     if record is None:
         raise NotAContainerError(
             "container has no config.json: no model can be built from it",
             file=str(container.folder),
         )
-    container.read_side_file(record)
+    data = container.read_side_file(record)
+    document = parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
+    check_config_size(document, len(container.records))
+    record = container.manifest.file(GENERATION_CONFIG_NAME)
+    if record is not None:
+        container.read_side_file(record)
+        read_generation_config(container.folder)
+
+
+def _build(
+    load: Load, auto_class: Any, dtype: Any, device_map: Any, hf_kwargs: dict[str, Any]
+) -> Any:
+    """Lets transformers load the folder with the weights of `load`; returns what it returns."""
+    folder = load.container.folder
+    config = hf_kwargs.pop("config", None)
+    stored_config, unused = read_config(folder, return_unused_kwargs=True, **hf_kwargs)
+    if config is None:
+        config, hf_kwargs = stored_config, unused
+    else:
+        config.quantization_config = stored_config.quantization_config
+    cls = auto_class or model_class(config, partial(described_tensors, load.container))
     try:
-        config = read_config(container.folder)
+        with quantizer.using(load):
+            return cls.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=False,
+                **hf_kwargs,
+            )
     except Exception as exc:
-        raise UnsupportedEnvironmentError(
-            f"transformers cannot read the config: {_one_line(exc)}", file=_CONFIG
-        ) from exc
-    if resident == "dense":
-        adapter.strip_quantization(config)
-    return config
-
-
-def _read_generation_config(container: Container, model: Any) -> None:
-    record = container.manifest.file(_GENERATION_CONFIG)
-    if record is None or not model.can_generate():
-        return
-    container.read_side_file(record)
-    model.generation_config = read_generation_config(container.folder)
-
-
-def _wanted_dtype(
-    dtype: torch.dtype | str | None, config: Any, container: Container
-) -> torch.dtype:
-    if dtype is None or dtype == "auto":
-        dtype = getattr(config, "dtype", None) or main_dtype(container)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None) or dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(
-            "not a float dtype", got=repr(dtype), expected="for example torch.bfloat16"
-        )
-    return dtype
-
-
-def _check_loading(found: dict[str, Any], cls: str) -> None:
-    """Turns transformers' report, after the class's own ignore lists, into one error.
-
-    Raises:
-        ModelMismatchError: something is missing, extra or mis-shaped.
-    """
-    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    shapes = sorted(
-        f"{name} {tuple(got)} for {tuple(wanted)}" for name, got, wanted in found["mismatched_keys"]
-    )
-    lists = [
-        ("missing", missing),
-        ("not in the model", extra),
-        ("mis-shaped", shapes),
-        ("failed", found["error_msgs"]),
-    ]
-    faults = [f"{what}: {', '.join(map(str, names))}" for what, names in lists if names]
-    if faults:
+        if load.first_error is not None:
+            raise load.first_error from exc
+        if isinstance(exc, CodecLLMError):
+            raise
+        mismatched = load.mismatched()
+        if mismatched:
+            raise ModelMismatchError(
+                f"the container's tensors are not those of {cls.__name__}; "
+                f"mis-shaped: {', '.join(mismatched)}"
+            ) from exc
         raise ModelMismatchError(
-            f"the container's tensors are not those of {cls}; " + "; ".join(faults)
-        )
-
-
-def _separate_untied(model: Any) -> None:
-    """Gives parameters that are equal in the container, but not tied in the model, memory of their own."""
-    seen: set[tuple[torch.device, int]] = set()
-    for parameter in model.parameters():
-        if parameter.is_meta or not parameter.numel():
-            continue
-        place = (parameter.device, parameter.data_ptr())
-        if place in seen:
-            parameter.data = parameter.data.clone()
-        seen.add(place)
-
-
-def _one_line(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {one_line(exc, 300)}"
+            f"transformers could not build {cls.__name__}: {describe(exc)}"
+        ) from exc

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSIONS = ("5.0.0", "5.9.0", "5.15.0", "5.19.0", "5.21.0", "5.23.0")
+VERSIONS = ("5.16.0", "5.17.0", "5.18.0", "5.19.0", "5.21.0", "5.23.0")
 TESTS = tuple(
     f"tests/integration/test_{name}.py"
     for name in (
@@ -28,7 +28,7 @@ TESTS = tuple(
         "compressed",
         "composability",
         "unusual_sources",
-        "transformers_adapter",
+        "transformers_hooks",
     )
 )
 _FREE = ("transformers", "huggingface-hub", "typer", "rich")

@@ -105,7 +105,8 @@ class Side:
     def load(self) -> Any:
         """Returns the model, ready to run, on the CPU."""
         from codecllm.loader import from_pretrained
-        from codecllm.loader.hf.adapter import load_plain, without_progress_bars
+        from codecllm.loader.hf.plain import load_plain
+        from codecllm.loader.hf.quiet import without_progress_bars
 
         with without_progress_bars():
             return (

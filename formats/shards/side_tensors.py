@@ -68,7 +68,6 @@ class SideTensor:
             has rank 1.
         presence: whether a tensor of this layout has it.
         needs: key of a side tensor without which this one must not stand, or None.
-        decides_meaning: whether tensors with equal payloads may still differ in it.
     """
 
     key: str
@@ -77,7 +76,6 @@ class SideTensor:
     length: Callable[[CodedLayout], int | None]
     presence: Callable[[CodedLayout], Presence]
     needs: str | None = None
-    decides_meaning: bool = True
 
     @property
     def suffix(self) -> str:
@@ -150,7 +148,6 @@ SHAPE = SideTensor(
     dtype=lambda layout: "I64",
     length=lambda layout: layout.rank,
     presence=_always,
-    decides_meaning=False,
 )
 CHUNKS = SideTensor(
     "chunks",
@@ -165,7 +162,6 @@ TABLES = SideTensor(
     dtype=_bytes_dtype,
     length=lambda layout: layout.tables_bytes,
     presence=_with_rans,
-    decides_meaning=False,
 )
 
 SIDE_TENSORS = (SCALE, COL_SCALE, COL_GROUP, SHAPE, CHUNKS, TABLES)

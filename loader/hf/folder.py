@@ -1,32 +1,100 @@
-"""Read config, tokenizer and generation settings of a folder. Code that lies in the folder is never run.
+"""Read config, tokenizer and generation settings of a folder. Code of the folder is never run.
 
-transformers can import Python files of a model folder (`auto_map`, `custom_generate`). Without an explicit
-`trust_remote_code` it asks on the terminal and runs them after a "y". Every call of codecllm goes through this module,
-which always answers no.
+transformers can import Python files of a model folder (`auto_map`, `custom_generate`). Without an
+explicit `trust_remote_code` it asks on the terminal and runs them after a "y". Every call of
+codecllm goes through this module, which always answers no.
+
+transformers raises whatever its many classes happen to raise for a file that is damaged or made to
+be hostile (KeyError, TypeError, RecursionError, ...). Here that is one error that names the file.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from codecllm.formats.errors import SchemaError, UnsupportedEnvironmentError, one_line
 
-def read_config(folder: str | Path) -> Any:
-    """Returns the config of a folder as a transformers `PretrainedConfig`."""
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+
+
+def read_config(folder: str | Path, **options: Any) -> Any:
+    """Returns the config of a folder as a transformers `PretrainedConfig`.
+
+    Args:
+        folder: the model's folder.
+        options: attributes to change, as `from_pretrained` takes them. With
+            `return_unused_kwargs=True` the result is the config and the other options.
+
+    Raises:
+        UnsupportedEnvironmentError: this transformers cannot read it.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as exc:
+        raise UnsupportedEnvironmentError(
+            f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME
+        ) from exc
 
 
 def read_tokenizer(folder: str | Path, **options: Any) -> Any:
-    """Returns the tokenizer of a folder; `options` go to `AutoTokenizer.from_pretrained`."""
+    """Returns the tokenizer of a folder; `options` go to `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        SchemaError: there is none, or transformers cannot read its files.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as exc:
+        name = _damaged_tokenizer_file(Path(folder))
+        raise SchemaError(
+            f"transformers cannot read the tokenizer: {describe(exc)}", file=name
+        ) from exc
 
 
 def read_generation_config(folder: str | Path) -> Any:
-    """Returns the folder's generation_config.json as a transformers `GenerationConfig`."""
+    """Returns the folder's generation_config.json as a transformers `GenerationConfig`.
+
+    Raises:
+        SchemaError: transformers cannot read it.
+    """
     from transformers import GenerationConfig
 
-    return GenerationConfig.from_pretrained(folder)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as exc:
+        raise SchemaError(
+            f"transformers cannot read the generation defaults: {describe(exc)}",
+            file=GENERATION_CONFIG_NAME,
+        ) from exc
+
+
+def describe(exc: BaseException) -> str:
+    """Returns class and text of a foreign error, in one line."""
+    return f"{type(exc).__name__}: {one_line(exc, 300)}"
+
+
+def _damaged_tokenizer_file(folder: Path) -> str | None:
+    """Returns the tokenizer file that is no JSON object, else the first that exists, else None."""
+    existing = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for name in existing:
+        try:
+            document = json.loads((folder / name).read_bytes())
+        except (ValueError, RecursionError):
+            return name
+        if not isinstance(document, dict):
+            return name
+    return existing[0] if existing else None

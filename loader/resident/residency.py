@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from codecllm.formats.shards.side_tensors import COL_SCALE, SCALE
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.engine import DeviceEngine
 from codecllm.loader.device.plan import decodes_on_device
+from codecllm.loader.hf.hooks import Destination
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter
 from codecllm.loader.promise import Promise
@@ -58,36 +59,57 @@ class Residency:
         self.modules: list[str] = []
 
     def prepare(
-        self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype
+        self, model: nn.Module, places: Sequence[Destination], tied: dict[str, str]
     ) -> None:
-        """Replaces modules of the empty model, changes what the state dict yields for them, and starts to read it.
+        """Replaces modules of the empty model, changes what the state dict yields, starts to read.
 
         Args:
             model: the model on the meta device.
-            prefix: name of its base model; names in the container may have or lack it.
-            tied: the model's own: name of a parameter -> name of the parameter that it is tied to.
-            dtype: dtype of the model's weights.
+            places: where transformers puts each tensor, and in which dtype.
+            tied: the model's own table: parameter -> parameter that it is tied to. Ties between
+                tensors that differ in the container are taken out: transformers does not tie them.
         """
         parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        partners = _groups(tied)
-        for name, record in self._records.items():
-            target = _parameter_name(name, prefix, parameters)
-            if target is None or not _by_rows(record):
+        by_parameter = {place.parameter: place for place in places if place.alone}
+        stored = {
+            place.parameter: self._records[place.stored].name
+            for place in by_parameter.values()
+            if place.stored in self._records
+        }
+        partners, origins = _groups(tied), _origins(tied, by_parameter)
+        for parameter, place in by_parameter.items():
+            record = self._records.get(place.stored)
+            if record is None or not parameter.endswith(".weight") or not _by_rows(record):
                 continue
-            group = sorted(partners.get(target, {target}))
-            if all(
-                parameters.get(member) == tuple(record.shape) for member in group
-            ) and self._swap(model, record, group):
-                own_prefix = name.removesuffix(target) if name.endswith(target) else ""
-                self._redirect(name, own_prefix, record, group, tied, dtype)
+            tied_together = partners.get(parameter, {parameter})
+            group = [
+                member
+                for member in sorted(tied_together)
+                if origins.get(member) == parameter or stored.get(member) == record.name
+            ]
+            fits = all(parameters.get(member) == tuple(record.shape) for member in group)
+            if fits and self._swap(model, record, group, place.dtype):
+                self._redirect(place, record, group, tied)
+                for member in tied_together.difference(group):
+                    _untie(tied, member, parameter)
         prefetch(self._reader, self._state_dict)
 
     def finish(self, model: nn.Module) -> None:
         """Verifies the replaced modules and ends their loading; see the subclasses."""
 
-    def _swap(self, model: nn.Module, record: CodedTensor, group: list[str]) -> bool:
-        """Replaces the modules that own the parameters of a group; whether all of them could be, or were before."""
+    def _swap(
+        self, model: nn.Module, record: CodedTensor, group: list[str], dtype: torch.dtype
+    ) -> bool:
+        """Replaces the modules that own the parameters of a group, for weights of `dtype`.
+
+        Returns:
+            Whether all of them could be replaced, or were before.
+        """
         owners = [member.removesuffix(".weight") for member in group]
+        for owner in owners:
+            weight = model.get_submodule(owner)._parameters.get("weight")
+            if weight is not None and weight.is_floating_point():
+                weight.data = weight.data.to(dtype)  # on the meta device: what twins are made of
         twins = [self._twin(model.get_submodule(owner), record) for owner in owners]
         if any(
             twin is None and owner not in self.modules
@@ -105,15 +127,9 @@ class Residency:
         raise NotImplementedError
 
     def _redirect(
-        self,
-        name: str,
-        own_prefix: str,
-        record: CodedTensor,
-        group: list[str],
-        tied: dict[str, str],
-        dtype: torch.dtype,
+        self, place: Destination, record: CodedTensor, group: list[str], tied: dict[str, str]
     ) -> None:
-        """Changes what the state dict yields for the container's tensor `name`."""
+        """Changes what the state dict yields for the tensor that goes to `place`."""
         raise NotImplementedError
 
 
@@ -171,24 +187,17 @@ class ResidentInt8(Residency):
         return int8_twin(module, record.xxh3.col_scale is not None)
 
     def _redirect(
-        self,
-        name: str,
-        own_prefix: str,
-        record: CodedTensor,
-        group: list[str],
-        tied: dict[str, str],
-        dtype: torch.dtype,
+        self, place: Destination, record: CodedTensor, group: list[str], tied: dict[str, str]
     ) -> None:
-        self._state_dict[name] = LazyTensor(self._reader, record, "codes", dtype)
-        # Every module of the group has a scale of its own name; parameters are tied by transformers, buffers are not.
+        self._state_dict[place.stored] = LazyTensor(self._reader, record, "codes", place.dtype)
+        # Each module of the group has scales of its own: transformers ties parameters, not buffers.
         self._reader.share(record.name)
         for member in group:
-            self._state_dict[SCALE.name_for(own_prefix + member)] = LazyTensor(
-                self._reader, record, "scale", dtype
-            )
+            scale = LazyTensor(self._reader, record, "scale", place.dtype)
+            self._state_dict[SCALE.name_for(member)] = scale
             if record.xxh3.col_scale is not None:
-                columns = LazyTensor(self._reader, record, "col_scale", dtype)
-                self._state_dict[COL_SCALE.name_for(own_prefix + member)] = columns
+                columns = LazyTensor(self._reader, record, "col_scale", place.dtype)
+                self._state_dict[COL_SCALE.name_for(member)] = columns
 
 
 class ResidentCompressed(Residency):
@@ -229,14 +238,14 @@ class ResidentCompressed(Residency):
         self._on_device: list[DeviceCompressedTensor] = []
 
     def prepare(
-        self, model: nn.Module, prefix: str, tied: dict[str, str], dtype: torch.dtype
+        self, model: nn.Module, places: Sequence[Destination], tied: dict[str, str]
     ) -> None:
         """See `Residency.prepare`; payloads for a device are brought there at once.
 
         Raises:
             FormatError: one is damaged or does not decode.
         """
-        super().prepare(model, prefix, tied, dtype)
+        super().prepare(model, places, tied)
         if self._device is not None and self._engine is not None and self._on_device:
             with torch.device(
                 "cpu"
@@ -283,15 +292,9 @@ class ResidentCompressed(Residency):
         return self._payloads[record.name]
 
     def _redirect(
-        self,
-        name: str,
-        own_prefix: str,
-        record: CodedTensor,
-        group: list[str],
-        tied: dict[str, str],
-        dtype: torch.dtype,
+        self, place: Destination, record: CodedTensor, group: list[str], tied: dict[str, str]
     ) -> None:
-        self._state_dict.pop(name, None)
+        self._state_dict.pop(place.stored, None)
         for member in group:  # the modules share the payload; there is no parameter left to tie
             tied.pop(member, None)
 
@@ -312,11 +315,28 @@ def _by_rows(record: CodedTensor) -> bool:
     return by_rows and len(record.shape) == 2
 
 
-def _parameter_name(name: str, prefix: str, parameters: Mapping[str, object]) -> str | None:
-    """Returns the model's name of a container's tensor: the same, or with the base model's prefix added or removed."""
-    candidates = [name, f"{prefix}.{name}" if prefix else name, name.removeprefix(f"{prefix}.")]
-    found = next((candidate for candidate in candidates if candidate in parameters), None)
-    return found if found is not None and found.endswith(".weight") else None
+def _origins(tied: Mapping[str, str], present: Collection[str]) -> dict[str, str]:
+    """Returns, for each parameter, the one with a tensor in the file whose weight it gets.
+
+    As transformers ties after a load: a parameter without a tensor takes that of the one it is tied
+    to, and where this has none either, the first tensor that is there of those tied to it.
+    """
+    origins = {name: name for name in present}
+    for target, source in tied.items():
+        if source not in origins:
+            others = [name for name, other in tied.items() if other == source and name in present]
+            if others:
+                origins[source] = others[0]
+        if target not in origins and source in origins:
+            origins[target] = origins[source]
+    return origins
+
+
+def _untie(tied: dict[str, str], a: str, b: str) -> None:
+    """Takes the tie between two parameters out of a model's table."""
+    for target, source in ((a, b), (b, a)):
+        if tied.get(target) == source:
+            del tied[target]
 
 
 def _groups(tied: Mapping[str, str]) -> dict[str, set[str]]:

@@ -18,7 +18,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.reference import read_codes
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from codecllm.verifier.diagnosis import diagnose, render_html
 from codecllm.verifier.report import Verdict
 from tests.diagnosis import faults

@@ -16,7 +16,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import Int8Tensor, RawTensor
 from codecllm.formats.reference import read_symbols, read_tensor_bytes
 from codecllm.formats.stored_tensor import StoredTensor
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from codecllm.verifier import verify
 from codecllm.verifier.diagnosis import Cause, diagnose
 from codecllm.verifier.diagnosis.causes import explaining

@@ -17,7 +17,7 @@ from codecllm.formats.errors import (
     UsageError,
 )
 from codecllm.hub.resolve import listed_names
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from codecllm.model_card import MARKER
 from codecllm.publishing import push
 from codecllm.verifier.baseline.baseline import _attach

@@ -22,7 +22,7 @@ from codecllm.converter.options import QUALITIES
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from tests.integration import tiny_models
 from tests.stepped import fitted
 

@@ -21,7 +21,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.shards.side_tensors import side_names
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from codecllm.verifier.evaluation import evaluate, sample_text
 from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME, find_candidate
 from codecllm.verifier.evaluation.divergence import Base

@@ -21,7 +21,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.int8_modules import Int8Embedding, Int8Linear
 from codecllm.loader.torch_tensors import TORCH_DTYPES
@@ -252,12 +252,13 @@ def test_pinned_manifest(container):
         from_pretrained(folder, expected_manifest_sha256="0" * 64)
 
 
-def test_unknown_class_is_an_unsupported_environment(tmp_path, tiny):
+def test_unknown_model_type_is_an_unsupported_environment(tmp_path, tiny):
     source = tampering.copy_of(tiny("llama"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    changed = {"architectures": ["NoSuchModel"], "model_type": "no_such_type"}
+    (source / "config.json").write_text(json.dumps({**config, **changed}))
     convert(source, tmp_path / "out", scheme="lossless")
-    with pytest.raises(UnsupportedEnvironmentError, match="NoSuchModel"):
+    with pytest.raises(UnsupportedEnvironmentError, match="no_such_type"):
         from_pretrained(tmp_path / "out")
 
 

@@ -12,21 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from codecllm.converter import convert
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError
+from codecllm.formats.errors import ChecksumError
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf import adapter
 from tests import tampering
 from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
 
 NAMES = sorted(tiny_models.MAKERS)
-newer = pytest.mark.skipif(
-    not adapter.LOADS_PLAINLY,
-    reason=f"transformers {transformers.__version__} asks no quantizer for stored tensors; 5.21 does",
-)
 
 
-@newer
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scheme", ["lossless", "int8"])
 def test_transformers_loads_a_container_by_itself(tmp_path, container, name, scheme):
@@ -43,7 +37,6 @@ def test_transformers_loads_a_container_by_itself(tmp_path, container, name, sch
     assert all(same_bits(mine[key], again[key]) for key in mine)
 
 
-@newer
 @pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel"])
 @pytest.mark.parametrize(
     "options", [{}, {"dtype": torch.float32}, {"device_map": "auto"}, {"device_map": "cpu"}]
@@ -58,15 +51,13 @@ def test_auto_classes_load_a_container(container, auto, options):
     )
 
 
-@newer
 def test_transformers_alone_stops_at_a_damaged_chunk(tmp_path, container):
     folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
     tampering.flip_bit(*tampering.payload_place(folder, "model.layers.1.mlp.down_proj.weight"))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ChecksumError, match=r"layers\.1\.mlp\.down_proj\.weight"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@newer
 def test_transformers_alone_stops_at_a_damaged_plain_tensor(tmp_path, container):
     folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
     with Container(folder) as opened:
@@ -77,7 +68,6 @@ def test_transformers_alone_stops_at_a_damaged_plain_tensor(tmp_path, container)
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@newer
 def test_transformers_alone_fills_equal_but_untied_weights(tmp_path):
     config = transformers.LlamaConfig(**tiny_models.GROUPED, tie_word_embeddings=False)
     model = transformers.LlamaForCausalLM(config)
@@ -90,7 +80,6 @@ def test_transformers_alone_fills_equal_but_untied_weights(tmp_path):
     assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
 
 
-@newer
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_transformers_alone_tells_a_matrix_from_its_multiples(tiny, tmp_path, name):
     """As int8 they have the same codes, chunk for chunk; only their scales differ."""
@@ -126,12 +115,6 @@ def test_without_codecllm_a_container_is_an_error_never_random_weights(container
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(adapter.LOADS_PLAINLY, reason="this transformers loads containers by itself")
-def test_older_transformers_is_told_what_to_call(container):
-    with pytest.raises(UnsupportedEnvironmentError, match=r"codecllm\.loader\.from_pretrained"):
-        transformers.AutoModelForCausalLM.from_pretrained(container("llama", "int8"))
-
-
 AUTO_CLASSES = {
     "t5": transformers.AutoModelForSeq2SeqLM,
     "whisper": transformers.AutoModelForSpeechSeq2Seq,
@@ -141,7 +124,6 @@ AUTO_CLASSES = {
 }
 
 
-@newer
 @pytest.mark.parametrize("name", sorted(AUTO_CLASSES))
 def test_every_auto_class_loads_a_container(container, name):
     ours = from_pretrained(container(name, "int8"))
@@ -157,8 +139,8 @@ import codecllm.loader
 from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 importlib.reload(codecllm.loader)
-importlib.reload(sys.modules["codecllm.loader.hf.adapter"])
-sys.modules["codecllm.loader.hf.adapter"].register()
+importlib.reload(sys.modules["codecllm.loader.hf.quantizer"])
+sys.modules["codecllm.loader.hf.quantizer"].register()
 assert list(AUTO_QUANTIZER_MAPPING).count("codecllm") == 1
 model = codecllm.loader.from_pretrained(sys.argv[1], resident="int8")
 config = pickle.loads(pickle.dumps(model.config))

@@ -20,7 +20,7 @@ from codecllm.calibrator.text import own_text
 from codecllm.cli.app import app
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from tests.integration import tiny_models
 
 MATRICES = ("*_proj.weight", "*embed_tokens*")

@@ -16,8 +16,7 @@ from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf import adapter
-from codecllm.loader.hf.adapter import load_plain
+from codecllm.loader.hf.plain import load_plain
 from tests import tampering
 from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
@@ -118,7 +117,7 @@ class WithExtraHead(transformers.LlamaForCausalLM):
 
 
 def test_a_class_with_extra_heads(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter.transformers, "WithExtraHead", WithExtraHead, raising=False)
+    monkeypatch.setattr(transformers, "WithExtraHead", WithExtraHead, raising=False)
     source = tiny_models.save(
         tmp_path / "source", WithExtraHead(transformers.LlamaConfig(**tiny_models.GROUPED))
     )

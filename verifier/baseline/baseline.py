@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     BaselineError,
@@ -17,11 +16,10 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     one_line,
 )
-from codecllm.formats.files import write_atomically
 from codecllm.formats.machine import available_memory
-from codecllm.formats.manifest.manifest import BASELINE_NAME, MANIFEST_NAME, Manifest, pack_manifest
-from codecllm.formats.manifest.records import FileRecord
+from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
 from codecllm.verifier.baseline.record import Agreement, Baseline, pack_baseline, parse_baseline
+from codecllm.verifier.side_file import attach
 
 if TYPE_CHECKING:
     from codecllm.verifier.report import Stage
@@ -125,7 +123,7 @@ def record_baseline(
             )
     if reason is not None and required:
         raise BaselineError(reason)
-    _attach(Path(out), manifest, pack_baseline(baseline))
+    attach(Path(out), manifest, BASELINE_NAME, pack_baseline(baseline))
     return outcome
 
 
@@ -148,7 +146,7 @@ def check_baseline(container: Container, stage: Stage, *, required: bool, worker
         stage.summary = str(reason)
         return
     from codecllm.loader import from_pretrained
-    from codecllm.loader.hf.adapter import without_progress_bars
+    from codecllm.loader.hf.quiet import without_progress_bars
     from codecllm.verifier.baseline.runs import compare_with_record
 
     with without_progress_bars():
@@ -157,6 +155,7 @@ def check_baseline(container: Container, stage: Stage, *, required: bool, worker
         )
     compare_with_record(model, baseline, stage)
     if baseline.agreement is not None:
+        _refuse_below_floor(baseline.agreement, container.manifest)
         agreement = baseline.agreement.model_dump(exclude_none=True)
         stage.facts["agreement_with_source"] = agreement
         stage.summary += f"; against the source: {describe_agreement(agreement)}"
@@ -177,7 +176,8 @@ def describe_agreement(agreement: dict[str, float]) -> str:
 
 def _run_both(source: Path, out: Path, manifest: Manifest, tell: Callable[[str], None]) -> Baseline:
     from codecllm.loader import from_pretrained
-    from codecllm.loader.hf.adapter import load_plain, without_progress_bars
+    from codecllm.loader.hf.plain import load_plain
+    from codecllm.loader.hf.quiet import without_progress_bars
     from codecllm.verifier.baseline.runs import combine, run_converted, run_source
 
     with without_progress_bars():
@@ -189,15 +189,44 @@ def _run_both(source: Path, out: Path, manifest: Manifest, tell: Callable[[str],
         tell("baseline: running the converted model on 8 prompts")
         converted_run = run_converted(from_pretrained(out), source_run)
     baseline = combine(source_run, converted_run)
-    lossless = manifest.options.scheme == "lossless"
     agreement = baseline.agreement or Agreement()
+    lossless = manifest.options.scheme == "lossless"
     if lossless and (
         agreement.same_tokens not in (None, 1.0) or agreement.mean_kl not in (None, 0.0)
     ):
         raise BaselineError(
             "the lossless container does not say what its source says", got=agreement.model_dump()
         )
+    _refuse_below_floor(agreement, manifest)
     return baseline
+
+
+def _refuse_below_floor(agreement: Agreement, manifest: Manifest) -> None:
+    """Refuses a baseline that is too far from the source to be the loss of the quantization.
+
+    Raises:
+        BaselineError: it is; see `runs.below_floor`.
+    """
+    from codecllm.verifier.baseline.runs import below_floor
+
+    fault = below_floor(agreement, _asked_bits(manifest))
+    if fault is not None:
+        raise BaselineError(
+            "the converted model is far from its source; a tensor may be quantized that must not "
+            "be, or loaded as another: `codecllm diagnose CONTAINER SOURCE` looks for the cause",
+            file=BASELINE_NAME,
+            got=fault,
+        )
+
+
+def _asked_bits(manifest: Manifest) -> float | None:
+    """Returns the bits per weight that the writer was asked for, by a rate or a ratio, or None."""
+    options, elements = manifest.options, sum(record.elements for record in manifest.tensors)
+    if options.bits is not None:
+        return options.bits
+    if options.ratio is not None and elements:
+        return 8 * manifest.source.tensor_bytes / elements / options.ratio
+    return None
 
 
 def _obstacle(container: Container, required: bool) -> str | None:
@@ -214,14 +243,3 @@ def _obstacle(container: Container, required: bool) -> str | None:
     if seconds > MAX_SECONDS:
         return f"it would take about {seconds / 60:.0f} minutes (--baseline insists)"
     return None
-
-
-def _attach(out: Path, manifest: Manifest, data: bytes) -> None:
-    """Writes `baseline.json`, then the manifest that lists it."""
-    write_atomically(out / BASELINE_NAME, data)
-    record = FileRecord(name=BASELINE_NAME, bytes=len(data), sha256=sha256_hex(data))
-    files = [other for other in manifest.files if other.name != BASELINE_NAME] + [record]
-    files.sort(key=lambda file: file.name)
-    write_atomically(
-        out / MANIFEST_NAME, pack_manifest(manifest.model_copy(update={"files": files}))
-    )

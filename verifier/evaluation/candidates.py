@@ -22,7 +22,8 @@ from codecllm.formats.manifest.records import AliasTensor
 from codecllm.formats.shards.side_tensors import side_names
 from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf import adapter
+from codecllm.loader.hf.plain import load_gguf, load_plain
+from codecllm.loader.hf.quiet import without_progress_bars
 
 Kind = Literal["container", "folder", "dequantized", "gguf"]
 
@@ -87,10 +88,10 @@ class Candidate:
         if self.kind == "container":
             return from_pretrained(self.path, dtype=dtype, workers=workers, progress=False)
         try:
-            with adapter.without_progress_bars():
+            with without_progress_bars():
                 if self.kind == "gguf":
-                    return adapter.load_gguf(self.path, dtype)
-                return adapter.load_plain(self.path, dtype)
+                    return load_gguf(self.path, dtype)
+                return load_plain(self.path, dtype)
         except Exception as exc:  # transformers raises whatever its many readers happen to raise
             raise UnsupportedEnvironmentError(
                 f"transformers cannot load it ({type(exc).__name__}: {exc})", file=self.name

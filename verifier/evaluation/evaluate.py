@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from codecllm.formats.errors import UsageError
-from codecllm.loader.hf import adapter
 from codecllm.loader.hf.folder import read_tokenizer
+from codecllm.loader.hf.quiet import silenced
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
 
@@ -158,7 +158,7 @@ def _tokens(reference: Candidate, model: Any, text: str) -> list[int]:
         tokenizer = read_tokenizer(folder, **options)
     except (OSError, ValueError) as exc:
         raise UsageError(f"the base has no usable tokenizer ({exc})", file=reference.name) from exc
-    with adapter.silenced():  # longer than the model's context: the text is read in windows
+    with silenced():  # longer than the model's context: the text is read in windows
         tokens: list[int] = tokenizer(text)["input_ids"]
     if len(tokens) < 2:
         raise UsageError("the text has fewer than two tokens", got=repr(text[:40]))

@@ -6,6 +6,7 @@ to, and those of the source, quantized again. They are the same where stage 1 fo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from codecllm.formats.schemes.int8 import dequantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile, default_grid
-from codecllm.loader.hf import adapter
 from codecllm.loader.hf.folder import read_config
+from codecllm.loader.hf.model_class import described_tensors, model_class, strip_quantization
+from codecllm.loader.hf.quiet import silenced, without_progress_bars
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 from codecllm.verifier.checks.rounding import is_repeatable, repeated
 from codecllm.verifier.diagnosis.examination import Examination
@@ -96,9 +98,9 @@ def source_tensor(tensor: SourceTensor) -> torch.Tensor:
 def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Returns the container's model class with the given weights, in evaluation mode."""
     config = read_config(container.folder)
-    adapter.strip_quantization(config)
-    with adapter.silenced(), adapter.without_progress_bars():
-        model = adapter.model_class(config).from_pretrained(
+    strip_quantization(config)
+    with silenced(), without_progress_bars():
+        model = model_class(config, partial(described_tensors, container)).from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype
         )
     return model.eval()
@@ -110,10 +112,10 @@ def parameters_of_config(container: Container) -> int:
     It is built without data, so a wrong config costs no memory.
     """
     config = read_config(container.folder)
-    adapter.strip_quantization(config)
+    strip_quantization(config)
     # The meta device builds modules without data.
     with torch.device("meta"):
-        model = adapter.model_class(config)(config)
+        model = model_class(config, partial(described_tensors, container))(config)
     return sum(value.numel() for value in model.parameters())
 
 

@@ -17,7 +17,8 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf import adapter
+from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.verifier.baseline import model_output as output
 from codecllm.verifier.baseline.record import parse_baseline
 from codecllm.verifier.baseline.runs import compare_with_record
@@ -273,7 +274,7 @@ class ModelStages:
         """Returns the loaded model; None if the residency does not apply or loading failed."""
         load = self._options.load or from_pretrained
         try:
-            with adapter.without_progress_bars():
+            with without_progress_bars():
                 return load(self._container.folder, resident=resident)
         except UsageError as exc:  # no tensor that this residency would keep
             self._why_not = exc.message
@@ -295,8 +296,8 @@ class ModelStages:
         names: list[str],
         stage: Stage,
     ) -> None:
-        with adapter.without_progress_bars():
-            self._plain = adapter.load_plain(self._source.folder).to(self._model.device).eval()
+        with without_progress_bars():
+            self._plain = load_plain(self._source.folder).to(self._model.device).eval()
         source = run_model(self._plain, tokens, names)
         rows = layers.compare_layers(source, reference, loaded)
         stage.facts |= {"tokens": len(tokens), "layers": rows}

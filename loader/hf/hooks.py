@@ -1,0 +1,245 @@
+"""Every private name of transformers that a container's load passes through, in one place.
+
+Three steps of `PreTrainedModel.from_pretrained` are wrapped, once per process:
+
+- the choice of the dtype, which reads weights where the config names none, then reads the dtypes
+  of the source instead of those of coded bytes;
+- the loading of the weights then takes a state dict that decodes itself, under the source's own
+  names. Everything that follows from names is left to transformers: conversions and renames,
+  fused experts, prefixes, tied weights, modules that stay in float32;
+- the building and the finishing of a model hold one lock. transformers changes the default dtype
+  and its own `tie_weights` for that time, for all threads: without the lock a load in another
+  thread gets weights of a wrong dtype, or loses a tie.
+
+A model that is no container passes through unchanged, apart from the lock.
+`tests/integration/test_transformers_hooks.py` fails when one of the names moves.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from transformers import core_model_loading, modeling_utils
+from transformers.modeling_utils import PreTrainedModel
+
+_building = threading.RLock()
+"""Held while transformers builds or finishes a model, by whichever class."""
+
+_ORIGINAL = "_codecllm_original"
+
+
+class WeightSource(Protocol):
+    """The quantizer of a container, as the wrapped steps see it."""
+
+    def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
+        """Returns an empty tensor for each tensor of the source, in its dtype."""
+
+    def begin(self, dtype: torch.dtype) -> None:
+        """Receives the dtype that transformers has chosen for the model."""
+
+    def state_dict(self, model: Any, load_config: Any) -> dict[str, Any]:
+        """Returns what transformers is to load: name in the source -> tensor that decodes itself."""
+
+    def asks_in_calling_thread(self) -> bool:
+        """Whether the thread that loads asks for each weight itself."""
+
+    def loaded(self, loading_info: Any) -> None:
+        """Receives the report of the load, which transformers completes afterwards in place."""
+
+
+class _AskInCallingThread:
+    """A quantizer that does nothing, and under which transformers uses no threads for weights.
+
+    Its four threads would each wait for a decoding thread and take the interpreter's lock from it:
+    a fifth of a load.
+    """
+
+    pre_quantized = False
+
+    def param_needs_quantization(self, model: Any, name: str, **kwargs: Any) -> bool:
+        """No parameter is quantized while it is loaded."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where transformers puts a tensor of the source.
+
+    Attributes:
+        stored: name of the tensor in the source.
+        parameter: name of the model's parameter or buffer.
+        dtype: dtype that it gets there.
+        alone: whether the tensor is the parameter, not one of several that are converted into it.
+    """
+
+    stored: str
+    parameter: str
+    dtype: torch.dtype
+    alone: bool
+
+
+def destinations(model: Any, names: Iterable[str], load_config: Any) -> list[Destination]:
+    """Asks transformers' name rules where the tensors of a source go.
+
+    Args:
+        model: the model on the meta device.
+        names: names in the source.
+        load_config: transformers' `LoadStateDictConfig` of this load.
+
+    Returns:
+        One entry per tensor for which the model has a place, in the order of `names`.
+    """
+    places = model.state_dict()
+    rules = copy.deepcopy(load_config.weight_mapping or [])  # they remember what they matched
+    renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
+    kept_dtypes = _KeptDtypes(load_config.dtype_plan or {})
+    result = []
+    for name in names:
+        parameter, pattern = core_model_loading.rename_source_key(
+            name, renamings, converters, model.base_model_prefix, places
+        )
+        if parameter not in places and name in places:
+            parameter, pattern = core_model_loading.rename_source_key(
+                name, [], [], model.base_model_prefix, places
+            )
+        if parameter in places:
+            dtype = kept_dtypes.of(parameter) or places[parameter].dtype
+            result.append(Destination(name, parameter, dtype, pattern is None))
+    return result
+
+
+class _KeptDtypes:
+    """The dtypes of modules that a model class keeps in float32."""
+
+    def __init__(self, plan: dict[str, torch.dtype]) -> None:
+        self._plan = plan
+        if plan:
+            self._pattern, self._names, _ = core_model_loading.build_glob_alternation(list(plan))
+
+    def of(self, parameter: str) -> torch.dtype | None:
+        """Returns the dtype that the class prescribes for a parameter, or None."""
+        match = self._pattern.search(parameter) if self._plan else None
+        return self._plan[self._names[match.lastgroup]] if match is not None else None
+
+
+def tied_parameters(model: Any) -> dict[str, str]:
+    """Returns the model's own table: name of a parameter -> name of the one that it is tied to.
+
+    Changing the table changes what transformers ties at the end of a load.
+    """
+    table: dict[str, str] = model.all_tied_weights_keys
+    return table
+
+
+def as_saved(model: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns values of parameters under the names, and cut into the tensors, of a checkpoint."""
+    return dict(core_model_loading.revert_weight_conversion(model, values))
+
+
+def building() -> AbstractContextManager[Any]:
+    """Returns the lock that the building of a model holds; a thread may take it again."""
+    return _building
+
+
+def install(weight_source: type[Any]) -> None:
+    """Wraps the steps of transformers; doing it again changes nothing.
+
+    Args:
+        weight_source: class of the quantizers whose loads take another path, a `WeightSource`.
+    """
+    _wrap(modeling_utils, "_get_dtype", _get_dtype, weight_source)
+    _wrap(
+        modeling_utils,
+        "convert_and_load_state_dict_in_model",
+        _load_state_dict,
+        weight_source,
+    )
+    if not hasattr(PreTrainedModel, "_codecllm_locked"):
+        PreTrainedModel._codecllm_locked = True
+        PreTrainedModel.get_init_context = _locked_init_context(PreTrainedModel.get_init_context)
+        finish = _locked(PreTrainedModel._finalize_model_loading)
+        PreTrainedModel._finalize_model_loading = staticmethod(finish)
+
+
+def _wrap(module: Any, name: str, wrapper: Callable[..., Any], weight_source: type[Any]) -> None:
+    current = getattr(module, name)
+    original = getattr(current, _ORIGINAL, current)  # this module may have been reloaded
+
+    @wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, weight_source, *args, **kwargs)
+
+    setattr(wrapped, _ORIGINAL, original)
+    setattr(module, name, wrapped)
+
+
+def _get_dtype(
+    original: Callable[..., Any],
+    weight_source: type[Any],
+    dtype: Any,
+    checkpoint_files: list[str] | None,
+    config: Any,
+    sharded_metadata: dict[str, Any] | None,
+    state_dict: dict[str, Any] | None,
+    weights_only: bool,
+    hf_quantizer: Any = None,
+) -> Any:
+    if not isinstance(hf_quantizer, weight_source):
+        rest = (sharded_metadata, state_dict, weights_only, hf_quantizer)
+        return original(dtype, checkpoint_files, config, *rest)
+    source: WeightSource = hf_quantizer
+    dtypes = source.dtypes(checkpoint_files or [], config)
+    config, chosen = original(
+        dtype, checkpoint_files, config, None, dtypes, weights_only, hf_quantizer
+    )
+    source.begin(chosen)
+    return config, chosen
+
+
+def _load_state_dict(
+    original: Callable[..., Any],
+    weight_source: type[Any],
+    model: Any,
+    state_dict: dict[str, Any],
+    load_config: Any,
+    disk_offload_index: dict[str, Any] | None = None,
+) -> Any:
+    if not isinstance(load_config.hf_quantizer, weight_source):
+        return original(model, state_dict, load_config, disk_offload_index)
+    source: WeightSource = load_config.hf_quantizer
+    weights = source.state_dict(model, load_config)
+    stand_in = _AskInCallingThread() if source.asks_in_calling_thread() else None
+    if disk_offload_index is not None:
+        disk_offload_index = {}  # transformers has listed coded bytes there, as if they were weights
+    info, index = original(
+        model, weights, replace(load_config, hf_quantizer=stand_in), disk_offload_index
+    )
+    source.loaded(info)
+    return info, index
+
+
+def _locked(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with _building:
+            return function(*args, **kwargs)
+
+    return locked
+
+
+def _locked_init_context(original: Any) -> Any:
+    function = original.__func__
+
+    @wraps(function)
+    def get_init_context(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        return [_building, *function(cls, *args, **kwargs)]
+
+    return classmethod(get_init_context)

@@ -1,0 +1,132 @@
+"""Which class loads a folder, and what transformers would report of that load."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import auto_factory
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.loader.hf.quiet import silenced, without_progress_bars
+from codecllm.loader.load_report import LoadReport
+from codecllm.loader.torch_tensors import torch_dtype
+
+_AUTO_CLASSES = (
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForCTC",
+    "AutoModel",
+)
+"""Auto classes that are tried for a config without a known architecture.
+
+The first of equally good ones is taken. Encoders have a causal class too, so the masked one stands
+before it.
+"""
+
+
+Tensors = Mapping[str, torch.Tensor]
+"""Name -> tensor on the meta device, of everything that a folder holds."""
+
+
+def model_class(config: Any, tensors: Callable[[], Tensors] | None = None) -> Any:
+    """Returns the class of transformers that a config's `architectures` names.
+
+    Where it names none that transformers has (none at all, a wrapper's, one of custom code), the
+    class is the one of the model type's usual task classes for which the fewest weights are
+    missing, then the one that leaves the fewest over.
+
+    Args:
+        config: a transformers config.
+        tensors: returns the tensors of the folder, and is called only where the config names no
+            class; None takes the first of the usual ones.
+
+    Raises:
+        UnsupportedEnvironmentError: transformers has no class for this type of config.
+    """
+    architectures = getattr(config, "architectures", None)
+    names = architectures if isinstance(architectures, list) else []
+    for name in names:
+        named = getattr(transformers, name, None) if isinstance(name, str) else None
+        # Not one of transformers' Auto classes: these look up code of the folder.
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named
+    candidates = _usual_classes(config)
+    if not candidates:
+        raise UnsupportedEnvironmentError(
+            f"transformers {transformers.__version__} has no class for this model",
+            file="config.json",
+            got=f"architectures {names}, model_type {getattr(config, 'model_type', None)!r}",
+        )
+    if tensors is None or len(candidates) == 1:
+        return candidates[0]
+
+    described = tensors()
+
+    def left_over(candidate: Any) -> tuple[int, int]:
+        report = rehearse(candidate, config, described)
+        return len(report.missing), len(report.unexpected)
+
+    return min(candidates, key=left_over)
+
+
+def described_tensors(container: Container) -> dict[str, torch.Tensor]:
+    """Returns every tensor of a container by name, on the meta device: shape and dtype only."""
+    return {
+        record.name: torch.empty(
+            record.shape, dtype=torch_dtype(record.dtype, record.name), device="meta"
+        )
+        for record in container.manifest.tensors
+    }
+
+
+def rehearse(cls: Any, config: Any, tensors: Tensors) -> LoadReport:
+    """Loads a model without weights and returns what transformers reports of the names.
+
+    Args:
+        cls: a model class.
+        config: its config; it is not changed.
+        tensors: what the folder holds.
+
+    Raises:
+        Exception: whatever transformers raises where it cannot build the class.
+    """
+    config = copy.deepcopy(config)
+    strip_quantization(config)
+    with silenced(), without_progress_bars():
+        _, info = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return LoadReport.of(cls.__name__, info["missing_keys"], info["unexpected_keys"])
+
+
+def strip_quantization(config: Any) -> None:
+    """Takes our block out of a config, so that transformers sees a plain model."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+
+
+def _usual_classes(config: Any) -> list[Any]:
+    classes = []
+    for name in _AUTO_CLASSES:
+        if name == "AutoModelForMaskedLM" and getattr(config, "is_decoder", False):
+            continue
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping:
+            candidate = auto_factory._get_model_class(config, mapping)
+            if candidate not in classes:
+                classes.append(candidate)
+    return classes

@@ -1,0 +1,88 @@
+"""Load models that are no containers: plain folders, offloaded ones, GGUF files."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+
+from codecllm.loader.hf.folder import read_config
+from codecllm.loader.hf.model_class import model_class, strip_quantization
+from codecllm.loader.hf.quiet import silenced
+from codecllm.loader.torch_tensors import torch_dtype
+
+
+def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
+    """Loads a plain model from its folder into the class that its config names, on the CPU.
+
+    Args:
+        folder: the model's folder.
+        dtype: dtype of its weights; "auto" keeps its own.
+        options: further arguments of transformers' `from_pretrained`.
+    """
+    config = read_config(folder)
+    with silenced():
+        cls = model_class(config, partial(_described, folder))
+        return cls.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, **options
+        )
+
+
+def load_offloaded(folder: Path, offload_folder: Path, memory_bytes: int) -> Any:
+    """Loads a plain model as `load_plain` does, with what passes `memory_bytes` left on disk.
+
+    Blocks on the disk are read when they run.
+    """
+    return load_plain(
+        folder,
+        device_map="auto",
+        max_memory={"cpu": memory_bytes},
+        offload_folder=offload_folder,
+    )
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> Any:
+    """Loads a GGUF file into the class that its metadata name, every tensor as `dtype`."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
+    try:
+        with silenced():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False
+            )
+    finally:
+        reader.tqdm = bar
+
+
+def linear_modules(folder: Path) -> list[str]:
+    """Returns the names of the nn.Linear modules of the model that a folder's config names.
+
+    No weights are read or made.
+
+    Raises:
+        UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
+    """
+    config = read_config(folder)
+    strip_quantization(config)
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _described(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a folder's weight files on the meta device, from their headers."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                part = file.get_slice(name)
+                dtype = torch_dtype(part.get_dtype(), name)
+                tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return tensors

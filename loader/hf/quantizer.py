@@ -1,0 +1,179 @@
+"""The quantizer that transformers finds for `quant_method: codecllm`.
+
+It is how a container is loaded, by `codecllm.from_pretrained` and by transformers' own classes: one
+path, in which transformers reads the config, builds the class, renames, converts, ties and reports
+as it does for the source, and gets the weights from a state dict that decodes itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from codecllm.formats.errors import NotAContainerError, UsageError
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.hub import resolve
+from codecllm.loader.config_size import check_config_size
+from codecllm.loader.hf import hooks
+from codecllm.loader.load import Load, LoadOptions
+
+QUANT_METHOD = "codecllm"
+
+_current_load: ContextVar[Load | None] = ContextVar("codecllm_load", default=None)
+
+
+class CodecLLMConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` block of a converted model's config.json."""
+
+    def __init__(self, **block: Any) -> None:
+        """Keeps every key of the block, known or not: a newer minor version may add some."""
+        self.quant_method = QUANT_METHOD
+        for key, value in block.items():
+            if key != "quant_method":
+                setattr(self, key, value)
+
+
+class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Gives transformers the weights of a container; see `hooks.WeightSource` for the steps.
+
+    Inside `codecllm.from_pretrained` the load is the one that this function has opened. Where
+    transformers was called directly the quantizer opens the container itself, and every parameter
+    is loaded dense: the result is a plain model without a quantizer.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: CodecLLMConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._load = _current_load.get()
+        self._opened_here = self._load is None
+        self._device_map: Any = None
+        self._model: weakref.ref[Any] | None = None
+        quantization_config.dequantize = self._load is None or self._load.is_dense
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Remembers the device map that the caller asked for."""
+        self._device_map = device_map
+
+    def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
+        """See `hooks.WeightSource`; opens the container and compares the config's size with it.
+
+        Raises:
+            NotAContainerError: there is no manifest beside the weight files.
+            FormatError: the container is damaged.
+            ModelMismatchError: the config describes far more layers than the container can fill.
+        """
+        if self._load is None:
+            folder = _container_folder(checkpoint_files)
+            self._load = Load(folder, LoadOptions(device_map=self._device_map))
+            weakref.finalize(self, self._load.close)  # where the load fails midway
+            check_config_size(config.to_dict(), len(self._load.container.records))
+        return self._load.dtypes()
+
+    def begin(self, dtype: torch.dtype) -> None:
+        """See `hooks.WeightSource`."""
+        self._active.start(dtype)
+
+    def state_dict(self, model: Any, load_config: Any) -> dict[str, Any]:
+        """See `hooks.WeightSource`."""
+        return dict(self._active.state_dict(model, load_config))
+
+    def asks_in_calling_thread(self) -> bool:
+        """See `hooks.WeightSource`."""
+        return self._active.asks_in_calling_thread()
+
+    def loaded(self, loading_info: Any) -> None:
+        """See `hooks.WeightSource`."""
+        self._active.loaded(loading_info)
+        if self._active.first_error is not None:
+            raise self._active.first_error
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` may write the model: no class of transformers reads codes.
+
+        Raises:
+            UsageError: the model itself is to be written, not adapters on top of it.
+        """
+        model = self._model() if self._model is not None else None
+        if model is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            raise UsageError(
+                "save_pretrained cannot write a model whose weights stay coded in memory: copy the "
+                "container's folder, or load it with resident='dense', save that, and run "
+                "`codecllm convert` on it"
+            )
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_load": None}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters on top of the model can be trained: gradients pass, codes have none."""
+        return True
+
+    @property
+    def _active(self) -> Load:
+        assert self._load is not None, "transformers has asked for no dtype"
+        return self._load
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Nothing: modules are replaced once transformers has decided on names and dtypes."""
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        try:
+            self._active.finish(model)
+        finally:
+            if self._opened_here:
+                self._active.close()
+            self._load = None  # the model keeps its quantizer
+        self._model = weakref.ref(model)
+        return model
+
+
+@contextmanager
+def using(load: Load) -> Iterator[None]:
+    """Lets the `from_pretrained` call that runs inside take its weights from `load`."""
+    register()
+    token = _current_load.set(load)
+    try:
+        yield
+    finally:
+        _current_load.reset(token)
+
+
+def register() -> None:
+    """Makes `quant_method: codecllm` known to transformers; doing it again changes nothing."""
+    if AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD) is not CodecLLMQuantizer:
+        # They may be there from before this module was reloaded.
+        AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+        AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+        register_quantization_config(QUANT_METHOD)(CodecLLMConfig)
+        register_quantizer(QUANT_METHOD)(CodecLLMQuantizer)
+        hooks.install(CodecLLMQuantizer)
+
+
+def _container_folder(checkpoint_files: list[str]) -> Path:
+    """Finds the container of weight files; fetches its manifest where transformers has not."""
+    if not checkpoint_files:
+        raise NotAContainerError("transformers found no weight files")
+    folder = Path(checkpoint_files[0]).parent
+    if not (folder / MANIFEST_NAME).exists():
+        files = resolve(folder)
+        if files.repo is not None:
+            cache = folder.resolve().parents[2]
+            return resolve(files.repo, revision=files.commit, cache_dir=cache, kind="model").folder
+    return folder

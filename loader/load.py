@@ -1,0 +1,267 @@
+"""One load in progress: what transformers is given while it builds the model of a container."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import LayoutError, ModelMismatchError
+from codecllm.loader.device.codecs import Decoder
+from codecllm.loader.device.engines import DeviceEngines
+from codecllm.loader.device.placement import has_device, sole_device
+from codecllm.loader.hf.hooks import destinations, tied_parameters
+from codecllm.loader.hf.placement import is_offloaded, spreads
+from codecllm.loader.hf.quiet import without_progress_bars
+from codecllm.loader.host.threads import decoding_threads
+from codecllm.loader.load_report import LoadReport, read_report
+from codecllm.loader.progress import OnProgress, metered
+from codecllm.loader.reader import CPU, TensorReader
+from codecllm.loader.resident.residency import Residency, ResidentCompressed, ResidentInt8
+from codecllm.loader.state_dict import LazyTensor, lazy_state_dict, prefetch
+from codecllm.loader.torch_tensors import torch_dtype
+
+Resident = Literal["dense", "int8", "compressed"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a container is loaded; see `pretrained.from_pretrained` for most of them.
+
+    Attributes:
+        complete: whether weights that are missing or left over are an error unless the container's
+            load report lists them; False leaves them to transformers' own warnings.
+    """
+
+    resident: Resident = "dense"
+    decoder: Decoder = "auto"
+    workers: int | None = None
+    progress: bool | OnProgress | None = None
+    device_map: Any = None
+    max_memory: Any = None
+    complete: bool = False
+
+
+class Load:
+    """One load of a container. transformers' steps call it in this order.
+
+    `start` when the dtype is known, `state_dict` when the empty model is built, `finish` when the
+    model is complete, `close` in any case.
+
+    Attributes:
+        container: the container.
+        report: its record of what the plain load of the source leaves over, or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: LoadOptions,
+        expected_manifest_sha256: str | None = None,
+    ) -> None:
+        """Opens a container and starts the threads that decode it.
+
+        Raises:
+            FormatError: the container is damaged or is none.
+        """
+        self._options = options
+        self._stack = ExitStack()
+        self._reading = ExitStack()
+        self._dtype: torch.dtype | None = None
+        self._plan: Residency | None = None
+        self._info: Any = None
+        try:
+            self.container = self._stack.enter_context(
+                Container(folder, expected_manifest_sha256=expected_manifest_sha256)
+            )
+            self.report = read_report(self.container)
+            _refuse_unlisted_adapter(self.container)
+            self._threads = decoding_threads(options.workers)
+            if options.progress is not None:
+                self._stack.enter_context(without_progress_bars())
+            total = self.container.manifest.source.tensor_bytes
+            self._meter = self._stack.enter_context(metered(options.progress, total))
+            self._stack.callback(self._reading.close)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every parameter becomes a plain one."""
+        return self._options.resident == "dense"
+
+    @property
+    def first_error(self) -> BaseException | None:
+        """The first exception that reading a tensor raised, or None.
+
+        transformers turns it into an error of its own, which does not name the place.
+        """
+        return self._reader.first_error if self._dtype is not None else None
+
+    def close(self) -> None:
+        """Ends what is still being read, the threads, and closes the files."""
+        self._stack.close()
+
+    def dtypes(self) -> dict[str, torch.Tensor]:
+        """Returns an empty tensor for each tensor of the source, sorted by name, in its dtype."""
+        records = sorted(self.container.manifest.tensors, key=lambda record: record.name)
+        by_name = {
+            record.dtype: torch.empty(0, dtype=torch_dtype(record.dtype)) for record in records
+        }
+        return {record.name: by_name[record.dtype] for record in records}
+
+    def start(self, dtype: torch.dtype) -> None:
+        """Plans the reading of all tensors, floats as `dtype`; dense ones are decoded from now on.
+
+        Starting again with the same dtype changes nothing; with another one it begins anew.
+        """
+        if dtype == self._dtype:
+            return
+        self._reading.close()
+        container, options = self.container, self._options
+        devices = DeviceEngines(container, self._threads, options.decoder)
+        self._reading.enter_context(devices)
+        needed = container.manifest.source.tensor_bytes * max(1, dtype.itemsize // 2)
+        device = sole_device(options.device_map, needed, options.max_memory)
+        self._engine = devices.engine(device) if device is not None else None
+        self._reader = TensorReader(container, self._threads, self._meter, devices, device or CPU)
+        self._reading.callback(self._reader.close)
+        self._state_dict = lazy_state_dict(self._reader, container, dtype)
+        self._dtype = dtype
+        if options.resident == "dense":
+            prefetch(self._reader, self._state_dict)
+        else:
+            self._plan = self._make_plan(options)
+
+    def state_dict(self, model: Any, load_config: Any) -> dict[str, LazyTensor]:
+        """Returns the tensors that decode themselves, by their names in the source.
+
+        Args:
+            model: the model on the meta device. Residencies other than `dense` change it.
+            load_config: transformers' `LoadStateDictConfig`.
+
+        Raises:
+            ModelMismatchError: the model is far larger than what the container holds for it.
+        """
+        refuse_oversized(model, self.container)
+        if self._plan is not None:
+            places = destinations(model, list(self._state_dict), load_config)
+            self._plan.prepare(model, places, tied_parameters(model))
+            for name in self._plan.modules:
+                # Otherwise transformers decodes their weights to fill them with random numbers.
+                model.get_submodule(name)._is_hf_initialized = True
+        return self._state_dict
+
+    def asks_in_calling_thread(self) -> bool:
+        """Whether one thread asks for weights: not where they go to devices unprepared."""
+        device_map = self._options.device_map
+        return not (spreads(device_map) and self._engine is None and has_device())
+
+    def loaded(self, loading_info: Any) -> None:
+        """Receives transformers' report, which it completes afterwards in place."""
+        self._info = loading_info
+
+    def mismatched(self) -> list[str]:
+        """Returns parameters whose shape is not that of their tensor, with both shapes."""
+        entries = self._info.mismatched_keys if self._info is not None else ()
+        return sorted(f"{name} {tuple(got)} for {tuple(shape)}" for name, got, shape in entries)
+
+    def finish(self, model: Any) -> None:
+        """Completes a model whose weights are loaded and checks it.
+
+        Raises:
+            FormatError: a payload that stays coded in memory is damaged.
+            ModelMismatchError: the load does not report what the load of the source reports, or a
+                parameter has no weights.
+        """
+        if self.first_error is not None:
+            raise self.first_error
+        if self._info is not None:
+            self._check_report(model)
+        if self._plan is not None:
+            self._plan.finish(model)
+        _check_materialized(model)
+        _separate_untied(model)
+
+    def _make_plan(self, options: LoadOptions) -> Residency:
+        if options.resident == "int8":
+            return ResidentInt8(self.container, self._reader, self._state_dict)
+        return ResidentCompressed(
+            self.container,
+            self._reader,
+            self._state_dict,
+            options.workers,
+            self._meter,
+            self._engine,
+        )
+
+    def _check_report(self, model: Any) -> None:
+        name = type(model).__name__
+        expected = self.report
+        if expected is None or expected.model_class != name:
+            if not self._options.complete:
+                return
+            expected = LoadReport(name, frozenset(), frozenset())
+        actual = LoadReport.of(name, self._info.missing_keys, self._info.unexpected_keys)
+        actual.require_within(expected)
+
+
+def _refuse_unlisted_adapter(container: Container) -> None:
+    """Refuses a folder with an adapter that the manifest does not list: transformers applies it."""
+    listed = container.manifest.file(ADAPTER_CONFIG) is not None
+    if not listed and (container.folder / ADAPTER_CONFIG).exists():
+        raise LayoutError(
+            "the manifest does not list this file, and transformers would change the model by it: "
+            "move the adapter to a folder of its own",
+            file=ADAPTER_CONFIG,
+        )
+
+
+def _check_materialized(model: Any) -> None:
+    """Refuses a model with parameters that have no weights, here or where they are offloaded to."""
+    empty = [
+        name
+        for name, value in model.named_parameters()
+        if value.is_meta and not is_offloaded(model, name)
+    ]
+    if empty:
+        raise ModelMismatchError(
+            "parameters were left without weights", tensor=empty[0], got=len(empty)
+        )
+
+
+def _separate_untied(model: Any) -> None:
+    """Gives parameters that are equal in the container, but not tied, memory of their own."""
+    places: set[tuple[torch.device, int]] = set()
+    for parameter in model.parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
+        place = (parameter.device, parameter.data_ptr())
+        if place in places:
+            parameter.data = parameter.data.clone()
+        places.add(place)
+
+
+def refuse_oversized(model: Any, container: Container) -> None:
+    """Refuses a model most of which the container cannot fill: transformers would allocate it.
+
+    Raises:
+        ModelMismatchError: its parameters are more than 16 times the elements of the container's
+            tensors, and more than 2^28.
+    """
+    wanted = sum(value.numel() for value in model.parameters())
+    held = sum(record.elements for record in container.manifest.tensors)
+    if wanted > max(16 * held, 1 << 28):
+        raise ModelMismatchError(
+            "the config describes a model that is far larger than the container",
+            file="config.json",
+            got=f"{wanted} parameters",
+            expected=f"about the {held} elements of the container's tensors",
+        )

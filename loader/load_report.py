@@ -1,0 +1,109 @@
+"""What transformers reports of a plain load of the source, recorded in the container.
+
+Many checkpoints hold heads that their class does not use, or lack some that it has: transformers
+warns and goes on. A load of the container that reports the same is as good as a load of the source.
+Anything else is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import ModelMismatchError, SchemaError
+from codecllm.formats.strict_json import parse_json_object
+
+LOAD_REPORT_NAME = "load_report.json"
+MAX_BYTES = 16 << 20
+NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load leaves over.
+
+    Attributes:
+        model_class: name of the class that was loaded.
+        missing: parameters for which there is no tensor; they are initialised at random.
+        unexpected: tensors for which the class has no parameter.
+    """
+
+    model_class: str
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+
+    @classmethod
+    def of(cls, model_class: str, missing: Iterable[str], unexpected: Iterable[str]) -> LoadReport:
+        """Makes a report from names in any order."""
+        return cls(model_class, frozenset(missing), frozenset(unexpected))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the tensors are exactly those of the class."""
+        return not self.missing and not self.unexpected
+
+    def require_within(self, expected: LoadReport) -> None:
+        """Compares this load with what was recorded of the source's.
+
+        Raises:
+            ModelMismatchError: it leaves over something that the source's load does not.
+        """
+        faults = _listed(self.missing - expected.missing, self.unexpected - expected.unexpected)
+        if faults:
+            raise ModelMismatchError(
+                f"the container's tensors are not those of {self.model_class}; {faults}"
+            )
+
+    def summary(self) -> str:
+        """Returns one line for people, empty where nothing is left over."""
+        words = _listed(self.missing, self.unexpected)
+        return f"as {self.model_class}: {words}" if words else ""
+
+
+def pack_report(report: LoadReport) -> bytes:
+    """Returns the bytes of `load_report.json`."""
+    document = {
+        "format": "codecllm-load-report",
+        "version": 1,
+        "class": report.model_class,
+        "missing": sorted(report.missing),
+        "unexpected": sorted(report.unexpected),
+    }
+    return (json.dumps(document) + "\n").encode()
+
+
+def read_report(container: Container) -> LoadReport | None:
+    """Reads the container's report; None where it has none.
+
+    Raises:
+        SchemaError: it is not what this version writes.
+        FormatError: its bytes are not those that the manifest lists.
+    """
+    record = container.manifest.file(LOAD_REPORT_NAME)
+    if record is None:
+        return None
+    data = container.read_side_file(record)
+    document = parse_json_object(data, file=LOAD_REPORT_NAME, max_bytes=MAX_BYTES)
+    names = [document.get(key) for key in ("missing", "unexpected")]
+    known = document.get("format") == "codecllm-load-report" and document.get("version") == 1
+    if not known or not isinstance(document.get("class"), str) or not all(map(_is_names, names)):
+        raise SchemaError("not a load report of version 1", file=LOAD_REPORT_NAME)
+    return LoadReport.of(document["class"], *(name or [] for name in names))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _listed(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    groups = (("missing", sorted(missing)), ("not in the model", sorted(unexpected)))
+    return "; ".join(f"{title}: {_shortened(names)}" for title, names in groups if names)
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    rest = len(names) - NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown

@@ -1,0 +1,197 @@
+"""Fails loudly when a private name of transformers that the loader stands on moves or changes."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+
+import accelerate
+import pytest
+import torch
+import transformers
+from transformers import core_model_loading, modeling_utils
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.loader import from_pretrained, load
+from codecllm.loader.hf import hooks, placement, quantizer, quiet
+from codecllm.loader.hf.model_class import described_tensors, model_class
+from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.state_dict import LazyTensor
+
+
+def _original(function):
+    return getattr(function, "_codecllm_original", function)
+
+
+def test_from_pretrained_still_takes_a_state_dict_without_a_path(tiny):
+    model = load_plain(tiny("llama"))
+    again, found = type(model).from_pretrained(
+        None, config=model.config, state_dict=dict(model.state_dict()), output_loading_info=True
+    )
+    assert {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"} <= found.keys()
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_quantizer_hooks_are_still_called_by_these_names():
+    base = transformers.quantizers.base.HfQuantizer
+    for name in (
+        "_process_model_before_weight_loading",
+        "validate_environment",
+        "is_serializable",
+        "is_trainable",
+    ):
+        assert hasattr(base, name)
+    source = inspect.getsource(base.preprocess_model)
+    assert "self._process_model_before_weight_loading(model, **kwargs)" in source
+
+
+def test_tied_parameters_of_a_tied_model():
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                      vocab_size=32, tie_word_embeddings=True)  # fmt: skip
+    assert dict(hooks.tied_parameters(transformers.LlamaForCausalLM(config))) == {
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+
+def test_registering_twice_changes_nothing():
+    quantizer.register()
+    quantizer.register()
+    assert (
+        transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["codecllm"]
+        is quantizer.CodecLLMQuantizer
+    )
+
+
+def test_config_block_keeps_unknown_keys():
+    block = quantizer.CodecLLMConfig(
+        quant_method="codecllm", scheme="int8", from_a_later_version=[1]
+    )
+    assert block.to_dict()["from_a_later_version"] == [1]
+    assert block.quant_method == "codecllm"
+
+
+def test_silenced_and_progress_bars_are_put_back():
+    logging = transformers.utils.logging
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with quiet.silenced(), quiet.without_progress_bars():
+        assert not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.CRITICAL
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, shown)
+
+
+def test_the_wrapped_steps_take_the_arguments_that_the_wrappers_pass():
+    dtype = inspect.signature(_original(modeling_utils._get_dtype))
+    names = [
+        "dtype",
+        "checkpoint_files",
+        "config",
+        "sharded_metadata",
+        "state_dict",
+        "weights_only",
+        "hf_quantizer",
+    ]
+    assert list(dtype.parameters) == names
+    weights = inspect.signature(_original(modeling_utils.convert_and_load_state_dict_in_model))
+    assert list(weights.parameters) == ["model", "state_dict", "load_config", "disk_offload_index"]
+    source = inspect.getsource(modeling_utils.PreTrainedModel.from_pretrained)
+    assert "_get_dtype(" in source
+    assert "cls.get_init_context(" in source
+    assert "cls._finalize_model_loading(" in source
+    loading = inspect.getsource(modeling_utils.PreTrainedModel._load_pretrained_model)
+    assert "convert_and_load_state_dict_in_model(" in loading
+    fields = modeling_utils.LoadStateDictConfig.__dataclass_fields__
+    assert {"hf_quantizer", "weight_mapping", "dtype_plan", "device_map"} <= fields.keys()
+
+
+def test_installing_again_wraps_nothing_twice():
+    before = modeling_utils._get_dtype, modeling_utils.PreTrainedModel.get_init_context
+    original = _original(modeling_utils._get_dtype)
+    hooks.install(quantizer.CodecLLMQuantizer)
+    assert _original(modeling_utils._get_dtype) is original
+    assert modeling_utils.PreTrainedModel.get_init_context == before[1]
+
+
+def test_building_and_finishing_hold_the_lock():
+    context = transformers.LlamaForCausalLM.get_init_context(torch.float32, False, False, False)
+    assert context[0] is hooks.building()
+    assert hasattr(modeling_utils.PreTrainedModel._finalize_model_loading, "__wrapped__")
+
+
+def test_a_load_asks_for_weights_in_its_own_thread_unless_they_go_to_several_devices(
+    container, monkeypatch
+):
+    source = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert "not hf_quantizer.pre_quantized" in source
+    askers, decode = [], LazyTensor.to
+
+    def to(self, *given, **named):
+        askers.append(threading.get_ident())
+        return decode(self, *given, **named)
+
+    monkeypatch.setattr(LazyTensor, "to", to)
+    from_pretrained(container("llama", "int8"), progress=False)
+    assert set(askers) == {threading.get_ident()}
+    askers.clear()
+    monkeypatch.setattr(load, "has_device", lambda: True)
+    monkeypatch.setattr(load, "sole_device", lambda *_: None)
+    from_pretrained(container("llama", "int8"), device_map="auto", progress=False)
+    assert askers
+    assert threading.get_ident() not in askers
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "t5", "bert", "llava", "gpt2"])
+def test_destinations_are_where_transformers_puts_the_tensors(container, monkeypatch, name):
+    """Each tensor that goes somewhere by itself lies there after the load, in that dtype."""
+    places = []
+
+    def remember(self, model, load_config):
+        places.extend(hooks.destinations(model, list(self._state_dict), load_config))
+        return self._state_dict
+
+    monkeypatch.setattr(load.Load, "state_dict", remember)
+    model = from_pretrained(container(name, "lossless"), dtype=torch.float16)
+    values = model.state_dict()
+    assert any(place.alone for place in places)
+    with Container(container(name, "lossless")) as opened:
+        assert {place.stored for place in places} == opened.records.keys()
+        for place in places:
+            assert values[place.parameter].dtype == place.dtype
+            if place.alone:
+                shape = tuple(opened.records[place.stored].shape)
+                assert tuple(values[place.parameter].shape) == shape
+
+
+def test_model_class_comes_from_architectures():
+    config = transformers.BertConfig(architectures=["BertForMaskedLM"])
+    assert model_class(config) is transformers.BertForMaskedLM
+
+
+@pytest.mark.parametrize("names", [None, [], ["Nope"], [5], "text", ["AutoModelForCausalLM"]])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama", "LlamaForCausalLM"), ("t5", "T5ForConditionalGeneration"), ("mpnet", "MPNetModel")],
+)
+def test_model_class_without_a_known_architecture_is_the_one_that_the_weights_fill(
+    container, name, kind, names
+):
+    with Container(container(name, "int8")) as opened:
+        config = transformers.AutoConfig.from_pretrained(opened.folder)
+        config.__dict__["architectures"] = names  # as a file may have it: older ones check the type
+        assert model_class(config, lambda: described_tensors(opened)).__name__ == kind
+
+
+def test_a_config_for_which_transformers_has_no_class_is_an_error():
+    with pytest.raises(UnsupportedEnvironmentError, match="has no class"):
+        model_class(transformers.PretrainedConfig(architectures=["Nope"]))
+
+
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_offloaded_parameters_are_known_by_their_hooks(tiny, tmp_path, offload):
+    model = load_plain(tiny("llama"))
+    names = [name for name, _ in model.named_parameters()]
+    assert not any(placement.is_offloaded(model, name) for name in names)
+    where = (tmp_path,) if offload == "disk_offload" else ()
+    getattr(accelerate, offload)(model, *where, execution_device=torch.device("cpu"))
+    assert all(value.is_meta for value in model.parameters())
+    assert all(placement.is_offloaded(model, name) for name in names)

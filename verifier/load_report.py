@@ -1,0 +1,56 @@
+"""Record in a container what transformers reports of a plain load of its source."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import CodecLLMError
+from codecllm.verifier.side_file import attach
+
+CONFIG_NAME = "config.json"
+
+
+def record_load_report(out: str | Path) -> str | None:
+    """Adds `load_report.json` to a container whose source holds more or fewer weights than its class.
+
+    transformers loads the names, shapes and dtypes of the source's tensors into the class that the
+    config names, without weights. A container whose tensors are exactly those of the class gets no
+    report.
+
+    Args:
+        out: a finished container.
+
+    Returns:
+        One line for people: what is left over, or why transformers cannot load the model; None
+        where there is nothing to say.
+
+    Raises:
+        FormatError: the container is damaged.
+    """
+    folder = Path(out)
+    with Container(folder) as container:
+        manifest = container.manifest
+        if manifest.file(CONFIG_NAME) is None:
+            return None
+        from codecllm.loader.config_size import check_config_size
+        from codecllm.loader.hf.folder import describe, read_config
+        from codecllm.loader.hf.model_class import described_tensors, model_class, rehearse
+        from codecllm.loader.load_report import LOAD_REPORT_NAME, pack_report
+
+        try:
+            config = read_config(folder)
+            check_config_size(config.to_dict(), len(container.records))
+            cls = model_class(config, partial(described_tensors, container))
+            report = rehearse(cls, config, described_tensors(container))
+        except CodecLLMError as exc:
+            return f"transformers cannot load this model: {exc}"
+        except Exception as exc:  # whatever a model class raises where a config is not its own
+            return f"transformers cannot load this model: {describe(exc)}"
+    if report.is_empty:
+        return None
+    attach(folder, manifest, LOAD_REPORT_NAME, pack_report(report))
+    return (
+        f"transformers leaves weights over {report.summary()} (recorded: a load warns of the same)"
+    )
