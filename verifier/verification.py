@@ -36,8 +36,10 @@ def verify(
     """Checks a container. Nothing is written and nothing is repaired.
 
     Stages: `structure` (files, sizes, headers, chunk tables), `checksums` (every byte of every listed file), and at level
-    `full`: `decode` (every chunk, every tensor's digest), `ratio`, `source` (with `source`), `baseline` (the recorded prompts).
-    A stage that cannot mean anything after an earlier failure is reported as skipped.
+    `full`: `decode` (every chunk, every tensor's digest), `ratio`, `source` and `model` (with
+    `source`: each tensor, and the loaded container beside the source as transformers loads it),
+    `baseline` (the recorded prompts). A stage that cannot mean anything after an earlier failure is
+    reported as skipped.
 
     Args:
         name_or_path: container folder or Hub id.
@@ -108,6 +110,7 @@ def _check_contents(
     from codecllm.verifier.checks.comparison import check_source
     from codecllm.verifier.checks.decoding import check_decoding
     from codecllm.verifier.checks.ratio import report_ratio
+    from codecllm.verifier.source_model import check_source_model
 
     scans = {}
     with _stage(report, "decode") as stage:
@@ -118,13 +121,15 @@ def _check_contents(
         else:
             _skip(stage, "not stated for a damaged container")
     if source is not None:
-        with (
-            SourceModel(
-                resolve(source, kind="source").folder, view=container.manifest.options.scheme
-            ) as model,
-            _stage(report, "source") as stage,
-        ):
-            check_source(container, model, stage, threads, progress)
+        folder, scheme = resolve(source, kind="source").folder, container.manifest.options.scheme
+        with SourceModel(folder, view=scheme) as model:
+            with _stage(report, "source") as stage:
+                check_source(container, model, stage, threads, progress)
+            with _stage(report, "model") as stage:
+                if report.ok:
+                    check_source_model(container, model, stage, threads)
+                else:
+                    _skip(stage, "a container that is not the source is not run beside it")
     if not baseline:
         return
     with _stage(report, "baseline") as stage:

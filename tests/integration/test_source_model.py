@@ -1,0 +1,212 @@
+"""`verify --source` asks transformers what the source is, and the baseline has a floor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import codecllm
+from codecllm.converter import convert
+from codecllm.formats.errors import BaselineError
+from codecllm.verifier import Verdict, verify
+from codecllm.verifier.baseline.record import Agreement
+from codecllm.verifier.baseline.runs import below_floor
+from codecllm.verifier.load_report import record_load_report
+from tests import tampering
+from tests.integration import tiny_models
+
+TEMPLATES = {"default": "{{ messages[0]['content'] }}", "rag": "{{ messages|length }} documents"}
+
+
+def _with_tokenizer(folder):
+    words = WordLevel({f"t{number}": number for number in range(512)}, unk_token="t0")
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="t0")
+    fast.chat_template = TEMPLATES["default"]
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tiny):
+    folder = tampering.copy_of(tiny("llama"), tmp_path_factory.mktemp("source") / "llama")
+    return _with_tokenizer(folder)
+
+
+def _model_stage(out, source):
+    report = verify(out, source=source, baseline=False)
+    stage = report.stage("model")
+    assert stage is not None
+    return report, stage
+
+
+@pytest.mark.parametrize("scheme", ["lossless", "int8"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "t5", "bert", "mpnet", "llava"])
+def test_a_container_of_the_source_is_verified(tiny, container, name, scheme):
+    report, stage = _model_stage(container(name, scheme), tiny(name))
+    assert report.ok
+    assert stage.verdict is Verdict.OK
+    assert "as transformers loads the source" in stage.summary
+
+
+def test_a_source_that_leaves_weights_over_is_verified_with_its_record_only(tmp_path):
+    config = hf.BertConfig(**{**tiny_models._ENCODER})
+    source = tiny_models.save(tmp_path / "source", hf.BertForPreTraining(config))
+    path = source / "config.json"
+    document = json.loads(path.read_text()) | {"architectures": ["BertForMaskedLM"]}
+    path.write_text(json.dumps(document))
+    convert(source, tmp_path / "out", scheme="lossless")
+    report, stage = _model_stage(tmp_path / "out", source)
+    assert not report.ok
+    assert "cls.seq_relationship.weight" in str(stage.findings[0].error)
+    assert "leaves weights over" in record_load_report(tmp_path / "out")
+    report, stage = _model_stage(tmp_path / "out", source)
+    assert report.ok
+
+
+def test_weights_that_transformers_would_take_from_another_file_are_found(tmp_path, tiny):
+    """Whatever the converter takes: transformers prefers one complete file to a sharded set."""
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    convert(source, tmp_path / "out", scheme="lossless")
+    other = tampering.copy_of(source, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    report, _ = _model_stage(tmp_path / "out", other)
+    assert not report.ok
+
+
+CHANGES = {
+    "generation defaults differ": lambda folder: (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 9, "max_new_tokens": 3})
+    ),
+    "tie_word_embeddings": lambda folder: _edit(folder / "config.json", tie_word_embeddings=False),
+    "the container lacks this file": lambda folder: (folder / "merges.txt").write_text("a b\n"),
+    "chat template": lambda folder: (folder / "chat_template.jinja").write_text("other"),
+    "tokens": lambda folder: _edit(folder / "tokenizer.json", normalizer={"type": "Lowercase"}),
+}
+
+
+def _edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("words", sorted(CHANGES))
+def test_what_differs_from_the_source_is_a_finding(tmp_path, source, words):
+    convert(source, tmp_path / "out", scheme="int8")
+    changed = tampering.copy_of(source, tmp_path / "changed")
+    CHANGES[words](changed)
+    report, stage = _model_stage(tmp_path / "out", changed)
+    assert not report.ok
+    found = " ".join(str(finding.error) for finding in stage.findings)
+    if words == "tokens":
+        assert "tokenizer.json" in found
+    else:
+        assert words in found
+
+
+def test_a_tensor_loaded_as_another_is_found(tmp_path, tiny, container, monkeypatch):
+    """Not by the comparison of files: the loader itself is at fault."""
+    from codecllm.loader import load
+
+    state_dict = load.lazy_state_dict
+
+    def swapped(*args):
+        tensors = state_dict(*args)
+        up, gate = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("up", "gate"))
+        tensors[up], tensors[gate] = tensors[gate], tensors[up]
+        return tensors
+
+    monkeypatch.setattr(load, "lazy_state_dict", swapped)
+    for scheme in ("lossless", "int8"):
+        report, stage = _model_stage(container("llama", scheme), tiny("llama"))
+        assert not report.ok
+        assert {finding.error.tensor for finding in stage.findings} >= {
+            "model.layers.1.mlp.up_proj.weight",
+            "model.layers.1.mlp.gate_proj.weight",
+        }
+
+
+def test_a_tie_that_the_source_lacks_is_found(tmp_path, tiny, container, monkeypatch):
+    from codecllm.loader import load
+
+    finish = load.Load.finish
+
+    def tie(self, model):
+        finish(self, model)
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+    monkeypatch.setattr(load.Load, "finish", tie)
+    report, stage = _model_stage(container("llama", "int8"), tiny("llama"))
+    assert not report.ok
+    assert any("tied" in str(finding.error) for finding in stage.findings)
+
+
+def test_a_source_that_transformers_cannot_load_is_a_reason(tmp_path, tiny):
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    _edit(source / "config.json", model_type="no_such_type", architectures=["Nope"])
+    convert(source, tmp_path / "out", scheme="lossless")
+    report, stage = _model_stage(tmp_path / "out", source)
+    assert report.ok
+    assert stage.verdict is Verdict.SKIPPED
+    assert "transformers cannot load the source" in stage.summary
+
+
+# --- The floor of the baseline
+
+
+@pytest.mark.parametrize(
+    ("agreement", "bits", "fails"),
+    [
+        (Agreement(top1=1.0, mean_kl=0.0), None, False),
+        (Agreement(top1=0.97, mean_kl=0.004), None, False),
+        (Agreement(top1=0.0, mean_kl=0.002), None, True),
+        (Agreement(top1=0.0, mean_kl=1e-5), None, False),
+        (Agreement(top1=0.85, mean_kl=0.2), None, True),
+        (Agreement(top1=0.95, mean_kl=0.2), None, False),
+        (Agreement(top1=0.85, mean_kl=0.2), 4.5, False),
+        (Agreement(top1=0.6, mean_kl=0.8), 4.5, True),
+        (Agreement(top1=0.1, mean_kl=5.0), 2.0, False),
+        (Agreement(cosine=0.99), None, False),
+        (Agreement(cosine=0.5), None, True),
+        (Agreement(), None, False),
+    ],
+)
+def test_floor(agreement, bits, fails):
+    assert (below_floor(agreement, bits) is not None) == fails
+
+
+def test_a_conversion_that_ruins_the_model_is_an_error(tmp_path):
+    """One outlier in each row of every matrix: eight bits leave nothing of the other weights."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**tiny_models.GROUPED, "tie_word_embeddings": False})
+    source = tiny_models.save(tmp_path / "source", hf.LlamaForCausalLM(config))
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if value.ndim == 2:
+            value[:, 7] = 4000.0 if name != "lm_head.weight" else value[:, 7]
+            if name == "lm_head.weight":
+                value *= 40
+                value[:, 7] = 0
+                value[:, 8] = 60000.0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaselineError, match=r"codecllm diagnose"):
+        codecllm.convert(source, tmp_path / "out", include=("*",), baseline=True)
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_a_recorded_baseline_below_the_floor_is_not_verified(tmp_path, tiny):
+    codecllm.convert(tiny("llama"), tmp_path / "out", scheme="int8", baseline=True)
+    record = json.loads((tmp_path / "out" / "baseline.json").read_text())
+    record["agreement"].update(top1=0.0, mean_kl=3.0)
+    data = json.dumps(record).encode()
+    tampering.replace_listed(tmp_path / "out", "baseline.json", data)
+    report = verify(tmp_path / "out")
+    assert not report.ok
+    assert "codecllm diagnose" in str(report.stage("baseline").findings[0].error)

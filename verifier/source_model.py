@@ -1,0 +1,278 @@
+"""The source as transformers loads it, beside the container as it is loaded.
+
+Every other check compares the container with what the converter read. This one asks transformers:
+it resolves the files, the class, names, ties, dtypes and generation defaults by itself, so that a
+file that the converter should have taken, or a rename that the loader missed, shows here.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from codecllm.converter.source.modules import MODULES_NAME
+from codecllm.converter.source.source import SourceModel
+from codecllm.formats.container import Container
+from codecllm.formats.errors import CodecLLMError, ModelMismatchError, one_line
+from codecllm.formats.machine import available_memory
+from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
+from codecllm.verifier.report import Stage
+
+CONFIG_NAME = "config.json"
+MAX_RELATIVE_ERROR = 0.9
+"""Root mean square error of a quantized parameter, as a share of its own, above which it is taken
+for another tensor. Two bits a weight stay below; two unlike tensors have 1.4."""
+
+CHAT = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris."},
+    {"role": "user", "content": "And of Österreich?"},
+]
+NAMES_SHOWN = 8
+
+
+def check_source_model(
+    container: Container, source: SourceModel, stage: Stage, workers: int
+) -> None:
+    """Compares the loaded container with the source that transformers loads by itself.
+
+    Compared are: the class; names, shapes, dtypes and ties of all parameters and buffers; their
+    bits, or for quantized ones their distance; what the load leaves over; generation defaults;
+    tokens and chat templates of sample texts; logits and generated texts; side files.
+
+    Args:
+        container: an undamaged container.
+        source: the model that it was made from.
+        stage: receives findings; is skipped where the two models do not fit in memory or
+            transformers cannot load the source.
+        workers: decoding threads.
+    """
+    _check_files(container, source, stage)
+    reason = _obstacle(container)
+    if reason is None:
+        reason = _compare_models(container, source.folder, stage, workers)
+    if reason is not None:
+        stage.skipped, stage.summary = True, reason
+
+
+def _obstacle(container: Container) -> str | None:
+    if container.manifest.file(CONFIG_NAME) is None:
+        return "the source has no config.json"
+    needed = int(2 * MEMORY_FACTOR * container.manifest.source.tensor_bytes)
+    free = available_memory()
+    if needed > free:
+        return (
+            f"the source and the container need {needed / 2**30:.1f} GiB to run side by side, "
+            f"{free / 2**30:.1f} GiB of memory are free"
+        )
+    return None
+
+
+def _compare_models(container: Container, source: Path, stage: Stage, workers: int) -> str | None:
+    """Loads both models and compares them; returns why it could not."""
+    from codecllm.loader import from_pretrained
+    from codecllm.loader.hf.plain import load_plain
+    from codecllm.loader.hf.quiet import silenced, without_progress_bars
+    from codecllm.loader.load_report import LoadReport, read_report
+
+    with without_progress_bars(), silenced():
+        try:
+            plain, info = load_plain(source, output_loading_info=True)
+        except Exception as exc:  # whatever transformers raises for a source that it cannot load
+            return f"transformers cannot load the source: {type(exc).__name__}: {one_line(exc)}"
+        name = type(plain).__name__
+        expected = LoadReport.of(name, info["missing_keys"], info["unexpected_keys"])
+        recorded = read_report(container) or LoadReport.of(name, (), ())
+        if recorded != expected:
+            error = ModelMismatchError(
+                "the container records another load than that of the source",
+                got=recorded.summary() or "nothing left over",
+                expected=expected.summary() or "nothing left over",
+            )
+            stage.fail(error)
+            return None
+        loaded = from_pretrained(
+            container.folder,
+            workers=workers,
+            expected_manifest_sha256=container.manifest_sha256,
+        )
+    lossless = not any(isinstance(item, Int8Tensor) for item in container.records.values())
+    differences = list(_differences(plain, loaded, lossless, expected.missing))
+    for difference in differences:
+        stage.fail(difference)
+    if not differences:
+        _compare_speech(container, source, (plain, loaded), lossless, stage)
+    stage.facts |= {"class": name, "lossless": lossless}
+    stage.summary = (
+        f"{name} as transformers loads the source: parameters, ties, dtypes, generation defaults, "
+        f"tokens, chat templates{stage.facts.pop('said', '')}"
+    )
+    del plain, loaded
+    gc.collect()
+    return None
+
+
+def _differences(
+    plain: Any, loaded: Any, lossless: bool, missing: frozenset[str]
+) -> Iterator[CodecLLMError]:
+    """Yields what differs between two loaded models, parameters first."""
+    if type(plain) is not type(loaded):
+        got, expected = type(loaded).__name__, type(plain).__name__
+        yield ModelMismatchError("another class is loaded", got=got, expected=expected)
+        return
+    theirs, ours = plain.state_dict(), loaded.state_dict()
+    for name in sorted(theirs.keys() ^ ours.keys()):
+        holder = "container" if name in ours else "source"
+        yield ModelMismatchError(f"only the loaded {holder} has this parameter", tensor=name)
+    for name in theirs.keys() & ours.keys():
+        plain_value, loaded_value = theirs[name], ours[name]
+        if _kind(plain_value) != _kind(loaded_value):
+            yield ModelMismatchError(
+                "the loaded parameter is of another type",
+                tensor=name,
+                got=_kind(loaded_value),
+                expected=_kind(plain_value),
+            )
+        elif name not in missing:
+            yield from _value_difference(name, plain_value, loaded_value, lossless)
+    if _ties(plain) != _ties(loaded):
+        yield ModelMismatchError(
+            "other parameters are tied", got=_ties(loaded), expected=_ties(plain)
+        )
+    yield from _generation_difference(plain, loaded)
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}"
+
+
+def _value_difference(
+    name: str, expected: Any, got: Any, lossless: bool
+) -> Iterator[CodecLLMError]:
+    import torch
+
+    a, b = expected.detach().reshape(-1), got.detach().reshape(-1)
+    if torch.equal(a.view(torch.uint8), b.view(torch.uint8)) or not a.numel():
+        return
+    if lossless or not a.is_floating_point():
+        yield ModelMismatchError("the loaded parameter is not the source's", tensor=name)
+        return
+    energy = float(a.double().square().sum())
+    error = (float((a.double() - b.double()).square().sum()) / max(energy, 1e-300)) ** 0.5
+    if not error <= MAX_RELATIVE_ERROR:
+        yield ModelMismatchError(
+            "the loaded parameter is far from the source's: relative error",
+            tensor=name,
+            got=f"{error:.3f}",
+            expected=f"at most {MAX_RELATIVE_ERROR}",
+        )
+
+
+def _ties(model: Any) -> list[list[str]]:
+    """Returns the groups of parameters of one memory, sorted."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+
+
+def _generation_difference(plain: Any, loaded: Any) -> Iterator[CodecLLMError]:
+    documents = [
+        model.generation_config.to_dict() if hasattr(model, "generation_config") else {}
+        for model in (plain, loaded)
+    ]
+    keys = sorted(documents[0].keys() | documents[1].keys())
+    different = [key for key in keys if documents[0].get(key) != documents[1].get(key)]
+    if different:
+        key = different[0]
+        yield ModelMismatchError(
+            f"generation defaults differ: {', '.join(different[:NAMES_SHOWN])}",
+            got=documents[1].get(key),
+            expected=documents[0].get(key),
+        )
+
+
+def _compare_speech(
+    container: Container, source: Path, models: tuple[Any, Any], lossless: bool, stage: Stage
+) -> None:
+    """Compares tokens, chat templates, logits and texts of both models."""
+    from codecllm.verifier.baseline.model_output import PromptCoder
+    from codecllm.verifier.diagnosis.model import text
+
+    plain, loaded = models
+    folders = (source, container.folder)
+    coders = (PromptCoder(source, plain.config), PromptCoder(container.folder, loaded.config))
+    text.check_tokenizers(*coders, folders, stage)
+    theirs, ours = (_chat_texts(folder) for folder in folders)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            error = ModelMismatchError(
+                f"chat template {name!r} gives another text",
+                got=repr(ours.get(name))[:80],
+                expected=repr(theirs.get(name))[:80],
+            )
+            stage.fail(error)
+    try:
+        inputs = text.make_inputs(coders[0], None, None)
+        base = text.evaluate_outputs(plain, inputs)
+        other = text.evaluate_outputs(loaded, inputs, base)
+    except Exception as exc:  # whatever a model class raises when it is run on plain text
+        stage.facts["said"] = f"; the model does not run on text: {type(exc).__name__}"
+        return
+    text.compare_text(inputs, base, other, coders, lossless, stage)
+    stage.facts["said"] = f"; {stage.summary}"
+
+
+def _chat_texts(folder: Path) -> dict[str, str]:
+    """Returns the sample chat by each of the folder's chat templates, by name."""
+    from codecllm.loader.hf.folder import read_tokenizer
+
+    try:
+        tokenizer = read_tokenizer(folder)
+    except CodecLLMError:
+        return {}
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    return {name: _chat_text(tokenizer, template) for name, template in templates.items()}
+
+
+def _chat_text(tokenizer: Any, template: str) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False))
+    except Exception as exc:  # a template may refuse this chat: in both folders, or in one
+        return f"{type(exc).__name__}: {one_line(exc)}"
+
+
+def _check_files(container: Container, source: SourceModel, stage: Stage) -> None:
+    """Compares the side files with those that a conversion of the source copies."""
+    for name, source_name in source.side_files.copied.items():
+        record = container.manifest.file(name)
+        if record is None:
+            stage.fail(ModelMismatchError("the container lacks this file of the source", file=name))
+            continue
+        same = container.read_side_file(record) == (source.repository / source_name).read_bytes()
+        if not same and name != MODULES_NAME:  # it names the folders as the container has them
+            stage.fail(ModelMismatchError("the file is not the source's", file=name))
+    record, path = container.manifest.file(CONFIG_NAME), source.folder / CONFIG_NAME
+    if record is not None and path.exists():
+        _check_config(container.read_side_file(record), path.read_bytes(), stage)
+
+
+def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
+    documents = [json.loads(data) for data in (ours, theirs)]
+    for document in documents:
+        document.pop("quantization_config", None)
+    keys = sorted(documents[0].keys() | documents[1].keys())
+    different = [key for key in keys if documents[0].get(key) != documents[1].get(key)]
+    if different:
+        stage.fail(
+            ModelMismatchError(
+                f"the config differs from the source's: {', '.join(different[:NAMES_SHOWN])}",
+                file=CONFIG_NAME,
+            )
+        )
