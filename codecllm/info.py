@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from codecllm.formats.container import Container
@@ -164,7 +165,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
     for column in ("stored", "bits/w", "bound", "worst error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in facts["tensors"]:
-        table.add_row(*_cells(row))
+        table.add_row(*map(escape, _cells(row)))
     console.print(table)
     source = facts["source"]
     origin = f"{source['repo']} @ {source['commit']}" if source["repo"] else "a local folder"
@@ -173,6 +174,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
         f"\nformat {facts['format_version']}, scheme {facts['scheme']}, codec {facts['codec']}, "
         f"from {origin}",
         highlight=False,
+        markup=False,
     )
     requested_options = {
         name: facts["options"][name]
@@ -184,35 +186,40 @@ def render(facts: dict[str, Any], console: Console) -> None:
             "asked for  "
             + ", ".join(f"{name} {value}" for name, value in requested_options.items()),
             highlight=False,
+            markup=False,
         )
     console.print(
         f"source     {facts['source_bytes']:>16,} bytes in {facts['weights']:,} weights ({dtypes})",
         highlight=False,
+        markup=False,
     )
     console.print(
         f"container  {facts['container_bytes']:>16,} bytes in {len(facts['shards'])} shards and "
         "the manifest",
         highlight=False,
+        markup=False,
     )
     console.print(
         f"ratio      {facts['ratio']:.3f}x   {facts['bits_per_weight']:.3f} bits per weight, all "
         "counted "
         f"(entropy bound {facts['entropy_bits_per_weight']:.3f})",
         highlight=False,
+        markup=False,
     )
-    console.print(f"manifest   sha256 {facts['manifest_sha256']}", highlight=False)
+    console.print(f"manifest   sha256 {facts['manifest_sha256']}", highlight=False, markup=False)
     if "hub" in facts:
         _render_hub(facts["hub"], console)
 
 
 def _render_hub(hub: dict[str, Any], console: Console) -> None:
-    console.print(f"hub        {hub['repo']} @ {hub['commit']}", highlight=False)
+    console.print(f"hub        {hub['repo']} @ {hub['commit']}", highlight=False, markup=False)
     console.print(
         f"read       {hub['transferred_bytes']:,} of {hub['listed_bytes']:,} bytes, no weights: "
         "manifest and shard headers "
         f"({hub['shard_headers']}); they agree with each other, all sizes, and "
         f"{hub['known_sha256']} sha256 on the Hub",
         highlight=False,
+        markup=False,
     )
 
 

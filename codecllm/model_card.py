@@ -12,6 +12,7 @@ from typing import Any
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.manifest import BASELINE_NAME, CODE, CODE_SUFFIX, Manifest
 from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.text import in_markdown
 from codecllm.hub import BaseModel
 from codecllm.info import describe_manifest
 from codecllm.verifier.baseline.record import Baseline, parse_baseline
@@ -183,7 +184,7 @@ def _figures(
     commit = facts["source"]["commit"]
     if base is not None and commit is not None:
         yield "source commit", f"`{commit}`"
-    writer = facts["writer"].get("codecllm", "?")
+    writer = in_markdown(facts["writer"].get("codecllm", "?"))
     yield "container format", f"{facts['format_version']}, written by codecllm {writer}"
 
 

@@ -17,9 +17,27 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
-stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+from codecllm.formats.text import visible
+
+
+class SafeConsole(Console):
+    """A console on which no text acts: controls and hidden characters in it are shown as escapes.
+
+    Markup is for our own texts: those with names of strangers are printed with `markup=False`, or escaped.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Renders a string of a line or of a table's cell, with hidden characters as escapes."""
+        return super().render_str(visible(text), **options)
+
+
+stdout = SafeConsole(width=None if sys.stdout.isatty() else 200)
+stderr = SafeConsole(stderr=True)
 
 
 @contextmanager

@@ -158,7 +158,8 @@ def export(
     else:
         stdout.print(
             f"wrote {report.tensor_bytes:,} bytes of tensors in {len(report.shards)} files to "
-            f"{report.out}"
+            f"{report.out}",
+            markup=False,
         )
 
 

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.markup import escape
 
 from codecllm.cli.console import print_warnings, stdout
 
@@ -50,7 +51,8 @@ def print_estimate(predicted: Estimate, as_json: bool) -> None:
         table.add_column(column, justify="right" if column in ("source", "predicted") else "left")
     for row in predicted.tensors:
         sizes = (f"{row.source_bytes:,}", f"{row.stored_bytes:,}")
-        table.add_row(row.name, row.dtype, row.scheme, *sizes, row.note or "")
+        cells = (row.name, row.dtype, row.scheme, *sizes, row.note or "")
+        table.add_row(*map(escape, cells))
     stdout.print(table)
     print_warnings(predicted.warnings)
     _print_files(predicted)
@@ -96,7 +98,8 @@ def print_conversion(done: Converted, as_json: bool) -> None:
         "bytes "
         f"in {report.seconds:.1f} s, "
         f"ratio {report.ratio:.3f}x, {report.bits_per_weight:.3f} bits per weight"
-        f" ({report.quantized_bits_per_weight:.3f} of the quantized ones)"
+        f" ({report.quantized_bits_per_weight:.3f} of the quantized ones)",
+        markup=False,
     )
     if done.baseline is not None:
         stdout.print(done.baseline.summary())
@@ -149,12 +152,15 @@ def print_evaluation(result: Evaluation) -> None:
     for score in result.scores:
         bits = (f"{score.bits_per_weight:.3f}", f"{score.layer_bits_per_weight:.3f}")
         kl = (f"{score.mean_kl:.3e}", f"{score.kl_99:.3e}")
-        table.add_row(score.name, *bits, *kl, f"{score.top1:.2%}", f"{score.perplexity:.3f}")
+        table.add_row(
+            escape(score.name), *bits, *kl, f"{score.top1:.2%}", f"{score.perplexity:.3f}"
+        )
     stdout.print(table)
     stdout.print(
         f"\nbase {result.base}: {result.base_bits_per_weight:.3f} bits per weight, perplexity "
         f"{result.base_perplexity:.3f}; "
-        f"{result.tokens} tokens, computed in {result.dtype}; KL in nats per token"
+        f"{result.tokens} tokens, computed in {result.dtype}; KL in nats per token",
+        markup=False,
     )
 
 

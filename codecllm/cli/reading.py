@@ -10,6 +10,7 @@ import typer
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr, stdout
 from codecllm.cli.options import ContainerName, Json, ResidentName, Revision, Workers
+from codecllm.formats.text import visible
 
 
 @app.command()
@@ -65,4 +66,4 @@ def generate(
         workers=workers,
         progress=stderr.is_terminal and not as_json,
     )
-    typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else text)
+    typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else visible(text))
