@@ -24,8 +24,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from codecllm.formats.errors import NotAContainerError, UsageError
-from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.errors import (
+    NotAContainerError,
+    UnsupportedEnvironmentError,
+    UsageError,
+)
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, ORIGINAL_KEY
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_size
 from codecllm.loader.hf import hooks
@@ -66,7 +70,20 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         quantization_config.dequantize = self._load is None or self._load.is_dense
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Remembers the device map that the caller asked for."""
+        """Remembers the device map that the caller asked for.
+
+        Raises:
+            UnsupportedEnvironmentError: the tensors are those of another quantization. Without its
+                quantizer they would be loaded as if they were weights.
+        """
+        original = getattr(self.quantization_config, ORIGINAL_KEY, None)
+        if original is not None:
+            method = original.get("quant_method") if isinstance(original, dict) else original
+            raise UnsupportedEnvironmentError(
+                f"the container keeps the tensors of a model quantized by {method!r}, which only "
+                "its own quantizer can load: run `codecllm export`, and load the folder it writes",
+                file="config.json",
+            )
         self._device_map = device_map
 
     def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
