@@ -1,4 +1,4 @@
-"""From a container to a live torch model: streaming, decoding, resident int8 modules, and the way into transformers.
+"""From a container to a torch model: streams of tensors, engines, residencies, transformers.
 
 Importing this package registers the format with transformers: from then on `AutoModel.from_pretrained` and its kin load
 containers by themselves.

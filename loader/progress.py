@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the name of the tensor just read, the bytes of weights read so far, and all of them."""
+"""Called with the name of a tensor that was read, the bytes read so far, and all bytes."""
 
 
 class Meter:

@@ -57,7 +57,7 @@ class LazyTensor:
 
     @property
     def request(self) -> Request | None:
-        """The request that `to` without arguments makes; None for scales, which need no prefetch."""
+        """The request that `to` makes without arguments; None for scales."""
         if self._content == "weight":
             return Request(self._stored_name, "weight", self.dtype)
         return Request(self._stored_name, "codes") if self._content == "codes" else None

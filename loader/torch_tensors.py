@@ -52,19 +52,19 @@ def torch_dtype(name: str, tensor: str | None = None) -> torch.dtype:
 
 
 def is_model_float(name: str) -> bool:
-    """Whether an element type of the container is a float that models compute with (not an 8-bit or smaller one)."""
+    """Whether an element type is a float that models compute with: more than 8 bits."""
     return name in ("BF16", "F16", "F32", "F64")
 
 
 def words_of(tensor: torch.Tensor, rows: int, cols: int) -> NDArray[Any]:
-    """Returns a contiguous tensor's memory as unsigned numpy words [rows, cols] of its element size."""
+    """Returns the memory of a contiguous tensor as unsigned words [rows, cols] of its item size."""
     flat = tensor.view(-1)
     numpy_bytes: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return numpy_bytes.view(f"<u{tensor.dtype.itemsize}").reshape(rows, cols)
 
 
 def file_order(container: Container) -> Iterator[str]:
-    """Yields the names of all stored tensors of a container in the order in which the shards hold them; no aliases."""
+    """Yields the names of all stored tensors in the order of the shards' bytes; no aliases."""
     for number in range(len(container.manifest.shards)):
         _, header = container.shard(number)
         for name in header.tensors:

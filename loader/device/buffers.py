@@ -1,4 +1,4 @@
-"""Buffers through which stored bytes travel onto a device; each knows what has to be over before it is used again."""
+"""Buffers through which stored bytes travel onto a device; each waits for its last use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DeviceBuffer:
         self.decoded: Event | None = None
 
     def claim(self, size: int, least: int, streams: Streams) -> torch.Tensor:
-        """Lets the copy stream wait until the buffer's last batch is decoded; returns uint8 [size] of it."""
+        """Returns uint8 [size]; the copy stream waits until the last batch there is decoded."""
         if self.decoded is not None:
             streams.wait(streams.copy, self.decoded)
         if self.memory is None or self.memory.numel() < size:
@@ -44,6 +44,9 @@ class DeviceBuffer:
 
 
 def empty_on_device(size: int, streams: Streams) -> torch.Tensor:
-    """Allocates memory that only the decode and copy streams use; old memory is given back behind the decode stream's work."""
+    """Allocates memory that only the decode and copy streams use.
+
+    It is given back behind the decode stream's work.
+    """
     with streams.on(streams.decode):
         return torch.empty(size, dtype=torch.uint8, device=streams.device)

@@ -1,4 +1,4 @@
-"""A batch of chunks that lie on a device as they are stored: described on the host, decoded there, their faults read back."""
+"""A batch of chunks: described on the host, decoded on the device, its faults read back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from codecllm.loader.kernels.rans import DeviceTables, RansChunks
 
 WORDS_PER_CHUNK = 8
-"""Most int64 that describe a chunk: 5 for `rans`, 4 for zstd, 3 for a raw one, and 3 more where its symbols are codes."""
+"""Most int64 that describe a chunk.
+
+5 for `rans`, 4 for zstd, 3 for a raw one, and 3 more where its symbols are codes.
+"""
 
 NO_FAULT = 0
 """Fault word of a `rans` chunk that is whole, and status of a frame that is."""
@@ -39,9 +42,12 @@ class ChunkList:
 
     Attributes:
         tensors: the tensor of each chunk, and its number there.
-        columns: per tensor added int64 [5, n]: slot in the stored bytes, stored bytes, symbols, place in the arena, codec.
-        table_of: per tensor added int64 [n]: number of the table in `tables`, 0 where the codec has none.
-        codes: per tensor added bool [n]: whether a chunk's symbols are int8 codes, or the high parts of wide ones.
+        columns: per tensor added int64 [5, n]: slot in the stored bytes, stored bytes, symbols,
+            place in the arena, codec.
+        table_of: per tensor added int64 [n]: number of the table in `tables`, 0 where the codec has
+            none.
+        codes: per tensor added bool [n]: whether a chunk's symbols are int8 codes, or the high
+            parts of wide ones.
         tables: the tables, packed.
     """
 
@@ -57,7 +63,8 @@ class ChunkList:
         Args:
             source: their tensor.
             bands: numbers of the bands.
-            slot: where the first chunk's slot lies in the stored bytes, a multiple of 16; the others follow as in the payload.
+            slot: where the first chunk's slot lies in the stored bytes, a multiple of 16; the
+                others follow as in the payload.
             planes: where each plane's symbols go in the arena, in the order of the tiles.
         """
         first, last = chunks_of(source, bands)
@@ -122,8 +129,10 @@ class ChunkWork:
     """The described batch.
 
     Attributes:
-        words: int64 [n] on the host: what the device has to know; the caller copies it there and gives it to `launch`.
-        tables: int64 [tables] precisions and int64 [tables, 256] frequencies, to be expanded for `launch`.
+        words: int64 [n] on the host: the description for the device; the caller copies it there and
+            gives it to `launch`.
+        tables: int64 [tables] precisions and int64 [tables, 256] frequencies, to be expanded for
+            `launch`.
     """
 
     def __init__(self, chunks: ChunkList, stored_address: int, arena_address: int) -> None:
@@ -178,7 +187,9 @@ class ChunkWork:
         tools: DeviceTools,
         tables: DeviceTables | None,
     ) -> Verdict:
-        """Queues the decoding of all chunks on the current stream, which must be `tools.streams.decode` or a later one.
+        """Queues the decoding of all chunks on the current stream.
+
+        That must be `tools.streams.decode` or a later one.
 
         Args:
             words: int64 [len(self.words)], on the device.
@@ -188,14 +199,15 @@ class ChunkWork:
             tables: `tables`, expanded; None where there is none.
 
         Returns:
-            What will tell how it went.
+            The verdict, still on the device.
         """
         from codecllm.loader.kernels.place import find_forbidden, place_chunks
         from codecllm.loader.kernels.rans import RansChunks, decode_rans
 
         rans, zstd, plain, checked = self._counts
         frames_at, raw_at, check_at = self._starts[1], self._starts[5], self._starts[6]
-        # First the decoded sizes of zstd's frames (int64), then a fault per decoded chunk and a flag per chunk (int32).
+        # First the decoded sizes of zstd's frames (int64), then a fault per decoded chunk and a
+        # flag per chunk (int32).
         status = torch.zeros(
             zstd + (rans + zstd + len(self._chunks) + 1) // 2,
             dtype=torch.int64,
@@ -301,7 +313,7 @@ class Verdict:
     """The outcome of a launch, still on the device.
 
     Attributes:
-        work: what was launched.
+        work: the launched batch.
         status: int64 [n] on the device.
     """
 
@@ -314,7 +326,7 @@ class DeviceTools:
 
     Attributes:
         streams: the device's.
-        codecs: what is decoded there.
+        codecs: the codecs that are decoded there.
     """
 
     def __init__(self, streams: Streams, codecs: DeviceCodecs) -> None:
@@ -324,7 +336,7 @@ class DeviceTools:
         self._temp = torch.empty(0, dtype=torch.uint8)
 
     def expand(self, work: ChunkWork) -> tuple[DeviceTables, Event] | None:
-        """Copies tables to the device on the side stream, which has no other work that the host would wait for."""
+        """Copies tables to the device on the side stream, which has no other work to wait for."""
         precisions, frequencies = work.tables
         if not len(precisions):
             return None
@@ -365,5 +377,5 @@ def plane_places(source: StoredTensor, symbols: int, start: int) -> list[int]:
 
 
 def plane_bytes(symbols: int) -> int:
-    """Returns what a plane takes in the arena."""
+    """Returns the bytes that a plane takes in the arena."""
     return -(-symbols // _ARENA_ALIGNMENT) * _ARENA_ALIGNMENT

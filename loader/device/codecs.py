@@ -18,8 +18,9 @@ from codecllm.loader.device.streams import is_accelerator
 Decoder = Literal["auto", "cpu", "nvcomp", "triton"]
 """Where chunks are decoded for a model on a GPU.
 
-auto: zstd by nvCOMP and `rans` by our kernel where they work, the rest on the CPU. cpu: everything on the CPU. nvcomp and
-triton: as auto, but an error where that one does not work here or has nothing to decode in this container.
+auto: zstd by nvCOMP and `rans` by our kernel where they work, the rest on the CPU. cpu: everything
+on the CPU. nvcomp and triton: as auto, but an error where that one does not work here or has
+nothing to decode in this container.
 """
 
 RAW_ID = CODEC_IDS["raw"]
@@ -30,7 +31,7 @@ MIN_TRITON_CAPABILITY = (7, 5)
 
 @dataclass(frozen=True, slots=True)
 class DeviceCodecs:
-    """What is decoded on a device; everything else is on the CPU.
+    """The codecs that are decoded on a device; all others are on the CPU.
 
     Attributes:
         kernels: whether our kernels run there: without them nothing is decoded there.
@@ -55,7 +56,7 @@ NOTHING = DeviceCodecs(False, None, False, {})
 
 
 def find_codecs(device: torch.device) -> DeviceCodecs:
-    """Tries every decoder for a device; what does not work is in `reasons`."""
+    """Tries every decoder for a device; `reasons` has those that do not work."""
     reasons: dict[str, str] = {}
     without_kernels = why_no_kernels(device)
     if without_kernels is not None:
@@ -79,7 +80,8 @@ def why_no_kernels(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_TRITON_CAPABILITY:
-            return f"Triton needs compute capability 7.5 or more, this GPU has {'.'.join(map(str, capability))}"
+            found = ".".join(map(str, capability))
+            return f"Triton needs compute capability 7.5 or more, this GPU has {found}"
     if not is_accelerator(device):
         return _why_not_interpreted()
     return None

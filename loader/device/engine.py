@@ -193,7 +193,7 @@ _engines: weakref.WeakSet[DeviceEngine] = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
-    """Ends the engines that no caller closed (Ctrl-C came first), while the interpreter is whole."""
+    """Ends the engines that Ctrl-C left open, while the interpreter is whole."""
     engines = snapshot(_engines)
     for engine in engines:
         engine._end_soon()

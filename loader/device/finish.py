@@ -21,17 +21,18 @@ _FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 
 def finishes_on_device(record: CodedTensor) -> bool:
-    """Whether there are kernels for a tensor's symbols; otherwise the CPU decodes it. Needs Triton."""
+    """Whether kernels make a tensor's elements; otherwise the CPU does. Needs Triton."""
     from codecllm.loader.kernels.assemble import can_assemble
 
     return isinstance(record, Int8Tensor) or can_assemble(DTYPES[record.dtype])
 
 
 def side_arrays(source: StoredTensor, rows: tuple[int, int]) -> list[NDArray[Any]]:
-    """Returns what kernels need beside the symbols of an `int8` tensor's rows, each of four-byte items; nothing for others.
+    """Returns the side arrays of an `int8` tensor's rows, of four-byte items; none for others.
 
-    Float32 scales, one per row of these or one per column; where columns have them, float32 and int32 [columns]: their scales
-    and, if it is not the source's, their order; of wide codes int32 [tiles], how many of their bits the low plane holds.
+    Float32 scales, one per row of these or one per column; where columns have them, float32 and
+    int32 [columns]: their scales and, if it is not the source's, their order; of wide codes int32
+    [tiles], how many of their bits the low plane holds.
 
     Args:
         source: the tensor.

@@ -1,9 +1,10 @@
 """Zstandard frames through nvCOMP's batched C API, version 6, by ctypes.
 
-Its Python package inserts stream synchronizations and copies to the host; `nvcompBatchedZstdDecompressAsync` only queues work.
-The declarations below follow `nvcomp/zstd.h` and `nvcomp/shared_types.h` of 6.0; another major version is refused, for options
-are passed by value and would be read wrongly. The library's decoder is undefined on invalid frames: give it only chunks whose
-checksum was compared and whose frame header was checked.
+Its Python package inserts stream synchronizations and copies to the host;
+`nvcompBatchedZstdDecompressAsync` only queues work. The declarations below follow `nvcomp/zstd.h`
+and `nvcomp/shared_types.h` of 6.0; another major version is refused, for options are passed by
+value and would be read wrongly. The library's decoder is undefined on invalid frames: give it only
+chunks whose checksum was compared and whose frame header was checked.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MIN_CAPABILITY = (7, 0)
 
 SUCCESS = 0
 _ALIGNED_BYTES = 16
-"""What the callers give: slots of payloads begin at multiples of 16."""
+"""Alignment that the callers keep: slots of payloads begin at multiples of 16."""
 
 
 class DecompressOptions(ctypes.Structure):
@@ -41,7 +42,10 @@ class Alignments(ctypes.Structure):
 
 
 class Properties(ctypes.Structure):
-    """`nvcompProperties_t`: version as major * 1000 + minor * 100 + patch, CUDA's as major * 1000 + minor * 10."""
+    """`nvcompProperties_t`.
+
+    The version is major * 1000 + minor * 100 + patch, CUDA's is major * 1000 + minor * 10.
+    """
 
     _fields_ = (("version", ctypes.c_uint32), ("cudart_version", ctypes.c_uint32))
 
@@ -112,7 +116,8 @@ class Nvcomp:
         """Loads the library and checks that it is the one declared here.
 
         Raises:
-            UnsupportedEnvironmentError: it cannot be loaded, is of another version, or asks for more than it is given.
+            UnsupportedEnvironmentError: it cannot be loaded, is of another version, or asks for
+                more than it is given.
         """
         try:
             self._library = ctypes.CDLL(str(path))
@@ -147,7 +152,10 @@ class Nvcomp:
             )
 
     def temp_bytes(self, count: int, largest: int, symbols: int) -> int:
-        """Returns the scratch that a batch needs, about three times its symbols: `count` chunks of at most `largest` bytes."""
+        """Returns the scratch bytes of a batch, about three times its symbols.
+
+        It has `count` chunks of at most `largest` bytes.
+        """
         size = ctypes.c_size_t()
         self._call(
             "nvcompBatchedZstdDecompressGetTempSize",
@@ -164,7 +172,8 @@ class Nvcomp:
             frames: the batch, see there.
             temp: uint8 [n] on the device, of `temp_bytes` or more.
             sizes: address of int64 [count] on the device; receives the decoded sizes.
-            statuses: address of int32 [count] on the device; receives `SUCCESS` or what `explain` explains.
+            statuses: address of int32 [count] on the device; receives `SUCCESS` or a status that `explain`
+                explains.
             stream: handle of the stream.
 
         Raises:
@@ -191,7 +200,8 @@ def open_nvcomp(device: torch.device) -> Nvcomp:
     """Finds and loads the library for a device.
 
     Raises:
-        UnsupportedEnvironmentError: it is not installed, was built for a newer CUDA than torch, or does not know this GPU.
+        UnsupportedEnvironmentError: it is not installed, was built for a newer CUDA than torch, or
+            does not know this GPU.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         raise UnsupportedEnvironmentError(

@@ -1,4 +1,4 @@
-"""What to load, cut into pieces that one thread reads, and pieces gathered into batches that one copy brings over."""
+"""Tensors cut into pieces that one thread reads, pieces gathered into batches for one copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from codecllm.loader.promise import Promise
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 
 PIECE_SYMBOLS = 8 << 20
-"""Symbols of a piece: about one read of 5 to 8 MiB, its checksums, and one kernel that finishes it."""
+"""Symbols of a piece: one read of 5 to 8 MiB, its checksums, and one kernel to finish it."""
 
 SLOT_BYTES = 64 << 20
 """Bytes of a batch in pinned memory, unless a single band of tiles is larger."""
@@ -55,17 +55,18 @@ class Order:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Part of a tensor: what one thread reads, and one kernel or copy finishes.
+    """Part of a tensor that one thread reads and one kernel or copy finishes.
 
     Attributes:
         order: the tensor.
         source: where it is stored.
         shape: dimensions of the whole tensor on the device.
         dtype: its dtype there.
-        staged: dtype of the elements in the pinned buffer; None where stored chunks lie there, to be decoded on the device.
+        staged: dtype of the elements in the pinned buffer; None where stored chunks lie there, to
+            be decoded on the device.
         bands: bands of tiles of a coded tensor; elements of a plain one.
-        host_bytes: what the piece takes in the pinned buffer.
-        arena_bytes: what its symbols take on the device.
+        host_bytes: bytes of the piece in the pinned buffer.
+        arena_bytes: bytes of its symbols on the device.
         ends: whether it is the tensor's last.
     """
 
@@ -204,7 +205,7 @@ def decodes_on_device(source: StoredTensor, codecs: DeviceCodecs) -> bool:
 
 
 def host_dtype(source: StoredTensor, part: Part, dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which the CPU writes the elements of a tensor that is wanted as `dtype`."""
+    """Returns the dtype in which the CPU writes elements that will become `dtype`."""
     if not isinstance(source.record, Int8Tensor):
         return torch_dtype(source.record.dtype, source.record.name)
     if part == "codes":
@@ -213,7 +214,7 @@ def host_dtype(source: StoredTensor, part: Part, dtype: torch.dtype) -> torch.dt
 
 
 def target_name(source: StoredTensor, part: Part, staged: torch.dtype) -> str:
-    """Returns `decode.write_tile`'s name of what the CPU writes."""
+    """Returns the target of `decode.write_tile` by which the CPU writes `staged`."""
     if not isinstance(source.record, Int8Tensor):
         return source.record.dtype
     return CODES if part == "codes" else DTYPE_NAMES[staged]
@@ -227,7 +228,10 @@ def band_rows(source: StoredTensor, bands: range) -> tuple[int, int]:
 
 
 def _runs_of_bands(source: StoredTensor) -> Iterator[range]:
-    """Cuts a tensor into runs of bands of about PIECE_SYMBOLS symbols, at least one band; one empty run for no elements."""
+    """Cuts a tensor into runs of bands of about PIECE_SYMBOLS symbols, at least one band.
+
+    A tensor without elements has one empty run.
+    """
     grid = source.table.grid
     step = max(
         1, PIECE_SYMBOLS // max(1, source.table.planes * min(grid.tile_rows, grid.rows) * grid.cols)

@@ -1,4 +1,4 @@
-"""What a thread does for a piece: read it into pinned memory, compare every checksum, and where needed decode it there."""
+"""The job of a piece: read it into pinned memory, compare checksums, decode it if needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from codecllm.loader.torch_tensors import words_of
 
 @torch.no_grad()
 def read_piece(piece: Piece, buffer: torch.Tensor, workspace: Workspace) -> None:
-    """Fills `buffer` (uint8 [piece.host_bytes], on the host) with what the device needs of a piece.
+    """Fills `buffer` (uint8 [piece.host_bytes], on the host) with a piece for the device.
 
     A plain tensor's checksum covers it as a whole and is compared by the caller.
 

@@ -69,9 +69,9 @@ class BatchReader:
 
         Args:
             container: where the tensors are stored.
-            threads: threads that decode what the device cannot decode.
+            threads: threads that decode on the CPU chunks that the device cannot decode.
             streams: the device's.
-            codecs: what is decoded on the device.
+            codecs: which chunks are decoded on the device.
         """
         self._container = container
         self._streams = streams

@@ -22,7 +22,7 @@ class Event(Protocol):
 
 
 class Streams(Protocol):
-    """What the pipeline needs of a device.
+    """The streams of a device, and the calls that the engine makes there.
 
     Attributes:
         device: where tensors lie.
@@ -58,7 +58,7 @@ class Streams(Protocol):
         """Whether the calling thread's current stream records a graph instead of working."""
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Keeps a tensor's memory, once it is dropped, until work of `stream` queued before is done."""
+        """Keeps the memory of a dropped tensor until earlier work of `stream` is done."""
 
     def pinned(self, size: int) -> torch.Tensor:
         """Returns uninitialised uint8 [size] on the host, from which copies are asynchronous."""

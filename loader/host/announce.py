@@ -12,7 +12,7 @@ ANNOUNCED_BYTES = 32 << 20
 
 
 class Announcer:
-    """Asks the kernel to fetch from the disk, while earlier tensors are decoded, what follows them.
+    """Asks the kernel to fetch later bytes from the disk while earlier tensors are decoded.
 
     For one thread.
     """

@@ -1,7 +1,8 @@
 """Decodes coded tensors on the CPU, tile by tile, straight into their final place.
 
-The bits are those of `formats.reference`; here they are made with few passes over data that stays in the cache. Each pass is
-one numpy or torch call over a whole tile, which releases the interpreter's lock, so threads scale.
+The bits are those of `formats.reference`; here they are made with few passes over data that stays
+in the cache. Each pass is one numpy or torch call over a whole tile, which releases the
+interpreter's lock, so threads scale.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from codecllm.formats.tile_run import CODES, WIDE_CODES, decode_natively
 from codecllm.formats.tiling import Tile
 
 JOB_SYMBOLS = 1 << 20
-"""Elements of one job: large enough that its overhead (20 microseconds) is nothing, small enough to spread over threads."""
+"""Elements of one job: its overhead of 20 microseconds is nothing, and threads share a tensor."""
 
 BLOCK_ELEMENTS = 1 << 20
-"""Most elements whose intermediate values are held at once, whatever the container's tile size."""
+"""Most elements whose intermediate values are held at once, for any tile size."""
 
 Plane = NDArray[Any]
 """Symbols of a plane, uint8, or the codes of a wide tensor, int16."""
@@ -48,7 +49,10 @@ class Workspace:
         return self._slots
 
     def scratch(self, rows: int, cols: int, dtype: Any, slot: int = 0) -> NDArray[Any]:
-        """Returns a C-ordered array [rows, cols] with unspecified content; the next call with that dtype and slot reuses it."""
+        """Returns a C-ordered array [rows, cols] with unspecified content.
+
+        The next call with that dtype and slot reuses its memory.
+        """
         key = (np.dtype(dtype), slot)
         held = self._scratch.get(key)
         if held is None or held.size < rows * cols:
@@ -57,7 +61,7 @@ class Workspace:
 
 
 def tiles_per_job(tensor: StoredTensor) -> int:
-    """Returns how many tiles make a job: about `JOB_SYMBOLS` elements, and whole `tiles_together`."""
+    """Returns the tiles of a job: about `JOB_SYMBOLS` elements, and whole `tiles_together`."""
     grid, together = tensor.table.grid, tensor.tiles_together
     tiles = JOB_SYMBOLS // max(1, min(grid.tile_rows, grid.rows) * min(grid.tile_cols, grid.cols))
     return max(1, tiles // together) * together
@@ -79,16 +83,18 @@ def payload_span(tensor: StoredTensor, tiles: range) -> tuple[int, int]:
 def read_tiles(
     tensor: StoredTensor, tiles: range, workspace: Workspace
 ) -> Iterator[tuple[Tile, list[Plane]]]:
-    """Reads a run of tiles with one read; yields each rectangle of the source with its verified, decoded planes.
+    """Reads a run of tiles with one read; yields their rectangles, verified and decoded.
 
     Args:
         tensor: the tensor.
-        tiles: numbers of the tiles; where they give the source's rows only together (`tiles_together`), all of each row.
+        tiles: numbers of the tiles; where they give the source's rows only together
+            (`tiles_together`), all of each row.
         workspace: the calling thread's.
 
     Yields:
-        The rectangle (a tile, or whole rows), and per plane its uint8 [rows, cols] symbols, columns in the source's order; of a
-        wide tensor its codes instead, int16 [rows, cols]. Read-only, valid until the next step.
+        The rectangle (a tile, or whole rows), and per plane its uint8 [rows, cols] symbols, columns
+        in the source's order; of a wide tensor its codes instead, int16 [rows, cols]. Read-only,
+        valid until the next step.
 
     Raises:
         FormatError: a chunk is damaged; it was not given to a decoder.
@@ -97,7 +103,10 @@ def read_tiles(
 
 
 def read_run(tensor: StoredTensor, tiles: range, workspace: Workspace) -> memoryview:
-    """Reads the slots of a run of tiles with one read; unchecked, valid until the workspace is used again."""
+    """Reads the slots of a run of tiles with one read, unchecked.
+
+    They are valid until the workspace is used again.
+    """
     first, last = tiles.start * tensor.table.planes, tiles.stop * tensor.table.planes
     return tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
 
@@ -105,7 +114,7 @@ def read_run(tensor: StoredTensor, tiles: range, workspace: Workspace) -> memory
 def tiles_of(
     tensor: StoredTensor, tiles: range, slots: memoryview, workspace: Workspace
 ) -> Iterator[tuple[Tile, list[Plane]]]:
-    """Verifies and decodes a run of tiles whose slots lie in memory; yields and raises as `read_tiles`."""
+    """Verifies and decodes a run of tiles from their slots; yields and raises as `read_tiles`."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     together = tensor.decode_together(first, last, slots)
@@ -161,7 +170,7 @@ def _gather(
 def join_tiles(
     tensor: StoredTensor, start: int, decoded: Iterator[NDArray[np.uint8]], workspace: Workspace
 ) -> list[Plane]:
-    """Takes the symbols of `tiles_together` tiles from `start` on; returns what `read_tiles` yields for them."""
+    """Takes the symbols of `tiles_together` tiles from `start` on; returns their planes."""
     planes, part = tensor.table.planes, tensor.part(start)
     if tensor.wide:
         return [_join_wide(tensor, start, decoded, workspace)]
@@ -183,7 +192,7 @@ def join_tiles(
 def _join_wide(
     tensor: StoredTensor, start: int, decoded: Iterator[NDArray[np.uint8]], workspace: Workspace
 ) -> NDArray[np.int16]:
-    """Returns the codes of `tiles_together` tiles of a wide tensor, [rows, cols] in the source's order."""
+    """Returns codes [rows, cols] of `tiles_together` tiles of a wide tensor, in source order."""
     part = tensor.part(start)
     stored: NDArray[np.int16] = workspace.scratch(part.rows, part.cols, np.int16)
     for index in range(start, start + tensor.tiles_together):
@@ -215,9 +224,10 @@ def decode_tiles(
     Args:
         tensor: the tensor.
         tiles: numbers of the tiles.
-        out: unsigned words [rows, cols] of the grid, of the target's size, C order; the tiles' rectangles are written.
-        target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once), `CODES` or, where it is wide, `WIDE_CODES`;
-            for `lossless` its own dtype.
+        out: unsigned words [rows, cols] of the grid, of the target's size, C order; the tiles'
+            rectangles are written.
+        target: for an `int8` tensor `BF16`, `F16`, `F32` (weights, rounded once), `CODES` or, where
+            it is wide, `WIDE_CODES`; for `lossless` its own dtype.
         slots: the tiles' slots, as they were read.
         workspace: the calling thread's.
 
@@ -239,7 +249,9 @@ def write_tile(
     target: str,
     workspace: Workspace,
 ) -> None:
-    """Turns planes, as `read_tiles` yields them, into elements: `out` is unsigned words [tile.rows, tile.cols], of any strides.
+    """Turns planes, as `read_tiles` yields them, into elements.
+
+    `out` is unsigned words [tile.rows, tile.cols], of any strides.
 
     Raises:
         DecodeError: a boolean is neither 0 nor 1.
@@ -295,8 +307,8 @@ def dequantize(
         else workspace.scratch(codes.shape[0], codes.shape[1], np.float32)
     )
     np.copyto(values, codes)  # exact: sixteen bits fit a float32
-    # torch multiplies rows by their steps twice as fast as numpy and rounds float32 four to twenty times as fast; tests
-    # compare all ties with the reference.
+    # torch multiplies rows by their steps twice as fast as numpy and rounds float32 four to twenty
+    # times as fast; tests compare all ties with the reference.
     products = torch.from_numpy(values).mul_(
         torch.from_numpy(steps if steps.flags.writeable else steps.copy())
     )

@@ -1,4 +1,4 @@
-"""Tensors decoded on the CPU before they are taken: reading, checking, decoding and casting overlap.
+"""Tensors decoded on the CPU before they are taken; reading, checking and decoding overlap.
 
     caller         puts messages into the coordinator's queue and waits for promises
     coordinator    one thread: plans tensors in the order of the prefetch, while the budget lasts
@@ -101,7 +101,7 @@ class HostEngine:
         self._break(RuntimeError("the load has ended"))
         self._coordinator.close()
         self._workers.close()
-        self._break(RuntimeError("the load has ended"))  # for what came meanwhile
+        self._break(RuntimeError("the load has ended"))  # for promises of the last message
 
     def _post(self, handler: Callable[..., None], *arguments: object) -> None:
         self._coordinator.submit(partial(self._handle, handler, arguments))

@@ -44,8 +44,8 @@ def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def empty_bytes(size: int) -> NDArray[np.uint8]:
     """Returns uninitialised memory, uint8 [size], aligned to 64 bytes.
 
-    It is numpy's, which asks the kernel for huge pages where it is large: the first write to 4 KiB pages costs up to a third of
-    a whole decode.
+    It is numpy's, which asks the kernel for huge pages where it is large: the first write to 4 KiB
+    pages costs up to a third of a whole decode.
     """
     return _aligned(_allocate(size), size)
 
@@ -53,9 +53,10 @@ def empty_bytes(size: int) -> NDArray[np.uint8]:
 def tensor_over(
     memory: NDArray[np.uint8], shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns the tensor [shape] that memory of its size, uint8 and contiguous, holds; it has a storage of its own.
+    """Returns the tensor [shape] in memory of its size, uint8 and contiguous, as a storage.
 
-    torch's own ways to see a tensor otherwise give the interpreter's lock away each time, so there is one such call, or none.
+    torch's own ways to see a tensor otherwise give the interpreter's lock away each time, so there
+    is one such call, or none.
     """
     own = _NUMPY_DTYPES.get(dtype)
     seen = torch.from_numpy(memory.view(own or f"i{dtype.itemsize}").reshape(shape))
@@ -83,10 +84,10 @@ class SlabMemory:
 
 
 class RecycledMemory:
-    """Gives memory for tensors out, and that of those that were dropped again to the next ones of the same size.
+    """Allocates memory for tensors, and gives that of dropped ones to later ones of their size.
 
-    The kernel clears every page that a process gets; a consumer that takes one tensor after another (and copies it to a device,
-    say) spares that for all but the first few.
+    The kernel clears every page that a process gets; a consumer that takes one tensor after another
+    (and copies it to a device, say) spares that for all but the first few.
     """
 
     def __init__(self, keep_bytes: int) -> None:
@@ -105,7 +106,7 @@ class RecycledMemory:
         return _aligned(memory, size)
 
     def close(self) -> None:
-        """Lets go of all memory that no tensor uses, and of what comes back later."""
+        """Lets go of all memory that no tensor uses, now and later."""
         self._keep_bytes = 0
         self._free.clear()
 
@@ -127,13 +128,16 @@ class RecycledMemory:
 
 
 def _slab() -> NDArray[np.uint8]:
-    """Returns uint8 [_SLAB_BYTES]: whole huge pages where the system has them, of which numpy's memory would lack an eighth."""
+    """Returns uint8 [_SLAB_BYTES], whole huge pages where the system has them.
+
+    numpy's memory would lack an eighth of them.
+    """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return empty_bytes(_SLAB_BYTES)
     try:
         pages = mmap.mmap(-1, _SLAB_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        return empty_bytes(_SLAB_BYTES)  # raises what numpy does where memory ends
+        return empty_bytes(_SLAB_BYTES)  # or numpy's MemoryError
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)

@@ -112,8 +112,9 @@ def test_closing_drops_queued_jobs_and_waits_for_running_ones():
 
 
 def test_closing_may_be_interrupted_and_done_again(workers, ctrl_c):
-    gate = threading.Event()
-    workers.submit(lambda _: gate.wait(20))
+    gate, begun = threading.Event(), threading.Event()
+    workers.submit(lambda _: (begun.set(), gate.wait(20)))
+    assert begun.wait(20)  # a job that has not begun is dropped, and closing would not wait
     threading.Timer(
         0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
     ).start()
