@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +11,14 @@ from numpy.typing import NDArray
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import check_xxh3, sha256_hex, sha256_of_descriptor
-from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES
 from codecllm.formats.codecs.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
+from codecllm.formats.consistency import (
+    check_expansion,
+    check_geometry,
+    check_shard_header,
+    check_size,
+    check_table_size,
+)
 from codecllm.formats.errors import (
     ChecksumError,
     DecodeError,
@@ -23,7 +27,6 @@ from codecllm.formats.errors import (
     NotAContainerError,
     SchemaError,
     TruncatedError,
-    UsageError,
 )
 from codecllm.formats.files import Excerpt, SafeFile, describe_missing, refuse_foreign
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
@@ -39,7 +42,7 @@ from codecllm.formats.open_files import OpenFiles
 from codecllm.formats.schemes.columns import Columns, make_columns
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import check_steps
-from codecllm.formats.shards.chunk_table import HEADER, RECORD, ChunkTable, parse_chunk_table
+from codecllm.formats.shards.chunk_table import ChunkTable, parse_chunk_table
 from codecllm.formats.shards.safetensors_header import ShardHeader, TensorEntry, read_header
 from codecllm.formats.shards.side_tensors import (
     CHUNKS,
@@ -50,16 +53,11 @@ from codecllm.formats.shards.side_tensors import (
     TABLES,
     SideTensor,
     side_names,
-    side_tensors,
 )
-from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tensor_matrix
-from codecllm.formats.tiling import Grid
+from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 
 CONTAINER_IS = f"a container is the folder with {MANIFEST_NAME} in it"
 """For an error where a file was given."""
-
-MAX_EXPANSION = "CODECLLM_MAX_EXPANSION"
-"""The variable of the environment that lifts the bound on declared size against stored size."""
 
 _SIDES_TOGETHER_BYTES = 4 << 20
 """Most bytes that one call reads of side tensors, with the bytes between them."""
@@ -154,7 +152,7 @@ class Container:
             ChecksumError: its content differs.
         """
         with SafeFile(self.folder, record.name) as file:
-            _check_size(file, record)
+            check_size(file, record)
             if file.size > limits.SIDE_FILE_BYTES:
                 raise LimitError("side file is too large to read", file=record.name, got=file.size)
             data = file.read(0, file.size)
@@ -179,7 +177,7 @@ class Container:
             UnsafePathError: it is a link that leads elsewhere, or no regular file.
         """
         with SafeFile(self.folder, record.name) as file:
-            _check_size(file, record)
+            check_size(file, record)
 
     def check_file(self, record: FileRecord) -> None:
         """Checks size and sha256 of a listed file of any size, reading it through.
@@ -187,7 +185,7 @@ class Container:
         Errors as `read_side_file`.
         """
         with SafeFile(self.folder, record.name) as file:
-            _check_size(file, record)
+            check_size(file, record)
             got, _ = sha256_of_descriptor(file.descriptor)
         if got != record.sha256:
             raise ChecksumError(
@@ -225,7 +223,7 @@ class Container:
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
-        _check_table_size(header, record, file.name)
+        check_table_size(header, record, file.name)
         # The size of the rans tables is limited by the other side tensors, so they are read after
         # these.
         tables = TABLES.name_for(record.name)
@@ -236,7 +234,7 @@ class Container:
         table = parse_chunk_table(
             table_bytes, payload_bytes=entry.bytes, file=file.name, tensor=record.name
         )
-        _check_geometry(record, table, file.name)
+        check_geometry(record, table, file.name)
         table.check_low_bits(
             isinstance(record, Int8Tensor) and record.wide, file=file.name, tensor=record.name
         )
@@ -266,7 +264,7 @@ class Container:
         try:
             if file.size != record.bytes:
                 refuse_foreign(file)
-            _check_size(file, record)
+            check_size(file, record)
             header = read_header(file, expected_xxh3=record.header_xxh3)
             check_shard_header(self.manifest, number, header)
         except BaseException:
@@ -324,80 +322,6 @@ class Container:
         return scales, columns
 
 
-def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> None:
-    """Checks that a shard's header has its checksum and exactly the tensors of the manifest.
-
-    Raises:
-        ChecksumError: the header differs from the manifest.
-        LayoutError: a tensor is missing, too many, or of another type.
-    """
-    file = manifest.shards[number].name
-    check_xxh3(header.raw, manifest.shards[number].header_xxh3, file, None, 0)
-    found = {entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()}
-    expected: dict[str, tuple[str, list[int] | None]] = {}
-    for record in manifest.stored_in[number]:
-        if isinstance(record, RawTensor):
-            expected[record.name] = (record.dtype, record.shape)
-            continue
-        expected[record.name] = ("U8", None)
-        for side in side_tensors(record):
-            expected[side.name] = (side.dtype, None if side.length is None else [side.length])
-    for name, (dtype, shape) in expected.items():
-        if name not in found:
-            raise LayoutError(
-                "shard lacks a tensor that the manifest places there", file=file, tensor=name
-            )
-        got_dtype, got_shape = found[name]
-        if got_dtype != dtype or (got_shape != shape if shape is not None else len(got_shape) != 1):
-            got = f"{got_dtype} {got_shape}"
-            raise LayoutError(
-                "stored type differs from the manifest",
-                file=file,
-                tensor=name,
-                got=got,
-                expected=dtype,
-            )
-    for name in found:
-        if name not in expected:
-            raise LayoutError(
-                "shard holds a tensor that the manifest does not place there",
-                file=file,
-                tensor=name,
-            )
-
-
-def check_expansion(manifest: Manifest, most: float | None = None) -> None:
-    """Refuses tensors that are far larger than their stored bytes.
-
-    A small file would cost hours.
-
-    Args:
-        manifest: of the container.
-        most: how many times their stored size the tensors may have; None as for `Container`.
-
-    Raises:
-        LimitError: they are larger, and together larger than 256 MiB.
-        UsageError: `CODECLLM_MAX_EXPANSION` is not a number.
-    """
-    if most is None:
-        text = os.environ.get(MAX_EXPANSION, str(limits.EXPANSION))
-        try:
-            most = float(text)
-        except ValueError:
-            most = math.nan
-        if math.isnan(most):
-            raise UsageError(f"{MAX_EXPANSION} is not a number", got=ascii(text)[:40])
-    declared = sum(record.source_bytes for shard in manifest.stored_in for record in shard)
-    stored = sum(shard.bytes for shard in manifest.shards)
-    if declared > max(limits.EXPANSION_FREE_BYTES, most * stored):
-        raise LimitError(
-            f"tensors are too large for what is stored of them ({MAX_EXPANSION}=N allows N times)",
-            file=MANIFEST_NAME,
-            got=f"{declared} bytes from {stored}",
-            expected=f"at most {most:g} times",
-        )
-
-
 def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:
     """Returns a reader of the bytes of some entries.
 
@@ -417,82 +341,3 @@ def widened_scales(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:
     if record.scale_dtype == "BF16":
         return float32_from_bits(np.frombuffer(data, "<u2"), "BF16")
     return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
-
-
-def _check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
-    rows, cols = tensor_matrix(record)
-    expected = Grid(rows, cols, record.tile[0], record.tile[1])
-    if table.grid != expected or table.planes != len(record.planes):
-        raise LayoutError(
-            "chunk table and manifest disagree",
-            file=file,
-            tensor=record.name,
-            got=str(table.grid),
-            expected=str(expected),
-        )
-    _check_codecs(record, table, file)
-    stored = np.add.reduce(
-        table.records["stored_bytes"].reshape(-1, table.planes), axis=0, dtype=np.int64
-    ).tolist()
-    if stored != [plane.stored_bytes for plane in record.planes]:
-        raise LayoutError(
-            "chunk table and manifest disagree on stored bytes",
-            file=file,
-            tensor=record.name,
-            got=stored,
-        )
-
-
-def _check_table_size(header: ShardHeader, record: CodedTensor, file: str) -> None:
-    """Refuses a chunk table that is too long for its payload before it is read.
-
-    Each chunk has a slot of 16 bytes or more in the payload, and 16 bytes in the table.
-    """
-    payload = header.tensors[record.name].bytes
-    table = header.tensors[CHUNKS.name_for(record.name)].bytes
-    if table > HEADER.itemsize + payload // limits.SLOT_ALIGNMENT * RECORD.itemsize:
-        raise LayoutError(
-            "chunk table is too long for its payload",
-            file=file,
-            tensor=record.name,
-            got=f"{table} bytes",
-            expected=f"for a payload of {payload} bytes",
-        )
-
-
-def _check_codecs(record: CodedTensor, table: ChunkTable, file: str) -> None:
-    """Refuses a plane whose chunks use another codec than `raw` and the plane's.
-
-    At least one chunk must use the plane's codec.
-    """
-    codecs = table.records["codec"].reshape(-1, table.planes)
-    declared = np.array([CODEC_IDS[plane.codec] for plane in record.planes], np.uint8)
-    wrong = (codecs != declared) & (codecs != CODEC_IDS["raw"])
-    if np.count_nonzero(wrong):
-        chunk = int(wrong.reshape(-1).argmax())
-        name = CODEC_NAMES[int(codecs.reshape(-1)[chunk])]
-        raise LayoutError(
-            f"chunk uses codec {name!r}, its plane does not",
-            file=file,
-            tensor=record.name,
-            chunk=chunk,
-        )
-    unused = (codecs != declared).all(axis=0)
-    if np.count_nonzero(unused):
-        plane = int(unused.argmax())
-        raise LayoutError(
-            f"no chunk of plane {plane} uses its codec {record.planes[plane].codec!r}",
-            file=file,
-            tensor=record.name,
-        )
-
-
-def _check_size(file: SafeFile, record: FileRecord) -> None:
-    if file.size < record.bytes:
-        raise TruncatedError(
-            "file is too short", file=record.name, got=file.size, expected=f"{record.bytes} bytes"
-        )
-    if file.size > record.bytes:
-        raise LayoutError(
-            "file is too long", file=record.name, got=file.size, expected=f"{record.bytes} bytes"
-        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
-from codecllm.formats.container import check_shard_header
+from codecllm.formats.consistency import check_shard_header
 from codecllm.formats.errors import (
     HubError,
     LayoutError,

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from codecllm.formats.checksums import sha256_hex, xxh3_hex
-from codecllm.formats.container import Container, check_shard_header
+from codecllm.formats.consistency import check_shard_header
+from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
     LayoutError,
