@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from codecllm.verifier import verify
 from tests import tampering
 from tests.malformed.builders import make_container
 from tests.malformed.measure import measured
@@ -31,6 +32,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undamaged container; never changed."""
     return make_container(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported(pristine: Path) -> None:
+    """Imports everything that a verification needs: it takes seconds, once, which no test pays."""
+    verify(pristine)
 
 
 @pytest.fixture
