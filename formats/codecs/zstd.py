@@ -88,7 +88,7 @@ class ZstdCodec:
         return _STATE.compressor.compress(raw)
 
     def encode_sparse(self, raw: Any) -> bytes:
-        """Returns one frame of symbols that are nearly all equal, as in high planes of wide codes."""
+        """Returns one frame of symbols that are nearly all equal, as in most high planes."""
         frame = self.encode(raw)
         if SPARSE_SHARE * len(frame) <= memoryview(raw).nbytes:
             return frame
