@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import LayoutError, ModelMismatchError
+from codecllm.formats.errors import LayoutError, ModelMismatchError, UsageError
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.device.placement import has_device, sole_device
@@ -82,10 +82,11 @@ class Load:
             )
             self.report = read_report(self.container)
             _refuse_unlisted_adapter(self.container)
+            _refuse_residency(self.container, options.resident)
             self._threads = decoding_threads(options.workers)
             if options.progress is not None:
                 self._stack.enter_context(without_progress_bars())
-            total = self.container.manifest.source.tensor_bytes
+            total = self.container.manifest.decoded_bytes
             self._meter = self._stack.enter_context(metered(options.progress, total))
             self._stack.callback(self._reading.close)
         except BaseException:
@@ -128,12 +129,14 @@ class Load:
         container, options = self.container, self._options
         devices = DeviceEngines(container, self._threads, options.decoder)
         self._reading.enter_context(devices)
-        needed = container.manifest.source.tensor_bytes * max(1, dtype.itemsize // 2)
+        needed = container.manifest.decoded_bytes * max(1, dtype.itemsize // 2)
         device = sole_device(options.device_map, needed, options.max_memory)
         self._engine = devices.engine(device) if device is not None else None
         self._reader = TensorReader(container, self._threads, self._meter, devices, device or CPU)
         self._reading.callback(self._reader.close)
-        self._state_dict = lazy_state_dict(self._reader, container, dtype)
+        # Codes and scales of another library are given as they are: its quantizer converts them.
+        is_kept = container.manifest.source.quantization is not None
+        self._state_dict = lazy_state_dict(self._reader, container, None if is_kept else dtype)
         self._dtype = dtype
         if options.resident == "dense":
             prefetch(self._reader, self._state_dict)
@@ -203,6 +206,8 @@ class Load:
         )
 
     def _check_report(self, model: Any) -> None:
+        if self.container.manifest.source.quantization is not None:
+            return  # which names are left over is for the source's quantizer to say, which warns
         name = type(model).__name__
         expected = self.report
         if expected is None or expected.model_class != name:
@@ -211,6 +216,16 @@ class Load:
             expected = LoadReport(name, frozenset(), frozenset())
         actual = LoadReport.of(name, self._info.missing_keys, self._info.unexpected_keys)
         actual.require_within(expected)
+
+
+def _refuse_residency(container: Container, resident: Resident) -> None:
+    method = container.manifest.source.quantization
+    if method is not None and resident != "dense":
+        raise UsageError(
+            f"the source is quantized ({method}): its own quantizer decides how weights lie in memory",
+            got=f"resident={resident!r}",
+            expected="resident='dense'",
+        )
 
 
 def _refuse_unlisted_adapter(container: Container) -> None:

@@ -111,14 +111,36 @@ class LazyTensor:
         return self._reader.read(self._stored_name, self._content, target_dtype, place)
 
 
+class KeptTensor(LazyTensor):
+    """A tensor that another library's quantizer takes: decoded in its own dtype, as a slice of the source's file would be."""
+
+    def __init__(self, reader: TensorReader, record: TensorRecord) -> None:
+        """Describes a tensor without reading it; see `LazyTensor`."""
+        super().__init__(reader, record, "weight", torch_dtype(record.dtype, record.name))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.to()[index]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Decodes the tensor, then converts it, of whatever kind both dtypes are; see `LazyTensor.to`."""
+        tensor = super().to(device)
+        return tensor if dtype is None else tensor.to(dtype)
+
+
 def lazy_state_dict(
-    reader: TensorReader, container: Container, dtype: torch.dtype
+    reader: TensorReader, container: Container, dtype: torch.dtype | None
 ) -> dict[str, LazyTensor]:
-    """Returns every tensor of a container, aliases included, as a lazy weight."""
-    return {
-        record.name: LazyTensor(reader, record, "weight", dtype)
-        for record in container.manifest.tensors
-    }
+    """Returns every tensor of a container, aliases included, as a lazy weight.
+
+    Args:
+        reader: where tensors are decoded.
+        container: their container.
+        dtype: dtype of floats; None keeps every tensor in its own.
+    """
+    records = container.manifest.tensors
+    if dtype is None:
+        return {record.name: KeptTensor(reader, record) for record in records}
+    return {record.name: LazyTensor(reader, record, "weight", dtype) for record in records}
 
 
 def prefetch(reader: TensorReader, state_dict: Mapping[str, LazyTensor]) -> None:

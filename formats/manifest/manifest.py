@@ -111,6 +111,14 @@ class Manifest(Record):
         _check_tensors(self)
         return self
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of all tensors as their records describe them, aliases counted.
+
+        More than the source's files hold where quantized weights were stored as the floats that they stand for.
+        """
+        return sum(record.source_bytes for record in self.tensors)
+
     def file(self, name: str) -> FileRecord | None:
         """Returns the record of a listed side file."""
         return next((record for record in self.files if record.name == name), None)

@@ -64,7 +64,7 @@ class BatchIssuer:
         self._stages = [DeviceBuffer() for _ in range(STAGES)]
         self._arena: torch.Tensor | None = None
         self._batches = 0
-        self._size = aligned(container.manifest.source.tensor_bytes)
+        self._size = aligned(container.manifest.decoded_bytes)
 
     def issue(self, reading: ReadingBatch) -> IssuedBatch:
         """Queues copy, decoding and finish of a batch that is read.

@@ -82,7 +82,7 @@ class BatchReader:
         self._upcoming: deque[Piece] = deque()
         self._slots = [PinnedBuffer() for _ in range(RING)]
         self._batches = 0
-        self._least_bytes = min(SLOT_BYTES, aligned(container.manifest.source.tensor_bytes))
+        self._least_bytes = min(SLOT_BYTES, aligned(container.manifest.decoded_bytes))
 
     @property
     def pending(self) -> bool:

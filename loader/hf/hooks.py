@@ -1,7 +1,9 @@
 """Every private name of transformers that a container's load passes through, in one place.
 
-Three steps of `PreTrainedModel.from_pretrained` are wrapped, once per process:
+Some steps of `PreTrainedModel.from_pretrained` are wrapped, once per process:
 
+- the choice of the quantizer: where the source was quantized by another library, that library's
+  quantizer is chosen as for the source, and runs on decoded tensors;
 - the choice of the dtype, which reads weights where the config names none, then reads the dtypes
   of the source instead of those of coded bytes;
 - the loading of the weights then takes a state dict that decodes itself, under the source's own
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -38,6 +41,15 @@ _ORIGINAL = "_codecllm_original"
 class WeightSource(Protocol):
     """The quantizer of a container, as the wrapped steps see it."""
 
+    @classmethod
+    def give_back(cls, config: Any) -> WeightSource | None:
+        """Puts the source's own quantization back into a config, in place of ours.
+
+        Returns:
+            What gives the weights while the source's quantizer runs; None, and nothing is changed,
+            where the config has no block of ours or the source was not quantized.
+        """
+
     def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
         """Returns an empty tensor for each tensor of the source, in its dtype."""
 
@@ -52,6 +64,9 @@ class WeightSource(Protocol):
 
     def loaded(self, loading_info: Any) -> None:
         """Receives the report of the load, which transformers completes afterwards in place."""
+
+    def finish(self, model: Any) -> None:
+        """Checks and completes a model that the source's quantizer has completed."""
 
 
 class _AskInCallingThread:
@@ -155,6 +170,7 @@ def install(weight_source: type[Any]) -> None:
     Args:
         weight_source: class of the quantizers whose loads take another path, a `WeightSource`.
     """
+    _wrap(modeling_utils, "get_hf_quantizer", _get_hf_quantizer, weight_source)
     _wrap(modeling_utils, "_get_dtype", _get_dtype, weight_source)
     _wrap(
         modeling_utils,
@@ -181,6 +197,49 @@ def _wrap(module: Any, name: str, wrapper: Callable[..., Any], weight_source: ty
     setattr(module, name, wrapped)
 
 
+_sources: weakref.WeakKeyDictionary[Any, WeightSource] = weakref.WeakKeyDictionary()
+"""A quantizer of another library -> what gives the weights of the container that it loads."""
+
+
+def _source_of(quantizer: Any, weight_source: type[Any]) -> WeightSource | None:
+    """Returns what gives the weights of a load, or None where no container is loaded."""
+    if isinstance(quantizer, weight_source):
+        source: WeightSource = quantizer
+        return source
+    return _sources.get(quantizer) if quantizer is not None else None
+
+
+def _get_hf_quantizer(
+    original: Callable[..., Any],
+    weight_source: type[Any],
+    config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    source = weight_source.give_back(config)
+    result = original(config, *args, **kwargs)
+    quantizer = result[0]
+    if source is not None and quantizer is not None:
+        _sources[quantizer] = source
+        _finish_with(quantizer, source)
+    return result
+
+
+def _finish_with(quantizer: Any, source: WeightSource) -> None:
+    """Lets `source` finish the model once `quantizer` has; the quantizer then is as it was."""
+    usual = quantizer.postprocess_model
+
+    @wraps(usual)
+    def postprocess_model(model: Any, **kwargs: Any) -> Any:
+        del quantizer.postprocess_model
+        result = usual(model, **kwargs)
+        source.finish(model)
+        _sources.pop(quantizer, None)
+        return result
+
+    quantizer.postprocess_model = postprocess_model
+
+
 def _get_dtype(
     original: Callable[..., Any],
     weight_source: type[Any],
@@ -192,10 +251,10 @@ def _get_dtype(
     weights_only: bool,
     hf_quantizer: Any = None,
 ) -> Any:
-    if not isinstance(hf_quantizer, weight_source):
+    source = _source_of(hf_quantizer, weight_source)
+    if source is None:
         rest = (sharded_metadata, state_dict, weights_only, hf_quantizer)
         return original(dtype, checkpoint_files, config, *rest)
-    source: WeightSource = hf_quantizer
     dtypes = source.dtypes(checkpoint_files or [], config)
     config, chosen = original(
         dtype, checkpoint_files, config, None, dtypes, weights_only, hf_quantizer
@@ -212,11 +271,13 @@ def _load_state_dict(
     load_config: Any,
     disk_offload_index: dict[str, Any] | None = None,
 ) -> Any:
-    if not isinstance(load_config.hf_quantizer, weight_source):
+    source = _source_of(load_config.hf_quantizer, weight_source)
+    if source is None:
         return original(model, state_dict, load_config, disk_offload_index)
-    source: WeightSource = load_config.hf_quantizer
     weights = source.state_dict(model, load_config)
     stand_in = _AskInCallingThread() if source.asks_in_calling_thread() else None
+    if not isinstance(load_config.hf_quantizer, weight_source):
+        stand_in = load_config.hf_quantizer
     if disk_offload_index is not None:
         disk_offload_index = {}  # transformers has listed coded bytes there, as if they were weights
     info, index = original(

@@ -24,11 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from codecllm.formats.errors import (
-    NotAContainerError,
-    UnsupportedEnvironmentError,
-    UsageError,
-)
+from codecllm.formats.errors import NotAContainerError, UsageError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, ORIGINAL_KEY
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_size
@@ -69,21 +65,30 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         self._model: weakref.ref[Any] | None = None
         quantization_config.dequantize = self._load is None or self._load.is_dense
 
-    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Remembers the device map that the caller asked for.
-
-        Raises:
-            UnsupportedEnvironmentError: the tensors are those of another quantization. Without its
-                quantizer they would be loaded as if they were weights.
-        """
-        original = getattr(self.quantization_config, ORIGINAL_KEY, None)
+    @classmethod
+    def give_back(cls, config: Any) -> CodecLLMQuantizer | None:
+        """See `hooks.WeightSource`."""
+        block = getattr(config, "quantization_config", None)
+        entries = block if isinstance(block, dict) else getattr(block, "__dict__", {})
+        if entries.get("quant_method") != QUANT_METHOD:
+            return None
+        original = entries.get(ORIGINAL_KEY)
+        text = config.get_text_config(decoder=True)
+        is_nested = text is not config and getattr(text, "quantization_config", None) is not None
         if original is not None:
-            method = original.get("quant_method") if isinstance(original, dict) else original
-            raise UnsupportedEnvironmentError(
-                f"the container keeps the tensors of a model quantized by {method!r}, which only "
-                "its own quantizer can load: run `codecllm export`, and load the folder it writes",
-                file="config.json",
-            )
+            config.quantization_config = original
+        elif is_nested:
+            del config.quantization_config
+        else:
+            return None
+        return cls(CodecLLMConfig(**entries), pre_quantized=True)
+
+    def finish(self, model: Any) -> None:
+        """See `hooks.WeightSource`."""
+        self._process_model_after_weight_loading(model)
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Remembers the device map that the caller asked for."""
         self._device_map = device_map
 
     def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:

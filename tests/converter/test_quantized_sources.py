@@ -17,6 +17,8 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import SourceError
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.formats.reference import read_tensor_bytes
+from codecllm.verifier.checks.comparison import check_source
+from codecllm.verifier.report import Stage
 from tests.converter.quantized_sources import DEQUANTIZED, KEPT
 from tests.sources import bf16, write_source
 
@@ -251,6 +253,16 @@ def test_fp8_planes_shrink(tmp_path):
     plane = report.manifest.tensors[0].planes[0]
     assert plane.stored_bytes < 0.9 * plane.raw_bytes
     assert 8 * plane.stored_bytes < 1.01 * plane.entropy_bits
+
+
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_verify_compares_with_the_source(tmp_path, scheme):
+    source, _, _ = _write(tmp_path, "deepseek_fp8")
+    convert(source, tmp_path / "out", scheme=scheme, include=("*proj*",))
+    with Container(tmp_path / "out") as container, SourceModel(source, view=scheme) as model:
+        stage = Stage("source")
+        check_source(container, model, stage, 1, None)
+    assert stage.findings == []
 
 
 @pytest.mark.parametrize("name", ["deepseek_fp8", "nvfp4"])

@@ -14,7 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import codecllm
-from codecllm.formats.errors import ModelMismatchError, UnsupportedEnvironmentError, UsageError
+from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.loader.load_report import LOAD_REPORT_NAME
 from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
@@ -570,20 +570,3 @@ def test_pipeline(tmp_path, tiny):
     options = {"max_new_tokens": 5, "do_sample": False}
     theirs = hf.pipeline("text-generation", model=str(source))("t5", **options)
     assert hf.pipeline("text-generation", model=str(tmp_path / "out"))("t5", **options) == theirs
-
-
-def test_tensors_of_another_quantization_are_never_taken_for_weights(tmp_path):
-    source = llama(tmp_path / "source")
-
-    def quantize(tensors):
-        for name in [name for name in tensors if name.endswith("_proj.weight")]:
-            tensors[name + "_scale_inv"] = torch.ones(1, 1)
-            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-
-    edit_tensors(source, quantize)
-    block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    edit_config(source, quantization_config=block)
-    codecllm.convert(source, tmp_path / "out", scheme="lossless", baseline=False)
-    for load in (codecllm.from_pretrained, hf.AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(UnsupportedEnvironmentError, match="codecllm export"):
-            load(tmp_path / "out")

@@ -1,0 +1,261 @@
+"""Sources that another library quantized: transformers' own quantizer gets the source's tensors, and gives the same model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from codecllm.converter import convert
+from codecllm.formats.errors import SourceError, UsageError
+from codecllm.loader import from_pretrained
+
+IDS = torch.tensor([[1, 5, 9, 7]])
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def _save(model, folder, seed=0):
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def _llama(**options):
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=512,
+            **options,
+        )
+    )
+
+
+def _deepseek():
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        hidden_size=256,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        q_lora_rank=128,
+        kv_lora_rank=128,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=64,
+        v_head_dim=128,
+        vocab_size=512,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def _edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _to_fp8(folder):
+    """Rewrites projections as E4M3 in blocks of 128 x 128, as DeepSeek-V3 and Qwen3 are published."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        weight = tensors[name].float()
+        if weight.shape[0] % 128 or weight.shape[1] % 128:
+            continue
+        blocks = weight.view(weight.shape[0] // 128, 128, weight.shape[1] // 128, 128)
+        scales = blocks.abs().amax((1, 3)) / 448
+        spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+    save_file(tensors, path, {"format": "pt"})
+    _edit_config(folder, quantization_config=FP8)
+    return folder
+
+
+def _dequantized(source, folder):
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        scales = tensors.pop(name)
+        weight = tensors[name.removesuffix("_scale_inv")].float()
+        spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        tensors[name.removesuffix("_scale_inv")] = (weight * spread).bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def _assert_same(expected, model):
+    """The same parameters and buffers, bit for bit, and the same logits."""
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        same = ours[name].contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)
+        assert value.ndim == 0 or torch.equal(*same), name
+    assert torch.equal(_logits(model), _logits(expected))
+
+
+def _assert_loads_as(source, container):
+    auto = transformers.AutoModelForCausalLM
+    for model in (from_pretrained(container), auto.from_pretrained(container)):
+        # A forward pass may change a quantized model: each is compared with a new one.
+        _assert_same(auto.from_pretrained(source), model)
+
+
+@pytest.mark.parametrize("make", [_llama, _deepseek])
+def test_fp8_in_blocks(tmp_path, make):
+    source = _to_fp8(_save(make(), tmp_path / "s"))
+    convert(source, tmp_path / "c", scheme="lossless")
+    _assert_loads_as(source, tmp_path / "c")
+
+
+@pytest.mark.parametrize("make", [_llama, _deepseek])
+def test_int8_of_fp8_is_that_of_the_dequantized_model(tmp_path, make):
+    source = _to_fp8(_save(make(), tmp_path / "s"))
+    convert(source, tmp_path / "c", include=("*proj.weight",))
+    convert(_dequantized(source, tmp_path / "plain"), tmp_path / "d", include=("*proj.weight",))
+    _assert_same(from_pretrained(tmp_path / "d"), from_pretrained(tmp_path / "c"))
+
+
+def _gpt_oss(folder):
+    """gpt-oss with experts as published: MXFP4 blocks and scales in place of the weights."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=512,
+    )
+    _save(transformers.GptOssForCausalLM(config), folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 122, shape, dtype=torch.uint8)
+    save_file(tensors, path, {"format": "pt"})
+    names = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    block = {"quant_method": "mxfp4", "modules_to_not_convert": [*names, "model.embed_tokens"]}
+    _edit_config(folder, quantization_config=block)
+    return folder
+
+
+def test_mxfp4(tmp_path):
+    source = _gpt_oss(tmp_path / "s")
+    convert(source, tmp_path / "c", scheme="lossless")
+    _assert_loads_as(source, tmp_path / "c")
+
+
+def test_int8_of_mxfp4_is_near_the_dequantized_model(tmp_path):
+    source = _gpt_oss(tmp_path / "s")
+    convert(source, tmp_path / "c", include=("*experts*_proj",))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(source)
+    for name, value in from_pretrained(tmp_path / "c").state_dict().items():
+        weights = expected.state_dict()[name]
+        step = weights.float().abs().max() / 127
+        assert (value.float() - weights.float()).abs().max() <= step, name
+
+
+def _compress(folder, scheme):
+    """Quantizes by compressed-tensors itself, as llm-compressor writes it."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
+        preset_name_to_scheme,
+    )
+
+    model = _llama().bfloat16()
+    targets = preset_name_to_scheme(scheme, ["Linear"])
+    config = QuantizationConfig(config_groups={"group_0": targets}, ignore=["lm_head"])
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            weight = module.weight.float()
+            shape = module.weight_scale.shape
+            grouped = weight.view(shape[0], shape[-1] if len(shape) > 1 else 1, -1)
+            scales = grouped.abs().amax(-1) / (7 if "W4" in scheme else 127)
+            module.weight_scale.data.copy_(scales.view(shape))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16"])
+def test_compressed_tensors(tmp_path, scheme):
+    source = _compress(tmp_path / "s", scheme)
+    convert(source, tmp_path / "c", scheme="lossless")
+    _assert_loads_as(source, tmp_path / "c")
+
+
+def test_a_block_in_a_part_of_the_config(tmp_path):
+    """Vision-language models carry the block of the language model in `text_config`."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 16}
+    config = transformers.LlavaConfig(
+        text_config=_llama().config, vision_config=transformers.CLIPVisionConfig(**vision)
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    source = _to_fp8(_save(model, tmp_path / "s"))
+    document = json.loads((source / "config.json").read_text())
+    document["text_config"]["quantization_config"] = document.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(document))
+    convert(source, tmp_path / "c", scheme="lossless")
+    auto = transformers.AutoModelForImageTextToText
+    expected = auto.from_pretrained(source)
+    _assert_same(expected, from_pretrained(tmp_path / "c"))
+    _assert_same(expected, auto.from_pretrained(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("resident", ["int8", "compressed"])
+def test_residencies_are_the_quantizers_matter(tmp_path, resident):
+    convert(_to_fp8(_save(_llama(), tmp_path / "s")), tmp_path / "c", scheme="lossless")
+    with pytest.raises(UsageError, match=r"source is quantized \(fp8\)"):
+        from_pretrained(tmp_path / "c", resident=resident)
+
+
+def test_a_method_whose_library_is_missing_is_one_error(tmp_path):
+    source = _save(_llama(), tmp_path / "s")
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    stem = "model.layers.0.mlp.up_proj"
+    del tensors[f"{stem}.weight"]
+    tensors[f"{stem}.qweight"] = torch.zeros(32, 512, dtype=torch.int32)
+    save_file(tensors, path, {"format": "pt"})
+    _edit_config(source, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    convert(source, tmp_path / "c", scheme="lossless")
+    with pytest.raises(Exception, match=r"optimum|gptqmodel|GPTQ") as caught:
+        from_pretrained(tmp_path / "c")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SourceError, match="gptq"):
+        convert(source, tmp_path / "d")
