@@ -14,6 +14,7 @@ from codecllm.formats.errors import (
     CodecLLMError,
     ModelMismatchError,
     NotAContainerError,
+    UnsupportedEnvironmentError,
     UsageError,
 )
 from codecllm.formats.strict_json import parse_json_object
@@ -30,6 +31,7 @@ from codecllm.loader.hf.folder import (
     read_generation_config,
 )
 from codecllm.loader.hf.model_class import described_tensors, model_class
+from codecllm.loader.hf.remote_code import check_code, code_class, explain_missing_code
 from codecllm.loader.load import Load, LoadOptions, Resident
 from codecllm.loader.progress import OnProgress
 
@@ -58,6 +60,7 @@ def from_pretrained(
     workers: int | None = None,
     expected_manifest_sha256: str | None = None,
     progress: bool | OnProgress | None = None,
+    trust_remote_code: bool = False,
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a container as transformers loads the model that it was made from.
@@ -94,6 +97,8 @@ def from_pretrained(
         expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name,
             bytes done and bytes in all; None leaves it to transformers' own bar.
+        trust_remote_code: whether Python code that the container lists may run. Each file is
+            compared with its checksum before; code that is not listed is an error.
         hf_kwargs: further arguments of transformers' `from_pretrained`, for example
             `attn_implementation`, `max_memory`, `key_mapping`, `num_labels`, `output_loading_info`.
 
@@ -127,8 +132,15 @@ def from_pretrained(
         complete=auto_class is None and not hf_kwargs.get("key_mapping"),
     )
     with closing(Load(files.folder, options, expected_manifest_sha256)) as load:
-        _check_side_files(load.container)
-        result = _build(load, auto_class, dtype, device_map, hf_kwargs)
+        auto_map = _check_side_files(load.container)
+        if trust_remote_code:
+            check_code(load.container, auto_map)
+        try:
+            result = _build(load, auto_class, dtype, device_map, trust_remote_code, hf_kwargs)
+        except UnsupportedEnvironmentError as exc:
+            if trust_remote_code:
+                raise
+            raise explain_missing_code(load.container, auto_map, exc) from exc
     model = result[0] if isinstance(result, tuple) else result
     if spreading:
         placement.spread(model, **spreading)
@@ -138,8 +150,6 @@ def from_pretrained(
 
 def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[str, Any]) -> None:
     refused = sorted(_REFUSED & hf_kwargs.keys())
-    if hf_kwargs.pop("trust_remote_code", None):
-        refused.append("trust_remote_code: code of a container is never run")
     if refused:
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
     for name, value, choices in (
@@ -157,8 +167,11 @@ def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[st
         )
 
 
-def _check_side_files(container: Container) -> None:
+def _check_side_files(container: Container) -> dict[str, Any] | None:
     """Compares the side files that a load reads with the manifest, and tries to read them.
+
+    Returns:
+        The config's `auto_map`, or None.
 
     Raises:
         FormatError: one differs from the manifest, or transformers cannot read it.
@@ -177,20 +190,30 @@ def _check_side_files(container: Container) -> None:
     if record is not None:
         container.read_side_file(record)
         read_generation_config(container.folder)
+    auto_map = document.get("auto_map")
+    return auto_map if isinstance(auto_map, dict) else None
 
 
 def _build(
-    load: Load, auto_class: Any, dtype: Any, device_map: Any, hf_kwargs: dict[str, Any]
+    load: Load,
+    auto_class: Any,
+    dtype: Any,
+    device_map: Any,
+    run_code: bool,
+    hf_kwargs: dict[str, Any],
 ) -> Any:
     """Lets transformers load the folder with the weights of `load`; returns what it returns."""
     folder = load.container.folder
     config = hf_kwargs.pop("config", None)
-    stored_config, unused = read_config(folder, return_unused_kwargs=True, **hf_kwargs)
+    stored_config, unused = read_config(
+        folder, run_code=run_code, return_unused_kwargs=True, **hf_kwargs
+    )
     if config is None:
         config, hf_kwargs = stored_config, unused
     else:
         config.quantization_config = stored_config.quantization_config
-    cls = auto_class or model_class(config, partial(described_tensors, load.container))
+    cls = auto_class or (code_class(config) if run_code else None)
+    cls = cls or model_class(config, partial(described_tensors, load.container))
     try:
         with quantizer.using(load):
             return cls.from_pretrained(
@@ -198,7 +221,7 @@ def _build(
                 config=config,
                 dtype=dtype,
                 device_map=device_map,
-                trust_remote_code=False,
+                trust_remote_code=run_code,
                 **hf_kwargs,
             )
     except Exception as exc:

@@ -27,11 +27,13 @@ TOKENIZER_FILES = (
 )
 
 
-def read_config(folder: str | Path, **options: Any) -> Any:
+def read_config(folder: str | Path, *, run_code: bool = False, **options: Any) -> Any:
     """Returns the config of a folder as a transformers `PretrainedConfig`.
 
     Args:
         folder: the model's folder.
+        run_code: whether code of the folder may run: only where the caller of a load said so, and after
+            `remote_code.check_code`.
         options: attributes to change, as `from_pretrained` takes them. With
             `return_unused_kwargs=True` the result is the config and the other options.
 
@@ -41,7 +43,7 @@ def read_config(folder: str | Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=run_code, **options)
     except Exception as exc:
         raise UnsupportedEnvironmentError(
             f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME

@@ -1,0 +1,91 @@
+"""Code that lies in a container's folder: what runs it, and what is checked before.
+
+A container may list Python files (feature `code`). transformers imports those that the config's
+`auto_map` names, and only where the caller of a load says `trust_remote_code=True`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import UnsafePathError, UnsupportedEnvironmentError
+from codecllm.formats.manifest.manifest import CODE_SUFFIX
+
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModel",
+)
+"""Auto classes for which a config may name code; the first that it names is the usual one."""
+
+
+def check_code(container: Container, auto_map: dict[str, Any] | None) -> None:
+    """Compares every Python file of a container with the manifest, before anything of it may run.
+
+    Args:
+        container: the container.
+        auto_map: where its config says which classes are code.
+
+    Raises:
+        UnsafePathError: the folder holds a Python file that the manifest does not list, or the
+            config names code of another repository.
+        FormatError: a listed file is missing or differs.
+    """
+    listed = {
+        record.name: record
+        for record in container.manifest.files
+        if record.name.endswith(CODE_SUFFIX)
+    }
+    for value in (auto_map or {}).values():
+        if "--" in str(value):
+            raise UnsafePathError(
+                "the config names code of another repository, which no manifest lists",
+                file="config.json",
+                got=ascii(value)[:80],
+            )
+    for path in sorted(container.folder.rglob(f"*{CODE_SUFFIX}")):
+        name = path.relative_to(container.folder).as_posix()
+        if name not in listed:
+            raise UnsafePathError("the manifest does not list this code", file=name)
+    for record in listed.values():
+        container.read_side_file(record)
+
+
+def code_class(config: Any) -> Any:
+    """Returns the Auto class through which transformers loads the config's own code, or None.
+
+    It is the one for which `auto_map` names a class of `architectures`, else the usual one.
+    """
+    auto_map = getattr(config, "auto_map", None)
+    if not isinstance(auto_map, dict):
+        return None
+    names = set(getattr(config, "architectures", None) or [])
+    fitting = [key for key, value in auto_map.items() if str(value).rpartition(".")[2] in names]
+    for key in (*fitting, *_AUTO_CLASSES):
+        if key in auto_map and hasattr(transformers, key) and key.startswith("AutoModel"):
+            return getattr(transformers, key)
+    return None
+
+
+def explain_missing_code(
+    container: Container, auto_map: dict[str, Any] | None, error: UnsupportedEnvironmentError
+) -> UnsupportedEnvironmentError:
+    """Returns the error of a config that only the repository's own code can read, with the way to go on."""
+    if not auto_map:
+        return error
+    code = [one.name for one in container.manifest.files if one.name.endswith(CODE_SUFFIX)]
+    first = next(iter(auto_map.values()))
+    advice = (
+        f"the container lists {len(code)} Python files of it: pass trust_remote_code=True to run them"
+        if code
+        else "the container holds none of it: convert the source with --with-code"
+    )
+    return UnsupportedEnvironmentError(
+        f"this model needs code of its repository (auto_map: {first}); {advice}", file="config.json"
+    )
