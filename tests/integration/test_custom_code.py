@@ -77,7 +77,9 @@ def test_listed_code_runs_where_the_caller_says_so(source, tmp_path):
 
 def test_without_the_callers_word_one_sentence_says_what_to_do(source, tmp_path):
     convert(source, tmp_path / "with", with_code=True)
-    with pytest.raises(UnsupportedEnvironmentError, match=r"2 Python files.*trust_remote_code=True"):
+    with pytest.raises(
+        UnsupportedEnvironmentError, match=r"2 Python files.*trust_remote_code=True"
+    ):
         from_pretrained(tmp_path / "with")
     report = convert(source, tmp_path / "without")
     assert any("--with-code copies them" in line for line in report.warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import modeling_utils
 
 from codecllm.converter import convert
 from codecllm.formats.errors import SourceError, UsageError
@@ -259,3 +261,12 @@ def test_a_method_whose_library_is_missing_is_one_error(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(SourceError, match="gptq"):
         convert(source, tmp_path / "d")
+
+
+def test_a_quantizer_is_still_chosen_and_finished_under_these_names():
+    source = inspect.getsource(transformers.PreTrainedModel.from_pretrained)
+    assert "hf_quantizer, config, device_map = get_hf_quantizer(" in source
+    assert "hf_quantizer.postprocess_model(" in source
+    chosen = modeling_utils.get_hf_quantizer
+    chosen = getattr(chosen, "_codecllm_original", chosen)
+    assert next(iter(inspect.signature(chosen).parameters)) == "config"
