@@ -16,12 +16,13 @@ from codecllm.formats.errors import (
     NotAContainerError,
     UsageError,
 )
+from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.hub.resolve import listed_names
 from codecllm.loader.hf.plain import load_plain
 from codecllm.model_card import MARKER
 from codecllm.publishing import push
-from codecllm.verifier.baseline.baseline import _attach
 from codecllm.verifier.baseline.record import Agreement, Baseline, Environment, pack_baseline
+from codecllm.verifier.side_file import attach
 from tests import tampering
 
 REPO = "user/tiny-codecllm-int8"
@@ -244,7 +245,7 @@ def test_card_states_the_baseline(hub, container):
         format="codecllm-baseline", version=1, kind="greedy", environment=where, agreement=agreement
     )
     with Container(container) as opened:
-        _attach(container, opened.manifest, pack_baseline(baseline))
+        attach(container, opened.manifest, BASELINE_NAME, pack_baseline(baseline))
     push(container, REPO, level="structure")
     text = card_of(hub).text
     assert "| 0.00669 nats |" in text
