@@ -17,7 +17,7 @@ from codecllm.formats.errors import (
     UnsafeSourceError,
     UsageError,
 )
-from codecllm.formats.manifest.manifest import CODE_SUFFIX, MANIFEST_NAME, Manifest
+from codecllm.formats.manifest.manifest import CODE_SUFFIX, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.kinds import file_kind
@@ -25,7 +25,7 @@ from codecllm.hub.source_files import fetch_source
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MODEL_FILES = frozenset({"config.json", "generation_config.json"})
+_MODEL_FILES = frozenset({"config.json", "generation_config.json", "load_report.json", INDEX_NAME})
 
 Kind = Literal["source", "container", "model", "manifest"]
 """What is wanted of a repository: a plain model to convert; or of a container all that it lists, what a model is loaded from,

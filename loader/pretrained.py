@@ -17,6 +17,7 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     UsageError,
 )
+from codecllm.formats.manifest.manifest import INDEX_NAME
 from codecllm.formats.strict_json import parse_json_object
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_size
@@ -186,6 +187,11 @@ def _check_side_files(container: Container) -> dict[str, Any] | None:
     data = container.read_side_file(record)
     document = parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
     check_config_size(document, len(container.records))
+    for shard in container.manifest.shards:
+        container.check_presence(shard)
+    record = container.manifest.file(INDEX_NAME)
+    if record is not None:
+        container.read_side_file(record)  # transformers finds the shards by it
     record = container.manifest.file(GENERATION_CONFIG_NAME)
     if record is not None:
         container.read_side_file(record)

@@ -95,7 +95,8 @@ def test_only_listed_files_are_fetched(hub, published):
 def test_a_model_needs_its_shards_and_configs_only(hub, published):
     codecllm.from_pretrained(REPO)
     shards = {name for name in names_in(published) if name.endswith(".safetensors")}
-    assert fetched(hub) == shards | {"codecllm.json", "config.json", "generation_config.json"}
+    configs = {"codecllm.json", "config.json", "generation_config.json"}
+    assert fetched(hub) == shards | configs | {"model.safetensors.index.json"}
     sent = hub.sent()
     codecllm.from_pretrained(REPO)
     assert hub.sent() - sent < 50_000  # the listing of the repository, no file
