@@ -68,13 +68,13 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
     @classmethod
     def give_back(cls, config: Any) -> CodecLLMQuantizer | None:
         """See `hooks.WeightSource`."""
-        block = getattr(config, "quantization_config", None)
-        entries = block if isinstance(block, dict) else getattr(block, "__dict__", {})
+        entries = _entries(config)
         if entries.get("quant_method") != QUANT_METHOD:
             return None
         original = entries.get(ORIGINAL_KEY)
         text = config.get_text_config(decoder=True)
-        is_nested = text is not config and getattr(text, "quantization_config", None) is not None
+        # The text config of an encoder and decoder is a copy of the whole, our block included.
+        is_nested = _entries(text).get("quant_method") not in (None, QUANT_METHOD)
         if original is not None:
             config.quantization_config = original
         elif is_nested:
@@ -186,6 +186,13 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(CodecLLMConfig)
         register_quantizer(QUANT_METHOD)(CodecLLMQuantizer)
         hooks.install(CodecLLMQuantizer)
+
+
+def _entries(config: Any) -> dict[str, Any]:
+    """Returns the quantization block of a config, empty where it has none."""
+    block = getattr(config, "quantization_config", None)
+    entries: dict[str, Any] = block if isinstance(block, dict) else getattr(block, "__dict__", {})
+    return entries
 
 
 def _container_folder(checkpoint_files: list[str]) -> Path:

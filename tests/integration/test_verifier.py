@@ -57,6 +57,7 @@ def test_whole_container_passes_every_stage(recorded, tiny, name, scheme):
         "decode",
         "ratio",
         "source",
+        "model",
         "baseline",
     ]
     assert report.warnings == []
