@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from benchmarks.rows import Row, Settings, ratio, turns
+from benchmarks.measure.rows import Row, Settings, ratio, turns
 from codecllm.loader.resident.int8_matmul import can_pack, dequantize_rows, exact, packed
 
 _SHAPES = ((4096, 4096), (1536, 576))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.synthetic import layered_model
+from benchmarks.measure.synthetic import layered_model
 from codecllm.converter import convert
 from codecllm.formats.codecs import native
 from codecllm.formats.codecs.rans_fit import fit_table

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import PeakMemory
+from benchmarks.measure.memory import PeakMemory
 
 _WARM_BYTES = 1 << 30
 """Free memory that is in use just before a load is timed, whoever's load it is."""
@@ -92,7 +92,7 @@ def load_plain(source: str) -> dict[str, float]:
 
 def load_floor(container: str, workers: str) -> dict[str, float]:
     """Time of the bare decoding loop over all chunks of a container, into memory of its own."""
-    from benchmarks import floors
+    from benchmarks.measure import floors
 
     _start()
     return {"seconds": floors.load_floor(Path(container), int(workers))}
@@ -104,7 +104,7 @@ def load_peer(name: str, source: str, folder: str) -> dict[str, float]:
     import transformers
     from transformers.utils import logging
 
-    from benchmarks import peers
+    from benchmarks.others import peers
 
     logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(source)

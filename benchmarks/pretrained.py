@@ -14,9 +14,9 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import peers
+from benchmarks.measure.rows import OUT, Row, Settings, ratio
+from benchmarks.others import peers
 from benchmarks.peak import in_fresh_process
-from benchmarks.rows import OUT, Row, Settings, ratio
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.stored_tensor import StoredTensor

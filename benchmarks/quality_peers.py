@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import llama_cpp, quantizers
+from benchmarks.others import llama_cpp, quantizers
 from codecllm.calibrator import calibrate
 from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert_model
 from codecllm.converter.rate.feedback import Feedback

@@ -1,7 +1,7 @@
 """`make bench`: throughput as a ratio against a floor measured in the same run, and peak memory.
 
 A floor is a bare loop over the same bytes with the same kernels and the same hashes
-(`benchmarks/floors.py`). Floor and tool take turns; a ratio is the median over the turns. Ratios
+(`benchmarks/measure/floors.py`). Floor and tool take turns; a ratio is the median over the turns. Ratios
 are what to compare between machines; seconds and GB/s are not.
 """
 
@@ -20,12 +20,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import floors
 from benchmarks.int8_matmul import int8_matmul
+from benchmarks.measure import floors
+from benchmarks.measure.rows import OUT, Row, Settings, ratio, table, turns
+from benchmarks.measure.synthetic import gaussian_model
 from benchmarks.peak import in_fresh_process
 from benchmarks.pretrained import pretrained, resident
-from benchmarks.rows import OUT, Row, Settings, ratio, table, turns
-from benchmarks.synthetic import gaussian_model
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.loader import stream_tensors

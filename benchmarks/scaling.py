@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.synthetic import layered_model
+from benchmarks.measure.synthetic import layered_model
 from codecllm.converter import convert
 from codecllm.converter.encode.blocks import Block, blocks_of
 from codecllm.converter.encode.encoding import encode_block

@@ -18,7 +18,7 @@ import json, sys
 import codecllm.verifier.diagnosis.codes.back_ends as back_ends
 import codecllm.verifier.diagnosis.codes.quantization as quantization
 import codecllm.verifier.diagnosis.codes.round_trip as round_trip
-from benchmarks.memory import PeakMemory
+from benchmarks.measure.memory import PeakMemory
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.verifier.report import Stage

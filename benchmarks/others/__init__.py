@@ -1,0 +1,1 @@
+"""Other tools' quantizers and compressors, which the benchmarks compare codecllm with."""
