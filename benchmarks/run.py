@@ -1,8 +1,8 @@
 """`make bench`: throughput as a ratio against a floor measured in the same run, and peak memory.
 
 A floor is a bare loop over the same bytes with the same kernels and the same hashes
-(`benchmarks/measure/floors.py`). Floor and tool take turns; a ratio is the median over the turns. Ratios
-are what to compare between machines; seconds and GB/s are not.
+(`benchmarks/measure/floors.py`). Floor and tool take turns; a ratio is the median over the turns.
+Ratios are what to compare between machines; seconds and GB/s are not.
 """
 
 from __future__ import annotations

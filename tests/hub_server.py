@@ -1,11 +1,13 @@
 """A Hub of our own on loopback: real HTTP, and the endpoints that huggingface_hub 2.4 uses to push and to fetch models.
 
-No package fits: `hf-local-hub` on PyPI is the client of a server that it does not hold, `olah` mirrors the real Hub and takes
-no uploads. What is served (`hub_endpoints`) was read from huggingface_hub's source (`hf_api.py`, `_commit_api.py`, `lfs.py`,
-`file_download.py`, `_snapshot_download.py`); Xet is not spoken: clients set HF_HUB_DISABLE_XET.
+No package fits: `hf-local-hub` on PyPI is the client of a server that it does not hold, `olah`
+mirrors the real Hub and takes no uploads. What is served (`hub_endpoints`) was read from
+huggingface_hub's source (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`,
+`_snapshot_download.py`); Xet is not spoken: clients set HF_HUB_DISABLE_XET.
 
-Everything is content-addressed by sha256, every commit is kept, every exchange is logged with the bytes that its body held, and
-faults can be put in: a body that is cut off, a transfer that stalls, a stored byte that changes.
+Everything is content-addressed by sha256, every commit is kept, every exchange is logged with the
+bytes that its body held, and faults can be put in: a body that is cut off, a transfer that stalls,
+a stored byte that changes.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class HubServer:
 
     Attributes:
         url: what HF_ENDPOINT has to be.
-        cdn_url: where large files are served, as on the real Hub from another host, to which no token may be sent.
+        cdn_url: where large files are served, as on the real Hub from another host, to which no
+            token may be sent.
         users: token -> user name.
         approved: users who were given access to gated repositories.
         repos: repositories by name.

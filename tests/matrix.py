@@ -1,7 +1,7 @@
 """Runs the loader's tests against several versions of transformers, each in an environment of its own, and prints a table.
 
-`python -m tests.matrix` makes the environments in `.matrix/` (some 2 GB each); `--versions` picks some; `--pytest` adds
-arguments, for example `--pytest=-x`.
+`python -m tests.matrix` makes the environments in `.matrix/` (some 2 GB each); `--versions` picks
+some; `--pytest` adds arguments, for example `--pytest=-x`.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def test_all_65536_patterns_survive(tmp_path, dtype, scheme):
         "ordered": (dtype, ordered.reshape(64, 1024)),
         "mixed": (dtype, mixed.reshape(1024, 64)),
     }
-    # Beside many ordinary values the exponents shrink, so that the patterns go through the codec too.
+    # Beside many ordinary values the exponents shrink, so that the patterns go through the codec
+    # too.
     usual = _random(dtype, (1024, 1024)).view(np.uint16)
     usual[:64] = mixed.reshape(64, 1024)
     tensors["among others"] = (dtype, usual)

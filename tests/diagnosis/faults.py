@@ -1,6 +1,7 @@
 """The fault library: each function breaks a good model, container or loader in one way, and says what has to be found.
 
-Containers are rewritten with every checksum, digest and size made to fit, so that nothing but the content gives them away.
+Containers are rewritten with every checksum, digest and size made to fit, so that nothing but the
+content gives them away.
 """
 
 from __future__ import annotations

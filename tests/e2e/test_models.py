@@ -114,8 +114,8 @@ def _matrices(container):
 def _overhead_bytes(container, records):
     """Bytes of the shards and the manifest that belong to no tensor of another kind, beside the payloads' own bytes.
 
-    All of headers, manifest, chunk tables, shapes and padding is counted, but for data, header entry and record of the tensors
-    that are not float matrices (norms, biases, integers).
+    All of headers, manifest, chunk tables, shapes and padding is counted, but for data, header
+    entry and record of the tensors that are not float matrices (norms, biases, integers).
     """
     others = [r for r in container.manifest.tensors if r not in records]
     foreign = 0

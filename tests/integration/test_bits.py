@@ -144,7 +144,8 @@ def test_sums_of_rows_and_columns_are_those_of_each_tokens_squared_gradient():
     entering = counts @ squares
     assert sums["layer.weight"][0].tolist() == [4 * float(entering.sum())] * 3
     assert sums["layer.weight"][1].tolist() == (4 * 3 * entering).tolist()
-    # Of the mixer the gradients of some sequences are squared, sums over tokens that meet other signs.
+    # Of the mixer the gradients of some sequences are squared, sums over tokens that meet other
+    # signs.
     rows, cols = sums["mixer"]
     assert rows.sum() == pytest.approx(float(cols.sum())) and bool((rows > 0).all())
 

@@ -51,7 +51,8 @@ def test_the_kernels_compile(target, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     shared, ptx = json.loads(done.stdout.splitlines()[-1])
     if target == ["cuda", 90, 32]:
-        # A vote of the warp is one reduction, its count one instruction, and lanes never meet in shared memory.
+        # A vote of the warp is one reduction, its count one instruction, and lanes never meet in
+        # shared memory.
         assert shared == 0
         assert "redux.sync" in ptx
         assert "popc" in ptx

@@ -31,7 +31,8 @@ ODD = [
 ]
 EMPTY = [Grid(0, 8, 1, 8), Grid(8, 0, 1, 1)]
 
-# numpy, which the interpreter computes with, says that a float16 overflows; that it becomes an infinity is meant.
+# numpy, which the interpreter computes with, says that a float16 overflows; that it becomes an
+# infinity is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 

@@ -65,7 +65,8 @@ def test_the_kernels_compile(target, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     plain, rows, tiles = json.loads(done.stdout.splitlines()[-1])
     if target == ["cuda", 90, 32]:
-        # Codes are read and bfloat16 written 16 bytes a thread, rounded in hardware; products use the matrix units.
+        # Codes are read and bfloat16 written 16 bytes a thread, rounded in hardware; products use
+        # the matrix units.
         assert plain.count("st.global.v4.b32") == 4
         assert "ld.global.v4.b32" in plain
         assert "cvt.rn.bf16x2.f32" in plain

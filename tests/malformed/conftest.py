@@ -17,7 +17,8 @@ from tests.malformed.measure import measured
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fails a test whose bad input costs more than a second of CPU time or 64 MiB.
 
-    `many_inputs` marks tests that read hundreds of inputs, `long_input` those that measure by the size of theirs.
+    `many_inputs` marks tests that read hundreds of inputs, `long_input` those that measure by the
+    size of theirs.
     """
     marks = ("many_inputs", "long_input")
     if any(item.get_closest_marker(mark) for mark in marks):

@@ -1,7 +1,8 @@
 """Checkout, source distribution, wheel and editable install: each holds every module exactly once.
 
-Everything starts from a clone of the last commit, as a user gets it. Nothing is fetched: the build runs with the setuptools that
-is installed here. The native core is not compiled, which `tests/native` does: `CC` is a command that fails.
+Everything starts from a clone of the last commit, as a user gets it. Nothing is fetched: the build
+runs with the setuptools that is installed here. The native core is not compiled, which
+`tests/native` does: `CC` is a command that fails.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Containers in which one value is another and every checksum around it fits: an error of ours, or bytes of the right size.
 
-Random bytes never pass a seal, so they only try the first check of a reader. These changes reach all of them.
+Random bytes never pass a seal, so they only try the first check of a reader. These changes reach
+all of them.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ REMOTE = dict.fromkeys(
     ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoImageProcessor"),
     "evil.Evil",
 ) | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-# Runs commands, each an argument list, and writes one line for each Python file of the container that is compiled, run,
-# or copied to transformers' folder of modules. (Hashing a listed file opens it, which is fine.)
+# Runs commands, each an argument list, and writes one line for each Python file of the container
+# that is compiled, run, or copied to transformers' folder of modules. (Hashing a listed file opens
+# it, which is fine.)
 WATCHED = """
 import json, os, sys
 folder, log, commands = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

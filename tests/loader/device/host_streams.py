@@ -23,8 +23,9 @@ class _Done:
 class HostStreams:
     """The same for the CPU, where every call has done its work when it returns.
 
-    With it the tests run the pipeline where there is no GPU (the kernels then run under Triton's interpreter). It shows that
-    the right bytes go to the right places; it cannot show that a wait is missing.
+    With it the tests run the pipeline where there is no GPU (the kernels then run under Triton's
+    interpreter). It shows that the right bytes go to the right places; it cannot show that a wait
+    is missing.
     """
 
     def __init__(self) -> None:

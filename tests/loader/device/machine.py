@@ -1,6 +1,7 @@
 """A device that is the CPU: every call has done its work when it returns, kernels run under Triton's interpreter.
 
-What it cannot show is that a wait between streams is missing; tests/gpu runs the same on a real device.
+What it cannot show is that a wait between streams is missing; tests/gpu runs the same on a real
+device.
 """
 
 from __future__ import annotations
