@@ -19,7 +19,7 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, None], torch.Tenso
 
 
 def int8_matmul(settings: Settings) -> Iterator[Row]:
-    """One row per shape, number of tokens and way; marked is the one that `int8_linear` takes."""
+    """One row per shape, number of tokens and way; marked is the one that `int8_product` takes."""
     generator = torch.Generator().manual_seed(0)
     for rows, cols in _SHAPES:
         codes = torch.randint(-127, 128, (rows, cols), dtype=torch.int8, generator=generator)

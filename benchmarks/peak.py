@@ -125,9 +125,9 @@ def generate(container: str, resident: str, workers: str) -> dict[str, float]:
     import torch
 
     from codecllm.loader import from_pretrained
-    from codecllm.loader.resident import compressed_modules
+    from codecllm.loader.resident import compressed_form
 
-    decoding = _TimedDecoding(compressed_modules.CompressedTensor)
+    decoding = _TimedDecoding(compressed_form.CompressedTensor)
     with PeakMemory() as peak:
         model = from_pretrained(container, resident=resident, workers=int(workers), progress=False)  # type: ignore[arg-type]
         prompt = {
@@ -173,14 +173,9 @@ def _touch(model: Any) -> None:
 
 
 def _model_mib(model: Any) -> float:
-    """Returns the bytes of a model's tensors and payloads, in MiB."""
+    """Returns the bytes of a model's tensors, coded or not, in MiB."""
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    payloads = {
-        id(m.tensor): int(m.tensor.stored.table.offsets[-1])
-        for m in model.modules()
-        if hasattr(m, "tensor")
-    }
-    return float(sum(sizes.values()) + sum(payloads.values())) / 2**20
+    return float(sum(sizes.values())) / 2**20
 
 
 def _start(warm: bool = True) -> float:

@@ -14,7 +14,6 @@ from codecllm.formats.errors import LayoutError, ModelMismatchError, UsageError
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.device.placement import has_device, sole_device
-from codecllm.loader.hf.hooks import destinations, tied_parameters
 from codecllm.loader.hf.placement import is_offloaded, spreads
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.host.threads import decoding_threads
@@ -143,23 +142,19 @@ class Load:
         else:
             self._plan = self._make_plan(options)
 
-    def state_dict(self, model: Any, load_config: Any) -> dict[str, LazyTensor]:
+    def state_dict(self, model: Any) -> dict[str, LazyTensor]:
         """Returns the tensors that decode themselves, by their names in the source.
 
         Args:
-            model: the model on the meta device. Residencies other than `dense` change it.
-            load_config: transformers' `LoadStateDictConfig`.
+            model: the model on the meta device.
 
         Raises:
             ModelMismatchError: the model is far larger than what the container holds for it.
         """
         refuse_oversized(model, self.container)
         if self._plan is not None:
-            places = destinations(model, list(self._state_dict), load_config)
-            self._plan.prepare(model, places, tied_parameters(model))
-            for name in self._plan.modules:
-                # Otherwise transformers decodes their weights to fill them with random numbers.
-                model.get_submodule(name)._is_hf_initialized = True
+            with torch.device("cpu"):  # transformers makes new tensors on the meta device here
+                self._plan.prepare()
         return self._state_dict
 
     def asks_in_calling_thread(self) -> bool:

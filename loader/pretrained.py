@@ -87,7 +87,7 @@ def from_pretrained(
             transformers does.
         resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and
             scales stay, about half of bf16's bytes; products are those of dense or, with another
-            kernel, within its rounding (`int8_matmul.int8_linear`). `compressed`: payloads stay
+            kernel, within its rounding (`int8_matmul.int8_product`). `compressed`: payloads stay
             coded as in the files and each weight is decoded just before it is used: least memory,
             the bits of dense, and the time of decoding the whole model for every forward pass.
         decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there,

@@ -19,12 +19,11 @@ A model that is no container passes through unchanged, apart from the lock.
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Protocol
 
@@ -56,7 +55,7 @@ class WeightSource(Protocol):
     def begin(self, dtype: torch.dtype) -> None:
         """Receives the dtype that transformers has chosen for the model."""
 
-    def state_dict(self, model: Any, load_config: Any) -> dict[str, Any]:
+    def state_dict(self, model: Any) -> dict[str, Any]:
         """Returns what transformers is to load: name in the source -> tensor that decodes itself."""
 
     def asks_in_calling_thread(self) -> bool:
@@ -81,68 +80,6 @@ class _AskInCallingThread:
     def param_needs_quantization(self, model: Any, name: str, **kwargs: Any) -> bool:
         """No parameter is quantized while it is loaded."""
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where transformers puts a tensor of the source.
-
-    Attributes:
-        stored: name of the tensor in the source.
-        parameter: name of the model's parameter or buffer.
-        dtype: dtype that it gets there.
-        alone: whether the tensor is the parameter, not one of several that are converted into it.
-    """
-
-    stored: str
-    parameter: str
-    dtype: torch.dtype
-    alone: bool
-
-
-def destinations(model: Any, names: Iterable[str], load_config: Any) -> list[Destination]:
-    """Asks transformers' name rules where the tensors of a source go.
-
-    Args:
-        model: the model on the meta device.
-        names: names in the source.
-        load_config: transformers' `LoadStateDictConfig` of this load.
-
-    Returns:
-        One entry per tensor for which the model has a place, in the order of `names`.
-    """
-    places = model.state_dict()
-    rules = copy.deepcopy(load_config.weight_mapping or [])  # they remember what they matched
-    renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
-    kept_dtypes = _KeptDtypes(load_config.dtype_plan or {})
-    result = []
-    for name in names:
-        parameter, pattern = core_model_loading.rename_source_key(
-            name, renamings, converters, model.base_model_prefix, places
-        )
-        if parameter not in places and name in places:
-            parameter, pattern = core_model_loading.rename_source_key(
-                name, [], [], model.base_model_prefix, places
-            )
-        if parameter in places:
-            dtype = kept_dtypes.of(parameter) or places[parameter].dtype
-            result.append(Destination(name, parameter, dtype, pattern is None))
-    return result
-
-
-class _KeptDtypes:
-    """The dtypes of modules that a model class keeps in float32."""
-
-    def __init__(self, plan: dict[str, torch.dtype]) -> None:
-        self._plan = plan
-        if plan:
-            self._pattern, self._names, _ = core_model_loading.build_glob_alternation(list(plan))
-
-    def of(self, parameter: str) -> torch.dtype | None:
-        """Returns the dtype that the class prescribes for a parameter, or None."""
-        match = self._pattern.search(parameter) if self._plan else None
-        return self._plan[self._names[match.lastgroup]] if match is not None else None
 
 
 def tied_parameters(model: Any) -> dict[str, str]:
@@ -274,7 +211,7 @@ def _load_state_dict(
     source = _source_of(load_config.hf_quantizer, weight_source)
     if source is None:
         return original(model, state_dict, load_config, disk_offload_index)
-    weights = source.state_dict(model, load_config)
+    weights = source.state_dict(model)
     stand_in = _AskInCallingThread() if source.asks_in_calling_thread() else None
     if not isinstance(load_config.hf_quantizer, weight_source):
         stand_in = load_config.hf_quantizer

@@ -110,9 +110,9 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         """See `hooks.WeightSource`."""
         self._active.start(dtype)
 
-    def state_dict(self, model: Any, load_config: Any) -> dict[str, Any]:
+    def state_dict(self, model: Any) -> dict[str, Any]:
         """See `hooks.WeightSource`."""
-        return dict(self._active.state_dict(model, load_config))
+        return dict(self._active.state_dict(model))
 
     def asks_in_calling_thread(self) -> bool:
         """See `hooks.WeightSource`."""

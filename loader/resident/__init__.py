@@ -1,1 +1,1 @@
-"""Weights that stay quantized or entropy-coded in memory."""
+"""Weights that stay quantized or entropy-coded in memory; `form.WeightForm` is the contract of each."""

@@ -10,14 +10,13 @@ same on a GPU by kernels of our own, and rounds once. Scales of columns go into 
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from codecllm.loader.device.codecs import why_no_kernels
 from codecllm.loader.device.streams import is_accelerator
+from codecllm.loader.resident.form import is_traced
 
 DEQUANTIZE_ELEMENTS = 1 << 20
 """Elements dequantized at once: the float32 intermediate is 4 MiB."""
@@ -61,38 +60,6 @@ def dequantize_rows(
     return out
 
 
-def int8_linear(
-    inputs: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    col_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
-
-    Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its product with the scale: 2^-8 of
-    an output, besides what another order of summation does. With `col_scale` each input is rounded once more, which is 2^-8 of
-    the sum of |input * weight| at most, and a tenth of that as a rule. Gradients flow to `inputs` and `bias`; the dequantized
-    weight is made anew for them, not kept.
-
-    Args:
-        inputs: float [..., in].
-        codes: int8 [out, in].
-        scale: float32 [out].
-        bias: [out] or None.
-        col_scale: float32 [in] or None.
-
-    Returns:
-        [..., out], dtype of `inputs`.
-    """
-    if torch.is_grad_enabled() and (
-        inputs.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        result: torch.Tensor = _FrozenInt8.apply(inputs, codes, scale, bias, col_scale)
-        return result
-    return _product(inputs, codes, scale, bias, col_scale)
-
-
 def exact(
     inputs: torch.Tensor,
     codes: torch.Tensor,
@@ -100,7 +67,7 @@ def exact(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `int8_linear`: dequantizes, then multiplies as a linear layer of the dense model."""
+    """As `int8_product`: dequantizes, then multiplies as a linear layer of the dense model."""
     rows, cols = codes.shape
     step = max(1, SCRATCH_ELEMENTS // max(1, cols))
     if rows <= step:
@@ -123,7 +90,7 @@ def packed(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `int8_linear`: multiplies bfloat16 inputs on the CPU with the codes, then scales in float32."""
+    """As `int8_product`: multiplies bfloat16 inputs on the CPU with the codes, then scales in float32."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     if col_scale is not None:
         flat = (flat * col_scale).to(inputs.dtype)
@@ -144,7 +111,7 @@ def fused(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `int8_linear`: multiplies bfloat16 or float16 inputs with the codes by our kernels for GPUs."""
+    """As `int8_product`: multiplies bfloat16 or float16 inputs with the codes by our kernels for GPUs."""
     from codecllm.loader.kernels import int8_linear as kernels
 
     scaled = inputs if col_scale is None else (inputs * col_scale).to(inputs.dtype)
@@ -154,9 +121,7 @@ def fused(
 def can_fuse(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
     """Whether `fused` can multiply these: inputs of 16 bits on a GPU for which Triton compiles."""
     return (
-        is_accelerator(
-            inputs.device
-        )  # asked first: torch.compile, which comes here for a CPU, warns of the cached question
+        is_accelerator(inputs.device)
         and inputs.dtype in (torch.bfloat16, torch.float16)
         and codes.is_contiguous()
         and _has_kernels(inputs.device)
@@ -177,6 +142,53 @@ def can_pack(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
     )
 
 
+def int8_product(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    col_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`, without gradients.
+
+    Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its product with the scale: 2^-8 of
+    an output, besides the effect of another order of summation. With `col_scale` each input is rounded once more, which is
+    2^-8 of the sum of |input * weight| at most, and a tenth of that as a rule.
+
+    Args:
+        inputs: float [..., in].
+        codes: int8 [out, in].
+        scale: float32 [out].
+        bias: [out] or None.
+        col_scale: float32 [in] or None.
+
+    Returns:
+        [..., out], dtype of `inputs`.
+    """
+    if is_traced(codes):
+        whole: torch.Tensor = _opaque_product(inputs, codes, scale, bias, col_scale)
+        return whole
+    return _product(inputs, codes, scale, bias, col_scale)
+
+
+def transposed_product(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    col_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns `grad @ dequantized(codes, scale)`, float [..., in] of the dtype of `grad` [..., out]."""
+    rows, cols = codes.shape
+    step = max(1, SCRATCH_ELEMENTS // max(1, cols))
+    result = None
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        weight = dequantize_rows(codes[block], scale[block], grad.dtype, col_scale)
+        part = grad[..., block] @ weight
+        result = part if result is None else result.add_(part)
+    return grad.new_zeros(*grad.shape[:-1], cols) if result is None else result
+
+
 def _product(
     inputs: torch.Tensor,
     codes: torch.Tensor,
@@ -184,14 +196,9 @@ def _product(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    if torch.compiler.is_compiling() and is_accelerator(inputs.device):
-        if inputs.dtype == torch.float32 and torch.is_autocast_enabled(
-            inputs.device.type
-        ):  # inside there is no autocast
-            inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
-        whole: torch.Tensor = _opaque_product(inputs, codes, scale, bias, col_scale)
-        return whole
-    kernel = fused if can_fuse(inputs, codes) else packed if can_pack(inputs, codes) else exact
+    if can_fuse(inputs, codes):
+        return fused(inputs, codes, scale, bias, col_scale)
+    kernel = packed if can_pack(inputs, codes) else exact
     return kernel(inputs, codes, scale, bias, col_scale)
 
 
@@ -208,17 +215,9 @@ _opaque_product.register_fake(
 )
 
 
+@lru_cache(maxsize=64)
 def _ones(channels: int) -> torch.Tensor:
     """Returns scales for the kernel of `packed`: it takes them in bfloat16 only, and ours would move whole channels."""
-    return (
-        torch.ones(channels, dtype=torch.bfloat16)
-        if torch.compiler.is_compiling()
-        else _kept_ones(channels)
-    )
-
-
-@lru_cache(maxsize=64)
-def _kept_ones(channels: int) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.ones(channels, dtype=torch.bfloat16)
 
@@ -226,36 +225,3 @@ def _kept_ones(channels: int) -> torch.Tensor:
 @cache
 def _has_kernels(device: torch.device) -> bool:
     return why_no_kernels(device) is None
-
-
-class _FrozenInt8(torch.autograd.Function):
-    """The product, with gradients for all but the weight, which has none."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: torch.Tensor,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        col_scale: torch.Tensor | None,
-    ) -> Any:
-        ctx.save_for_backward(codes, scale, col_scale)
-        return _product(inputs, codes, scale, bias, col_scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        codes, scale, col_scale = ctx.saved_tensors
-        rows, cols = codes.shape
-        to_inputs = None
-        if ctx.needs_input_grad[0]:
-            step = max(1, SCRATCH_ELEMENTS // max(1, cols))
-            for first in range(0, rows, step):
-                block = slice(first, first + step)
-                part = grad[..., block] @ dequantize_rows(
-                    codes[block], scale[block], grad.dtype, col_scale
-                )
-                to_inputs = part if to_inputs is None else to_inputs.add_(part)
-        to_bias = grad.reshape(-1, rows).sum(0) if ctx.needs_input_grad[3] else None
-        return to_inputs, None, None, to_bias, None

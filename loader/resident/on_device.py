@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,14 @@ from codecllm.loader.device.finish import finish_bands, side_arrays, sides_of_ro
 from codecllm.loader.device.plan import aligned, band_rows
 from codecllm.loader.device.streams import Event, Streams
 from codecllm.loader.engine import Engine, Request, fill
-from codecllm.loader.resident.compressed_modules import CodedMatrix
+from codecllm.loader.host.threads import decoding_threads
+from codecllm.loader.resident.compressed_form import (
+    CodedMatrix,
+    CompressedTensor,
+    InMemoryFile,
+    SharedDecoder,
+    side_bytes,
+)
 
 GROUP_ELEMENTS = 1 << 27
 """Most elements that are decoded together, one band of tiles at least: a thousand chunks of the default size. The two buffers
@@ -85,59 +92,80 @@ class _Buffer:
     used: dict[Any, Event] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class DeviceCompressedTensor(CodedMatrix):
     """A matrix whose chunks lie in device memory as they are stored.
 
     Attributes:
-        decoder: what decodes it.
+        decoder: decodes it.
         slot: where its payload begins in the decoder's buffer.
         sides: `side_arrays` of the whole matrix, on the device.
         blocks: the matrix in blocks of at most GROUP_ELEMENTS.
     """
 
-    decoder: DeviceDecoder
-    slot: int
-    sides: list[torch.Tensor]
-    blocks: list[Block] = field(default_factory=list)
+    def __init__(
+        self, stored: StoredTensor, decoder: DeviceDecoder, slot: int, sides: list[torch.Tensor]
+    ) -> None:
+        """Describes a tensor whose payload `DeviceDecoder.load` will bring."""
+        super().__init__(stored)
+        self.decoder, self.slot, self.sides = decoder, slot, sides
+        self.blocks: list[Block] = []
+
+    def __reduce__(self) -> Any:
+        """Travels as a matrix in the host's memory, which any process can decode."""
+        file = InMemoryFile(self.stored.file.name, self.held_tensors()["payload"].cpu())
+        stored = replace(self.stored, file=file, offset=0)
+        return CompressedTensor, (stored, self.decoder.host_decoder)
 
     @property
     def lock(self) -> threading.RLock:
         """The decoder's."""
         return self.decoder.lock
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the whole matrix in memory of its own, on the device."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload and its side data, on the device and in the host's memory."""
+        return sum(tensor.nbytes for tensor in self.held_tensors().values()) + side_bytes(
+            self.stored
+        )
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the payload and side data on the device."""
+        sides = {f"side {number}": side for number, side in enumerate(self.sides)}
+        return {"payload": self.decoder.payload(self), **sides}
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """See `WeightForm.dense`; decoded on the device of the payload."""
         out = torch.empty(self.rows, self.cols, dtype=dtype, device=self.decoder.device)
         with self.decoder.lock:
             for block in self.blocks:
                 row, rows = band_rows(self.stored, block.bands)
                 self.decoder.decode([block], [out[row : row + rows]])
-        return out
+        return out.to(device)
 
-    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Returns rows (int64 [n], on the CPU) as `dtype` [n, columns] on the device; decodes the tiles that hold them."""
-        grid, device = self.stored.table.grid, self.decoder.device
-        out = torch.empty(len(rows), self.cols, dtype=dtype, device=device)
-        bands = torch.div(rows, grid.tile_rows, rounding_mode="floor")
-        wanted = torch.unique(bands)
+    def gather(self, rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """See `WeightForm.gather`; decodes the tiles that hold the rows."""
+        grid, here = self.stored.table.grid, self.decoder.device
+        places = self.checked_rows(rows)
+        out = torch.empty(len(places), self.cols, dtype=dtype, device=here)
+        bands = torch.div(places, grid.tile_rows, rounding_mode="floor")
+        needed = torch.unique(bands)
         step = max(1, GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
         with self.decoder.lock:
-            for first in range(0, len(wanted), step):
-                part = wanted[first : first + step]
+            for first in range(0, len(needed), step):
+                part = needed[first : first + step]
                 blocks = [Block(self, range(band, band + 1)) for band in part.tolist()]
                 heights = torch.tensor([block.rows for block in blocks])
                 starts = torch.cumsum(heights, 0) - heights
-                decoded = torch.empty(int(heights.sum()), self.cols, dtype=dtype, device=device)
+                decoded = torch.empty(int(heights.sum()), self.cols, dtype=dtype, device=here)
                 self.decoder.decode(blocks, list(decoded.split(heights.tolist())))
-                chosen = ((bands >= part[0]) & (bands <= part[-1])).nonzero().flatten()
+                targets = ((bands >= part[0]) & (bands <= part[-1])).nonzero().flatten()
                 source = (
-                    starts[torch.searchsorted(part, bands[chosen])]
-                    + rows[chosen]
-                    - bands[chosen] * grid.tile_rows
+                    starts[torch.searchsorted(part, bands[targets])]
+                    + places[targets]
+                    - bands[targets] * grid.tile_rows
                 )
-                out.index_copy_(0, chosen.to(device), decoded.index_select(0, source.to(device)))
-        return out
+                out.index_copy_(0, targets.to(here), decoded.index_select(0, source.to(here)))
+        return out.to(device)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields the matrix block by block, each in a buffer of the decoder. Hold `lock`."""
@@ -148,17 +176,19 @@ class DeviceCompressedTensor(CodedMatrix):
 
 
 class DeviceDecoder:
-    """The payloads of one model on one device, the scratch that its modules share, and what decodes into it.
+    """The payloads of one model on one device, the scratch that its weights share, and the tools that decode into it.
 
     Attributes:
         device: the device.
-        lock: held by whoever uses a decoded weight, from asking for it until its use is queued.
+        lock: held from asking for a decoded weight until its use is queued.
+        host_decoder: decodes copies of the model in other processes.
     """
 
     def __init__(self, streams: Streams, codecs: DeviceCodecs) -> None:
         """Allocates nothing yet."""
         self.device = streams.device
         self.lock = threading.RLock()
+        self.host_decoder = _HostDecoder()
         self._streams = streams
         self._tools = DeviceTools(streams, codecs)
         self._payloads = torch.empty(0, dtype=torch.uint8, device=self.device)
@@ -192,12 +222,10 @@ class DeviceDecoder:
             FormatError: a chunk is damaged or does not decode.
         """
         self._payloads = torch.empty(self._filled, dtype=torch.uint8, device=self.device)
-        requests = []
         in_file_order = sorted(tensors, key=lambda t: (t.stored.file.name, t.stored.offset))
-        for tensor in in_file_order:
-            end = tensor.slot + int(tensor.stored.table.offsets[-1])
-            out = self._payloads[tensor.slot : end]
-            requests.append(Request(tensor.stored.record.name, "payload", out=out))
+        requests = [
+            Request(tensor.name, "payload", out=self.payload(tensor)) for tensor in in_file_order
+        ]
         fill(engine, requests)
         with self.lock:
             groups = _grouped([block for tensor in tensors for block in tensor.blocks])
@@ -205,6 +233,11 @@ class DeviceDecoder:
                 with self._streams.on(self._streams.decode):
                     status = verdict.status.cpu().numpy()
                 verdict.work.raise_fault(status, self._tools)
+
+    def payload(self, tensor: DeviceCompressedTensor) -> torch.Tensor:
+        """Returns the payload of a tensor, uint8 [bytes] on the device."""
+        end = tensor.slot + int(tensor.stored.table.offsets[-1])
+        return self._payloads[tensor.slot : end]
 
     def weight(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
         """Returns a block decoded, [rows, columns], for work that is queued on the calling thread's stream under the lock."""
@@ -339,6 +372,17 @@ class DeviceDecoder:
             self._streams.wait(self._streams.decode, tables[1])
         group.words, group.tables, group.planes, group.work = words, tables, places, work
         group.arena = self._arena.data_ptr()  # last: it is what says that the rest is of this arena
+
+
+class _HostDecoder:
+    """Stands for a decoder on the CPU, which is made where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _new_decoder, ()
+
+
+def _new_decoder() -> SharedDecoder:
+    return SharedDecoder(decoding_threads(None))
 
 
 def _grouped(blocks: list[Block]) -> list[_Group]:

@@ -27,7 +27,7 @@ from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.shards.chunk_table import RECORD, pack_chunk_table, slot_bytes
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader import from_pretrained
-from codecllm.loader.resident.int8_modules import Int8Linear
+from codecllm.loader.resident.int8_form import Int8Form
 from tests import tampering
 from tests.malformed.builders import Tensors, rewrite_shard
 
@@ -274,7 +274,7 @@ def random_layer(model: Any, folder: Path) -> None:
 
 
 def plain_module(model: Any, folder: Path) -> None:
-    """Puts a plain linear layer back where an int8 module has to be."""
+    """Puts a plain linear layer back where a coded weight has to be."""
     name = UP.removesuffix(".weight")
     old = model.get_submodule(name)
     new = nn.Linear(old.in_features, old.out_features, bias=False, dtype=model.dtype)
@@ -285,26 +285,26 @@ def plain_module(model: Any, folder: Path) -> None:
 class Wrapper(nn.Module):
     """A module patched a second time: a shell around the int8 module that multiplies by its scales once more."""
 
-    def __init__(self, inner: Int8Linear) -> None:
+    def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.inner(inputs) * self.inner.weight_scale.to(inputs.dtype)
+        return self.inner(inputs) * self.inner.weight.form.scale.to(inputs.dtype)
 
 
 def replaced_twice(model: Any, folder: Path) -> None:
     """Replaces a module that was replaced already."""
     name = UP.removesuffix(".weight")
     inner = model.get_submodule(name)
-    assert isinstance(inner, Int8Linear)
+    assert isinstance(inner.weight.form, Int8Form)
     model.set_submodule(name, Wrapper(inner))
 
 
 def fp16_module_scales(model: Any, folder: Path) -> None:
-    """Casts the scales of an int8 module to float16."""
-    module = model.get_submodule(UP.removesuffix(".weight"))
-    module.weight_scale = module.weight_scale.half()
+    """Casts the scales of an int8 weight to float16."""
+    form = model.get_parameter(UP).form
+    form.scale = form.scale.half()
 
 
 def swapped_loaded_heads(model: Any, folder: Path) -> None:

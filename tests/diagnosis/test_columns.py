@@ -44,9 +44,7 @@ def test_the_diagnosis_finds_nothing_in_a_clean_container(source, tmp_path, code
     (stage,) = [stage for stage in report.stages if stage.name == "round trip"]
     assert "1 rounded otherwise" in stage.summary
     (stage,) = [stage for stage in report.stages if stage.name == "loaded"]
-    replaced = {
-        facts["resident"]: facts["modules_replaced"] for facts in stage.facts["residencies"]
-    }
+    replaced = {facts["resident"]: facts["coded"] for facts in stage.facts["residencies"]}
     assert replaced == {"dense": 0, "int8": 15, "compressed": 16}
 
 

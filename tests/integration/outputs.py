@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from codecllm.loader.resident.coded_weight import CodedWeight
+
 _BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -33,6 +35,15 @@ def logits(model: Any) -> torch.Tensor:
         inputs["input_ids"][:, 2:6] = 511
     with torch.inference_mode():
         return model(**inputs)[0]
+
+
+def coded_weights(model: Any) -> dict[str, CodedWeight]:
+    """Returns the coded weights of a model by the names of their parameters, tied ones under each name."""
+    return {
+        name: weight
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if isinstance(weight, CodedWeight)
+    }
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -17,11 +17,12 @@ from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.info import describe
 from codecllm.loader import from_pretrained, stream_tensors
 from codecllm.loader.resident import int8_matmul
-from codecllm.loader.resident.int8_modules import Int8Weight
+from codecllm.loader.resident.int8_form import Int8Form
 from codecllm.verifier import verify
 from codecllm.verifier.model_comparison import compare_models
 from tests import tampering
 from tests.integration import tiny_models
+from tests.integration.outputs import coded_weights
 from tests.stepped import WIDE, mixed, provider
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -82,18 +83,16 @@ def test_other_dtypes_are_rounded_once(folder, dtype):
             )
 
 
-def test_int8_modules_fold_the_columns_into_their_inputs(folder):
+def test_int8_products_fold_the_columns_into_their_inputs(folder):
     dense, resident = from_pretrained(folder), from_pretrained(folder, resident="int8")
-    modules = {
-        name: module for name, module in resident.named_modules() if isinstance(module, Int8Weight)
-    }
-    assert WIDE.removesuffix(".weight") not in modules  # 16 bits are no less than its dtype has
-    assert len(modules) == 15
-    assert modules["model.layers.0.self_attn.q_proj"].weight_col_scale is None
+    coded = coded_weights(resident)
+    assert WIDE not in coded  # 16 bits are no less than its dtype has
+    assert len(coded) == 15
+    assert coded["model.layers.0.self_attn.q_proj.weight"].form.col_scale is None
     weights = dense.state_dict()
-    for name, module in modules.items():
-        assert torch.equal(module.weight, weights[f"{name}.weight"])
-        assert module.weight_scale.dtype == torch.float32
+    for name, weight in coded.items():
+        assert torch.equal(weight, weights[name])
+        assert weight.form.scale.dtype == torch.float32
     many = TOKENS.repeat(4, 1)  # more rows than the packed kernel takes
     assert torch.equal(logits(resident, many), logits(dense, many))
     few, expected = logits(resident, TOKENS[:, :2]), logits(dense, TOKENS[:, :2])
@@ -107,13 +106,11 @@ def test_casts_leave_the_scales_alone(folder):
         .mlp.down_proj.to(torch.float16)
         .double()
     )
-    assert (module.weight_scale.dtype, module.weight_col_scale.dtype) == (
-        torch.float32,
-        torch.float32,
-    )
+    form = module.weight.form
+    assert (form.scale.dtype, form.col_scale.dtype) == (torch.float32, torch.float32)
     with Container(folder) as container:
         tensor = container.tensor("model.layers.0.mlp.down_proj.weight")
-        assert np.array_equal(module.weight_col_scale.numpy(), tensor.columns.scales)
+        assert np.array_equal(form.col_scale.numpy(), tensor.columns.scales)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -124,7 +121,7 @@ def test_packed_products_stay_within_the_stated_rounding(tokens):
     inputs = torch.randn(tokens, 96, generator=generator).to(torch.bfloat16)
     if not int8_matmul.can_pack(inputs, codes):
         pytest.skip("this CPU or torch has no packed kernel")
-    got = int8_matmul.int8_linear(inputs, codes, scale, None, columns)
+    got = int8_matmul.int8_product(inputs, codes, scale, None, columns)
     products = inputs.double()[:, None, :] * (
         codes.double() * scale.double()[:, None] * columns.double()
     )
@@ -141,7 +138,7 @@ def test_gradients_know_the_columns():
     weight = int8_matmul.dequantize_rows(codes, scale, torch.float64, columns)
     (expected,) = torch.autograd.grad((inputs @ weight.T).sum(), inputs)
     (got,) = torch.autograd.grad(
-        int8_matmul.int8_linear(inputs, codes, scale, None, columns).sum(), inputs
+        Int8Form("w", codes, scale, columns).linear(inputs, None).sum(), inputs
     )
     torch.testing.assert_close(got, expected)
 

@@ -19,26 +19,14 @@ from codecllm.formats.errors import ChecksumError, UsageError
 from codecllm.loader import from_pretrained
 from codecllm.loader.engine import Request
 from codecllm.loader.host.engine import HostEngine
-from codecllm.loader.resident import compressed_modules
-from codecllm.loader.resident.compressed_modules import (
-    CompressedEmbedding,
-    CompressedLinear,
-    CompressedWeight,
-)
+from codecllm.loader.resident import compressed_form
 from tests import tampering
 from tests.integration import tiny_models
-from tests.integration.outputs import logits, same_bits
+from tests.integration.outputs import coded_weights, logits, same_bits
 from tests.sources import write_source
 
 NAMES = sorted(tiny_models.MAKERS)
-
-
-def _modules(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, CompressedWeight)
-    }
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("scheme", ["lossless", "int8"])
@@ -47,7 +35,7 @@ def test_logits_are_those_of_dense(container, name, scheme):
     folder = container(name, scheme)
     dense, compressed = from_pretrained(folder), from_pretrained(folder, resident="compressed")
     assert type(compressed) is type(dense)
-    assert _modules(compressed)
+    assert coded_weights(compressed)
     assert torch.equal(logits(compressed), logits(dense))
     assert not any(value.is_meta for value in compressed.state_dict().values())
 
@@ -56,17 +44,14 @@ def test_logits_are_those_of_dense(container, name, scheme):
 def test_every_compressed_weight_is_the_dense_one(container, scheme):
     folder = container("llama", scheme)
     dense, compressed = from_pretrained(folder), from_pretrained(folder, resident="compressed")
-    modules = _modules(compressed)
+    coded = coded_weights(compressed)
     linear = [
-        name
+        f"{name}.weight"
         for name, module in dense.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
     ]
-    assert sorted(modules) == sorted(linear)
-    assert all(
-        same_bits(module.weight, dense.get_submodule(name).weight)
-        for name, module in modules.items()
-    )
+    assert sorted(coded) == sorted(linear)
+    assert all(same_bits(weight, dense.get_parameter(name)) for name, weight in coded.items())
 
 
 def test_generate_with_cache_gives_the_tokens_of_dense(container):
@@ -84,9 +69,8 @@ def test_generate_with_cache_gives_the_tokens_of_dense(container):
 
 def test_tied_modules_share_one_payload(container):
     model = from_pretrained(container("llama", "int8"), resident="compressed")
-    assert isinstance(model.lm_head, CompressedLinear)
-    assert isinstance(model.model.embed_tokens, CompressedEmbedding)
-    assert model.lm_head.tensor is model.model.embed_tokens.tensor
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.form.kind == "compressed"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -103,22 +87,23 @@ def test_other_dtypes(container, dtype):
 def test_payload_is_the_stored_one_and_nothing_else_is_kept(container):
     """The model holds what is plain, and for the rest what the shards hold."""
     model = from_pretrained(container("llama", "int8"), resident="compressed")
-    plain = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    payloads = {
-        id(module.tensor): int(module.tensor.stored.table.offsets[-1])
-        for module in _modules(model).values()
-    }
+    total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert total == model.get_memory_footprint()
+    payloads = [
+        int(weight.form.stored.table.offsets[-1])
+        for weight in dict.fromkeys(coded_weights(model).values())
+    ]
     dense = sum(
         parameter.nbytes for parameter in from_pretrained(container("llama", "int8")).parameters()
     )
-    assert plain + sum(payloads.values()) < 0.6 * dense
+    assert sum(payloads) < total < 0.6 * dense
 
 
 def test_a_vocabulary_larger_than_the_scratch_is_multiplied_in_bands(monkeypatch, container):
     folder = container("llama", "lossless")
     model = from_pretrained(folder, resident="compressed")
     whole = logits(model)
-    monkeypatch.setattr(compressed_modules, "SCRATCH_ELEMENTS", 1)
+    monkeypatch.setattr(compressed_form, "SCRATCH_ELEMENTS", 1)
     torch.testing.assert_close(logits(model), whole)
 
 
@@ -126,7 +111,7 @@ def test_a_vocabulary_larger_than_the_scratch_is_multiplied_in_bands(monkeypatch
 def test_memory_that_threads_may_still_write_to_is_not_used_again(container, monkeypatch, at):
     """As after two Ctrl-C in a forward pass: the second one ends the wait for the threads under way."""
     model = from_pretrained(container("llama", "int8"), resident="compressed")
-    expected, decode, outs = logits(model), compressed_modules.CompressedTensor.decode_bands, []
+    expected, decode, outs = logits(model), compressed_form.CompressedTensor.decode_bands, []
 
     def interrupted(self, bands, dtype, out):
         outs.append(out)
@@ -135,7 +120,7 @@ def test_memory_that_threads_may_still_write_to_is_not_used_again(container, mon
         decode(self, bands, dtype, out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressed_modules.CompressedTensor, "decode_bands", interrupted)
+        patch.setattr(compressed_form.CompressedTensor, "decode_bands", interrupted)
         with pytest.raises(KeyboardInterrupt):
             logits(model)
     left = outs[at]
@@ -144,7 +129,7 @@ def test_memory_that_threads_may_still_write_to_is_not_used_again(container, mon
         assert out.untyped_storage().data_ptr() != left.untyped_storage().data_ptr()
         decode(self, bands, dtype, out)
 
-    monkeypatch.setattr(compressed_modules.CompressedTensor, "decode_bands", checked)
+    monkeypatch.setattr(compressed_form.CompressedTensor, "decode_bands", checked)
     assert torch.equal(logits(model), expected)
 
 
@@ -161,7 +146,7 @@ def _matrices(tmp_path, rows=640, cols=320):
 
 def _tensor(folder):
     with Container(folder) as opened:
-        tensor, payload = compressed_modules.SharedDecoder(2).hold(opened.tensor("w"))
+        tensor, payload = compressed_form.SharedDecoder(2).hold(opened.tensor("w"))
         with closing(HostEngine(opened, 1)) as engine:
             engine.take(Request("w", "payload", out=payload)).get()
         return tensor
@@ -171,22 +156,22 @@ def test_rows_are_gathered_in_the_order_asked(tmp_path):
     folder = _matrices(tmp_path, 3000, 320)
     tensor = _tensor(folder)
     assert tensor.bands > 3
-    whole = tensor.dense(torch.float32)
+    whole = tensor.dense(torch.float32, CPU)
     rows = torch.tensor([2999, 0, 5, 5, 1500, 410, 409, 2998])
-    assert torch.equal(tensor.gather(rows, torch.float32), whole[rows])
-    assert tensor.gather(rows[:0], torch.float32).shape == (0, 320)
+    assert torch.equal(tensor.gather(rows, torch.float32, CPU), whole[rows])
+    assert tensor.gather(rows[:0], torch.float32, CPU).shape == (0, 320)
 
 
 @pytest.mark.parametrize("elements", [1 << 25, 1])
 def test_gradients_are_those_of_a_linear_layer(tmp_path, monkeypatch, elements):
-    monkeypatch.setattr(compressed_modules, "SCRATCH_ELEMENTS", elements)
+    monkeypatch.setattr(compressed_form, "SCRATCH_ELEMENTS", elements)
     folder = _matrices(tmp_path, 3000, 320)
     tensor = _tensor(folder)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 3, 320, generator=generator).requires_grad_()
     bias = torch.randn(3000, generator=generator).requires_grad_()
     upstream = torch.randn(2, 3, 3000, generator=generator)
-    weight = tensor.dense(torch.float32)
+    weight = tensor.dense(torch.float32, CPU)
     expected = torch.autograd.grad(
         functional.linear(inputs, weight, bias), (inputs, bias), upstream
     )
@@ -215,7 +200,7 @@ def test_threads_may_share_a_model(container):
 def test_a_copy_of_the_model_works(container):
     model = from_pretrained(container("llama", "int8"), resident="compressed")
     twin = copy.deepcopy(model)
-    assert twin.lm_head.tensor is model.lm_head.tensor
+    assert twin.lm_head.weight.form is model.lm_head.weight.form
     assert torch.equal(logits(twin), logits(model))
 
 
@@ -232,7 +217,7 @@ def test_damaged_chunk_is_named_and_nothing_is_returned(tmp_path, container, nam
 
 def test_damage_in_memory_is_found_when_the_layer_runs(container):
     model = from_pretrained(container("llama", "int8"), resident="compressed")
-    payload = model.model.layers[1].mlp.up_proj.tensor.stored.file._payload
+    payload = model.model.layers[1].mlp.up_proj.weight.form.stored.file.payload
     payload[7] ^= 1
     with pytest.raises(ChecksumError, match=r"layers\.1\.mlp\.up_proj"):
         logits(model)
@@ -243,7 +228,7 @@ def test_damage_in_memory_is_found_when_the_layer_runs(container):
 def test_no_thread_outlives_the_model(container):
     model = from_pretrained(container("llama", "int8"), resident="compressed", workers=2)
     logits(model)
-    ended = model.lm_head.tensor.decoder.workers._queue.ended
+    ended = model.lm_head.weight.form.decoder.workers._queue.ended
     assert not ended.done
     del model
     gc.collect()

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from codecllm.loader.resident import int8_matmul
+from codecllm.loader.resident.int8_form import Int8Form
 
 pytestmark = pytest.mark.gpu_too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +51,7 @@ def test_packed_is_within_two_roundings_of_the_exact_product(rows, cols, tokens,
     inputs, codes, scale, bias = _operands(rows, cols, tokens, torch.bfloat16)
     if not int8_matmul.can_pack(inputs, codes):
         pytest.skip("this CPU or torch has no packed kernel")
-    got = int8_matmul.int8_linear(inputs, codes, scale, bias if biased else None)
+    got = int8_matmul.int8_product(inputs, codes, scale, bias if biased else None)
     products = inputs.double() @ codes.double().T * scale.double()
     expected = products + bias.double() if biased else products
     assert (
@@ -95,16 +96,18 @@ def test_the_cpu_is_never_given_the_kernels_of_a_gpu():
 def test_packed_is_kept_from_what_it_cannot_do(rows, cols, tokens, dtype):
     inputs, codes, scale, bias = _operands(rows, cols, tokens, dtype)
     assert not int8_matmul.can_pack(inputs, codes)
-    assert int8_matmul.int8_linear(inputs, codes, scale, bias).shape == (tokens, rows)
+    assert int8_matmul.int8_product(inputs, codes, scale, bias).shape == (tokens, rows)
 
 
 def test_inputs_of_any_rank():
     inputs, codes, scale, bias = _operands(48, 96, 6, torch.bfloat16)
-    flat = int8_matmul.int8_linear(inputs, codes, scale, bias)
+    flat = int8_matmul.int8_product(inputs, codes, scale, bias)
     assert torch.equal(
-        int8_matmul.int8_linear(inputs.view(2, 3, 96), codes, scale, bias), flat.view(2, 3, 48)
+        int8_matmul.int8_product(inputs.view(2, 3, 96), codes, scale, bias), flat.view(2, 3, 48)
     )
-    assert torch.equal(int8_matmul.int8_linear(inputs[0], codes, scale, bias).view(1, -1), flat[:1])
+    assert torch.equal(
+        int8_matmul.int8_product(inputs[0], codes, scale, bias).view(1, -1), flat[:1]
+    )
 
 
 @pytest.mark.parametrize("blocks", [1 << 26, 16 * 96])
@@ -118,8 +121,7 @@ def test_gradients_are_those_of_a_linear_layer(monkeypatch, blocks):
     expected = torch.autograd.grad(
         functional.linear(inputs.view(2, 2, 96), weight, bias), (inputs, bias), upstream
     )
-    got = torch.autograd.grad(
-        int8_matmul.int8_linear(inputs.view(2, 2, 96), codes, scale, bias), (inputs, bias), upstream
-    )
+    form = Int8Form("w", codes, scale)
+    got = torch.autograd.grad(form.linear(inputs.view(2, 2, 96), bias), (inputs, bias), upstream)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -23,11 +23,11 @@ from codecllm.formats.reference import read_tensor_bytes
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.resident import int8_matmul
-from codecllm.loader.resident.int8_modules import Int8Embedding, Int8Linear
+from codecllm.loader.resident.coded_weight import CodedWeight
 from codecllm.loader.torch_tensors import TORCH_DTYPES
 from tests import tampering
 from tests.integration import tiny_models
-from tests.integration.outputs import logits, same_bits
+from tests.integration.outputs import coded_weights, logits, same_bits
 
 NAMES = sorted(tiny_models.MAKERS)
 FUSED = {"qwen3_moe", "mixtral", "deepseek_v3", "llava", "gpt_neox"}
@@ -70,13 +70,10 @@ def test_int8_dense_weights_are_those_of_the_reference(container, name):
 def test_int8_resident_gives_the_logits_of_dense(container, name, monkeypatch):
     folder = container(name, "int8")
     dense, resident = from_pretrained(folder), from_pretrained(folder, resident="int8")
-    kept = [
-        module for module in resident.modules() if isinstance(module, Int8Linear | Int8Embedding)
-    ]
-    assert kept
+    forms = [weight.form for weight in coded_weights(resident).values()]
+    assert forms
     assert all(
-        module.codes.dtype == torch.int8 and module.weight_scale.dtype == torch.float32
-        for module in kept
+        form.codes.dtype == torch.int8 and form.scale.dtype == torch.float32 for form in forms
     )
     expected, quick = logits(dense), logits(resident)
     assert (quick - expected).norm() <= 0.02 * expected.norm()
@@ -86,9 +83,8 @@ def test_int8_resident_gives_the_logits_of_dense(container, name, monkeypatch):
 
 def test_int8_resident_tied_embedding_shares_its_codes(container):
     model = from_pretrained(container("llama", "int8"), resident="int8")
-    assert isinstance(model.lm_head, Int8Linear)
-    assert model.lm_head.codes.data_ptr() == model.model.embed_tokens.codes.data_ptr()
-    assert model.lm_head.weight_scale.data_ptr() == model.model.embed_tokens.weight_scale.data_ptr()
+    assert isinstance(model.lm_head.weight, CodedWeight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_int8_resident_halves_the_bytes_of_the_weights(container):
@@ -96,10 +92,8 @@ def test_int8_resident_halves_the_bytes_of_the_weights(container):
     sizes = {}
     for how in ("dense", "int8"):
         model = from_pretrained(folder, resident=how)
-        tensors = {
-            tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())
-        }
-        sizes[how] = sum(tensors.values())
+        sizes[how] = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        assert sizes[how] == model.get_memory_footprint()
     assert sizes["int8"] < 0.54 * sizes["dense"]
 
 
@@ -107,16 +101,16 @@ def test_weight_of_an_int8_module_is_the_dequantized_one(container):
     dense, resident = (
         from_pretrained(container("llama", "int8"), resident=how) for how in ("dense", "int8")
     )
-    for name, module in resident.named_modules():
-        if isinstance(module, Int8Linear | Int8Embedding):
-            assert same_bits(module.weight, dense.get_submodule(name).weight)
-            assert module.to(torch.float32).weight.dtype == torch.float32
+    coded = coded_weights(resident)
+    assert len(coded) == 16
+    for name, weight in coded.items():
+        assert same_bits(weight, dense.get_parameter(name))
 
 
 def test_int8_resident_moves_to_another_dtype_without_touching_scales(container):
     folder = container("llama", "int8")
     model = from_pretrained(folder, resident="int8").to(torch.float32)
-    assert model.lm_head.weight_scale.dtype == torch.float32
+    assert model.lm_head.weight.form.scale.dtype == torch.float32
     torch.testing.assert_close(
         logits(model), logits(from_pretrained(folder, dtype=torch.float32)), rtol=0, atol=0
     )

@@ -24,6 +24,14 @@ def _original(function):
     return getattr(function, "_codecllm_original", function)
 
 
+def test_tied_parameters_of_a_tied_model():
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                      vocab_size=32, tie_word_embeddings=True)  # fmt: skip
+    assert dict(hooks.tied_parameters(transformers.LlamaForCausalLM(config))) == {
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+
 def test_from_pretrained_still_takes_a_state_dict_without_a_path(tiny):
     model = load_plain(tiny("llama"))
     again, found = type(model).from_pretrained(
@@ -44,14 +52,6 @@ def test_quantizer_hooks_are_still_called_by_these_names():
         assert hasattr(base, name)
     source = inspect.getsource(base.preprocess_model)
     assert "self._process_model_before_weight_loading(model, **kwargs)" in source
-
-
-def test_tied_parameters_of_a_tied_model():
-    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                      vocab_size=32, tie_word_embeddings=True)  # fmt: skip
-    assert dict(hooks.tied_parameters(transformers.LlamaForCausalLM(config))) == {
-        "lm_head.weight": "model.embed_tokens.weight"
-    }
 
 
 def test_registering_twice_changes_nothing():
@@ -138,28 +138,6 @@ def test_a_load_asks_for_weights_in_its_own_thread_unless_they_go_to_several_dev
     from_pretrained(container("llama", "int8"), device_map="auto", progress=False)
     assert askers
     assert threading.get_ident() not in askers
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "t5", "bert", "llava", "gpt2"])
-def test_destinations_are_where_transformers_puts_the_tensors(container, monkeypatch, name):
-    """Each tensor that goes somewhere by itself lies there after the load, in that dtype."""
-    places = []
-
-    def remember(self, model, load_config):
-        places.extend(hooks.destinations(model, list(self._state_dict), load_config))
-        return self._state_dict
-
-    monkeypatch.setattr(load.Load, "state_dict", remember)
-    model = from_pretrained(container(name, "lossless"), dtype=torch.float16)
-    values = model.state_dict()
-    assert any(place.alone for place in places)
-    with Container(container(name, "lossless")) as opened:
-        assert {place.stored for place in places} == opened.records.keys()
-        for place in places:
-            assert values[place.parameter].dtype == place.dtype
-            if place.alone:
-                shape = tuple(opened.records[place.stored].shape)
-                assert tuple(values[place.parameter].shape) == shape
 
 
 def test_model_class_comes_from_architectures():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError, UsageError
-from codecllm.loader import from_pretrained, pretrained
+from codecllm.loader import from_pretrained, load
 from codecllm.loader.device import engines as engines_module
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.resident import on_device as resident
@@ -25,18 +25,16 @@ def device(request, monkeypatch):
     """Lets `from_pretrained` take the CPU for a device with nvCOMP; returns the library, which counts its frames."""
     nvcomp = NvcompOfTheHost()
     engines = partial(DeviceEngines, make_streams=lambda _: HostStreams(), types=("cpu",))
-    monkeypatch.setattr(pretrained, "DeviceEngines", engines)
-    monkeypatch.setattr(
-        pretrained, "sole_device", lambda *_: CPU if request.param == "ahead" else None
-    )
+    monkeypatch.setattr(load, "DeviceEngines", engines)
+    monkeypatch.setattr(load, "sole_device", lambda *_: CPU if request.param == "ahead" else None)
     monkeypatch.setattr(engines_module, "choose_codecs", lambda *_: with_nvcomp(nvcomp))
     return nvcomp
 
 
 def _without_device(folder, **options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "DeviceEngines", DeviceEngines)
-        patch.setattr(pretrained, "sole_device", lambda *_: None)
+        patch.setattr(load, "DeviceEngines", DeviceEngines)
+        patch.setattr(load, "sole_device", lambda *_: None)
         return from_pretrained(folder, **options)
 
 
@@ -88,7 +86,7 @@ def test_compressed_models_give_the_logits_of_dense(container, name, scheme, dev
     folder = container(name, scheme)
     model = from_pretrained(folder, resident="compressed")
     expected = logits(_without_device(folder))
-    assert isinstance(model.lm_head.tensor, DeviceCompressedTensor)
+    assert isinstance(model.lm_head.weight.form, DeviceCompressedTensor)
     before = device.frames
     for _ in range(3):  # unknown order, learned order, and once more
         assert torch.equal(logits(model), expected)

@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Conv1D
 
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest.records import Int8Tensor, RawTensor
 from codecllm.formats.stored_tensor import StoredTensor
-from codecllm.loader.resident.compressed_modules import CompressedWeight
-from codecllm.loader.resident.int8_modules import Int8Weight
+from codecllm.loader.resident.coded_weight import CodedWeight
+from codecllm.loader.resident.int8_form import Int8Form
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.codes.rows import head_size
 from codecllm.verifier.diagnosis.model.reference_model import codes_and_scales, source_tensor
 from codecllm.verifier.diagnosis.model.weight_autopsy import Suspect, explain_weight, same_bits
 from codecllm.verifier.diagnosis.parts import stored_record
 from codecllm.verifier.report import Stage
-
-Replaced = Int8Weight | CompressedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Comparison:
 def check_loaded_model(
     model: Any, resident: str, against: Comparison, stage: Stage
 ) -> dict[str, Any]:
-    """Compares modules, scales, ties and every weight of a loaded model.
+    """Compares the weights that stay coded, scales, ties and every weight of a loaded model.
 
     Args:
         model: as the loader returned it.
@@ -58,19 +57,27 @@ def check_loaded_model(
     """
     names = _tensor_names(against)
     expected = _expected_modules(against, names, resident)
-    modules = {
-        name: module for name, module in model.named_modules() if isinstance(module, Replaced)
+    coded = {
+        name.rpartition(".")[0]: weight
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if isinstance(weight, CodedWeight)
     }
-    _check_replaced(model, resident, expected, modules, stage)
-    for name, module in modules.items():
-        if isinstance(module, Int8Weight):
-            _check_scale(name, module, stage)
+    renamed = {
+        name.rpartition(".")[0]
+        for name, _ in against.reference.named_parameters(remove_duplicate=False)
+        if resident != "dense" and name not in names
+    }
+    judged = {name: weight for name, weight in coded.items() if name not in renamed - expected}
+    _check_coded(model, resident, expected, judged, stage)
+    for name, weight in coded.items():
+        if isinstance(weight.form, Int8Form):
+            _check_scale(name, weight.form, stage)
     _check_ties(model, against.reference, stage)
     weights = _check_weights(model, against, names, stage)
     return {
         "resident": resident,
-        "modules_expected": len(expected),
-        "modules_replaced": len(modules),
+        "coded_expected": len(expected),
+        "coded": len(coded),
         "weights": weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -97,87 +104,69 @@ def _tensor_names(against: Comparison) -> dict[str, str]:
 
 
 def _expected_modules(against: Comparison, names: dict[str, str], resident: str) -> set[str]:
-    """Returns the names of the modules that this residency replaces.
-
-    These are plain linear layers and embeddings, in whole tied groups.
-    """
+    """Returns the names of the modules whose weight this residency keeps coded."""
     if resident == "dense":
         return set()
-    parameters = dict(against.reference.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = defaultdict(list)
     # Tied parameters share memory, so an address groups them.
-    for name, value in parameters.items():
+    for name, value in against.reference.named_parameters(remove_duplicate=False):
         groups[value.data_ptr()].append(name)
+    tied = {name: members for members in groups.values() for name in members}
     expected: set[str] = set()
     for name, tensor in names.items():
         record = stored_record(against.container, tensor)
         by_row = not isinstance(record, Int8Tensor) or (
             record.channel_kind == "row" and record.channel_axis == 0
         )
-        if isinstance(record, RawTensor) or (
-            resident == "int8" and not (isinstance(record, Int8Tensor) and not record.wide)
-        ):
+        if isinstance(record, RawTensor) or not by_row or len(record.shape) != 2:
             continue
-        group = groups[parameters[name].data_ptr()] if name in parameters else []
-        owners = [member.removesuffix(".weight") for member in group if member.endswith(".weight")]
-        if by_row and len(record.shape) == 2 and len(owners) == len(group) and owners:
-            modules = [against.reference.get_submodule(owner) for owner in owners]
-            if all(
-                type(module) is nn.Linear
-                or (type(module) is nn.Embedding and module.max_norm is None)
-                for module in modules
-            ):
-                expected.update(owners)
+        if resident == "int8" and not (isinstance(record, Int8Tensor) and not record.wide):
+            continue
+        for member in tied.get(name, []):
+            owner = member.rpartition(".")[0]
+            module = against.reference.get_submodule(owner)
+            if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+                expected.add(owner)
     return expected
 
 
-def _check_replaced(
-    model: Any, resident: str, expected: set[str], replaced: dict[str, Any], stage: Stage
+def _check_coded(
+    model: Any, resident: str, expected: set[str], coded: dict[str, CodedWeight], stage: Stage
 ) -> None:
-    kind = Int8Weight if resident == "int8" else CompressedWeight
+    """Checks that the weights of the expected modules, and no others, are coded as the residency says."""
     present = dict(model.named_modules(remove_duplicate=False))
     for name in sorted(expected):
-        inside = [other for other in replaced if other.startswith(f"{name}.")]
+        inside = [other for other in coded if other.startswith(f"{name}.")]
+        form = coded[name].form if name in coded else None
         if inside:
-            kinds = ", ".join(type(replaced[other]).__name__ for other in inside)
-            what = f"module is {type(present[name]).__name__} around {kinds}"
-            _fail(stage, name, Cause.REPLACED_TWICE, f"{what}: replaced twice")
-        elif not isinstance(present.get(name), kind):
+            kinds = ", ".join(type(present[other]).__name__ for other in inside)
+            text = f"module is {type(present[name]).__name__} around {kinds}: replaced twice"
+            _fail(stage, name, Cause.REPLACED_TWICE, text)
+        elif form is None or form.kind != resident:
             got = type(present[name]).__name__ if name in present else "nothing"
+            weight = getattr(present.get(name), "weight", None)
             _fail(
                 stage,
                 name,
                 Cause.NOT_REPLACED,
-                f"resident {resident!r} replaces this module",
-                got=got,
-                expected=kind.__name__,
+                f"resident {resident!r} keeps this weight coded",
+                got=f"{got} with {type(weight).__name__}",
+                expected=f"a form of {resident!r}",
             )
-    for name in sorted(replaced.keys() - expected):
+    for name in sorted(coded.keys() - expected):
         if not any(name.startswith(f"{other}.") for other in expected):
             _fail(
                 stage,
                 name,
                 Cause.REPLACED_TWICE,
-                f"resident {resident!r} does not replace this module, and it was replaced",
-            )
-    names_by_module: dict[int, list[str]] = defaultdict(list)
-    for name, module in present.items():
-        if isinstance(module, Replaced):
-            names_by_module[id(module)].append(name)
-    for owners in names_by_module.values():
-        if len(owners) > 1:
-            _fail(
-                stage,
-                owners[1],
-                Cause.REPLACED_TWICE,
-                f"one module stands in {len(owners)} places: {', '.join(owners[:4])}",
+                f"resident {resident!r} does not keep this weight coded, and it is",
             )
 
 
-def _check_scale(name: str, module: Int8Weight, stage: Stage) -> None:
-    """Checks type, shape, device and values of the scales of an int8 module."""
-    scale = module.weight_scale
-    codes = module.codes
+def _check_scale(name: str, form: Int8Form, stage: Stage) -> None:
+    """Checks type, shape, device and values of the scales of an int8 weight."""
+    scale = form.scale
+    codes = form.codes
     facts = [
         ("dtype of the scales", scale.dtype, torch.float32, Cause.ROUNDED_SCALES),
         (
@@ -195,7 +184,7 @@ def _check_scale(name: str, module: Int8Weight, stage: Stage) -> None:
             f"scale of channel {channel} is {float(scale.reshape(-1)[channel])}, in {scale.dtype}"
         )
         _fail(stage, name, Cause.SCALE_OVERFLOW, text, channel=channel)
-    columns = module.weight_col_scale
+    columns = form.col_scale
     if columns is not None:
         facts += [
             ("dtype of the scales of columns", columns.dtype, torch.float32, Cause.ROUNDED_SCALES),
@@ -247,17 +236,15 @@ def _check_ties(model: Any, reference: Any, stage: Stage) -> None:
 
 
 def _memory(model: Any, name: str) -> int:
-    """Returns an address that tied parameters share, in any form; 0 where there is none."""
+    """Returns a number that tied parameters share; 0 where there is no memory."""
     owner, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
     except AttributeError:
         return 0
-    if isinstance(module, Int8Weight) and leaf == "weight":
-        return module.codes.data_ptr()
-    if isinstance(module, CompressedWeight) and leaf == "weight":
-        return id(module.tensor)
     value = getattr(module, leaf, None)
+    if isinstance(value, CodedWeight):
+        return id(value)
     return (
         value.data_ptr()
         if isinstance(value, torch.Tensor) and not value.is_meta and value.numel()
@@ -290,10 +277,7 @@ def _check_weights(model: Any, against: Comparison, names: dict[str, str], stage
 
 
 def _loaded_value(model: Any, name: str) -> torch.Tensor | None:
-    """Returns a parameter or buffer of the loaded model, or None.
-
-    A replaced module dequantizes or decodes it.
-    """
+    """Returns a parameter or buffer of the loaded model, coded or not."""
     owner, _, leaf = name.rpartition(".")
     try:
         value = getattr(model.get_submodule(owner), leaf, None)

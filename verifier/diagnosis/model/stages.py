@@ -101,8 +101,8 @@ class ModelStages:
                 if len(stage.findings) == before
                 else "not all right"
             )
-            modules = f"{facts[-1]['modules_replaced']} of {facts[-1]['modules_expected']} modules"
-            words.append(f"{resident}: {modules} replaced, {facts[-1]['weights']} weights {same}")
+            coded = f"{facts[-1]['coded']} of {facts[-1]['coded_expected']} weights coded"
+            words.append(f"{resident}: {coded}, {facts[-1]['weights']} weights {same}")
             if resident == self._options.resident:
                 self._model = model
             del model

@@ -1,17 +1,15 @@
-"""Modules whose weight stays entropy-coded in memory and is decoded, checked, into shared scratch just before it is used."""
+"""resident="compressed": payloads stay coded in memory and are decoded, checked, into shared scratch just before their use."""
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from codecllm.formats.dtypes import DTYPES
@@ -21,6 +19,7 @@ from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.host.decode import Workspace, read_tiles, tiles_per_job, write_tile
 from codecllm.loader.host.memory import empty_bytes, empty_tensor
 from codecllm.loader.host.workers import Job, WorkerThreads
+from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.torch_tensors import (
     DTYPE_NAMES,
     TORCH_DTYPES,
@@ -32,29 +31,43 @@ SCRATCH_ELEMENTS = 1 << 25
 
 
 class InMemoryFile:
-    """A payload in memory that is read by offset like the shard it came from."""
+    """A payload in memory that is read by offset like the shard it came from.
 
-    def __init__(self, name: str, payload: memoryview) -> None:
+    Attributes:
+        name: name of the shard.
+        payload: uint8 [bytes], on the CPU.
+    """
+
+    def __init__(self, name: str, payload: torch.Tensor) -> None:
+        """Keeps the payload, not a copy of it."""
         self.name = name
-        self._payload = payload
+        self.payload = payload
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` from `offset`."""
-        target[:] = self._payload[offset : offset + len(target)]
+        target[:] = memoryview(self.payload.numpy())[offset : offset + len(target)]
+
+    def __reduce__(self) -> Any:
+        return InMemoryFile, (self.name, self.payload)
 
 
 class SharedDecoder:
-    """The threads and the scratch that all compressed modules of one model share.
+    """The threads and the scratch that all compressed weights of one model share.
 
-    One weight at a time lies in the scratch: `lock` is held from decoding to the end of its use.
+    One weight at a time lies in the scratch: `lock` is held from decoding to the end of its use. A copy in another process has
+    threads of its own.
     """
 
     def __init__(self, workers: int) -> None:
         """Takes `workers` threads; they end when nothing refers to the decoder any more."""
+        self.threads = workers
         self.workers = WorkerThreads(workers)
         self.lock = threading.RLock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._written_to = False
+
+    def __reduce__(self) -> Any:
+        return SharedDecoder, (self.threads,)
 
     def hold(self, source: StoredTensor) -> tuple[CompressedTensor, torch.Tensor]:
         """Returns the tensor and memory for its payload, uint8 [payload bytes], to be filled.
@@ -62,7 +75,7 @@ class SharedDecoder:
         Use the tensor only once its payload is complete and checked.
         """
         payload = torch.from_numpy(empty_bytes(int(source.table.offsets[-1])))
-        file = InMemoryFile(source.file.name, memoryview(payload.numpy()))
+        file = InMemoryFile(source.file.name, payload)
         return CompressedTensor(replace(source, file=file, offset=0), self), payload
 
     def decoded(
@@ -70,8 +83,8 @@ class SharedDecoder:
     ) -> torch.Tensor:
         """Returns bands of a tensor, decoded in the scratch; see `CompressedTensor.decode_bands`. Hold `lock`.
 
-        The next call gives the same memory. Where one does not come to its end, Ctrl-C for example, threads may write on: what
-        they write to is not used again.
+        The next call gives the same memory. Where one does not come to its end, Ctrl-C for example, threads may write on: their
+        memory is not used again.
         """
         rows = sum(tensor.height(band) for band in bands)
         size = rows * tensor.cols * dtype.itemsize
@@ -85,19 +98,20 @@ class SharedDecoder:
         return weight
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CodedMatrix(ABC):
-    """A matrix that is decoded when it is used.
+class CodedMatrix(WeightForm):
+    """A matrix that is decoded in blocks of rows when it is used: the bits of dense loading.
 
     Attributes:
         stored: the tensor.
     """
 
-    stored: StoredTensor
+    kind = "compressed"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Returns itself: it never changes."""
-        return self
+    def __init__(self, stored: StoredTensor) -> None:
+        """Takes name and shape from the tensor's record."""
+        self.stored = stored
+        self.name = stored.record.name
+        self.shape = torch.Size(stored.record.shape)
 
     @property
     def rows(self) -> int:
@@ -118,27 +132,8 @@ class CodedMatrix(ABC):
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields the matrix in blocks of rows, each valid until the next. Hold `lock`."""
 
-    @abstractmethod
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the whole matrix in memory of its own."""
-
-    @abstractmethod
-    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns]; decodes only the tiles that hold them."""
-
-    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Computes `inputs @ matrix.T + bias`; see `CompressedLinear.forward`.
-
-        Gradients flow to `inputs` and `bias`; the weight is decoded once more for them, not kept.
-        """
-        if torch.is_grad_enabled() and (
-            inputs.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            result: torch.Tensor = _FrozenCompressed.apply(inputs, self, bias)
-            return result
-        return self._product(inputs, bias)
-
-    def _product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `WeightForm.product`: that of a dense layer, block of rows by block of rows."""
         with self.lock:
             parts = [
                 functional.linear(
@@ -148,17 +143,56 @@ class CodedMatrix(ABC):
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        """See `WeightForm.transposed_product`."""
+        result = grad.new_zeros(*grad.shape[:-1], self.cols)
+        with self.lock:
+            for rows, weight in self.weights(grad.dtype):
+                result.add_(grad[..., rows] @ weight.to(grad.device))
+        return result
 
-@dataclass(frozen=True, slots=True, eq=False)
+    def moved(self, device: torch.device) -> WeightForm:
+        """Returns itself: payloads stay where they are decoded, decoded values move."""
+        return self
+
+    def checked_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns numbers of rows as int64 on the CPU.
+
+        Raises:
+            IndexError: one lies outside of the matrix.
+        """
+        places = rows.to("cpu", torch.int64)
+        if len(places) and not (int(places.min()) >= 0 and int(places.max()) < self.rows):
+            raise IndexError(f"index out of range: {self.name} has {self.rows} rows")
+        return places
+
+
 class CompressedTensor(CodedMatrix):
     """A matrix whose chunks lie in the host's memory as they are stored.
 
     Attributes:
         stored: the tensor, reading from memory.
-        decoder: what decodes it.
+        decoder: decodes it.
     """
 
-    decoder: SharedDecoder
+    def __init__(self, stored: StoredTensor, decoder: SharedDecoder) -> None:
+        """Takes a tensor whose file is an `InMemoryFile`."""
+        super().__init__(stored)
+        self.decoder = decoder
+
+    def __reduce__(self) -> Any:
+        return CompressedTensor, (self.stored, self.decoder)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload and its side data."""
+        held = sum(tensor.nbytes for tensor in self.held_tensors().values())
+        return held + side_bytes(self.stored)
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the payload."""
+        assert isinstance(self.stored.file, InMemoryFile)
+        return {"payload": self.stored.file.payload}
 
     @property
     def lock(self) -> threading.RLock:
@@ -190,11 +224,11 @@ class CompressedTensor(CodedMatrix):
             row += rows
         self.decoder.workers.run_all(jobs)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the whole matrix in memory of its own."""
+    def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """See `WeightForm.dense`."""
         out = empty_tensor((self.rows, self.cols), dtype)
         self.decode_bands(list(range(self.bands)), dtype, out)
-        return out
+        return out.to(device)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields the matrix in blocks of rows, each in the scratch. Hold `lock`."""
@@ -205,22 +239,24 @@ class CompressedTensor(CodedMatrix):
             weight = self.decoder.decoded(self, bands, dtype)
             yield slice(first * grid.tile_rows, first * grid.tile_rows + len(weight)), weight
 
-    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the given rows (int64 [n], on the CPU) as `dtype` [n, columns]; decodes only the tiles that hold them."""
+    def gather(self, rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """See `WeightForm.gather`; decodes only the tiles that hold the rows."""
         grid = self.stored.table.grid
-        out = torch.empty(len(rows), self.cols, dtype=dtype)
-        bands = torch.div(rows, grid.tile_rows, rounding_mode="floor")
-        wanted = sorted(set(bands.tolist()))
+        places = self.checked_rows(rows)
+        out = torch.empty(len(places), self.cols, dtype=dtype)
+        bands = torch.div(places, grid.tile_rows, rounding_mode="floor")
+        needed = sorted(set(bands.tolist()))
         step = max(1, SCRATCH_ELEMENTS // max(1, grid.tile_rows * grid.cols))
         with self.decoder.lock:
-            for first in range(0, len(wanted), step):
-                part = wanted[first : first + step]
-                decoded, start = self.decoder.decoded(self, part, dtype), 0
+            for first in range(0, len(needed), step):
+                part = needed[first : first + step]
+                decoded = self.decoder.decoded(self, part, dtype)
+                start = 0
                 for band in part:
-                    chosen = (bands == band).nonzero().flatten()
-                    out[chosen] = decoded[start + rows[chosen] - band * grid.tile_rows]
+                    here = (bands == band).nonzero().flatten()
+                    out[here] = decoded[start + places[here] - band * grid.tile_rows]
                     start += self.height(band)
-        return out
+        return out.to(device)
 
     def height(self, band: int) -> int:
         """Rows of a band."""
@@ -265,102 +301,11 @@ def _consecutive(bands: list[int]) -> Iterator[range]:
             start = end
 
 
-class _FrozenCompressed(torch.autograd.Function):
-    """The product with a compressed matrix, with gradients for inputs and bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: torch.Tensor, matrix: CodedMatrix, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.matrix = matrix
-        return matrix._product(inputs, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        matrix, to_inputs = ctx.matrix, None
-        if ctx.needs_input_grad[0]:
-            with matrix.lock:
-                for rows, weight in matrix.weights(grad.dtype):
-                    part = grad[..., rows] @ weight.to(grad.device)
-                    to_inputs = part if to_inputs is None else to_inputs.add_(part)
-        to_bias = grad.reshape(-1, matrix.rows).sum(0) if ctx.needs_input_grad[2] else None
-        return to_inputs, None, to_bias
-
-
-class CompressedWeight(nn.Module):
-    """What compressed modules have in common: a coded matrix instead of a weight.
-
-    Attributes:
-        tensor: the matrix.
-        weight_dtype: dtype of `weight`, which is decoded anew each time; follows `model.to(dtype)`.
-    """
-
-    tensor: CodedMatrix
-    weight_dtype: torch.dtype
-
-    def __getattr__(self, name: str) -> Any:
-        """Decodes `weight` for code that reaches for it instead of calling the module."""
-        if name == "weight" and "tensor" in self.__dict__:
-            return self.tensor.dense(self.weight_dtype)
-        return super().__getattr__(name)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        return self
-
-
-class CompressedLinear(CompressedWeight, nn.Linear):
-    """A linear layer with a coded weight [out, in]."""
-
-    @torch.compiler.disable
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Maps float [..., in] to [..., out] of the same dtype: the bits of dense loading."""
-        return self.tensor.linear(inputs, self.bias)
-
-
-class CompressedEmbedding(CompressedWeight, nn.Embedding):
-    """An embedding with a coded weight [vocabulary, width]."""
-
-    @torch.compiler.disable
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Maps integer [...] to `weight_dtype` [..., width]."""
-        vectors = self.tensor.gather(ids.reshape(-1).to("cpu", torch.int64), self.weight_dtype)
-        return vectors.to(ids.device).view(*ids.shape, self.embedding_dim)
-
-
-def compressed_twin(
-    module: nn.Module, payload: Callable[[], CodedMatrix]
-) -> CompressedWeight | None:
-    """Returns a compressed module in place of a plain linear layer or embedding; None for anything else.
-
-    Args:
-        module: the plain module, on any device.
-        payload: gives the coded weight; called only where a module is made.
-    """
-    if type(module) is nn.Linear:
-        cls: type[CompressedWeight] = CompressedLinear
-        kept: tuple[str, ...] = ("in_features", "out_features")
-    elif type(module) is nn.Embedding and module.max_norm is None:
-        cls = CompressedEmbedding
-        kept = (
-            "num_embeddings",
-            "embedding_dim",
-            "padding_idx",
-            "max_norm",
-            "norm_type",
-            "scale_grad_by_freq",
-            "sparse",
-        )
-    else:
-        return None
-    twin = cls.__new__(cls)
-    nn.Module.__init__(twin)
-    for name in kept:
-        setattr(twin, name, getattr(module, name))
-    if isinstance(module, nn.Linear):
-        twin.register_parameter("bias", module.bias)
-    twin.tensor, twin.weight_dtype = payload(), module.weight.dtype
-    twin.train(module.training)
-    return twin
+def side_bytes(stored: StoredTensor) -> int:
+    """Returns the bytes of a tensor's chunk table, scales, columns and frequency tables."""
+    table, tables, columns = stored.table, stored.tables, stored.columns
+    arrays = [table.records, table.offsets, table.raw_bytes, stored.scales]
+    if columns is not None:
+        arrays += [columns.scales, columns.order, columns.places]
+    size = 0 if tables is None else len(tables.data) + tables.offsets.nbytes
+    return size + sum(array.nbytes for array in arrays if array is not None)
