@@ -1,0 +1,198 @@
+"""Loaded models in the hands of transformers: resized, tied, copied, sent, counted and saved."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+
+from codecllm.converter import convert
+from codecllm.formats.errors import UsageError
+from codecllm.loader import from_pretrained
+from codecllm.loader.resident.coded_weight import CodedWeight
+from tests.integration.outputs import coded_weights, logits
+
+RESIDENTS = ("dense", "int8", "compressed")
+CODED = ("int8", "compressed")
+NEW_IDS = torch.tensor([[519, 3, 515]])
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_sizes_are_true(container, resident):
+    dense = from_pretrained(container("llama", "int8"))
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    assert model.num_parameters() == dense.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == dense.num_parameters(
+        exclude_embeddings=True
+    )
+    assert (model.dtype, model.device) == (dense.dtype, dense.device)
+    coded = dict.fromkeys(coded_weights(model).values())
+    plain = [p for p in (*model.parameters(), *model.buffers()) if p not in coded]
+    held = sum(weight.form.nbytes for weight in coded) + sum(p.nbytes for p in plain)
+    assert model.get_memory_footprint() == pytest.approx(held)
+    assert held < 0.6 * dense.get_memory_footprint()
+    assert model.get_input_embeddings().weight.shape == (512, 64)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_untied"])
+def test_embeddings_are_resized_on_both_ends(container, name):
+    outputs = {}
+    for resident in RESIDENTS:
+        model = from_pretrained(container(name, "int8"), resident=resident, dtype=torch.float32)
+        torch.manual_seed(0)
+        model.resize_token_embeddings(520)
+        assert model.config.vocab_size == 520
+        assert model.get_input_embeddings().weight.shape == (520, 64)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert tied == (name == "llama")
+        outputs[resident] = model(NEW_IDS).logits.detach()
+        assert outputs[resident].shape == (1, 3, 520)
+        if resident != "dense":
+            assert len(coded_weights(model)) == 14
+        model.resize_token_embeddings(300)
+        assert model(NEW_IDS % 300).logits.shape == (1, 3, 300)
+    for resident in CODED:
+        assert torch.equal(outputs[resident], outputs["dense"])
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_tied_weights_stay_tied(container, resident):
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    expected = logits(model)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(model), expected)
+    with torch.no_grad():
+        model.lm_head.weight[5] = 1
+    assert (model.model.embed_tokens.weight[5] == 1).all()
+    assert type(model.model.embed_tokens.weight) is torch.nn.Parameter
+    model.model.embed_tokens.requires_grad_(True)
+    assert model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+def test_copies_and_pickles_work(container, resident):
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(model), expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for again in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(logits(again), expected)
+        assert coded_weights(again).keys() == coded_weights(model).keys()
+        assert again.get_memory_footprint() == model.get_memory_footprint()
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_state_dicts_go_from_and_to_plain_models(container, resident):
+    folder = container("llama", "int8")
+    dense, model = from_pretrained(folder), from_pretrained(folder, resident=resident)
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    plain = copy.deepcopy(dense)
+    with torch.no_grad():
+        plain.lm_head.weight.zero_()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits(plain), logits(dense))
+    with torch.no_grad():
+        for value in plain.parameters():
+            value.mul_(0.5)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_saving_the_model_is_one_clear_error(tmp_path, container, resident):
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    with pytest.raises(UsageError, match="resident='dense'"):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="half"):
+        model.half()
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_the_first_weights_of_a_model_can_be_initialised_again(container, resident):
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.weight.detach().clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, before)
+    assert type(layer.weight) is torch.nn.Parameter
+    assert len(coded_weights(model)) == 15
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_training_all_weights_is_training_a_dense_model(container, resident):
+    losses = {}
+    for how in ("dense", resident):
+        model = from_pretrained(container("llama", "int8"), resident=how, dtype=torch.float32)
+        model.requires_grad_(True)
+        assert not coded_weights(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ids = torch.arange(10, 26)[None]
+        losses[how] = []
+        for _ in range(3):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[how].append(loss.item())
+    assert losses[resident] == losses["dense"]
+    assert losses["dense"][2] < losses["dense"][0]
+
+
+def test_conv1d_and_scaled_embeddings_stay_coded(tmp_path):
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=256)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    scaled = transformers.Gemma2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=256,
+    )
+    transformers.Gemma2ForCausalLM(scaled).save_pretrained(tmp_path / "gemma2")
+    for name, part in (("gpt2", "c_attn"), ("gemma2", "embed_tokens")):
+        convert(tmp_path / name, tmp_path / f"{name}_c", scheme="lossless")
+        dense = from_pretrained(tmp_path / f"{name}_c")
+        model = from_pretrained(tmp_path / f"{name}_c", resident="compressed")
+        assert any(part in weight for weight in coded_weights(model))
+        ids = torch.arange(3, 19).reshape(2, 8)
+        assert torch.equal(model(ids).logits, dense(ids).logits)
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_untied_equal_weights_are_weights_of_their_own(tmp_path, resident):
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=256,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "c", scheme="int8", include=("*",))
+    loaded = from_pretrained(tmp_path / "c", resident=resident)
+    head, table = loaded.lm_head.weight, loaded.model.embed_tokens.weight
+    assert isinstance(head, CodedWeight) and isinstance(table, CodedWeight)
+    assert head.form is table.form
+    with torch.no_grad():
+        head.zero_()
+    assert table.any()
