@@ -134,7 +134,7 @@ def test_device_maps(container, resident, device_map, monkeypatch):
     assert torch.equal(logits(model), logits(from_pretrained(container("llama", "int8"))))
 
 
-@pytest.mark.parametrize("resident", ["dense", "int8"])
+@pytest.mark.parametrize("resident", RESIDENTS)
 def test_layers_offloaded_to_disk(tmp_path, container, resident, monkeypatch):
     monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
     folder = container("llama_untied", "int8")
