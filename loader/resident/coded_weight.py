@@ -1,8 +1,9 @@
 """The weight of a module as a tensor whose values are coded: reads decode, and the first write makes it a plain tensor.
 
-Nothing is lost between the two. An alias (`weight.data`, `weight.detach()`) shares one cell with the weight, and a view
-(`weight[2:5]`, `weight.T`) remembers how it was cut: a write to any of them decodes the whole weight once, into the cell, and
-is done there. From then on the parameter itself is a plain `nn.Parameter`, also for an optimizer or a tied module that holds it.
+Nothing is lost between the two. An alias (`weight.data`, `weight.detach()`) shares one cell with
+the weight, and a view (`weight[2:5]`, `weight.T`) remembers how it was cut: a write to any of them
+decodes the whole weight once, into the cell, and is done there. From then on the parameter itself
+is a plain `nn.Parameter`, also for an optimizer or a tied module that holds it.
 """
 
 from __future__ import annotations
@@ -67,12 +68,13 @@ class Cell:
 class CodedWeight(torch.Tensor):
     """A weight with true shape, dtype and device whose memory is a `WeightForm`.
 
-    As an `nn.Parameter` (`coded_parameter`) it has no gradient. `functional.linear` and `functional.embedding` use the form;
-    every other operation gets the decoded values, [rows, cols] of the weight's dtype. `requires_grad_()`, in-place operations
-    and `weight.data = other` make the parameter plain and dense, which is logged.
+    As an `nn.Parameter` (`coded_parameter`) it has no gradient. `functional.linear` and
+    `functional.embedding` use the form; every other operation gets the decoded values, [rows, cols]
+    of the weight's dtype. `requires_grad_()`, in-place operations and `weight.data = other` make
+    the parameter plain and dense, which is logged.
 
-    A cast of the whole weight is decoded anew, so that each value is rounded once: `.to(float32)` of a bfloat16 weight of
-    scheme `int8` is the float32 product of code and scale.
+    A cast of the whole weight is decoded anew, so that each value is rounded once: `.to(float32)`
+    of a bfloat16 weight of scheme `int8` is the float32 product of code and scale.
     """
 
     _cell: Cell
@@ -92,7 +94,7 @@ class CodedWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs what torch's operators cannot say (see `operations.py`), else the operator itself."""
+        """Runs the handlers of `operations.py`, for all other functions the function itself."""
         from codecllm.loader.resident.operations import ABOVE_AUTOGRAD
 
         direct = (*args, *(kwargs or {}).values())
@@ -128,7 +130,8 @@ class CodedWeight(torch.Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Tells a compiler of the tensors in it: those of the form, or the plain one."""
         form = self.form
-        names, facts = ["plain"], None
+        names = ["plain"]
+        facts = None
         if form is not None:
             tensors, facts = form.parts()
             names = list(tensors)
@@ -139,7 +142,7 @@ class CodedWeight(torch.Tensor):
     def __tensor_unflatten__(
         tensors: dict[str, torch.Tensor], facts: Any, size: Any, stride: Any
     ) -> torch.Tensor:
-        """Makes the tensor again from what a compiler did to those in it."""
+        """Makes the tensor again from the tensors that a compiler gives back."""
         kind, form_facts, dtype, device, is_param = facts
         if kind is None:
             return tensors["plain"]
@@ -232,8 +235,8 @@ def write(weight: CodedWeight, reason: str) -> torch.Tensor:
 def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool:
     """Turns the object into a plain tensor over its dense memory, or over `replacement`; whether it could be.
 
-    It cannot while other code holds the memory behind the object (a compiled function, a graph of autograd): then it stays a
-    `CodedWeight` whose operations all run on the dense memory.
+    It cannot while other code holds the memory behind the object (a compiled function, a graph of
+    autograd): then it stays a `CodedWeight` whose operations all run on the dense memory.
     """
     if replacement is None:
         with torch.no_grad():

@@ -54,8 +54,8 @@ class InMemoryFile:
 class SharedDecoder:
     """The threads and the scratch that all compressed weights of one model share.
 
-    One weight at a time lies in the scratch: `lock` is held from decoding to the end of its use. A copy in another process has
-    threads of its own.
+    One weight at a time lies in the scratch: `lock` is held from decoding to the end of its use. A
+    copy in another process has threads of its own.
     """
 
     def __init__(self, workers: int) -> None:
@@ -83,8 +83,8 @@ class SharedDecoder:
     ) -> torch.Tensor:
         """Returns bands of a tensor, decoded in the scratch; see `CompressedTensor.decode_bands`. Hold `lock`.
 
-        The next call gives the same memory. Where one does not come to its end, Ctrl-C for example, threads may write on: their
-        memory is not used again.
+        The next call gives the same memory. Where one does not come to its end, Ctrl-C for example,
+        threads may write on: their memory is not used again.
         """
         rows = sum(tensor.height(band) for band in bands)
         size = rows * tensor.cols * dtype.itemsize

@@ -1,8 +1,9 @@
 """The contract of a weight that is not stored as its dtype, and its product as one operation of autograd and of the compiler.
 
-`CodedWeight` is the tensor that a model sees; a `WeightForm` is how its values lie in memory. A new residency is one subclass:
-it says how to decode, how to multiply, and how to travel (devices, copies, other processes). All else (reads, writes, views,
-training, saving) follows from `CodedWeight`.
+`CodedWeight` is the tensor that a model sees; a `WeightForm` is how its values lie in memory. A new
+residency is one subclass: it says how to decode, how to multiply, and how to travel (devices,
+copies, other processes). All else (reads, writes, views, training, saving) follows from
+`CodedWeight`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _forms: weakref.WeakValueDictionary[int, WeightForm] = weakref.WeakValueDictiona
 class WeightForm(ABC):
     """The values of one weight [rows, cols], in a form from which any float dtype is decoded.
 
-    A form never changes: copies of a model share it, and a weight that is written to gives it up. Its values follow from
-    SPEC.md alone: `dense`, `gather` and `product` use the bits that dense loading puts into memory. `product` may round in
-    another order where the class says so.
+    A form never changes: copies of a model share it, and a weight that is written to gives it up.
+    Its values follow from SPEC.md alone: `dense`, `gather` and `product` use the bits that dense
+    loading puts into memory. `product` may round in another order where the class says so.
 
     Attributes:
         kind: name of the residency, for messages.
@@ -96,8 +97,8 @@ class WeightForm(ABC):
     def parts(self) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
         """Returns tensors that a compiler may follow, and plain facts; `from_parts` makes the form again from both.
 
-        By default the compiler sees nothing: the facts are a number that finds this form, and products are one opaque
-        operation each.
+        By default the compiler sees nothing: the facts are a number that finds this form, and
+        products are one opaque operation each.
         """
         return {"anchor": torch.empty(0, dtype=torch.uint8, device="cpu")}, (number_of(self),)
 

@@ -1,10 +1,11 @@
 """Products with int8 weights: one function, and the kernels that it chooses between.
 
-`exact` dequantizes blocks of rows to the dtype of the inputs and multiplies as a plain linear layer would: where it runs, the
-results are those of dense loading. `packed` multiplies with the codes as they are: it reads half of bf16's bytes, which is what
-a product with few rows of inputs costs on a CPU, and rounds twice (the sum, then its product with the scale). `fused` does the
-same on a GPU by kernels of our own, and rounds once. Scales of columns go into the inputs first, which rounds these once more.
-`python -m benchmarks.int8_matmul` compares them with a dense layer.
+`exact` dequantizes blocks of rows to the dtype of the inputs and multiplies as a plain linear layer
+would: where it runs, the results are those of dense loading. `packed` multiplies with the codes as
+they are: it reads half of bf16's bytes, the cost of a product with few rows of inputs on a CPU, and
+rounds twice (the sum, then its product with the scale). `fused` does the same on a GPU by kernels
+of our own, and rounds once. Scales of columns go into the inputs first, which rounds these once
+more. `python -m benchmarks.int8_matmul` compares them with a dense layer.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def dequantize_rows(
         codes: int8 [rows, cols].
         scale: float32 [rows].
         dtype: dtype of the result.
-        col_scale: float32 [cols], or None: a step is fl32(scale * col_scale), or the scale of its row.
+        col_scale: float32 [cols], or None: a step is fl32(scale * col_scale), or the scale of its
+            row.
 
     Returns:
         `dtype` [rows, cols].
@@ -151,9 +153,10 @@ def int8_product(
 ) -> torch.Tensor:
     """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`, without gradients.
 
-    Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its product with the scale: 2^-8 of
-    an output, besides the effect of another order of summation. With `col_scale` each input is rounded once more, which is
-    2^-8 of the sum of |input * weight| at most, and a tenth of that as a rule.
+    Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its
+    product with the scale: 2^-8 of an output, besides the effect of another order of summation.
+    With `col_scale` each input is rounded once more, which is 2^-8 of the sum of |input * weight|
+    at most, and a tenth of that as a rule.
 
     Args:
         inputs: float [..., in].

@@ -1,8 +1,9 @@
 """resident="compressed" on a device: payloads stay in its memory as they are stored, layers are decoded just before they run.
 
-All payloads lie in one buffer, so that one batch decodes the weights of a whole layer. There are two buffers for decoded
-weights: while one is multiplied, the other receives what comes next, on the decode stream. What comes next is learned from the
-first forward pass; anything else is decoded when it is asked for.
+All payloads lie in one buffer, so that one batch decodes the weights of a whole layer. There are
+two buffers for decoded weights: while one is multiplied, the other receives the next weights, on
+the decode stream. Their order is learned from the first forward pass; anything else is decoded when
+it is asked for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from codecllm.loader.resident.compressed_form import (
 
 GROUP_ELEMENTS = 1 << 27
 """Most elements that are decoded together, one band of tiles at least: a thousand chunks of the default size. The two buffers
-of decoded bfloat16 weights then take 512 MiB, the arena of symbols 128 MiB (256 MiB for `lossless`)."""
+of decoded bfloat16 weights then take 512 MiB, the arena of symbols 128 MiB (256 MiB for
+`lossless`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +77,11 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    """Memory for decoded weights, and what lies there.
+    """Memory for decoded weights, and a note of its contents.
 
     Attributes:
         memory: the memory.
-        group: what was decoded into it, or None.
+        group: the blocks that were decoded into it, or None.
         dtype: the dtype of that.
         ready: behind the decoding.
         used: by stream, behind the last use that was queued there.
@@ -207,10 +209,8 @@ class DeviceDecoder:
         self._filled += int(source.table.offsets[-1])
         grid = source.table.grid
         step = max(1, GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
-        tensor.blocks.extend(
-            Block(tensor, range(first, min(first + step, grid.down)))
-            for first in range(0, grid.down, step)
-        )
+        for first in range(0, grid.down, step):
+            tensor.blocks.append(Block(tensor, range(first, min(first + step, grid.down))))
         return tensor
 
     def load(self, tensors: Sequence[DeviceCompressedTensor], engine: Engine) -> None:
@@ -257,7 +257,8 @@ class DeviceDecoder:
             assert buffer.ready is not None
             self._streams.wait(self._streams.current(), buffer.ready)
             if number is not None and len(self._groups) > 1:
-                # Whatever used the other buffer was queued before this call; what is queued now waits for it.
+                # All uses of the other buffer were queued before this call; the next work waits for
+                # them.
                 self._fill(
                     self._buffers[1 - self._current],
                     self._groups[(number + 1) % len(self._groups)],
@@ -278,7 +279,7 @@ class DeviceDecoder:
         self._streams.wait(self._streams.current(), self._streams.record(self._streams.decode))
 
     def _refuse_capture(self) -> None:
-        if self._streams.capturing():  # what lies in a buffer would not be what this class believes
+        if self._streams.capturing():  # a recorded graph would not match this class's notes
             raise UnsupportedEnvironmentError(
                 "resident='compressed' decodes ahead and cannot be recorded in a CUDA graph"
             )
@@ -297,11 +298,11 @@ class DeviceDecoder:
             self._order.append(block)
 
     def _fill(self, buffer: _Buffer, group: _Group, dtype: torch.dtype) -> None:
-        """Queues the decoding of a group into a buffer, behind every use of what lies there."""
-        buffer.group = None  # until all is queued: what fails or is interrupted leaves nothing that looks decoded
+        """Queues the decoding of a group into a buffer, behind every use of its contents."""
+        buffer.group = None  # until all is queued: a failure leaves nothing that looks decoded
         size = sum(aligned(block.elements * dtype.itemsize) for block in group.blocks)
         if buffer.memory is None or buffer.memory.numel() < size:
-            self._streams.synchronize()  # nobody may have waited for what was decoded ahead
+            self._streams.synchronize()  # no stream may have waited for weights decoded ahead
             for event in buffer.used.values():
                 event.synchronize()
             buffer.memory = None
@@ -371,11 +372,11 @@ class DeviceDecoder:
         if tables is not None:
             self._streams.wait(self._streams.decode, tables[1])
         group.words, group.tables, group.planes, group.work = words, tables, places, work
-        group.arena = self._arena.data_ptr()  # last: it is what says that the rest is of this arena
+        group.arena = self._arena.data_ptr()  # last: it vouches for the rest
 
 
 class _HostDecoder:
-    """Stands for a decoder on the CPU, which is made where it is unpickled."""
+    """Becomes a decoder on the CPU where it is unpickled."""
 
     def __reduce__(self) -> Any:
         return _new_decoder, ()

@@ -26,7 +26,7 @@ Handler = Callable[..., Any]
 
 
 def _usual(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Runs an operation as torch does for any tensor: what comes next is `__torch_dispatch__`."""
+    """Runs an operation as torch does for any tensor: `__torch_dispatch__` comes next."""
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 

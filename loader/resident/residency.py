@@ -42,8 +42,9 @@ KEEPING_MODULES = (nn.Linear, nn.Embedding, Conv1D)
 class Residency(ABC):
     """The plan of one load that keeps weights in another form than their dtype.
 
-    The state dict yields coded parameters (`CodedWeight`) for two-dimensional tensors whose scales, if any, go by rows. Names,
-    ties and dtypes are decided where all tensors' are: by transformers, which assigns these parameters like any other.
+    The state dict yields coded parameters (`CodedWeight`) for two-dimensional tensors whose scales,
+    if any, go by rows. Names, ties and dtypes are decided where all tensors' are: by transformers,
+    which assigns these parameters like any other.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class ResidentCompressed(Residency):
     ) -> None:
         """Collects the coded tensors; `workers` threads stay with the model to decode them.
 
-        What the device of `engine` can decode stays in its memory and is decoded there.
+        Tensors that the device of `engine` can decode stay, and are decoded, in its memory.
 
         Raises:
             UsageError: the container holds none.
