@@ -38,8 +38,8 @@ from codecllm.converter import (
 from codecllm.converter.rate.feedback import Feedback
 from codecllm.converter.rate.search import fit
 from codecllm.converter.source.source import SourceModel
+from codecllm.formats.codecs.entropy import counted_entropy_bits
 from codecllm.formats.container import Container
-from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.int8 import join_codes
 from codecllm.formats.shards.side_tensors import scale_bytes

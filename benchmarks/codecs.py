@@ -22,9 +22,9 @@ from rich.table import Table
 from codecllm.converter.encode.planes import split_planes
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.codecs import CODEC_IDS, CODECS, rans
+from codecllm.formats.codecs.entropy import entropy_bits
 from codecllm.formats.codecs.rans_fit import fit_table
 from codecllm.formats.codecs.rans_table import pack_table
-from codecllm.formats.entropy import entropy_bits
 from codecllm.formats.shards.chunk_table import slot_bytes
 from demo import models
 

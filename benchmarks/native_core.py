@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from benchmarks.measure.synthetic import layered_model
 from codecllm.converter import convert
 from codecllm.formats.codecs import native
+from codecllm.formats.codecs.entropy import symbol_counts
 from codecllm.formats.codecs.rans_fit import fit_table
 from codecllm.formats.container import Container
-from codecllm.formats.entropy import symbol_counts
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.formats.tile_run import decode_run
 

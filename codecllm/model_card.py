@@ -12,9 +12,9 @@ from typing import Any
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.manifest import BASELINE_NAME, CODE, CODE_SUFFIX, Manifest
 from codecllm.formats.manifest.records import Int8Tensor
-from codecllm.formats.text import in_markdown
 from codecllm.hub import BaseModel
 from codecllm.info import describe_manifest
+from codecllm.text import in_markdown
 from codecllm.verifier.baseline.record import Baseline, parse_baseline
 
 MARKER = "<!-- Written by `codecllm push`. A README.md without this line is never replaced. -->"

@@ -12,13 +12,6 @@ from numpy.typing import NDArray
 from codecllm.formats import limits
 from codecllm.formats.checksums import check_xxh3, sha256_hex, sha256_of_descriptor
 from codecllm.formats.codecs.rans_groups import GroupTables, max_tables_bytes, parse_group_tables
-from codecllm.formats.consistency import (
-    check_expansion,
-    check_geometry,
-    check_shard_header,
-    check_size,
-    check_table_size,
-)
 from codecllm.formats.errors import (
     ChecksumError,
     DecodeError,
@@ -43,6 +36,13 @@ from codecllm.formats.schemes.columns import Columns, make_columns
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.shards.chunk_table import ChunkTable, parse_chunk_table
+from codecllm.formats.shards.consistency import (
+    check_expansion,
+    check_geometry,
+    check_shard_header,
+    check_size,
+    check_table_size,
+)
 from codecllm.formats.shards.safetensors_header import ShardHeader, TensorEntry, read_header
 from codecllm.formats.shards.side_tensors import (
     CHUNKS,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
-from codecllm.formats.consistency import check_shard_header
 from codecllm.formats.errors import (
     HubError,
     LayoutError,
@@ -17,6 +16,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
+from codecllm.formats.shards.consistency import check_shard_header
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.resolve import check_repo_id, listed_names

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from benchmarks.device.machine import Machine, Row
 from codecllm.formats.codecs import CODEC_IDS, CODECS, rans
+from codecllm.formats.codecs.entropy import entropy_bits
 from codecllm.formats.codecs.rans_fit import fit_table
-from codecllm.formats.entropy import entropy_bits
 from codecllm.formats.shards.chunk_table import slot_bytes
 from codecllm.loader.device.nvcomp import Nvcomp, ZstdFrames, open_nvcomp
 from codecllm.loader.kernels.rans import (

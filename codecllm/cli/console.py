@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from codecllm.formats.text import visible
+from codecllm.text import visible
 
 
 class SafeConsole(Console):

@@ -10,7 +10,7 @@ import typer
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr, stdout
 from codecllm.cli.options import ContainerName, Json, ResidentName, Revision, Workers
-from codecllm.formats.text import visible
+from codecllm.text import visible
 
 
 @app.command()

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from codecllm.formats.checksums import xxh3
 from codecllm.formats.codecs import CODEC_IDS, RANS_ID, CodecName, rans
-from codecllm.formats.codecs.rans_fit import coded_bytes, fit_table
-from codecllm.formats.codecs.rans_table import pack_table
-from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
-from codecllm.formats.entropy import (
+from codecllm.formats.codecs.entropy import (
     counted_entropy_bits,
     estimated_entropy_bits,
     symbol_counts,
 )
+from codecllm.formats.codecs.rans_fit import coded_bytes, fit_table
+from codecllm.formats.codecs.rans_table import pack_table
+from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
 from codecllm.formats.shards.chunk_table import RECORD, slot_bytes
 
 _ZSTD = ZstdCodec()

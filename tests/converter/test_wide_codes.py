@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from codecllm.converter.encode.wide_codes import choose_low_bits, halves
+from codecllm.formats.codecs.entropy import counted_entropy_bits
 from codecllm.formats.codecs.zstd import ZstdCodec
-from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE, check_codes, join_codes
 
 

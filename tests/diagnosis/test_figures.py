@@ -14,8 +14,8 @@ import zstandard
 from safetensors.torch import load_file
 
 from codecllm.converter import convert
+from codecllm.formats.codecs.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.container import Container
-from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.reference import read_codes
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain

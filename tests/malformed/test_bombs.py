@@ -10,7 +10,6 @@ import time
 import pytest
 
 from codecllm.formats.checksums import sha256_hex, xxh3_hex
-from codecllm.formats.consistency import check_shard_header
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
@@ -21,6 +20,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.reading import parse_manifest
+from codecllm.formats.shards.consistency import check_shard_header
 from codecllm.formats.shards.safetensors_header import pack_header, parse_header
 from codecllm.formats.strict_json import parse_json_object
 from tests import tampering

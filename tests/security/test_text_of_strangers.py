@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from codecllm.cli.console import SafeConsole
-from codecllm.formats.text import in_markdown, visible
 from codecllm.info import render
+from codecllm.text import in_markdown, visible
 
 HOSTILE = {
     "a color": "\x1b[31mred\x1b[0m",

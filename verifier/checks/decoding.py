@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.formats.codecs.entropy import estimated_entropy_bits
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.entropy import estimated_entropy_bits
 from codecllm.formats.errors import ChecksumError, CodecLLMError, DecodeError, FormatError
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.reference import scales_bytes

@@ -13,7 +13,7 @@ def report_ratio(container: Container, stage: Stage, scans: dict[str, Scan]) -> 
     """States ratio, bits per weight and entropy bound, recomputed from what was read and decoded.
 
     The bound is the order-0 entropy of the symbols of every chunk, the scales as they are, and plainly stored tensors: what a
-    perfect coder of single symbols would need. It is estimated from a sample of each chunk (`formats.entropy`).
+    perfect coder of single symbols would need. It is estimated from a sample of each chunk (`formats.codecs.entropy`).
     """
     manifest = container.manifest
     weights = sum(

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, rans
+from codecllm.formats.codecs.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
 from codecllm.formats.container import Container, widened_scales
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.entropy import counts_entropy_bits, prefix_code_bits
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
 from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTensor
 from codecllm.formats.schemes.float_bits import float32_from_bits

@@ -20,7 +20,7 @@ WITH_EXAMPLES = [
     "codecllm.formats.codecs.rans_table",
     "codecllm.formats.codecs.raw",
     "codecllm.formats.codecs.zstd",
-    "codecllm.formats.entropy",
+    "codecllm.formats.codecs.entropy",
     "codecllm.formats.limits",
     "codecllm.formats.schemes.columns",
     "codecllm.formats.schemes.float_bits",

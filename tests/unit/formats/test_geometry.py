@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from codecllm.formats.entropy import entropy_bits, estimated_entropy_bits
+from codecllm.formats.codecs.entropy import entropy_bits, estimated_entropy_bits
 from codecllm.formats.errors import LayoutError
 from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.tiling import (

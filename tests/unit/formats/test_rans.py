@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from codecllm.formats.codecs import rans, rans_numpy, rans_reference
+from codecllm.formats.codecs.entropy import counted_entropy_bits
 from codecllm.formats.codecs.rans_fit import (
     coded_bits,
     fit_frequencies,
@@ -19,7 +20,6 @@ from codecllm.formats.codecs.rans_table import (
     parse_table,
     parse_tables,
 )
-from codecllm.formats.entropy import counted_entropy_bits
 from codecllm.formats.errors import DecodeError
 
 PRECISIONS = (12, 13, 14)
