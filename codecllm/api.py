@@ -186,8 +186,8 @@ def run_conversion(
             report.out, main_folder, required=baseline is True, on_stage=on_stage
         )
     with Container(report.out) as container:
-        pinned = container.manifest_sha256
-    return Converted(report, pinned, outcome)
+        manifest_sha256 = container.manifest_sha256
+    return Converted(report, manifest_sha256, outcome)
 
 
 def predict(
@@ -264,11 +264,11 @@ def export(
         )
     folder = resolve(container, revision=revision, token=token, cache_dir=cache_dir).folder
     layout = None
-    with Container(folder) as opened:
+    with Container(folder) as opened_container:
         if format == "gguf":
-            gguf.refuse(opened)
+            gguf.refuse(opened_container)
         if format == "compressed-tensors":
-            layout = _compressed_tensors_layout(opened)
+            layout = _compressed_tensors_layout(opened_container)
     return export_folder(
         folder,
         out,

@@ -50,7 +50,7 @@ def generate(
     tokenizer = read_tokenizer(files.folder)
     try:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    except Exception as exc:  # tokenizer files decide what their classes do, and fail in
+    except Exception as exc:  # tokenizer files make their classes fail in any way
         raise SchemaError(
             f"the tokenizer cannot encode the prompt: {type(exc).__name__}: {one_line(exc)}",
             file="tokenizer.json",

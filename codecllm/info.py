@@ -76,7 +76,7 @@ def describe_manifest(
         record.elements for record in manifest.tensors if not isinstance(record, AliasTensor)
     )
     entropy = sum(tensor["entropy_bits"] for tensor in tensors)
-    stored = manifest_bytes + sum(shard.bytes for shard in manifest.shards)
+    stored_bytes = manifest_bytes + sum(shard.bytes for shard in manifest.shards)
     return {
         "format_version": manifest.format_version,
         "writer": manifest.writer,
@@ -91,9 +91,9 @@ def describe_manifest(
         "files": [record.model_dump() for record in manifest.files],
         "weights": weights,
         "source_bytes": manifest.source.tensor_bytes,
-        "container_bytes": stored,
-        "ratio": manifest.source.tensor_bytes / stored,
-        "bits_per_weight": 8 * stored / max(1, weights),
+        "container_bytes": stored_bytes,
+        "ratio": manifest.source.tensor_bytes / stored_bytes,
+        "bits_per_weight": 8 * stored_bytes / max(1, weights),
         "entropy_bits_per_weight": entropy / max(1, weights),
         "tensors": tensors,
     }

@@ -223,10 +223,10 @@ def _licence(base: BaseModel | None) -> str:
     if base is None or "license" not in base.card:
         return ""
     licence = base.card.get("license_name") or base.card["license"]
-    gated = (
+    gating_note = (
         " Access to it is gated; its conditions hold for these weights too." if base.gated else ""
     )
     return (
         f"## Licence\n\nThat of the [base model](https://huggingface.co/{base.repo}): "
-        f"{licence}.{gated}"
+        f"{licence}.{gating_note}"
     )

@@ -17,6 +17,7 @@ from codecllm.verifier import verify
 from codecllm.verifier.checks.integrity import Progress
 from codecllm.verifier.verification import Level
 
+# Licences that let anyone publish changed copies and ask for no more than a notice.
 _FREE_LICENCES = frozenset(
     {
         "apache-2.0",
@@ -31,7 +32,6 @@ _FREE_LICENCES = frozenset(
         "unlicense",
     }
 )
-"""Licences that let anyone publish changed copies and ask for no more than a notice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,10 @@ def push(
     check_login(repo, token=token)
     tell(f"verifying {folder} (level {level})")
     sha256 = _verified(folder, level, workers, progress)
-    with Container(folder, expected_manifest_sha256=sha256) as opened:
-        manifest = opened.manifest
+    with Container(folder, expected_manifest_sha256=sha256) as opened_container:
+        manifest = opened_container.manifest
         base, warnings = _ask_base(base_model or manifest.source.repo, private, token)
-        card = _write_card(opened, repo, base)
+        card = _write_card(opened_container, repo, base)
         if not card:
             warnings.append(f"{CARD_NAME} is not one that codecllm wrote: it is published as it is")
         tell(f"uploading to {repo}")
@@ -146,7 +146,13 @@ def push(
             )
         files = len(manifest.shards) + len(manifest.files) + 1 + upload.card
         return PushReport(
-            repo, upload, sha256, files, opened.stored_bytes, card and upload.card, warnings
+            repo,
+            upload,
+            sha256,
+            files,
+            opened_container.stored_bytes,
+            card and upload.card,
+            warnings,
         )
 
 

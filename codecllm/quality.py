@@ -42,18 +42,20 @@ def choose_params(
     rate = options.rate
     if rate is None:
         return NO_CHOICE
-    refined = quantized_tensors(model, options) if rate.refine else frozenset()
-    calibrated, notes = _calibrate(model, rate, refined, on_stage)
+    refined_names = quantized_tensors(model, options) if rate.refine else frozenset()
+    calibration, notes = _calibrate(model, rate, refined_names, on_stage)
     if on_stage is not None:
         on_stage("choosing steps: a sample of every tensor is quantized and packed")
-    if calibrated is None:
-        fitted = fit(model, options, {})
-        recorded = replace(rate, calibrate="none")
-        return ParamsChoice(fitted, recorded, None, [*notes, *fitted.notes])
-    feedback = None if calibrated.products is None else Feedback(calibrated.products)
-    fitted = fit(model, options, calibrated.statistics, feedback, on_stage)
-    recorded = replace(rate, calibrate=_recorded_kind(rate))
-    return ParamsChoice(fitted, recorded, calibrated.record, [*notes, *fitted.notes])
+    if calibration is None:
+        fitted_params = fit(model, options, {})
+        recorded_rate = replace(rate, calibrate="none")
+        return ParamsChoice(fitted_params, recorded_rate, None, [*notes, *fitted_params.notes])
+    feedback = None if calibration.products is None else Feedback(calibration.products)
+    fitted_params = fit(model, options, calibration.statistics, feedback, on_stage)
+    recorded_rate = replace(rate, calibrate=_recorded_kind(rate))
+    return ParamsChoice(
+        fitted_params, recorded_rate, calibration.record, [*notes, *fitted_params.notes]
+    )
 
 
 def quantized_tensors(model: SourceModel, options: ConvertOptions) -> frozenset[str]:
@@ -80,12 +82,12 @@ def _calibrate(
             "no such calibration", got=kind, expected="self, random, none or a text file"
         )
     try:
-        calibrated = _run_calibration(model, kind, refined, on_stage)
+        calibration = _run_calibration(model, kind, refined, on_stage)
     except UnsupportedEnvironmentError as exc:
         if rate.calibrate is not None or refined:
             raise
         return None, [f"not calibrated, steps follow from the weights alone: {exc}"]
-    return calibrated, calibrated.notes
+    return calibration, calibration.notes
 
 
 def _run_calibration(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
+# Unicode categories that a terminal obeys, hides or reorders by: controls, formats, surrogates,
+# separators.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-"""Unicode categories that a terminal obeys, hides or reorders by: controls, formats, surrogates, separators."""
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~&])")
 
@@ -31,7 +32,9 @@ def visible(text: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    r"""Returns text for one place of a Markdown document: no link, tag, table cell or line of its own.
+    r"""Returns text for one place of a Markdown document.
+
+    It makes no link, tag, table cell or line of its own.
 
     Example:
         >>> in_markdown("1.0 | <b>")

@@ -119,13 +119,13 @@ def convert_model(
     """
     if options.rate is not None and choice.provider is None:
         raise UsageError("a rate is asked for, and no quantization parameters were chosen")
-    started = time.monotonic()
+    start_time = time.monotonic()
     plan = plan_conversion(model, options, accepts_params=choice.provider is not None)
     conversion = Conversion(model, plan, options, choice, origin or Origin())
     fingerprint = fingerprint_of(conversion)
     with Staging(out, force=options.force, fingerprint=fingerprint) as staging:
-        finished = sum(shard.record.bytes for shard in staging.journal.finished.values())
-        _check_space(staging.out, plan.max_stored_bytes + model.side_bytes - finished)
+        finished_bytes = sum(shard.record.bytes for shard in staging.journal.finished.values())
+        _check_space(staging.out, plan.max_stored_bytes + model.side_bytes - finished_bytes)
         manifest = write_container(conversion, staging.folder, staging.journal, progress)
         model.check_unchanged()
         data = pack_manifest(manifest)
@@ -135,7 +135,7 @@ def convert_model(
         manifest=manifest,
         manifest_sha256=sha256_hex(data),
         stored_bytes=len(data) + sum(shard.bytes for shard in manifest.shards),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - start_time,
         taken=model.describe_taken(),
         left=model.side_files.left,
         warnings=[*plan.warnings, *choice.notes],

@@ -150,9 +150,9 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        for name, allowed in (("scheme", Scheme), ("codec", CodecName), ("non_finite", NonFinite)):
-            if getattr(self, name) not in get_args(allowed):
-                expected = ", ".join(get_args(allowed))
+        for name, choices in (("scheme", Scheme), ("codec", CodecName), ("non_finite", NonFinite)):
+            if getattr(self, name) not in get_args(choices):
+                expected = ", ".join(get_args(choices))
                 raise UsageError(
                     f"no such {name}", got=repr(getattr(self, name)), expected=expected
                 )

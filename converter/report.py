@@ -59,14 +59,14 @@ class ConversionReport:
 
         0 where there are none.
         """
-        unquantized_bytes = quantized = 0
+        unquantized_bytes = quantized_weights = 0
         for record in self.manifest.tensors:
             if isinstance(record, Int8Tensor):
-                quantized += record.elements
+                quantized_weights += record.elements
             elif isinstance(record, LosslessTensor):
                 unquantized_bytes += sum(plane.stored_bytes for plane in record.planes)
             elif not isinstance(record, AliasTensor):
                 unquantized_bytes += record.source_bytes
-        if not quantized:
+        if not quantized_weights:
             return 0.0
-        return 8 * (self.stored_bytes - unquantized_bytes) / quantized
+        return 8 * (self.stored_bytes - unquantized_bytes) / quantized_weights

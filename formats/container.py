@@ -59,8 +59,8 @@ from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 CONTAINER_IS = f"a container is the folder with {MANIFEST_NAME} in it"
 """For an error where a file was given."""
 
+# Most bytes that one call reads of side tensors, with the bytes between them.
 _SIDES_TOGETHER_BYTES = 4 << 20
-"""Most bytes that one call reads of side tensors, with the bytes between them."""
 
 
 class Container:

@@ -21,14 +21,12 @@ from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePa
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
 _PLAIN_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
 _MAX_NAME_BYTES, _MAX_PART_BYTES, _MAX_PARTS = 1024, 255, 8
+# Characters that no name may hold. These are control characters, those that Windows reserves, and
+# invisible ones.
 _REFUSED_CHARACTERS = re.compile(
     '[\\x00-\\x1f\\x7f-\\x9f"*:<>?\\\\|\u200b-\u200f\u2028-\u202e'
     "\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-"""Characters that no name may hold.
-
-These are control characters, those that Windows reserves, and invisible ones.
-"""
 _SNIFF_BYTES = 64
 
 
@@ -93,18 +91,18 @@ class SafeFile:
 
         Raises TruncatedError where the file ends before.
         """
-        done, length = 0, len(target)
+        done_bytes, length = 0, len(target)
         with self.opened() as descriptor:
-            while done < length:
-                count = os.preadv(descriptor, [target[done:]], offset + done)
+            while done_bytes < length:
+                count = os.preadv(descriptor, [target[done_bytes:]], offset + done_bytes)
                 if count == 0:
                     raise TruncatedError(
                         "file ends early",
                         file=self.name,
-                        byte=offset + done,
+                        byte=offset + done_bytes,
                         expected=offset + length,
                     )
-                done += count
+                done_bytes += count
 
     def unchanged(self) -> bool:
         """Whether the path still leads to the file that was opened, and nothing was written to it.

@@ -17,7 +17,7 @@ from codecllm.formats.errors import ChecksumError
 from codecllm.formats.files import SafeFile
 
 OPEN_FILES = 32
-"""Most files of a container that stay open while nobody reads them."""
+"""Most files of a container that stay open without a reader."""
 
 
 class OpenFiles:

@@ -31,7 +31,7 @@ from codecllm.formats.tiling import Tile, channel_matrix, last_axis_matrix
 _Symbols = TypeVar("_Symbols", np.uint8, np.int16)
 
 Decoded = NDArray[np.uint8] | ChecksumError | SchemaError | DecodeError
-"""What became of a chunk: its symbols, or why there are none."""
+"""The result for a chunk: its symbols, or why there are none."""
 
 
 def sound(decoded: Decoded) -> NDArray[np.uint8]:
@@ -115,11 +115,11 @@ class StoredTensor:
 
     def part(self, tile: int) -> Tile:
         """Returns the rectangle of the source's matrix of `tiles_together` tiles from `tile` on."""
-        found = self.table.grid.tile(tile)
+        rectangle = self.table.grid.tile(tile)
         return (
-            found
+            rectangle
             if self.tiles_together == 1
-            else Tile(found.row, 0, found.rows, self.table.grid.cols)
+            else Tile(rectangle.row, 0, rectangle.rows, self.table.grid.cols)
         )
 
     def in_order(
@@ -200,8 +200,10 @@ class StoredTensor:
         tails = slots.reshape(-1, limits.SLOT_ALIGNMENT)[
             ends[1:] // limits.SLOT_ALIGNMENT - 1
         ]  # padding is shorter
-        used = records["stored_bytes"] - ends[1:] + limits.SLOT_ALIGNMENT + ends[:-1]
-        wrong |= ((tails != 0) & (np.arange(limits.SLOT_ALIGNMENT) >= used[:, None])).any(axis=1)
+        used_bytes = records["stored_bytes"] - ends[1:] + limits.SLOT_ALIGNMENT + ends[:-1]
+        wrong |= ((tails != 0) & (np.arange(limits.SLOT_ALIGNMENT) >= used_bytes[:, None])).any(
+            axis=1
+        )
         if wrong.any():
             chunk = first + int(wrong.argmax())
             self.stored_chunk(chunk, view, first)
@@ -232,19 +234,22 @@ class StoredTensor:
             ]
         except (ChecksumError, SchemaError):
             return None
-        coded = [number for number, record in enumerate(records) if record.codec == ZSTD.codec_id]
-        if coded:
+        zstd_chunks = [
+            number for number, record in enumerate(records) if record.codec == ZSTD.codec_id
+        ]
+        if zstd_chunks:
             base = records[0].begin
             spans = [
-                (records[number].begin - base, records[number].stored_bytes) for number in coded
+                (records[number].begin - base, records[number].stored_bytes)
+                for number in zstd_chunks
             ]
             frames = ZSTD.decode_together(
-                slots, spans, [records[number].raw_bytes for number in coded]
+                slots, spans, [records[number].raw_bytes for number in zstd_chunks]
             )
             if frames is None:
                 return None
-            for number, decoded in zip(coded, frames, strict=True):
-                symbols[number] = decoded
+            for number, frame_symbols in zip(zstd_chunks, frames, strict=True):
+                symbols[number] = frame_symbols
         return symbols
 
     def decode_chunk(self, chunk: int, slots: memoryview, first: int) -> NDArray[np.uint8]:
@@ -257,8 +262,8 @@ class StoredTensor:
             ChecksumError, SchemaError: see `stored_chunk`.
             DecodeError: the verified bytes do not decode to the declared symbols.
         """
-        (decoded,) = self.decode_run(chunk, chunk + 1, slots, first)
-        return sound(decoded)
+        (outcome,) = self.decode_run(chunk, chunk + 1, slots, first)
+        return sound(outcome)
 
     def decode_run(self, begin: int, end: int, slots: memoryview, first: int) -> Iterator[Decoded]:
         """Verifies and decodes chunks [begin, end), one after another.
@@ -283,9 +288,9 @@ class StoredTensor:
                     if isinstance(symbols, FormatError):
                         raise symbols
                 else:
-                    stored = self.stored_chunk(chunk, slots, first)
+                    chunk_bytes = self.stored_chunk(chunk, slots, first)
                     symbols = np.frombuffer(
-                        CODECS[record.codec].decode(stored, record.raw_bytes), np.uint8
+                        CODECS[record.codec].decode(chunk_bytes, record.raw_bytes), np.uint8
                     )
                 if self.scales is not None and (chunk + 1) % self.table.planes == 0:
                     check_codes(
@@ -305,19 +310,21 @@ class StoredTensor:
         """
         assert self.tables is not None
         results: dict[int, Decoded] = {}
-        coded: dict[int, rans.Coded] = {}
+        rans_chunks: dict[int, rans.Coded] = {}
         for chunk in range(begin, end):
             record = self.table.chunks[chunk]
             if record.codec != RANS_ID:
                 continue
             try:
                 table = self.tables.table(*divmod(chunk, self.table.planes))
-                coded[chunk] = rans.Coded(
+                rans_chunks[chunk] = rans.Coded(
                     self.stored_chunk(chunk, slots, first), record.raw_bytes, table
                 )
             except (ChecksumError, SchemaError, DecodeError) as exc:
                 results[chunk] = exc
-        return results | dict(zip(coded, rans.decode_chunks(list(coded.values())), strict=True))
+        return results | dict(
+            zip(rans_chunks, rans.decode_chunks(list(rans_chunks.values())), strict=True)
+        )
 
     def place(self, chunk: int) -> dict[str, Any]:
         """Returns file, tensor, chunk and byte of a chunk, for errors."""

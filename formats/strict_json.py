@@ -1,8 +1,8 @@
 """A JSON reader that accepts no ambiguity: the two parsers of an attack always read the same thing.
 
 Small texts are decoded as a whole (`parse_json_object`). Long ones are walked value by value
-(`JsonWalker`): the walk stops at the first fault, and neither time nor memory goes beyond what was
-read until then.
+(`JsonWalker`): the walk stops at the first fault, and neither time nor memory goes beyond the part
+that was read until then.
 """
 
 from __future__ import annotations
@@ -94,16 +94,16 @@ class JsonWalker:
 
     def members(self, most: int = limits.FIELDS, what: str = "fields") -> Iterator[str]:
         """Yields the keys of the object at the position, at most `most`; none may stand twice."""
-        seen: set[str] = set()
+        earlier_keys: set[str] = set()
         for _ in self._elements("{", "}", most, what):
             if self._peek() != '"':
                 raise self._not_json("a key in double quotes is missing")
             key = self.value(limits.RECORD_BYTES)
-            if key in seen:
+            if key in earlier_keys:
                 raise SchemaError(
                     f"key {ascii(key)[:80]} stands twice in one object", file=self._file
                 )
-            seen.add(key)
+            earlier_keys.add(key)
             self._expect(":")
             yield key
 
@@ -154,12 +154,12 @@ class JsonWalker:
         text, _ = codecs.utf_8_decode(window, "strict", whole)
         value, length = self._decoder.raw_decode(text)
         size = length if window.isascii() else len(text[:length].encode("utf-8", "surrogatepass"))
-        used = window[:size]
+        value_bytes = window[:size]
         if type(value) in (int, float) and size == len(window) and not whole:
             raise json.JSONDecodeError("number goes on behind the limit", text, 0)
-        if used.count(b"[") + used.count(b"{") > self._depth:
+        if value_bytes.count(b"[") + value_bytes.count(b"{") > self._depth:
             _check_depth(value, self._file, self._depth)
-        if b"\\u" in used:
+        if b"\\u" in value_bytes:
             _check_strings(value, self._file)
         self.position += size
         return value
@@ -225,11 +225,11 @@ def _strict_decoder(file: str) -> json.JSONDecoder:
 def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
+        earlier_keys: set[str] = set()
         for key, _ in pairs:
-            if key in seen:
+            if key in earlier_keys:
                 raise SchemaError(f"key {ascii(key)[:80]} stands twice in one object", file=file)
-            seen.add(key)
+            earlier_keys.add(key)
     return result
 
 

@@ -122,16 +122,16 @@ def _decompress(
     """Returns the symbols of `zstd` chunks, None for others; None in all if one is refused."""
     chunks = tensor.table.chunks[first:last]
     base = chunks[0].begin
-    coded = [number for number, chunk in enumerate(chunks) if chunk.codec == ZSTD.codec_id]
+    zstd_chunks = [number for number, chunk in enumerate(chunks) if chunk.codec == ZSTD.codec_id]
     frames = ZSTD.decompress_together(
         slots,
-        [(chunks[number].begin - base, chunks[number].stored_bytes) for number in coded],
-        [chunks[number].raw_bytes for number in coded],
+        [(chunks[number].begin - base, chunks[number].stored_bytes) for number in zstd_chunks],
+        [chunks[number].raw_bytes for number in zstd_chunks],
     )
     if frames is None:
         return None
     symbols: list[memoryview | None] = [None] * len(chunks)
-    for number, frame in zip(coded, frames, strict=True):
+    for number, frame in zip(zstd_chunks, frames, strict=True):
         symbols[number] = frame
     return symbols
 
@@ -162,26 +162,28 @@ def decode_plainly(
     """Decodes as `decode_run`, with numpy; arguments and errors as there."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
-    decoded = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))
+    chunk_symbols = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))
     for start in range(tiles.start, tiles.stop, tensor.tiles_together):
         part = tensor.part(start)
-        stored = [
+        stored_planes = [
             np.empty((part.rows, part.cols), np.int16 if tensor.wide else np.uint8)
             for _ in range(1 if tensor.wide else planes)
         ]
         for index in range(start, start + tensor.tiles_together):
             tile = tensor.table.grid.tile(index)
             symbols: list[NDArray[Any]] = [
-                next(decoded).reshape(tile.rows, tile.cols) for _ in range(planes)
+                next(chunk_symbols).reshape(tile.rows, tile.cols) for _ in range(planes)
             ]
             if tensor.wide:
                 low, high = (plane.view(np.int8) for plane in symbols)
                 symbols = [join_codes(low, high, tensor.table.low_bits[index])]
             begin = tile.col - part.col
-            for whole, piece in zip(stored, symbols, strict=True):
+            for whole, piece in zip(stored_planes, symbols, strict=True):
                 whole[:, begin : begin + tile.cols] = piece
         place = out[part.row : part.row + part.rows, part.col : part.col + part.cols]
-        _write_part(tensor, part, [tensor.in_order(plane) for plane in stored], place, target)
+        _write_part(
+            tensor, part, [tensor.in_order(plane) for plane in stored_planes], place, target
+        )
 
 
 def _write_part(

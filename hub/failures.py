@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hub, as one line that says what to do."""
+"""Failures between here and the Hub, each as one line with the next step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOG_IN = "log in ('hf auth login') or set HF_TOKEN"
 
 @contextmanager
 def one_line_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turns the Hub client's exceptions into one HubError that says what to do; everything else passes."""
+    """Turns the Hub client's exceptions into one HubError with the next step; others pass."""
     try:
         yield
     except CodecLLMError:
@@ -29,7 +29,10 @@ def one_line_errors(repo: str, revision: str | None = None) -> Iterator[None]:
 
 
 def explain(exc: BaseException, revision: str | None) -> str | None:
-    """Returns what an exception of the Hub client means for its user, or None where it is not one."""
+    """Returns the meaning of an exception of the Hub client for its user.
+
+    None where it is an exception of other code.
+    """
     from huggingface_hub import errors
 
     at = f" at revision {revision!r}" if revision else ""
@@ -59,15 +62,21 @@ def explain(exc: BaseException, revision: str | None) -> str | None:
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """Yields an exception and those behind it: an upload's failure comes wrapped in a RuntimeError."""
-    seen: BaseException | None = exc
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
+    """Yields an exception and its causes.
+
+    An upload's failure comes wrapped in a RuntimeError.
+    """
+    cause: BaseException | None = exc
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def _explain_missing(exc: BaseException, local: str) -> str:
-    """The client looked into its cache because the Hub could not be asked; the cause says why not."""
+    """Returns why the client looked into its cache only.
+
+    It could not ask the Hub; the cause of the exception says why.
+    """
     from huggingface_hub import errors
 
     for cause in _chain(exc):
@@ -81,12 +90,12 @@ def _explain_missing(exc: BaseException, local: str) -> str:
 def _explain_status(exc: Any) -> str:
     response = getattr(exc, "response", None)
     status = getattr(response, "status_code", None)
-    said = (getattr(response, "headers", None) or {}).get("X-Error-Message") or _first_line(exc)
+    message = (getattr(response, "headers", None) or {}).get("X-Error-Message") or _first_line(exc)
     if status == 401:
-        return f"the Hub refuses the token, or asks for one ({said}): {_LOG_IN}"
+        return f"the Hub refuses the token, or asks for one ({message}): {_LOG_IN}"
     if status == 403:
-        return f"the token may not do this ({said})"
-    return f"the Hub answered with an error: {said}"
+        return f"the token may not do this ({message})"
+    return f"the Hub answered with an error: {message}"
 
 
 def _explain_unreachable(exc: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Kinds of files of a model repository, told by their names: weights, pickles, code, and all the rest."""
+"""Kinds of files of a model repository, by their names: weights, pickles, code and others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Literal
 FileKind = Literal[
     "safetensors", "index", "pickle", "weights", "archive", "code", "hidden", "other"
 ]
-"""`weights`: of formats other than safetensors and pickles. `index`: says in which files weights are. `other`: may be copied."""
+"""Kinds of files.
+
+`weights`: of formats other than safetensors and pickles. `index`: says in which files weights are.
+`other`: may be copied.
+"""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _SUFFIXES: dict[FileKind, tuple[str, ...]] = {
@@ -54,7 +58,10 @@ def is_weights(kind: FileKind) -> bool:
 
 
 def uncopied_patterns() -> list[str]:
-    """Returns glob patterns of the files that a conversion never reads: weights but safetensors, archives, hidden ones."""
+    """Returns glob patterns of the files that a conversion never reads.
+
+    They are weights but safetensors, archives and hidden files.
+    """
     kinds: tuple[FileKind, ...] = ("pickle", "weights", "archive")
     suffixes = [suffix for kind in kinds for suffix in _SUFFIXES[kind]]
     return [f"*{suffix}" for suffix in suffixes] + [".*"]

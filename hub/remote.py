@@ -1,4 +1,7 @@
-"""Parts of a Hub repository's files, read by range requests: what can be said of a container without downloading it."""
+"""Parts of a Hub repository's files, read by range requests.
+
+They tell of a container without a download of its weights.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _NAMES_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class RemoteEntry:
-    """What the Hub says of a file.
+    """A file as the Hub knows it.
 
     Attributes:
         size: its size in bytes.
@@ -69,7 +72,7 @@ class RemoteRepository:
             self.commit = str(self._api.model_info(name, revision=revision).sha)
 
     def entries(self, names: list[str]) -> dict[str, RemoteEntry]:
-        """Returns what the Hub says of the files that are there.
+        """Returns the entries of those of the named files that the repository has.
 
         Raises:
             HubError: the Hub cannot be asked.
@@ -78,7 +81,9 @@ class RemoteRepository:
             return read_entries(self._api, self.name, names, self.commit)
 
     def read(self, file: str, offset: int, length: int) -> bytes:
-        """Reads exactly `length` bytes at `offset`; no more are transferred than the server sends ahead.
+        """Reads exactly `length` bytes at `offset`.
+
+        No more are transferred than the server sends ahead.
 
         Raises:
             HubError: the Hub cannot be asked, or does not serve ranges.
@@ -87,7 +92,9 @@ class RemoteRepository:
         if not length:
             return b""
         from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not re-exported
+
+        # Documented, but not re-exported.
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         headers = build_hf_headers(token=self._token, library_name="codecllm")
         headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
@@ -113,7 +120,10 @@ class RemoteRepository:
 
 
 def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict[str, RemoteEntry]:
-    """Returns what the Hub says of those of the named files that are there. Raises the client's own exceptions."""
+    """Returns the entries of those of the named files that the repository has.
+
+    Raises the client's own exceptions.
+    """
     from huggingface_hub.hf_api import RepoFile
 
     entries = {}
@@ -137,7 +147,8 @@ class RemoteContainer:
         manifest: its manifest.
         manifest_sha256: sha256 of the manifest's bytes.
         manifest_bytes: their number.
-        headers: the header of every shard, in order; each has its checksum and holds what the manifest says.
+        headers: the header of every shard, in order; each has its checksum and the tensors
+            of the manifest.
         large_files: how many listed files have a sha256 on the Hub, each the one in the manifest.
     """
 
@@ -154,13 +165,14 @@ def open_remote(
 ) -> RemoteContainer:
     """Reads manifest and shard headers of a container on the Hub; no weights are transferred.
 
-    Sizes of all listed files, and the sha256 of those that the Hub keeps as large files, are compared with the manifest.
+    Sizes of all listed files, and the sha256 of those that the Hub keeps as large files, are
+    compared with the manifest.
 
     Raises:
         UsageError: not a Hub id.
         HubError: the repository cannot be reached, found or read.
         NotAContainerError: it has no manifest.
-        FormatError: the manifest is not valid, or a file or header is not what it says.
+        FormatError: the manifest is not valid, or a file or header differs from it.
     """
     repository = RemoteRepository(name, revision=revision, token=token)
     entry = repository.entries([MANIFEST_NAME]).get(MANIFEST_NAME)
@@ -178,7 +190,7 @@ def open_remote(
 
 
 def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
-    """Compares what the Hub says of its files with what the manifest says.
+    """Compares the Hub's entries of files with the manifest.
 
     Returns:
         The number of files whose sha256 the Hub knows, and which is the manifest's.
@@ -187,7 +199,7 @@ def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
         TruncatedError: a listed file is missing.
         LayoutError: one has another size, or content.
     """
-    known = 0
+    known_digests = 0
     for record in (*manifest.shards, *manifest.files):
         entry = entries.get(record.name)
         if entry is None:
@@ -206,8 +218,8 @@ def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
                 got=entry.sha256,
                 expected=record.sha256,
             )
-        known += entry.sha256 is not None
-    return known
+        known_digests += entry.sha256 is not None
+    return known_digests
 
 
 def _read_header(repository: RemoteRepository, name: str, file_bytes: int) -> ShardHeader:

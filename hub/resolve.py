@@ -1,4 +1,4 @@
-"""Finds the files of a model: a local folder as it is, a Hub repository through the Hub's own cache."""
+"""Finds the files of a model: in a local folder, or of a Hub repository in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MODEL_FILES = frozenset({"config.json", "generation_config.json", "load_report.json", INDEX_NAME})
 
 Kind = Literal["source", "container", "model", "manifest"]
-"""What is wanted of a repository: a plain model to convert; or of a container all that it lists, what a model is loaded from,
-or the manifest alone."""
+"""The part of a repository to fetch.
+
+`source`: a plain model to convert. Of a container, `container`: all files that it lists, `model`:
+those from which a model is loaded, `manifest`: the manifest alone.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,18 @@ def resolve(
 ) -> ModelFiles:
     """Returns the local files of a model, downloading them where needed.
 
-    Of a container only files that its manifest lists are fetched. A download that was interrupted goes on where it stopped:
-    files that are complete are not fetched again, and a connection that breaks is resumed inside the file.
+    Of a container only files that its manifest lists are fetched. A download that was interrupted
+    goes on where it stopped: files that are complete are not fetched again, and a connection that
+    breaks is resumed inside the file.
 
     Args:
         name_or_path: a local folder, or a Hub id (`user/name`). A folder that exists wins.
         revision: branch, tag or commit; for a Hub id only.
         token: Hub token, True for the saved one, False for none, None for the default.
         cache_dir: the Hub cache to use instead of the default one.
-        kind: what is wanted: `source` leaves out weight files that transformers would not load, `container` is all that the
-            manifest lists, `model` the shards and configs, `manifest` the manifest.
+        kind: the part to fetch: `source` leaves out weight files that transformers would not load,
+            `container` is all that the manifest lists, `model` the shards and configs, `manifest`
+            the manifest.
 
     Raises:
         UsageError: neither a folder nor a Hub id, or a revision for a folder.
@@ -121,7 +126,7 @@ def _download_container(
     cache_dir: str | Path | None,
     kind: Kind,
 ) -> ModelFiles:
-    """Fetches the manifest, and of its commit what the manifest lists."""
+    """Fetches the manifest, and of its commit the files that the manifest lists."""
     folder = _snapshot(
         repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"]
     )  # both are needed in any case
@@ -151,17 +156,17 @@ def _model_names(manifest: Manifest) -> list[str]:
 def _download_source(
     repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
 ) -> ModelFiles:
-    pinned = revision
+    pinned_revision = revision
 
     def fetch(wanted: list[str], unwanted: list[str]) -> Path:
-        nonlocal pinned
-        folder = _snapshot(repo, pinned, token, cache_dir, wanted, unwanted)
-        pinned = folder.name if _COMMIT.fullmatch(folder.name) else pinned
+        nonlocal pinned_revision
+        folder = _snapshot(repo, pinned_revision, token, cache_dir, wanted, unwanted)
+        pinned_revision = folder.name if _COMMIT.fullmatch(folder.name) else pinned_revision
         return folder
 
-    folder, found = fetch_source(fetch)
-    if not found:
-        _refuse_pickles(repo, pinned, token)
+    folder, has_weights = fetch_source(fetch)
+    if not has_weights:
+        _refuse_pickles(repo, pinned_revision, token)
     return ModelFiles(folder, repo, folder.name if _COMMIT.fullmatch(folder.name) else None)
 
 

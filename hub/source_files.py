@@ -1,6 +1,9 @@
-"""Which files of a Hub repository a conversion needs: everything but weights first, then the weights that these name.
+"""Which files of a Hub repository a conversion needs.
 
-So a repository that holds a model twice (sharded and whole, other formats, variants) is fetched once.
+First everything but weights, then the weights that these files name.
+
+So a repository that holds a model twice (sharded and whole, other formats, variants) is fetched
+once.
 """
 
 from __future__ import annotations
@@ -14,22 +17,28 @@ from typing import Any
 from codecllm.hub.kinds import uncopied_patterns
 
 Fetch = Callable[[list[str], list[str]], Path]
-"""Fetches the files that match one of the first patterns and none of the second ones; returns the snapshot's folder."""
+"""Fetches the files that match one of the first patterns and none of the second ones.
+
+It returns the snapshot's folder.
+"""
 
 _SINGLE, _INDEX, _ANY = "model.safetensors", "model.safetensors.index.json", "*.safetensors"
 _ROUTER = "router_config.json"
 
 
 def fetch_source(fetch: Fetch) -> tuple[Path, bool]:
-    """Fetches the side files and the weights of a repository; returns the snapshot's folder and whether it has weights."""
+    """Fetches the side files and the weights of a repository.
+
+    Returns the snapshot's folder, and whether it has weights.
+    """
     folder = fetch(["*"], [*uncopied_patterns(), _ANY])
     modules = _module_folders(folder)
     main = "" if _has_config(folder) or not modules else modules[0]
-    found = any(_fetch_weights(fetch, folder, place) for place in dict.fromkeys(["", main]))
+    has_weights = any(_fetch_weights(fetch, folder, place) for place in dict.fromkeys(["", main]))
     others = [f"{escape(place)}/*{_ANY[1:]}" for place in modules if place != main]
     if others:
         fetch(others, [])
-    return folder, found
+    return folder, has_weights
 
 
 def _fetch_weights(fetch: Fetch, folder: Path, place: str) -> bool:
@@ -61,7 +70,10 @@ def _indexed(index: Path) -> Iterator[list[str]]:
 
 
 def _module_folders(folder: Path) -> list[str]:
-    """Returns the folders of sentence-transformers' modules, those between which a router chooses included."""
+    """Returns the folders of sentence-transformers' modules.
+
+    Those between which a router chooses are among them.
+    """
     entries = _read_json(folder / "modules.json")
     paths = [_entry(entry, "path") for entry in entries] if isinstance(entries, list) else []
     places = [path.strip("/") for path in paths if isinstance(path, str) and _stays_inside(path)]
@@ -85,7 +97,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None  # the conversion says what is wrong with it
+        return None  # the conversion names the fault
 
 
 def _stays_inside(name: str) -> bool:

@@ -1,4 +1,7 @@
-"""Puts a container's files into a Hub repository: only what the manifest lists, the manifest itself and the model card."""
+"""Puts a container's files into a Hub repository.
+
+Only the files that the manifest lists, the manifest itself and the model card.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from codecllm.hub.resolve import check_repo_id, listed_names
 
 CARD_NAME = "README.md"
 _CARD_BYTES = 1 << 20
+# Files of an earlier upload that go when the new one does not bring them: a shard left over would
+# be an error to readers.
 _REPLACED = ["*.safetensors", INDEX_NAME, MANIFEST_NAME, BASELINE_NAME]
-"""Files of an earlier upload that go when the new one does not bring them: a shard left over would be an error to readers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +31,9 @@ class Upload:
     Attributes:
         url: of the repository.
         commit: the commit that holds the container.
-        revision: what leads to it: a branch, or `refs/pr/N`.
+        revision: the name that leads to it: a branch, or `refs/pr/N`.
         pull_request: URL of the pull request, or None.
-        card: whether README.md was sent; False where the repository has one that somebody wrote.
+        card: whether README.md was sent; False where the repository has one that a person wrote.
     """
 
     url: str
@@ -41,11 +45,12 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """What the Hub says of the model that a container was made from.
+    """The model that a container was made from, as the Hub knows it.
 
     Attributes:
         repo: its repository.
-        card: the fields of its card that a derived card repeats: license, license_name, license_link, language, pipeline_tag.
+        card: the fields of its card that a derived card repeats: license, license_name,
+            license_link, language, pipeline_tag.
         gated: whether access to it must be asked for.
     """
 
@@ -66,7 +71,9 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
     check_repo_id(repo)
     with one_line_errors(repo):
         info = HfApi(library_name="codecllm", token=token).model_info(repo)
-    data = info.card_data.to_dict() if info.card_data is not None else {}  # type: ignore[no-untyped-call]
+    data = {}
+    if info.card_data is not None:
+        data = info.card_data.to_dict()  # type: ignore[no-untyped-call]
     names = ("license", "license_name", "license_link", "language")
     card = {name: data[name] for name in names if data.get(name)}
     if info.pipeline_tag:
@@ -75,7 +82,7 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
 
 
 def check_login(repo: str, *, token: str | bool | None = None) -> None:
-    """Makes sure, before long work begins, that a repository can be named so and that the Hub knows the token.
+    """Checks the name of a repository and the token, before long work begins.
 
     Raises:
         UsageError: not `user/name`.
@@ -104,24 +111,27 @@ def upload_container(
 ) -> Upload:
     """Makes the repository where there is none and uploads a container into it.
 
-    An upload that was interrupted goes on when it is started again: files that had arrived are not sent a second time. What
-    arrived is compared with the manifest in the end.
+    An upload that was interrupted goes on when it is started again: files that had arrived are not
+    sent a second time. The files on the Hub are compared with the manifest in the end.
 
     Args:
         folder: the container.
         manifest: its manifest, verified.
         repo: `user/name`.
-        private: the repository must be private: a new one is made so, one that exists must be so already.
+        private: the repository must be private: a new one is made so, one that exists must be so
+            already.
         revision: branch to commit to, made from `main` where it does not exist; None: `main`.
         create_pr: open a pull request against `main`.
         message: the commit's first line.
-        card_marker: text that marks a README.md as made by codecllm: such a one does not replace one on the Hub that lacks it.
+        card_marker: text that marks a README.md as made by codecllm: such a one does not replace
+            one on the Hub that lacks it.
         token: Hub token.
 
     Raises:
-        UsageError: the repository exists and is public, though `private` is asked for; nothing was uploaded.
+        UsageError: the repository exists and is public, though `private` is asked for; nothing was
+            uploaded.
         HubError: the Hub cannot be reached, or refuses.
-        FormatError: what arrived is not what the manifest says.
+        FormatError: the files on the Hub differ from the manifest.
     """
     from huggingface_hub import HfApi
 
@@ -142,9 +152,9 @@ def upload_container(
             api, folder, [*names, CARD_NAME] if card else names, repo, revision, create_pr, message
         )
         pull_request = commit.pr_url if create_pr else None
-        reached = str(commit.pr_revision) if pull_request else revision or "main"
-        compare_entries(manifest, read_entries(api, repo, listed_names(manifest), reached))
-    return Upload(url, str(commit.oid), reached, pull_request, card)
+        upload_revision = str(commit.pr_revision) if pull_request else revision or "main"
+        compare_entries(manifest, read_entries(api, repo, listed_names(manifest), upload_revision))
+    return Upload(url, str(commit.oid), upload_revision, pull_request, card)
 
 
 def _is_own_card(folder: Path, marker: str) -> bool:

@@ -24,6 +24,6 @@ def main() -> None:
 
 
 def _quit(number: int, frame: object) -> None:
-    """Ends the process while modules are imported: nothing was begun yet that would have to be cleaned up."""
+    """Ends the process while modules are imported: there is nothing to clean up yet."""
     os.write(2, f"error: stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)

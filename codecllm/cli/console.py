@@ -25,7 +25,8 @@ from codecllm.text import visible
 class SafeConsole(Console):
     """A console on which no text acts: controls and hidden characters in it are shown as escapes.
 
-    Markup is for our own texts: those with names of strangers are printed with `markup=False`, or escaped.
+    Markup is for our own texts: those with names of strangers are printed with `markup=False`, or
+    escaped.
     """
 
     def __init__(self, **options: Any) -> None:

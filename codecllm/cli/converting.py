@@ -67,7 +67,7 @@ def convert(
 
     if push_to is not None and not dry_run:
         check_login(push_to)
-    packed = ConvertOptions(
+    convert_options = ConvertOptions(
         scheme=scheme,
         codec=codec,
         rate=requested_rate(bits, ratio, quality, calibrate, refine),
@@ -82,28 +82,30 @@ def convert(
     )
     access, silent = api.HubAccess(revision), quiet or as_json
     if dry_run:
-        print_estimate(api.predict(model, packed, access, on_stage=_teller(silent)), as_json)
+        print_estimate(
+            api.predict(model, convert_options, access, on_stage=_teller(silent)), as_json
+        )
         return
     with progress_bar("converting", not silent) as advance:
-        done = api.run_conversion(
+        conversion = api.run_conversion(
             model,
             out,
-            packed,
+            convert_options,
             access,
             baseline=baseline,
             progress=advance,
             on_stage=_teller(silent),
         )
     if push_to is None:
-        print_conversion(done, as_json)
+        print_conversion(conversion, as_json)
         return
     if not as_json:
-        print_conversion(done, as_json)
-    published = _push(out, push_to, silent, private=private, workers=workers)
+        print_conversion(conversion, as_json)
+    push_report = _push(out, push_to, silent, private=private, workers=workers)
     if as_json:
-        typer.echo(json.dumps({**conversion_facts(done), "push": published.to_dict()}))
+        typer.echo(json.dumps({**conversion_facts(conversion), "push": push_report.to_dict()}))
     else:
-        print_push(published)
+        print_push(push_report)
 
 
 @app.command()
@@ -197,7 +199,7 @@ def push(
 
     Example: [bold]codecllm push out/ user/SmolLM2-135M-Instruct-codecllm-int8 --private[/bold]
     """
-    published = _push(
+    push_report = _push(
         out,
         repo,
         quiet or as_json,
@@ -210,9 +212,9 @@ def push(
         workers=workers,
     )
     if as_json:
-        typer.echo(json.dumps(published.to_dict()))
+        typer.echo(json.dumps(push_report.to_dict()))
     else:
-        print_push(published)
+        print_push(push_report)
 
 
 def _push(

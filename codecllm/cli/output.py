@@ -107,8 +107,8 @@ def print_conversion(done: Converted, as_json: bool) -> None:
 
 
 def _file_facts(report: ConversionReport | Estimate) -> dict[str, Any]:
-    left = [{"name": file.name, "reason": file.reason} for file in report.left]
-    return {"taken": report.taken, "left": left}
+    left_files = [{"name": file.name, "reason": file.reason} for file in report.left]
+    return {"taken": report.taken, "left": left_files}
 
 
 def _print_files(report: ConversionReport | Estimate) -> None:
@@ -166,8 +166,8 @@ def print_evaluation(result: Evaluation) -> None:
 
 def print_doctor(report: DoctorReport) -> None:
     """Prints versions, devices and the state of each decoder."""
-    for name, installed in report.versions.items():
-        stdout.print(f"{name:<24}{installed or 'not installed'}")
+    for name, installed_version in report.versions.items():
+        stdout.print(f"{name:<24}{installed_version or 'not installed'}")
     for name, facts in report.devices.items():
         stdout.print(f"{name:<24}{facts}")
     stdout.print()

@@ -70,12 +70,15 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _stopped(stop: _StopError) -> str:
-    left = _notes(stop) or "; nothing half-written was left"
-    return f"stopped by {signal.Signals(stop.number).name}{left}"
+    remains = _notes(stop) or "; nothing half-written was left"
+    return f"stopped by {signal.Signals(stop.number).name}{remains}"
 
 
 def _notes(exc: BaseException | None) -> str:
-    """Returns what those who cleaned up said of the files that are there, of an exception and those behind it."""
+    """Returns the notes of an exception and its causes.
+
+    The code that cleaned up notes there which files remain.
+    """
     notes: list[str] = []
     while exc is not None:
         notes += getattr(exc, "__notes__", [])

@@ -105,9 +105,13 @@ def _encode_lossless(plan: TensorPlan, block: Block) -> EncodedBlock:
     buffer = np.empty(block.rows * block.cols * dtype.itemsize, np.uint8)
     flat = _read_block(plan, block, buffer).reshape(-1)
     planes = [split_planes(flat[part], dtype) for part in tile_slices(plan.grid, block)]
-    packed = pack_chunks(planes, plan.codec)
+    packed_chunks = pack_chunks(planes, plan.codec)
     return EncodedBlock(
-        packed.slots, packed.records, buffer, packed.entropy_bits, tables=packed.tables
+        packed_chunks.slots,
+        packed_chunks.records,
+        buffer,
+        packed_chunks.entropy_bits,
+        tables=packed_chunks.tables,
     )
 
 
@@ -130,9 +134,17 @@ def _encode_int8(
     codes = np.empty(words.shape, np.int8)
     worst = quantize_block(words, dtype, factors, codes)
     flat = codes.reshape(-1).view(np.uint8)
-    packed = pack_chunks([[flat[part]] for part in tile_slices(plan.grid, block)], plan.codec)
+    packed_chunks = pack_chunks(
+        [[flat[part]] for part in tile_slices(plan.grid, block)], plan.codec
+    )
     return EncodedBlock(
-        packed.slots, packed.records, flat, packed.entropy_bits, absmax, worst, tables=packed.tables
+        packed_chunks.slots,
+        packed_chunks.records,
+        flat,
+        packed_chunks.entropy_bits,
+        absmax,
+        worst,
+        tables=packed_chunks.tables,
     )
 
 
@@ -159,13 +171,13 @@ def _encode_with_params(
                 expected=expected,
             )
     has_codes = params.codes is not None
-    quantized = quantize_steps(
+    result = quantize_steps(
         words, plan.source.dtype.name, (rows, factors), codes, has_codes, params.deadzone
     )
-    problem = _problem(quantized, plan, params, block)
+    problem = _problem(result, plan, params, block)
     if problem is not None:
         return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
-    wide = plan.wide or max(-quantized.lowest, quantized.highest) > MAX_CODE
+    wide = plan.wide or max(-result.lowest, result.highest) > MAX_CODE
     bands = _column_tiles(plan.grid, params, block, codes)
     low_bits: list[int] = []
     if wide:
@@ -177,16 +189,16 @@ def _encode_with_params(
         groups = [
             [tile.astype(np.int8).reshape(-1).view(np.uint8) for tile in band] for band in bands
         ]
-    packed = pack_chunks(groups, plan.codec, low_bits)
+    packed_chunks = pack_chunks(groups, plan.codec, low_bits)
     return EncodedBlock(
-        packed.slots,
-        packed.records,
+        packed_chunks.slots,
+        packed_chunks.records,
         codes.astype("<i2" if wide else np.int8).reshape(-1).view(np.uint8),
-        _per_plane(packed.entropy_bits, 2 if wide else 1),
-        worst_error=quantized.worst_error,
-        worst_steps=quantized.worst_steps,
+        _per_plane(packed_chunks.entropy_bits, 2 if wide else 1),
+        worst_error=result.worst_error,
+        worst_steps=result.worst_steps,
         wide=wide and not plan.wide,
-        tables=packed.tables,
+        tables=packed_chunks.tables,
     )
 
 

@@ -23,8 +23,8 @@ from codecllm.formats.shards.chunk_table import RECORD, slot_bytes
 
 _ZSTD = ZstdCodec()
 _RAW_ID = CODEC_IDS["raw"]
+# A chunk is stored coded if that saves 1/128 of it: less is not worth the decoding.
 _MIN_GAIN = 128
-"""A chunk is stored coded if that saves 1/128 of it: less is not worth the decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,28 +143,31 @@ def _pack_with_rans(
     counts = np.array(
         [[symbol_counts(symbols) for symbols in planes] for planes in planes_of], np.int64
     )
-    tables = [fit_table(shared) for shared in counts.sum(axis=0)]
+    tables = [fit_table(plane_counts) for plane_counts in counts.sum(axis=0)]
     worth = [
         _shrinks(coded_bytes(table, chunk), int(chunk.sum()))
         for tile in counts
         for table, chunk in zip(tables, tile, strict=True)
     ]
-    uncoded = [
+    plain_chunks = [
         rans.Uncoded(symbols, table)
         for planes in planes_of
         for symbols, table in zip(planes, tables, strict=True)
     ]
-    coded = iter(
-        rans.encode_chunks([chunk for chunk, pays in zip(uncoded, worth, strict=True) if pays])
+    coded_chunks = iter(
+        rans.encode_chunks([chunk for chunk, pays in zip(plain_chunks, worth, strict=True) if pays])
     )
     chunks = _Chunks(low_bits)
-    for chunk, pays in zip(uncoded, worth, strict=True):
-        chunks.add(chunk.symbols, next(coded) if pays else None, RANS_ID)
+    for chunk, pays in zip(plain_chunks, worth, strict=True):
+        chunks.add(chunk.symbols, next(coded_chunks) if pays else None, RANS_ID)
     records = chunks.records()
-    used = (records["codec"].reshape(-1, len(tables)) == RANS_ID).any(axis=0)
+    is_used = (records["codec"].reshape(-1, len(tables)) == RANS_ID).any(axis=0)
     return PackedChunks(
         chunks.slots,
         records,
-        [sum(map(counted_entropy_bits, shared)) for shared in counts.transpose(1, 0, 2)],
-        [pack_table(table) if use else b"" for table, use in zip(tables, used, strict=True)],
+        [
+            sum(map(counted_entropy_bits, plane_counts))
+            for plane_counts in counts.transpose(1, 0, 2)
+        ],
+        [pack_table(table) if use else b"" for table, use in zip(tables, is_used, strict=True)],
     )

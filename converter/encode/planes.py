@@ -22,15 +22,15 @@ def split_planes(elements: NDArray[np.unsignedinteger], dtype: DType) -> list[ND
         native.core.split_planes(elements, dtype.itemsize, dtype.rotates, split)
         return list(split)
     if dtype.rotates:
-        rotated = np.left_shift(elements, elements.dtype.type(1))
+        rotated_words = np.left_shift(elements, elements.dtype.type(1))
         scratch = np.right_shift(elements, elements.dtype.type(dtype.bits - 1))
-        np.bitwise_or(rotated, scratch, out=rotated)
+        np.bitwise_or(rotated_words, scratch, out=rotated_words)
     else:
-        rotated, scratch = elements, np.empty_like(elements)
+        rotated_words, scratch = elements, np.empty_like(elements)
     planes = []
     for k in range(dtype.planes):
         plane = np.empty(elements.size, np.uint8)
-        np.right_shift(rotated, elements.dtype.type(dtype.bits - 8 * (k + 1)), out=scratch)
+        np.right_shift(rotated_words, elements.dtype.type(dtype.bits - 8 * (k + 1)), out=scratch)
         np.copyto(plane, scratch, casting="unsafe")
         planes.append(plane)
     return planes

@@ -120,11 +120,11 @@ def quantize_block(
         block = words[row : row + step]
         scale = scales if scales.shape[0] == 1 else scales[row : row + step]
         quotient = _SCRATCH.quotient[: block.size].reshape(block.shape)
-        rounded = _SCRATCH.rounded[: block.size].reshape(block.shape)
+        rounded_values = _SCRATCH.rounded[: block.size].reshape(block.shape)
         np.divide(as_float32(block, dtype, quotient), scale, out=quotient)
-        np.rint(quotient, out=rounded)
-        np.copyto(codes[row : row + step], rounded, casting="unsafe")
-        np.subtract(quotient, rounded, out=quotient)
+        np.rint(quotient, out=rounded_values)
+        np.copyto(codes[row : row + step], rounded_values, casting="unsafe")
+        np.subtract(quotient, rounded_values, out=quotient)
         worst = max(worst, _worst(quotient, scale))
     return worst
 
@@ -174,7 +174,7 @@ def quantize_steps(
     for row in range(0, rows, step):
         block, block_codes = words[row : row + step], codes[row : row + step]
         row_scales = scales[0] if scales[0].shape[0] == 1 else scales[0][row : row + step]
-        quotient, rounded, sizes = (
+        quotient, rounded_values, sizes = (
             buffer[: block.size].reshape(block.shape)
             for buffer in (_SCRATCH.quotient, _SCRATCH.rounded, _SCRATCH.steps)
         )
@@ -182,18 +182,18 @@ def quantize_steps(
         with np.errstate(over="ignore", invalid="ignore"):
             np.divide(as_float32(block, dtype, quotient), steps, out=quotient)
         if has_codes:
-            np.copyto(rounded, block_codes)
+            np.copyto(rounded_values, block_codes)
         elif deadzone:
-            round_toward_zero(quotient, deadzone, rounded)
+            round_toward_zero(quotient, deadzone, rounded_values)
         else:
-            np.rint(quotient, out=rounded)
-        least, most = float(rounded.min()), float(rounded.max())
+            np.rint(quotient, out=rounded_values)
+        least, most = float(rounded_values.min()), float(rounded_values.max())
         lowest, highest = min(lowest, least), max(highest, most)
         if not (least >= MIN_WIDE_CODE and most <= MAX_WIDE_CODE):
             return Quantized(not count_non_finite(block, dtype).any(), lowest, highest)
         if not has_codes:
-            np.copyto(block_codes, rounded, casting="unsafe")
-        np.subtract(quotient, rounded, out=quotient)
+            np.copyto(block_codes, rounded_values, casting="unsafe")
+        np.subtract(quotient, rounded_values, out=quotient)
         np.abs(quotient, out=quotient)
         farthest = float(quotient.max())
         if not math.isfinite(farthest):  # codes were given for weights that are no numbers

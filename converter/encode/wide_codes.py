@@ -68,8 +68,8 @@ def _fit(lowest: int, highest: int, low_bits: int) -> bool:
 
 def _packed(tiles: list[NDArray[np.int16]], low_bits: int) -> int:
     """Bytes of the slots of tiles that share nothing."""
-    packed = (half for tile in tiles for half in halves(tile, low_bits))
-    return sum(slot_bytes(min(len(_ZSTD.encode(half)), half.size)) for half in packed)
+    symbol_planes = (half for tile in tiles for half in halves(tile, low_bits))
+    return sum(slot_bytes(min(len(_ZSTD.encode(half)), half.size)) for half in symbol_planes)
 
 
 def _coded(tiles: list[NDArray[np.int16]], low_bits: int) -> int:

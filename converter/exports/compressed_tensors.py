@@ -95,32 +95,34 @@ def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayo
             "--format safetensors gives every bit back"
         )
     linear = set(linear_modules)
-    shared = {record.alias_of for record in manifest.tensors if isinstance(record, AliasTensor)}
-    packed = {
+    alias_targets = {
+        record.alias_of for record in manifest.tensors if isinstance(record, AliasTensor)
+    }
+    packed_names = {
         record.name
         for record in manifest.tensors
         if _is_channel_int8(record)
-        and record.name not in shared
+        and record.name not in alias_targets
         and (record.name.removesuffix(_SUFFIX) in linear or _EXPERT in record.name)
     }
-    if not packed and any(map(_is_beyond_channels, manifest.tensors)):
+    if not packed_names and any(map(_is_beyond_channels, manifest.tensors)):
         raise UsageError(
             "compressed-tensors' int8 has one scale per output channel and codes of 8 bits; the "
             "tensors of this container have "
             "scales for their columns or wider codes: --format safetensors writes them dequantized"
         )
-    if not packed:
+    if not packed_names:
         raise UsageError(
             "no int8 tensor of this container is the weight of a linear module: nothing to export "
             "packed"
         )
-    plain = linear - {name.removesuffix(_SUFFIX) for name in packed}
+    plain = linear - {name.removesuffix(_SUFFIX) for name in packed_names}
     plain |= {
         record.name.removesuffix(_SUFFIX)
         for record in manifest.tensors
-        if isinstance(record, Int8Tensor) and record.name not in packed
+        if isinstance(record, Int8Tensor) and record.name not in packed_names
     }
-    return PackedLayout(frozenset(packed), tuple(sorted(plain)))
+    return PackedLayout(frozenset(packed_names), tuple(sorted(plain)))
 
 
 def pack_codes(codes: NDArray[np.int8]) -> NDArray[np.int32]:

@@ -77,42 +77,50 @@ def export(
         OSError: writing failed.
     """
     options = ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes)
-    with Container(container) as opened, Staging(out, force=False) as staging:
-        packed = layout.packed if layout is not None else frozenset()
-        placed = _place(opened.manifest.tensors, max_shard_bytes)
+    with Container(container) as source_container, Staging(out, force=False) as staging:
+        packed_names = layout.packed if layout is not None else frozenset()
+        records_by_shard = _place(source_container.manifest.tensors, max_shard_bytes)
         names = (
             ["model.safetensors"]
-            if len(placed) == 1
-            else [shard_name(n + 1, len(placed)) for n in range(len(placed))]
+            if len(records_by_shard) == 1
+            else [shard_name(n + 1, len(records_by_shard)) for n in range(len(records_by_shard))]
         )
-        sizes = {record.name: _written_bytes(record, packed) for record in opened.manifest.tensors}
-        done, total = 0, sum(sizes.values())
+        sizes = {
+            record.name: _written_bytes(record, packed_names)
+            for record in source_container.manifest.tensors
+        }
+        done_bytes, total = 0, sum(sizes.values())
         threads = options.threads
         with ThreadPoolExecutor(threads, thread_name_prefix="codecllm-export") as executor:
-            for name, records in zip(names, placed, strict=True):
+            for name, records in zip(names, records_by_shard, strict=True):
                 for tensor, count in _write_shard(
-                    executor, 2 * threads, opened, staging.folder / name, records, packed
+                    executor,
+                    2 * threads,
+                    source_container,
+                    staging.folder / name,
+                    records,
+                    packed_names,
                 ):
-                    done += count
+                    done_bytes += count
                     if progress is not None:
-                        progress(tensor, done, total)
-        if len(placed) > 1:
-            _write_index(staging.folder, names, placed, total, packed)
-        _write_side_files(opened, staging.folder, layout)
+                        progress(tensor, done_bytes, total)
+        if len(records_by_shard) > 1:
+            _write_index(staging.folder, names, records_by_shard, total, packed_names)
+        _write_side_files(source_container, staging.folder, layout)
         staging.commit_plain(last="config.json")
     return ExportReport(Path(out), names, total)
 
 
 def _place(records: list[TensorRecord], max_shard_bytes: int) -> list[list[TensorRecord]]:
     shards: list[list[TensorRecord]] = [[]]
-    filled = 0
+    shard_bytes = 0
     for record in records:
         size = record.source_bytes + 512
-        if shards[-1] and filled + size > max_shard_bytes:
+        if shards[-1] and shard_bytes + size > max_shard_bytes:
             shards.append([])
-            filled = 0
+            shard_bytes = 0
         shards[-1].append(record)
-        filled += size
+        shard_bytes += size
     return shards
 
 
@@ -197,8 +205,8 @@ def _write_packed(
         words = pack_codes(codes)
         shard.write(words)
         yield words.nbytes
-    packed, scale, shape = _planned(record, {record.name})
-    shard.end_tensor(packed.name, "I32", packed.max_shape)
+    codes_entry, scale, shape = _planned(record, {record.name})
+    shard.end_tensor(codes_entry.name, "I32", codes_entry.max_shape)
     scales = tensor.scales.astype("<f4").tobytes()
     digest.update(scales)
     _compare_digest(record.name, digest.hexdigest(), tensor.record.digest)
@@ -227,8 +235,10 @@ def _parts(
     if isinstance(tensor, PlainTensor):
         yield bytes(tensor.read())
         return
-    stored: StoredTensor = tensor
-    yield from ordered(executor, lambda tiles: read_run_bytes(stored, tiles), runs(stored), window)
+    coded_tensor: StoredTensor = tensor
+    yield from ordered(
+        executor, lambda tiles: read_run_bytes(coded_tensor, tiles), runs(coded_tensor), window
+    )
 
 
 def _check_digest(container: Container, name: str, got: str) -> None:

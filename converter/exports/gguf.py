@@ -39,15 +39,16 @@ def refuse(container: Container) -> None:
         raise UsageError(f"the container holds no int8 tensor: {_WAY_ROUND}")
     with np.errstate(over="ignore"):
         error = np.abs(scales.astype(np.float16).astype(np.float64) / scales.astype(np.float64) - 1)
-    changed = int(np.count_nonzero(error))
-    if not changed:
+    changed_count = int(np.count_nonzero(error))
+    if not changed_count:
         raise UsageError(
             f"codecllm writes no GGUF, though float16 could hold these scales; {_WAY_ROUND}"
         )
     raise UsageError(
         "GGUF's Q8_0 keeps its scales as float16, which cannot hold the float32 scales of this "
         "container: "
-        f"{changed:,} of {scales.size:,} would change, by up to {error.max():.2e} of their value, "
+        f"{changed_count:,} of {scales.size:,} would change, "
+        f"by up to {error.max():.2e} of their value, "
         "and with them the weights of "
         f"their channels; {_WAY_ROUND}"
     )

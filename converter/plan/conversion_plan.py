@@ -21,8 +21,8 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest.manifest import CODE_SUFFIX, source_features
 from codecllm.formats.shards.shard_writer import PlannedTensor
 
+# Room in a shard's header for one tensor, where shards are cut.
 _ENTRY_BYTES = 512
-"""Room in a shard's header for one tensor, where shards are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +77,28 @@ def plan_conversion(
     warnings = [*model.notes, *_remarks(model, options)]
     warnings += _unmatched("--include", options.include, model)
     warnings += _unmatched("--exclude", options.exclude, model)
-    stored = [plan for plan in plans if plan.source.name not in aliases]
-    shards = _place(stored, options.max_shard_bytes)
+    stored_plans = [plan for plan in plans if plan.source.name not in aliases]
+    shards = _place(stored_plans, options.max_shard_bytes)
     return ConversionPlan(shards, aliases, warnings, _format_version(model, accepts_params))
 
 
 def planned_entries(plans: list[TensorPlan]) -> list[PlannedTensor]:
     """Returns the entries that the header of a shard may have to hold, each at its longest."""
-    planned = []
+    entries = []
     for plan in plans:
         source = plan.source
         bound = max(plan.max_stored_bytes, source.entry.bytes)
         if plan.scheme == "raw":
-            planned.append(PlannedTensor(source.name, source.dtype, source.shape, bound))
+            entries.append(PlannedTensor(source.name, source.dtype, source.shape, bound))
             continue
-        planned.append(PlannedTensor(source.name, DTYPES["U8"], (bound,), bound))
+        entries.append(PlannedTensor(source.name, DTYPES["U8"], (bound,), bound))
         layout = plan.longest_layout
         for side in plan.possible_sides:
             length = side.length(layout)
             shape = (bound if length is None else length,)
             dtype = DTYPES[side.dtype(layout)]
-            planned.append(PlannedTensor(side.name_for(source.name), dtype, shape, 0))
-    return planned
+            entries.append(PlannedTensor(side.name_for(source.name), dtype, shape, 0))
+    return entries
 
 
 def _remarks(model: SourceModel, options: ConvertOptions) -> list[str]:
@@ -144,12 +144,12 @@ def _place(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPla
     Names must be known before anything is written.
     """
     shards: list[list[TensorPlan]] = [[]]
-    filled = 0
+    shard_bytes = 0
     for plan in plans:
         size = plan.max_stored_bytes + _ENTRY_BYTES
-        if shards[-1] and filled + size > max_shard_bytes:
+        if shards[-1] and shard_bytes + size > max_shard_bytes:
             shards.append([])
-            filled = 0
+            shard_bytes = 0
         shards[-1].append(plan)
-        filled += size
+        shard_bytes += size
     return shards

@@ -14,16 +14,16 @@ def without_clashes(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
     A name is taken by a tensor of the source, or by a side tensor of an earlier one. `int8` gives
     way to `lossless`, which has fewer side tensors, and that to `raw`, which has none.
     """
-    taken = {plan.source.name for plan in plans}
-    settled = []
+    used_names = {plan.source.name for plan in plans}
+    final_plans = []
     for plan in plans:
         for candidate in _candidates(plan):
             names = _side_names(candidate)
-            if taken.isdisjoint(names):
+            if used_names.isdisjoint(names):
                 break
-        taken.update(names)
-        settled.append(candidate)
-    return settled
+        used_names.update(names)
+        final_plans.append(candidate)
+    return final_plans
 
 
 def _candidates(plan: TensorPlan) -> Iterator[TensorPlan]:

@@ -110,8 +110,8 @@ class TensorPlan:
         Only chosen steps bring the optional ones.
         """
         layout = self.layout
-        allowed = ("always", "optional") if self.accepts_params else ("always",)
-        return [side for side in SIDE_TENSORS if side.presence(layout) in allowed]
+        presences = ("always", "optional") if self.accepts_params else ("always",)
+        return [side for side in SIDE_TENSORS if side.presence(layout) in presences]
 
     @property
     def max_stored_bytes(self) -> int:

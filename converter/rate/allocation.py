@@ -25,12 +25,12 @@ Floats = NDArray[np.float64]
 
 ROW_DAMPING = 0.1
 COLUMN_DAMPING = 0.1
-"""Share of the mean that is added to the sums of rows and columns: few tokens say little of what
-they hardly used.
+"""Share of the mean that is added to the sums of rows and columns: few tokens say little of inputs
+that they hardly used.
 """
 
+# Rows are treated as if their root mean square were at least this share of the tensor's.
 _MIN_RMS = 1e-4
-"""Rows are treated as if their root mean square were at least this share of the tensor's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

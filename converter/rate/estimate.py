@@ -103,20 +103,20 @@ def estimate_model(
         CodecLLMError, OSError: as in a conversion, for a source that cannot be read.
     """
     plan = plan_conversion(model, options, accepts_params=choice.provider is not None)
-    planned = [_with_params(tensor_plan, choice.provider) for tensor_plan in plan.tensors]
+    tensor_plans = [_with_params(tensor_plan, choice.provider) for tensor_plan in plan.tensors]
     with ThreadPoolExecutor(options.threads) as executor:
-        stored = {item.name: item for item in executor.map(_estimate_tensor, planned)}
+        estimates = {item.name: item for item in executor.map(_estimate_tensor, tensor_plans)}
     tensors = []
     for name, tensor in model.tensors.items():
         target = plan.aliases.get(name)
         if target is None:
-            tensors.append(stored[name])
+            tensors.append(estimates[name])
             continue
         size, note = tensor.entry.bytes, f"same bytes as {target}"
         tensors.append(
             TensorEstimate(name, tensor.dtype.name, tensor.shape, "alias", size, 0, note)
         )
-    frame = frame_bytes(Conversion(model, plan, options, choice, Origin()), set(stored))
+    frame = frame_bytes(Conversion(model, plan, options, choice, Origin()), set(estimates))
     warnings = [*plan.warnings, *choice.notes]
     return Estimate(tensors, frame, warnings, model.describe_taken(), model.side_files.left)
 
@@ -136,16 +136,16 @@ def _with_params(plan: TensorPlan, provider: ParamsProvider | None) -> TensorPla
 
 
 def _estimate_tensor(plan: TensorPlan) -> TensorEstimate:
-    settled, size = _sampled(plan)
-    source = settled.source
+    final_plan, size = _sampled(plan)
+    source = final_plan.source
     return TensorEstimate(
         source.name,
         source.dtype.name,
         source.shape,
-        settled.scheme,
+        final_plan.scheme,
         source.entry.bytes,
-        size + planned_record_bytes(settled),
-        settled.fallback,
+        size + planned_record_bytes(final_plan),
+        final_plan.fallback,
     )
 
 
@@ -154,14 +154,14 @@ def _sampled(plan: TensorPlan) -> tuple[TensorPlan, int]:
     source = plan.source
     if plan.scheme == "raw":
         return plan, source.entry.bytes
-    coded = _coded_bytes(plan)
-    if coded is None:
+    coded_size = _coded_bytes(plan)
+    if coded_size is None:
         reason = "int8 cannot represent it"
         return _sampled(plan_lossless(source, reason, plan.codec, plan.tile_symbols))
-    if coded >= source.entry.bytes:
+    if coded_size >= source.entry.bytes:
         raw = TensorPlan(source, "raw", fallback=f"{plan.scheme} does not shrink it")
         return raw, source.entry.bytes
-    return plan, coded
+    return plan, coded_size
 
 
 def _coded_bytes(plan: TensorPlan) -> int | None:
@@ -169,31 +169,31 @@ def _coded_bytes(plan: TensorPlan) -> int | None:
     blocks = list(blocks_of(plan))
     if len(blocks) > _SAMPLED_BLOCKS:
         blocks = [blocks[len(blocks) // 3], blocks[2 * len(blocks) // 3]]
-    stored = elements = 0
+    stored_bytes = elements = 0
     for block in blocks:
-        encoded = _encoded_block_bytes(plan, block)
-        if encoded is None:
+        block_bytes = _encoded_block_bytes(plan, block)
+        if block_bytes is None:
             return None
-        stored += encoded
+        stored_bytes += block_bytes
         elements += block.rows * block.cols
     side = _TABLE_HEAD_BYTES
     if plan.scheme == "int8":
         side += 4 * plan.channels if plan.params is None else plan.params.stored_bytes
-    return stored * plan.source.entry.elements // max(1, elements) + side
+    return stored_bytes * plan.source.entry.elements // max(1, elements) + side
 
 
 def _encoded_block_bytes(plan: TensorPlan, block: Block) -> int | None:
     scales = None
     if needs_scale_pass(plan):
-        scanned = scan_block(plan, block)
-        if not scanned.finite or scanned.tiny:
+        block_scales = scan_block(plan, block)
+        if not block_scales.finite or block_scales.tiny:
             return None
         scales = np.ones(plan.channels, np.float32)
         start = block.col if plan.kind == "column" else block.row
-        scales[start : start + len(scanned.absmax)] = channel_scales(scanned.absmax)
-    encoded = encode_block(plan, block, scales)
-    if encoded.problem == "wide":
-        encoded = encode_block(replace(plan, wide=True), block, scales)
-    if encoded.problem is not None:
+        scales[start : start + len(block_scales.absmax)] = channel_scales(block_scales.absmax)
+    encoded_block = encode_block(plan, block, scales)
+    if encoded_block.problem == "wide":
+        encoded_block = encode_block(replace(plan, wide=True), block, scales)
+    if encoded_block.problem is not None:
         return None
-    return encoded_bytes(encoded)
+    return encoded_bytes(encoded_block)

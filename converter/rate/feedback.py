@@ -103,12 +103,12 @@ def refined_codes(
     rows, cols = weights.shape
     order, ratios = factor.order, factor.ratios
     col_scales = np.ones(cols, np.float32) if scales[1] is None else scales[1][order]
-    turned = np.ascontiguousarray(weights[:, order].T)
-    errors, codes = np.empty_like(turned), np.empty((cols, rows), np.int16)
-    step, rounded = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    weights_by_column = np.ascontiguousarray(weights[:, order].T)
+    errors, codes = np.empty_like(weights_by_column), np.empty((cols, rows), np.int16)
+    step, rounded_codes = np.empty(rows, np.float32), np.empty(rows, np.float32)
     for first in range(0, cols, _PANEL):
         last = min(first + _PANEL, cols)
-        panel = turned[first:last].copy()
+        panel = weights_by_column[first:last].copy()
         if first:
             panel += ratios[first:last, :first] @ errors[:first]
         for col in range(first, last):
@@ -118,16 +118,16 @@ def refined_codes(
             np.multiply(scales[0], col_scales[col], out=step)
             np.divide(quotient, step, out=quotient)
             if deadzone:
-                round_toward_zero(quotient, deadzone, rounded)
+                round_toward_zero(quotient, deadzone, rounded_codes)
             else:
-                np.rint(quotient, out=rounded)
+                np.rint(quotient, out=rounded_codes)
             np.maximum(
-                rounded, MIN_WIDE_CODE, out=rounded
+                rounded_codes, MIN_WIDE_CODE, out=rounded_codes
             )  # a code that has no more room feeds its whole error on
-            np.minimum(rounded, MAX_WIDE_CODE, out=rounded)
-            codes[col] = rounded
-            np.multiply(rounded, step, out=rounded)
-            np.subtract(turned[col], rounded, out=errors[col])
+            np.minimum(rounded_codes, MAX_WIDE_CODE, out=rounded_codes)
+            codes[col] = rounded_codes
+            np.multiply(rounded_codes, step, out=rounded_codes)
+            np.subtract(weights_by_column[col], rounded_codes, out=errors[col])
     result = np.empty((rows, cols), np.int16)
     result[:, order] = codes.T
     return result
@@ -156,8 +156,8 @@ class Feedback:
         """
         if plan.source.name not in self or plan.kind != "row":
             return params
-        refined = FEEDBACK_DEADZONE if params.deadzone else FEEDBACK
-        return replace(params, refined=refined, codes=_Codes(self, plan, params))
+        rounding = FEEDBACK_DEADZONE if params.deadzone else FEEDBACK
+        return replace(params, refined=rounding, codes=_Codes(self, plan, params))
 
     def factor(self, name: str) -> Factor:
         """Returns the factor of a tensor's inputs, `ratios` a view of the file."""

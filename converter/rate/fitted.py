@@ -62,14 +62,17 @@ class FittedParams:
     wide: frozenset[str]
 
     repeatable: ClassVar[bool] = True
-    """The same source, options and calibration give the same parameters: a killed conversion can go on."""
+    """The same source, options and calibration give the same parameters.
+
+    So a killed conversion can go on.
+    """
 
     def __call__(self, plan: TensorPlan) -> QuantParams | None:
         """Returns the parameters of a tensor; None where it has weights that are not finite."""
-        sampled = self.tensors.get(plan.source.name)
-        if sampled is None:
+        tensor_sample = self.tensors.get(plan.source.name)
+        if tensor_sample is None:
             return None
-        params = self.scaling.params(sampled, plan)
+        params = self.scaling.params(tensor_sample, plan)
         return replace(params, wide=params.wide or plan.source.name in self.wide)
 
 
@@ -94,7 +97,7 @@ class Trial:
 
 def weights_of(tensors: Sequence[Sampled]) -> int:
     """Returns the number of weights of some tensors."""
-    return sum(sampled.plan.source.entry.elements for sampled in tensors)
+    return sum(tensor.plan.source.entry.elements for tensor in tensors)
 
 
 def measure(
@@ -124,11 +127,11 @@ def measure(
         return data_bits + 8 * tensor_bytes(sampled.plan, params, wide=wide), wide
 
     bits, wide = [], set()
-    for sampled, (tensor_bits, is_wide) in zip(
+    for tensor_sample, (tensor_bits, is_wide) in zip(
         tensors, executor.map(measure_one, tensors), strict=True
     ):
         bits.append(tensor_bits)
         if is_wide:
-            wide.add(sampled.plan.source.name)
+            wide.add(tensor_sample.plan.source.name)
         on_tensor(len(bits), len(tensors))
     return math.fsum(bits) / weights_of(tensors), frozenset(wide)

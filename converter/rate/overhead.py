@@ -43,8 +43,10 @@ def tensor_bytes(plan: TensorPlan, params: QuantParams, *, wide: bool = False) -
         params: its parameters; only their side tensors and their tiles matter.
         wide: whether its codes take two planes.
     """
-    planned = replace(plan, params=params, wide=wide)
-    return params.stored_bytes + _fixed_bytes(planned) + record_bytes(_placeholder(planned, 0))
+    final_plan = replace(plan, params=params, wide=wide)
+    return (
+        params.stored_bytes + _fixed_bytes(final_plan) + record_bytes(_placeholder(final_plan, 0))
+    )
 
 
 def planned_record_bytes(plan: TensorPlan) -> int:
@@ -69,8 +71,8 @@ def frame_bytes(conversion: Conversion, counted: Collection[str]) -> int:
     headers = sum(
         PREFIX_BYTES + reserved_header_bytes(planned_entries(plans), metadata) for plans in shards
     )
-    placed = [(number, plan) for number, plans in enumerate(shards) for plan in plans]
-    records = {plan.source.name: _placeholder(plan, number) for number, plan in placed}
+    numbered_plans = [(number, plan) for number, plans in enumerate(shards) for plan in plans]
+    records = {plan.source.name: _placeholder(plan, number) for number, plan in numbered_plans}
     manifest = build_manifest(
         conversion,
         list(records.values()),
@@ -80,7 +82,7 @@ def frame_bytes(conversion: Conversion, counted: Collection[str]) -> int:
     counted_records = sum(record_bytes(records[name]) for name in counted)
     other_sides = sum(
         _fixed_bytes(plan) + _chunk_bytes(plan)
-        for _, plan in placed
+        for _, plan in numbered_plans
         if plan.source.name not in counted
     )
     return headers + len(pack_manifest(manifest)) - counted_records + other_sides

@@ -92,8 +92,8 @@ class InputProducts:
     def matrix(self, number: int) -> NDArray[np.float32]:
         """Returns a sum, float32 [cols, cols]: a view of the file, which is changed with it."""
         total = self._sums[number]
-        mapped = mmap.mmap(self._file, 4 * total.cols**2, offset=total.offset)
-        return np.frombuffer(mapped, np.float32).reshape(total.cols, total.cols)
+        mapping = mmap.mmap(self._file, 4 * total.cols**2, offset=total.offset)
+        return np.frombuffer(mapping, np.float32).reshape(total.cols, total.cols)
 
     def close(self) -> None:
         """Gives the room back; nothing else may be called afterwards."""

@@ -116,16 +116,16 @@ def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled |
     factors = replace(
         factors, cols=nearest_bf16(factors.cols.astype(np.float32)).astype(np.float64)
     )
-    unscaled = np.float32(1.0) / factors.cols.astype(np.float32)
+    inverse_factors = np.float32(1.0) / factors.cols.astype(np.float32)
     rms, largest, squares = np.zeros(rows), np.zeros(rows), np.zeros(cols)
     for first, weights in read_rows(plan):
-        here = slice(first, first + len(weights))
-        part = rms[here] = row_rms(weights)
+        row_range = slice(first, first + len(weights))
+        part = rms[row_range] = row_rms(weights)
         if not np.isfinite(part).all():
             return None
-        np.multiply(weights, unscaled, out=weights)
+        np.multiply(weights, inverse_factors, out=weights)
         np.abs(weights, out=weights)
-        largest[here] = weights.max(axis=1)
+        largest[row_range] = weights.max(axis=1)
         with np.errstate(divide="ignore"):
             squares += np.einsum(
                 "rc,rc,r->c", weights, weights, np.where(part > 0, 1 / part, 0), dtype=np.float64
@@ -156,12 +156,12 @@ def _sample_columns(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sample
     rms = np.sqrt(squares / rows)
     if not np.isfinite(rms).all():
         return None
-    turned = None
+    channel_sensitivity = None
     if sensitivity is not None and sensitivity.rows is not None:
-        turned = Sensitivity(
+        channel_sensitivity = Sensitivity(
             np.full(rows, np.asarray(sensitivity.rows, np.float64).mean()), sensitivity.cols
         )
-    factors = factors_of(turned, cols, rows)
+    factors = factors_of(channel_sensitivity, cols, rows)
     relative = row_steps(factors, rms, _geometric_mean(rms))
     count = len(list(blocks_of(replace(plan, params=QuantParams(np.ones(cols, np.float32))))))
     return Sampled(
@@ -183,11 +183,11 @@ def _groups(squares: Floats, rows: int) -> NDArray[np.uint8] | None:
     geometric mean of these.
     """
     positive = squares[squares > 0]
-    saved = (
+    saved_bits = (
         0.5 * float(np.log2(positive.mean()) - np.log2(positive).mean()) if positive.size else 0.0
     )
     _, width = column_tiles(rows, squares.size)
-    if saved * rows < 8 or width == squares.size:
+    if saved_bits * rows < 8 or width == squares.size:
         return None
     return like_columns(squares, width)
 

@@ -32,23 +32,21 @@ from codecllm.converter.write.manifest import Conversion
 from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.records import Calibration
 
+# Shares of the rate: the search ends within the first, mentions more than the second, refuses more
+# than the third.
 _TOLERANCE, _GOAL, _MISSED = 0.001, 0.005, 0.03
-"""Shares of the rate: the search ends within the first, mentions more than the second, refuses more
-than the third.
-"""
 
+# The deadzone of low rates, in steps; the rate down from which it is this, and the rate from which
+# there is none.
 _DEADZONE, _DEADZONE_BITS, _NEAREST_BITS = 0.05, 3.0, 4.5
-"""The deadzone of low rates, in steps; the rate down from which it is this, and the rate from which
-there is none.
-"""
 
+# Where refined codes miss the rate by no more, the corrected step is not measured again.
 _NEAR = 0.02
-"""Where refined codes miss the rate by no more, the corrected step is not measured again."""
 
 _ROUNDS = 6
 
+# Entropy of a Gaussian in steps of its standard deviation: 0.5 * log2(2 * pi * e).
 _GAUSSIAN_BITS = 2.05
-"""Entropy of a Gaussian in steps of its standard deviation: 0.5 * log2(2 * pi * e)."""
 
 _PLACEHOLDER_CALIBRATION = Calibration(kind="self", tokens=4096, seed=0, sha256="0" * 64)
 
@@ -106,17 +104,27 @@ def fit(
         target = rate.target_bits
         if target is None:
             assert rate.ratio is not None
-            sampled = list(tensors.values())
-            target = _bits_for_ratio(rate.ratio, model.tensor_bytes, others, sampled, executor)
-        fitted = _search(tensors, target, 8 * frame, executor)
-        fitted = replace(fitted, notes=[*_missing_notes(tensors, statistics), *fitted.notes])
+            tensor_samples = list(tensors.values())
+            target = _bits_for_ratio(
+                rate.ratio, model.tensor_bytes, others, tensor_samples, executor
+            )
+        fitted_params = _search(tensors, target, 8 * frame, executor)
+        fitted_params = replace(
+            fitted_params, notes=[*_missing_notes(tensors, statistics), *fitted_params.notes]
+        )
         if feedback is None:
-            return fitted
-        fitted = replace(fitted, notes=[*fitted.notes, *_unrefined_notes(tensors, feedback)])
+            return fitted_params
+        fitted_params = replace(
+            fitted_params, notes=[*fitted_params.notes, *_unrefined_notes(tensors, feedback)]
+        )
         if not any(name in feedback for name in tensors):
-            return fitted
-        refined = replace(fitted, scaling=replace(fitted.scaling, feedback=feedback))
-        return _correct(refined, target, 8 * frame, executor, on_stage or (lambda text: None))
+            return fitted_params
+        refined_params = replace(
+            fitted_params, scaling=replace(fitted_params.scaling, feedback=feedback)
+        )
+        return _correct(
+            refined_params, target, 8 * frame, executor, on_stage or (lambda text: None)
+        )
 
 
 def _sample_all(
@@ -129,20 +137,22 @@ def _sample_all(
     eligible = [
         plan for plan in plans if plan.accepts_params and plan.matrix[1] <= ONE_PASS_COLUMNS
     ]
-    sampled = executor.map(lambda plan: sample(plan, statistics.get(plan.source.name)), eligible)
-    return {tensor.plan.source.name: tensor for tensor in sampled if tensor is not None}
+    tensor_samples = executor.map(
+        lambda plan: sample(plan, statistics.get(plan.source.name)), eligible
+    )
+    return {tensor.plan.source.name: tensor for tensor in tensor_samples if tensor is not None}
 
 
 def _placeholder_choice(
     rate: Rate, statistics: Statistics, feedback: Feedback | None
 ) -> ParamsChoice:
     """Returns a choice whose entries in the manifest are as long as those of the final one."""
-    calibrated = bool(statistics) or feedback is not None
-    recorded = replace(
-        rate, calibrate="self" if calibrated else "none", refine=feedback is not None
+    has_calibration = bool(statistics) or feedback is not None
+    recorded_rate = replace(
+        rate, calibrate="self" if has_calibration else "none", refine=feedback is not None
     )
     calibration = _PLACEHOLDER_CALIBRATION if statistics else None
-    return ParamsChoice(lambda plan: None, recorded, calibration)
+    return ParamsChoice(lambda plan: None, recorded_rate, calibration)
 
 
 def _bits_for_ratio(
@@ -173,18 +183,18 @@ def _search(
 
     Halving the step costs one bit, or a little less at low rates.
     """
-    sampled = list(tensors.values())
-    elements = [tensor.plan.source.entry.elements for tensor in sampled]
-    loose = _loose_factor(sampled, elements)
+    tensor_samples = list(tensors.values())
+    elements = [tensor.plan.source.entry.elements for tensor in tensor_samples]
+    loose = _loose_factor(tensor_samples, elements)
     spreads = [
         tensor.spread + (0.0 if tensor.factors.absolute else -math.log2(loose))
-        for tensor in sampled
+        for tensor in tensor_samples
     ]
     log_scale = float(np.average(spreads, weights=elements)) + _GAUSSIAN_BITS - target
     scaling = Scaling(1.0, loose, deadzone_at(target))
     trials: list[Trial] = []
     for _ in range(_ROUNDS):
-        bits, wide = measure(sampled, replace(scaling, scale=2.0**log_scale), executor)
+        bits, wide = measure(tensor_samples, replace(scaling, scale=2.0**log_scale), executor)
         trials.append(Trial(log_scale, bits + frame_bits / sum(elements), wide))
         if trials[-1].miss(target) < _TOLERANCE:
             break

@@ -55,8 +55,8 @@ def packed_size(
     """
     trial_plan = replace(plan, params=params, wide=wide or params.wide)
     blocks = list(blocks_of(trial_plan))[first : first + 1 if last is None else last]
-    encoded = [encode_block(trial_plan, block, None) for block in blocks]
-    problems = {block.problem for block in encoded if block.problem is not None}
+    encoded_blocks = [encode_block(trial_plan, block, None) for block in blocks]
+    problems = {block.problem for block in encoded_blocks if block.problem is not None}
     if problems == {"wide"}:
         return packed_size(plan, params, first, last, wide=True)
     if problems:
@@ -64,9 +64,11 @@ def packed_size(
             f"these parameters cannot quantize the tensor ({', '.join(sorted(problems))})",
             tensor=plan.source.name,
         )
-    bits = 8 * sum(map(encoded_bytes, encoded))
+    bits = 8 * sum(map(encoded_bytes, encoded_blocks))
     elements = sum(block.rows * block.cols for block in blocks)
-    return PackedSize(elements, bits, trial_plan.wide or any(block.wide for block in encoded))
+    return PackedSize(
+        elements, bits, trial_plan.wide or any(block.wide for block in encoded_blocks)
+    )
 
 
 def count_blocks(plan: TensorPlan, params: QuantParams) -> int:
@@ -76,5 +78,5 @@ def count_blocks(plan: TensorPlan, params: QuantParams) -> int:
 
 def encoded_bytes(encoded: EncodedBlock) -> int:
     """Returns the bytes of a block's slots, `rans` tables and chunk records."""
-    packed = sum(len(part) for part in (*encoded.slots, *encoded.tables))
-    return packed + 16 * len(encoded.records)
+    packed_bytes = sum(len(part) for part in (*encoded.slots, *encoded.tables))
+    return packed_bytes + 16 * len(encoded.records)

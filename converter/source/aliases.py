@@ -1,4 +1,7 @@
-"""Finds tensors that the source stores twice (tied weights saved apart), so that the container stores them once."""
+"""Finds tensors that the source stores twice (tied weights saved apart).
+
+The container stores them once.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ _PROBE_BYTES = 4096
 def find_aliases(plans: Iterable[TensorPlan]) -> dict[str, str]:
     """Returns name -> name of an earlier tensor with the same dtype, shape, bytes and plan.
 
-    Only tensors of 64 KiB or more are compared: first 4 KiB at their start and in their middle, then all of it.
+    Only tensors of 64 KiB or more are compared: first 4 KiB at their start and in their middle,
+    then all of it.
     """
     groups: dict[tuple[object, ...], list[SourceTensor]] = defaultdict(list)
     aliases: dict[str, str] = {}

@@ -1,7 +1,10 @@
-"""Weights of a quantized source as bfloat16, computed piece by piece where they are read: no tensor is ever whole in memory.
+"""Weights of a quantized source as bfloat16, computed piece by piece where they are read.
 
-A weight of 8 bits times its scale, or a code of MXFP4 times its power of two, is computed in float32 and rounded once, to nearest
-even: the values that transformers gives when it dequantizes such a checkpoint.
+No tensor is ever whole in memory.
+
+A weight of 8 bits times its scale, or a code of MXFP4 times its power of two, is computed in
+float32 and rounded once, to nearest even: the values that transformers gives when it dequantizes
+such a checkpoint.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class ScaledTensor(SourceTensor):
     def read_elements(
         self, first: int, last: int, buffer: NDArray[np.uint8] | None = None
     ) -> NDArray[np.unsignedinteger]:
-        """Computes elements [first, last) of the row-major order as bits of bfloat16; see `SourceTensor.read_elements`."""
+        """As `SourceTensor.read_elements`: computes the elements, as bits of bfloat16."""
         target = _target(last - first, buffer)
         for begin in range(first, last, _PIECE_ELEMENTS):
             end = min(begin + _PIECE_ELEMENTS, last)
@@ -72,7 +75,9 @@ class ScaledTensor(SourceTensor):
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Tensor(SourceTensor):
-    """Experts of MXFP4, [experts, outputs, groups, 16] with two codes a byte, seen as [experts, inputs, outputs].
+    """Experts of MXFP4: [experts, outputs, groups, 16], two codes a byte.
+
+    They are seen as [experts, inputs, outputs].
 
     Attributes:
         blocks: U8, as stored.
@@ -85,7 +90,7 @@ class Mxfp4Tensor(SourceTensor):
     def read_elements(
         self, first: int, last: int, buffer: NDArray[np.uint8] | None = None
     ) -> NDArray[np.unsignedinteger]:
-        """Computes elements [first, last) of the row-major order as bits of bfloat16; see `SourceTensor.read_elements`."""
+        """As `SourceTensor.read_elements`: computes the elements, as bits of bfloat16."""
         target = _target(last - first, buffer)
         size = self.shape[1] * self.shape[2]
         for expert in range(first // size, -(-last // size)):
@@ -104,22 +109,25 @@ class Mxfp4Tensor(SourceTensor):
         """Computes one expert as bits of bfloat16 [inputs * outputs]."""
         inputs, outputs = self.shape[1:]
         size = outputs * inputs // 2
-        packed = self.blocks.read_elements(expert * size, (expert + 1) * size)
+        code_pairs = self.blocks.read_elements(expert * size, (expert + 1) * size)
         groups = outputs * inputs // _MXFP4_GROUP
         exponents = self.exponents.read_elements(expert * groups, (expert + 1) * groups)
         values = np.empty((size, 2), np.float32)
-        values[:, 0] = _FP4_VALUES[packed & 15]
-        values[:, 1] = _FP4_VALUES[packed >> 4]
-        scaled = np.ldexp(
+        values[:, 0] = _FP4_VALUES[code_pairs & 15]
+        values[:, 1] = _FP4_VALUES[code_pairs >> 4]
+        scaled_values = np.ldexp(
             values.reshape(groups, _MXFP4_GROUP),
             exponents.astype(np.int32)[:, None] - _EXPONENT_BIAS,
         )
-        turned = np.ascontiguousarray(scaled.reshape(outputs, inputs).T).reshape(-1)
-        return bits_from_float32(turned, TARGET.name)
+        values_by_input = np.ascontiguousarray(scaled_values.reshape(outputs, inputs).T).reshape(-1)
+        return bits_from_float32(values_by_input, TARGET.name)
 
 
 class _LastExpert(threading.local):
-    """One thread's last expert: blocks of a tensor are read in order, and each expert is cut into several."""
+    """One thread's last expert.
+
+    Blocks of a tensor are read in order, and each expert is cut into several.
+    """
 
     def __init__(self) -> None:
         self.tensor: Mxfp4Tensor | None = None
@@ -144,7 +152,8 @@ def scaled_tensor(
     Args:
         weight: F8_E4M3, F8_E5M2 or I8, of rank 2 or more.
         scale: one number, one for each row, or a grid of them.
-        block_size: rows and columns of a block, as the config says; None finds them from the shapes.
+        block_size: rows and columns of a block, as the config says; None finds them from the
+            shapes.
 
     Raises:
         SourceError: the shape of the scales does not fit the weight.
@@ -236,7 +245,7 @@ def _bytes_of(tensor: SourceTensor, first: int, last: int) -> bytes:
 
 
 def _float8_values(dtype: DType) -> NDArray[np.float32]:
-    """Returns the value of each of the 256 bit patterns of an 8-bit float or integer, float32 [256]."""
+    """Returns float32 [256]: the value of each bit pattern of an 8-bit float or integer."""
     codes = np.arange(256, dtype=np.uint16)
     if dtype.name == "I8":
         return codes.astype(np.uint8).view(np.int8).astype(np.float32)

@@ -1,4 +1,7 @@
-"""Opening files of a source model: it is the user's own folder, so links are followed wherever they lead."""
+"""Opening files of a source model.
+
+It is the user's own folder, so links are followed wherever they lead.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from codecllm.formats.files import SafeFile
 class SourceFile(SafeFile):
     """A regular file of a source's folder, or the regular file to which a link there leads.
 
-    Folders of links into the Hub's cache, into a store of a cluster, or to another disk are common. A name still
-    cannot leave the folder: names may come from an index that others wrote.
+    Folders of links into the Hub's cache, into a store of a cluster, or to another disk are common.
+    A name still cannot leave the folder: names may come from an index that others wrote.
     """
 
     def _locate(self, folder: Path, name: str) -> Path:

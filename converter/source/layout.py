@@ -4,8 +4,8 @@
 |---|---|---|
 | 1 | the config's `transformers_weights` | a safetensors file or an index |
 | 2 | `model.safetensors` | also beside an index, which is then left over |
-| 3 | `model.safetensors.index.json` | its files; what their headers hold counts, not what the index says of tensors |
-| 4 | the only other set of safetensors files | transformers asks for its name: a variant, or another library's file |
+| 3 | `model.safetensors.index.json` | its files; the headers count, not the index |
+| 4 | the only other set of safetensors files | a variant, or another library's file |
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def find_weights(folder: Path, config: Mapping[str, Any] | None) -> WeightSet:
     """Returns the weight files that transformers would load.
 
     Raises:
-        SourceError: there are none, or several sets of which none has the name that transformers looks for.
+        SourceError: there are none, or several sets of which none has the name that transformers
+            looks for.
         UnsafeSourceError: there are only pickles.
         TruncatedError: a file that the index names is missing.
         FormatError: the index is malformed, or names a file outside the folder.
@@ -97,7 +98,10 @@ def _indexed(folder: Path, index: str, notes: tuple[str, ...] = ()) -> WeightSet
         others = sorted(set(_safetensors_names(folder)) - set(names))
         advice = ""
         if others and len(missing) == len(names):
-            advice = f"; the folder holds {', '.join(others[:3])} instead: the index belongs to other files"
+            advice = (
+                f"; the folder holds {', '.join(others[:3])} instead: "
+                "the index belongs to other files"
+            )
         raise TruncatedError(
             f"file is missing: {index} names it, and {len(names) - 1} others{advice}",
             file=missing[0],
@@ -136,7 +140,8 @@ def _other_set(folder: Path) -> WeightSet:
         return WeightSet((names[0],), None, {}, (_other_name_note(names[0]),))
     if names:
         raise SourceError(
-            f"several safetensors files, but no {SINGLE_NAME} and no {INDEX_NAME}: rename the one to convert",
+            f"several safetensors files, but no {SINGLE_NAME} and no {INDEX_NAME}: "
+            "rename the one to convert",
             file=str(folder),
             got=", ".join(names[:5]),
         )
@@ -150,11 +155,14 @@ def _other_name_note(name: str) -> str:
 
 
 def _set_name(name: str) -> str:
-    """Returns what the names of a set's files share: `model-00001-of-00002.fp16.safetensors` -> `model.fp16`."""
-    numbered = _NUMBERED.fullmatch(name)
-    if numbered is None:
+    """Returns the name of a set of files: the part that the names of its files share.
+
+    `model-00001-of-00002.fp16.safetensors` -> `model.fp16`.
+    """
+    match = _NUMBERED.fullmatch(name)
+    if match is None:
         return name.removesuffix(".safetensors")
-    return numbered[1] + numbered[2]
+    return match[1] + match[2]
 
 
 def _safetensors_names(folder: Path) -> list[str]:
@@ -166,7 +174,8 @@ def _nothing_found(folder: Path) -> SourceError:
     pickles = [name for name in names if file_kind(name) == "pickle"]
     if pickles:
         return UnsafeSourceError(
-            "weights are pickles, which run code when they are opened; convert them to safetensors in a sandbox first",
+            "weights are pickles, which run code when they are opened; "
+            "convert them to safetensors in a sandbox first",
             file=pickles[0],
         )
     others = [name for name in names if file_kind(name) == "weights"]
@@ -181,7 +190,8 @@ def _refuse_adapter(folder: Path) -> None:
         return
     base, kind = describe_adapter(folder)
     raise SourceError(
-        f"this is an adapter ({kind}) of {base}, not a model; merge it first: load the base and the adapter with PEFT, "
+        f"this is an adapter ({kind}) of {base}, not a model; merge it first: "
+        "load the base and the adapter with PEFT, "
         "call merge_and_unload(), save the result with save_pretrained() and convert that folder",
         file=str(folder),
     )

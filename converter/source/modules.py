@@ -1,8 +1,11 @@
-"""Repositories of several modules, as sentence-transformers saves them: `modules.json` names a folder for each.
+"""Repositories of several modules, as sentence-transformers saves them.
 
-The model that transformers loads stands in the root, or in the folder of the first module (`0_Transformer/`, `0_CLIPModel/`). In
-a container it always stands in the root, so `modules.json` is written with its place changed. Other modules keep their folders,
-and their weight files are copied as they are: sentence-transformers reads them itself.
+`modules.json` names a folder for each module.
+
+The model that transformers loads stands in the root, or in the folder of the first module
+(`0_Transformer/`, `0_CLIPModel/`). In a container it always stands in the root, so `modules.json`
+is written with its place changed. Other modules keep their folders, and their weight files are
+copied as they are: sentence-transformers reads them itself.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ class Modules:
     """The modules of a repository.
 
     Attributes:
-        main: folder of the module that transformers loads, relative to the repository; empty for the root.
+        main: folder of the module that transformers loads, relative to the repository; empty for
+            the root.
         others: folders of the other modules.
-        document: what `modules.json` of the container has to hold, or None where the source's own stays as it is.
+        document: the content of `modules.json` in the container, or None where the source's own
+            stays as it is.
     """
 
     main: str = ""
@@ -38,10 +43,13 @@ class Modules:
 
 
 def read_modules(repository: Path) -> Modules:
-    """Returns the modules of a repository; a repository without `modules.json` has none but the root.
+    """Returns the modules of a repository.
+
+    A repository without `modules.json` has none but the root.
 
     Raises:
-        SourceError: `modules.json` is not a list of modules, or names a folder outside the repository.
+        SourceError: `modules.json` is not a list of modules, or names a folder outside the
+            repository.
     """
     entries = _read_json(repository, MODULES_NAME)
     if entries is None:
@@ -58,8 +66,8 @@ def read_modules(repository: Path) -> Modules:
         others.discard(main)
     document = None
     if main:
-        moved = [{**entries[0], "path": ""}, *entries[1:]]
-        document = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
+        root_entries = [{**entries[0], "path": ""}, *entries[1:]]
+        document = (json.dumps(root_entries, indent=2, ensure_ascii=False) + "\n").encode()
     return Modules(main, frozenset(others), document)
 
 

@@ -1,7 +1,9 @@
-"""Whether a source is quantized already, and how: decided from its tensors; the config only names the method.
+"""Whether a source is quantized already, and how.
 
-A config may carry a block that no tensor bears out (a merge that forgot to delete it), may carry it inside another part, and a
-tensor `X_scale` beside `X` means nothing where `X` has 16 bits.
+The tensors decide; the config only names the method.
+
+A config may carry a block that no tensor bears out (a merge that forgot to delete it), may carry it
+inside another part, and a tensor `X_scale` beside `X` means nothing where `X` has 16 bits.
 """
 
 from __future__ import annotations
@@ -19,26 +21,26 @@ BLOCK_KEYS = ("quantization_config", "compression_config")
 _SCALED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
 _SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
 _INTEGERS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "F4"})
+# Names that GPTQ, AWQ, compressed-tensors, bitsandbytes, AQLM and Marlin give to integer tensors.
 _PACKED_NAME = re.compile(
     r".*(\.qweight|\.qzeros|_packed|\.SCB|\.absmax|\.quant_map|\.quant_state\..*|\.codebooks|\.B)"
 )
-"""Names that GPTQ, AWQ, compressed-tensors, bitsandbytes, AQLM and Marlin give to integer tensors."""
 
+# Ends of names that stand beside weights with more than one scale, or a zero that is not 0.
 _SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point")
-"""Ends of names that stand beside weights with more than one scale, or a zero that is not 0."""
 
+# Last parts of names of scales that belong to activations: without a quantizer no module has them.
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")
-"""Last parts of names of scales that belong to activations: without a quantizer no module has them."""
 
 KEEPS_16_BITS = frozenset({"bitnet"})
-"""Methods whose checkpoints may hold 16-bit weights that only the method's own modules use rightly."""
+"""Methods with 16-bit weights that only the modules of the method use correctly."""
 
 _METHOD = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What is known of a source's quantization.
+    """The facts of a source's quantization.
 
     Attributes:
         method: the block's `quant_method`, or `unknown`.
@@ -79,16 +81,18 @@ def find_quantization(config: Mapping[str, Any] | None, entries: Entries) -> Qua
     """
     place, block = _find_block(config or {})
     method = _method(block)
-    scaled = _scaled_weights(entries)
+    scale_names = _scaled_weights(entries)
     blocks = _mxfp4_weights(entries)
-    side = set(scaled.values()) | {name for pair in blocks.values() for name in pair}
+    side = set(scale_names.values()) | {name for pair in blocks.values() for name in pair}
     opaque = tuple(
         name
         for name, entry in entries.items()
-        if name not in side and name not in scaled and _is_opaque(entry, entries, block is not None)
+        if name not in side
+        and name not in scale_names
+        and _is_opaque(entry, entries, block is not None)
     )
-    dropped = tuple(name for name in entries if name.rpartition(".")[2] in _ACTIVATION_SCALES)
-    return Quantization(method, place, block, scaled, blocks, dropped, opaque)
+    dropped_names = tuple(name for name in entries if name.rpartition(".")[2] in _ACTIVATION_SCALES)
+    return Quantization(method, place, block, scale_names, blocks, dropped_names, opaque)
 
 
 def _find_block(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
@@ -119,7 +123,7 @@ def _method(block: Mapping[str, Any] | None) -> str:
 
 def _scaled_weights(entries: Entries) -> dict[str, str]:
     """Returns the 8-bit matrices that have one set of scales, and the names of these."""
-    scaled = {}
+    scale_names = {}
     for name, entry in entries.items():
         if entry.dtype.name not in _SCALED_DTYPES or len(entry.shape) < 2:
             continue
@@ -129,8 +133,8 @@ def _scaled_weights(entries: Entries) -> dict[str, str]:
         is_per_channel = entries[scale].elements in (1, entry.shape[0])
         if entry.dtype.name == "I8" and not is_per_channel:
             continue  # two FP4 codes in a byte, as some checkpoints have it
-        scaled[name] = scale
-    return scaled
+        scale_names[name] = scale
+    return scale_names
 
 
 def _scale_of(name: str, entries: Entries) -> str | None:
@@ -147,8 +151,11 @@ def _scale_of(name: str, entries: Entries) -> str | None:
 
 
 def _mxfp4_weights(entries: Entries) -> dict[str, tuple[str, str]]:
-    """Returns the weights that stand as `X_blocks` of 16 bytes with a shared exponent each in `X_scales`."""
-    found = {}
+    """Returns the weights of MXFP4.
+
+    `X_blocks` holds blocks of 16 bytes, `X_scales` one shared exponent for each.
+    """
+    mxfp4_names = {}
     for name, entry in entries.items():
         stem = name.removesuffix("_blocks")
         scales = entries.get(f"{stem}_scales")
@@ -156,8 +163,8 @@ def _mxfp4_weights(entries: Entries) -> dict[str, tuple[str, str]]:
             continue
         are_bytes = entry.dtype.name == "U8" and scales.dtype.name == "U8"
         if are_bytes and entry.shape[:-1] == scales.shape and entry.shape[-1] == 16:
-            found[stem] = (name, f"{stem}_scales")
-    return found
+            mxfp4_names[stem] = (name, f"{stem}_scales")
+    return mxfp4_names
 
 
 def _is_opaque(entry: TensorEntry, entries: Entries, has_block: bool) -> bool:

@@ -1,7 +1,9 @@
-"""Which files go into the container beside the weights, by rule: every plain file that is no weight, no code and not large.
+"""Which files go into the container beside the weights.
 
-transformers' tokenizers and processors alone ask for some sixty names, and other libraries for more; a list of names would always
-lack some. What is left out is named, with the reason.
+The rule: every plain file that is no weight, no code and not large.
+
+transformers' tokenizers and processors alone ask for some sixty names, and other libraries for
+more; a list of names would always lack some. The files that are left out are named, with the reason.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ MAX_COPIED_BYTES = 256 << 20
 
 MAX_COPIED_FILES = limits.FILES - 64
 _MAX_DEPTH = 8
+# Names of the container's root that a conversion or a baseline writes itself.
 _OWN_NAMES = frozenset({"config.json", INDEX_NAME, BASELINE_NAME, MANIFEST_NAME})
-"""Names of the container's root that a conversion or a baseline writes itself."""
 
 _REASONS: dict[FileKind, str] = {
     "safetensors": "weights that the model does not load",
@@ -54,11 +56,11 @@ class LeftFile:
 
 @dataclass(slots=True)
 class SideFiles:
-    """What is copied and what is left.
+    """The files that are copied, and those that are left.
 
     Attributes:
         copied: name in the container -> name in the repository.
-        left: what is not in the container, in the order of names.
+        left: files and folders that are not in the container, in the order of names.
         linked: names of copied files that links outside the repository lead to.
     """
 
@@ -218,8 +220,8 @@ class _Selection:
         )
 
     def _leads_to_module(self, folder: str) -> bool:
-        known = (*self._modules.others, self._modules.main)
-        return any(module.startswith(f"{folder}/") for module in known)
+        module_folders = (*self._modules.others, self._modules.main)
+        return any(module.startswith(f"{folder}/") for module in module_folders)
 
     def _target(self, name: str) -> str:
         main = self._modules.main
@@ -236,7 +238,7 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def _in_hub_cache(path: Path) -> bool:
-    """Whether a link leads from a snapshot of the Hub's cache into the blobs of the same repository."""
+    """Whether a link leads from a snapshot of the Hub's cache into its repository's blobs."""
     real = Path(os.path.realpath(path))
     folder = Path(os.path.realpath(path.parent))
     return any(

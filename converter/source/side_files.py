@@ -1,4 +1,7 @@
-"""Writes what goes into the container beside the weights: copies of the source's files, the config with our block, the index."""
+"""Writes the files of a container beside the weights.
+
+Copies of the source's files, the config with our block, and the index.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,9 @@ def write_listed(folder: Path, name: str, data: bytes) -> FileRecord:
 def pack_config(
     config: Mapping[str, Any], scheme: str, version: str, original: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Returns the source's config with the block by which loaders know the weights, and refuse them without codecllm.
+    """Returns the source's config with our quantization block.
+
+    By the block loaders know the weights, and without codecllm they refuse them.
 
     Args:
         config: the source's; its own `quantization_config` is replaced.

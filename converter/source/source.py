@@ -1,4 +1,7 @@
-"""The source model: a folder of safetensors files, read strictly and by offset; never executed, never loaded whole."""
+"""The source model: a folder of safetensors files, read strictly and by offset.
+
+No code of it is executed, and it is never loaded whole.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.shards.safetensors_header import read_header
 
 View = Literal["int8", "lossless"]
-"""As which tensors a quantized source is seen: `lossless` as its files hold them, `int8` as the 16-bit weights they stand for."""
+"""As which tensors a quantized source is seen.
+
+`lossless`: as its files hold them. `int8`: as the 16-bit weights that they stand for.
+"""
 
 _SHOWN_NAMES = 3
 
@@ -35,11 +41,12 @@ class SourceModel:
         repository: the folder that was given.
         folder: the folder of config and weights: the same, or that of a repository's main module.
         modules: the modules of the repository.
-        config: the parsed config.json, or None where there is none. A quantization block that the view does not bear out is gone.
+        config: the parsed config.json, or None where there is none. A quantization block that the
+            view does not bear out is gone.
         tensors: all tensors by name, in the order of the files and of their data.
         quantization: how the tensors are quantized.
         weights: the weight files.
-        notes: sentences for the user about what was found.
+        notes: sentences for the user about the files and tensors of the source.
     """
 
     def __init__(
@@ -53,9 +60,11 @@ class SourceModel:
             with_code: whether Python files are among the side files.
 
         Raises:
-            SourceError: no folder, no weights, an adapter, a container, or a quantization of which `view` cannot be given.
+            SourceError: no folder, no weights, an adapter, a container, or a quantization of which
+                `view` cannot be given.
             UnsafeSourceError: there are only pickles.
-            FormatError: a weight file or the index is malformed, or a name leads outside the folder.
+            FormatError: a weight file or the index is malformed, or a name leads outside the
+                folder.
         """
         self.repository = Path(folder)
         if not self.repository.is_dir():
@@ -96,7 +105,10 @@ class SourceModel:
 
     @property
     def quantization_method(self) -> str | None:
-        """The method of another library whose quantizer the tensors, as they are seen, need; None where they need none."""
+        """The method of another library whose quantizer the tensors, as they are seen, need.
+
+        None where they need none.
+        """
         return self.quantization.method if self.quantization.block is not None else None
 
     @property
@@ -118,7 +130,7 @@ class SourceModel:
 
     @cached_property
     def side_files(self) -> SideFiles:
-        """What is copied beside the weights, and what is left.
+        """The files that are copied beside the weights, and those that are left.
 
         Raises:
             UnsafeSourceError: the weights of a module are a pickle.
@@ -185,8 +197,8 @@ class SourceModel:
                 earlier = self.tensors.get(entry.name)
                 if earlier is not None and not same_bytes(earlier, tensor):
                     self.notes.append(
-                        f"tensor {entry.name} stands in {earlier.file.name} and, with other values, in {name}: "
-                        "that of the latter is taken, as transformers does"
+                        f"tensor {entry.name} stands in {earlier.file.name} and, with other values, "
+                        f"in {name}: that of the latter is taken, as transformers does"
                     )
                 self.tensors[entry.name] = tensor
         if not self.tensors:
@@ -198,14 +210,19 @@ class SourceModel:
         if weights.index is None:
             return
         absent = [name for name in weights.tensor_files if name not in self.tensors]
-        unlisted = [name for name in self.tensors if name not in weights.tensor_files]
+        unlisted_names = [name for name in self.tensors if name not in weights.tensor_files]
         if absent:
             self.notes.append(f"{weights.index} names tensors that no file holds: {_some(absent)}")
-        if unlisted:
-            self.notes.append(f"files hold tensors that {weights.index} lacks: {_some(unlisted)}")
+        if unlisted_names:
+            self.notes.append(
+                f"files hold tensors that {weights.index} lacks: {_some(unlisted_names)}"
+            )
 
     def _settle_quantization(self, view: View) -> None:
-        """Removes blocks that no tensor bears out, and replaces quantized tensors where the view wants weights."""
+        """Removes blocks that no tensor bears out.
+
+        Where the view wants weights, it also replaces quantized tensors.
+        """
         entries = {name: tensor.entry for name, tensor in self.tensors.items()}
         quantization = find_quantization(self.config, entries)
         if view == "int8" and quantization.borne_out:
@@ -213,8 +230,8 @@ class SourceModel:
         while quantization.block is not None and (view == "int8" or quantization.stale):
             if quantization.stale:
                 self.notes.append(
-                    f"config.json says {'.'.join(quantization.place)}: {quantization.method}, but no tensor is "
-                    "quantized: the block is left out"
+                    f"config.json says {'.'.join(quantization.place)}: {quantization.method}, but no "
+                    "tensor is quantized: the block is left out"
                 )
             assert self.config is not None
             self.config = _without(self.config, quantization.place)
@@ -226,25 +243,25 @@ class SourceModel:
         if quantization.opaque or not (quantization.scaled or quantization.blocks):
             first = quantization.opaque[0] if quantization.opaque else None
             raise SourceError(
-                f"the model is quantized already ({quantization.method}): its weights cannot become int8; "
-                "--scheme lossless keeps every bit of it, or convert the original model",
+                f"the model is quantized already ({quantization.method}): its weights cannot become "
+                "int8; --scheme lossless keeps every bit of it, or convert the original model",
                 file="config.json" if first is None else self.tensors[first].file.name,
                 tensor=first,
             )
         size = (quantization.block or {}).get("weight_block_size")
         block_size = size if isinstance(size, list) and all(type(n) is int for n in size) else None
-        stored = self.tensors
+        stored_tensors = self.tensors
         blocks_of = {pair[0]: stem for stem, pair in quantization.blocks.items()}
         exponents = {pair[1] for pair in quantization.blocks.values()}
         hidden = {*quantization.scaled.values(), *exponents, *quantization.dropped}
         self.tensors = {}
-        for name, tensor in stored.items():
+        for name, tensor in stored_tensors.items():
             if name in quantization.scaled:
-                scale = stored[quantization.scaled[name]]
+                scale = stored_tensors[quantization.scaled[name]]
                 self.tensors[name] = scaled_tensor(tensor, scale, block_size)
             elif name in blocks_of:
                 stem = blocks_of[name]
-                self.tensors[stem] = mxfp4_tensor(stem, tensor, stored[f"{stem}_scales"])
+                self.tensors[stem] = mxfp4_tensor(stem, tensor, stored_tensors[f"{stem}_scales"])
             elif name not in hidden:
                 self.tensors[name] = tensor
         count = len(quantization.scaled) + len(quantization.blocks)
@@ -252,7 +269,7 @@ class SourceModel:
 
 
 def _identity_of(path: Path) -> tuple[int, ...] | None:
-    """Returns what changes when the file is replaced or written to, or None where there is none."""
+    """Returns the identity of a file (`file_identity`), or None where there is no file."""
     try:
         return file_identity(path.stat())
     except OSError:
@@ -260,7 +277,10 @@ def _identity_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    """Reads config.json leniently (real ones hold `Infinity`); no value of it is trusted for sizes or paths."""
+    """Reads config.json leniently: real ones hold `Infinity`.
+
+    No value of it is trusted for sizes or paths.
+    """
     try:
         with SourceFile(folder, "config.json") as file:
             data = file.read(0, file.size) if file.size <= limits.MANIFEST_BYTES else b""
@@ -286,6 +306,6 @@ def _without(config: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN_NAMES])
+    first_names = ", ".join(names[:_SHOWN_NAMES])
     rest = len(names) - _SHOWN_NAMES
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    return f"{first_names} and {rest} more" if rest > 0 else first_names

@@ -45,7 +45,9 @@ class SourceTensor:
     def read_elements(
         self, first: int, last: int, buffer: NDArray[np.uint8] | None = None
     ) -> NDArray[np.unsignedinteger]:
-        """Reads elements [first, last) of the row-major order as unsigned integers of the element's size.
+        """Reads elements [first, last) of the row-major order as unsigned integers.
+
+        An integer has the size of an element.
 
         Only for types of whole bytes.
 

@@ -44,13 +44,13 @@ def write_container(
         OSError, FormatError: reading or writing failed.
     """
     total = sum(plan.source.entry.bytes for plan in conversion.plan.tensors)
-    done = 0
+    done_bytes = 0
 
     def on_bytes(name: str, count: int) -> None:
-        nonlocal done
-        done += count
+        nonlocal done_bytes
+        done_bytes += count
         if on_progress is not None:
-            on_progress(name, done, total)
+            on_progress(name, done_bytes, total)
 
     threads = conversion.options.threads
     with _Threads(threads) as pools:
@@ -110,21 +110,21 @@ def _write_shards(
     conversion: Conversion, writer: TensorWriter, pools: _Threads, folder: Path, journal: Journal
 ) -> tuple[list[StoredRecord], list[ShardRecord]]:
     """Writes the shards; earlier ones are hashed and synchronized meanwhile."""
-    finished: list[Future[FinishedShard]] = []
+    finished_shards: list[Future[FinishedShard]] = []
     metadata = shard_metadata(conversion.plan.format_version)
     for number, (name, plans) in enumerate(_names_of_shards(conversion)):
         earlier = journal.finished.get(name)
         if earlier is not None:
-            known: Future[FinishedShard] = Future()
-            known.set_result(earlier)
-            finished.append(known)
+            known_shard: Future[FinishedShard] = Future()
+            known_shard.set_result(earlier)
+            finished_shards.append(known_shard)
             continue
         shard = ShardWriter(folder / name, planned_entries(plans), metadata, pools.write)
         pools.opened.append(shard)
         records = list(writer.write_all(plans, shard, number))
         record = pools.workers.submit(_finish_shard, shard, pools.sync)
-        finished.append(pools.journal.submit(_note, journal, record, records))
-    shards = [future.result() for future in finished]
+        finished_shards.append(pools.journal.submit(_note, journal, record, records))
+    shards = [future.result() for future in finished_shards]
     return [record for shard in shards for record in shard.tensors], [
         shard.record for shard in shards
     ]
@@ -141,10 +141,10 @@ def _note(
 
 def _finish_shard(shard: ShardWriter, sync: ThreadPoolExecutor) -> ShardRecord:
     head, size = shard.complete()
-    synced = sync.submit(shard.sync)
+    sync_result = sync.submit(shard.sync)
     with SafeFile(shard.path.parent, shard.path.name) as file:
         digest = sha256_of_descriptor(file.descriptor)[0]
-    synced.result()
+    sync_result.result()
     return ShardRecord(name=shard.path.name, bytes=size, sha256=digest, header_xxh3=xxh3_hex(head))
 
 

@@ -1,4 +1,7 @@
-"""The fingerprint of a conversion: equal for two that write the same bytes, so that one can go on with the other's."""
+"""The fingerprint of a conversion: equal for two conversions that write the same bytes.
+
+So one can go on with the shards of the other.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ from dataclasses import fields
 from codecllm.converter.write.manifest import Conversion, writer_versions
 from codecllm.formats.checksums import sha256_hex
 
+# Options that do not change a byte.
 _WITHOUT_EFFECT = ("workers", "force")
-"""Options that do not change a byte."""
 
 
 def fingerprint_of(conversion: Conversion) -> str | None:
-    """Returns a digest of everything on which the bytes of the shards depend, or None where that cannot be said.
+    """Returns a digest of everything on which the bytes of the shards depend.
+
+    None where they depend on more than can be listed.
 
     It covers the source's weight files (names, sizes, times), the plan, the options and the
-    versions of what writes. Parameters that a caller chooses are covered only where they follow
+    versions of the writer and its libraries. Parameters that a caller chooses are covered only where they follow
     from recorded options (`repeatable`).
     """
     choice, plan = conversion.choice, conversion.plan

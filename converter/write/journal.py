@@ -1,4 +1,7 @@
-"""The journal of a conversion: which shards are finished, so that the same command goes on after a kill."""
+"""The journal of a conversion: the shards that are finished.
+
+With it the same command goes on after a kill.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,11 @@ class FinishedShard:
 
 
 class Journal:
-    """A file of lines `xxh3 json`: first the conversion's fingerprint, then each finished shard. Thread-safe.
+    """A file of lines `xxh3 json`: first the conversion's fingerprint, then each finished shard.
 
-    A line that was not written whole is dropped with all behind it; what it told of is done again.
+    Safe to share between threads.
+
+    A line that was not written whole is dropped with all behind it: those shards are done again.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
@@ -52,7 +57,7 @@ class Journal:
 
         Returns:
             Whether the journal is of the same conversion. Then `finished` has the shards that are
-            whole: each was read and compared with its sha256. Otherwise the caller removes what is
+            whole: each was read and compared with its sha256. Otherwise the caller removes all that is
             in the folder.
         """
         lines = _whole_lines(self._path)

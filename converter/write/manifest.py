@@ -61,9 +61,13 @@ def build_manifest(
     model, choice = conversion.model, conversion.choice
     by_name: dict[str, TensorRecord] = {record.name: record for record in records}
     for name, target in conversion.plan.aliases.items():
-        stored = by_name[target]
+        target_record = by_name[target]
         by_name[name] = AliasTensor(
-            name=name, dtype=stored.dtype, shape=stored.shape, scheme="alias", alias_of=target
+            name=name,
+            dtype=target_record.dtype,
+            shape=target_record.shape,
+            scheme="alias",
+            alias_of=target,
         )
     options = _recorded_options(conversion.options, choice)
     origin = conversion.origin
@@ -105,7 +109,7 @@ def _recorded_options(options: ConvertOptions, choice: ParamsChoice) -> Options:
 
 
 def writer_versions() -> dict[str, str]:
-    """Returns names and versions of what decides about the bytes of a container."""
+    """Returns names and versions of the libraries that decide about the bytes of a container."""
     zstd = ".".join(str(part) for part in zstandard.ZSTD_VERSION)
     return {
         "codecllm": WRITER_VERSION,

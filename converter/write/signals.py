@@ -1,4 +1,7 @@
-"""Signals wait while an output folder is put in order: a second Ctrl-C must not end the cleaning after the first."""
+"""Signals wait while an output folder is put in order.
+
+A second Ctrl-C must not end the cleaning after the first.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Holds SIGINT, SIGTERM and SIGHUP back until the end of the block; then the first one that came is raised.
+    """Holds SIGINT, SIGTERM and SIGHUP back until the end of the block.
 
-    Signals that the process ignores stay ignored. Outside the main thread nothing is to be done: Python runs handlers
-    in the main thread only.
+    Then the first one that came is raised.
+
+    Signals that the process ignores stay ignored. Outside the main thread nothing is to be done:
+    Python runs handlers in the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -27,17 +32,17 @@ def signals_wait() -> Iterator[None]:
         waiting.append(number)
 
     handlers = {number: signal.getsignal(number) for number in STOPPING}
-    replaced = {
+    former_handlers = {
         number: handler
         for number, handler in handlers.items()
         if handler is not None and handler is not signal.SIG_IGN
     }
-    for number in replaced:
+    for number in former_handlers:
         signal.signal(number, note)
     try:
         yield
     finally:
-        for number, handler in replaced.items():
+        for number, handler in former_handlers.items():
             signal.signal(number, handler)
         if waiting:
             signal.raise_signal(waiting[0])

@@ -1,4 +1,7 @@
-"""The output folder: everything is written beside its final place and moved in at the end, the manifest last."""
+"""The output folder.
+
+Everything is written beside its final place and moved in at the end, the manifest last.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class Staging:
     `journal`, by which the same conversion goes on after a kill. `commit` moves the files into
     `out`, the manifest last: no manifest, no container.
 
-    Whatever ends the context without a commit, `out` is then as it was before. After a kill the
-    next conversion into the folder first undoes what the killed one had moved.
+    If the context ends without a commit, `out` is as it was before. After a kill the next
+    conversion into the folder first undoes the moves of the killed one.
 
     Attributes:
         out: the output folder.
@@ -135,9 +138,9 @@ class Staging:
             fsync_folder(self.out)
 
     def _undo(self) -> None:
-        """Moves back what was moved: new files into staging, then old ones into place, their manifest last.
+        """Moves files back: new ones into staging, then old ones into place, their manifest last.
 
-        It goes on where a step fails. What could not be moved stays in staging for the next
+        It goes on where a step fails. A file that cannot be moved stays in staging for the next
         conversion.
         """
         moving = self._moving.read_text().split("\n") if self._moving.exists() else []
@@ -163,7 +166,7 @@ class Staging:
         return not self._committed and _is_folder(self._old) and bool(_files_of(self._old))
 
     def _recover(self) -> None:
-        """Undoes the commit of a conversion that was killed in it, unless all its files were in place already."""
+        """Undoes the commit of a killed conversion, unless all its files are in place already."""
         if not _is_folder(self._staging):
             return
         moving = self._moving.read_text().split("\n") if self._moving.exists() else []
@@ -232,7 +235,7 @@ class Staging:
             )
 
     def _refuse_links(self, names: Iterable[str]) -> None:
-        """Refuses a link in `out` where the new container has a folder: nothing outside is written."""
+        """Refuses a link in `out` where the new container has a folder: a write would leave `out`."""
         for name in names:
             for parent in Path(name).parents[:-1]:
                 if (self.out / parent).is_symlink():
@@ -242,15 +245,19 @@ class Staging:
                     )
 
     def _old_names(self) -> list[str]:
-        """Returns the files of the container that `force` replaces: those that are known to be its own."""
+        """Returns the files of the container that `force` replaces: only those known to be its own."""
         manifest = self.out / MANIFEST_NAME
         if not _is_file(self.out, MANIFEST_NAME):
             return []
-        owned = {MANIFEST_NAME, INDEX_NAME, BASELINE_NAME, *_PARTIAL_NAMES}
-        owned |= {path.name for path in self.out.iterdir() if SHARD_NAME.fullmatch(path.name)}
+        container_names = {MANIFEST_NAME, INDEX_NAME, BASELINE_NAME, *_PARTIAL_NAMES}
+        container_names |= {
+            path.name for path in self.out.iterdir() if SHARD_NAME.fullmatch(path.name)
+        }
         with suppress(FormatError):  # a damaged manifest names nothing; its shards go all the same
-            owned |= {record.name for record in parse_manifest(manifest.read_bytes()).files}
-        return sorted(name for name in owned if _is_file(self.out, name))
+            container_names |= {
+                record.name for record in parse_manifest(manifest.read_bytes()).files
+            }
+        return sorted(name for name in container_names if _is_file(self.out, name))
 
     def __enter__(self) -> Staging:
         return self
@@ -263,9 +270,9 @@ class Staging:
     ) -> None:
         try:
             with signals_wait():
-                replaced = _files_of(self._old) if _is_folder(self._old) else []
+                replaced_names = _files_of(self._old) if _is_folder(self._old) else []
                 self._release()
-                for name in replaced:
+                for name in replaced_names:
                     _remove_empty_parents(self.out, name)
         except BaseException as stopped:
             self._explain(stopped)
@@ -275,15 +282,15 @@ class Staging:
 
     def _explain(self, error: BaseException) -> None:
         """Notes on an error which files are there now."""
-        made = [] if self._committed else reversed(self._made)
-        left = [path for path in (self._staging, *made) if os.path.lexists(path)]
-        if left and self._staged:
-            error.add_note(f"unfinished files could not be removed: {left[0]}")
+        new_folders = [] if self._committed else reversed(self._made)
+        remaining_paths = [path for path in (self._staging, *new_folders) if os.path.lexists(path)]
+        if remaining_paths and self._staged:
+            error.add_note(f"unfinished files could not be removed: {remaining_paths[0]}")
         if self._committed:
             error.add_note(f"the output in {self.out} is complete")
 
     def _release(self) -> None:
-        """Removes the staging folder and, without a commit, the folders that were made; ends the lock."""
+        """Removes staging and, without a commit, the folders that were made; ends the lock."""
         if self._staged and not self._holds_old():
             _remove(self._staging)
         if not self._committed:
@@ -296,7 +303,7 @@ class Staging:
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Returns the names of all files and links of a folder and of its subfolders, sorted. No link is followed."""
+    """Returns the names of all files and links in a folder and its subfolders; follows no link."""
     return sorted(
         str((Path(parent) / name).relative_to(folder))
         for parent, folders, files in os.walk(folder)
@@ -330,7 +337,7 @@ def _is_file(folder: Path, name: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a link itself or a folder with everything in it, as far as that can be done."""
+    """Removes a file, a link or a folder with everything in it, as far as that can be done."""
     if _is_folder(path):
         for _ in range(2):  # a file that could not be removed is tried once more
             shutil.rmtree(path, ignore_errors=True)

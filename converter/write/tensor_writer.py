@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 StoredRecord = RawTensor | LosslessTensor | Int8Tensor
 
 _RAW_STEP = 4 << 20
-_ENTRY_BYTES = 384  # about what the header spends on side tensors: less gain than that is none
+_ENTRY_BYTES = 384  # about the header's room for side tensors: less gain than that is none
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
     "non_finite": "int8: weights are NaN or infinite",
@@ -119,8 +119,8 @@ class TensorWriter:
         self._params = params
         self._jobs: dict[str, _Job] = {}
         self._backlog = threading.Semaphore(2 * backlog)  # a block is hashed, and it is written
-        coded = (self._job(plan) for plan in plans if plan.scheme != "raw")
-        work = ((job, block) for job in coded if job.problem is None for block in job.blocks)
+        coded_jobs = (self._job(plan) for plan in plans if plan.scheme != "raw")
+        work = ((job, block) for job in coded_jobs if job.problem is None for block in job.blocks)
         self._results = ordered(executor, _encode, work, window)
 
     def write_all(
@@ -183,10 +183,10 @@ class TensorWriter:
         if other_plan.scheme == "raw":
             return self._write_raw(other_plan, shard, number)
         job = _Job(other_plan, list(blocks_of(other_plan)))
-        encoded = ordered(
+        encoded_blocks = ordered(
             self._executor, _encode, ((job, block) for block in job.blocks), self._window
         )
-        return self._write_job(job, encoded, shard, number, shard.mark())
+        return self._write_job(job, encoded_blocks, shard, number, shard.mark())
 
     def _job(self, plan: TensorPlan) -> _Job:
         """Returns the tensor's job; the first call scans for scales that blocks need beforehand."""
@@ -211,16 +211,16 @@ class TensorWriter:
     def _scan(self, plan: TensorPlan) -> _Job:
         blocks = list(blocks_of(plan))
         absmax = np.zeros(plan.channels, np.float32)
-        for block, scanned in zip(
+        for block, block_scales in zip(
             blocks,
             ordered(self._executor, lambda b: scan_block(plan, b), blocks, self._window),
             strict=True,
         ):
-            if not scanned.finite:
+            if not block_scales.finite:
                 return _Job(plan, blocks, problem="non_finite")
             start = block.col if plan.kind == "column" else block.row
-            part = absmax[start : start + len(scanned.absmax)]
-            np.maximum(part, scanned.absmax, out=part)
+            part = absmax[start : start + len(block_scales.absmax)]
+            np.maximum(part, block_scales.absmax, out=part)
         if has_tiny_scale(absmax):
             return _Job(plan, blocks, problem="tiny_scale")
         return _Job(plan, blocks, scales=channel_scales(absmax))
@@ -229,18 +229,18 @@ class TensorWriter:
         self, job: _Job, encoded: Iterator[EncodedBlock], shard: ShardWriter, number: int
     ) -> Future[StoredRecord]:
         plan = job.plan
-        gathered = _Gathered(plan)
+        totals = _Gathered(plan)
         digest = OrderedDigest(self._executor, hashlib.sha256())
         for block, part in zip(job.blocks, encoded, strict=True):
             if part.problem is not None:
                 raise _CannotQuantizeError(part.problem)
             self._hash_and_write(part.digested, part.slots, digest, shard)
-            gathered.add(part)
+            totals.add(part)
             self._on_bytes(plan.source.name, block.rows * block.cols * plan.source.dtype.itemsize)
-        tensor = gathered.finish(job.scales)
+        tensor = totals.finish(job.scales)
         for scales in tensor.digested_scales():
             digest.update(scales)
-        return digest.finish(_finish_coded(tensor, gathered.tables, shard, number))
+        return digest.finish(_finish_coded(tensor, totals.tables, shard, number))
 
     def _hash_and_write(
         self, digested: Any, parts: list[Any], digest: OrderedDigest, shard: ShardWriter
@@ -264,12 +264,12 @@ class TensorWriter:
     def _non_finite_error(self, plan: TensorPlan) -> NonFiniteWeightError:
         blocks = list(blocks_of(plan))
         counts = np.zeros(plan.grid.rows, np.int64)
-        for block, scanned in zip(
+        for block, row_counts in zip(
             blocks,
             ordered(self._executor, lambda b: count_block(plan, b), blocks, self._window),
             strict=True,
         ):
-            counts[block.row : block.row + block.rows] += scanned
+            counts[block.row : block.row + block.rows] += row_counts
         rows = np.flatnonzero(counts)
         return NonFiniteWeightError(
             f"{counts.sum()} weights are NaN or infinite, in {len(rows)} rows, first in row "
@@ -336,7 +336,7 @@ def _finish_coded(
     plan, source, grid = tensor.plan, tensor.plan.source, tensor.plan.grid
     planes = len(tensor.chunks) // len(grid)
     shard.end_tensor(source.name, "U8", (_payload_bytes(tensor.chunks),))
-    stored: dict[str, Any] = {
+    side_values: dict[str, Any] = {
         **tensor.scale_sides(),
         SHAPE.key: np.array(source.shape, "<i8"),
         CHUNKS.key: pack_chunk_table(grid, planes, tensor.chunks),
@@ -344,14 +344,14 @@ def _finish_coded(
     tables_bytes = None
     if any(tables):
         groups = tile_groups(grid, *group_extent(plan))
-        stored[TABLES.key] = pack_group_tables(groups, planes, tables)
-        tables_bytes = len(stored[TABLES.key])
+        side_values[TABLES.key] = pack_group_tables(groups, planes, tables)
+        tables_bytes = len(side_values[TABLES.key])
     for side in SIDE_TENSORS:
-        if side.key in stored:
-            values = stored[side.key]
+        if side.key in side_values:
+            values = side_values[side.key]
             name = side.name_for(source.name)
             shard.add(name, side.dtype(plan.layout), (len(values),), values)
-    checksums = SideChecksums(**{key: xxh3_hex(values) for key, values in stored.items()})
+    checksums = SideChecksums(**{key: xxh3_hex(values) for key, values in side_values.items()})
     return partial(coded_record, tensor, number, checksums, tables_bytes)
 
 

@@ -28,7 +28,7 @@ def _decode(chunk: Coded) -> Decoded:
     frequencies = chunk.table.frequencies.astype(np.uint16)
     if native.core.rans_decode(chunk.stored, frequencies, chunk.table.precision, symbols):
         return symbols
-    (result,) = rans_numpy.decode_chunks([chunk])  # it says what is wrong
+    (result,) = rans_numpy.decode_chunks([chunk])  # it names the fault
     return result
 
 

@@ -1,7 +1,7 @@
 """Fits a frequency table to counted symbols, in integers, so that every machine fits the same.
 
 A symbol of frequency f under precision n costs n - log2(f) bits. Frequencies begin at the counts'
-share, rounded down and at least 1; what is then left over or owed goes, unit by unit, to the symbol
+share, rounded down and at least 1; the difference to 2^n then goes, unit by unit, to the symbol
 that gains most or from the one that loses least.
 """
 
@@ -20,8 +20,8 @@ _COST_BITS = 16  # costs are counted in units of 2^-16 bit
 _LOG2 = np.rint(
     np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)
 ).astype(np.int64)
+# A lower precision has a smaller table: it may cost 1/256 bit a symbol more than the highest.
 _TOLERANCE = (1 << _COST_BITS) // 256
-"""A lower precision has a smaller table: it may cost 1/256 bit a symbol more than the highest."""
 
 
 def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:
@@ -55,9 +55,9 @@ def coded_bytes(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
 
 
 def _cost(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
-    used = np.flatnonzero(counts)
-    price = (table.precision << _COST_BITS) - _LOG2[table.frequencies[used]]
-    return int((counts[used] * price).sum())
+    present = np.flatnonzero(counts)
+    price = (table.precision << _COST_BITS) - _LOG2[table.frequencies[present]]
+    return int((counts[present] * price).sum())
 
 
 def fit_frequencies(counts: NDArray[np.int64], precision: int) -> NDArray[np.int64]:

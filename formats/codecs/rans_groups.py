@@ -150,12 +150,15 @@ def parse_group_tables(data: bytes, *, chunks: ChunkTable, file: str, tensor: st
         )
     sizes = np.frombuffer(data, SIZE, count, HEADER.itemsize).astype(np.int64)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    packed = data[HEADER.itemsize + count * SIZE.itemsize :]
-    if int(offsets[-1]) != len(packed):
+    table_bytes = data[HEADER.itemsize + count * SIZE.itemsize :]
+    if int(offsets[-1]) != len(table_bytes):
         raise LayoutError(
-            "rans tables have a wrong size", got=len(packed), expected=int(offsets[-1]), **where
+            "rans tables have a wrong size",
+            got=len(table_bytes),
+            expected=int(offsets[-1]),
+            **where,
         )
-    tables = GroupTables(groups, chunks.planes, offsets, packed)
+    tables = GroupTables(groups, chunks.planes, offsets, table_bytes)
     _check_needed(tables, sizes, chunks, where)
     return tables
 
@@ -164,15 +167,15 @@ def _check_needed(
     tables: GroupTables, sizes: NDArray[np.int64], chunks: ChunkTable, where: dict[str, Any]
 ) -> None:
     """Refuses a table that is missing, and one that no chunk uses."""
-    coded = np.flatnonzero(chunks.records["codec"] == RANS_ID)
-    row, col = np.divmod(coded // chunks.planes, max(1, chunks.grid.across))
+    rans_chunks = np.flatnonzero(chunks.records["codec"] == RANS_ID)
+    row, col = np.divmod(rans_chunks // chunks.planes, max(1, chunks.grid.across))
     groups = tables.groups
     group = row // groups.tile_rows * groups.across + col // groups.tile_cols
-    needed = np.zeros(len(sizes), np.bool_)
-    needed[group * chunks.planes + coded % chunks.planes] = True
-    wrong = np.flatnonzero(needed != (sizes > 0))
+    needs_table = np.zeros(len(sizes), np.bool_)
+    needs_table[group * chunks.planes + rans_chunks % chunks.planes] = True
+    wrong = np.flatnonzero(needs_table != (sizes > 0))
     if len(wrong):
-        got = "no table" if needed[wrong[0]] else "a table that no chunk uses"
+        got = "no table" if needs_table[wrong[0]] else "a table that no chunk uses"
         raise LayoutError(
             f"rans tables do not fit the chunks of group {wrong[0] // chunks.planes}",
             got=got,

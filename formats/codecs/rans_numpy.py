@@ -42,7 +42,7 @@ class Uncoded(NamedTuple):
 
 
 Decoded = NDArray[np.uint8] | DecodeError
-"""What became of a chunk: uint8 [raw_bytes] symbols, or why there are none."""
+"""The result for a chunk: uint8 [raw_bytes] symbols, or why there are none."""
 
 
 def decode_chunks(chunks: Sequence[Coded]) -> list[Decoded]:
@@ -204,10 +204,12 @@ class _DecodingLanes:
     def errors(self) -> list[DecodeError | None]:
         """Returns the error of each chunk, or None, once all steps are done."""
         whole = (self._states.reshape(self._need.shape) == LOWER).all(axis=1)
-        left = self._ends - 1 - self._needs[:, 0]
+        words_left = self._ends - 1 - self._needs[:, 0]
         return [
             _fault(*facts)
-            for facts in zip(self._smallest.tolist(), left.tolist(), whole.tolist(), strict=True)
+            for facts in zip(
+                self._smallest.tolist(), words_left.tolist(), whole.tolist(), strict=True
+            )
         ]
 
 
@@ -310,11 +312,11 @@ class _EncodingLanes:
         complements = self._complements.take(index)
         states, top = self.states, self._top
         for step in reversed(range(steps)):
-            sent = self._sent[step]
+            is_sent = self._sent[step]
             np.right_shift(states, self._shift, out=top)
-            np.greater_equal(top, frequencies[step], out=sent)
+            np.greater_equal(top, frequencies[step], out=is_sent)
             np.copyto(self._words[step], states, casting="unsafe")
-            np.left_shift(sent.view(np.uint8), 4, out=top, casting="unsafe")
+            np.left_shift(is_sent.view(np.uint8), 4, out=top, casting="unsafe")
             np.right_shift(states, top, out=states)
             np.floor_divide(states, frequencies[step], out=top)
             # quotient << precision, plus remainder, plus start: the remainder is state - quotient *
@@ -322,9 +324,9 @@ class _EncodingLanes:
             np.multiply(top, complements[step], out=top)
             np.add(states, starts[step], out=states)
             np.add(states, top, out=states)
-        sent = self._sent[:steps].reshape(steps, chunks, LANES).transpose(1, 0, 2)
-        words = self._words[:steps].reshape(steps, chunks, LANES).transpose(1, 0, 2)[sent]
-        return np.split(words, np.cumsum(sent.sum(axis=(1, 2)))[:-1])
+        is_sent = self._sent[:steps].reshape(steps, chunks, LANES).transpose(1, 0, 2)
+        words = self._words[:steps].reshape(steps, chunks, LANES).transpose(1, 0, 2)[is_sent]
+        return np.split(words, np.cumsum(is_sent.sum(axis=(1, 2)))[:-1])
 
 
 def _per_symbol(paused: int, values: list[NDArray[np.int64]]) -> NDArray[np.uint32]:

@@ -48,12 +48,12 @@ def pack_table(table: FrequencyTable) -> bytes:
     [0, 4095, 1, 0]
     """
     present = table.frequencies > 0
-    packed = bytearray([table.precision])
-    packed += np.packbits(present, bitorder="little").tobytes()
+    table_bytes = bytearray([table.precision])
+    table_bytes += np.packbits(present, bitorder="little").tobytes()
     for frequency in table.frequencies[present].tolist():
         low, high = (frequency - 1) & 0x7F, (frequency - 1) >> 7
-        packed += bytes([low | _CONTINUED, high] if high else [low])
-    return bytes(packed)
+        table_bytes += bytes([low | _CONTINUED, high] if high else [low])
+    return bytes(table_bytes)
 
 
 def parse_table(data: Any) -> FrequencyTable:
@@ -62,21 +62,21 @@ def parse_table(data: Any) -> FrequencyTable:
     Raises:
         DecodeError: it does not follow SPEC.md 6.
     """
-    packed = bytes(data)
-    if len(packed) < _HEAD_BYTES:
+    table_bytes = bytes(data)
+    if len(table_bytes) < _HEAD_BYTES:
         raise DecodeError(
-            "rans table is shorter than its head", got=len(packed), expected=_HEAD_BYTES
+            "rans table is shorter than its head", got=len(table_bytes), expected=_HEAD_BYTES
         )
-    precision = packed[0]
+    precision = table_bytes[0]
     if not MIN_PRECISION <= precision <= MAX_PRECISION:
         raise DecodeError(
             "precision of rans table", got=precision, expected=f"{MIN_PRECISION} to {MAX_PRECISION}"
         )
     present = np.unpackbits(
-        np.frombuffer(packed, np.uint8, _BITMAP_BYTES, 1), bitorder="little"
+        np.frombuffer(table_bytes, np.uint8, _BITMAP_BYTES, 1), bitorder="little"
     ).astype(bool)
     frequencies = np.zeros(256, np.int64)
-    frequencies[present] = _read_frequencies(packed[_HEAD_BYTES:], int(present.sum()))
+    frequencies[present] = _read_frequencies(table_bytes[_HEAD_BYTES:], int(present.sum()))
     total = int(frequencies.sum())
     if total != 1 << precision:
         raise DecodeError(
@@ -96,10 +96,10 @@ def parse_tables(packed: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np
     """
     sizes = np.array([len(data) for data in packed], np.int64)
     width = int(sizes.clip(_HEAD_BYTES, MAX_TABLE_BYTES).max(initial=_HEAD_BYTES)) + 1
-    joined = np.frombuffer(
+    all_bytes = np.frombuffer(
         b"".join(bytes(data[: width - 1]).ljust(width, b"\0") for data in packed), np.uint8
     )
-    rows = joined.reshape(len(packed), width)
+    rows = all_bytes.reshape(len(packed), width)
     precisions = rows[:, 0].astype(np.int64)
     present = np.unpackbits(rows[:, 1:_HEAD_BYTES], axis=1, bitorder="little").astype(np.bool_)
     body = rows[:, _HEAD_BYTES:]

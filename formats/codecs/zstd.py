@@ -6,7 +6,7 @@ Huffman code and every match that is found costs more than it saves. Strategy `f
 where levels 1 to 19 waste up to 0.5 bit on low-entropy symbols.
 
 The high plane of wide codes is another matter where their low plane holds most bits: nearly all of
-it is zero, and runs of zeros are matches. `btultra` chooses them by what they cost: 0.078 bit a
+it is zero, and runs of zeros are matches. `btultra` chooses them by their cost: 0.078 bit a
 symbol where `fast` takes 0.128 and the order-0 entropy is 0.121, at a thirtieth of the speed.
 """
 
@@ -106,12 +106,12 @@ class ZstdCodec:
         """
         check_frame(stored, raw_bytes)
         try:
-            decoded = _STATE.decompressor.decompress(stored, allow_extra_data=False)
+            symbols = _STATE.decompressor.decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as exc:
             raise DecodeError(f"Zstandard: {exc}") from exc
-        if len(decoded) != raw_bytes:
-            raise DecodeError("frame decodes to a wrong size", got=len(decoded), expected=raw_bytes)
-        return decoded
+        if len(symbols) != raw_bytes:
+            raise DecodeError("frame decodes to a wrong size", got=len(symbols), expected=raw_bytes)
+        return symbols
 
     def decode_together(
         self, frames: memoryview, spans: list[tuple[int, int]], raw_bytes: list[int]
@@ -147,12 +147,12 @@ class ZstdCodec:
         segments = zstandard.BufferWithSegments(frames, struct.pack(f"={len(numbers)}Q", *numbers))
         sizes = struct.pack(f"={len(raw_bytes)}Q", *raw_bytes)
         try:
-            decoded: Any = _STATE.decompressor.multi_decompress_to_buffer(
+            buffers: Any = _STATE.decompressor.multi_decompress_to_buffer(
                 segments, decompressed_sizes=sizes, threads=1
             )
         except zstandard.ZstdError:
             return None
-        return [memoryview(symbols) for symbols in decoded]
+        return [memoryview(symbols) for symbols in buffers]
 
 
 def _header_bytes(descriptor: int) -> int:
@@ -215,7 +215,7 @@ def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray
     """Returns bool [n]: whether `check_frame` certainly accepts each frame, by its first bytes.
 
     Args:
-        heads: uint8 [n, HEAD_BYTES], the first bytes of each (of a shorter one, whatever follows
+        heads: uint8 [n, HEAD_BYTES], the first bytes of each (of a shorter one, with the bytes that follow
             it).
         raw_bytes: int64 [n], the size that each has to declare.
     """
@@ -228,14 +228,14 @@ def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray
     places = size_at[:, None] + np.arange(8)
     digits = np.take_along_axis(heads, places, axis=1).astype(np.uint64)
     digits[np.arange(8) >= size_bytes[:, None]] = 0
-    declared = (digits << (np.arange(8, dtype=np.uint64) * np.uint64(8))).sum(
+    declared_sizes = (digits << (np.arange(8, dtype=np.uint64) * np.uint64(8))).sum(
         axis=1, dtype=np.uint64
     )
-    declared[size_bytes == 2] += np.uint64(256)
+    declared_sizes[size_bytes == 2] += np.uint64(256)
     magic = (heads[:, :4] == np.frombuffer(_MAGIC, np.uint8)).all(axis=1)
     simple = (descriptor & 0x1F) == 0  # no dictionary, no checksum, nothing reserved
     fits = (
-        (declared == raw_bytes.astype(np.uint64))
+        (declared_sizes == raw_bytes.astype(np.uint64))
         & (window <= limits.ZSTD_WINDOW_BYTES)
         & (size_bytes > 0)
     )

@@ -1,6 +1,6 @@
 """The manifest `codecllm.json`.
 
-What the container holds, where it came from, and the checksum of every byte (SPEC.md 8).
+The content of the container, its origin, and the checksum of every byte (SPEC.md 8).
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ class Manifest(Record):
     @cached_property
     def stored_in(self) -> list[list[RawTensor | LosslessTensor | Int8Tensor]]:
         """The records of the tensors that each shard holds, by its number."""
-        stored: list[list[RawTensor | LosslessTensor | Int8Tensor]] = [[] for _ in self.shards]
+        by_shard: list[list[RawTensor | LosslessTensor | Int8Tensor]] = [[] for _ in self.shards]
         for record in self.tensors:
             if not isinstance(record, AliasTensor):
-                stored[record.shard].append(record)
-        return stored
+                by_shard[record.shard].append(record)
+        return by_shard
 
     @model_validator(mode="after")
     def _check_links(self) -> Manifest:
@@ -115,7 +115,8 @@ class Manifest(Record):
     def decoded_bytes(self) -> int:
         """Bytes of all tensors as their records describe them, aliases counted.
 
-        More than the source's files hold where quantized weights were stored as the floats that they stand for.
+        More than the source's files hold where quantized weights were stored as the floats that
+        they stand for.
         """
         return sum(record.source_bytes for record in self.tensors)
 
@@ -179,15 +180,15 @@ def _check_file_names(manifest: Manifest) -> None:
             raise SchemaError(
                 "shard has a wrong name", file=MANIFEST_NAME, got=shard.name, expected=expected
             )
-    reserved = {name.casefold() for name in (MANIFEST_NAME, *UNLISTED_NAMES)}
-    folded = {fold_name(name) for name in names}
+    reserved_names = {name.casefold() for name in (MANIFEST_NAME, *UNLISTED_NAMES)}
+    folded_names = {fold_name(name) for name in names}
     folders = {
-        "/".join(parts[:end]) for parts in map(_parts, folded) for end in range(1, len(parts))
+        "/".join(parts[:end]) for parts in map(_parts, folded_names) for end in range(1, len(parts))
     }
     if (
-        len(folded) != len(names)
-        or not reserved.isdisjoint(folded)
-        or not folders.isdisjoint(folded)
+        len(folded_names) != len(names)
+        or not reserved_names.isdisjoint(folded_names)
+        or not folders.isdisjoint(folded_names)
     ):
         raise SchemaError("a file name stands twice or is reserved", file=MANIFEST_NAME)
     if any(SHARD_NAME.fullmatch(record.name) for record in manifest.files):
@@ -212,8 +213,8 @@ def shard_name(number: int, count: int) -> str:
 
 
 def _check_features(manifest: Manifest) -> None:
-    used = features_of(manifest.tensors, manifest.options, manifest.calibration)
-    for name in used + source_features(
+    features = features_of(manifest.tensors, manifest.options, manifest.calibration)
+    for name in features + source_features(
         [record.name for record in manifest.files], manifest.source.quantization
     ):
         if name not in manifest.required_features:
@@ -226,30 +227,30 @@ def features_of(
     records: Iterable[TensorRecord], options: Options, calibration: Calibration | None
 ) -> list[str]:
     """Returns the features beyond format 1.0 that a reader must know, in a fixed order."""
-    used = {rans.NAME: False, STEPS: calibration is not None, COL_SCALE: False, WIDE: False}
-    used[STEPS] |= any(
+    uses = {rans.NAME: False, STEPS: calibration is not None, COL_SCALE: False, WIDE: False}
+    uses[STEPS] |= any(
         value is not None
         for value in (options.bits, options.ratio, options.calibrate, options.refine)
     )
     for record in records:
         if isinstance(record, CodedTensor):
-            used[rans.NAME] |= record.xxh3.tables is not None
+            uses[rans.NAME] |= record.xxh3.tables is not None
         if isinstance(record, Int8Tensor):
-            used[STEPS] |= record.rounding is not None
-            used[COL_SCALE] |= record.xxh3.col_scale is not None
-            used[WIDE] |= record.wide
-    return [name for name, use in used.items() if use]
+            uses[STEPS] |= record.rounding is not None
+            uses[COL_SCALE] |= record.xxh3.col_scale is not None
+            uses[WIDE] |= record.wide
+    return [name for name, use in uses.items() if use]
 
 
 def source_features(file_names: Iterable[str], quantization: str | None) -> list[str]:
     """Returns the features of side files and the source's quantization, in a fixed order."""
     names = list(file_names)
-    used = {
+    uses = {
         PATHS: not all(is_plain_name(name) for name in names),
         CODE: any(name.endswith(CODE_SUFFIX) for name in names),
         QUANTIZED: quantization is not None,
     }
-    return [name for name, use in used.items() if use]
+    return [name for name, use in uses.items() if use]
 
 
 def _check_tensors(manifest: Manifest) -> None:
@@ -257,16 +258,16 @@ def _check_tensors(manifest: Manifest) -> None:
     normal = {unicodedata.normalize("NFC", name) for name in records}
     if not len(records) == len(normal) == len(manifest.tensors):
         raise SchemaError("a tensor name stands twice", file=MANIFEST_NAME)
-    seen = set(records)
+    taken_names = set(records)
     for record in manifest.tensors:
         for name in side_names(record):
-            if name in seen:
+            if name in taken_names:
                 raise SchemaError(
                     "name of a side tensor is also another tensor's",
                     file=MANIFEST_NAME,
                     tensor=name,
                 )
-            seen.add(name)
+            taken_names.add(name)
     for record in manifest.tensors:
         check_name(record.name, MANIFEST_NAME)
         check_shape(record.shape, MANIFEST_NAME, record.name)
@@ -304,11 +305,11 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
         )
     if isinstance(record, Int8Tensor):
         _check_axis(record, where)
-    misplaced = misplaced_side(record)
-    if misplaced is not None:
-        too_many = misplaced.checksum(record) is not None
+    wrong_side = misplaced_side(record)
+    if wrong_side is not None:
+        too_many = wrong_side.checksum(record) is not None
         raise SchemaError(
-            f"{misplaced.title} do not fit the tensor",
+            f"{wrong_side.title} do not fit the tensor",
             got="a checksum" if too_many else "no checksum",
             expected="none" if too_many else "one",
             **where,

@@ -36,12 +36,12 @@ from codecllm.formats.strict_json import JsonWalker
 _SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
 _HEAD = ("format", "format_version", "required_features")
+# Name of a list -> the schema of its records, and the most records that it may have.
 _LISTS: dict[str, tuple[TypeAdapter[Any], int]] = {
     "shards": (TypeAdapter(ShardRecord), limits.SHARDS),
     "files": (TypeAdapter(FileRecord), limits.FILES),
     "tensors": (TypeAdapter(TensorRecord), limits.TENSORS),
 }
-"""Name of a list -> the schema of its records, and the most records that it may have."""
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -81,7 +81,7 @@ def _read_fields(data: bytes) -> dict[str, Any]:
     """
     walker = JsonWalker(data, file=MANIFEST_NAME)
     fields: dict[str, Any] = {}
-    postponed: dict[str, int] = {}
+    postponed_lists: dict[str, int] = {}
     room = limits.FIELD_BYTES
     for key in walker.members():
         begin = walker.position
@@ -89,7 +89,7 @@ def _read_fields(data: bytes) -> dict[str, Any]:
             if all(name in fields for name in _HEAD):
                 fields[key] = list(_records(walker, key))
             else:
-                postponed[key] = begin
+                postponed_lists[key] = begin
                 for _ in walker.items(limits.RECORD_BYTES, _LISTS[key][1], key):
                     pass
             continue
@@ -101,7 +101,7 @@ def _read_fields(data: bytes) -> dict[str, Any]:
             _check_head(fields)
     walker.end()
     _check_head(fields)
-    for key, begin in postponed.items():
+    for key, begin in postponed_lists.items():
         inner = JsonWalker(data, file=MANIFEST_NAME, max_depth=limits.JSON_DEPTH - 1, begin=begin)
         fields[key] = list(_records(inner, key))
     for key in fields.keys() - _LISTS.keys() - {"source"}:
@@ -140,12 +140,12 @@ def _check_seal(data: bytes) -> None:
         raise TruncatedError(
             "manifest does not end in its seal", file=MANIFEST_NAME, got=ascii(data[-40:])
         )
-    computed = sha256_hex(memoryview(data)[:-_SEAL_BYTES])
-    if computed != seal[1].decode():
+    digest = sha256_hex(memoryview(data)[:-_SEAL_BYTES])
+    if digest != seal[1].decode():
         raise ChecksumError(
             "manifest differs from its seal",
             file=MANIFEST_NAME,
-            got=computed,
+            got=digest,
             expected=seal[1].decode(),
         )
 

@@ -192,7 +192,8 @@ class Options(Record):
     """Options of the conversion; the same source and writer then give the same bytes.
 
     `codec` is absent where it is `zstd`, the only one of format 1.0. `bits` (per weight) or
-    `ratio`, `calibrate` and `refine` are what chose the steps, where something did.
+    `ratio`, `calibrate` and `refine` name the way in which steps were chosen, if
+    they were.
     """
 
     scheme: Literal["int8", "lossless"]

@@ -47,8 +47,8 @@ RECORD = np.dtype(
 
 MAX_LOW_BITS = 8
 
+# Most chunks of a tensor whose sizes by geometry alone are cached: 256 KiB.
 _KEPT_CHUNKS = 1 << 14
-"""Most chunks of a tensor for which what follows from its geometry alone is kept: 256 KiB."""
 
 
 class Chunk(NamedTuple):
@@ -97,8 +97,8 @@ class ChunkTable:
 
         Per tile, how many bits of its codes plane 0 holds (`schemes.int8.join_codes`).
         """
-        found: list[int] = self.records["low_bits"][1 :: self.planes].tolist()
-        return found
+        bits_of_tiles: list[int] = self.records["low_bits"][1 :: self.planes].tolist()
+        return bits_of_tiles
 
     def check_low_bits(self, wide: bool, *, file: str, tensor: str) -> None:
         """Refuses chunks whose `low_bits` does not fit their tensor.
@@ -172,7 +172,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
             expected=HEADER.itemsize,
             **where,
         )
-    magic, version, planes, reserved, rows, cols, tile_rows, tile_cols = np.frombuffer(
+    magic, version, planes, reserved_value, rows, cols, tile_rows, tile_cols = np.frombuffer(
         data, HEADER, count=1
     )[0].tolist()
     if magic != MAGIC:
@@ -181,7 +181,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         raise UnsupportedVersionError(
             "chunk table version", got=version, expected=TABLE_VERSION, **where
         )
-    if reserved != 0:
+    if reserved_value != 0:
         raise SchemaError("reserved bytes of the chunk table are not zero", **where)
     if not 1 <= planes <= limits.PLANES:
         raise LimitError("planes per tile", got=planes, expected=f"1 to {limits.PLANES}", **where)
@@ -198,10 +198,10 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     records = np.frombuffer(data, RECORD, offset=HEADER.itemsize)
     sizes = _kept_chunk_sizes if len(records) <= _KEPT_CHUNKS else _chunk_sizes
     raw_bytes, most = sizes(grid, planes)
-    stored = records["stored_bytes"].astype(np.int64)
-    _check_records(records, stored, raw_bytes, most, where)
+    stored_sizes = records["stored_bytes"].astype(np.int64)
+    _check_records(records, stored_sizes, raw_bytes, most, where)
     offsets = np.zeros(len(records) + 1, np.int64)
-    np.add.accumulate(slot_bytes(stored), out=offsets[1:])
+    np.add.accumulate(slot_bytes(stored_sizes), out=offsets[1:])
     if int(offsets[-1]) != payload_bytes:
         raise LayoutError(
             "chunks do not add up to the payload",

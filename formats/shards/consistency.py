@@ -1,4 +1,4 @@
-"""What a manifest says of its shards and tensors, compared with what they are: checks without reading payloads."""
+"""Compares a manifest with its shards and tensors, without reading payloads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
     """
     file = manifest.shards[number].name
     check_xxh3(header.raw, manifest.shards[number].header_xxh3, file, None, 0)
-    found = {entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()}
+    stored_types = {
+        entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()
+    }
     expected: dict[str, tuple[str, list[int] | None]] = {}
     for record in manifest.stored_in[number]:
         if isinstance(record, RawTensor):
@@ -55,11 +57,11 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
         for side in side_tensors(record):
             expected[side.name] = (side.dtype, None if side.length is None else [side.length])
     for name, (dtype, shape) in expected.items():
-        if name not in found:
+        if name not in stored_types:
             raise LayoutError(
                 "shard lacks a tensor that the manifest places there", file=file, tensor=name
             )
-        got_dtype, got_shape = found[name]
+        got_dtype, got_shape = stored_types[name]
         if got_dtype != dtype or (got_shape != shape if shape is not None else len(got_shape) != 1):
             got = f"{got_dtype} {got_shape}"
             raise LayoutError(
@@ -69,7 +71,7 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
                 got=got,
                 expected=dtype,
             )
-    for name in found:
+    for name in stored_types:
         if name not in expected:
             raise LayoutError(
                 "shard holds a tensor that the manifest does not place there",
@@ -99,19 +101,23 @@ def check_expansion(manifest: Manifest, most: float | None = None) -> None:
             most = math.nan
         if math.isnan(most):
             raise UsageError(f"{MAX_EXPANSION} is not a number", got=ascii(text)[:40])
-    declared = sum(record.source_bytes for shard in manifest.stored_in for record in shard)
-    stored = sum(shard.bytes for shard in manifest.shards)
-    if declared > max(limits.EXPANSION_FREE_BYTES, most * stored):
+    declared_bytes = sum(record.source_bytes for shard in manifest.stored_in for record in shard)
+    stored_bytes = sum(shard.bytes for shard in manifest.shards)
+    if declared_bytes > max(limits.EXPANSION_FREE_BYTES, most * stored_bytes):
         raise LimitError(
             f"tensors are too large for what is stored of them ({MAX_EXPANSION}=N allows N times)",
             file=MANIFEST_NAME,
-            got=f"{declared} bytes from {stored}",
+            got=f"{declared_bytes} bytes from {stored_bytes}",
             expected=f"at most {most:g} times",
         )
 
 
 def check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
-    """Compares a chunk table with its record: tiles, planes, codecs, stored bytes; raises LayoutError."""
+    """Compares a chunk table with its record.
+
+    Raises:
+        LayoutError: tiles, planes, codecs or stored bytes differ.
+    """
     rows, cols = tensor_matrix(record)
     expected = Grid(rows, cols, record.tile[0], record.tile[1])
     if table.grid != expected or table.planes != len(record.planes):
@@ -123,15 +129,15 @@ def check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
             expected=str(expected),
         )
     _check_codecs(record, table, file)
-    stored = np.add.reduce(
+    stored_bytes = np.add.reduce(
         table.records["stored_bytes"].reshape(-1, table.planes), axis=0, dtype=np.int64
     ).tolist()
-    if stored != [plane.stored_bytes for plane in record.planes]:
+    if stored_bytes != [plane.stored_bytes for plane in record.planes]:
         raise LayoutError(
             "chunk table and manifest disagree on stored bytes",
             file=file,
             tensor=record.name,
-            got=stored,
+            got=stored_bytes,
         )
 
 
@@ -158,8 +164,8 @@ def _check_codecs(record: CodedTensor, table: ChunkTable, file: str) -> None:
     At least one chunk must use the plane's codec.
     """
     codecs = table.records["codec"].reshape(-1, table.planes)
-    declared = np.array([CODEC_IDS[plane.codec] for plane in record.planes], np.uint8)
-    wrong = (codecs != declared) & (codecs != CODEC_IDS["raw"])
+    plane_codecs = np.array([CODEC_IDS[plane.codec] for plane in record.planes], np.uint8)
+    wrong = (codecs != plane_codecs) & (codecs != CODEC_IDS["raw"])
     if np.count_nonzero(wrong):
         chunk = int(wrong.reshape(-1).argmax())
         name = CODEC_NAMES[int(codecs.reshape(-1)[chunk])]
@@ -169,9 +175,9 @@ def _check_codecs(record: CodedTensor, table: ChunkTable, file: str) -> None:
             tensor=record.name,
             chunk=chunk,
         )
-    unused = (codecs != declared).all(axis=0)
-    if np.count_nonzero(unused):
-        plane = int(unused.argmax())
+    unused_planes = (codecs != plane_codecs).all(axis=0)
+    if np.count_nonzero(unused_planes):
+        plane = int(unused_planes.argmax())
         raise LayoutError(
             f"no chunk of plane {plane} uses its codec {record.planes[plane].codec!r}",
             file=file,
@@ -180,7 +186,12 @@ def _check_codecs(record: CodedTensor, table: ChunkTable, file: str) -> None:
 
 
 def check_size(file: SafeFile, record: FileRecord) -> None:
-    """Raises TruncatedError where a file is shorter than its record says, LayoutError where longer."""
+    """Compares the size of a file with its record.
+
+    Raises:
+        TruncatedError: the file is shorter.
+        LayoutError: it is longer.
+    """
     if file.size < record.bytes:
         raise TruncatedError(
             "file is too short", file=record.name, got=file.size, expected=f"{record.bytes} bytes"

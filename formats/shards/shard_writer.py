@@ -14,8 +14,8 @@ from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import LayoutError
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, TensorEntry, pack_header
 
+# Parts of one call of the system.
 _MOST_PARTS = 1024
-"""Parts of one call of the system."""
 
 
 @dataclass(frozen=True, slots=True)

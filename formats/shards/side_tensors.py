@@ -222,13 +222,13 @@ def side_tensors(record: TensorRecord) -> list[StoredSide]:
     if isinstance(record, RawTensor | AliasTensor):
         return []
     layout = layout_of(record)
-    stored = []
+    sides = []
     for side in SIDE_TENSORS:
         checksum = side.checksum(record)
         if checksum is not None:
             name = side.name_for(record.name)
-            stored.append(StoredSide(side, name, side.dtype(layout), side.length(layout), checksum))
-    return stored
+            sides.append(StoredSide(side, name, side.dtype(layout), side.length(layout), checksum))
+    return sides
 
 
 def side_names(record: TensorRecord) -> list[str]:
@@ -247,11 +247,11 @@ def misplaced_side(record: CodedTensor) -> SideTensor | None:
     """
     layout = layout_of(record)
     for side in SIDE_TENSORS:
-        stored = side.checksum(record) is not None
+        is_stored = side.checksum(record) is not None
         presence = side.presence(layout)
         if side.needs is not None and getattr(record.xxh3, side.needs) is None:
             presence = "never"
-        if presence != "optional" and stored != (presence == "always"):
+        if presence != "optional" and is_stored != (presence == "always"):
             return side
     return None
 
@@ -259,8 +259,8 @@ def misplaced_side(record: CodedTensor) -> SideTensor | None:
 def scale_bytes(record: Int8Tensor) -> int:
     """Returns the bytes that the scales and the groups of columns take."""
     sizes = (
-        (stored.length or 0) * DTYPES[stored.dtype].itemsize
-        for stored in side_tensors(record)
-        if stored.side in (SCALE, COL_SCALE, COL_GROUP)
+        (stored_side.length or 0) * DTYPES[stored_side.dtype].itemsize
+        for stored_side in side_tensors(record)
+        if stored_side.side in (SCALE, COL_SCALE, COL_GROUP)
     )
     return sum(sizes)
