@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from codecllm.formats import FORMAT_VERSION
 from codecllm.formats import WRITER_VERSION as __version__
 
+# For type checkers, which do not run `__getattr__`.
 if TYPE_CHECKING:
     from codecllm.api import convert as convert
     from codecllm.api import export as export
@@ -37,6 +38,7 @@ __all__ = [
     "verify",
 ]
 
+# Imported at first use (PEP 562): `import codecllm` must not import torch.
 _HOMES = {
     "compare_models": "codecllm.verifier.model_comparison",
     "convert": "codecllm.api",

@@ -172,7 +172,9 @@ def run_conversion(
 ) -> Converted:
     """Converts as `convert` does, with packed options."""
     files = _resolve_source(model, access)
+    # Parameters and temporary files are released before the baseline loads models.
     report = _convert_source(files, out, options, progress, on_stage)
+    # Imported late: the baseline needs torch, the conversion does not.
     from codecllm.verifier import record_baseline
     from codecllm.verifier.load_report import record_load_report
 
@@ -181,10 +183,12 @@ def run_conversion(
         report.warnings.append(note)
     outcome = None
     if baseline is not False:
+        # transformers loads the folder of the main module, which need not be the root.
         main_folder = files.folder / read_modules(files.folder).main
         outcome = record_baseline(
             report.out, main_folder, required=baseline is True, on_stage=on_stage
         )
+    # Read again: load report and baseline have changed the manifest.
     with Container(report.out) as container:
         manifest_sha256 = container.manifest_sha256
     return Converted(report, manifest_sha256, outcome)
@@ -287,5 +291,6 @@ def _compressed_tensors_layout(container: Container) -> PackedLayout:
         return plan_layout(manifest, ())
     from codecllm.loader.hf.plain import linear_modules
 
+    # Its sha256 is compared before transformers reads it.
     container.read_side_file(config)
     return plan_layout(manifest, linear_modules(container.folder))

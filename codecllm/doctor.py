@@ -138,6 +138,7 @@ def _devices() -> dict[str, str]:
         import torch
     except ImportError:
         return {}
+    # The loader's list: only devices that a load can use are examined.
     from codecllm.loader.device.streams import ACCELERATORS
 
     devices = {}
@@ -159,7 +160,9 @@ def _devices() -> dict[str, str]:
 @contextmanager
 def _containers(base: Path) -> Iterator[dict[str, Path]]:
     """Yields containers by codec: int8 by rows and by columns, lossless, and plain."""
+    # A fixed seed: two reports of one machine can be compared.
     rng = np.random.default_rng(0)
+    # Tiles of 16 KiB divide none of these, so that smaller tiles at the edges occur.
     values = {"rows.weight": (400, 384), "h.0.attn.c_attn.weight": (200, 384), "kept": (300, 300)}
     arrays = {
         name: (0.02 * rng.standard_normal(shape)).astype(np.float32)
@@ -170,6 +173,7 @@ def _containers(base: Path) -> Iterator[dict[str, Path]]:
     source = base / "source"
     source.mkdir()
     save_file(arrays, source / "model.safetensors", {"format": "pt"})
+    # GPT-2, whose Conv1D has scales for columns.
     (source / "config.json").write_text('{"model_type": "gpt2"}')
     yield {
         codec: convert(source, base / codec, codec=codec, non_finite="lossless", chunk_kib=16).out
@@ -181,6 +185,7 @@ def _finding(device: str, decoder: str, detail: str, test: Callable[[], None]) -
     try:
         test()
     except Exception as exc:
+        # A decoder may fail in any way: the report names it and goes on.
         return DecoderFinding(
             device,
             decoder,
@@ -221,6 +226,7 @@ def _decode_both_ways(tensor: StoredTensor) -> None:
     slots = tensor.read_slots(0, chunks, bytearray(tensor.slots_bytes(0, chunks)))
     itemsize = DTYPES[tensor.record.dtype].itemsize
     shape = (tensor.table.grid.rows, tensor.table.grid.cols)
+    # Zeros: memory of an earlier test could hold the right bytes.
     plain, fast = (np.zeros(shape, f"<u{itemsize}") for _ in range(2))
     decode_plainly(tensor, tiles, plain, tensor.record.dtype, slots)
     if not decode_natively(tensor, tiles, fast, tensor.record.dtype, slots):
@@ -255,6 +261,7 @@ def _device_findings(containers: dict[str, Path], name: str) -> list[DecoderFind
     codecs = find_codecs(device)
     findings = []
     for codec in CODECS:
+        # Devices without decoders of their own take this path.
         test = partial(_feed, containers[codec], device, NOTHING)
         findings.append(
             _finding(name, f"cpu, {codec}", "decoded on the CPU; same bits as the reference", test)
@@ -299,6 +306,7 @@ def _feed(folder: Path, device: Any, codecs: Any) -> None:
 def _compare(container: Container, name: str, tensor: Any) -> None:
     import torch
 
+    # Bytes are compared: NaN differs from itself, and -0.0 equals 0.0.
     got = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     if got != read_tensor_bytes(container, name):
         raise DecodeError("decoded to other bits than the reference", tensor=name)

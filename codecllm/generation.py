@@ -38,6 +38,7 @@ def generate(
         CodecLLMError: loading failed.
     """
     files = resolve(out, revision=revision)
+    # Behind `resolve`: a wrong name fails before torch is imported, which takes seconds.
     import torch
 
     from codecllm.loader import from_pretrained
@@ -58,6 +59,7 @@ def generate(
     if inputs["input_ids"].shape[-1] == 0:
         raise UsageError("the prompt has no tokens", got=repr(prompt))
     largest = int(inputs["input_ids"].max())
+    # On a GPU an index beyond the embedding fails without a message that names it.
     rows = getattr(model.config.get_text_config(decoder=True), "vocab_size", largest + 1)
     if largest >= rows:
         raise ModelMismatchError(

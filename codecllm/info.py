@@ -92,6 +92,7 @@ def describe_manifest(
         "weights": weights,
         "source_bytes": manifest.source.tensor_bytes,
         "container_bytes": stored_bytes,
+        # Against the source's own dtype, with all stored bytes (docs/decisions/ratio.md).
         "ratio": manifest.source.tensor_bytes / stored_bytes,
         "bits_per_weight": 8 * stored_bytes / max(1, weights),
         "entropy_bits_per_weight": entropy / max(1, weights),
@@ -107,6 +108,7 @@ def _dtype_bytes(records: list[TensorRecord]) -> dict[str, int]:
 
 
 def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
+    # Every row has every key: readers of --json need no second case.
     row: dict[str, Any] = {
         "name": record.name,
         "scheme": record.scheme,
@@ -141,6 +143,7 @@ def _describe_tensor(record: TensorRecord) -> dict[str, Any]:
     if isinstance(record, Int8Tensor):
         scales = scale_bytes(record)
         row["stored_bytes"] += scales
+        # Scales are not coded: they count in full in the bound too.
         row["entropy_bits"] += 8 * scales
         row["worst_error"], row["scale_range"] = record.worst_error, record.scale_range
         row |= {
@@ -165,6 +168,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
     for column in ("stored", "bits/w", "bound", "worst error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in facts["tensors"]:
+        # Names come from others: rich would read brackets in them as markup.
         table.add_row(*map(escape, _cells(row)))
     console.print(table)
     source = facts["source"]

@@ -74,6 +74,7 @@ def _metadata(container: Container, base: BaseModel | None) -> str:
     if base_name is not None:
         fields |= {"base_model": base_name, "base_model_relation": "quantized"}
     fields["license_link"] = _licence_link(fields.get("license_link"), base, manifest)
+    # The Hub's class writes the YAML: it quotes names where that is needed.
     data = ModelCardData(
         library_name="transformers",
         tags=["codecllm", manifest.options.scheme, *sorted(codecs), *_code_tags(manifest)],
@@ -98,6 +99,7 @@ def _pipeline_tag(container: Container) -> str | None:
     if record is None:
         return None
     architectures = json.loads(container.read_side_file(record)).get("architectures") or [""]
+    # Only the clear case: a wrong tag would give the Hub's page a wrong widget.
     return "text-generation" if str(architectures[0]).endswith("ForCausalLM") else None
 
 
@@ -173,6 +175,7 @@ def _figures(
     yield "tensors", ", ".join(f"{count} {scheme}" for scheme, count in sorted(schemes.items()))
     agreement = baseline.agreement if baseline is not None else None
     if agreement is not None:
+        # A figure that was not measured is left out, not shown as 0.
         if agreement.mean_kl is not None:
             yield "mean KL(source, this), per token", f"{agreement.mean_kl:.3g} nats"
         if agreement.top1 is not None:
@@ -184,6 +187,7 @@ def _figures(
     commit = facts["source"]["commit"]
     if base is not None and commit is not None:
         yield "source commit", f"`{commit}`"
+    # Strings of a manifest may come from anyone and must not act as markup.
     writer = in_markdown(facts["writer"].get("codecllm", "?"))
     yield "container format", f"{facts['format_version']}, written by codecllm {writer}"
 

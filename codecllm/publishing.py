@@ -119,9 +119,11 @@ def push(
         )
     if not folder.is_dir():
         raise NotAContainerError(describe_missing(folder, CONTAINER_IS), file=str(container))
+    # First: verifying a large container takes minutes.
     check_login(repo, token=token)
     tell(f"verifying {folder} (level {level})")
     sha256 = _verified(folder, level, workers, progress)
+    # Exactly the manifest that was verified: the folder may have changed since.
     with Container(folder, expected_manifest_sha256=sha256) as opened_container:
         manifest = opened_container.manifest
         base, warnings = _ask_base(base_model or manifest.source.repo, private, token)
@@ -167,6 +169,7 @@ def _verified(folder: Path, level: Level, workers: int | None, progress: Progres
         ].message = (
             f"not pushed, {count} fault{'s' * (count != 1)} found; the first: {faults[0].message}"
         )
+        # The class of the first fault gives the exit code.
         raise faults[0]
     assert report.manifest_sha256 is not None
     return report.manifest_sha256
@@ -184,6 +187,7 @@ def _ask_base(
     try:
         base = read_base_model(repo, token=token)
     except HubError as exc:
+        # A base model that is gone or private must not stop a push.
         return None, [
             f"the card states no licence, because the base model could not be looked up: {exc}"
         ]

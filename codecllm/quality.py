@@ -67,6 +67,7 @@ def quantized_tensors(model: SourceModel, options: ConvertOptions) -> frozenset[
 def _recorded_kind(rate: Rate) -> str:
     """Returns the kind of calibration that the manifest names: `self`, `random` or `file`."""
     kind = "self" if rate.calibrate is None else str(rate.calibrate)
+    # No local path stands in a manifest (docs/decisions/reproducible-bytes.md).
     return kind if kind in ("self", "random") else "file"
 
 
@@ -84,6 +85,7 @@ def _calibrate(
     try:
         calibration = _run_calibration(model, kind, refined, on_stage)
     except UnsupportedEnvironmentError as exc:
+        # A calibration that the user asked for must not be skipped silently.
         if rate.calibrate is not None or refined:
             raise
         return None, [f"not calibrated, steps follow from the weights alone: {exc}"]
@@ -94,6 +96,7 @@ def _run_calibration(
     model: SourceModel, kind: str, refined: Collection[str], on_stage: OnStage | None
 ) -> Calibrated:
     try:
+        # Imported late: it needs torch, and a conversion without a rate does not.
         from codecllm.calibrator import calibrate
     except ImportError as exc:
         raise UnsupportedEnvironmentError(

@@ -29,6 +29,7 @@ from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.manifest import pack_manifest
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
+# Room for the files that no plan counts: index, manifest and baseline.
 _SPARE_BYTES = 64 << 20
 
 
@@ -123,10 +124,13 @@ def convert_model(
     plan = plan_conversion(model, options, accepts_params=choice.provider is not None)
     conversion = Conversion(model, plan, options, choice, origin or Origin())
     fingerprint = fingerprint_of(conversion)
+    # The plan may still refuse the source: the output is not touched before.
     with Staging(out, force=options.force, fingerprint=fingerprint) as staging:
         finished_bytes = sum(shard.record.bytes for shard in staging.journal.finished.values())
         _check_space(staging.out, plan.max_stored_bytes + model.side_bytes - finished_bytes)
         manifest = write_container(conversion, staging.folder, staging.journal, progress)
+        # A source that was written to meanwhile gives a mixture of two models: refused before the
+        # commit.
         model.check_unchanged()
         data = pack_manifest(manifest)
         staging.commit(data)

@@ -60,6 +60,8 @@ class ConversionReport:
         0 where there are none.
         """
         unquantized_bytes = quantized_weights = 0
+        # Headers, manifest and side tensors stay in the account: they are part of the price of a
+        # rate.
         for record in self.manifest.tensors:
             if isinstance(record, Int8Tensor):
                 quantized_weights += record.elements

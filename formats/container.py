@@ -115,6 +115,7 @@ class Container:
                 expected=expected_manifest_sha256,
             )
         self.manifest: Manifest = parse_manifest(data)
+        # Before anything is allocated by the sizes that the manifest declares.
         check_expansion(self.manifest, max_expansion)
         self.records = {record.name: record for record in self.manifest.tensors}
         self._files = OpenFiles(self.folder)
@@ -215,6 +216,7 @@ class Container:
         """
         record = self.records.get(name)
         if isinstance(record, AliasTensor):
+            # One step is enough: the manifest's validation refuses an alias of an alias.
             record = self.records[record.alias_of]
         if record is None:
             raise SchemaError("no such tensor", file=MANIFEST_NAME, tensor=name)
@@ -223,6 +225,7 @@ class Container:
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
+        # The header's length of the table is compared with nothing yet: bounded before it is read.
         check_table_size(header, record, file.name)
         # The size of the rans tables is limited by the other side tensors, so they are read after
         # these.
@@ -262,12 +265,14 @@ class Container:
         record = self.manifest.shards[number]
         file = self._files.open(record.name)
         try:
+            # A file of another size is often a pointer or an error page, which has its own message.
             if file.size != record.bytes:
                 refuse_foreign(file)
             check_size(file, record)
             header = read_header(file, expected_xxh3=record.header_xxh3)
             check_shard_header(self.manifest, number, header)
         except BaseException:
+            # No descriptor is left open, on Ctrl-C neither.
             file.close()
             raise
         return file, header

@@ -36,6 +36,7 @@ class CodecLLMError(Exception):
     ) -> None:
         """Keeps the facts as attributes; `str(error)` puts them into one line."""
         super().__init__(message)
+        # `__str__` adds place and values, so the text is kept without them.
         self.message = message
         self.file = file
         self.tensor = tensor
@@ -51,6 +52,7 @@ class CodecLLMError(Exception):
             place: `file`, `tensor`, `chunk` or `byte`; those that are known already stay.
         """
         for name, value in place.items():
+            # The innermost place knows best.
             if getattr(self, name) is None:
                 setattr(self, name, value)
         return self

@@ -47,6 +47,7 @@ class SafeFile:
         """Opens `folder / name`; see the class for its errors."""
         self.name = name
         self.path = self._locate(folder, name)
+        # NOFOLLOW: a link that appears behind `_locate` is refused. NONBLOCK: a FIFO must not hang.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self.descriptor = os.open(self.path, flags)
@@ -56,6 +57,7 @@ class SafeFile:
             if exc.errno in (errno.ELOOP, errno.ENXIO):
                 raise UnsafePathError("not a regular file", file=name) from exc
             raise
+        # Of the descriptor: the path may lead elsewhere by now.
         status = os.fstat(self.descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(self.descriptor)
@@ -79,6 +81,7 @@ class SafeFile:
             TruncatedError: the file ends before.
         """
         with self.opened() as descriptor:
+            # One call is enough nearly always; `read_into` copes with short reads.
             data = os.pread(descriptor, length, offset)
         if len(data) == length:
             return data
@@ -208,6 +211,7 @@ def safe_path(folder: Path, name: str) -> Path:
         raise UnsafePathError("unsafe file name", file=ascii(name))
     root = Path(os.path.realpath(folder))
     real = Path(os.path.realpath(root / name))
+    # A path that equals its real path has no link in it.
     if real == root / name:
         return real
     blobs = root.parent.parent / "blobs"
@@ -254,6 +258,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
+            # Before the rename, which could otherwise reach the disk before the bytes.
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:

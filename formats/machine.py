@@ -7,6 +7,7 @@ import os
 
 def cores() -> int:
     """Returns how many cores this process may use, 1 or more."""
+    # Containers and batch systems give a process fewer cores than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)
@@ -23,5 +24,6 @@ def available_memory() -> int:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) << 10
     except OSError:
+        # No /proc outside Linux.
         pass
     return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))

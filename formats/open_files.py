@@ -48,6 +48,7 @@ class OpenFiles:
         with self._lock:
             if file.descriptor < 0:
                 file.reopen()
+            # Counted before the oldest files are closed: this one must not be among them.
             file.readers += 1
             self._open[file] = None
             self._open.move_to_end(file)
@@ -70,6 +71,7 @@ class OpenFiles:
         excess = len(self._open) - self._most
         if excess <= 0:
             return
+        # `take` moves a file to the end, so the least recently used come first.
         idle = [file for file in self._open if not file.readers]
         for file in idle[:excess]:
             file.close_descriptor()

@@ -19,6 +19,7 @@ from codecllm.formats.schemes.lossless import join_planes
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, sound, tile_steps
 from codecllm.formats.tiling import Tile
 
+# Chunks side by side share the cost of numpy's calls.
 _RANS_SYMBOLS = 1 << 20
 
 

@@ -134,6 +134,7 @@ class StoredTensor:
         """
         if self.columns is None or self.columns.places is None:
             return part
+        # clip: under its default mode numpy copies `out` to check the indices first.
         return part.take(self.columns.places, axis=1, out=out, mode="clip")
 
     def slots_bytes(self, first: int, last: int) -> int:
@@ -175,6 +176,7 @@ class StoredTensor:
                 "stored bytes are damaged: xxh3", got=f"{got:016x}", expected=f"{record.xxh3:016x}"
             )
             raise error.located(**self.place(chunk))
+        # Free padding would let one tensor have many valid files.
         if any(slot[record.stored_bytes :]):
             raise SchemaError("padding is not zero").located(**self.place(chunk))
         return slot[: record.stored_bytes]
@@ -206,6 +208,7 @@ class StoredTensor:
         )
         if wrong.any():
             chunk = first + int(wrong.argmax())
+            # Raises with the place and the values of the chunk.
             self.stored_chunk(chunk, view, first)
             raise ChecksumError("stored bytes changed while they were checked").located(
                 **self.place(chunk)
@@ -233,6 +236,7 @@ class StoredTensor:
                 self.stored_chunk(chunk, slots, first) for chunk in range(first, last)
             ]
         except (ChecksumError, SchemaError):
+            # `decode_run` meets the fault again and names the chunk.
             return None
         zstd_chunks = [
             number for number, record in enumerate(records) if record.codec == ZSTD.codec_id

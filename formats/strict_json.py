@@ -40,6 +40,7 @@ def parse_json_object(
         raise LimitError(
             "JSON text is too long", file=file, got=len(data), expected=f"at most {max_bytes} bytes"
         )
+    # Counted in the bytes: in memory a value is many times as large as in the text.
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if values > limits.JSON_VALUES:
         raise LimitError(
@@ -155,6 +156,7 @@ class JsonWalker:
         value, length = self._decoder.raw_decode(text)
         size = length if window.isascii() else len(text[:length].encode("utf-8", "surrogatepass"))
         value_bytes = window[:size]
+        # A number that the window cuts is still a number: only a longer window shows its end.
         if type(value) in (int, float) and size == len(window) and not whole:
             raise json.JSONDecodeError("number goes on behind the limit", text, 0)
         if value_bytes.count(b"[") + value_bytes.count(b"{") > self._depth:
@@ -238,6 +240,7 @@ def _refuse_constant(name: str, file: str) -> NoReturn:
 
 
 def _bounded_int(digits: str, file: str) -> int:
+    # Long digits are refused before `int`, whose time grows with their square.
     if len(digits) > 17 or abs(value := int(digits)) > limits.INTEGER:
         raise LimitError(
             "integer is too large", file=file, got=digits[:40], expected="at most 2^53 in magnitude"

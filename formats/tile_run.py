@@ -24,6 +24,7 @@ from codecllm.formats.tiling import Tile
 CODES, WIDE_CODES = "I8", "I16"
 """Targets for the codes of an `int8` tensor instead of its weights: int8, or int16 if wide."""
 
+# The numbers of the native core.
 _TARGETS = {"BF16": 0, "F16": 1, "F32": 2, CODES: 3, WIDE_CODES: 4}
 _JOIN, _DEQUANTIZE = 0, 1
 
@@ -84,6 +85,7 @@ def decode_natively(
     first, last = tiles.start * planes, tiles.stop * planes
     records = table.records[first:last]
     symbols = None
+    # The core has no zstd: the library decodes, once the core has checked the slots.
     if (records["codec"] == ZSTD.codec_id).any():
         if core.check_slots(slots, records, table.raw_bytes[first:last]) != -1:
             return False

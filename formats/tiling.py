@@ -9,6 +9,7 @@ from typing import Literal
 
 from codecllm.formats.errors import LayoutError
 
+# Record, padding and code table cost little beside it, and it fits the cache of a core.
 DEFAULT_TILE_SYMBOLS = 1 << 17
 
 ChannelKind = Literal["row", "column"]

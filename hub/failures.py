@@ -53,6 +53,7 @@ def explain(exc: BaseException, revision: str | None) -> str | None:
         (ConnectionError, _explain_unreachable),
         (TimeoutError, _explain_unreachable),
     ]
+    # The order counts: some of these classes are subclasses of later ones.
     for cls, words in table:
         if isinstance(exc, cls):
             return words(exc)
@@ -90,6 +91,7 @@ def _explain_missing(exc: BaseException, local: str) -> str:
 def _explain_status(exc: Any) -> str:
     response = getattr(exc, "response", None)
     status = getattr(response, "status_code", None)
+    # The Hub puts its reason into this header; the text of the exception begins with the URL.
     message = (getattr(response, "headers", None) or {}).get("X-Error-Message") or _first_line(exc)
     if status == 401:
         return f"the Hub refuses the token, or asks for one ({message}): {_LOG_IN}"

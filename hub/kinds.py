@@ -44,6 +44,7 @@ def file_kind(name: str) -> FileKind:
     if any(part.startswith(".") for part in name.split("/")):
         return "hidden"
     lower = name.lower()
+    # Before the suffixes: an index ends in .json, but it goes with its weights.
     if _INDEX.fullmatch(lower):
         return "index"
     for kind, suffixes in _SUFFIXES.items():

@@ -97,12 +97,15 @@ class RemoteRepository:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         headers = build_hf_headers(token=self._token, library_name="codecllm")
+        # identity: offsets in a compressed answer would be others.
         headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         data = bytearray()
         with one_line_errors(self.name):
             url = hf_hub_url(self.name, file, revision=self.commit)
             with get_session().stream("GET", url, headers=headers) as response:
                 hf_raise_for_status(response)
+                # From offset 0 a whole file begins with the right bytes; elsewhere they would be
+                # others.
                 if response.status_code != 206 and offset:
                     raise HubError(
                         "the Hub serves no ranges of this file", file=file, got=response.status_code
@@ -225,6 +228,7 @@ def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
 def _read_header(repository: RemoteRepository, name: str, file_bytes: int) -> ShardHeader:
     prefix = repository.read(name, 0, PREFIX_BYTES)
     size = int.from_bytes(prefix, "little")
+    # The size comes from the file, so it is bounded before memory is taken for it.
     if size > min(file_bytes - PREFIX_BYTES, limits.HEADER_BYTES):
         raise LimitError("header is too long", file=name, got=size)
     return parse_header(

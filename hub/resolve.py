@@ -130,6 +130,7 @@ def _download_container(
     folder = _snapshot(
         repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"]
     )  # both are needed in any case
+    # The cache names a snapshot's folder by its commit: the second download sees the same one.
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
     path = folder / MANIFEST_NAME
     if not path.exists():
@@ -161,6 +162,7 @@ def _download_source(
     def fetch(wanted: list[str], unwanted: list[str]) -> Path:
         nonlocal pinned_revision
         folder = _snapshot(repo, pinned_revision, token, cache_dir, wanted, unwanted)
+        # All fetches of one conversion see the commit of the first.
         pinned_revision = folder.name if _COMMIT.fullmatch(folder.name) else pinned_revision
         return folder
 

@@ -77,6 +77,7 @@ def _module_folders(folder: Path) -> list[str]:
     entries = _read_json(folder / "modules.json")
     paths = [_entry(entry, "path") for entry in entries] if isinstance(entries, list) else []
     places = [path.strip("/") for path in paths if isinstance(path, str) and _stays_inside(path)]
+    # modules.json does not name the folders of a router's modules.
     for place in ["", *places]:
         types = _entry(_read_json(folder / place / _ROUTER), "types")
         if isinstance(types, dict):

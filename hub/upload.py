@@ -138,6 +138,7 @@ def upload_container(
     api = HfApi(library_name="codecllm", token=token)
     with one_line_errors(repo, revision):
         url = str(api.create_repo(repo, private=private or None, exist_ok=True))
+        # `exist_ok` takes an existing repository as it is, public or not.
         if private and not api.model_info(repo).private:
             raise UsageError(
                 "the repository exists and is public: --private cannot hide it", file=repo

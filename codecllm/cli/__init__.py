@@ -26,4 +26,5 @@ def main() -> None:
 def _quit(number: int, frame: object) -> None:
     """Ends the process while modules are imported: there is nothing to clean up yet."""
     os.write(2, f"error: stopped by {signal.Signals(number).name}\n".encode())
+    # `_exit`: handlers of half-imported modules must not run. 128 + number, as in a shell.
     os._exit(128 + number)

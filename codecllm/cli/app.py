@@ -11,6 +11,7 @@ from codecllm import FORMAT_VERSION, __version__
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
+    # `process.main` prints one line; typer would print a box before it.
     pretty_exceptions_enable=False,
     help="Model weights, entropy-coded: convert once, verify anywhere, load into transformers.",
     epilog="Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported, 4 files or network, "

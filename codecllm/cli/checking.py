@@ -48,6 +48,7 @@ def verify(
 
     Example: [bold]codecllm verify out/ --source HuggingFaceTB/SmolLM2-135M-Instruct[/bold]
     """
+    # Commands import late: torch takes seconds, and --help must be fast.
     from codecllm.verifier import render_report
     from codecllm.verifier import verify as run
 
@@ -71,7 +72,9 @@ def verify(
         )
         from codecllm.verifier.diagnosis import render_diagnosis
 
+        # Raises typer.Exit: the checks below are those of a plain verification.
         _finish(report, as_json, render_diagnosis)
+    # Refused, not ignored: the user expects an effect.
     if any(option is not None for option in (html, first_layers, text, resident)):
         raise UsageError("--report, --first-layers, --text and --resident go with --diagnose")
     with progress_bar("verifying", not (quiet or as_json)) as advance:
@@ -114,6 +117,7 @@ def _diagnose(
     """Runs a diagnosis and writes its HTML report."""
     from codecllm.verifier.diagnosis import diagnose, write_html
 
+    # Checked first: a wrong path must not fail behind minutes of work.
     words = None if text is None else read_text(text)
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise UsageError("--report names a file in a folder that exists", file=str(html))
@@ -161,6 +165,7 @@ def compare(
         typer.echo(json.dumps(comparison, indent=1))
     else:
         render_comparison(comparison, stdout)
+    # As with `cmp` and `diff`.
     raise typer.Exit(0 if comparison["same"] else 1)
 
 
@@ -208,6 +213,7 @@ def evaluate(
     from codecllm.verifier.evaluation.plot import check_plot, draw
 
     if plot is not None:
+        # Before the evaluation: without matplotlib its result would be lost.
         check_plot(plot)
     content = None if text is None else read_text(text)
     with progress_bar("evaluating", not (quiet or as_json), unit="tokens") as advance:

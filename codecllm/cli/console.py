@@ -30,6 +30,7 @@ class SafeConsole(Console):
     """
 
     def __init__(self, **options: Any) -> None:
+        # emoji: `:name:` in the name of a tensor has to stay text.
         super().__init__(highlight=False, soft_wrap=True, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -37,6 +38,7 @@ class SafeConsole(Console):
         return super().render_str(visible(text), **options)
 
 
+# A fixed width in pipes: the text must not depend on a terminal that is not there.
 stdout = SafeConsole(width=None if sys.stdout.isatty() else 200)
 stderr = SafeConsole(stderr=True)
 
@@ -56,6 +58,7 @@ def progress_bar(verb: str, shown: bool, unit: str = "bytes") -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[tensor]}"),
     )
+    # On stderr, and on a terminal only: stdout belongs to the result.
     with Progress(
         *columns, console=stderr, transient=True, disable=not (shown and stderr.is_terminal)
     ) as bar:

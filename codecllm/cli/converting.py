@@ -66,6 +66,7 @@ def convert(
     from codecllm.hub import check_login
 
     if push_to is not None and not dry_run:
+        # Before the conversion: without a token its result could not be pushed.
         check_login(push_to)
     convert_options = ConvertOptions(
         scheme=scheme,
@@ -101,6 +102,7 @@ def convert(
         return
     if not as_json:
         print_conversion(conversion, as_json)
+    # The conversion is reported before: a push that fails must not hide it.
     push_report = _push(out, push_to, silent, private=private, workers=workers)
     if as_json:
         typer.echo(json.dumps({**conversion_facts(conversion), "push": push_report.to_dict()}))

@@ -39,6 +39,7 @@ def print_push(published: PushReport) -> None:
 def print_estimate(predicted: Estimate, as_json: bool) -> None:
     """Prints predicted sizes: a table of tensors and the totals."""
     if as_json:
+        # The keys are the fields of the class, so that a new one cannot be forgotten.
         rows = [{name: getattr(t, name) for name in t.__slots__} for t in predicted.tensors]
         totals = {"source_bytes": predicted.source_bytes, "stored_bytes": predicted.stored_bytes}
         facts = {**totals, "tensors": rows, **_file_facts(predicted)}
@@ -52,6 +53,7 @@ def print_estimate(predicted: Estimate, as_json: bool) -> None:
     for row in predicted.tensors:
         sizes = (f"{row.source_bytes:,}", f"{row.stored_bytes:,}")
         cells = (row.name, row.dtype, row.scheme, *sizes, row.note or "")
+        # Names of tensors come from others: their brackets are no markup.
         table.add_row(*map(escape, cells))
     stdout.print(table)
     print_warnings(predicted.warnings)
@@ -128,6 +130,7 @@ def _describe_left(left: list[LeftFile]) -> list[str]:
         names.setdefault(file.reason, []).append(file.name)
     lines = []
     for reason, group in names.items():
+        # A repository may leave hundreds of files behind.
         rest = len(group) - MAX_NAMES
         more = f" and {rest} more (--json names all)" if rest > 0 else ""
         lines.append(f"left {', '.join(group[:MAX_NAMES])}{more}: {reason}")

@@ -25,6 +25,7 @@ def main() -> None:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _stop)
+    # By hand: an error may come before typer has parsed the options.
     debug = "--debug" in sys.argv[1:2]
     if not sys.stderr.isatty() or {"--json", "--quiet", "-q"} & set(sys.argv[1:]):
         os.environ.setdefault(
@@ -33,6 +34,7 @@ def main() -> None:
     try:
         app()
     except _StopError as exc:
+        # 128 + number, as shells report a process that a signal ended.
         _fail(_stopped(exc), 128 + exc.number)
     except (CodecLLMError, OSError, MemoryError) as exc:
         if debug:
@@ -42,6 +44,7 @@ def main() -> None:
     except Exception as exc:
         if debug:
             raise
+        # A library may have wrapped the signal in an error of its own.
         stop = _stop_behind(exc)
         if stop is not None:
             _fail(_stopped(stop), 128 + stop.number)
@@ -107,6 +110,7 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> None:
             value = getattr(error, name, None)
             if value is not None:
                 facts[name] = value if isinstance(value, (int, str)) else str(value)
+        # On stdout, where the result would be: a caller reads one stream.
         typer.echo(json.dumps({**facts, "exit_code": code}))
     else:
         stderr.print(f"error: {message}", style="red", markup=False)

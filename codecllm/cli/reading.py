@@ -66,4 +66,5 @@ def generate(
         workers=workers,
         progress=stderr.is_terminal and not as_json,
     )
+    # A model may write escape sequences; JSON escapes them itself.
     typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else visible(text))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.formats.tiling import Grid
 
+# Enough work to outweigh the hand-over to a thread, and small buffers: 4 MiB as float32.
 BLOCK_ELEMENTS = 1 << 20
 ONE_PASS_COLUMNS = 1 << 22
 """Longest row whose scale is found while it is in memory; a longer one is read twice."""
@@ -57,6 +58,8 @@ def blocks_of(plan: TensorPlan) -> Iterator[Block]:
 
 def block_extent(grid: Grid) -> tuple[int, int]:
     """Returns the tiles of a block: one above the other, and side by side."""
+    # Only rows that are too long for one pass are cut: a block of whole rows is contiguous in the
+    # source.
     if grid.across > 1 and grid.cols > ONE_PASS_COLUMNS:
         return 1, min(grid.across, max(1, BLOCK_ELEMENTS // grid.tile_cols))
     return max(1, BLOCK_ELEMENTS // max(grid.cols, 1) // grid.tile_rows), max(1, grid.across)
@@ -64,6 +67,8 @@ def block_extent(grid: Grid) -> tuple[int, int]:
 
 def group_extent(plan: TensorPlan) -> tuple[int, int]:
     """Returns the tiles that share a `rans` table: one above the other, and side by side."""
+    # One table a block: it is fitted while the block is in memory, without a second pass. Under
+    # given steps each column of tiles holds like columns, and gets a table of its own.
     down, across = block_extent(plan.grid)
     return down, across if plan.params is None else 1
 

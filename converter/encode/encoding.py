@@ -122,6 +122,7 @@ def _encode_int8(
     absmax = None
     if scales is None:
         measured_rows = row_absmax(words, dtype)
+        # The writer decides: not this block alone but the whole tensor changes its scheme.
         if not measured_rows.finite or measured_rows.tiny:
             problem = "tiny_scale" if measured_rows.finite else "non_finite"
             return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
@@ -215,6 +216,8 @@ def _problem(
         return None
     if params.largest > MAX_WIDE_STEP:
         return "codes"
+    # A tensor of one block turns wide on the spot. Earlier blocks of a longer one are packed in one
+    # plane already, so it has to begin anew.
     return None if plan.wide or block.last - block.first == len(plan.grid) else "wide"
 
 

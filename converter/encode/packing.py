@@ -95,6 +95,8 @@ def pack_chunks(
     entropy = [0.0] * len(planes_of[0])
     for planes in planes_of:
         for plane, symbols in enumerate(planes):
+            # The slow strategy runs only where it can pay: above many low bits a plane is nearly
+            # constant.
             sparse = chunks.next_low_bits >= SPARSE_LOW_BITS
             encode = _ZSTD.encode_sparse if sparse else _ZSTD.encode
             chunks.add(symbols, encode(symbols), _ZSTD.codec_id)
@@ -121,6 +123,7 @@ class _Chunks:
         slot: Any
         if stored is None or not _shrinks(len(stored), symbols.size):
             size, codec, slot = symbols.size, _RAW_ID, symbols
+            # A chunk that needs no padding is its own slot, without a copy.
             if slot_bytes(size) != size:
                 slot = symbols.tobytes().ljust(slot_bytes(size), b"\0")
         else:
@@ -144,6 +147,7 @@ def _pack_with_rans(
         [[symbol_counts(symbols) for symbols in planes] for planes in planes_of], np.int64
     )
     tables = [fit_table(plane_counts) for plane_counts in counts.sum(axis=0)]
+    # Decided by expected sizes: a chunk that would stay raw is never coded.
     worth = [
         _shrinks(coded_bytes(table, chunk), int(chunk.sum()))
         for tile in counts

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from codecllm.formats.codecs import native
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE, MIN_WIDE_CODE
 
+# 256 KiB as float32: intermediates stay in the second-level cache of a core.
 _SUB_ELEMENTS = 1 << 16
 _MAGNITUDE = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
@@ -68,6 +69,7 @@ def row_absmax(words: Words, dtype: str) -> RowScales:
     """Returns the largest magnitude of each row of `words`, bit patterns of BF16, F16 or F32."""
     rows, cols = words.shape
     step = max(1, _SUB_ELEMENTS // cols)
+    # Magnitudes of floats are ordered like their bits as integers: no weight has to be converted.
     bits = np.empty(rows, words.dtype)
     if native.core is not None and words.size:
         native.core.row_largest(words, words.itemsize, bits)
@@ -179,6 +181,7 @@ def quantize_steps(
             for buffer in (_SCRATCH.quotient, _SCRATCH.rounded, _SCRATCH.steps)
         )
         steps = row_scales if scales[1] is None else np.multiply(row_scales, scales[1], out=sizes)
+        # The extremes below show overflow and NaN; numpy need not warn of each quotient.
         with np.errstate(over="ignore", invalid="ignore"):
             np.divide(as_float32(block, dtype, quotient), steps, out=quotient)
         if has_codes:

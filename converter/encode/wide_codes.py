@@ -46,6 +46,7 @@ def _choose(
     tiles: list[NDArray[np.int16]], measure: Callable[[list[NDArray[np.int16]], int], int]
 ) -> int:
     lowest, highest = min(int(tile.min()) for tile in tiles), max(int(tile.max()) for tile in tiles)
+    # The low plane holds whole codes, and a high plane of zeros costs next to nothing.
     if lowest >= -MAX_CODE and highest <= MAX_CODE:
         return MAX_LOW_BITS
     fewest = next(

@@ -116,6 +116,7 @@ def plan_layout(manifest: Manifest, linear_modules: Iterable[str]) -> PackedLayo
             "no int8 tensor of this container is the weight of a linear module: nothing to export "
             "packed"
         )
+    # The library expects packed parts of every linear module that `ignore` does not name.
     plain = linear - {name.removesuffix(_SUFFIX) for name in packed_names}
     plain |= {
         record.name.removesuffix(_SUFFIX)

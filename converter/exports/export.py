@@ -107,6 +107,7 @@ def export(
         if len(records_by_shard) > 1:
             _write_index(staging.folder, names, records_by_shard, total, packed_names)
         _write_side_files(source_container, staging.folder, layout)
+        # Without config.json a folder is no model: a kill leaves no half of one.
         staging.commit_plain(last="config.json")
     return ExportReport(Path(out), names, total)
 
@@ -115,6 +116,7 @@ def _place(records: list[TensorRecord], max_shard_bytes: int) -> list[list[Tenso
     shards: list[list[TensorRecord]] = [[]]
     shard_bytes = 0
     for record in records:
+        # 512 bytes for the tensor's entry in the header, as in a conversion.
         size = record.source_bytes + 512
         if shards[-1] and shard_bytes + size > max_shard_bytes:
             shards.append([])
@@ -201,6 +203,7 @@ def _write_packed(
     assert isinstance(tensor, StoredTensor) and tensor.scales is not None
     digest = hashlib.sha256()
     for codes in _codes(executor, window, tensor):
+        # The digest covers codes, not words: they are hashed before they are packed.
         digest.update(codes.tobytes())
         words = pack_codes(codes)
         shard.write(words)
@@ -209,6 +212,7 @@ def _write_packed(
     shard.end_tensor(codes_entry.name, "I32", codes_entry.max_shape)
     scales = tensor.scales.astype("<f4").tobytes()
     digest.update(scales)
+    # Before the commit: a tensor that differs never leaves staging.
     _compare_digest(record.name, digest.hexdigest(), tensor.record.digest)
     yield shard.add(scale.name, "F32", scale.max_shape, scales)
     yield shard.add(shape.name, "I64", shape.max_shape, np.array(record.shape, "<i8").tobytes())
@@ -219,6 +223,7 @@ def _codes(
 ) -> Iterator[NDArray[np.signedinteger]]:
     """Yields whole rows of a tensor's codes in order; at once where its rows are cut into tiles."""
     grid = tensor.table.grid
+    # A run of such tiles need not end where a row ends, and words are packed by rows.
     if grid.tile_cols < grid.cols and tensor.tiles_together == 1:
         yield read_codes(tensor)
         return
@@ -244,6 +249,7 @@ def _parts(
 def _check_digest(container: Container, name: str, got: str) -> None:
     """Compares with the manifest where the digest covers the source's own bytes."""
     record = container.tensor(name).record
+    # The digest of int8 covers codes and scales, which dequantized weights no longer show.
     if not isinstance(record, Int8Tensor):
         _compare_digest(name, got, record.digest)
 
@@ -274,11 +280,14 @@ def _write_index(
 
 def _write_side_files(container: Container, folder: Path, layout: PackedLayout | None) -> None:
     for record in container.manifest.files:
+        # The index is written anew, and the baseline belongs to the container.
         if record.name in (INDEX_NAME, BASELINE_NAME):
             continue
         data = container.read_side_file(record)
         if record.name == "config.json":
             config = json.loads(data)
+            # Our block would send loaders to codecllm; the block of the source's own quantization
+            # returns.
             block = config.pop("quantization_config", None)
             if isinstance(block, dict) and ORIGINAL_KEY in block:
                 config["quantization_config"] = block[ORIGINAL_KEY]

@@ -37,6 +37,7 @@ def refuse(container: Container) -> None:
     scales = _all_scales(container)
     if not scales.size:
         raise UsageError(f"the container holds no int8 tensor: {_WAY_ROUND}")
+    # A scale beyond float16 becomes infinite, which counts as changed.
     with np.errstate(over="ignore"):
         error = np.abs(scales.astype(np.float16).astype(np.float64) / scales.astype(np.float64) - 1)
     changed_count = int(np.count_nonzero(error))

@@ -73,6 +73,7 @@ def plan_conversion(
             for tensor in model.tensors.values()
         ]
     )
+    # Equal bytes share storage only under equal plans, so the plans come first.
     aliases = find_aliases(plans)
     warnings = [*model.notes, *_remarks(model, options)]
     warnings += _unmatched("--include", options.include, model)
@@ -87,6 +88,7 @@ def planned_entries(plans: list[TensorPlan]) -> list[PlannedTensor]:
     entries = []
     for plan in plans:
         source = plan.source
+        # A tensor that coding does not shrink is stored raw after all.
         bound = max(plan.max_stored_bytes, source.entry.bytes)
         if plan.scheme == "raw":
             entries.append(PlannedTensor(source.name, source.dtype, source.shape, bound))
@@ -127,6 +129,7 @@ def _remarks(model: SourceModel, options: ConvertOptions) -> list[str]:
 def _format_version(model: SourceModel, accepts_params: bool) -> str:
     if source_features(model.side_files.copied, model.quantization_method):
         return FORMAT_VERSION
+    # The lowest version that describes the container, so that older readers can read it.
     return STEPS_VERSION if accepts_params else BASE_VERSION
 
 

@@ -116,6 +116,7 @@ def nearest_bf16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def next_bf16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns for each positive float32 scale the smallest BF16 value that is not below it."""
+    # Positive floats are ordered like their bits: adding all bits that are cut off rounds up.
     return ((scales.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 

@@ -18,6 +18,7 @@ from codecllm.formats.tiling import (
 )
 
 MIN_INT8_WEIGHTS = 1 << 16
+# Below, side tensors and their entries in header and manifest outweigh the gain.
 MIN_CODED_BYTES = 4096
 
 _TABLE_HEAD_BYTES = 64
@@ -38,6 +39,7 @@ KEPT_LOSSLESS = (
 )
 """Names that `int8` leaves `lossless` by default."""
 
+# Models built of transformers' Conv1D; other models use the same names for nn.Linear.
 _CONV1D_MODELS = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gptsan"}
 )
@@ -105,6 +107,7 @@ def channel_axis(name: str, shape: tuple[int, ...], model_type: str) -> tuple[in
     """
     if model_type in _CONV1D_MODELS and len(shape) == 2 and _matches(name, _CONV1D_NAMES):
         return 1, "column"
+    # Fused experts are a batch of matrices; other tensors of rank 3 are convolutions.
     if len(shape) == 3 and "experts" in name:
         return 1, "row"
     return 0, "row"

@@ -17,6 +17,7 @@ def without_clashes(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
     used_names = {plan.source.name for plan in plans}
     final_plans = []
     for plan in plans:
+        # The last candidate, `raw`, has no side tensors: the loop always ends with one that fits.
         for candidate in _candidates(plan):
             names = _side_names(candidate)
             if used_names.isdisjoint(names):

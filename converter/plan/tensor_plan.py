@@ -119,6 +119,7 @@ class TensorPlan:
         if self.scheme == "raw":
             return self.source.entry.bytes
         planes, tiles = self.planes, len(self.grid)
+        # Chosen steps may bring codes of two planes and the smallest tiles; neither is known yet.
         if self.accepts_params:
             planes, tiles = 2, max(tiles, max_tiles(*self.matrix))
         chunks = tiles * planes

@@ -81,6 +81,7 @@ def factors_of(sensitivity: Sensitivity | None, rows: int, cols: int) -> Factors
 
     Without a sensitivity every row's is its rms.
     """
+    # Statistics of another shape belong to another layout: then the weights alone decide.
     if sensitivity is None or not _usable(sensitivity.cols, cols):
         return Factors(np.ones(rows), np.ones(cols), 1.0, False, 1.0)
     col_sums = _damped(sensitivity.cols, COLUMN_DAMPING)
@@ -89,6 +90,7 @@ def factors_of(sensitivity: Sensitivity | None, rows: int, cols: int) -> Factors
         return Factors(np.ones(rows), col_factors, 1.0, False, 1.0)
     row_sums = _damped(sensitivity.rows, ROW_DAMPING)
     total = float(np.asarray(sensitivity.cols, np.float64).sum())
+    # The factors have mean log 0: the level alone compares the tensor with others.
     level = float(np.exp(0.5 * (np.log(total) - np.log(col_sums).mean() - np.log(row_sums).mean())))
     return Factors(_normalised(row_sums**-0.25), col_factors, 0.5, True, level)
 

@@ -158,6 +158,7 @@ def _sampled(plan: TensorPlan) -> tuple[TensorPlan, int]:
     if coded_size is None:
         reason = "int8 cannot represent it"
         return _sampled(plan_lossless(source, reason, plan.codec, plan.tile_symbols))
+    # As the writer does: a tensor that coding does not shrink is stored raw.
     if coded_size >= source.entry.bytes:
         raw = TensorPlan(source, "raw", fallback=f"{plan.scheme} does not shrink it")
         return raw, source.entry.bytes
@@ -188,6 +189,7 @@ def _encoded_block_bytes(plan: TensorPlan, block: Block) -> int | None:
         block_scales = scan_block(plan, block)
         if not block_scales.finite or block_scales.tiny:
             return None
+        # Only the channels of this block are encoded: the other scales have no effect.
         scales = np.ones(plan.channels, np.float32)
         start = block.col if plan.kind == "column" else block.row
         scales[start : start + len(block_scales.absmax)] = channel_scales(block_scales.absmax)

@@ -71,6 +71,7 @@ def factor_of(products: NDArray[np.floating], shrunk: float) -> Factor:
         shrunk: share by which off-diagonal elements are lessened, above 0.
     """
     diagonal = products.diagonal().astype(np.float64)
+    # Stable, so that equal elements have one order on every machine.
     order = np.argsort(-diagonal, kind="stable")
     backward = order[
         ::-1
@@ -110,6 +111,8 @@ def refined_codes(
         last = min(first + _PANEL, cols)
         panel = weights_by_column[first:last].copy()
         if first:
+            # One matrix product serves all earlier panels; inside a panel each column needs the one
+            # before.
             panel += ratios[first:last, :first] @ errors[:first]
         for col in range(first, last):
             quotient = panel[col - first]
@@ -212,6 +215,7 @@ class _Codes:
             group.waiting -= taken_rows
             if group.waiting <= 0:
                 self._groups.pop(number, None)
+        # The first thread quantizes the group; others that need its rows wait here.
         with group.lock:
             if group.codes is None:
                 group.codes = self._quantize(start, stop)

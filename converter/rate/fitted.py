@@ -34,6 +34,7 @@ class Scaling:
 
     def params(self, sampled: Sampled, plan: TensorPlan) -> QuantParams:
         """Returns the parameters of a tensor; `plan` is its plan, of a source that is open."""
+        # Without a level from gradients the typical step / rms of the other tensors stands in.
         scale = self.scale if sampled.factors.absolute else self.scale * self.loose
         params = sampled.params(scale, self.deadzone)
         return params if self.feedback is None else self.feedback.refine(plan, params)

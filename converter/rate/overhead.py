@@ -28,6 +28,7 @@ from codecllm.formats.shards.safetensors_header import PREFIX_BYTES
 from codecllm.formats.shards.shard_writer import reserved_header_bytes
 from codecllm.formats.shards.side_tensors import SIDE_TENSORS
 
+# Placeholders: only the number of their digits counts.
 _DIGEST, _CHECKSUM = "0" * 64, "0" * 16
 _FLOAT, _WORST_STEPS, _TABLES_BYTES = 0.012345678, 0.50012345, 12345
 _FILE_BYTES, _SHARD_BYTES = 10**4, 10**9
@@ -116,6 +117,7 @@ def _chunk_bytes(plan: TensorPlan) -> int:
     """Returns the bytes of chunk records and padding."""
     if plan.scheme == "raw":
         return 0
+    # Padding to a slot takes half the alignment on average.
     return len(plan.grid) * plan.planes * (RECORD.itemsize + SLOT_ALIGNMENT // 2)
 
 

@@ -52,8 +52,10 @@ class InputProducts:
         Raises:
             OSError: the disk is full.
         """
+        # A mapping has to begin at a multiple of the granularity.
         size = -(-4 * cols * cols // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
+            # Takes the room now: on a full disk a write into a mapped hole would end in SIGBUS.
             os.posix_fallocate(self._file, self._end, size)
         except OSError as exc:
             text = (

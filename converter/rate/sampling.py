@@ -88,6 +88,7 @@ class Sampled:
             if self.plan.kind == "row" and self.factors.by_column
             else None
         )
+        # The product of both scales must not fall below the smallest step; 2 covers its rounding.
         least = MIN_SCALE if cols is None else 2 * MIN_SCALE / min(1.0, float(cols.min()))
         bound = next_bf16(np.maximum(lowest, least).astype(np.float32))
         rows = np.maximum(nearest_bf16(channels.astype(np.float32)), bound)
@@ -113,6 +114,7 @@ def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
 def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
     rows, cols = plan.matrix
     factors = factors_of(sensitivity, rows, cols)
+    # Column factors are stored as BF16, and the samples have to see the stored values.
     factors = replace(
         factors, cols=nearest_bf16(factors.cols.astype(np.float32)).astype(np.float64)
     )
@@ -133,6 +135,7 @@ def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled |
     probe = QuantParams(
         np.ones(rows, np.float32), np.ones(cols, np.float32) if factors.by_column else None
     )
+    # The blocks depend only on whether columns have factors, so ones will do.
     blocks = list(blocks_of(replace(plan, params=probe)))
     block_numbers = _chosen(len(blocks))
     within = np.zeros(rows, np.bool_)
@@ -187,6 +190,7 @@ def _groups(squares: Floats, rows: int) -> NDArray[np.uint8] | None:
         0.5 * float(np.log2(positive.mean()) - np.log2(positive).mean()) if positive.size else 0.0
     )
     _, width = column_tiles(rows, squares.size)
+    # The number of a group takes 8 bits a column.
     if saved_bits * rows < 8 or width == squares.size:
         return None
     return like_columns(squares, width)

@@ -190,6 +190,7 @@ def _search(
         tensor.spread + (0.0 if tensor.factors.absolute else -math.log2(loose))
         for tensor in tensor_samples
     ]
+    # First guess: Gaussian weights, whose entropy follows from rms / step.
     log_scale = float(np.average(spreads, weights=elements)) + _GAUSSIAN_BITS - target
     scaling = Scaling(1.0, loose, deadzone_at(target))
     trials: list[Trial] = []
@@ -199,6 +200,7 @@ def _search(
         if trials[-1].miss(target) < _TOLERANCE:
             break
         log_scale += (trials[-1].bits - target) / _slope(trials)
+    # The last trial need not be the nearest one.
     best = min(trials, key=lambda trial: abs(trial.bits - target))
     if best.miss(target) > _MISSED:
         raise UsageError(
@@ -248,6 +250,7 @@ def _slope(trials: Sequence[Trial]) -> float:
         return 1.0
     last, before = trials[-1], trials[-2]
     slope = (before.bits - last.bits) / (last.log_scale - before.log_scale)
+    # Noise between two close trials must not throw the next one far off.
     return min(1.5, max(0.3, slope))
 
 

@@ -57,6 +57,7 @@ def packed_size(
     blocks = list(blocks_of(trial_plan))[first : first + 1 if last is None else last]
     encoded_blocks = [encode_block(trial_plan, block, None) for block in blocks]
     problems = {block.problem for block in encoded_blocks if block.problem is not None}
+    # Codes beyond 127 are no fault of the parameters: two planes hold them.
     if problems == {"wide"}:
         return packed_size(plan, params, first, last, wide=True)
     if problems:

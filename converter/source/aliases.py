@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.tensors import SourceTensor, same_bytes
 
+# Tied weights are embeddings; small tensors, such as biases of zeros, are equal by chance.
 MIN_ALIAS_BYTES = 1 << 16
 _PROBE_BYTES = 4096
 
@@ -27,6 +28,7 @@ def find_aliases(plans: Iterable[TensorPlan]) -> dict[str, str]:
         source = plan.source
         if source.entry.bytes < MIN_ALIAS_BYTES:
             continue
+        # The probe rules out nearly all pairs before whole tensors are read.
         key = (source.dtype.name, source.shape, plan.scheme, plan.axis, plan.kind, _probe(source))
         twin = next((other for other in groups[key] if same_bytes(source, other)), None)
         if twin is not None:

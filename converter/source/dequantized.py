@@ -24,6 +24,7 @@ from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_
 from codecllm.formats.shards.safetensors_header import TensorEntry
 
 TARGET = DTYPES["BF16"]
+# E2M1 by code: 1 bit of sign, 2 of exponent, 1 of mantissa (OCP Microscaling Formats).
 _FP4_VALUES = np.array(
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0],
     np.float32,
@@ -55,6 +56,7 @@ class ScaledTensor(SourceTensor):
         for begin in range(first, last, _PIECE_ELEMENTS):
             end = min(begin + _PIECE_ELEMENTS, last)
             values = _VALUES_OF[self.weight.dtype.name][self.weight.read_elements(begin, end)]
+            # As transformers does: the product in float32, then one rounding.
             values *= self._scales_of(begin, end)
             target[begin - first : end - first] = bits_from_float32(values, TARGET.name)
         return target
@@ -113,6 +115,7 @@ class Mxfp4Tensor(SourceTensor):
         groups = outputs * inputs // _MXFP4_GROUP
         exponents = self.exponents.read_elements(expert * groups, (expert + 1) * groups)
         values = np.empty((size, 2), np.float32)
+        # The low half of a byte is the first code.
         values[:, 0] = _FP4_VALUES[code_pairs & 15]
         values[:, 1] = _FP4_VALUES[code_pairs >> 4]
         scaled_values = np.ldexp(
@@ -215,6 +218,8 @@ def _block(
         height, width = block_size
         if grid == (-(-rows // height), -(-cols // width)):
             return height, width
+    # Without a block size in the config the grid has to divide the matrix: anything else is a
+    # guess.
     if rows % grid[0] or cols % grid[1]:
         return None
     return rows // grid[0], cols // grid[1]
@@ -251,6 +256,7 @@ def _float8_values(dtype: DType) -> NDArray[np.float32]:
         return codes.astype(np.uint8).view(np.int8).astype(np.float32)
     if dtype.name == "F8_E5M2":
         return (codes << 8).view(np.float16).astype(np.float32)
+    # E4M3 has no infinities: only the pattern of all ones is NaN. Exponent 0 is subnormal.
     exponent = (codes >> 3 & 15).astype(np.int32)
     mantissa = (codes & 7).astype(np.float32)
     normal = np.ldexp(1 + mantissa / 8, exponent - 7)

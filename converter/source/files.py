@@ -24,6 +24,7 @@ class SourceFile(SafeFile):
             raise UnsafePathError("unsafe file name", file=ascii(name))
         path = folder / name
         real = Path(os.path.realpath(path))
+        # A broken link is worth its own message: the user sees a file of that name.
         if path.is_symlink() and not real.exists():
             raise TruncatedError("the link leads to no file", file=name, got=str(real))
         return real

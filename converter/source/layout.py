@@ -66,10 +66,12 @@ def find_weights(folder: Path, config: Mapping[str, Any] | None) -> WeightSet:
     explicit = (config or {}).get("transformers_weights")
     if isinstance(explicit, str):
         return _explicit(folder, explicit)
+    # Before the index, as in transformers: a folder may hold both.
     if (folder / SINGLE_NAME).is_file():
         return WeightSet((SINGLE_NAME,), None, {})
     if (folder / INDEX_NAME).is_file():
         return _indexed(folder, INDEX_NAME)
+    # An adapter is a safetensors file too, and would be taken for the only other set.
     _refuse_adapter(folder)
     return _other_set(folder)
 
@@ -134,6 +136,7 @@ def _other_set(folder: Path) -> WeightSet:
         if file_kind(path.name) == "index" and ".safetensors.index" in path.name
     )
     sets = {_set_name(name) for name in names}
+    # With several sets any choice could be the wrong model, so the user has to decide.
     if len(sets) == 1 and len(indexes) == 1:
         return _indexed(folder, indexes[0], (_other_name_note(indexes[0]),))
     if len(names) == 1:
@@ -204,5 +207,6 @@ def describe_adapter(folder: Path) -> tuple[str, str]:
             config = json.loads(file.read(0, file.size))
         base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
     except (TruncatedError, ValueError, RecursionError, AttributeError):
+        # Only for a sentence: a malformed config must not hide the error that follows.
         base = kind = None
     return repr(base) if base else "an unnamed base model", str(kind or "of PEFT")

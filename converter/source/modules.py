@@ -61,6 +61,7 @@ def read_modules(repository: Path) -> Modules:
     for path in paths:
         others |= _routed_folders(repository, path)
     main = ""
+    # transformers loads the root where it has weights, else the folder of the first module.
     if paths and paths[0] and not _has_weights(repository) and _has_weights(repository / paths[0]):
         main = paths[0]
         others.discard(main)

@@ -97,6 +97,7 @@ def find_quantization(config: Mapping[str, Any] | None, entries: Entries) -> Qua
 
 def _find_block(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
     """Returns the place and the content of the outermost quantization block."""
+    # Level by level: transformers reads the outermost block.
     level: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
     while level:
         deeper: list[tuple[tuple[str, ...], Mapping[str, Any]]] = []
@@ -139,6 +140,7 @@ def _scaled_weights(entries: Entries) -> dict[str, str]:
 
 def _scale_of(name: str, entries: Entries) -> str | None:
     stem = name.removesuffix("weight")
+    # In spite of its name `_scale_inv` is a factor of the weight too (DeepSeek).
     inverse = f"{name}_scale_inv"
     candidates = [inverse, inverse.removesuffix("_inv")]
     if stem.endswith("."):
@@ -173,6 +175,7 @@ def _is_opaque(entry: TensorEntry, entries: Entries, has_block: bool) -> bool:
         return True
     if any(entry.name + end in entries for end in _SECOND_SCALES) and entry.dtype.bits <= 8:
         return True
+    # Without a block in the config, 8-bit floats may be the model's own type.
     if not has_block:
         return False
     if len(entry.shape) < 2:

@@ -3,7 +3,8 @@
 The rule: every plain file that is no weight, no code and not large.
 
 transformers' tokenizers and processors alone ask for some sixty names, and other libraries for
-more; a list of names would always lack some. The files that are left out are named, with the reason.
+more; a list of names would always lack some. The files that are left out are named, with the
+reason.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from codecllm.hub.kinds import CARD_NAMES, FileKind, file_kind, is_weights
 MAX_COPIED_BYTES = 256 << 20
 """Largest file that is copied without being asked for by a module."""
 
+# Leaves room for the files that a conversion and a baseline add.
 MAX_COPIED_FILES = limits.FILES - 64
+# A safe name has at most 8 parts (SPEC.md 3).
 _MAX_DEPTH = 8
 # Names of the container's root that a conversion or a baseline writes itself.
 _OWN_NAMES = frozenset({"config.json", INDEX_NAME, BASELINE_NAME, MANIFEST_NAME})
@@ -128,6 +131,7 @@ class _Selection:
                 self._enter(name, path, depth + 1)
 
     def _enter(self, name: str, path: Path, depth: int) -> None:
+        # Hidden folders belong to tools, such as .git and .cache.
         if path.name.startswith("."):
             self._leave(f"{name}/", _REASONS["hidden"])
         elif depth > _MAX_DEPTH or not os.access(path, os.R_OK | os.X_OK):
@@ -135,6 +139,7 @@ class _Selection:
         elif self._is_module(name) or self._leads_to_module(name):
             self._walk(name, depth)
         elif any(is_weights(file_kind(file)) for file in _files_below(path)):
+            # A second model, as in onnx/: its configs without its weights would mislead.
             self._leave(f"{name}/", "folder with weights of its own")
         else:
             self._walk(name, depth)
@@ -233,6 +238,7 @@ class _Selection:
 
 def _files_below(folder: Path) -> Iterator[str]:
     for _, folders, files in os.walk(folder):
+        # In place: os.walk then does not enter hidden folders.
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from files
 

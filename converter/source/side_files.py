@@ -47,9 +47,11 @@ def write_listed(folder: Path, name: str, data: bytes) -> FileRecord:
     """Writes a new file and forces it to the disk; returns its record."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Exclusive: a second file of the same name would be a fault of the selection.
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
+        # The manifest will list the file, so it has to be on the disk before.
         os.fsync(file.fileno())
     return FileRecord(name=name, bytes=len(data), sha256=sha256_hex(data))
 

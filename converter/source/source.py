@@ -77,6 +77,7 @@ class SourceModel:
         self.modules = read_modules(self.repository)
         self.folder = self.repository / self.modules.main
         self._side_identities: dict[Path, tuple[int, ...] | None] = {}
+        # Before it is read, so that a change between both is noticed.
         self._remember(self.folder / "config.json")
         self.config = _read_config(self.folder)
         self.notes: list[str] = []
@@ -197,8 +198,8 @@ class SourceModel:
                 earlier = self.tensors.get(entry.name)
                 if earlier is not None and not same_bytes(earlier, tensor):
                     self.notes.append(
-                        f"tensor {entry.name} stands in {earlier.file.name} and, with other values, "
-                        f"in {name}: that of the latter is taken, as transformers does"
+                        f"tensor {entry.name} stands in {earlier.file.name} and, with other "
+                        f"values, in {name}: that of the latter is taken, as transformers does"
                     )
                 self.tensors[entry.name] = tensor
         if not self.tensors:
@@ -227,11 +228,12 @@ class SourceModel:
         quantization = find_quantization(self.config, entries)
         if view == "int8" and quantization.borne_out:
             self._dequantize(quantization)
+        # A config may hold several blocks, in different parts; each is judged anew.
         while quantization.block is not None and (view == "int8" or quantization.stale):
             if quantization.stale:
                 self.notes.append(
-                    f"config.json says {'.'.join(quantization.place)}: {quantization.method}, but no "
-                    "tensor is quantized: the block is left out"
+                    f"config.json says {'.'.join(quantization.place)}: {quantization.method}, "
+                    "but no tensor is quantized: the block is left out"
                 )
             assert self.config is not None
             self.config = _without(self.config, quantization.place)
@@ -243,12 +245,14 @@ class SourceModel:
         if quantization.opaque or not (quantization.scaled or quantization.blocks):
             first = quantization.opaque[0] if quantization.opaque else None
             raise SourceError(
-                f"the model is quantized already ({quantization.method}): its weights cannot become "
-                "int8; --scheme lossless keeps every bit of it, or convert the original model",
+                f"the model is quantized already ({quantization.method}): its weights cannot "
+                "become int8; --scheme lossless keeps every bit of it, or convert the original "
+                "model",
                 file="config.json" if first is None else self.tensors[first].file.name,
                 tensor=first,
             )
         size = (quantization.block or {}).get("weight_block_size")
+        # The config is not trusted: anything but integers counts as no size.
         block_size = size if isinstance(size, list) and all(type(n) is int for n in size) else None
         stored_tensors = self.tensors
         blocks_of = {pair[0]: stem for stem, pair in quantization.blocks.items()}
@@ -285,6 +289,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         with SourceFile(folder, "config.json") as file:
             data = file.read(0, file.size) if file.size <= limits.MANIFEST_BYTES else b""
     except TruncatedError:
+        # A link to nothing is a broken download, not a model without a config.
         if (folder / "config.json").is_symlink():
             raise
         return None

@@ -82,6 +82,7 @@ class _Threads:
     def __init__(self, workers: int) -> None:
         self.workers = ThreadPoolExecutor(workers, thread_name_prefix="codecllm-encode")
         self.write = ThreadPoolExecutor(1, thread_name_prefix="codecllm-write")
+        # fsync may take seconds: no worker has to wait for the disk.
         self.sync = ThreadPoolExecutor(1, thread_name_prefix="codecllm-sync")
         self.journal = ThreadPoolExecutor(1, thread_name_prefix="codecllm-journal")
         self.opened: list[ShardWriter] = []
@@ -92,6 +93,7 @@ class _Threads:
     def __exit__(self, *exc: object) -> None:
         for pool in (self.write, self.sync, self.workers, self.journal):
             pool.shutdown(wait=True, cancel_futures=True)
+        # All threads have ended: none can write into a closed descriptor.
         for shard in self.opened:
             shard.abort()  # of no effect where it is finished
 
@@ -141,6 +143,7 @@ def _note(
 
 def _finish_shard(shard: ShardWriter, sync: ThreadPoolExecutor) -> ShardRecord:
     head, size = shard.complete()
+    # The disk works while the file is hashed from the page cache.
     sync_result = sync.submit(shard.sync)
     with SafeFile(shard.path.parent, shard.path.name) as file:
         digest = sha256_of_descriptor(file.descriptor)[0]

@@ -65,6 +65,7 @@ class OrderedDigest:
         with self._lock:
             self._waiting.append(work)
             starts, self._running = not self._running, True
+        # A single task drains the queue: parts stay in order, and no thread blocks for its turn.
         if starts:
             self._executor.submit(self._run)
 

@@ -21,10 +21,11 @@ def fingerprint_of(conversion: Conversion) -> str | None:
     None where they depend on more than can be listed.
 
     It covers the source's weight files (names, sizes, times), the plan, the options and the
-    versions of the writer and its libraries. Parameters that a caller chooses are covered only where they follow
-    from recorded options (`repeatable`).
+    versions of the writer and its libraries. Parameters that a caller chooses are covered only
+    where they follow from recorded options (`repeatable`).
     """
     choice, plan = conversion.choice, conversion.plan
+    # A caller's own function may answer otherwise the next time.
     if choice.provider is not None and not getattr(choice.provider, "repeatable", False):
         return None
     options = {
@@ -33,6 +34,7 @@ def fingerprint_of(conversion: Conversion) -> str | None:
         if field.name not in _WITHOUT_EFFECT
     }
     facts = {
+        # Times and sizes, not contents: hashing the source would cost a pass over it.
         "files": [[file.name, *file.identity] for file in conversion.model.files],
         "shards": [
             [[tensor.source.name, tensor.scheme, tensor.codec] for tensor in shard]

@@ -57,8 +57,8 @@ class Journal:
 
         Returns:
             Whether the journal is of the same conversion. Then `finished` has the shards that are
-            whole: each was read and compared with its sha256. Otherwise the caller removes all that is
-            in the folder.
+            whole: each was read and compared with its sha256. Otherwise the caller removes all that
+            is in the folder.
         """
         lines = _whole_lines(self._path)
         same = fingerprint is not None and lines[:1] == [{"fingerprint": fingerprint}]
@@ -66,6 +66,7 @@ class Journal:
             shard = self._checked(line)
             if shard is not None:
                 self.finished[shard.record.name] = shard
+        # Written anew: lines behind one that is cut off would never be read.
         self._path.unlink(missing_ok=True)
         if fingerprint is not None:
             self._append({"fingerprint": fingerprint})
@@ -75,6 +76,7 @@ class Journal:
 
     def add(self, shard: FinishedShard) -> None:
         """Notes a shard whose file was forced to the disk."""
+        # Without a fingerprint there is no journal: the conversion cannot be repeated.
         if self._path.exists():
             self._append(_line_of(shard))
 
@@ -94,6 +96,7 @@ class Journal:
                 digest, size = sha256_of_descriptor(descriptor)
         except (FormatError, ValidationError, KeyError):
             return None
+        # After a crash of the machine a file may have its size and not its bytes.
         whole = (digest, size) == (record.sha256, record.bytes)
         return FinishedShard(record, tensors) if whole else None
 

@@ -87,6 +87,7 @@ def build_manifest(
         calibration=choice.calibration,
         shards=shards,
         files=files,
+        # In the source's order: the order in which records are ready depends on threads.
         tensors=[by_name[name] for name in model.tensors],
     )
 
@@ -96,6 +97,7 @@ def _recorded_options(options: ConvertOptions, choice: ParamsChoice) -> Options:
     calibrate = None if rate is None or rate.calibrate is None else str(rate.calibrate)
     return Options(
         scheme=options.scheme,
+        # Absent for zstd, the only codec of format 1.0.
         codec="rans" if options.codec == "rans" else None,
         bits=None if rate is None else rate.target_bits,
         ratio=None if rate is None else rate.ratio,

@@ -180,6 +180,7 @@ def _plane_records(tensor: EncodedTensor) -> list[PlaneRecord]:
     by_plane = tensor.chunks.reshape(len(tensor.plan.grid), -1)
     return [
         PlaneRecord(
+            # `raw` has id 0: the largest id is that of the plane's codec, if a chunk uses it.
             codec=CODEC_NAMES[int(by_plane["codec"][:, plane].max())],
             raw_bytes=tensor.plan.source.entry.elements,
             stored_bytes=int(by_plane["stored_bytes"][:, plane].sum(dtype=np.int64)),

@@ -35,6 +35,7 @@ def signals_wait() -> Iterator[None]:
     former_handlers = {
         number: handler
         for number, handler in handlers.items()
+        # None: a handler that was set outside Python and cannot be set again.
         if handler is not None and handler is not signal.SIG_IGN
     }
     for number in former_handlers:

@@ -103,6 +103,7 @@ class Staging:
                 self._save_list(names)
                 self._move_old()
                 self._move(self.folder, self.out, names[:-1])
+                # The last file makes it a container: all others are on the disk by now.
                 self._move(self.folder, self.out, names[-1:])
             except BaseException:
                 self._undo()
@@ -132,6 +133,7 @@ class Staging:
         self._old.mkdir(exist_ok=True)
         fsync_folder(self._staging)
         names = self._old_names()
+        # Without its manifest the old container is none: no reader sees a mixture.
         first = [name for name in names if name == MANIFEST_NAME]
         for group in (first, [name for name in names if name != MANIFEST_NAME]):
             self._move(self.out, self._old, group)
@@ -200,6 +202,7 @@ class Staging:
     def _take_lock(self) -> None:
         self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            # The kernel frees the lock with the process, after a kill too.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             self._made.clear()
@@ -235,7 +238,7 @@ class Staging:
             )
 
     def _refuse_links(self, names: Iterable[str]) -> None:
-        """Refuses a link in `out` where the new container has a folder: a write would leave `out`."""
+        """Refuses a link in `out` where a folder of the container belongs."""
         for name in names:
             for parent in Path(name).parents[:-1]:
                 if (self.out / parent).is_symlink():
@@ -245,7 +248,7 @@ class Staging:
                     )
 
     def _old_names(self) -> list[str]:
-        """Returns the files of the container that `force` replaces: only those known to be its own."""
+        """Returns the files of the container that `force` replaces, and no others of the folder."""
         manifest = self.out / MANIFEST_NAME
         if not _is_file(self.out, MANIFEST_NAME):
             return []

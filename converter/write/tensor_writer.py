@@ -119,6 +119,7 @@ class TensorWriter:
         self._params = params
         self._jobs: dict[str, _Job] = {}
         self._backlog = threading.Semaphore(2 * backlog)  # a block is hashed, and it is written
+        # Generators: a tensor is scanned when its turn is near, not at the start.
         coded_jobs = (self._job(plan) for plan in plans if plan.scheme != "raw")
         work = ((job, block) for job in coded_jobs if job.problem is None for block in job.blocks)
         self._results = ordered(executor, _encode, work, window)
@@ -160,6 +161,7 @@ class TensorWriter:
             deque(own_blocks, maxlen=0)  # the blocks of this tensor that were encoded ahead
             shard.rollback(mark)
             return self._write_instead(job.plan, exc.args[0], shard, number)
+        # Coding did not pay: stored raw it is smaller, and nothing has to be decoded.
         if shard.data_bytes - mark[1] + _ENTRY_BYTES >= job.plan.source.entry.bytes:
             shard.rollback(mark)
             raw = TensorPlan(
@@ -246,6 +248,7 @@ class TensorWriter:
         self, digested: Any, parts: list[Any], digest: OrderedDigest, shard: ShardWriter
     ) -> None:
         """Hands a block to the threads that hash and write; waits while the backlog is full."""
+        # One permit for the write and one for the digest: both keep the block in memory.
         for _ in range(2):
             self._backlog.acquire()
         shard.write(*parts, done=self._backlog.release)
@@ -307,6 +310,7 @@ class _Gathered:
         self._entropy_bits[: len(block.entropy_bits)] += block.entropy_bits
         self._worst_error = max(self._worst_error, block.worst_error)
         self._worst_steps = max(self._worst_steps, block.worst_steps)
+        # Only a tensor of one block turns wide here; a longer one begins anew.
         if block.wide:
             self._plan = replace(self._plan, wide=True)
         if block.absmax is not None:

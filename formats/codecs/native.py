@@ -22,6 +22,7 @@ def _load() -> ModuleType | None:
     try:
         from codecllm import _native
     except ImportError:
+        # A platform without a wheel: numpy gives the same bits.
         return None
     if _SETTING:
         _native.use(_SETTING)

@@ -17,6 +17,7 @@ from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION, FrequencyTable
 
 _COST_BITS = 16  # costs are counted in units of 2^-16 bit
+# Rounded to 2^-16: differences in the last bit between machines vanish.
 _LOG2 = np.rint(
     np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)
 ).astype(np.int64)

@@ -173,6 +173,7 @@ def _check_needed(
     group = row // groups.tile_rows * groups.across + col // groups.tile_cols
     needs_table = np.zeros(len(sizes), np.bool_)
     needs_table[group * chunks.planes + rans_chunks % chunks.planes] = True
+    # Both ways: a table that no chunk uses would be bytes that nothing checks.
     wrong = np.flatnonzero(needs_table != (sizes > 0))
     if len(wrong):
         got = "no table" if needs_table[wrong[0]] else "a table that no chunk uses"

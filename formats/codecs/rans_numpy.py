@@ -107,6 +107,7 @@ def _distinct(tables: Sequence[FrequencyTable]) -> tuple[list[FrequencyTable], N
     places: dict[int, int] = {}
     distinct: list[FrequencyTable] = []
     for table in tables:
+        # By identity: the chunks of a group share one object.
         if id(table) not in places:
             places[id(table)] = len(distinct)
             distinct.append(table)
@@ -147,8 +148,10 @@ class _DecodingLanes:
             [np.frombuffer(chunk.stored, "<u4", LANES) for chunk in chunks]
         ).astype(np.uint32)
         self._smallest = self._states.reshape(count, LANES).min(axis=1)
+        # A smaller state is an error, noted in `_smallest`; the lockstep goes on without it.
         np.maximum(self._states, np.uint32(LOWER), out=self._states)
         words = [np.frombuffer(chunk.stored, "<u2", offset=STATE_BYTES) for chunk in chunks]
+        # A spare word at the end, for chunks that ask for more than they have.
         self._words = np.concatenate([*words, np.zeros(1, np.uint16)]).astype(np.uint32)
         sizes = np.array([len(part) for part in words], np.intp)
         self._ends = np.cumsum(sizes)
@@ -187,6 +190,7 @@ class _DecodingLanes:
         for step in range(len(rows)):
             np.bitwise_and(states, self._mask, out=index, casting="unsafe")
             np.add(index, self._base, out=index)
+            # clip: under its default mode numpy copies `out` to check the indices first.
             self._entries.take(index, out=self._found[step], mode="clip")
             np.right_shift(states, self._precision, out=states)
             np.multiply(states, fields[step, :, 1], out=states)

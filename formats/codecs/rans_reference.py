@@ -42,6 +42,8 @@ def decode(stored: bytes, raw_bytes: int, table: FrequencyTable) -> bytes:
         slot = states[lane] & ((1 << precision) - 1)
         symbol = symbol_of_slot[slot]
         state = frequencies[symbol] * (states[lane] >> precision) + slot - starts[symbol]
+        # One word is enough: a state of 2^16 or more keeps at least 2 bits under 14 bits of
+        # precision.
         if state < LOWER:
             if position == len(words):
                 raise DecodeError("rans chunk ends early", got=f"{len(words)} words")
@@ -72,9 +74,11 @@ def encode(symbols: bytes, table: FrequencyTable) -> bytes:
         table.starts.tolist(),
     )
     states, words = [LOWER] * LANES, list[int]()
+    # Backward: states are a stack, and the decoder has to read forward.
     for index in reversed(range(len(symbols))):
         lane, symbol = index % LANES, symbols[index]
         state, frequency = states[lane], frequencies[symbol]
+        # Keeps the state below 2^32 behind this symbol.
         if state >= frequency << (32 - precision):
             words.append(state & 0xFFFF)
             state >>= 16

@@ -95,6 +95,7 @@ def parse_tables(packed: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np
         DecodeError: one does not follow SPEC.md 6; `chunk` is its number.
     """
     sizes = np.array([len(data) for data in packed], np.int64)
+    # One column more than the longest table, so that each byte has a following one.
     width = int(sizes.clip(_HEAD_BYTES, MAX_TABLE_BYTES).max(initial=_HEAD_BYTES)) + 1
     all_bytes = np.frombuffer(
         b"".join(bytes(data[: width - 1]).ljust(width, b"\0") for data in packed), np.uint8
@@ -112,6 +113,7 @@ def parse_tables(packed: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np
     starts = inside & ~second
     sound = (sizes >= _HEAD_BYTES) & (sizes <= MAX_TABLE_BYTES)
     sound &= (precisions >= MIN_PRECISION) & (precisions <= MAX_PRECISION)
+    # A second byte of 0 is refused: each table has one encoding.
     sound &= ~(second & (wide | ~inside | (body == 0))).any(axis=1) & (
         starts.sum(axis=1) == present.sum(axis=1)
     )

@@ -40,8 +40,10 @@ def _parameters(strategy: int, **sizes: int) -> zstandard.ZstdCompressionParamet
         window_log=17,
         strategy=strategy,
         write_content_size=True,
+        # The chunk record has a checksum already.
         write_checksum=False,
         write_dict_id=False,
+        # Compression in several threads would change the bytes of a frame.
         threads=0,
         **sizes,
     )
@@ -164,6 +166,7 @@ def _header_bytes(descriptor: int) -> int:
 def _is_one_frame(stored: memoryview) -> bool:
     """Whether the blocks of a frame end where its bytes end; `check_frame` accepted the header."""
     descriptor = stored[4]
+    # A frame with a checksum has 4 bytes more: left to the slow path.
     if descriptor & 4:
         return False
     at, last = _header_bytes(descriptor), 0
@@ -215,8 +218,8 @@ def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray
     """Returns bool [n]: whether `check_frame` certainly accepts each frame, by its first bytes.
 
     Args:
-        heads: uint8 [n, HEAD_BYTES], the first bytes of each (of a shorter one, with the bytes that follow
-            it).
+        heads: uint8 [n, HEAD_BYTES], the first bytes of each (of a shorter one, with the bytes that
+            follow it).
         raw_bytes: int64 [n], the size that each has to declare.
     """
     descriptor = heads[:, 4]
@@ -231,6 +234,7 @@ def are_plain(heads: NDArray[np.uint8], raw_bytes: NDArray[np.int64]) -> NDArray
     declared_sizes = (digits << (np.arange(8, dtype=np.uint64) * np.uint64(8))).sum(
         axis=1, dtype=np.uint64
     )
+    # RFC 8878: a size of two bytes counts from 256.
     declared_sizes[size_bytes == 2] += np.uint64(256)
     magic = (heads[:, :4] == np.frombuffer(_MAGIC, np.uint8)).all(axis=1)
     simple = (descriptor & 0x1F) == 0  # no dictionary, no checksum, nothing reserved

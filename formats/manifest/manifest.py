@@ -133,6 +133,7 @@ def pack_manifest(manifest: Manifest) -> bytes:
     document = manifest.model_dump(mode="json", exclude_none=False)
     parts = []
     for key, value in document.items():
+        # Absent, because a reader refuses null here.
         if key == "calibration" and value is None:
             continue
         if key == "source" and value["quantization"] is None:
@@ -140,6 +141,7 @@ def pack_manifest(manifest: Manifest) -> bytes:
         if key in ("options", "calibration"):
             parts.append(f"{_dump(key)}:{_dump(_without_none(value))}")
         elif key in ("shards", "files", "tensors"):
+            # One record a line: a diff of two manifests shows single tensors.
             body = ",\n".join(_dump(_without_none(item)) for item in value)
             parts.append(f"{_dump(key)}:[\n{body}\n]" if value else f"{_dump(key)}:[]")
         else:
@@ -180,8 +182,10 @@ def _check_file_names(manifest: Manifest) -> None:
             raise SchemaError(
                 "shard has a wrong name", file=MANIFEST_NAME, got=shard.name, expected=expected
             )
+    # Some file systems take letters of either case for the same.
     reserved_names = {name.casefold() for name in (MANIFEST_NAME, *UNLISTED_NAMES)}
     folded_names = {fold_name(name) for name in names}
+    # A file cannot have the name of another file's folder.
     folders = {
         "/".join(parts[:end]) for parts in map(_parts, folded_names) for end in range(1, len(parts))
     }
@@ -191,6 +195,7 @@ def _check_file_names(manifest: Manifest) -> None:
         or not folders.isdisjoint(folded_names)
     ):
         raise SchemaError("a file name stands twice or is reserved", file=MANIFEST_NAME)
+    # Loaders that go by names would read it as weights.
     if any(SHARD_NAME.fullmatch(record.name) for record in manifest.files):
         raise SchemaError("a shard is listed as a side file", file=MANIFEST_NAME)
 
@@ -228,6 +233,7 @@ def features_of(
 ) -> list[str]:
     """Returns the features beyond format 1.0 that a reader must know, in a fixed order."""
     uses = {rans.NAME: False, STEPS: calibration is not None, COL_SCALE: False, WIDE: False}
+    # Older readers refuse keys that they do not know: the feature tells them why.
     uses[STEPS] |= any(
         value is not None
         for value in (options.bits, options.ratio, options.calibrate, options.refine)
@@ -255,6 +261,7 @@ def source_features(file_names: Iterable[str], quantization: str | None) -> list
 
 def _check_tensors(manifest: Manifest) -> None:
     records = {record.name: record for record in manifest.tensors}
+    # Two spellings of one name would be two tensors here and one tensor elsewhere.
     normal = {unicodedata.normalize("NFC", name) for name in records}
     if not len(records) == len(normal) == len(manifest.tensors):
         raise SchemaError("a tensor name stands twice", file=MANIFEST_NAME)
@@ -269,6 +276,7 @@ def _check_tensors(manifest: Manifest) -> None:
                 )
             taken_names.add(name)
     for record in manifest.tensors:
+        # The rules of a shard's header: the tensor has to stand there under this name.
         check_name(record.name, MANIFEST_NAME)
         check_shape(record.shape, MANIFEST_NAME, record.name)
         where: dict[str, Any] = {"file": MANIFEST_NAME, "tensor": record.name}
@@ -277,6 +285,7 @@ def _check_tensors(manifest: Manifest) -> None:
             raise SchemaError("unknown dtype", got=record.dtype, **where)
         if isinstance(record, AliasTensor):
             target = records.get(record.alias_of)
+            # No chains: aliases in a circle would have no bytes at all.
             if target is None or isinstance(target, AliasTensor):
                 raise SchemaError(
                     "alias does not name a stored tensor", got=record.alias_of, **where
@@ -344,6 +353,7 @@ def _check_axis(record: Int8Tensor, where: dict[str, Any]) -> None:
 
 
 def _dump(value: Any) -> str:
+    # Fixed separators: equal manifests have equal bytes.
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 

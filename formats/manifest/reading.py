@@ -66,6 +66,7 @@ def parse_manifest(data: bytes) -> Manifest:
     if not data.startswith(b"{"):
         looks_like = describe_foreign(data[:64]) or "not JSON"
         raise NotAContainerError(f"this is {looks_like}, not a manifest", file=MANIFEST_NAME)
+    # First: in a damaged text any other fault would be misleading.
     _check_seal(data)
     fields = _read_fields(data)
     try:
@@ -94,9 +95,11 @@ def _read_fields(data: bytes) -> dict[str, Any]:
                     pass
             continue
         value = walker.value(room)
+        # One allowance for all fields: many small ones cost as much as a large one.
         room -= walker.position - begin
         if not key.startswith("x_") and key != "manifest_sha256":
             fields[key] = value
+        # As early as possible: records of a newer format may look malformed.
         if key in _HEAD and all(name in fields for name in _HEAD):
             _check_head(fields)
     walker.end()
@@ -156,6 +159,7 @@ def _check_head(fields: dict[str, Any]) -> None:
         raise NotAContainerError("field 'format' is not 'codecllm'", file=MANIFEST_NAME)
     version = fields.get("format_version")
     ours = FORMAT_VERSION.split(".")[0]
+    # A minor version only adds; required features name the additions that matter.
     if not isinstance(version, str) or version.split(".")[0] != ours:
         got = ascii(version)[:40]
         raise UnsupportedVersionError(

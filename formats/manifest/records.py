@@ -30,6 +30,7 @@ Shape = list[Annotated[int, Field(ge=0)]]  # its limits: check_shape
 class Record(BaseModel):
     """Base of all records: no value is converted, no key ignored, no field changed later."""
 
+    # strict: pydantic would turn "1" into 1. frozen: threads share the records.
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 

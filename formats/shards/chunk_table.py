@@ -113,6 +113,7 @@ class ChunkTable:
             return
         least, most = np.zeros(len(got), np.uint8), np.zeros(len(got), np.uint8)
         if wide:
+            # Planes alternate, and plane 1 of a tile holds the number.
             least[1::2], most[1::2] = 1, MAX_LOW_BITS
         wrong = (got < least) | (got > most)
         if wrong.any():
@@ -185,6 +186,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
         raise SchemaError("reserved bytes of the chunk table are not zero", **where)
     if not 1 <= planes <= limits.PLANES:
         raise LimitError("planes per tile", got=planes, expected=f"1 to {limits.PLANES}", **where)
+    # Python's integers: this product cannot wrap around.
     if max(rows, 1) * max(cols, 1) > limits.ELEMENTS:
         raise LimitError("matrix of the chunk table is too large", got=f"{rows} x {cols}", **where)
     if not tile_rows or not tile_cols:
@@ -198,6 +200,7 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     records = np.frombuffer(data, RECORD, offset=HEADER.itemsize)
     sizes = _kept_chunk_sizes if len(records) <= _KEPT_CHUNKS else _chunk_sizes
     raw_bytes, most = sizes(grid, planes)
+    # int64: offsets are sums and pass 32 bits.
     stored_sizes = records["stored_bytes"].astype(np.int64)
     _check_records(records, stored_sizes, raw_bytes, most, where)
     offsets = np.zeros(len(records) + 1, np.int64)
@@ -230,6 +233,7 @@ def _chunk_sizes(grid: Grid, planes: int) -> tuple[NDArray[np.int64], NDArray[np
         symbols[-1, -1] = last_rows * last_cols
     raw_bytes = np.repeat(symbols.reshape(-1), planes)
     most: NDArray[np.int64] = limits.max_stored_bytes(raw_bytes)
+    # The cache hands out the same arrays again: no caller may change them.
     raw_bytes.flags.writeable = most.flags.writeable = False
     return raw_bytes, most
 

@@ -53,6 +53,7 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
         if isinstance(record, RawTensor):
             expected[record.name] = (record.dtype, record.shape)
             continue
+        # Its length follows from the chunks, which are not read yet.
         expected[record.name] = ("U8", None)
         for side in side_tensors(record):
             expected[side.name] = (side.dtype, None if side.length is None else [side.length])
@@ -99,6 +100,7 @@ def check_expansion(manifest: Manifest, most: float | None = None) -> None:
             most = float(text)
         except ValueError:
             most = math.nan
+        # Every comparison with NaN is false: the bound would be lifted silently.
         if math.isnan(most):
             raise UsageError(f"{MAX_EXPANSION} is not a number", got=ascii(text)[:40])
     declared_bytes = sum(record.source_bytes for shard in manifest.stored_in for record in shard)
@@ -130,7 +132,10 @@ def check_geometry(record: CodedTensor, table: ChunkTable, file: str) -> None:
         )
     _check_codecs(record, table, file)
     stored_bytes = np.add.reduce(
-        table.records["stored_bytes"].reshape(-1, table.planes), axis=0, dtype=np.int64
+        # int64: sums of 32-bit sizes pass 4 GiB.
+        table.records["stored_bytes"].reshape(-1, table.planes),
+        axis=0,
+        dtype=np.int64,
     ).tolist()
     if stored_bytes != [plane.stored_bytes for plane in record.planes]:
         raise LayoutError(
@@ -175,6 +180,7 @@ def _check_codecs(record: CodedTensor, table: ChunkTable, file: str) -> None:
             tensor=record.name,
             chunk=chunk,
         )
+    # Readers choose decoders by the record, so it names a codec only if a chunk uses it.
     unused_planes = (codecs != plane_codecs).all(axis=0)
     if np.count_nonzero(unused_planes):
         plane = int(unused_planes.argmax())

@@ -105,6 +105,7 @@ def read_header(
     head = file.read(0, min(64, file.size))
     header_bytes = int.from_bytes(head[:PREFIX_BYTES], "little")
     looks_like = describe_foreign(head)
+    # Only with an absurd length: a valid one may begin with the same bytes.
     if looks_like is not None and header_bytes > max_header_bytes:
         raise NotAContainerError(f"this is {looks_like}, not a safetensors file", file=file.name)
     if header_bytes > max_header_bytes:
@@ -143,6 +144,7 @@ def parse_header(
         else:
             entries.append(_parse_entry(name, walker.value(limits.RECORD_BYTES), base, file))
     walker.end()
+    # JSON has its own order; that of the data shows holes and overlaps.
     entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_coverage(entries, base, file_bytes, file)
     return ShardHeader({entry.name: entry for entry in entries}, metadata, raw)
@@ -179,6 +181,7 @@ def check_shape(shape: Any, file: str, tensor: str) -> tuple[int, ...]:
         SchemaError: not a list of non-negative integers.
         LimitError: too many dimensions, too large a dimension, or too many elements.
     """
+    # `type`, since True is an instance of int.
     if not isinstance(shape, list | tuple) or any(type(dim) is not int or dim < 0 for dim in shape):
         raise SchemaError(
             "shape is not a list of non-negative integers",
@@ -188,6 +191,7 @@ def check_shape(shape: Any, file: str, tensor: str) -> tuple[int, ...]:
         )
     if len(shape) > limits.RANK or any(dim > limits.DIM for dim in shape):
         raise LimitError("shape passes the limits", file=file, tensor=tensor, got=str(shape)[:80])
+    # max: a dimension of 0 must not hide absurd ones beside it.
     if math.prod(max(dim, 1) for dim in shape) > limits.ELEMENTS:
         raise LimitError("tensor is too large", file=file, tensor=tensor, got=str(shape)[:80])
     return tuple(shape)
@@ -262,6 +266,7 @@ def pack_header(
     Raises:
         LimitError: the text does not fit.
     """
+    # Sorted: equal containers have equal headers.
     document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     for entry in entries:
         document[entry.name] = {
@@ -270,6 +275,7 @@ def pack_header(
             "data_offsets": [entry.start, entry.end],
         }
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    # A multiple of 8 aligns the data, as in files of the safetensors library.
     size = header_bytes if header_bytes is not None else -(-len(text) // 8) * 8
     if len(text) > size or size > limits.HEADER_BYTES:
         raise LimitError(

@@ -95,6 +95,7 @@ class ShardWriter:
         if self._executor is None:
             self._put(views, offset, done)
             return
+        # The error of an earlier write is raised as soon as it is known.
         while self._pending and self._pending[0].done():
             self._pending.popleft().result()
         self._pending.append(self._executor.submit(self._put, views, offset, done))
@@ -147,6 +148,7 @@ class ShardWriter:
         while self._pending:
             self._pending.popleft().result()
         head = pack_header(self._entries, self._metadata, self._header_bytes)
+        # Behind a rollback the file may be longer than its data.
         self._file.truncate(len(head) + self._position)
         self._put([memoryview(head)], 0)
         return head, len(head) + self._position

@@ -208,6 +208,7 @@ def layout_of(record: CodedTensor) -> CodedLayout:
         columns=columns,
         channels=rows if record.channel_kind == "row" else columns,
         kind=record.channel_kind,
+        # Manifests name the type only where it is not F32.
         scale_dtype=record.scale_dtype or "F32",
         rans=coded_by_rans,
         tables_bytes=record.tables_bytes,
@@ -249,6 +250,7 @@ def misplaced_side(record: CodedTensor) -> SideTensor | None:
     for side in SIDE_TENSORS:
         is_stored = side.checksum(record) is not None
         presence = side.presence(layout)
+        # Without its partner a side tensor has no meaning.
         if side.needs is not None and getattr(record.xxh3, side.needs) is None:
             presence = "never"
         if presence != "optional" and is_stored != (presence == "always"):
