@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,26 @@ class PromptCoder:
         return [
             (7919 * (number + 1) * (position + 1)) % vocabulary for position in range(8 + number)
         ]
+
+
+SMALL_MODEL = 1 << 25
+"""Parameters up to which a model runs in one thread."""
+
+
+@contextmanager
+def threads_for(model: Any) -> Iterator[None]:
+    """Runs a small model in one thread inside the block.
+
+    Its products take microseconds. More threads then spend their time waiting for each other, and
+    on a busy machine many times that of the products.
+    """
+    threads = torch.get_num_threads()
+    if sum(value.numel() for value in model.parameters()) <= SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def generates(model: Any) -> bool:

@@ -92,6 +92,11 @@ def below_floor(agreement: Agreement, bits: float | None) -> str | None:
 
 def run_source(model: Any, folder: Path) -> SourceRun:
     """Runs the source model on all prompts."""
+    with output.threads_for(model):
+        return _run_source(model, folder)
+
+
+def _run_source(model: Any, folder: Path) -> SourceRun:
     coder = output.PromptCoder(folder, model.config)
     prompts = coder.prompts()
     if not output.generates(model):
@@ -108,6 +113,11 @@ def run_source(model: Any, folder: Path) -> SourceRun:
 
 def run_converted(model: Any, source: SourceRun) -> ConvertedRun:
     """Runs the converted model on the same prompts, and along the source's continuations."""
+    with output.threads_for(model):
+        return _run_converted(model, source)
+
+
+def _run_converted(model: Any, source: SourceRun) -> ConvertedRun:
     where = output.environment(model)
     if not source.greedy:
         return ConvertedRun(
@@ -175,14 +185,15 @@ def compare_with_record(
     Raises:
         BaselineError: the output differs.
     """
-    same_place = output.environment(model) == baseline.environment
-    stage.facts = {"kind": baseline.kind, "same_environment": same_place}
-    if baseline.kind == "hidden":
-        _compare_hidden(model, baseline.hidden, same_place, stage)
-    elif same_place:
-        _compare_tokens(model, baseline.greedy, stage, spoken or {})
-    else:
-        _compare_along_record(model, baseline.greedy, stage)
+    with output.threads_for(model):
+        same_place = output.environment(model) == baseline.environment
+        stage.facts = {"kind": baseline.kind, "same_environment": same_place}
+        if baseline.kind == "hidden":
+            _compare_hidden(model, baseline.hidden, same_place, stage)
+        elif same_place:
+            _compare_tokens(model, baseline.greedy, stage, spoken or {})
+        else:
+            _compare_along_record(model, baseline.greedy, stage)
 
 
 def _compare_tokens(

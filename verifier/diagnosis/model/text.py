@@ -95,6 +95,11 @@ def evaluate_outputs(
         along: the source's outputs, along whose continuations the logits are taken; None takes the
             model's own continuations.
     """
+    with output.threads_for(model):
+        return _evaluate_outputs(model, inputs, along)
+
+
+def _evaluate_outputs(model: Any, inputs: EvalInputs, along: ModelOutputs | None) -> ModelOutputs:
     outputs = ModelOutputs()
     if not output.generates(model):
         outputs.logits = [output.first_output(model, prompt) for prompt in inputs.prompts]
