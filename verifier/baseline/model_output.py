@@ -47,7 +47,10 @@ class PromptCoder:
         """Returns the tokens of a text, or none without a tokenizer or where they leave the model's vocabulary."""
         if self._tokenizer is None:
             return []
-        tokens = [int(token) for token in self._tokenizer(text)["input_ids"]]
+        try:
+            tokens = [int(token) for token in self._tokenizer(text)["input_ids"]]
+        except Exception:  # one that transformers made up for a folder without tokenizer files
+            return []
         return tokens if not self._vocabulary or max(tokens, default=0) < self._vocabulary else []
 
     def decode(self, tokens: list[int]) -> str:
