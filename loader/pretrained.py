@@ -90,6 +90,8 @@ def from_pretrained(
             kernel, within its rounding (`int8_matmul.int8_product`). `compressed`: payloads stay
             coded as in the files and each weight is decoded just before it is used: least memory,
             the bits of dense, and the time of decoding the whole model for every forward pass.
+            `packed`, on a GPU: codes of 2 to 8 bits, or lossless bfloat16 in 12, at a fixed rate;
+            products within the rounding of dense (`packed.product`).
         decoder: where chunks are decoded for a model on a GPU, with the same bits. `auto`: there,
             as far as it can, else on the CPU. `cpu`: on the CPU. `nvcomp`, `triton`: zstd by
             nvCOMP, `rans` by our kernel, or an error that says why not.
@@ -115,7 +117,7 @@ def from_pretrained(
         UsageError: the arguments contradict each other or the container.
     """
     _check_arguments(resident, decoder, dtype, hf_kwargs)
-    refuse_without_device(decoder, device_map)
+    refuse_without_device(decoder, resident, device_map)
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     spreading = {}
     if resident != "dense" and placement.spreads(device_map):

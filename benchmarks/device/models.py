@@ -216,7 +216,9 @@ def loading(machine: Machine) -> Iterator[Row]:
         )
         yield Row(f"copy alone, {what}", _copy_seconds(machine, stored), "s", "")
         for resident in (
-            ("dense", "int8", "compressed") if scheme == "int8" else ("dense", "compressed")
+            ("dense", "int8", "packed", "compressed")
+            if scheme == "int8"
+            else ("dense", "packed", "compressed")
         ):
             yield _load_row(machine, folder, what, resident, "auto", plain)
         if (scheme, codec) == ("int8", "zstd") and not machine.rehearses:
@@ -255,6 +257,8 @@ def generating(machine: Machine) -> Iterator[Row]:
         (("lossless", "zstd", 128), "dense"),
         (("int8", "rans", 128), "dense"),
         (("int8", "rans", 128), "int8"),
+        (("int8", "rans", 128), "packed"),
+        (("lossless", "zstd", 128), "packed"),
     ]
     cases += [(kind, "compressed") for kind in KINDS]
     first: float | None = None

@@ -57,22 +57,25 @@ def sole_device(device_map: Any, needed_bytes: int, max_memory: Any = None) -> t
     return concrete(device) if usable else None
 
 
-def refuse_without_device(decoder: Decoder, device_map: Any) -> None:
-    """Refuses a decoder that needs a GPU where the model is not put on one.
+def refuse_without_device(decoder: Decoder, resident: str, device_map: Any) -> None:
+    """Refuses arguments that need a GPU where the model is not put on one.
 
     Raises:
-        UsageError: `decoder` is "nvcomp" or "triton" and `device_map` None or the CPU.
+        UsageError: `decoder` is "nvcomp" or "triton" or `resident` is "packed", and `device_map` is
+            None or the CPU.
         UnsupportedEnvironmentError: there is no GPU.
     """
-    if decoder not in ("nvcomp", "triton"):
+    if decoder in ("nvcomp", "triton"):
+        subject, use = f"decoder {decoder!r}", "decodes"
+    elif resident == "packed":
+        subject, use = "resident='packed'", "multiplies"
+    else:
         return
     if not has_device():
-        raise UnsupportedEnvironmentError(
-            f"decoder {decoder!r} does not work here: torch finds no GPU"
-        )
+        raise UnsupportedEnvironmentError(f"{subject} does not work here: torch finds no GPU")
     if device_map is None or str(device_map) == "cpu":
         raise UsageError(
-            f"decoder {decoder!r} decodes on a GPU",
+            f"{subject} {use} on a GPU",
             got=f"device_map={device_map!r}",
             expected='for example "cuda"',
         )

@@ -57,7 +57,7 @@ class Residency(ABC):
         self._records = {name: record for name, record in records.items() if _by_rows(record)}
         self._reader = reader
         self._state_dict = state_dict
-        self._forms: dict[tuple[str, torch.device], WeightForm] = {}
+        self._forms: dict[tuple[str, torch.device], WeightForm | None] = {}
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
@@ -84,8 +84,8 @@ class Residency(ABC):
                     settle(weight)  # in place: tied modules hold it too
                     weight.requires_grad_(True)
 
-    def form(self, record: CodedTensor, device: torch.device) -> WeightForm:
-        """Returns the form of a tensor for weights on a device; each is read once."""
+    def form(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
+        """Returns the form of a tensor on a device, read once; None: the tensor is loaded dense."""
         with self._lock:
             key = (record.name, device)
             if key not in self._forms:
@@ -97,7 +97,7 @@ class Residency(ABC):
         return None
 
     @abstractmethod
-    def _read(self, record: CodedTensor, device: torch.device) -> WeightForm:
+    def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
         """Reads a form; called once for a tensor and a device."""
 
 
@@ -130,6 +130,8 @@ class CodedLazyTensor(LazyTensor):
         except Exception as exc:
             self._reader.first_error = self._reader.first_error or exc
             raise
+        if form is None:
+            return super().to(device, dtype)
         return coded_parameter(form, dtype or self.dtype, place)
 
 

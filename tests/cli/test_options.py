@@ -23,8 +23,12 @@ from codecllm.verifier import verification
         (options.NonFiniteName, converter_options.NonFinite),
         (options.LevelName, verification.Level),
         (options.FormatName, api.ExportFormat),
-        (options.ResidentName, pretrained.Resident),
     ],
 )
 def test_choices_are_those_of_the_library(shown, accepted):
     assert get_args(shown) == get_args(accepted)
+
+
+def test_residencies_are_those_of_the_library_that_a_cpu_can_have():
+    """The commands load onto the CPU, and `packed` needs a GPU."""
+    assert {*get_args(options.ResidentName), "packed"} == set(get_args(pretrained.Resident))

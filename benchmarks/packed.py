@@ -1,0 +1,175 @@
+"""Times products with packed matrices beside bf16 and cuBLAS: the data of `choose_shape`.
+
+`python -m benchmarks.packed` needs a GPU. Every product is recorded in a CUDA graph that goes over
+several copies of the weights, more than the second-level cache holds. Figures are microseconds a
+product, and the ratio to bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from codecllm.loader.packed import matrix, product
+
+SIZES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096))
+TOKENS = (1, 2, 8, 16, 32, 64)
+BITS = {3: 1.4, 4: 2.6, 5: 5.2, 6: 10.0, 8: 31.0, 12: 0.0}
+"""Bits of the layout -> spread of Gaussian codes for which they are chosen."""
+
+BYTES = 400 << 20
+"""Weights of a graph: several times the second-level cache."""
+
+SHAPES = {
+    1: [(1, 1, 4, 1), (1, 1, 8, 1), (1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 4)],
+    2: [(1, 1, 8, 1), (1, 1, 16, 1), (2, 2, 4, 1), (1, 2, 8, 1), (2, 2, 4, 2), (2, 4, 2, 4)],
+    4: [
+        (1, 1, 8, 1),
+        (1, 2, 8, 1),
+        (2, 2, 4, 1),
+        (2, 4, 4, 1),
+        (2, 2, 4, 2),
+        (2, 4, 2, 4),
+        (2, 4, 4, 4),
+    ],
+    8: [
+        (1, 1, 8, 1),
+        (1, 2, 8, 1),
+        (2, 2, 4, 1),
+        (2, 4, 2, 1),
+        (2, 4, 2, 2),
+        (2, 4, 2, 4),
+        (2, 2, 4, 2),
+        (2, 2, 2, 4),
+    ],
+}
+"""Token tiles -> shapes to try."""
+
+
+def time_us(calls: list[Callable[[], object]]) -> float:
+    """Returns the median time of one of the calls, in microseconds."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / len(calls))
+    return statistics.median(times)
+
+
+def host_us(call: Callable[[], object], count: int = 300) -> float:
+    """Returns the host time of a call, in microseconds."""
+    call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        times.append((time.perf_counter() - begin) / count * 1e6)
+        torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def make(bits: int, rows: int, cols: int) -> matrix.PackedMatrix:
+    """Returns a random packed matrix."""
+    if bits == 12:
+        packed = matrix.pack_bf16((torch.randn(rows, cols, device="cuda") * 0.02).bfloat16())
+        assert packed is not None
+        return packed
+    codes = (torch.randn(rows, cols, device="cuda") * BITS[bits]).round()
+    if bits == 8:
+        codes = codes.clamp(-127, 127)
+    scale = torch.rand(rows, device="cuda") * 1e-3 + 1e-3
+    return matrix.pack_codes(codes.to(torch.int16), scale, None)
+
+
+def check(packed: matrix.PackedMatrix) -> float:
+    """Returns the largest error of a product relative to the largest output."""
+    weights = matrix.dequantize(packed, torch.float32).double()
+    worst = 0.0
+    for tokens in (1, 3, 8, 16, 33, 64):
+        inputs = torch.randn(tokens, packed.cols, device="cuda").bfloat16()
+        got = product.PackedProduct(packed).linear(inputs, None).double()
+        exact = inputs.double() @ weights.T
+        worst = max(worst, float((got - exact).abs().max() / exact.abs().max()))
+    dense = product.PackedProduct(packed).dense(torch.bfloat16)
+    same = torch.equal(
+        dense.view(torch.int16), matrix.dequantize(packed, torch.bfloat16).view(torch.int16)
+    )
+    assert same, "unpacking differs from the reference"
+    return worst
+
+
+def main() -> None:
+    """Prints one line for each size, kind and number of tokens."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all-shapes", action="store_true", help="time every shape of the kernel")
+    arguments = parser.parse_args()
+    for bits in BITS:
+        print(f"check {bits} bits: {check(make(bits, 1008, 2064)):.2e}", flush=True)
+    for rows, cols in SIZES:
+        _time_size(rows, cols, arguments.all_shapes)
+
+
+def _time_size(rows: int, cols: int, all_shapes: bool) -> None:
+    copies = max(2, BYTES // (2 * rows * cols))
+    dense = [torch.randn(rows, cols, device="cuda").bfloat16() for _ in range(copies)]
+    plain = {
+        tokens: time_us(
+            [partial(torch.nn.functional.linear, _inputs(tokens, cols), w) for w in dense]
+        )
+        for tokens in (*TOKENS, 2048)
+    }
+    figures = ", ".join(f"{tokens}: {time:.1f} us" for tokens, time in plain.items())
+    host = host_us(partial(torch.nn.functional.linear, _inputs(1, cols), dense[0]))
+    print(f"\n{rows} x {cols}: bf16 {figures}; host {host:.1f} us")
+    for bits in BITS:
+        products = [product.PackedProduct(make(bits, rows, cols))]
+        size = products[0].matrix.nbytes()
+        for _ in range(max(2, BYTES // size) - 1):
+            products.append(product.PackedProduct(make(bits, rows, cols)))
+        line = f"{bits:2} bits, {8 * size / rows / cols:.2f} in memory:"
+        for tokens, reference in plain.items():
+            calls = [partial(one.linear, _inputs(tokens, cols), None) for one in products]
+            time = time_us(calls)
+            line += f"  {tokens}: {time:.1f} ({reference / time:.2f})"
+            if all_shapes and tokens in (1, 16, 32, 64):
+                line += _all_shapes(calls, tokens)
+        host = host_us(partial(products[0].linear, _inputs(1, cols), None))
+        print(f"{line}; host {host:.1f} us", flush=True)
+
+
+def _inputs(tokens: int, cols: int) -> torch.Tensor:
+    return torch.randn(tokens, cols, device="cuda").bfloat16()
+
+
+def _all_shapes(calls: list[Callable[[], object]], tokens: int) -> str:
+    chosen = product.choose_shape
+    figures = []
+    tiles = min(t for t in SHAPES if 8 * t >= tokens)
+    for row_tiles, row_warps, col_warps, splits in SHAPES[tiles]:
+        shape = product.Shape(row_tiles, tiles, row_warps, col_warps, splits)
+        product.choose_shape = lambda *_, s=shape: s  # type: ignore[assignment]
+        figures.append(f"{row_tiles}/{row_warps}/{col_warps}/{splits}={time_us(calls):.1f}")
+    product.choose_shape = chosen
+    return " [" + " ".join(figures) + "]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""resident="packed": the tensors that are packed, and their way into the layout."""
+
+from __future__ import annotations
+
+import torch
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import UsageError
+from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, LosslessTensor
+from codecllm.loader.engine import Request
+from codecllm.loader.packed.form import PackedForm
+from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
+from codecllm.loader.reader import TensorReader
+from codecllm.loader.resident.form import WeightForm
+from codecllm.loader.resident.residency import Residency, stored_record
+from codecllm.loader.state_dict import LazyTensor
+
+
+class ResidentPacked(Residency):
+    """Codes of int8 tensors, and bfloat16 weights of lossless ones, stay in memory at a fixed rate.
+
+    Each tensor is decoded and packed on its device, one at a time: there is no dense copy of the
+    model. A tensor without a packed form (`can_pack`, or too many exceptions) is loaded dense.
+    """
+
+    def __init__(
+        self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]
+    ) -> None:
+        """Collects the tensors that have a packed form.
+
+        Raises:
+            UsageError: the container holds none.
+        """
+        stored = {name: stored_record(container, name) for name in container.records}
+        records: dict[str, CodedTensor] = {
+            name: record
+            for name, record in stored.items()
+            if isinstance(record, Int8Tensor | LosslessTensor) and _packs(record)
+        }
+        if not records:
+            raise UsageError(
+                "resident='packed' needs matrices of scheme int8, or lossless ones of BF16, whose "
+                "columns are a multiple of 16; this container holds none"
+            )
+        super().__init__(records, reader, state_dict)
+
+    def request(self, record: CodedTensor) -> Request | None:
+        """Returns that of the codes or weights that are packed."""
+        if isinstance(record, LosslessTensor):
+            return Request(record.name, "weight", torch.bfloat16)
+        if isinstance(record, Int8Tensor) and record.wide:
+            return Request(record.name, "weight", torch.float32)
+        return Request(record.name, "codes")
+
+    def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
+        if isinstance(record, LosslessTensor):
+            weights = self._reader.read(record.name, "weight", torch.bfloat16, device)
+            matrix = pack_bf16(weights)
+        else:
+            matrix = self._pack_codes(record, device)
+        return None if matrix is None else PackedForm(record.name, matrix)
+
+    def _pack_codes(self, record: CodedTensor, device: torch.device) -> PackedMatrix | None:
+        assert isinstance(record, Int8Tensor)
+        scale = self._reader.read(record.name, "scale", None, device)
+        columns = None
+        if record.xxh3.col_scale is not None:
+            columns = self._reader.read(record.name, "col_scale", None, device)
+        if not record.wide:
+            codes = self._reader.read(record.name, "codes", None, device)
+            return pack_codes(codes, scale, columns)
+        # The weight is fl32(code * step) with a code of 16 bits: the quotient is off by far less
+        # than a half.
+        weights = self._reader.read(record.name, "weight", torch.float32, device)
+        steps = scale[:, None] if columns is None else scale[:, None] * columns
+        return pack_codes((weights / steps).round_().to(torch.int16), scale, columns)
+
+
+def _packs(record: CodedTensor) -> bool:
+    if len(record.shape) != 2 or not can_pack(*record.shape):
+        return False
+    return isinstance(record, Int8Tensor) or record.dtype == "BF16"

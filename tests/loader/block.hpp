@@ -1,0 +1,173 @@
+// Runs linear.cu on a CPU: each thread of a block is a coroutine that runs until it meets its warp or its block.
+// Put before the kernel's source. Threads of a warp that meet at different operations end the program.
+
+#define EMULATED
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __shared__ static
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct Place {
+    unsigned x, y;
+};
+
+Place threadIdx, blockIdx, gridDim;
+
+namespace block {
+
+const int MOST = 512;
+enum Meeting { ENDED, WARP_SHUFFLE, WARP_PRODUCT, BLOCK };
+
+struct Slot {
+    float value;
+    unsigned weights[4], low, high;
+};
+
+ucontext_t scheduler, contexts[MOST];
+char stacks[MOST][1 << 16];
+Meeting waits[MOST];
+int parity[MOST];
+Slot slots[2][MOST];
+
+void meet(Meeting kind) {
+    int thread = threadIdx.x;
+    waits[thread] = kind;
+    swapcontext(&contexts[thread], &scheduler);
+}
+
+void resume(int thread) {
+    threadIdx.x = thread;
+    waits[thread] = ENDED;
+    swapcontext(&scheduler, &contexts[thread]);
+}
+
+void run(int threads, void (*body)()) {
+    for (int thread = 0; thread < threads; ++thread) {
+        getcontext(&contexts[thread]);
+        contexts[thread].uc_stack.ss_sp = stacks[thread];
+        contexts[thread].uc_stack.ss_size = sizeof stacks[thread];
+        contexts[thread].uc_link = &scheduler;
+        makecontext(&contexts[thread], body, 0);
+        parity[thread] = 0;
+        resume(thread);
+    }
+    for (bool alive = true; alive;) {
+        alive = false;
+        bool all_at_barrier = true;
+        for (int first = 0; first < threads; first += 32) {
+            for (int lane = 1; lane < 32; ++lane)
+                if (waits[first + lane] != waits[first]) {
+                    std::fprintf(stderr, "threads of a warp meet at different operations\n");
+                    std::abort();
+                }
+            if (waits[first] == WARP_SHUFFLE || waits[first] == WARP_PRODUCT) {
+                for (int lane = 0; lane < 32; ++lane) resume(first + lane);
+                all_at_barrier = false;
+            }
+            all_at_barrier &= waits[first] == BLOCK;
+            alive |= waits[first] != ENDED;
+        }
+        if (all_at_barrier)
+            for (int thread = 0; thread < threads; ++thread) resume(thread);
+    }
+}
+
+}  // namespace block
+
+static float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+static void __syncthreads() { block::meet(block::BLOCK); }
+
+static float __shfl_xor_sync(unsigned, float value, int mask) {
+    int thread = threadIdx.x, turn = block::parity[thread] ^= 1;
+    block::slots[turn][thread].value = value;
+    block::meet(block::WARP_SHUFFLE);
+    return block::slots[turn][thread ^ mask].value;
+}
+
+static double widened(unsigned pair, int half) {
+    unsigned short bits = (unsigned short)(pair >> 16 * half);
+#if IS_HALF
+    int sign = bits >> 15, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    double value = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+    if (exponent == 31) value = mantissa ? NAN : INFINITY;
+    return sign ? -value : value;
+#else
+    return __uint_as_float((unsigned)bits << 16);
+#endif
+}
+
+static float from_half(unsigned short bits) { return (float)widened(bits, 0); }
+
+// Rounds to nearest, ties to even. A double has room for the products and sums here without a rounding of its own.
+static unsigned short rounded(double value) {
+    unsigned short sign = std::signbit(value) ? 0x8000 : 0;
+    double size = std::fabs(value);
+    if (std::isnan(value)) return 0x7FFF;
+#if IS_HALF
+    const int bits = 10, least = -14, bias = 15, most = 31;
+#else
+    const int bits = 7, least = -126, bias = 127, most = 255;
+#endif
+    if (size == 0) return sign;
+    int exponent = std::isinf(size) ? 1024 : std::ilogb(size);
+    if (exponent < least) exponent = least;
+    double units = std::nearbyint(std::ldexp(size, bits - exponent));
+    if (std::isinf(size)) return sign | most << bits;
+    long field = (long)units + ((long)(exponent + bias - 1) << bits);
+    if (field >= (long)most << bits) field = (long)most << bits;
+    return sign | (unsigned short)field;
+}
+
+static unsigned short to_16_bits(float value) { return rounded(value); }
+
+static unsigned fma_pair(unsigned a, unsigned b, unsigned c) {
+    unsigned low = rounded(widened(a, 0) * widened(b, 0) + widened(c, 0));
+    return low | (unsigned)rounded(widened(a, 1) * widened(b, 1) + widened(c, 1)) << 16;
+}
+
+static void multiply(float* sums, const unsigned* weights, unsigned low, unsigned high) {
+    int thread = threadIdx.x, lane = thread & 31, turn = block::parity[thread] ^= 1;
+    block::Slot& own = block::slots[turn][thread];
+    for (int r = 0; r < 4; ++r) own.weights[r] = weights[r];
+    own.low = low;
+    own.high = high;
+    block::meet(block::WARP_PRODUCT);
+    const block::Slot* warp = block::slots[turn] + (thread & ~31);
+    for (int k = 0; k < 4; ++k) {
+        int row = (lane >> 2) + 8 * (k >> 1), token = 2 * (lane & 3) + (k & 1);
+        double sum = sums[k];
+        for (int column = 0; column < 16; ++column) {
+            int pair = column % 8 / 2, half = column & 1, far = column >= 8;
+            unsigned weight = warp[4 * (row % 8) + pair].weights[(row >= 8) + 2 * far];
+            const block::Slot& input = warp[4 * token + pair];
+            sum += widened(weight, half) * widened(far ? input.high : input.low, half);
+        }
+        sums[k] = (float)sum;
+    }
+}
+
+static void load(unsigned* words, const unsigned* place, int count) {
+    if ((uintptr_t)place % (4 * count)) std::abort();
+    std::memcpy(words, place, 4 * count);
+}
+static void load4(unsigned* words, const unsigned* place) { load(words, place, 4); }
+static void load2(unsigned* words, const unsigned* place) { load(words, place, 2); }
+static void load1(unsigned* words, const unsigned* place) { load(words, place, 1); }

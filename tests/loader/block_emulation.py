@@ -1,0 +1,85 @@
+"""linear.cu on a CPU: compiled by a C++ compiler, the threads of a block as coroutines (block.hpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from codecllm.loader.packed import product
+
+HERE = Path(__file__).parent
+
+
+class EmulatedLaunch:
+    """Stands in for `nvrtc.Launch`."""
+
+    def __init__(
+        self, function: Any, blocks: tuple[int, int], threads: int, arguments: list[Any]
+    ) -> None:
+        self._function, self._sizes = function, (*blocks, threads)
+        self._arguments = [
+            value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments
+        ]
+        self._pointers = [isinstance(value, torch.Tensor) for value in arguments]
+
+    def run(self, stream: int, changes: list[tuple[int, int]]) -> None:
+        for index, value in changes:
+            self._arguments[index] = value
+        values = [
+            ctypes.c_void_p(value) if is_pointer else ctypes.c_int(value)
+            for value, is_pointer in zip(self._arguments, self._pointers, strict=True)
+        ]
+        self._function(*self._sizes, *values)
+
+
+class EmulatedKernel:
+    """Stands in for `nvrtc.Kernel`."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def prepare(
+        self, blocks: tuple[int, int], threads: int, shared: int, arguments: list[Any]
+    ) -> EmulatedLaunch:
+        assert shared <= 48 << 10
+        return EmulatedLaunch(self._function, blocks, threads, arguments)
+
+    def launch(self, blocks: int, threads: int, shared: int, arguments: list[Any]) -> None:
+        self.prepare((blocks, 1), threads, shared, arguments).run(0, [])
+
+
+@cache
+def emulated_kernel(
+    name: str, bits: int, is_half: bool, shape: product.Shape, device: torch.device
+) -> EmulatedKernel:
+    """Compiles the kernels of a setting once; skips where there is no C++ compiler."""
+    library = _library(bits, is_half, shape)
+    return EmulatedKernel(getattr(library, f"launch_{name}"))
+
+
+@cache
+def _library(bits: int, is_half: bool, shape: product.Shape) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++ to run linear.cu on a CPU")
+    source = product.source_of(bits, is_half, shape)
+    macros, _, kernels = source.partition("// Products")
+    parts = [macros, f'#include "{HERE}/block.hpp"\n', kernels]
+    parts += [f'\n#include "{HERE}/block_main.hpp"\n']
+    kernels_file = "".join([parts[0], parts[1], "// Products", *parts[2:]])
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "linear.so"
+        command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-x", "c++", "-o"]
+        done = subprocess.run(
+            [*command, str(target), "-"], input=kernels_file, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(target))

@@ -1,0 +1,197 @@
+"""The packed layout: reference, packing on a device, kernels (emulated) and their products."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from codecllm.loader.packed import layout, matrix, pack, product
+from tests.loader import block_emulation
+
+ALL_BITS = [*layout.INT_BITS, layout.BF16_BITS]
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_words_hold_every_value_in_exactly_its_bits(bits):
+    values = np.random.default_rng(bits).integers(0, 1 << bits, (48, 192)).astype(np.uint32)
+    words = layout.pack_values(values, bits)
+    assert words.nbytes * 8 == bits * values.size
+    assert (layout.unpack_values(words, bits) == values).all()
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_packing_on_a_device_gives_the_words_of_the_reference(bits, monkeypatch):
+    monkeypatch.setattr(pack, "BLOCK_ELEMENTS", 16 * 192)  # one row tile at a time
+    values = np.random.default_rng(bits).integers(0, 1 << bits, (48, 192)).astype(np.uint32)
+    words = pack.pack_values(torch.from_numpy(values.astype(np.int32)), bits)
+    assert (words.numpy().view(np.uint32) == layout.pack_values(values, bits)).all()
+    assert (pack.unpack_values(words, bits).numpy() == values).all()
+
+
+@pytest.mark.parametrize("base", [0, 1, 60, 110, 127])
+def test_all_bf16_patterns_survive_splitting(base):
+    patterns = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    values, outside = layout.split_bf16(patterns, base)
+    joined = layout.join_bf16(values, base)
+    assert (joined[~outside] == patterns[~outside]).all()
+    assert (joined[outside] == 0).all()
+    weights = torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16)
+    fast, fast_outside = pack.split_bf16(weights, base)
+    assert (fast.numpy() == values).all()
+    assert (fast_outside.numpy() == outside).all()
+
+
+def _weights(rows, cols, seed=0):
+    """bfloat16 weights with zeros of both signs, subnormals, infinities and NaNs among them."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.randn(rows, cols, generator=generator) * 0.02).bfloat16()
+    flat = weights.view(-1)
+    flat[::11] = 0.0
+    flat[1::41] = -0.0
+    return weights
+
+
+def _codes(rows, cols, spread, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = (torch.randn(rows, cols, generator=generator) * spread).round().to(torch.int16)
+    scale = torch.rand(rows, generator=generator) + 0.1
+    return codes, scale, torch.rand(cols, generator=generator) + 0.5
+
+
+def _bits(tensor):
+    return tensor.view(torch.int16)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (16, 64), (33, 80), (100, 208)])
+def test_a_matrix_of_bf16_gives_back_every_bit(rows, cols, monkeypatch):
+    monkeypatch.setattr(matrix, "MAX_EXCEPTION_SHARE", 1.0)
+    weights = _weights(rows, cols)
+    weights.view(-1)[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40, 3e38])
+    packed = matrix.pack_bf16(weights)
+    assert (_bits(matrix.unpack_bf16(packed)) == _bits(weights)).all()
+    picked = torch.tensor([rows - 1, 0, rows // 2])
+    assert (_bits(matrix.gather(packed, picked, torch.bfloat16)) == _bits(weights[picked])).all()
+
+
+def test_all_patterns_are_packed_and_unpacked(monkeypatch):
+    monkeypatch.setattr(matrix, "MAX_EXCEPTION_SHARE", 1.0)
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(256, 256)
+    packed = matrix.pack_bf16(patterns.view(torch.bfloat16))
+    assert (_bits(matrix.unpack_bf16(packed)) == patterns).all()
+
+
+def test_a_matrix_with_many_exceptions_is_refused():
+    weights = torch.logspace(-30, 30, 1024).bfloat16().view(16, 64)
+    assert matrix.pack_bf16(weights) is None
+
+
+@pytest.mark.parametrize("spread", [0.6, 3, 12, 50, 70])
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_codes_give_the_bits_of_dense_loading(spread, with_columns):
+    codes, scale, col_scale = _codes(100, 208, spread)
+    col_scale = col_scale if with_columns else None
+    packed = matrix.pack_codes(codes, scale, col_scale)
+    assert packed.bits == layout.best_int_bits(codes.numpy().astype(np.int32))
+    assert (matrix.unpack_codes(packed) == codes).all()
+    steps = scale[:, None] if col_scale is None else scale[:, None] * col_scale
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        weights = (codes.float() * steps).to(dtype)
+        assert (matrix.dequantize(packed, dtype) == weights).all()
+        picked = torch.tensor([99, 0, 7, 7])
+        assert (matrix.gather(packed, picked, dtype) == weights[picked]).all()
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setattr(product, "kernel_of", block_emulation.emulated_kernel)
+    monkeypatch.setattr(product, "fuses", lambda matrix, inputs: True)
+    monkeypatch.setattr(product, "_stream", lambda device: 0)
+    monkeypatch.setattr(product, "on_device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(product.PackedProduct, "_has_unpack", lambda self, dtype: True)
+
+
+SHAPES = [product.Shape(1, 1, 1, 2), product.Shape(2, 2, 2, 2, splits=3)]
+
+
+def _expected(inputs, weights, bias):
+    exact = inputs.double() @ weights.double().T
+    return exact if bias is None else exact + bias.double()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [*((bits, torch.bfloat16) for bits in layout.INT_BITS), (5, torch.float16), (8, torch.float16)],
+)
+def test_products_with_codes(emulated, monkeypatch, bits, dtype, tokens, shape):
+    monkeypatch.setattr(product, "choose_shape", lambda *_: shape)
+    codes, scale, col_scale = _codes(50, 208, 2.0 ** (bits - 2.6), seed=bits)
+    monkeypatch.setattr(pack, "choose_int_bits", lambda codes: bits)
+    packed = matrix.pack_codes(codes, scale, col_scale if bits % 2 else None)
+    assert packed.first is not None
+    inputs = torch.randn(tokens, 208, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bias = torch.randn(50).to(dtype) if tokens > 1 else None
+    scaled = (inputs * col_scale).to(dtype) if bits % 2 else inputs
+    got = product.PackedProduct(packed).linear(inputs, bias)
+    exact = _expected(scaled, codes.double() * scale.double()[:, None], bias)
+    epsilon = torch.finfo(dtype).eps
+    assert ((got.double() - exact).abs() <= epsilon * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_products_with_bf16_weights(emulated, monkeypatch, tokens, shape):
+    if tokens > 8 * shape.token_tiles:
+        shape = product.Shape(1, 2, 1, 2)
+    monkeypatch.setattr(product, "choose_shape", lambda *_: shape)
+    weights = _weights(50, 208)
+    weights[3, 7], weights[49, 207], weights[0, 0] = 1e-30, 2e10, -1e-39
+    packed = matrix.pack_bf16(weights)
+    assert packed.first is not None
+    inputs = torch.randn(tokens, 208).bfloat16()
+    got = product.PackedProduct(packed).linear(inputs, None)
+    exact = _expected(inputs, weights, None)
+    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_unpacking_gives_the_bits_of_dense_loading(emulated, monkeypatch, bits):
+    if bits == layout.BF16_BITS:
+        monkeypatch.setattr(matrix, "MAX_EXCEPTION_SHARE", 1.0)
+        weights = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(256, 256)
+        weights = weights.view(torch.bfloat16)
+        packed = matrix.pack_bf16(weights)
+    else:
+        codes, scale, col_scale = _codes(70, 208, 2.0 ** (bits - 2.6), seed=bits)
+        monkeypatch.setattr(pack, "choose_int_bits", lambda codes: bits)
+        packed = matrix.pack_codes(codes, scale, col_scale)
+        weights = (codes.float() * (scale[:, None] * col_scale)).bfloat16()
+    unpacked = product.PackedProduct(packed).dense(torch.bfloat16)
+    assert (_bits(unpacked) == _bits(weights)).all()
+
+
+def test_a_large_matrix_is_multiplied_in_blocks_of_rows(emulated, monkeypatch):
+    monkeypatch.setattr(product, "fuses", lambda matrix, inputs: False)
+    monkeypatch.setattr(product, "SCRATCH_ELEMENTS", 32 * 208)
+    codes, scale, col_scale = _codes(70, 208, 10)
+    packed = matrix.pack_codes(codes, scale, col_scale)
+    inputs, bias = torch.randn(3, 208).bfloat16(), torch.randn(70).bfloat16()
+    weights = (codes.float() * (scale[:, None] * col_scale)).bfloat16()
+    got = product.PackedProduct(packed).linear(inputs, bias)
+    assert (got == torch.nn.functional.linear(inputs, weights, bias)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 64])
+def test_the_chosen_shape_fits_a_block_and_the_tokens(tokens):
+    sizes = [(rows, cols) for rows in (16, 4096, 128256) for cols in (64, 4096, 14336)]
+    for (rows, cols), bits in itertools.product(sizes, ALL_BITS):
+        shape = product.choose_shape(tokens, rows, cols, bits)
+        assert 8 * shape.token_tiles >= tokens
+        assert 4 * 8 * shape.rows * (shape.col_warps + 1) <= 48 << 10
+        assert shape.threads <= 1024
+        assert shape.threads >= shape.rows
