@@ -1,1 +1,1 @@
-"""Triton kernels of the loader; each has its reference in `formats` or in torch, and a test that compares the two."""
+"""Kernels of the loader. A test compares each with its reference in `formats` or in torch."""

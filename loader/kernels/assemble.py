@@ -1,4 +1,7 @@
-"""Puts the byte planes of scheme `lossless` together again, in integers: the bits of `formats.schemes.lossless.join_planes`."""
+"""Joins the byte planes of scheme `lossless` on a GPU, in integers.
+
+The bits are those of `formats.schemes.lossless.join_planes`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def can_assemble(dtype: DType) -> bool:
-    """Whether `assemble_lossless` takes a type: all that `lossless` does but BOOL, whose elements have to be looked at."""
+    """Whether `assemble_lossless` takes a type: all of `lossless` but BOOL, which needs a check."""
     return dtype.planes > 0 and dtype.name != "BOOL"
 
 
@@ -26,10 +29,11 @@ def assemble_lossless(
 ) -> None:
     """Writes elements from their planes.
 
-        word = sum over k of plane_k << (bits - 8 * (k + 1)), and where the type rotates: word >> 1 | word << (bits - 1)
+        word = sum over k of plane_k << (bits - 8 * (k + 1))
+        where the type rotates: word >> 1 | word << (bits - 1)
 
-    Each symbol is read and each element written once: with n bytes an element, 2 * n bytes over the memory bandwidth is the
-    floor. Nothing is synchronized.
+    Each symbol is read and each element written once: with n bytes an element, 2 * n bytes over the
+    memory bandwidth is the floor. Nothing is synchronized.
 
     Args:
         planes: `dtype.planes` uint8 [rows * cols], on one device, in the order of the tiles.

@@ -1,4 +1,7 @@
-"""Turns the codes of scheme `int8` into weights: the bits of `formats.schemes.int8.dequantize`, rounded as in `float_bits`."""
+"""Turns the codes of scheme `int8` into weights on a GPU.
+
+The bits are those of `formats.schemes.int8.dequantize`, rounded as in `float_bits`.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +29,27 @@ def dequantize_int8(
 ) -> None:
     """Writes weights from codes.
 
-        code = low, or low + 2**low_bits * high        step = row_scale[r], col_scale[c] or fl32(row_scale[r] * col_scale[c])
+        code = low, or low + 2**low_bits * high
+        step = row_scale[r], col_scale[c] or fl32(row_scale[r] * col_scale[c])
         weight = cast(fl32(code * step))
 
-    One product, rounded to float32, then one rounding to the output's type, ties to even: nothing is added to a product, so no
-    compiler can fuse it. Each code is read and each weight written once: 3 bytes an element for bf16 over the memory bandwidth
-    is the floor. With an order of columns a row's codes are gathered, from the first-level cache. Nothing is synchronized.
+    One product, rounded to float32, then one rounding to the output's type, ties to even: nothing
+    is added to a product, so no compiler can fuse it. Each code is read and each weight written
+    once: 3 bytes an element for bf16 over the memory bandwidth is the floor. With an order of
+    columns a row's codes are gathered, from the first-level cache. Nothing is synchronized.
 
     Args:
-        low: uint8 [rows * cols]: the codes, int8, in the order of the tiles; of wide codes the low part.
+        low: uint8 [rows * cols]: the codes, int8, in the order of the tiles; of wide codes the low
+            part.
         high: uint8 [rows * cols]: the high part of wide codes, int8, else None.
-        low_bits: int32 [tiles], where `high` is given: how many bits of its codes the low part of each tile holds.
+        low_bits: int32 [tiles], where `high` is given: how many bits of its codes the low part of
+            each tile holds.
         grid: the tiles.
         row_scale: float32, one per channel: [rows], or [cols] if `kind` is `column`.
         col_scale: float32 [cols] in the source's order, or None; only if `kind` is `row`.
-        col_order: int32 [cols], a permutation: stored column j is the source's column col_order[j]; or None.
-        kind: what a channel is.
+        col_order: int32 [cols], a permutation: stored column j is the source's column col_order[j];
+            or None.
+        kind: kind of the channel.
         out: bfloat16, float16 or float32 [rows, cols], contiguous, on the device of all others.
 
     Raises:
@@ -71,7 +79,7 @@ def dequantize_int8(
 def untile_codes(
     low: torch.Tensor, grid: Grid, out: torch.Tensor, col_order: torch.Tensor | None = None
 ) -> None:
-    """Writes int8 [rows, cols] codes from uint8 [rows * cols] in the order of the tiles; 2 bytes an element move.
+    """Writes int8 [rows, cols] codes from uint8 [rows * cols] in the order of the tiles.
 
     Raises:
         ValueError: a tensor does not fit: a mistake of the caller.
@@ -132,7 +140,7 @@ def _launch(
 
 
 def _rounds_bfloat16(device: torch.device) -> bool:
-    """Whether a conversion to bfloat16 rounds in hardware; Triton's interpreter, for one, cuts off instead."""
+    """Whether hardware rounds a conversion to bfloat16; Triton's interpreter truncates."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -142,7 +150,7 @@ def _rounds_bfloat16(device: torch.device) -> bool:
 
 @triton.jit
 def _round_to_bfloat16(values):
-    """Rounds float32 to bfloat16 in integers, ties to even, and returns the bits as int16; not for NaN."""
+    """Rounds float32 to bfloat16 in integers, ties to even; returns int16 bits; not for NaN."""
     bits = values.to(tl.uint32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
@@ -184,7 +192,8 @@ def _dequantize_kernel(
     index = down * width + along
     stored = col.to(tl.int32) + along
     if MOVED:
-        # Blocks were cut as if tiles were rows as wide as the matrix; which tile holds an element depends on its column.
+        # Blocks were cut as if tiles were rows as wide as the matrix; which tile holds an element
+        # depends on its column.
         tile_row = row // stored_tile_rows * stored_tile_rows
         tile_height = tl.minimum(rows - tile_row, stored_tile_rows)
         stored = tl.load(places + col + along, mask=along < breadth, other=0)
@@ -196,7 +205,8 @@ def _dequantize_kernel(
     if BY_ROW or BY_COL:
         value = code.to(tl.float32)
         if WIDE_CODES:
-            # Blocks may span tiles that follow each other in the source's order: each element looks its own up.
+            # Blocks may span tiles that follow each other in the source's order: each element looks
+            # its own up.
             above = (row + down) // stored_tile_rows * stored_across
             bits = tl.load(low_bits + above + stored // stored_tile_cols, mask=inside, other=0)
             rest = (

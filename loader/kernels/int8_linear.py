@@ -1,11 +1,12 @@
-"""Products with int8 weights on a GPU: y = x @ (codes * scale).T + bias, and which of three ways computes it.
+"""Products with int8 weights on a GPU: y = x @ (codes * scale).T + bias, in one of three ways.
 
-A few tokens cost the bytes of the weight: `_rows_kernel` multiplies in float32 registers, `_tiles_kernel` with matrix units.
-Both read codes once, one byte a weight, and apply a row's scale once, to its sum. int8 is exact in bfloat16, float16 and
-float32, so no weight is rounded, as a dense layer's are; what is left is the order of summation and the rounding of the
-result: |y - exact| <= 2^-8 |y| (one rounding to bfloat16; 2^-11 for float16) + K * 2^-24 * sum |x| |w|. Many tokens cost
-arithmetic: `panels` dequantizes rows into scratch that stays in the second-level cache and leaves the product to cuBLAS: its
-weights are the dense ones, bit for bit.
+A few tokens cost the bytes of the weight: `_rows_kernel` multiplies in float32 registers,
+`_tiles_kernel` with matrix units. Both read codes once, one byte a weight, and apply a row's scale
+once, to its sum. int8 is exact in bfloat16, float16 and float32, so no weight is rounded, as a
+dense layer's are. The remaining error is the order of summation and the rounding of the result:
+|y - exact| <= 2^-8 |y| (one rounding to bfloat16; 2^-11 for float16) + K * 2^-24 * sum |x| |w|.
+Many tokens cost arithmetic: `panels` dequantizes rows into scratch that stays in the second-level
+cache and leaves the product to cuBLAS: its weights are the dense ones, bit for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MAGIC_VALUE = tl.constexpr(8388736.0)
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Setting of `_rows_kernel`, for one token: rows of the weight per program (1, 2, 4), bytes of each per step, warps."""
+    """Setting of `_rows_kernel`, for one token: rows per program (1, 2, 4), bytes a step, warps."""
 
     rows: int
     bytes: int = 2048
@@ -45,9 +46,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Setting of `_tiles_kernel`: rows of the weight, tokens and columns per step, warps, steps read ahead.
+    """Setting of `_tiles_kernel`: rows, tokens and columns per step, warps, pipeline stages.
 
-    With several `splits` as many programs share the columns of a tile, and another kernel adds up their sums, in order.
+    With several `splits` as many programs share the columns of a tile, and another kernel adds up
+    their sums, in order.
     """
 
     rows: int
@@ -60,7 +62,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Setting of `panels`: bytes of dequantized weights at once; few and large products fill a device better."""
+    """Setting of `panels`: bytes of dequantized weights at once; large products fill a device."""
 
     bytes: int = 40 << 20
 
@@ -69,7 +71,7 @@ Way = Rows | Tiles | Panels
 
 
 def choose_way(tokens: int, rows: int, cols: int) -> Way:
-    """Returns how to multiply `tokens` inputs with a weight [rows, cols]: the one place where this is decided."""
+    """Returns the way to multiply `tokens` inputs with a weight [rows, cols]."""
     if cols % _ALIGNED == 0:
         if tokens == 1:
             return Rows(2)
@@ -81,7 +83,7 @@ def choose_way(tokens: int, rows: int, cols: int) -> Way:
 
 
 def _splits(rows: int, cols: int, tile_rows: int) -> int:
-    """Returns among how many programs to share a tile's columns, so that there are enough of them for a large device."""
+    """Returns the programs that share the columns of a tile: enough to fill a large device."""
     splits = 1
     while splits * triton.cdiv(rows, tile_rows) < _PROGRAMS and cols // splits >= 2 * _MIN_COLUMNS:
         splits *= 2
@@ -97,8 +99,8 @@ def int8_linear(
 ) -> torch.Tensor:
     """Multiplies inputs with the transposed weight codes * scale.
 
-    Bytes moved: rows * cols of codes, beside inputs and outputs. The floor is rows * cols over the memory bandwidth, or
-    2 * tokens * rows * cols operations over the matrix units' rate.
+    Bytes moved: rows * cols of codes, beside inputs and outputs. The floor is rows * cols over the
+    memory bandwidth, or 2 * tokens * rows * cols operations over the matrix units' rate.
 
     Args:
         inputs: bfloat16 or float16 [..., cols], on the device.
@@ -241,14 +243,15 @@ def _widen(bits, IS_BFLOAT16: tl.constexpr):
 def _code(words, BYTE: tl.constexpr):
     """Returns one of the four codes in each uint32, whose bytes are code + 128, as float32.
 
-    A byte put into the last bits of 2^23 is 2^23 + byte: conversions of integers are slower than this.
+    A byte put into the last bits of 2^23 is 2^23 + byte: conversions of integers are slower than
+    this.
     """
     return (((words >> (8 * BYTE)) & 0xFF) | _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_VALUE
 
 
 @triton.jit
 def _products(codes, row, rows, quads, quad, x0, x1, x2, x3, EVEN: tl.constexpr):
-    """Returns the sums of four products of a row of codes each; a row that does not exist is read as the last one."""
+    """Returns sums of four products of a row of codes; a missing row is read as the last."""
     start = codes + tl.minimum(row, rows - 1).to(tl.int64) * quads
     if EVEN:
         words = tl.load(start + quad, eviction_policy="evict_first")
@@ -282,7 +285,8 @@ def _rows_kernel(
     QUADS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS
-    # One-dimensional blocks, one for each row: inputs and codes then have the same place in the same threads.
+    # One-dimensional blocks, one for each row: inputs and codes then have the same place in the
+    # same threads.
     sums0 = tl.zeros((QUADS,), tl.float32)
     sums1 = tl.zeros((QUADS,), tl.float32)
     sums2 = tl.zeros((QUADS,), tl.float32)

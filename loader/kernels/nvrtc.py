@@ -1,11 +1,13 @@
-"""Compiles CUDA C at run time and launches it: NVRTC, which comes with torch for CUDA, and the driver, both by ctypes.
+"""Compiles CUDA C at run time with NVRTC and launches it through the driver, both by ctypes.
 
-All that is called is public C API of CUDA 12 and 13. Where a library is missing or refuses, the callers have another way.
+NVRTC comes with torch for CUDA. Only public C API of CUDA 12 and 13 is called. Callers have another
+way where a library is missing or fails.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -52,12 +54,7 @@ class Kernel:
             shared: bytes of dynamic shared memory of each, at most 48 KiB.
             arguments: tensors give their addresses, integers are 32-bit.
         """
-        values: list[Any] = [
-            ctypes.c_void_p(value.data_ptr())
-            if isinstance(value, torch.Tensor)
-            else ctypes.c_int(value)
-            for value in arguments
-        ]
+        values = [_c_value(value) for value in arguments]
         pointers = (ctypes.c_void_p * len(values))(
             *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
         )
@@ -70,12 +67,67 @@ class Kernel:
                 )
             )
 
+    def prepare(
+        self,
+        blocks: tuple[int, int],
+        threads: int,
+        shared: int,
+        arguments: Sequence[torch.Tensor | int],
+    ) -> Launch:
+        """Returns a launch whose arguments are converted once; see `launch` for them."""
+        return Launch(self._driver, self._function, blocks, threads, shared, arguments)
+
     def _own_context(self) -> None:
-        """Makes the device's context current where a thread has none yet: the driver does not do it by itself."""
+        """Makes the context of the device current in a thread that has none."""
         context = ctypes.c_void_p()
         _check_driver(self._driver.cuCtxGetCurrent(ctypes.byref(context)))
         if not context.value:
             torch.cuda.synchronize(self._device)
+
+
+class Launch:
+    """A kernel with arguments in C's form: a further launch costs a few microseconds of host time.
+
+    `run` may be called by several threads: the lock keeps the arguments of one call together.
+    """
+
+    def __init__(
+        self,
+        driver: ctypes.CDLL,
+        function: ctypes.c_void_p,
+        blocks: tuple[int, int],
+        threads: int,
+        shared: int,
+        arguments: Sequence[torch.Tensor | int],
+    ) -> None:
+        """Converts the arguments; tensors become pointers. The caller keeps the tensors alive."""
+        self._values = [_c_value(value) for value in arguments]
+        addresses = (ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in self._values)
+        self._pointers = (ctypes.c_void_p * len(self._values))(*addresses)
+        self._launch = driver.cuLaunchKernel
+        self._fixed = (function, *blocks, 1, threads, 1, 1, shared)
+        self._lock = threading.Lock()
+
+    def run(self, stream: int, changes: Sequence[tuple[int, int]]) -> None:
+        """Queues the kernel on a stream of the current device.
+
+        Args:
+            stream: the stream's handle.
+            changes: index of an argument, and its new address or 32-bit number.
+        """
+        values = self._values
+        with self._lock:
+            for index, value in changes:
+                values[index].value = value
+            status = self._launch(*self._fixed, ctypes.c_void_p(stream), self._pointers, None)
+        if status != _SUCCESS:
+            _check_driver(status)
+
+
+def _c_value(value: torch.Tensor | int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int(value)
 
 
 @cache
@@ -88,7 +140,7 @@ def _driver() -> ctypes.CDLL:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    """Loads the library of torch's CUDA version, from the packages that torch depends on or from the system."""
+    """Loads the library of torch's CUDA version, from torch's packages or from the system."""
     if torch.version.cuda is None:
         raise UnsupportedEnvironmentError("NVRTC needs a torch built for CUDA")
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"

@@ -10,8 +10,9 @@ import torch
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the device of a tensor the calling thread's current one.
 
-    Triton launches on the current device, on its current stream, wherever the tensors lie. With the memory of another one the
-    kernel fails, or, where the two devices see each other's memory, runs at the same time as the work that it has to wait for.
+    Triton launches on the current device, on its current stream, wherever the tensors lie. With the
+    memory of another one the kernel fails, or, where the two devices see each other's memory, runs
+    at the same time as the work that it has to wait for.
     """
     device = tensor.device
     if device.type == "cpu":

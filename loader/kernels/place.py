@@ -1,4 +1,4 @@
-"""Moves raw chunks into the arena of decoded symbols, and looks for symbols that no writer may produce."""
+"""Moves raw chunks into the arena of decoded symbols, and finds symbols that are not allowed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _BLOCK = 4096
 def place_chunks(
     stored: torch.Tensor, fields: torch.Tensor, largest: int, arena: torch.Tensor
 ) -> None:
-    """Copies chunks from where they are stored to their places: arena[place : place + size] = stored[slot : slot + size].
+    """Copies chunks: arena[place : place + size] = stored[slot : slot + size].
 
     Each byte is read and written once: 2 bytes a symbol over the memory bandwidth.
 
     Args:
         stored: uint8 [n], contiguous.
-        fields: int64 [chunks, 3], contiguous, on the device: slot, place and size of each, inside `stored` and `arena`.
+        fields: int64 [chunks, 3], contiguous, on the device: slot, place and size of each, inside
+            `stored` and `arena`.
         largest: the largest size.
         arena: uint8 [m], contiguous.
     """

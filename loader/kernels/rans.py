@@ -1,11 +1,13 @@
-"""Decodes `rans` chunks on a GPU: one warp a chunk, one lane of the warp a lane of the code (SPEC.md 6).
+"""Decodes `rans` chunks on a GPU: one warp a chunk, one lane for each lane of the code.
 
-There are two kernels. The one in CUDA C, rans.cu, keeps a chunk's table and its next words in shared memory and is the faster
-one; it is compiled when it is first needed. The one in Triton runs on any GPU that Triton knows, and wherever the other cannot.
+There are two kernels. The one in CUDA C, rans.cu, keeps a chunk's table and its next words in
+shared memory and is the faster one; it is compiled when it is first needed. The one in Triton runs
+on any GPU that Triton knows, and wherever the other cannot.
 
-What an attacker may have written is only the chunks' states and words: sizes and places are checked on the host, tables were
-parsed there, and every word that is read is compared with the number of words of its chunk. Whatever the bytes are, a chunk
-takes as many steps as it has symbols and writes no byte but its own; what is wrong with it ends in its fault word.
+An attacker controls only the states and words of chunks: the host checks sizes and places and
+parses tables, and the kernel compares every read with the number of words of its chunk. With any
+bytes, a chunk takes one step for each 32 symbols and writes only its own bytes; an error is
+reported in its fault word.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class DeviceTables:
     """Frequency tables in device memory, ready for decoding.
 
     Attributes:
-        symbols: uint8 [tables, slots]: the symbol of each slot; slots is 2^p for the largest precision p among them.
+        symbols: uint8 [tables, slots]: the symbol of each slot; slots is 2^p for the largest
+            precision p among them.
         ranges: int32 [tables, 256]: per symbol frequency | start << 16.
         precisions: int32 [tables].
     """
@@ -72,8 +75,8 @@ class RansChunks:
     """Which chunks to decode; every size and place was checked when it was made.
 
     Attributes:
-        fields: int64 [chunks, 5], contiguous: where the slot begins in the stored bytes, its number of words, its number of
-            symbols, where they go in the arena, the number of its table.
+        fields: int64 [chunks, 5], contiguous: where the slot begins in the stored bytes, its number
+            of words, its number of symbols, where they go in the arena, the number of its table.
         stored_bytes: least size of the stored bytes.
         arena_bytes: least size of the arena.
         tables: least number of tables.
@@ -101,7 +104,7 @@ def describe_chunks(
     places: NDArray[np.int64],
     tables: NDArray[np.int64],
 ) -> RansChunks:
-    """Checks and gathers what the kernel needs to know of each chunk; all arguments int64 [chunks], on the host.
+    """Checks and gathers the facts of each chunk; all arguments int64 [chunks], on the host.
 
     Args:
         slots: where each chunk's slot begins in the stored bytes, multiples of 16.
@@ -146,7 +149,7 @@ def expand_tables(tables: Sequence[FrequencyTable], device: torch.device) -> Dev
 def expand_frequencies(
     precisions: NDArray[np.int64], frequencies: NDArray[np.int64], device: torch.device
 ) -> DeviceTables:
-    """As `expand_tables`, from what `rans_table.parse_tables` returns: int64 [tables] and int64 [tables, 256]."""
+    """As `expand_tables`, from the result of `parse_tables`."""
     slots = 1 << int(precisions.max(initial=0))
     ranges = frequencies | np.cumsum(frequencies, axis=1) - frequencies << 16
     on_device = torch.from_numpy(ranges.astype(np.int32)).to(device)
@@ -171,15 +174,17 @@ def decode_rans(
 
     Nothing is synchronized. Symbols of a chunk whose fault word is not FAULT_NONE must not be used.
 
-    In a step a warp looks up a byte of `tables.symbols` and a word of `tables.ranges` per lane, reads the next few of the
-    chunk's words and writes 32 bytes in a row. From device memory each symbol takes its stored bits and one byte written: the
-    floor is (1 + bits / 8) bytes a symbol over the memory bandwidth. The other floors are instructions, of which an SM issues
-    four a cycle (compiled for sm_90 a step has about 27 in CUDA C, 38 in Triton), and, for few chunks, that each step waits for
-    the one before it.
+    In a step a warp looks up a byte of `tables.symbols` and a word of `tables.ranges` per lane,
+    reads the next few of the chunk's words and writes 32 bytes in a row. From device memory each
+    symbol takes its stored bits and one byte written: the floor is (1 + bits / 8) bytes a symbol
+    over the memory bandwidth. The other floors are instructions, of which an SM issues four a cycle
+    (compiled for sm_90 a step has about 27 in CUDA C, 38 in Triton), and, for few chunks, that each
+    step waits for the one before it.
 
     Args:
-        stored: uint8 [n], n a multiple of 4, on the device, 16-byte aligned: slots as they lie in payloads.
-        chunks: what to decode, on the device.
+        stored: uint8 [n], n a multiple of 4, on the device, 16-byte aligned: slots as they lie in
+            payloads.
+        chunks: the chunks, on the device.
         tables: their tables.
         arena: uint8 [m], on the device; receives each chunk's symbols.
         faults: int32 [chunks], on the device; receives a fault word per chunk.
@@ -187,7 +192,8 @@ def decode_rans(
 
     Raises:
         UnsupportedEnvironmentError: `kernel` is `cuda` and cannot be compiled here.
-        ValueError: a tensor is smaller than `chunks` says, or not contiguous: a mistake of the caller.
+        ValueError: a tensor is smaller than `chunks` says, or not contiguous: a mistake of the
+            caller.
     """
     count = chunks.fields.shape[0]
     enough = (
@@ -269,7 +275,7 @@ def _fill_kernel(ranges, symbols, slots, BLOCK: tl.constexpr):
 
 @triton.jit
 def _step(states, symbols, ranges, precision):
-    """Decodes one symbol in every lane; returns symbols uint8 [32] and states uint32 [32], those below 2^16 due for a word."""
+    """Decodes one symbol in every lane; returns symbols uint8 [32] and states uint32 [32]."""
     slot = states & ((1 << precision) - 1).to(tl.uint32)
     symbol = tl.load(symbols + slot)
     packed = tl.load(ranges + symbol).to(tl.uint32, bitcast=True)
@@ -279,7 +285,7 @@ def _step(states, symbols, ranges, precision):
 
 @triton.jit
 def _ones(bits):
-    """Counts the bits that are set in each uint32; compilers know this form and use the instruction for it."""
+    """Counts the set bits of each uint32; compilers turn this form into one instruction."""
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
@@ -288,9 +294,10 @@ def _ones(bits):
 
 @triton.jit
 def _refill(states, position, needs, words, count, lane):
-    """Gives each lane that needs one the next word, in the lanes' order; returns states and the number of words read so far.
+    """Gives the lanes that need a word the next ones, in order; returns states and words read.
 
-    The lanes' needs, one bit each, are added up: a vote. Below a lane's own bit stand those that come before it.
+    The lanes' needs, one bit each, are added up: a vote. Below a lane's own bit stand those that
+    come before it.
     """
     own = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
     vote = tl.sum(tl.where(needs, own, 0).to(tl.uint32), axis=0)

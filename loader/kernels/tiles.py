@@ -1,7 +1,10 @@
-"""How the kernels that turn symbols into elements cut their work: blocks of one tile each, so that no element needs a division.
+"""Cuts the work of the kernels that turn symbols into elements: blocks of one tile each.
 
-Symbols of a plane lie in the order of the tiles: tile (i, j) of a `Grid` begins at i * tile_rows * cols + height * j *
-tile_cols, where height is the number of its rows, and stands there row by row. Elements lie row by row.
+No element then needs a division.
+
+Symbols of a plane lie in the order of the tiles: tile (i, j) of a `Grid` begins at i * tile_rows *
+cols + height * j * tile_cols, where height is the number of its rows, and stands there row by row.
+Elements lie row by row.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ class Blocks:
     """A grid's geometry as the kernels take it.
 
     Attributes:
-        rows, cols, tile_rows, tile_cols: of the grid; if the tiles give the elements in order, of one tile that is the matrix.
+        rows, cols, tile_rows, tile_cols: of the grid; if the tiles give the elements in order, of
+            one tile that is the matrix.
         across: tiles side by side.
         tall, wide: blocks one above the other in a tile, and side by side.
         block_rows, block_cols: size of a block, powers of two.
@@ -47,7 +51,7 @@ class Blocks:
 
     @property
     def geometry(self) -> tuple[int, ...]:
-        """What `find_block` wants to know at run time."""
+        """Run-time arguments of `find_block`."""
         return (
             self.rows,
             self.cols,
@@ -65,7 +69,8 @@ def cut_blocks(grid: Grid, *, as_line: bool = False, across_tiles: bool = False)
     Args:
         grid: the tiles.
         as_line: if the tiles give the elements in order, see them as one row.
-        across_tiles: blocks may span tiles that stand side by side, but never two that stand one above the other.
+        across_tiles: blocks may span tiles that stand side by side, but never two that stand one
+            above the other.
     """
     rows, cols, tile_rows, tile_cols = grid.rows, grid.cols, grid.tile_rows, grid.tile_cols
     if across_tiles:
@@ -96,14 +101,15 @@ def cut_blocks(grid: Grid, *, as_line: bool = False, across_tiles: bool = False)
 
 
 def check_plane(plane: torch.Tensor, grid: Grid, out: torch.Tensor) -> None:
-    """Raises ValueError where a plane or the output does not fit the grid: a mistake of the caller."""
+    """Raises ValueError where a plane or the output does not fit the grid (a caller's mistake)."""
     if (
         plane.dtype != torch.uint8
         or plane.numel() != grid.rows * grid.cols
         or not plane.is_contiguous()
     ):
         raise ValueError(
-            f"a plane is not contiguous uint8 [{grid.rows * grid.cols}]: {plane.dtype} {list(plane.shape)}"
+            f"a plane is not contiguous uint8 [{grid.rows * grid.cols}]: "
+            f"{plane.dtype} {list(plane.shape)}"
         )
     if (
         out.numel() != grid.rows * grid.cols
@@ -129,10 +135,9 @@ def find_block(
     """Returns where this program's block lies.
 
     Returns:
-        place: int64, of the block's first symbol.
-        width: int32, of its tile, the distance of its rows there.
-        row, col: int64, of its first element in the matrix.
-        height, breadth: int32, how many of its rows and columns exist; 0 or less where the block lies outside.
+        place: int64, of the block's first symbol. width: int32, of its tile, the distance of its
+        rows there. row, col: int64, of its first element in the matrix. height, breadth: int32, how
+        many of its rows and columns exist; 0 or less where the block lies outside.
     """
     program = tl.program_id(0)
     left = (program % wide).to(tl.int64) * BLOCK_COLS
