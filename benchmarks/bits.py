@@ -1,4 +1,4 @@
-"""`python -m benchmarks.bits`: KL divergence against bits per weight, of SmolLM2 with its weights made continuous.
+"""`python -m benchmarks.bits`: KL divergence by bits per weight, of a SmolLM2 with noise.
 
 The model is calibrated once, converted at every rate, and each container is evaluated on two texts:
 the built-in one, and `second_text.txt`. Kinds of calibration beside `self` show what the statistics
@@ -113,7 +113,7 @@ def measure(
 
 
 def _bits_over_entropy(container: Container, record: Int8Tensor) -> float:
-    """Returns the bits of slots, chunk records and frequency tables, less those of the entropy of each tile's codes."""
+    """Returns the bits of slots, chunk records and tables above the entropy of each tile."""
     tensor = container.tensor(record.name)
     assert isinstance(tensor, StoredTensor)
     table, planes = tensor.table, tensor.table.planes

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.codecs`: what `rans` and `zstd` store for a symbol, against the order-0 entropy, and how fast.
+"""`python -m benchmarks.codecs`: size and speed of `rans` and `zstd`, against order-0 entropy.
 
 Symbols are Gaussian codes as `int8` makes them, at entropies from 1.5 to 7.5 bits, and the byte
 planes of MiniLM in bf16. Groups of about a million symbols share a `rans` table, as the converter
@@ -36,7 +36,7 @@ SIZE_BYTES = 2  # what X_tables spends on a table beside the table itself
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Results for one kind of symbols and one chunk size; bits are per symbol, speeds in MB of symbols a second.
+    """Results for one kind of symbols and one chunk size, in bits a symbol and MB/s of symbols.
 
     Attributes:
         symbols: what was coded.
@@ -63,7 +63,7 @@ class Row:
 
 
 def gaussian_codes(bits: float, count: int) -> NDArray[np.uint8]:
-    """Returns int8 codes (uint8 [count]) of N(0, s), rounded, with s such that their entropy is about `bits`."""
+    """Returns int8 codes (uint8 [count]) of rounded N(0, s); s makes their entropy about `bits`."""
     rng = np.random.default_rng(round(100 * bits))
     values = rng.standard_normal(count, dtype=np.float32)
     low, high = 0.1, 127.0
@@ -102,7 +102,7 @@ def minilm_planes() -> Iterator[tuple[str, NDArray[np.uint8]]]:
 
 
 def measure(name: str, symbols: NDArray[np.uint8], chunk: int) -> Row:
-    """Codes symbols (uint8 [n]) in chunks with both codecs, checks that they come back, and returns sizes and speeds."""
+    """Codes symbols (uint8 [n]) in chunks, checks the decoded ones; returns sizes and speeds."""
     groups = [
         symbols[start : start + GROUP_SYMBOLS] for start in range(0, len(symbols), GROUP_SYMBOLS)
     ]

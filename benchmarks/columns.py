@@ -1,4 +1,4 @@
-"""`python -m benchmarks.columns`: what scales of columns and wide codes cost, as containers store them, against the entropy.
+"""`python -m benchmarks.columns`: cost of column scales and wide codes, against the entropy.
 
 Weights are Gaussian, or matrices of SmolLM2 with realistic bits; scales of columns are drawn
 log-normally (sigma 0.5; equal in the second table), rows get `step` times their root mean square.
@@ -43,7 +43,7 @@ MATRICES = ("10.mlp.up_proj.weight", "3.mlp.down_proj.weight", "10.self_attn.q_p
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One matrix under one choice of steps; bits are per weight, slots, chunk records and tables counted, scales not.
+    """One matrix under one choice of steps; bits a weight of slots, chunk records and tables.
 
     Attributes:
         weights: what was coded.
@@ -108,7 +108,7 @@ def measure(
     groups: tuple[int, ...],
     sigma: float = 0.5,
 ) -> Iterator[Row]:
-    """Converts a matrix under one step with several groupings and either codec; yields what was stored."""
+    """Converts a matrix under one step with several groupings and either codec; yields results."""
     factors = np.exp(sigma * np.random.default_rng(2).standard_normal(weights.shape[1])).astype(
         np.float32
     )

@@ -1,4 +1,4 @@
-"""Draws the charts of the documentation from the tables of the documentation: both show the same numbers.
+"""Draws the documentation's charts from its tables: both show the same numbers.
 
 `python -m benchmarks.figures` writes docs/figures/*.svg. It needs `pip install 'codecllm[plot]'`.
 """

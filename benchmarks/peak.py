@@ -57,7 +57,12 @@ def load(container: str, resident: str, workers: str, warm: bool = True) -> dict
     from codecllm.loader import from_pretrained
 
     started = _start(warm)
-    from_pretrained(container, resident=resident, workers=int(workers), progress=False)  # type: ignore[arg-type]
+    from_pretrained(
+        container,
+        resident=resident,  # type: ignore[arg-type]
+        workers=int(workers),
+        progress=False,
+    )
     return {"seconds": time.perf_counter() - started}
 
 
@@ -72,7 +77,12 @@ def load_peak(container: str, resident: str, workers: str) -> dict[str, float]:
     from codecllm.loader import from_pretrained
 
     with PeakMemory() as peak:
-        model = from_pretrained(container, resident=resident, workers=int(workers), progress=False)  # type: ignore[arg-type]
+        model = from_pretrained(
+            container,
+            resident=resident,  # type: ignore[arg-type]
+            workers=int(workers),
+            progress=False,
+        )
     return {"mib": peak.mib - _model_mib(model), "model_mib": _model_mib(model)}
 
 
@@ -120,7 +130,7 @@ def load_peer(name: str, source: str, folder: str) -> dict[str, float]:
 
 
 def generate(container: str, resident: str, workers: str) -> dict[str, float]:
-    """Seconds per token of greedy decoding, and peak memory over the imports until the last token."""
+    """Seconds per token of greedy decoding; peak memory over imports until the last token."""
     _import_model_class(container)
     import torch
 
@@ -129,7 +139,12 @@ def generate(container: str, resident: str, workers: str) -> dict[str, float]:
 
     decoding = _TimedDecoding(compressed_form.CompressedTensor)
     with PeakMemory() as peak:
-        model = from_pretrained(container, resident=resident, workers=int(workers), progress=False)  # type: ignore[arg-type]
+        model = from_pretrained(
+            container,
+            resident=resident,  # type: ignore[arg-type]
+            workers=int(workers),
+            progress=False,
+        )
         prompt = {
             "input_ids": torch.arange(100, 116)[None],
             "attention_mask": torch.ones(1, 16, dtype=torch.int64),

@@ -101,7 +101,10 @@ def pretrained(settings: Settings) -> Iterator[Row]:
     )
     for name, size in sizes.items():
         times = ratio(seconds[name], seconds["lossless, dense"])
-        against = f"{name}: {statistics.median(seconds[name]):.2f} s, {size / _stored(containers['lossless']):.4f} of our bytes"
+        against = (
+            f"{name}: {statistics.median(seconds[name]):.2f} s, "
+            f"{size / _stored(containers['lossless']):.4f} of our bytes"
+        )
         measured = {"seconds": seconds["lossless, dense"], f"{name}_seconds": seconds[name]}
         yield Row(
             f"lossless, dense: speed beside {name}",
@@ -162,7 +165,10 @@ def resident(settings: Settings) -> Iterator[Row]:
 def _beside_floor(name: str, ours: list[float], plain: list[float], floor: list[float]) -> Row:
     """Compares with plain loading plus the bare decoding loop, as if nothing overlapped."""
     whole = [a + b for a, b in zip(plain, floor, strict=True)]
-    against = f"plain {statistics.median(plain):.2f} s + bare decoding loop {statistics.median(floor):.2f} s, one after the other"
+    against = (
+        f"plain {statistics.median(plain):.2f} s + bare decoding loop "
+        f"{statistics.median(floor):.2f} s, one after the other"
+    )
     return Row(
         "  beside its floor",
         f"{1 / ratio(whole, ours):.2f}x",

@@ -118,7 +118,7 @@ def calibration_text(base: Path, out: Path) -> Path:
 
 
 def make_llama_cpp(base: Path, calibration: Path) -> list[Path]:
-    """Quantizes with llama.cpp: with and without importance matrix, with and without joined rows."""
+    """Quantizes with llama.cpp: with or without importance matrix, and joined rows."""
     tool = llama_cpp.LlamaCpp(llama_cpp.build(), smollm2_gguf())
     plain, joined = ROOT / "bf16.gguf", ROOT / "joined.gguf"
     importance = {plain: ROOT / "importance.gguf", joined: ROOT / "importance-joined.gguf"}

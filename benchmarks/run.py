@@ -80,7 +80,10 @@ def quantizer(settings: Settings) -> Iterator[Row]:
         settings.repeats, floors.quantize_seconds, floors.whole_tensor_quantize_seconds
     )
     speed = millions / statistics.median(ours)
-    against = f"whole-tensor torch expressions: {millions / statistics.median(theirs):.0f} M, ours {ratio(theirs, ours):.1f}x"
+    against = (
+        f"whole-tensor torch expressions: {millions / statistics.median(theirs):.0f} M, "
+        f"ours {ratio(theirs, ours):.1f}x"
+    )
     measured = {"seconds": ours, "torch_seconds": theirs}
     yield Row(
         "int8 quantizer, one core",
@@ -106,7 +109,8 @@ def conversion(settings: Settings) -> Iterator[Row]:
     yield Row(
         f"convert to int8, {tensors * 64} MiB of bf16",
         f"{share:.2f} of the floor",
-        f"read, quantize, zstd, hash, write, read again: {statistics.median(floor):.2f} s ({speed:.2f} GB/s converted)",
+        f"read, quantize, zstd, hash, write, read again: {statistics.median(floor):.2f} s "
+        f"({speed:.2f} GB/s converted)",
         ">= 0.6",
         share >= 0.6,
         {"seconds": tool, "floor_seconds": floor},
@@ -132,7 +136,8 @@ def stream(settings: Settings) -> Iterator[Row]:
         yield Row(
             f"stream {scheme}, {settings.stream_gib} GiB of bf16",
             f"{share:.2f} of the floor",
-            f"read, hash, zstd, bf16 in memory: {statistics.median(floor):.2f} s ({speed:.2f} GB/s of bf16 streamed); "
+            f"read, hash, zstd, bf16 in memory: {statistics.median(floor):.2f} s "
+            f"({speed:.2f} GB/s of bf16 streamed); "
             f"{ratio(arithmetic, tool):.2f} of its arithmetic alone",
             ">= 0.7",
             share >= 0.7,

@@ -167,7 +167,14 @@ def convert_seconds(source: Path, out: Path, scheme: str, codec: str, workers: i
     """Returns the seconds of a conversion into a new folder."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
-    convert(source, out, scheme=scheme, codec=codec, workers=workers, max_shard_bytes=SHARD_BYTES)  # type: ignore[arg-type]
+    convert(
+        source,
+        out,
+        scheme=scheme,  # type: ignore[arg-type]
+        codec=codec,  # type: ignore[arg-type]
+        workers=workers,
+        max_shard_bytes=SHARD_BYTES,
+    )
     return time.perf_counter() - started
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.two_trees BEFORE AFTER`: how long loads take in two checkouts of this project.
+"""`python -m benchmarks.two_trees BEFORE AFTER`: time of loads in two checkouts of codecllm.
 
 Each load runs in a process of its own, from the root of one of the checkouts; the two take turns,
 and which of them goes first changes from turn to turn. The figure is the median over the turns of

@@ -62,8 +62,10 @@ def main() -> None:
     table = table_of([row(out, reports[out], texts[out]) for out in (int8, lossless, honest)])
     _console.print(table)
     _console.print(
-        "SmolLM2 comes from a 4-bit file: few of its values are distinct, and its ratios say nothing about models\n"
-        "that were trained in bf16. MiniLM's weights are originals, rounded to bf16: that row is the honest one.\n"
+        "SmolLM2 comes from a 4-bit file: few of its values are distinct, and its ratios say "
+        "nothing about models\n"
+        "that were trained in bf16. MiniLM's weights are originals, rounded to bf16: that row is "
+        "the honest one.\n"
         f"Containers: {OUT}/   Time: {time.monotonic() - began:.0f} s"
     )
 

@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hides GPUs from all tests but those that need one: the others expect tensors, and Triton's kernels, on the CPU.
+    """Hides GPUs unless `--gpu` is given: all other tests expect tensors and kernels on the CPU.
 
     torch asks for the devices, and Triton for its interpreter, once in a process.
     """

@@ -1,4 +1,4 @@
-"""The endpoints of the local Hub: repositories, files with ranges, uploads of large files, commits; see `hub_server`."""
+"""Endpoints of `hub_server`: repositories, files with ranges, large uploads, commits."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.hub.users[token]
 
     def repo_to_read(self, name: str, *, content: bool = False) -> Repo:
-        """Returns a repository that the user may see; with `content` one whose files they may read."""
+        """Returns a repository that the user may see; with `content`, a readable one."""
         user, repo = self.user(), self.hub.repos.get(name)
         owner = name.split("/", maxsplit=1)[0]
         if repo is None or (repo.private and user != owner):
@@ -201,7 +201,8 @@ class Handler(BaseHTTPRequestHandler):
         if owner != user:
             raise _StopError(
                 403,
-                message=f'You don\'t have the rights to create a model under the namespace "{owner}"',
+                message="You don't have the rights to create a model under the namespace "
+                f'"{owner}"',
             )
         url = {"url": f"{self.hub.url}/{name}", "id": name}
         if name in self.hub.repos:

@@ -1,4 +1,4 @@
-"""A Hub of our own on loopback: real HTTP, and the endpoints that huggingface_hub 2.4 uses to push and to fetch models.
+"""A Hub on loopback: real HTTP, with huggingface_hub's endpoints for pushes and fetches.
 
 No package fits: `hf-local-hub` on PyPI is the client of a server that it does not hold, `olah`
 mirrors the real Hub and takes no uploads. What is served (`hub_endpoints`) was read from
@@ -26,7 +26,7 @@ LFS_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a commit: sha256 and size of its content, and whether it is kept as a large file."""
+    """A file of a commit: sha256 and size of its content; `large` for a large file's storage."""
 
     sha256: str
     size: int
@@ -60,7 +60,7 @@ class Exchange:
 
 @dataclass
 class Fault:
-    """What happens to the transfer of bodies whose path matches: after `after` bytes it is cut off, or waits for `release`."""
+    """Cuts off or stops matching bodies after `after` bytes; a stop lasts until `release`."""
 
     pattern: str
     after: int

@@ -1,4 +1,4 @@
-"""Runs the loader's tests against several versions of transformers, each in an environment of its own, and prints a table.
+"""Runs the loader's tests against several versions of transformers; prints a table.
 
 `python -m tests.matrix` makes the environments in `.matrix/` (some 2 GB each); `--versions` picks
 some; `--pytest` adds arguments, for example `--pytest=-x`.
@@ -65,7 +65,7 @@ def main(
 
 
 def run(version: str, environment: Path, arguments: list[str]) -> dict[str, int]:
-    """Makes an environment with one version of transformers, runs the tests in it and returns their counts."""
+    """Makes an environment with one version of transformers; returns its tests' counts."""
     python = environment / "bin" / "python"
     if not (environment / ".ready").exists():
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)

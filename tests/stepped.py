@@ -1,4 +1,4 @@
-"""Steps for tests: scales of rows from their root mean square, scales of columns drawn at random, groups of columns, seeded."""
+"""Seeded steps for tests: scales of rows (from their RMS) and columns, groups of columns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_steps(
     short: bool = False,
     **fields: object,
 ) -> QuantParams:
-    """Returns steps of `factor` times the root mean square of each channel; smaller than 0.01 makes wide codes.
+    """Returns steps of `factor` times the RMS of each channel; below 0.01 codes become wide.
 
     Args:
         plan: the tensor's.
@@ -56,7 +56,8 @@ def make_steps(
     scaled = (weights / col_scale).astype(np.float64)
     rank = np.argsort(np.argsort(np.square(scaled).mean(axis=0)))
     groups = (255 - rank * 6 // len(rank) * 51).astype(np.uint8)
-    return QuantParams(kept(_scales(scaled, 1, factor)), col_scale, groups, **fields)  # type: ignore[arg-type]
+    row_scale = kept(_scales(scaled, 1, factor))
+    return QuantParams(row_scale, col_scale, groups, **fields)  # type: ignore[arg-type]
 
 
 def provider(factor: float = 0.1, **fields: object) -> Callable[[TensorPlan], QuantParams]:
@@ -88,7 +89,7 @@ def fitted(
 
 
 def mixed(plan: TensorPlan) -> QuantParams:
-    """Returns steps for a tiny llama: one tensor wide, one refined, one without columns, the others as usual."""
+    """Returns steps for a tiny llama: a wide tensor, a refined one, one without columns, others."""
     name = plan.source.name
     if name == WIDE:
         return make_steps(plan, 0.012, short=True)

@@ -1,4 +1,4 @@
-"""Hook of mkdocs: pages of the site that are files of the repository's top level, with their links rewritten."""
+"""Hook of mkdocs: shows top-level files of the repository as pages, with rewritten links."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Returns the text of the repository's file for such a page, and the page's own text otherwise."""
+    """Returns the text of the repository's file for such a page, or the page's own text."""
     source = _SOURCES.get(page.file.src_uri)
     if source is None:
         return markdown

@@ -205,7 +205,8 @@ def _nvcomp_row(
         (arena == torch.from_numpy(symbols).to(machine.device)).all()
     )
     bits = 8 * len(payload) / len(symbols)
-    note = f"{bits:.2f} bits stored, {count} chunks, temp {temp.numel() >> 20} MiB, {'same bits' if sound else 'WRONG BITS'}"
+    verdict = "same bits" if sound else "WRONG BITS"
+    note = f"{bits:.2f} bits stored, {count} chunks, temp {temp.numel() >> 20} MiB, {verdict}"
     return Row(
         f"nvCOMP zstd, {name}, {kib} KiB chunks, {mib} MiB at once",
         arena.numel() / seconds / 1e9,

@@ -134,10 +134,21 @@ def _write_source(machine: Machine, folder: Path) -> tuple[Path, int]:
         )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        **sizes, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS, "dtype": "bfloat16",
-        "vocab_size": vocabulary, "max_position_embeddings": 8192, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    }  # fmt: skip
+        **sizes,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": LAYERS,
+        "dtype": "bfloat16",
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder, sum(rows * cols for rows, cols in matrices.values())
 
@@ -191,7 +202,7 @@ def _copy_seconds(machine: Machine, size: int) -> float:
 
 
 def loading(machine: Machine) -> Iterator[Row]:
-    """Seconds to load, warm cache, beside plain transformers and beside reading and copying alone."""
+    """Seconds to load, warm cache, beside plain transformers and a bare read and copy."""
     made = made_models(machine)
     plain = min(_seconds(machine, lambda: _plain(machine, made.source))[0] for _ in range(3))
     note = f"{made.weights / 1e9:.2f}e9 weights; {plain * WHOLE:.2f} s for 8B at this rate"
@@ -247,7 +258,13 @@ def _load_row(
 
 def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") -> Any:
     placing = {} if machine.rehearses else {"device_map": "cuda"}
-    return from_pretrained(folder, resident=resident, decoder=decoder, progress=False, **placing)  # type: ignore[arg-type]
+    return from_pretrained(
+        folder,
+        resident=resident,  # type: ignore[arg-type]
+        decoder=decoder,
+        progress=False,
+        **placing,
+    )
 
 
 def generating(machine: Machine) -> Iterator[Row]:

@@ -42,9 +42,8 @@ def markdown(run: dict[str, Any]) -> str:
     for name, title in _TITLES.items():
         rows = run["sections"].get(name, {}).get("rows", [])
         if rows:
-            parts.append(
-                f"### {title}\n\n{_table(('what', 'figure', 'note'), ((r['what'], _figure(r), r['note']) for r in rows))}"
-            )
+            cells = ((row["what"], _figure(row), row["note"]) for row in rows)
+            parts.append(f"### {title}\n\n{_table(('what', 'figure', 'note'), cells)}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""Parts that the benchmarks share: floors, peak memory, rows and turns, models of random weights."""
+"""Shared parts of the benchmarks: floors, peak memory, rows and turns, synthetic models."""

@@ -1,4 +1,4 @@
-"""Floors: the work that no implementation can leave out, as a bare loop over the same bytes, without a container around it."""
+"""Floors: the necessary work as a bare loop over the same bytes, without a container."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 def convert_floor(source: Path, scratch: Path, workers: int) -> float:
-    """Seconds to read, quantize, zstd-encode, hash and write all matrices, then to read the result again for its sha256.
+    """Seconds to read, quantize, zstd-encode, hash and write all matrices, then to hash the file.
 
     The same kernels and hashes as the converter: sha256 of the codes, xxh3-64 of every frame,
     sha256 of the file. Matrices are bf16 with rows that divide 128 Ki. Frames are written in any
@@ -58,7 +58,7 @@ def convert_floor(source: Path, scratch: Path, workers: int) -> float:
 
 
 def quantize_seconds(elements: int = 1 << 24) -> float:
-    """Seconds for one core to quantize `elements` bf16 weights that lie in memory (scales and codes)."""
+    """Seconds for one core to quantize `elements` bf16 weights in memory (scales and codes)."""
     words = _gaussian_words(elements)
     codes = np.empty((256, 4096), np.int8)
     started = time.perf_counter()
@@ -153,7 +153,7 @@ def load_floor(container: Path, workers: int, *, keep: bool = True) -> float:
 
 
 def _runs(container: Container, keep: bool) -> Iterator[_Run]:
-    """Cuts the coded tensors into runs of tiles; a tensor's memory lives until its last run is done."""
+    """Cuts the coded tensors into runs of tiles; a tensor's memory lives until its last run."""
     for name in container.records:
         tensor = container.tensor(name)
         if isinstance(tensor, StoredTensor):
@@ -164,7 +164,7 @@ def _runs(container: Container, keep: bool) -> Iterator[_Run]:
 
 
 def whole_tensor_quantize_seconds(elements: int = 1 << 24) -> float:
-    """Seconds for one core to quantize as one writes it at first: whole-tensor torch expressions in float32."""
+    """Seconds for one core to quantize by whole-tensor float32 expressions in torch."""
     weights = torch.from_numpy(_gaussian_words(elements)).view(torch.bfloat16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ _INTERVAL_S = 0.01
 
 
 def anonymous_mib() -> float:
-    """Returns the anonymous memory of this process in MiB, without the page cache of mapped files."""
+    """Returns the anonymous memory of this process in MiB, without pages of mapped files."""
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith("RssAnon:"):

@@ -45,7 +45,7 @@ def _write(path: Path, rows: int, cols: int, tensors: int) -> None:
 
 
 def layered_model(hidden: int, layers: int) -> Path:
-    """Returns a folder with the matrices of `layers` layers of a Llama of that width; made once and kept.
+    """Returns a folder with the matrices of `layers` Llama layers; made once and cached.
 
     Shapes are those of an 8B model where `hidden` is 4096: bf16, N(0, 0.02), 13 * hidden**2 weights
     a layer. The weights of 32 MiB of N(0, 1) repeat, which no codec here notices.

@@ -189,7 +189,7 @@ def stored_types(path: Path) -> dict[str, int]:
 
 
 def build() -> Path:
-    """Returns the folder of llama-quantize and llama-imatrix; builds them where the cache lacks them.
+    """Returns the folder of llama-quantize and llama-imatrix; builds them on the first call.
 
     Raises:
         RuntimeError: the source cannot be fetched, is not the one that was expected, or does not

@@ -1,3 +1,5 @@
+"""The command line: help, output, JSON, exit codes, and signals that leave nothing behind."""
+
 from __future__ import annotations
 
 import json
@@ -53,7 +55,7 @@ def container(tmp_path_factory, source):
 
 @pytest.fixture
 def run_here(monkeypatch):
-    """Runs the command line in this process, whose signals and environment stay; returns the exit code."""
+    """Runs the command line in this process, with its signals and environment; returns the code."""
     import huggingface_hub  # noqa: F401  # it reads the environment when it is imported
 
     from codecllm import cli
@@ -120,7 +122,7 @@ def test_convert_verify_info_export(container, source, tmp_path):
 
 
 def test_diagnose_and_compare(container, source, tmp_path):
-    """The model of these tests cannot be built: the stages that need none still say what there is to say."""
+    """The model of these tests cannot be built: stages that need no model still give findings."""
     page = tmp_path / "page.html"
     done = run("verify", container, "--source", source, "--diagnose", "--report", page)
     assert "round trip ok      4 of 4 int8 tensors" in done.stdout, done.stderr
@@ -282,7 +284,7 @@ def test_signals_leave_nothing_behind(tmp_path, number, code):
 
 
 def test_a_signal_inside_a_lock_is_still_that_signal(container, run_here, monkeypatch, capsys):
-    """Raised where a condition waits, the signal's exception makes the lock's own exit fail with a RuntimeError."""
+    """A signal in a condition's wait makes the exit of the lock fail with a RuntimeError."""
     from codecllm.cli import process
 
     def interrupted(*args, **kwargs):

@@ -1,3 +1,5 @@
+"""`codecllm doctor` tests every decoder of this machine, or says why it is absent."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""The choices of the command line are those of the library, which it does not import to show its help."""
+"""The command line's choices are those of the library, which `--help` does not import."""
 
 from __future__ import annotations
 

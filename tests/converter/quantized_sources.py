@@ -35,7 +35,7 @@ def _plain() -> Tensors:
 
 
 def deepseek_fp8() -> tuple[Tensors, dict[str, Any]]:
-    """DeepSeek-V3: E4M3 in blocks of 128 x 128, scales under `weight_scale_inv`; ragged last blocks."""
+    """DeepSeek-V3: E4M3 in 128 x 128 blocks, scales in `weight_scale_inv`; ragged last blocks."""
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
     tensors = {
         name: ("F8_E4M3", _fp8(1, 320, 300)),
@@ -87,7 +87,7 @@ def awq() -> tuple[Tensors, dict[str, Any]]:
 
 
 def compressed_int4() -> tuple[Tensors, dict[str, Any]]:
-    """compressed-tensors, pack-quantized: packed codes, group scales, and a `weight_shape` of its own."""
+    """compressed-tensors, pack-quantized: packed codes, group scales, and a `weight_shape`."""
     stem = "model.layers.0.mlp.up_proj"
     tensors = {
         f"{stem}.weight_packed": ("I32", _bytes(15, 256, 32, 4).view(np.int32)[..., 0]),
@@ -99,7 +99,7 @@ def compressed_int4() -> tuple[Tensors, dict[str, Any]]:
 
 
 def nvfp4() -> tuple[Tensors, dict[str, Any]]:
-    """NVFP4: two E2M1 codes a byte, an E4M3 scale for 16, and one for all; in a part of the config."""
+    """NVFP4: two E2M1 codes a byte, an E4M3 scale for 16, one for all; in a part of the config."""
     stem = "language_model.model.layers.0.mlp.up_proj"
     tensors = {
         f"{stem}.weight_packed": ("U8", _bytes(17, 256, 128)),
@@ -127,7 +127,7 @@ def bitsandbytes_nf4() -> tuple[Tensors, dict[str, Any]]:
 
 
 def fp8_per_channel() -> tuple[Tensors, dict[str, Any]]:
-    """fbgemm and compressed-tensors (float-quantized): one scale for each row; scales of activations."""
+    """fbgemm and compressed-tensors (float-quantized): a scale for each row, activation scales."""
     stem = "model.layers.0.self_attn.q_proj"
     tensors = {
         f"{stem}.weight": ("F8_E4M3", _fp8(26, 256, 256)),

@@ -1,3 +1,5 @@
+"""`chunk_size` changes the chunks of a container and never a weight."""
+
 from __future__ import annotations
 
 import numpy as np

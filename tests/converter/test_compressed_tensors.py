@@ -1,3 +1,5 @@
+"""The compressed-tensors export: exact codes and scales, or one error and no files."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""A conversion gives the same bytes with any workers, folder, process and locale."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""Error feedback: equal to the textbook's order of GPTQ, better than rounding to nearest where inputs go together."""
+"""Error feedback: equal to GPTQ's order, and better than rounding for related inputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _weights(rows, cols, seed=1):
 
 
 def _textbook(weights, steps, products, shrunk, deadzone):
-    """GPTQ column by column, in float64: the weights that are left move by row j of the upper factor of the inverse."""
+    """GPTQ by columns, in float64: a row of the inverse's factor corrects the later weights."""
     diagonal = products.diagonal().astype(np.float64)
     matrix = products.astype(np.float64) * (1 - shrunk)
     np.fill_diagonal(matrix, diagonal + RIDGE * diagonal.mean())
@@ -114,7 +114,7 @@ def test_a_code_without_room_stays_in_range_and_feeds_its_error_on():
 
 @pytest.fixture
 def made(tmp_path):
-    """A source of two layers with the same correlated inputs, the sums of their products, and an embedding without."""
+    """Two layers with the same correlated inputs, their sums, and an embedding without sums."""
     shared, rows = _inputs(3000, 600), np.random.default_rng(5)
     tensors = {
         "up": rows.standard_normal((2500, 600)),

@@ -1,3 +1,5 @@
+"""GGUF is refused with the true reason: Q8_0 would change scales."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Encoding by the native core gives the bytes of numpy: codes, errors, planes and whole containers."""
+"""The native core encodes to numpy's bytes: codes, errors, planes and whole containers."""
 
 from __future__ import annotations
 

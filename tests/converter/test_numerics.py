@@ -1,3 +1,5 @@
+"""int8 codes and scales are those of the reference, at the edges of every float type too."""
+
 from __future__ import annotations
 
 from fractions import Fraction
@@ -90,7 +92,7 @@ def test_error_stays_within_half_a_step_in_exact_arithmetic(tmp_path):
 
 
 def test_special_rows(tmp_path):
-    """Zeros get scale 1.0, the largest floats stay finite, signed zeros and subnormals beside large weights become 0."""
+    """Zeros get scale 1.0, huge floats stay finite, subnormals beside large weights become 0."""
     values = (np.random.default_rng(0).standard_normal((64, 128)) ** 3).astype(np.float32)
     values[3] = 0.0
     values[4] = -0.0

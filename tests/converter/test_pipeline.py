@@ -1,4 +1,4 @@
-"""Threads of a conversion: order, errors of any of them, and the same bytes at any number of workers."""
+"""Threads of a conversion: order, errors, and the same bytes at any number of workers."""
 
 from __future__ import annotations
 

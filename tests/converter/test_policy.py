@@ -1,3 +1,5 @@
+"""The rules that choose a scheme for each tensor, and what they write into the config."""
+
 from __future__ import annotations
 
 import json
@@ -57,8 +59,12 @@ def test_include_and_exclude(tmp_path):
     }
     schemes = _schemes(tmp_path, shapes, include=("small*", "*.gate.*", "norm"), exclude=("b.*",))
     assert schemes == {
-        "a.weight": "int8", "b.weight": "lossless", "small.weight": "int8", "c.gate.weight": "int8", "norm": "raw",
-    }  # fmt: skip
+        "a.weight": "int8",
+        "b.weight": "lossless",
+        "small.weight": "int8",
+        "c.gate.weight": "int8",
+        "norm": "raw",
+    }
 
 
 def test_exclude_wins(tmp_path):

@@ -1,4 +1,4 @@
-"""Sources that another library quantized: kept bit for bit, or read as the weights that they stand for."""
+"""Quantized sources: kept bit for bit, or read as the weights that their codes stand for."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_plain_8_bit_floats_are_no_quantization(tmp_path):
 
 
 def test_fp8_planes_shrink(tmp_path):
-    """Normal weights in E4M3: a byte has an entropy of about 6.6 bits, sign and mantissa included."""
+    """Normal weights in E4M3: a byte has an entropy of about 6.6 bits, sign and mantissa too."""
     weights = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
     scaled = (weights / weights.abs().max() * 448).to(torch.float8_e4m3fn)
     tensors = {

@@ -1,3 +1,5 @@
+"""A conversion reaches the requested bits a weight, and spends them by sensitivity."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Lossless is bit for bit, for every dtype; shards are ordinary safetensors files."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -98,7 +100,7 @@ def test_sub_byte_types_are_stored_plainly(tmp_path):
 
 
 def test_every_stored_shape_of_a_coded_tensor_differs_from_the_parameters(tmp_path):
-    """Someone without codecllm must get a shape error, never random weights: payloads are U8 and one-dimensional."""
+    """A reader without codecllm gets a shape error, no random weights: payloads are U8 [bytes]."""
     tensors = {f"w{rows}": ("F32", _random("F32", (rows, 256))) for rows in (16, 64, 700)}
     source = write_source(
         tmp_path / "source", {**tensors, "norm": ("F32", np.ones(32, np.float32))}

@@ -1,4 +1,4 @@
-"""What is copied beside the weights, by rule, and how the rest is named; repositories of several modules; code."""
+"""Side files: the rules for copies, names of the rest, repositories of several modules, code."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Sources: aliases, shards, refused and damaged files, and an output that is never overwritten."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Conversions whose steps somebody chooses: what is stored is what the reference makes of them, always the same bytes."""
+"""Conversions with the caller's steps: the reference's codes, and always the same bytes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_same_bytes_from_any_number_of_workers(source, tmp_path, codec):
 
 @pytest.mark.parametrize("codec", ["zstd", "rans"])
 def test_a_wide_code_that_comes_late(tmp_path, codec):
-    """Its first blocks were packed in one plane: all of it is packed again, as if two had been asked for at once."""
+    """The first blocks need one plane, later ones two: all codes are packed again in two planes."""
     values = RNG.standard_normal((1100, 2048)).astype(np.float32)
     values[1099, 2000] = 300
     source = write_source(tmp_path / "source", {"w": ("F32", values), "x": ("F32", values[:1000])})

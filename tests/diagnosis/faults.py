@@ -1,4 +1,4 @@
-"""The fault library: each function breaks a good model, container or loader in one way, and says what has to be found.
+"""The fault library: each function breaks a model, container or loader; states the finding.
 
 Containers are rewritten with every checksum, digest and size made to fit, so that nothing but the
 content gives them away.
@@ -42,7 +42,7 @@ Scales = NDArray[np.float32]
 def rewrite_tensor(
     folder: Path, name: str, edit: Callable[[Codes, Scales], tuple[Codes, Scales]]
 ) -> None:
-    """Replaces codes [rows, cols] and scales of an int8 tensor; chunks, tables, checksums, digest and sizes are made to fit."""
+    """Replaces codes [rows, cols] and scales of an int8 tensor; all checksums and sizes fit."""
     with Container(folder) as container:
         stored = container.tensor(name)
         assert isinstance(stored, StoredTensor) and stored.scales is not None
@@ -210,7 +210,7 @@ def other_revision(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def loading(broken: Callable[[Any, Path], None], *, only: str | None = None) -> Callable[..., Any]:
-    """Returns a loader that loads as ours does and then breaks the model; in one residency only, where `only` names it."""
+    """Returns a loader that breaks the model after the load; `only` names the residency."""
 
     def load(folder: Path, *, resident: str) -> Any:
         model = from_pretrained(folder, resident=resident)
@@ -283,7 +283,7 @@ def plain_module(model: Any, folder: Path) -> None:
 
 
 class Wrapper(nn.Module):
-    """A module patched a second time: a shell around the int8 module that multiplies by its scales once more."""
+    """A second patch of a module: a shell that multiplies by the int8 scales once more."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ def swapped_loaded_heads(model: Any, folder: Path) -> None:
 
 
 def stale_kv_layout(model: Any, folder: Path) -> None:
-    """Leaves the weights alone and hands the key heads on in another order, as a stale cache layout does."""
+    """Right weights, but key heads in another order, as a stale cache layout gives."""
     module = model.get_submodule(KEYS.removesuffix(".weight"))
     module.register_forward_hook(
         lambda module, inputs, output: output[..., torch.arange(32).roll(16)]
@@ -322,7 +322,7 @@ def stale_kv_layout(model: Any, folder: Path) -> None:
 
 
 def stale_cache(model: Any, folder: Path) -> None:
-    """Leaves weights and code alone; what a prompt left in the cache lies with its heads in another order."""
+    """Right weights and code; the heads of the prompt's cache lie in another order."""
 
     def exchange(module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
         cache = options["past_key_values"]
@@ -336,7 +336,7 @@ def stale_cache(model: Any, folder: Path) -> None:
 
 
 def late_key_heads(model: Any, folder: Path) -> None:
-    """Writes the key of a token that comes alone with its heads in another order: the cache holds two layouts."""
+    """Writes a single token's key with its heads in another order: a cache of two layouts."""
 
     def exchange(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output[..., torch.arange(32).roll(16)] if output.shape[1] == 1 else output

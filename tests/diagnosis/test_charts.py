@@ -1,4 +1,4 @@
-"""Plots of the report: axes that say what they show, labels that do not touch, and marks where a finding points."""
+"""Plots of the report: axes have names, labels do not touch, marks stand at the findings."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_the_diagnosis_finds_nothing_in_a_clean_container(source, tmp_path, code
 
 
 def test_codes_with_a_deadzone_are_repeated_one_by_one(source, tmp_path):
-    """A weight whose code would be another, though it is within the recorded error of this one, is found."""
+    """A finding for a weight with another code, though within the recorded error."""
 
     def steps(plan):
         return replace(mixed(plan), refined=None, codes=None, deadzone=0.125)

@@ -250,7 +250,7 @@ def test_a_cache_whose_layout_is_stale(clean, source, resident):
 
 
 def test_rounding_of_the_kernel_for_few_rows_is_no_departure():
-    """As SmolLM2 shows it under resident int8: one channel far off, the output as a whole by 4 %."""
+    """As SmolLM2 under resident int8: one channel far off, the whole output by 4 %."""
     right = torch.ones(6, 512)
     found = right.clone()
     found[:, 7] *= 1.9

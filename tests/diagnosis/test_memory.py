@@ -1,4 +1,4 @@
-"""Stages 1 and 2 hold tiles, never a tensor: a tensor of 256 MiB takes no more memory than one of 32 MiB."""
+"""Stages 1 and 2 hold tiles only: 256 MiB tensors take no more memory than 32 MiB ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ with Container(sys.argv[1]) as container, SourceModel(sys.argv[2]) as source:
     first, second = Stage("round trip"), Stage("quantized")
     with PeakMemory() as peak:
         found = round_trip.examine_all(container, source, 2, None)
-        round_trip.check_round_trip(container, source, None, found, back_ends.present_back_ends(), first, 2)
+        decoders = back_ends.present_back_ends()
+        round_trip.check_round_trip(container, source, None, found, decoders, first, 2)
         quantization.check_quantization(container, found, second)
 print(json.dumps({"mib": peak.mib, "findings": len(first.findings) + len(second.findings)}))
 """

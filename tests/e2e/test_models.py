@@ -112,7 +112,7 @@ def _matrices(container):
 
 
 def _overhead_bytes(container, records):
-    """Bytes of the shards and the manifest that belong to no tensor of another kind, beside the payloads' own bytes.
+    """Bytes of shards and manifest that no payload and no other kind of tensor accounts for.
 
     All of headers, manifest, chunk tables, shapes and padding is counted, but for data, header
     entry and record of the tensors that are not float matrices (norms, biases, integers).
@@ -125,7 +125,10 @@ def _overhead_bytes(container, records):
         for record in others:
             entry = header.tensors[record.name]
             offsets = f"[{entry.start},{entry.end}]"
-            text = f'"{record.name}":{{"dtype":"{entry.dtype.name}","shape":{list(entry.shape)},"data_offsets":{offsets}}},'
+            text = (
+                f'"{record.name}":{{"dtype":"{entry.dtype.name}","shape":{list(entry.shape)},'
+                f'"data_offsets":{offsets}}},'
+            )
             foreign += entry.bytes + len(text.replace(" ", ""))
     foreign += sum(
         len(line) + 1
@@ -190,7 +193,7 @@ def _chunk_entropy(container, records):
 
 @pytest.mark.timeout(900)  # two minutes on two idle cores
 def test_diagnosis_of_smollm2(tmp_path):
-    """A clean container has no finding, and entropy, scales and headers explain its ratio to within 1 %."""
+    """A clean container has no finding; entropy, scales, headers explain its ratio within 1 %."""
     codecllm.convert(models.smollm2(), tmp_path / "out", baseline=True)
     report = diagnose(tmp_path / "out", models.smollm2(), prompts=[PROMPT])
     assert report.exit_code == 0, report.conclusion

@@ -1,4 +1,4 @@
-"""SmolLM2 on the local Hub and in other layouts: the figures that README.md gives. `pytest -s` prints them."""
+"""SmolLM2 on the local Hub and in other layouts: README.md's figures. `pytest -s` shows them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def test_compressed_tensors_gives_our_logits(container, tmp_path):
         theirs = _logits(model, inputs)
         difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
         print(
-            f"compressed-tensors, dequantize={dequantize}: largest difference {difference:.4f}, largest logit {largest:.4f}"
+            f"compressed-tensors, dequantize={dequantize}: largest difference {difference:.4f}, "
+            f"largest logit {largest:.4f}"
         )
         assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
         assert difference <= (0 if dequantize else 0.05 * largest)

@@ -1,4 +1,4 @@
-"""Runs command lines of codecllm in forks of a process that has imported everything, under the preloaded shim.
+"""Runs command lines of codecllm in forks of a process with all imports, under the shim.
 
 One JSON object per line on stdin: `arguments`, `root`, `fault`, `at`, `log` (a path or null),
 `errors` (a path). The answer is a JSON object: `code` (negative: ended by that signal) and `count`,

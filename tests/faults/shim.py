@@ -1,4 +1,4 @@
-"""Conversions in real processes of which one operation on the output folder fails; see shim.c and server.py."""
+"""Conversions in real processes with one failing operation; see shim.c and server.py."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compile_shim(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (negative: the signal that ended it), its operations, what it printed."""
+    """The end of a process: exit code (negative: a signal), number of operations, printed text."""
 
     code: int
     count: int

@@ -1,3 +1,5 @@
+"""After a fault the target holds a whole container or none, and the next run resumes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -94,7 +96,7 @@ def _wait_for_lines(path, count):
 
 
 def _killed(source, out, shards=1):
-    """Leaves what a conversion leaves that is killed when some shards are finished; returns their inodes."""
+    """Leaves the files of a conversion killed after some shards; returns the shards' inodes."""
     written = []
 
     def stop(path, *args):

@@ -1,4 +1,4 @@
-"""Every operation of a conversion fails, is cut short, or is the last: none or a whole container, and nothing to trip over."""
+"""A fault at any operation of a conversion leaves a whole container or none, and no litter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN_FILES = {"README.md": b"a card", "notes.txt": b"of the user"}
 
 
 def _steps(fault, operations):
-    """Every operation for ENOSPC and SIGKILL; of other faults every third, or all with CODECLLM_ALL_FAULTS."""
+    """All operations for ENOSPC and SIGKILL; else every third, or all with CODECLLM_ALL_FAULTS."""
     every = fault in ("ENOSPC", "kill") or "CODECLLM_ALL_FAULTS" in os.environ
     first = 1 if every else 1 + FAULTS.index(fault) % 3
     return range(first, operations + 1, 1 if every else 3)
@@ -73,7 +73,7 @@ def undisturbed(server, source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def old(server, source, tmp_path_factory):
-    """Another container, with files of the user beside it, and the operations of its replacement."""
+    """Another container with files of the user, and the operations of its replacement."""
     base = tmp_path_factory.mktemp("old")
     (source.parent / "other").mkdir()
     other = shutil.copytree(source, source.parent / "other" / "model")

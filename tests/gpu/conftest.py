@@ -42,7 +42,7 @@ def nvcomp(gpu: torch.device) -> None:
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Returns containers of 180 MB of weights, by scheme and codec: several batches, odd shapes, long rows, plain tensors."""
+    """Containers by scheme and codec: 180 MB of weights, several batches, odd shapes, long rows."""
     rng = np.random.default_rng(3)
     tensors = {
         f"layers.{n}.weight": ("BF16", bf16(0.02 * rng.standard_normal((4096, 4096))))

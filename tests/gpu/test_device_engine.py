@@ -1,4 +1,4 @@
-"""Tensors through the pipeline on a real device: the bits of the CPU path, bounded memory, errors that name the chunk."""
+"""The pipeline on a real device: the CPU's bits, bounded memory, errors that name the chunk."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_tensor_has_the_bits_of_the_cpu_path(large, gpu, codecs, scheme, c
 
 @pytest.mark.parametrize(("scheme", "codec"), CASES)
 def test_twenty_loads_in_a_row_give_the_same_bits(large, gpu, codecs, scheme, codec):
-    """A wait that is missing shows itself only now and then; the caller's stream is kept busy with the same memory."""
+    """A missing wait fails only now and then: the caller's stream stays busy with that memory."""
     folder = large(scheme, codec)
     with Container(folder) as container:
         expected = {

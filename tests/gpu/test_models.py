@@ -75,7 +75,7 @@ def _logits(model):
 
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])
 def test_what_does_not_fit_the_callers_limits_stays_on_the_cpu(container, scheme):
-    """An automatic map with limits: a part of the model is offloaded, and nothing of that is made for the device."""
+    """An automatic map with limits: the offloaded part of a model takes no device memory."""
     folder = container("llama", scheme)
     expected = _logits(from_pretrained(folder, device_map="cuda"))
     size = sum(value.nbytes for value in from_pretrained(folder).parameters())

@@ -1,4 +1,4 @@
-"""Models on a device that is not the current one, and spread over two. Skipped, with the reason, where there is one."""
+"""Models on a device that is not current, and on two. Skipped, with the reason, without two."""
 
 from __future__ import annotations
 

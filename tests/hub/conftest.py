@@ -23,7 +23,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A server, and this process's huggingface_hub turned to it: logged in as `user`, with an empty cache."""
+    """A server, and this process's huggingface_hub turned to it: `user`'s token, an empty cache."""
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(
@@ -65,7 +65,7 @@ def lossless(_containers: dict[str, Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(hub: HubServer, tmp_path: Path) -> Run:
-    """Runs the command line as a process; `token` and `cache` are its own, `environment` adds or (None) removes variables."""
+    """Runs the command line as a process; `environment` sets variables or (None) removes them."""
 
     def call(
         *arguments: Any,

@@ -1,3 +1,5 @@
+"""Models by Hub name: only the necessary bytes are fetched, and every byte is checked."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub: one line, an exit code, no traceback; the same facts with --json."""
+"""Failures of the Hub: one line, an exit code, no traceback; the same facts with --json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transfers that break off: connections cut by the server, and processes killed in the middle; the next run goes on."""
+"""Interrupted transfers: cut connections, killed processes; the next run resumes."""
 
 from __future__ import annotations
 

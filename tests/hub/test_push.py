@@ -1,3 +1,5 @@
+"""A push sends verified containers only, and leaves the repository exactly as the container."""
+
 from __future__ import annotations
 
 import json

@@ -218,16 +218,22 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3_embedding": (  # saved as the base model, without `model.`
         lambda: hf.Qwen3Model(hf.Qwen3Config(**GROUPED, head_dim=16)), torch.bfloat16, None,
     ),
-    "gemma": (lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**GROUPED, head_dim=16)), torch.bfloat16, None),
+    "gemma": (
+        lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**GROUPED, head_dim=16)), torch.bfloat16, None,
+    ),
     "gemma2": (_gemma2, torch.bfloat16, None),
     "phi3": (lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED)), torch.bfloat16, None),
     "olmo2": (lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**GROUPED)), torch.float32, None),
     "cohere": (lambda: hf.CohereForCausalLM(hf.CohereConfig(**GROUPED)), torch.float16, None),
     "granite": (lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**GROUPED)), torch.bfloat16, None),
-    "starcoder2": (lambda: hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**GROUPED)), torch.bfloat16, None),
+    "starcoder2": (
+        lambda: hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**GROUPED)), torch.bfloat16, None,
+    ),
     "stablelm": (lambda: hf.StableLmForCausalLM(hf.StableLmConfig(**GROUPED)), torch.float16, None),
     "smollm3": (lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**GROUPED)), torch.bfloat16, None),
-    "glm4": (lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**GROUPED, head_dim=16)), torch.bfloat16, None),
+    "glm4": (
+        lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**GROUPED, head_dim=16)), torch.bfloat16, None,
+    ),
     "gpt2_old": (
         lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **TEXT_ONLY)
@@ -244,7 +250,9 @@ LAYOUTS: dict[str, Layout] = {
         lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**COMMON)), torch.float16, neox_masks,
     ),
     "bloom_without_prefix": (
-        lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **TEXT_ONLY)),
+        lambda: hf.BloomForCausalLM(
+            hf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **TEXT_ONLY)
+        ),
         torch.bfloat16, renamed(**{r"^transformer\.": ""}),
     ),
     "opt_without_prefix": (
@@ -265,7 +273,9 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "olmoe": (
         lambda: hf.OlmoeForCausalLM(
-            hf.OlmoeConfig(**{**GROUPED, "num_key_value_heads": 4}, num_experts=4, num_experts_per_tok=2)
+            hf.OlmoeConfig(
+                **{**GROUPED, "num_key_value_heads": 4}, num_experts=4, num_experts_per_tok=2
+            )
         ),
         torch.bfloat16, None,
     ),
@@ -276,7 +286,9 @@ LAYOUTS: dict[str, Layout] = {
     "falcon_mamba": (_falcon_mamba, torch.float32, None),
     "jamba": (_jamba, torch.bfloat16, None),
     # encoders and embedding models
-    "bert_old": (lambda: hf.BertForMaskedLM(hf.BertConfig(**ENCODER)), torch.float32, old_layer_norms),
+    "bert_old": (
+        lambda: hf.BertForMaskedLM(hf.BertConfig(**ENCODER)), torch.float32, old_layer_norms,
+    ),
     "sentence_encoder": (_sentence_encoder, torch.float32, None),
     "roberta": (lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**ENCODER)), torch.float32, None),
     "xlm_roberta_without_prefix": (
@@ -293,10 +305,12 @@ LAYOUTS: dict[str, Layout] = {
         torch.float32, None,
     ),
     "albert": (
-        lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**ENCODER, embedding_size=32)), torch.float32, None,
+        lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**ENCODER, embedding_size=32)),
+        torch.float32, None,
     ),
     "deberta_v2": (
-        lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**ENCODER)), torch.float16, None,
+        lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**ENCODER)),
+        torch.float16, None,
     ),
     "modernbert": (
         lambda: hf.ModernBertForMaskedLM(
@@ -305,7 +319,9 @@ LAYOUTS: dict[str, Layout] = {
         torch.float32, None,
     ),
     # encoder and decoder
-    "bart": (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQUENCE)), torch.float32, None),
+    "bart": (
+        lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQUENCE)), torch.float32, None,
+    ),
     "marian": (
         lambda: hf.MarianMTModel(
             hf.MarianConfig(**{**SEQUENCE, "decoder_start_token_id": 0}, decoder_vocab_size=512)
@@ -313,7 +329,8 @@ LAYOUTS: dict[str, Layout] = {
         torch.float16, None,
     ),
     "pegasus": (
-        lambda: hf.PegasusForConditionalGeneration(hf.PegasusConfig(**SEQUENCE)), torch.float32, None,
+        lambda: hf.PegasusForConditionalGeneration(hf.PegasusConfig(**SEQUENCE)),
+        torch.float32, None,
     ),
     "mt5": (lambda: hf.MT5ForConditionalGeneration(hf.MT5Config(**T5)), torch.float32, None),
     "umt5": (lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5)), torch.bfloat16, None),
@@ -340,7 +357,9 @@ LAYOUTS: dict[str, Layout] = {
     "wav2vec2_old": (
         lambda: hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**AUDIO)), torch.float32, old_weight_norm,
     ),
-    "hubert_old": (lambda: hf.HubertForCTC(hf.HubertConfig(**AUDIO)), torch.float16, old_weight_norm),
+    "hubert_old": (
+        lambda: hf.HubertForCTC(hf.HubertConfig(**AUDIO)), torch.float16, old_weight_norm,
+    ),
 }  # fmt: skip
 """Name -> what builds the model, the dtype of its file, and how its file differs from today's."""
 

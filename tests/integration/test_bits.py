@@ -1,3 +1,5 @@
+"""`convert --bits` and `--ratio`: the promised size, from statistics of the right gradients."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -114,7 +116,7 @@ def test_every_expert_has_statistics_of_its_own(source):
 
 
 class Encoder(torch.nn.Module):
-    """Embedding, linear layer and a matrix of its own, each a multiple of the identity or of ones."""
+    """Embedding, linear layer and a plain matrix, each a multiple of the identity or of ones."""
 
     def __init__(self):
         super().__init__()

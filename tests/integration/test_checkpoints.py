@@ -150,7 +150,7 @@ def _bert_of_pretraining(folder):
 
 
 def _bert_with_old_names(folder):
-    """bert-base-uncased as published: gamma and beta, position_ids, two heads that are left over."""
+    """bert-base-uncased as published: gamma and beta, position_ids, two unused heads."""
     cls = _bert_of_pretraining(folder)
 
     def change(tensors):
@@ -230,9 +230,15 @@ def _electra_with_both_heads(folder):
 
 
 LEFT_OVER = [
-    _bert_of_pretraining, _bert_with_old_names, _bert_without_pooler, _roberta_with_pooler, _gpt2_of_old,
-    _llama_with_value_head, _llama_with_inv_freq, _electra_with_both_heads,
-]  # fmt: skip
+    _bert_of_pretraining,
+    _bert_with_old_names,
+    _bert_without_pooler,
+    _roberta_with_pooler,
+    _gpt2_of_old,
+    _llama_with_value_head,
+    _llama_with_inv_freq,
+    _electra_with_both_heads,
+]
 
 
 @pytest.mark.parametrize("make", LEFT_OVER, ids=lambda make: make.__name__)

@@ -1,4 +1,4 @@
-"""A model with scales of columns and wide codes is loaded, exported, verified and diagnosed like any other."""
+"""Column scales and wide codes: load, export, verify and diagnose work as for other models."""
 
 from __future__ import annotations
 

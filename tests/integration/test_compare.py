@@ -1,3 +1,5 @@
+"""`codecllm compare` finds each differing weight, and no difference where there is none."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -109,7 +109,7 @@ def test_a_vocabulary_larger_than_the_scratch_is_multiplied_in_bands(monkeypatch
 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_memory_that_threads_may_still_write_to_is_not_used_again(container, monkeypatch, at):
-    """As after two Ctrl-C in a forward pass: the second one ends the wait for the threads under way."""
+    """As after two Ctrl-C in a forward pass: the second ends the wait for running threads."""
     model = from_pretrained(container("llama", "int8"), resident="compressed")
     expected, decode, outs = logits(model), compressed_form.CompressedTensor.decode_bands, []
 

@@ -1,4 +1,4 @@
-"""The export loaded by transformers with the compressed-tensors package: the same logits as the container's own."""
+"""The compressed-tensors export gives the container's logits in transformers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_experts_are_ours_before_their_rounding(package, tiny, container, tmp_pa
 
 
 def test_kept_packed_it_is_ours_where_the_dtype_holds_the_scales(package, tmp_path):
-    """Kept packed, the package holds the scales in the model's dtype: exactly in float32, rounded in bfloat16."""
+    """Packed weights have scales in the model's dtype: exact in float32, rounded in bfloat16."""
     source = tiny_models.llama(tmp_path / "source", dtype=torch.float32)
     convert(source, tmp_path / "out", include=("*",))
     export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors")

@@ -1,3 +1,5 @@
+"""`codecllm eval`: figures equal a direct computation, and count all stored bits."""
+
 from __future__ import annotations
 
 import json

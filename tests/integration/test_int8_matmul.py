@@ -1,3 +1,5 @@
+"""Products with int8 weights stay within the stated error of the exact product."""
+
 from __future__ import annotations
 
 import pytest

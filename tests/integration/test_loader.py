@@ -1,3 +1,5 @@
+"""`from_pretrained` gives the weights and logits of the reference, in each residency."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""The loader's memory: aligned, bounded, and never in use for two tensors at once."""
+
 from __future__ import annotations
 
 import gc

@@ -1,4 +1,4 @@
-"""Sources that another library quantized: transformers' own quantizer gets the source's tensors, and gives the same model."""
+"""Quantized sources: transformers' quantizer gets the source's tensors, and the same model."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _edit_config(folder, **values):
 
 
 def _to_fp8(folder):
-    """Rewrites projections as E4M3 in blocks of 128 x 128, as DeepSeek-V3 and Qwen3 are published."""
+    """Rewrites projections as E4M3 in 128 x 128 blocks, the form of DeepSeek-V3 and Qwen3."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     for name in [name for name in tensors if name.endswith("proj.weight")]:

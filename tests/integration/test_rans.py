@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Several groups of chunks, whose symbols are spread differently, long rows, and a tensor that int8 cannot hold."""
+    """Groups of chunks with unlike distributions, long rows, a tensor outside int8's range."""
     rng = np.random.default_rng(5)
     spread = np.repeat([1.0, 8.0, 0.5, 3.0], 400)[:, None]
     broken = rng.standard_normal((300, 300)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""`convert --refine`: from what enters the layers of a model to codes that are verified against the source."""
+"""`convert --refine`: from the layers' inputs to codes that `verify --source` accepts."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_sums_are_those_of_what_enters_the_layers_and_layers_with_the_same_input
 
 
 class Branching(torch.nn.Module):
-    """Two layers with the same inputs for short sequences, and with different ones for others; one layer of its own."""
+    """Two layers with equal inputs for short sequences only, and one layer apart."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Repositories of several modules: sentence-transformers loads the container as it loads the source."""
+"""Repositories of several modules: sentence-transformers loads source and container alike."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""`stream_tensors` gives the bits of the reference, and no tensor from damaged bytes."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -89,9 +91,13 @@ def test_bf16_patterns_survive(tmp_path, workers):
 def test_dequantize_rounds_like_the_reference_for_every_code(target):
     """Every code against scales that give ties, subnormals, overflows and ordinary values."""
     rng = np.random.default_rng(3)
-    scales = np.concatenate([
-        rng.uniform(1e-4, 1e-2, 500), 2.0 ** np.arange(-126, 121), (1 + 2.0**-8) * 2.0 ** np.arange(-30, 30), [1.0, 600.0]
-    ]).astype(np.float32)  # fmt: skip
+    parts = (
+        rng.uniform(1e-4, 1e-2, 500),
+        2.0 ** np.arange(-126, 121),
+        (1 + 2.0**-8) * 2.0 ** np.arange(-30, 30),
+        [1.0, 600.0],
+    )
+    scales = np.concatenate(parts).astype(np.float32)
     codes = np.tile(np.arange(-127, 128, dtype=np.int8), (len(scales), 1))
     words = np.empty(codes.shape, np.uint32 if target == "F32" else np.uint16)
     dequantize(codes, scales[:, None], words, target, Workspace())

@@ -1,3 +1,5 @@
+"""`codecllm verify` accepts whole containers and finds every damage, at each level."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Tiny models of many architectures, made from their configs with fixed seeds and saved as ordinary folders."""
+"""Tiny models of many architectures, from configs with fixed seeds, as ordinary folders."""
 
 from __future__ import annotations
 
@@ -82,18 +82,36 @@ def _vision() -> Any:
 
 def _whisper() -> Any:
     config = hf.WhisperConfig(
-        d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=32, max_target_positions=32, num_mel_bins=16,
-        decoder_start_token_id=1, **TEXT_ONLY,
-    )  # fmt: skip
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=32,
+        max_target_positions=32,
+        num_mel_bins=16,
+        decoder_start_token_id=1,
+        **TEXT_ONLY,
+    )
     return hf.WhisperForConditionalGeneration(config)
 
 
 def _deepseek() -> Any:
     config = hf.DeepseekV3Config(
-        **{**EXPERTS, "num_key_value_heads": 4}, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1,
-        first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-    )  # fmt: skip
+        **{**EXPERTS, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+    )
     return hf.DeepseekV3ForCausalLM(config)
 
 

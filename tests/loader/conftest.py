@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def ctrl_c():
-    """Lets SIGINT raise KeyboardInterrupt: a process that a shell starts in the background ignores it."""
+    """Lets SIGINT raise KeyboardInterrupt: processes in a shell's background ignore it."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)

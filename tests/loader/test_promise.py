@@ -1,4 +1,4 @@
-"""Promises: the first outcome stays, any number of threads may wait, an interrupted wait is over."""
+"""Promises: the first outcome stays, threads may wait, an interrupt ends the wait."""
 
 from __future__ import annotations
 

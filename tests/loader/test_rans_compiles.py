@@ -1,4 +1,4 @@
-"""Compiles the rans kernels for GPUs, which needs none: what the interpreter accepts a compiler may refuse."""
+"""The rans kernels compile for GPUs, without a GPU: a compiler may refuse interpreted code."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from codecllm.loader.kernels import rans
 
-TYPES = dict(as_int32="*i32", as_int16="*i16", fields="*i64", symbols="*u8", ranges="*i32", precisions="*i32", arena="*u8",
-             faults="*i32", slots="i32")
+TYPES = dict(as_int32="*i32", as_int16="*i16", fields="*i64", symbols="*u8", ranges="*i32",
+             precisions="*i32", arena="*u8", faults="*i32", slots="i32")
 
 
 def compiled(fn, constants, warps):
     names = fn.arg_names
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name][0] == "*"}
+    pointers = [name for name in names if signature[name][0] == "*"]
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    return triton.compile(source, target=GPUTarget(*json.loads(sys.argv[1])), options=dict(num_warps=warps))
+    target = GPUTarget(*json.loads(sys.argv[1]))
+    return triton.compile(source, target=target, options=dict(num_warps=warps))
 
 
 kernel = compiled(rans._decode_kernel, {}, 1)

@@ -1,4 +1,4 @@
-"""Both kernels against the reference. Under Triton's interpreter a step takes about 3 ms, so the chunks are short.
+"""Both rans kernels give the bits of the reference; chunks are short for the interpreter.
 
 Without a GPU the kernel in CUDA C runs on the CPU, 32 coroutines acting as a warp.
 """

@@ -1,4 +1,4 @@
-"""The kernels that make elements from symbols, and products with int8 weights, against their references.
+"""Kernels from symbols to elements, and int8 products, give the bits of their references.
 
 Without a GPU they run under Triton's interpreter.
 """
@@ -212,7 +212,7 @@ WAYS = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "way"), WAYS, ids=str)
 def test_products_are_within_the_stated_tolerance(tokens, way, dtype):
-    """Both bounds hold for each element; the interpreter cuts bfloat16 off where hardware rounds, which doubles the first."""
+    """Both bounds hold for each element; the interpreter truncates bfloat16: first bound x 2."""
     rows, cols = 37, 144
     generator = torch.Generator().manual_seed(tokens)
     inputs = torch.randn(tokens, cols, generator=generator).to(dtype).to(DEVICE)

@@ -17,10 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from codecllm.loader.kernels import assemble, dequantize, int8_linear
 
-GEOMETRY = {name: "i32" for name in ("rows", "cols", "tile_rows", "tile_cols", "across", "tall", "wide")}
+GEOMETRY = dict(rows="i32", cols="i32", tile_rows="i32", tile_cols="i32", across="i32", tall="i32",
+                wide="i32")
 PLANES = {f"p{number}": "*u8" for number in range(8)}
-CODES = dict(low="*u8", high="*u8", low_bits="*i32", row_scale="*fp32", col_scale="*fp32", places="*i32",
-             stored_tile_rows="i32", stored_tile_cols="i32", stored_across="i32", **GEOMETRY)
+CODES = dict(low="*u8", high="*u8", low_bits="*i32", row_scale="*fp32", col_scale="*fp32",
+             places="*i32", stored_tile_rows="i32", stored_tile_cols="i32", stored_across="i32",
+             **GEOMETRY)
 EVEN = ("cols", "quads")
 PRODUCT = dict(codes="*i8", scale="*fp32", bias="*bf16", out="*bf16", rows="i32")
 
@@ -28,24 +30,29 @@ PRODUCT = dict(codes="*i8", scale="*fp32", bias="*bf16", out="*bf16", rows="i32"
 def compiled(fn, types, warps, **constants):
     names = fn.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name][0] == "*" or name in EVEN}
+    aligned = [name for name in names if signature[name][0] == "*" or name in EVEN]
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    made = triton.compile(source, target=GPUTarget(*json.loads(sys.argv[1])), options=dict(num_warps=warps))
-    return made.asm.get("ptx", "")
+    target = GPUTarget(*json.loads(sys.argv[1]))
+    kernel = triton.compile(source, target=target, options=dict(num_warps=warps))
+    return kernel.asm.get("ptx", "")
 
 
 block = dict(BLOCK_ROWS=1, BLOCK_COLS=4096)
-compiled(assemble._assemble_kernel, PLANES | GEOMETRY | {"out": "*i64"}, 4, PLANES=8, ROTATES=True, ONE_TILE=False, **block)
+flags = dict(PLANES=8, ROTATES=True, ONE_TILE=False)
+compiled(assemble._assemble_kernel, PLANES | GEOMETRY | {"out": "*i64"}, 4, **flags, **block)
 flags = dict(WIDE_CODES=True, BY_ROW=True, BY_COL=True, MOVED=True, ROUNDS=True, ONE_TILE=False)
 compiled(dequantize._dequantize_kernel, CODES | {"out": "*i16"}, 4, **flags, **block)
 flags = dict(WIDE_CODES=False, BY_ROW=True, BY_COL=False, MOVED=False, ROUNDS=False, ONE_TILE=True)
 plain = compiled(dequantize._dequantize_kernel, CODES | {"out": "*bf16"}, 4, **flags, **block)
 types = PRODUCT | dict(inputs="*i64", codes="*i32", quads="i32")
-rows = compiled(int8_linear._rows_kernel, types, 4, HAS_BIAS=True, IS_BFLOAT16=True, EVEN=True, ROWS=2, QUADS=512)
+flags = dict(HAS_BIAS=True, IS_BFLOAT16=True, EVEN=True)
+rows = compiled(int8_linear._rows_kernel, types, 4, ROWS=2, QUADS=512, **flags)
 types = PRODUCT | dict(inputs="*bf16", tokens="i32", cols="i32", out="*fp32")
 shape = dict(ROWS=32, TOKENS=16, COLUMNS=64)
-tiles = compiled(int8_linear._tiles_kernel, types, 4, HAS_BIAS=True, EVEN=True, WIDENS=False, SPLITS=2, **shape)
+flags = dict(HAS_BIAS=True, EVEN=True, WIDENS=False, SPLITS=2)
+tiles = compiled(int8_linear._tiles_kernel, types, 4, **flags, **shape)
 types = PRODUCT | dict(sums="*fp32", tokens="i32")
 compiled(int8_linear._sum_kernel, types, 4, HAS_BIAS=True, SPLITS=2, BLOCK=1024)
 print(json.dumps([plain, rows, tiles]))

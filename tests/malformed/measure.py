@@ -1,4 +1,4 @@
-"""Time and memory that a bad input costs: CPU seconds of this process, and MiB above what it used before."""
+"""Time and memory of a bad input: CPU seconds, and MiB above those used before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_SECONDS = 1.0
 MAX_MIB = 64.0
 SECONDS_PER_MIB = 0.25
 MIB_PER_MIB = 20.0
-"""What each MiB of a long manifest or header may cost beyond that: valid records are kept, and each takes its time."""
+"""Limit for each further MiB of a manifest or header: a valid record takes time and memory."""
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -36,7 +36,7 @@ class Cost:
 
 @contextmanager
 def measured() -> Iterator[Cost]:
-    """Yields what is filled in at the end. The peak of the resident memory is set back first (Linux)."""
+    """Yields a cost, filled in at the end. Linux lets us set back the peak of resident memory."""
     gc.collect()
     cost = Cost()
     _CLEAR.write_text("5")

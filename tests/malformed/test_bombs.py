@@ -1,4 +1,4 @@
-"""Small files that ask for much work: time and memory are bounded by what is stored, and a signal ends the reading."""
+"""Small files that ask for much work: time and memory are bounded, signals end the read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,15 @@ SHARD = (
 )
 VALID_HEAD = HEAD + SOURCE + OPTIONS + f'"shards":[{SHARD}],'
 ALIAS = '{{"name":"{}","dtype":"U8","shape":[],"scheme":"alias","alias_of":"a"}}'
-RAW = f'{{{{"name":"{{}}","dtype":"U8","shape":[],"scheme":"raw","shard":0,"digest":"{DIGEST}","xxh3":"{XXH3}"}}}}'
+RAW = (
+    f'{{{{"name":"{{}}","dtype":"U8","shape":[],"scheme":"raw","shard":0,"digest":"{DIGEST}",'
+    f'"xxh3":"{XXH3}"}}}}'
+)
+
+
+def _fields(value, count):
+    """Returns the text of an object with `count` fields of one value."""
+    return "{" + ",".join(f'"{number}":{value}' for number in range(count)) + "}"
 
 
 def _list(name, record, count):
@@ -58,12 +66,12 @@ MANIFESTS = {
         "tensors.0",
     ),
     "wrong entries of writer": (
-        lambda: _sealed(HEAD.replace('"writer":{},', ""), '"writer":{' + ",".join(f'"{i}":1' for i in range(2_000_000)) + "}"),
+        lambda: _sealed(HEAD.replace('"writer":{},', ""), f'"writer":{_fields(1, 2_000_000)}'),
         LimitError,
         "too long",
     ),
     "wrong entries of writer within the limit": (
-        lambda: _sealed(HEAD.replace('"writer":{},', ""), '"writer":{' + ",".join(f'"{i}":1' for i in range(25_000)) + "}"),
+        lambda: _sealed(HEAD.replace('"writer":{},', ""), f'"writer":{_fields(1, 25_000)}'),
         SchemaError,
         "writer.0",
     ),
@@ -73,7 +81,7 @@ MANIFESTS = {
         "too long",
     ),
     "many extensions": (
-        lambda: _sealed(HEAD, *(f'"x_{i}":{"[" + ",".join(["{}"] * 9_000) + "]"}' for i in range(200))),
+        lambda: _sealed(HEAD, *(_list(f"x_{number}", "{{}}", 9_000) for number in range(200))),
         LimitError,
         "too long",
     ),
@@ -93,7 +101,7 @@ MANIFESTS = {
         "too many tensors",
     ),
     "a record with many fields": (
-        lambda: _sealed(VALID_HEAD, '"tensors":[{' + ",".join(f'"{i}":0' for i in range(1_000_000)) + "}]"),
+        lambda: _sealed(VALID_HEAD, f'"tensors":[{_fields(0, 1_000_000)}]'),
         LimitError,
         "too long",
     ),
@@ -239,7 +247,8 @@ def test_headers_of_many_shards_beside_many_aliases_cost_their_own_entries_only(
     names = [f"model-{number:05d}-of-00300.safetensors" for number in range(1, 301)]
     header = pack_header([], {})
     shards = ",".join(
-        f'{{"name":"{name}","bytes":{len(header)},"sha256":"{DIGEST}","header_xxh3":"{xxh3_hex(header)}"}}'
+        f'{{"name":"{name}","bytes":{len(header)},"sha256":"{DIGEST}",'
+        f'"header_xxh3":"{xxh3_hex(header)}"}}'
         for name in names
     )
     target = RAW.format("a")

@@ -1,4 +1,4 @@
-"""The native core under AddressSanitizer and UndefinedBehaviorSanitizer, on mutated inputs of every entry point."""
+"""The native core under ASan and UBSan, on mutated inputs of every entry point."""
 
 from __future__ import annotations
 

@@ -153,7 +153,10 @@ def test_an_editable_install_reads_the_checkout(clone, modules, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
         assert all(name.startswith("__editable__") for name in _packaged(archive.namelist()))
-    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import codecllm; print(codecllm.__path__[0])"
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r}); "
+        "import codecllm; print(codecllm.__path__[0])"
+    )
 
     found = Path(_run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).strip())
 

@@ -1,4 +1,4 @@
-"""Containers in which one value is another and every checksum around it fits: an error of ours, or bytes of the right size.
+"""Containers with one changed value and valid checksums: a typed error, or the right size.
 
 Random bytes never pass a seal, so they only try the first check of a reader. These changes reach
 all of them.
@@ -97,7 +97,7 @@ kinds = st.sampled_from(["set", "set", "set", "drop", "add"])
 
 
 def _mutate(document: Any, place: list[int], kind: str, value: Any) -> None:
-    """Walks into the document by the numbers of `place` and sets, drops or adds one thing where the walk ends."""
+    """Walks into the document by the numbers of `place`; sets, drops or adds a value at the end."""
     parent, key = None, None
     for number in place:
         if not isinstance(document, (dict, list)) or not document:

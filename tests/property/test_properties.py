@@ -1,3 +1,5 @@
+"""Codecs, schemes, grids, tables and headers come back from any input, or refuse it."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""No command compiles, imports or runs a Python file of a container, whatever its configs say and whatever is typed."""
+"""No command compiles, imports or runs Python files of a container, for any config or flag."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ folder, log, commands = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 cache = os.environ["HF_MODULES_CACHE"]
 report = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def watch(event, args):
-    if event == "open" and isinstance(args[0], str) and args[0].endswith(".py") and args[0].startswith(cache):
+    path = args[0] if event == "open" and isinstance(args[0], str) else ""
+    if path.endswith(".py") and path.startswith(cache):
         os.write(report, f"open {args[0]}\\n".encode())
     elif event == "compile" and str(args[1]).startswith((folder, cache)):
         os.write(report, f"compile {args[1]}\\n".encode())
@@ -119,8 +120,13 @@ def _chat_template(folder):
 
 
 HOSTILE = [
-    _tokenizer_of_the_folder, _every_config, _model_of_the_folder, _auto_class, _custom_generate, _chat_template,
-]  # fmt: skip
+    _tokenizer_of_the_folder,
+    _every_config,
+    _model_of_the_folder,
+    _auto_class,
+    _custom_generate,
+    _chat_template,
+]
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])

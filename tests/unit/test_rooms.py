@@ -1,3 +1,5 @@
+"""The house: imports run one way, and formats, hub and converter run without torch."""
+
 from __future__ import annotations
 
 import ast

@@ -1,4 +1,4 @@
-"""Every way onto a device gives the bits of the reference; here the device is the CPU (see `machine`)."""
+"""Every way onto a device gives the bits of the reference; `machine` plays the device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _bytes(tensor):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Odd shapes, every scheme, element types with and without kernels, a plain tensor, one without elements."""
+    """Odd shapes, all schemes, dtypes with and without kernels, a plain and an empty tensor."""
     rng = np.random.default_rng(5)
     tensors = {
         "wide": ("BF16", bf16(rng.standard_normal((3, 1000)))),
@@ -69,7 +69,7 @@ def made(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rans_container(tmp_path_factory):
-    """Small, for a step of the kernel takes milliseconds under the interpreter: `l` lossless, `q` int8, `n` plain."""
+    """Small: an interpreted step takes milliseconds. `l` is lossless, `q` int8, `n` plain."""
     rng = np.random.default_rng(1)
     tensors = {
         "l": ("BF16", bf16(rng.standard_normal((20, 64)))),

@@ -22,7 +22,7 @@ from tests.loader.device.machine import CPU, NvcompOfTheHost, with_nvcomp
 
 @pytest.fixture(params=["ahead", "on request"])
 def device(request, monkeypatch):
-    """Lets `from_pretrained` take the CPU for a device with nvCOMP; returns the library, which counts its frames."""
+    """Lets `from_pretrained` take the CPU for a device; returns the nvCOMP that counts frames."""
     nvcomp = NvcompOfTheHost()
     engines = partial(DeviceEngines, make_streams=lambda _: HostStreams(), types=("cpu",))
     monkeypatch.setattr(load, "DeviceEngines", engines)
@@ -102,7 +102,7 @@ def test_compressed_models_give_the_logits_of_dense(container, name, scheme, dev
 def test_a_pass_that_is_interrupted_leaves_nothing_that_looks_decoded(
     container, device, monkeypatch, where
 ):
-    """At each call of the first passes, in which the order of layers is learned and groups are described."""
+    """At each call of the first passes, which learn the order of layers and describe groups."""
     monkeypatch.setattr(resident, "GROUP_ELEMENTS", 30_000)
     folder = container("llama", "int8")
     expected, real, turns = logits(_without_device(folder)), getattr(*where), 0

@@ -1,4 +1,4 @@
-"""The binding's declarations, and what it says where there is no library; decoding itself needs a GPU (tests/gpu)."""
+"""nvCOMP's binding: declarations, and the message without the library; tests/gpu decodes."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Checksums are equal for every way to feed the bytes; a mismatch names its place."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Chunk tables: exact bytes, and one typed error for each flaw."""
+
 from __future__ import annotations
 
 import numpy as np

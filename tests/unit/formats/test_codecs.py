@@ -1,3 +1,5 @@
+"""raw and zstd: exact frames, bounded memory, and no damaged frame of a wrong size."""
+
 from __future__ import annotations
 
 import threading

@@ -1,3 +1,5 @@
+"""Errors are one line with every known fact, and each class has its exit code."""
+
 from __future__ import annotations
 
 import os

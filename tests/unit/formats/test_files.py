@@ -1,3 +1,5 @@
+"""Safe files: no unsafe name or link opens anything, and writes are atomic."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Tiles cover a matrix once and in order; entropy and rounding follow their definitions."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -90,12 +90,13 @@ def test_exact_bytes():
     lines = pack_manifest(_manifest(_raw(fallback="why"))).decode().split("\n")
     assert lines[0] == '{"format":"codecllm",'
     assert lines[4] == '"source":{"repo":null,"commit":null,"tensor_bytes":36},'
-    assert (
-        lines[7]
-        == f'{{"name":"model-00001-of-00001.safetensors","bytes":9,"sha256":"{DIGEST}","header_xxh3":"{XXH3}"}}'
+    assert lines[7] == (
+        f'{{"name":"model-00001-of-00001.safetensors","bytes":9,"sha256":"{DIGEST}",'
+        f'"header_xxh3":"{XXH3}"}}'
     )
     assert lines[-4] == (
-        f'{{"name":"n","dtype":"F32","shape":[9],"scheme":"raw","shard":0,"digest":"{DIGEST}","xxh3":"{XXH3}","fallback":"why"}}'
+        f'{{"name":"n","dtype":"F32","shape":[9],"scheme":"raw","shard":0,"digest":"{DIGEST}",'
+        f'"xxh3":"{XXH3}","fallback":"why"}}'
     )
     assert (lines[-3], lines[-2][:19], lines[-1]) == ("],", '"manifest_sha256":"', "")
 

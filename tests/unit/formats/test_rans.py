@@ -1,3 +1,5 @@
+"""rans: every path gives the reference's bits, and damaged chunks or tables are refused."""
+
 from __future__ import annotations
 
 import numpy as np

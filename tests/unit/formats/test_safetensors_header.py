@@ -1,3 +1,5 @@
+"""Shard headers: exact bytes that the official library reads, and an error for each flaw."""
+
 from __future__ import annotations
 
 import json

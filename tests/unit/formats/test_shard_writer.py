@@ -1,3 +1,5 @@
+"""The shard writer makes ordinary files, rolls back to a mark, and overwrites nothing."""
+
 from __future__ import annotations
 
 import numpy as np

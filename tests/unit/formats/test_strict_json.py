@@ -1,3 +1,5 @@
+"""The JSON parser takes strict JSON within its limits, and names the place of each fault."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +15,10 @@ def _parse(text, **options):
 
 
 def test_values_come_back():
-    text = ' {"a": [1, -2, 3.5, true, false, null], "b": {"c": "\\u00e9 \\ud83d\\ude00"}, "": 9007199254740992}\n'
+    text = (
+        ' {"a": [1, -2, 3.5, true, false, null], "b": {"c": "\\u00e9 \\ud83d\\ude00"},'
+        ' "": 9007199254740992}\n'
+    )
     assert _parse(text) == {"a": [1, -2, 3.5, True, False, None], "b": {"c": "é 😀"}, "": 2**53}
 
 

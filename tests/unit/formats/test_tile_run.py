@@ -129,7 +129,7 @@ def test_odd_shapes(tmp_path, kind, dtype, codec, decode):
 
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])
 def test_chunks_of_all_lengths_side_by_side(tmp_path, scheme, decode):
-    """Two tiles are decoded at once; the last one of a tensor is short, and so is the last group's."""
+    """Two tiles are decoded at once; the last tile of a tensor and the last group are short."""
     rng = np.random.default_rng(8)
     tensors = {
         f"{rows}.weight": ("BF16", bf16(rng.standard_normal((rows, 1024)) * rng.uniform(0.2, 5)))

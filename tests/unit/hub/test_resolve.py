@@ -1,3 +1,5 @@
+"""Names of models: folders, cache entries and Hub ids resolve, or fail in one line."""
+
 from __future__ import annotations
 
 import huggingface_hub
