@@ -1,4 +1,4 @@
-"""What tests compare of models."""
+"""The outputs and weights of models that tests compare."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def coded_weights(model: Any) -> dict[str, CodedWeight]:
-    """Returns the coded weights of a model by the names of their parameters, tied ones under each name."""
+    """Returns the coded weights of a model by parameter name, tied ones under each name."""
     return {
         name: weight
         for name, weight in model.named_parameters(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""PEFT on every residency: training, merging and saving give the bits that they give on a dense model."""
+"""PEFT on every residency: training, merging and saving give the bits of a dense model."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _same(found, expected):
 
 @pytest.mark.parametrize("method", MERGING)
 def test_a_merged_adapter_is_in_the_weights(container, method):
-    """The merged weights are those of a dense model, bit for bit, and say what base and adapter said."""
+    """The merged weights are those of a dense model, bit for bit, and give the same logits."""
     merged = {}
     for resident in ("dense", *CODED):
         model = _adapted(container, resident, MERGING[method])

@@ -25,8 +25,14 @@ def _original(function):
 
 
 def test_tied_parameters_of_a_tied_model():
-    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                      vocab_size=32, tie_word_embeddings=True)  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=32,
+        tie_word_embeddings=True,
+    )
     assert dict(hooks.tied_parameters(transformers.LlamaForCausalLM(config))) == {
         "lm_head.weight": "model.embed_tokens.weight"
     }

@@ -1,4 +1,4 @@
-"""A coded weight is a tensor: every read gives its values, every write is done, or refused by one error."""
+"""A coded weight is a tensor: reads give its values, writes work or raise one typed error."""
 
 from __future__ import annotations
 
