@@ -1,6 +1,7 @@
-"""Checks and diagnosis: structure, checksums, decoding, ratio, comparison with the source, baseline output.
+"""Checks and diagnosis: structure, checksums, decoding, ratio, source and baseline.
 
-Importing this package is light: torch and transformers are imported by the checks that decode or run a model.
+Importing this package is light: torch and transformers are imported by the checks that decode or
+run a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Record in a container what transformers reports of a plain load of its source."""
+"""Record in a container the report that transformers gives of a plain load of its source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG_NAME = "config.json"
 
 
 def record_load_report(out: str | Path) -> str | None:
-    """Adds `load_report.json` to a container whose source holds more or fewer weights than its class.
+    """Adds `load_report.json` to a container whose source has other weights than its class.
 
     transformers loads the names, shapes and dtypes of the source's tensors into the class that the
     config names, without weights. A container whose tensors are exactly those of the class gets no
@@ -24,8 +24,8 @@ def record_load_report(out: str | Path) -> str | None:
         out: a finished container.
 
     Returns:
-        One line for people: what is left over, or why transformers cannot load the model; None
-        where there is nothing to say.
+        One line for people: the weights that are left over, or why transformers cannot load the
+        model; None where nothing is left over.
 
     Raises:
         FormatError: the container is damaged.
@@ -49,7 +49,7 @@ def record_load_report(out: str | Path) -> str | None:
             report = rehearse(cls, config, described_tensors(container))
         except CodecLLMError as exc:
             return f"transformers cannot load this model: {exc}"
-        except Exception as exc:  # whatever a model class raises where a config is not its own
+        except Exception as exc:  # a model class raises any type for another class's config
             return f"transformers cannot load this model: {describe(exc)}"
     if report.is_empty:
         return None

@@ -38,7 +38,7 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What one side says of a tensor: dtype, shape and scheme (`source` where the model is a plain one)."""
+    """Dtype, shape and scheme of a tensor on one side; `source` is the scheme of a plain model."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,12 +46,12 @@ class Described:
 
 
 class Side:
-    """One of the two models, whose tensors are read block by block as the bits of their source dtype.
+    """One of the two models: reads its tensors block by block, as bits of their source dtype.
 
     Attributes:
         name: as it was given.
         folder: where its files are.
-        tensors: what it holds.
+        tensors: its tensors, by name.
     """
 
     def __init__(self, name: str | Path) -> None:
@@ -72,9 +72,9 @@ class Side:
             self.stored_bytes = self._container.stored_bytes
         else:
             self._source = SourceModel(self.folder)
-            held = self._source.tensors.values()
+            source_tensors = self._source.tensors.values()
             self.tensors = {
-                one.name: Described(one.dtype.name, one.shape, "source") for one in held
+                one.name: Described(one.dtype.name, one.shape, "source") for one in source_tensors
             }
             self.stored_bytes = self._source.tensor_bytes
 
@@ -84,20 +84,21 @@ class Side:
         return self._container is not None
 
     def blocks(self, name: str) -> Iterator[NDArray[Any]]:
-        """Yields a tensor's elements, row-major, as flat arrays of unsigned words (bytes for types below a byte).
+        """Yields a tensor's elements, row-major, as flat arrays of unsigned words.
 
-        An int8 tensor is dequantized: fl32(code * scale), rounded once to its dtype.
+        The words are bytes for types below a byte. An int8 tensor is dequantized: fl32(code *
+        scale), rounded once to its dtype.
 
         Raises:
             FormatError: the tensor is damaged.
         """
         if self._source is not None:
             entry = self._source.tensors[name].entry
+            # Blocks bound the memory: a tensor may be larger than the machine.
             for first in range(0, entry.bytes, 8 * _BLOCK_ELEMENTS):
                 last = min(first + 8 * _BLOCK_ELEMENTS, entry.bytes)
-                yield np.frombuffer(
-                    self._source.tensors[name].read_bytes(first, last), _words(entry.dtype.name)
-                )
+                data = self._source.tensors[name].read_bytes(first, last)
+                yield np.frombuffer(data, _words(entry.dtype.name))
             return
         assert self._container is not None
         yield from _decoded_blocks(self._container, name)
@@ -117,9 +118,9 @@ class Side:
 
     def close(self) -> None:
         """Closes the files."""
-        for opened in (self._container, self._source):
-            if opened is not None:
-                opened.close()
+        for model in (self._container, self._source):
+            if model is not None:
+                model.close()
 
     def __enter__(self) -> Side:
         return self
@@ -151,56 +152,62 @@ def compare_models(
         progress: called with a tensor's name, bytes done and bytes in all.
 
     Returns:
-        JSON values: `same` (every tensor has the same bits), `tensors` (per name: `same`, `relative_error`, `worst_error`,
-        `differing`, schemes), `only_in_a`, `only_in_b`, `stored_bytes`, and with `run` `outputs` (see `text.compare_text`) or
-        `not_run`, the reason why not.
+        JSON values: `same` (every tensor has the same bits), `tensors` (per name: `same`,
+        `relative_error`, `worst_error`, `differing`, schemes), `only_in_a`, `only_in_b`,
+        `stored_bytes`, and with `run` `outputs` (see `text.compare_text`) or `not_run`, the reason
+        why not.
 
     Raises:
         CodecLLMError: one of them is neither a container nor a model, or is damaged.
     """
     with ExitStack() as stack:
-        left, right = stack.enter_context(Side(a)), stack.enter_context(Side(b))
-        common = [name for name in left.tensors if name in right.tensors]
+        side_a, side_b = stack.enter_context(Side(a)), stack.enter_context(Side(b))
+        common = [name for name in side_a.tensors if name in side_b.tensors]
         if not common:
             raise UsageError("the two models share no tensor", got=f"{a}, {b}")
-        rows, done = [], 0
-        total = sum(math.prod(left.tensors[name].shape) for name in common)
+        rows, elements_done = [], 0
+        total = sum(math.prod(side_a.tensors[name].shape) for name in common)
         threads = workers or cores()
         with ThreadPoolExecutor(threads) as pool:
             for name, row in in_order(
-                pool, common, lambda name: compare_tensors(left, right, name)
+                pool, common, lambda name: compare_tensors(side_a, side_b, name)
             ):
                 rows.append(row)
-                done += math.prod(left.tensors[name].shape)
+                elements_done += math.prod(side_a.tensors[name].shape)
                 if progress is not None:
-                    progress(name, done, total)
-        only_a = [name for name in left.tensors if name not in right.tensors]
-        only_b = [name for name in right.tensors if name not in left.tensors]
-        found: dict[str, Any] = {
-            "a": left.name,
-            "b": right.name,
+                    progress(name, elements_done, total)
+        only_a = [name for name in side_a.tensors if name not in side_b.tensors]
+        only_b = [name for name in side_b.tensors if name not in side_a.tensors]
+        comparison: dict[str, Any] = {
+            "a": side_a.name,
+            "b": side_b.name,
             "same": not only_a and not only_b and all(row["same"] for row in rows),
             "only_in_a": only_a,
             "only_in_b": only_b,
-            "stored_bytes": [left.stored_bytes, right.stored_bytes],
+            "stored_bytes": [side_a.stored_bytes, side_b.stored_bytes],
             "tensors": rows,
         }
         if run:
-            found |= _run(left, right, found["same"])
-    return found
+            comparison |= _run(side_a, side_b, comparison["same"])
+    return comparison
 
 
 def compare_tensors(a: Side, b: Side, name: str) -> dict[str, Any]:
-    """Returns what differs between two tensors of one name, as JSON values; errors relative to `a`'s root mean square."""
-    left, right = a.tensors[name], b.tensors[name]
+    """Compares two tensors of one name.
+
+    Returns:
+        JSON values: names of dtypes and schemes, the number of elements whose bits differ, and
+        errors relative to the root mean square of `a`'s tensor.
+    """
+    tensor_a, tensor_b = a.tensors[name], b.tensors[name]
     row: dict[str, Any] = {
         "name": name,
-        "shape": list(left.shape),
-        "dtype": left.dtype,
-        "schemes": [left.scheme, right.scheme],
+        "shape": list(tensor_a.shape),
+        "dtype": tensor_a.dtype,
+        "schemes": [tensor_a.scheme, tensor_b.scheme],
     }
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        other = {"other_dtype": right.dtype, "other_shape": list(right.shape)}
+    if (tensor_a.dtype, tensor_a.shape) != (tensor_b.dtype, tensor_b.shape):
+        other = {"other_dtype": tensor_b.dtype, "other_shape": list(tensor_b.shape)}
         return {
             **row,
             **other,
@@ -213,18 +220,20 @@ def compare_tensors(a: Side, b: Side, name: str) -> dict[str, Any]:
     for x, y in aligned(a.blocks(name), b.blocks(name)):
         bad = x != y
         differing += int(np.count_nonzero(bad))
-        values = _values(x, left.dtype)
+        values = _values(x, tensor_a.dtype)
+        # Infinity and NaN would make the energy, and with it every relative error, meaningless.
         if values is not None:
             finite = np.where(np.isfinite(values), values, 0.0)
             energy += float(np.square(finite).sum())
         if bad.any() and values is not None:
-            others = _values(y, left.dtype)
+            others = _values(y, tensor_a.dtype)
             assert others is not None
             with np.errstate(invalid="ignore"):
                 gap = np.abs(values[bad] - others[bad])
+            # The bits differ, so a NaN on one side is a difference without bound.
             gap = np.where(np.isnan(gap), np.inf, gap)
             error, worst = error + float(np.square(gap).sum()), max(worst, float(gap.max()))
-    known = _values(np.empty(0, _words(left.dtype)), left.dtype) is not None
+    has_values = _values(np.empty(0, _words(tensor_a.dtype)), tensor_a.dtype) is not None
     relative = (
         math.sqrt(error / energy)
         if energy and math.isfinite(error)
@@ -234,8 +243,8 @@ def compare_tensors(a: Side, b: Side, name: str) -> dict[str, Any]:
         **row,
         "same": differing == 0,
         "differing": differing,
-        "relative_error": relative if known else None,
-        "worst_error": (worst if math.isfinite(worst) else None) if known else None,
+        "relative_error": relative if has_values else None,
+        "worst_error": (worst if math.isfinite(worst) else None) if has_values else None,
     }
 
 
@@ -243,18 +252,19 @@ def aligned(
     a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """Cuts two streams of flat arrays, equally long in all, into pairs of equal length."""
-    left = right = np.empty(0)
+    rest_a = rest_b = np.empty(0)
+    # The sides cut their blocks differently: a plain model by bytes, a container by tiles.
     while True:
-        if not left.size:
-            left = next(a, left[:0])
-        if not right.size:
-            right = next(b, right[:0])
-        size = min(left.size, right.size)
+        if not rest_a.size:
+            rest_a = next(a, rest_a[:0])
+        if not rest_b.size:
+            rest_b = next(b, rest_b[:0])
+        size = min(rest_a.size, rest_b.size)
         if size == 0:
-            assert left.size == right.size == 0, "streams of different lengths"
+            assert rest_a.size == rest_b.size == 0, "streams of different lengths"
             return
-        yield left[:size], right[:size]
-        left, right = left[size:], right[size:]
+        yield rest_a[:size], rest_b[:size]
+        rest_a, rest_b = rest_a[size:], rest_b[size:]
 
 
 def render_comparison(found: dict[str, Any], console: Console) -> None:
@@ -298,20 +308,14 @@ def render_comparison(found: dict[str, Any], console: Console) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["differing"] is None:
-        return [
-            f"{row['dtype']} {row['shape']} / {row['other_dtype']} {row['other_shape']}",
-            "",
-            "",
-        ]
+        types = f"{row['dtype']} {row['shape']} / {row['other_dtype']} {row['other_shape']}"
+        return [types, "", ""]
     figures = (row["relative_error"], row["worst_error"])
-    return [
-        f"{row['differing']:,}",
-        *("-" if value is None else f"{value:.3e}" for value in figures),
-    ]
+    return [f"{row['differing']:,}", *("-" if one is None else f"{one:.3e}" for one in figures)]
 
 
 def _folder(name: str | Path) -> Path:
-    """Finds the files; a Hub id is taken for a container first, whose files include those of a plain model."""
+    """Finds the files. A Hub id is resolved as a container, which fetches a plain model too."""
     return resolve(name).folder
 
 
@@ -341,7 +345,7 @@ def _words(dtype: str) -> np.dtype[Any]:
 
 
 def _values(words: NDArray[Any], dtype: str) -> NDArray[np.float64] | None:
-    """Returns the values of floats and integers as float64, None for types that have no such reading here."""
+    """Returns the values of floats and integers as float64, None for all other types."""
     if dtype in ("BF16", "F16", "F32"):
         return float32_from_bits(words, dtype).astype(np.float64)
     if dtype == "F64":
@@ -353,10 +357,13 @@ def _values(words: NDArray[Any], dtype: str) -> NDArray[np.float64] | None:
 
 def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
     """Runs both models on the fixed prompts; the source of divergences is `left`."""
-    needed = int(2 * MEMORY_FACTOR * sum(_tensor_bytes(side) for side in (left, right)) / 2)
-    if needed > available_memory():
+    needed_bytes = int(2 * MEMORY_FACTOR * sum(_tensor_bytes(side) for side in (left, right)) / 2)
+    if needed_bytes > available_memory():
+        free = available_memory()
         return {
-            "not_run": f"two models need {needed / 2**30:.1f} GiB, {available_memory() / 2**30:.1f} GiB are free"
+            "not_run": (
+                f"two models need {needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            )
         }
     from codecllm.verifier.baseline import model_output as output
     from codecllm.verifier.diagnosis.model import text
@@ -372,8 +379,9 @@ def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
         base = text.evaluate_outputs(first, script)
         other = text.evaluate_outputs(second, script, base)
     except CodecLLMError:
+        # Damage is the caller's to see. Only a model that cannot run on text is a remark.
         raise
-    except Exception as exc:  # whatever a model class raises when it is run on plain text
+    except Exception as exc:  # a model class may refuse plain text with any type
         return {"not_run": f"{type(exc).__name__}: {one_line(exc)}"}
     stage = Stage("outputs")
     text.check_tokenizers(*coders, (left.folder, right.folder), stage)

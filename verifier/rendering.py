@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from codecllm.verifier.report import Report, Verdict
 
+# A container with damage in each chunk would scroll the verdict off the screen.
 FINDINGS_SHOWN = 100
 _MARKS = {
     Verdict.OK: "[green]ok     [/]",

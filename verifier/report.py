@@ -1,4 +1,4 @@
-"""What a verification found: stages, each with a verdict, and findings that name the place of every fault."""
+"""The report of a verification: stages with verdicts, and findings with the place of each fault."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ class Finding:
         """Returns class, message, place, and the whole line, as JSON values."""
         error = self.error
         facts = {name: getattr(error, name) for name in _PLACE}
+        # An error may hold a shape or a numpy number, which JSON does not have.
         plain = {
             name: value if isinstance(value, int | str | None) else str(value)
             for name, value in facts.items()
         }
-        found = {"cause": self.cause, "channel": self.channel, "module": self.module}
-        known = {name: value for name, value in found.items() if value is not None}
+        context = {"cause": self.cause, "channel": self.channel, "module": self.module}
+        known_context = {name: value for name, value in context.items() if value is not None}
         return {
             "error": type(error).__name__,
             "message": error.message,
             **plain,
-            **known,
+            **known_context,
             "text": str(error),
         }
 
@@ -61,7 +62,7 @@ class Stage:
 
     Attributes:
         name: for example `checksums`.
-        summary: one line: what was checked, or why not.
+        summary: one line: the checked parts, or why the stage was skipped.
         findings: every fault, in file order.
         facts: figures for machines.
         skipped: whether it did not run.
@@ -76,6 +77,7 @@ class Stage:
     @property
     def verdict(self) -> Verdict:
         """FAILED with any finding, else SKIPPED or OK."""
+        # A stage that was skipped may have findings from before: a fault outranks the skip.
         if self.findings:
             return Verdict.FAILED
         return Verdict.SKIPPED if self.skipped else Verdict.OK
@@ -101,9 +103,9 @@ class Report:
         level: `structure`, `checksums` or `full`.
         manifest_sha256: of the manifest that was checked, or None where there is none.
         stages: in the order in which they ran.
-        warnings: what deserves a look and is no fault.
-        commit: commit of the Hub repository that was checked, or None for a folder of one's own.
-        conclusion: one paragraph: what is wrong, where, and what to do; only a diagnosis has one.
+        warnings: remarks that deserve a look and are no faults.
+        commit: commit of the Hub repository that was checked, or None for a local folder.
+        conclusion: one paragraph: the fault, its place and its remedy; only a diagnosis has one.
     """
 
     container: str
@@ -122,6 +124,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         """0, or the exit code of the first fault's error class."""
+        # Stages run from the bytes to the model, so the first fault is nearest to the cause.
         return next(
             (finding.error.exit_code for stage in self.stages for finding in stage.findings), 0
         )

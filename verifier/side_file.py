@@ -24,6 +24,7 @@ def attach(folder: Path, manifest: Manifest, name: str, data: bytes) -> None:
     write_atomically(folder / name, data)
     record = FileRecord(name=name, bytes=len(data), sha256=sha256_hex(data))
     files = [other for other in manifest.files if other.name != name] + [record]
+    # Sorted names make the manifest independent of the order in which side files were added.
     files.sort(key=lambda file: file.name)
-    packed = pack_manifest(manifest.model_copy(update={"files": files}))
-    write_atomically(folder / MANIFEST_NAME, packed)
+    manifest_bytes = pack_manifest(manifest.model_copy(update={"files": files}))
+    write_atomically(folder / MANIFEST_NAME, manifest_bytes)

@@ -1,6 +1,6 @@
 """The source as transformers loads it, beside the container as it is loaded.
 
-Every other check compares the container with what the converter read. This one asks transformers:
+Every other check compares the container with the converter's reading. This one asks transformers:
 it resolves the files, the class, names, ties, dtypes and generation defaults by itself, so that a
 file that the converter should have taken, or a rename that the loader missed, shows here.
 """
@@ -41,8 +41,8 @@ def check_source_model(
     """Compares the loaded container with the source that transformers loads by itself.
 
     Compared are: the class; names, shapes, dtypes and ties of all parameters and buffers; their
-    bits, or for quantized ones their distance; what the load leaves over; generation defaults;
-    tokens and chat templates of sample texts; logits and generated texts; side files.
+    bits, or for quantized ones their distance; weights that the load leaves over; generation
+    defaults; tokens and chat templates of sample texts; logits and generated texts; side files.
 
     Args:
         container: an undamaged container.
@@ -62,12 +62,13 @@ def check_source_model(
 def _obstacle(container: Container) -> str | None:
     if container.manifest.file(CONFIG_NAME) is None:
         return "the source has no config.json"
-    needed = int(2 * MEMORY_FACTOR * container.manifest.source.tensor_bytes)
+    # Both models are in memory at once: their outputs are compared prompt by prompt.
+    needed_bytes = int(2 * MEMORY_FACTOR * container.manifest.source.tensor_bytes)
     free = available_memory()
-    if needed > free:
+    if needed_bytes > free:
         return (
-            f"the source and the container need {needed / 2**30:.1f} GiB to run side by side, "
-            f"{free / 2**30:.1f} GiB of memory are free"
+            f"the source and the container need {needed_bytes / 2**30:.1f} GiB "
+            f"to run side by side, {free / 2**30:.1f} GiB of memory are free"
         )
     return None
 
@@ -82,36 +83,36 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
     with without_progress_bars(), silenced():
         try:
             plain, info = load_plain(source, output_loading_info=True)
-        except Exception as exc:  # whatever transformers raises for a source that it cannot load
+        except Exception as exc:  # transformers raises any type for a source that it cannot load
             return f"transformers cannot load the source: {type(exc).__name__}: {one_line(exc)}"
         name = type(plain).__name__
         expected = LoadReport.of(name, info["missing_keys"], info["unexpected_keys"])
-        recorded = read_report(container) or LoadReport.of(name, (), ())
-        if recorded != expected:
+        recorded_report = read_report(container) or LoadReport.of(name, (), ())
+        if recorded_report != expected:
             error = ModelMismatchError(
                 "the container records another load than that of the source",
-                got=recorded.summary() or "nothing left over",
+                got=recorded_report.summary() or "nothing left over",
                 expected=expected.summary() or "nothing left over",
             )
             stage.fail(error)
             return None
-        loaded = from_pretrained(
+        container_model = from_pretrained(
             container.folder,
             workers=workers,
             expected_manifest_sha256=container.manifest_sha256,
         )
     lossless = not any(isinstance(item, Int8Tensor) for item in container.records.values())
-    differences = list(_differences(plain, loaded, lossless, expected.missing))
+    differences = list(_differences(plain, container_model, lossless, expected.missing))
     for difference in differences:
         stage.fail(difference)
     if not differences:
-        _compare_speech(container, source, (plain, loaded), lossless, stage)
+        _compare_speech(container, source, (plain, container_model), lossless, stage)
     stage.facts |= {"class": name, "lossless": lossless}
     stage.summary = (
         f"{name} as transformers loads the source: parameters, ties, dtypes, generation defaults, "
         f"tokens, chat templates{stage.facts.pop('said', '')}"
     )
-    del plain, loaded
+    del plain, container_model
     gc.collect()
     return None
 
@@ -119,7 +120,7 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
 def _differences(
     plain: Any, loaded: Any, lossless: bool, missing: frozenset[str]
 ) -> Iterator[CodecLLMError]:
-    """Yields what differs between two loaded models, parameters first."""
+    """Yields the differences between two loaded models, parameters first."""
     if type(plain) is not type(loaded):
         got, expected = type(loaded).__name__, type(plain).__name__
         yield ModelMismatchError("another class is loaded", got=got, expected=expected)
@@ -137,6 +138,7 @@ def _differences(
                 got=_kind(loaded_value),
                 expected=_kind(plain_value),
             )
+        # Weights that the source lacks are drawn at random by each load: their values differ.
         elif name not in missing:
             yield from _value_difference(name, plain_value, loaded_value, lossless)
     if _ties(plain) != _ties(loaded):
@@ -155,6 +157,7 @@ def _value_difference(
 ) -> Iterator[CodecLLMError]:
     import torch
 
+    # Bits, not values: NaN differs from itself, and 0.0 equals -0.0.
     a, b = expected.detach().reshape(-1), got.detach().reshape(-1)
     if torch.equal(a.view(torch.uint8), b.view(torch.uint8)) or not a.numel():
         return
@@ -203,9 +206,12 @@ def _compare_speech(
     from codecllm.verifier.baseline.model_output import PromptCoder
     from codecllm.verifier.diagnosis.model import text
 
-    plain, loaded = models
+    plain, container_model = models
     folders = (source, container.folder)
-    coders = (PromptCoder(source, plain.config), PromptCoder(container.folder, loaded.config))
+    coders = (
+        PromptCoder(source, plain.config),
+        PromptCoder(container.folder, container_model.config),
+    )
     text.check_tokenizers(*coders, folders, stage)
     theirs, ours = (_chat_texts(folder) for folder in folders)
     for name in sorted(theirs.keys() | ours.keys()):
@@ -219,8 +225,8 @@ def _compare_speech(
     try:
         inputs = text.make_inputs(coders[0], None, None)
         base = text.evaluate_outputs(plain, inputs)
-        other = text.evaluate_outputs(loaded, inputs, base)
-    except Exception as exc:  # whatever a model class raises when it is run on plain text
+        other = text.evaluate_outputs(container_model, inputs, base)
+    except Exception as exc:  # a model class may refuse plain text with any type
         stage.facts["said"] = f"; the model does not run on text: {type(exc).__name__}"
         return
     text.compare_text(inputs, base, other, coders, lossless, stage)
@@ -250,6 +256,7 @@ def _chat_text(tokenizer: Any, template: str) -> str:
 
 def _check_files(container: Container, source: SourceModel, stage: Stage) -> None:
     """Compares the side files with those that a conversion of the source copies."""
+    # These bytes decide on tokens and prompts, which no comparison of tensors sees.
     for name, source_name in source.side_files.copied.items():
         record = container.manifest.file(name)
         if record is None:
@@ -266,6 +273,7 @@ def _check_files(container: Container, source: SourceModel, stage: Stage) -> Non
 def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
     documents = [json.loads(data) for data in (ours, theirs)]
     for document in documents:
+        # The converter replaces this entry with its own, in every container.
         document.pop("quantization_config", None)
     keys = sorted(documents[0].keys() | documents[1].keys())
     different = [key for key in keys if documents[0].get(key) != documents[1].get(key)]

@@ -35,16 +35,16 @@ def verify(
 ) -> Report:
     """Checks a container. Nothing is written and nothing is repaired.
 
-    Stages: `structure` (files, sizes, headers, chunk tables), `checksums` (every byte of every listed file), and at level
-    `full`: `decode` (every chunk, every tensor's digest), `ratio`, `source` and `model` (with
-    `source`: each tensor, and the loaded container beside the source as transformers loads it),
-    `baseline` (the recorded prompts). A stage that cannot mean anything after an earlier failure is
-    reported as skipped.
+    Stages: `structure` (files, sizes, headers, chunk tables), `checksums` (every byte of every
+    listed file), and at level `full`: `decode` (every chunk, every tensor's digest), `ratio`,
+    `source` and `model` (with `source`: each tensor, and the loaded container beside the source as
+    transformers loads it), `baseline` (the recorded prompts). A stage whose result would mean
+    nothing after an earlier failure is reported as skipped.
 
     Args:
         name_or_path: container folder or Hub id.
         level: how far to go.
-        source: the model it was made from, a folder or Hub id; every decoded tensor is compared with it.
+        source: folder or Hub id of the source model; every decoded tensor is compared with it.
         require_baseline: fail where no baseline is recorded.
         baseline: False leaves the baseline out.
         workers: threads; None takes one per core.
@@ -71,15 +71,17 @@ def verify(
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
     report = Report(str(name_or_path), level, commit=files.commit)
     threads = workers or cores()
-    pinned = expected_manifest_sha256
+    expected_digest = expected_manifest_sha256
     with (
         _stage(report, "structure") as stage,
-        Container(files.folder, expected_manifest_sha256=pinned) as container,
+        Container(files.folder, expected_manifest_sha256=expected_digest) as container,
     ):
         report.manifest_sha256 = container.manifest_sha256
         check_structure(container, stage, report.warnings)
     if report.manifest_sha256 is None or level == "structure":
         return report
+    # The files may change between the stages. The digest binds the second reading to the manifest
+    # of the first one, so that all verdicts are about one container.
     with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:
         with _stage(report, "checksums") as stage:
             check_checksums(container, stage, threads, progress)
@@ -106,6 +108,7 @@ def _check_contents(
     progress: Progress | None,
 ) -> None:
     """Runs the stages that need decoded tensors."""
+    # These modules import torch or transformers, which the first two stages do without.
     from codecllm.verifier.baseline.baseline import check_baseline
     from codecllm.verifier.checks.comparison import check_source
     from codecllm.verifier.checks.decoding import check_decoding
@@ -119,6 +122,7 @@ def _check_contents(
         if report.ok:
             report_ratio(container, stage, scans)
         else:
+            # The ratio of a model that does not decode would be a claim without proof.
             _skip(stage, "not stated for a damaged container")
     if source is not None:
         folder, scheme = resolve(source, kind="source").folder, container.manifest.options.scheme
@@ -147,6 +151,7 @@ def _stage(report: Report, name: str) -> Iterator[Stage]:
     try:
         yield stage
     except CodecLLMError as exc:
+        # A report lists every fault, so a stage that fails does not end the verification.
         stage.fail(exc)
     if stage.verdict is Verdict.FAILED:
         count = len(stage.findings)

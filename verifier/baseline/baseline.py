@@ -1,4 +1,4 @@
-"""Records what a model says before and after conversion, and checks later that it still says so."""
+"""Records the output of a model before and after conversion, and compares it again later."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ MAX_SECONDS = 600
 """A baseline that is not asked for is recorded only if it takes less."""
 
 _BYTES_PER_SECOND = 4e9
-"""Weights that one core-pair's memory delivers while a model generates one token after another: a cautious guess."""
+"""Weights that the memory of two cores delivers to a model that generates: a cautious guess."""
 
+# Prompts, times tokens and the passes for logits, times source and converted model.
 _FORWARDS = 8 * (32 + 3) * 2
+# Memory of a run for each byte of weights: activations, caches, buffers of the decoder.
 MEMORY_FACTOR = 1.3
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineOutcome:
-    """What recording a baseline came to.
+    """The outcome of recording a baseline.
 
     Attributes:
         kind: `greedy`, `hidden` or `none`.
@@ -54,7 +56,11 @@ class BaselineOutcome:
         """Returns one line for people."""
         if self.kind == "none":
             return f"no baseline: {self.reason}"
-        return f"baseline recorded ({self.kind}) in {self.seconds:.0f} s; against the source: {describe_agreement(self.agreement)}"
+        figures = describe_agreement(self.agreement)
+        return (
+            f"baseline recorded ({self.kind}) in {self.seconds:.0f} s; "
+            f"against the source: {figures}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the outcome as JSON values."""
@@ -75,17 +81,18 @@ def record_baseline(
 ) -> BaselineOutcome:
     """Runs source and container on the fixed prompts and adds `baseline.json` to the container.
 
-    The container is whole before and after: `baseline.json` is written first, then the manifest that lists it replaces the
-    old one in one step.
+    The container is whole before and after: `baseline.json` is written first, then the manifest
+    that lists it replaces the old one in one step.
 
     Args:
         out: a finished container.
         source_folder: the folder it was made from.
-        required: record whatever it costs, and raise where it is impossible.
+        required: record at any cost of time or memory, and raise where it is impossible.
         on_stage: called with a sentence when a stage begins.
 
     Raises:
-        BaselineError: it is required and impossible, or a lossless container does not say what its source says.
+        BaselineError: it is required and impossible, or a lossless container gives another output
+            than its source.
         FormatError: the container is damaged.
     """
     began = time.monotonic()
@@ -102,11 +109,12 @@ def record_baseline(
             except (BaselineError, MemoryError):
                 raise
             except Exception as exc:
-                # Whatever a model class raises when it is run on plain text: it has no text baseline.
+                # A model class may refuse plain text with any type: it has no text baseline.
                 reason = (
                     f"the model could not be run on text: {type(exc).__name__}: {one_line(exc)}"
                 )
-                # A class that this transformers lacks, or code that must not run, is no fault of the container.
+                # A class that this transformers lacks, or code that must not run, is no fault of
+                # the container.
                 is_fault = isinstance(exc, CodecLLMError) and not isinstance(
                     exc, UnsupportedEnvironmentError
                 )
@@ -130,8 +138,9 @@ def record_baseline(
 def check_baseline(container: Container, stage: Stage, *, required: bool, workers: int) -> None:
     """Runs the recorded prompts and compares.
 
-    In the recorded environment tokens and digests must be equal. In another one, teacher-forced along the record, at least
-    99 % of the most likely tokens must be the same and the mean KL divergence at most 1e-3 nats.
+    In the recorded environment tokens and digests must be equal. In another one, teacher-forced
+    along the record, at least 99 % of the most likely tokens must be the same and the mean KL
+    divergence at most 1e-3 nats.
 
     Raises:
         BaselineError: the output differs, or there is no baseline and it is required.
@@ -184,6 +193,7 @@ def _run_both(source: Path, out: Path, manifest: Manifest, tell: Callable[[str],
         tell("baseline: running the source on 8 prompts")
         model = load_plain(source)
         source_run = run_source(model, source)
+        # A model is full of reference cycles. Without this call both would be in memory at once.
         del model
         gc.collect()
         tell("baseline: running the converted model on 8 prompts")
@@ -195,7 +205,8 @@ def _run_both(source: Path, out: Path, manifest: Manifest, tell: Callable[[str],
         agreement.same_tokens not in (None, 1.0) or agreement.mean_kl not in (None, 0.0)
     ):
         raise BaselineError(
-            "the lossless container does not say what its source says", got=agreement.model_dump()
+            "the lossless container gives another output than its source",
+            got=agreement.model_dump(),
         )
     _refuse_below_floor(agreement, manifest)
     return baseline
@@ -238,7 +249,10 @@ def _obstacle(container: Container, required: bool) -> str | None:
     size = container.manifest.source.tensor_bytes
     available = available_memory()
     if size * MEMORY_FACTOR > available:
-        return f"the model needs {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free (--baseline insists)"
+        return (
+            f"the model needs {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory "
+            "are free (--baseline insists)"
+        )
     seconds = size * _FORWARDS / _BYTES_PER_SECOND
     if seconds > MAX_SECONDS:
         return f"it would take about {seconds / 60:.0f} minutes (--baseline insists)"

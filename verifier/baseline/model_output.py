@@ -1,4 +1,4 @@
-"""Runs a model on the fixed prompts: greedy tokens, logits along a continuation, or the first output of an encoder."""
+"""Runs a model on the fixed prompts: greedy tokens, logits, or the first output of an encoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PromptTokens:
 
 
 class PromptCoder:
-    """Text to tokens and back: the model's own tokenizer, or arbitrary fixed ids where it has none."""
+    """Text to tokens and back: the model's tokenizer, or arbitrary fixed ids where it has none."""
 
     def __init__(self, folder: Path, config: Any) -> None:
         """Loads the tokenizer of `folder`, if there is a usable one."""
@@ -33,18 +33,18 @@ class PromptCoder:
         self._vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
         try:
             self._tokenizer = read_tokenizer(folder)
-        except Exception:  # transformers raises whatever its many tokenizer classes happen to raise
+        except Exception:  # each tokenizer class of transformers raises types of its own
             self._tokenizer = None
 
     def prompts(self, texts: Sequence[str] = PROMPTS) -> list[PromptTokens]:
-        """Returns prompts (the fixed ones) as tokens; one whose ids leave the model's vocabulary is replaced by fixed ids."""
+        """Returns prompts as tokens; fixed ids replace those that leave the model's vocabulary."""
         return [
             PromptTokens(text, self._prompt_tokens(text, number))
             for number, text in enumerate(texts)
         ]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text, or none without a tokenizer or where they leave the model's vocabulary."""
+        """Returns the tokens of a text; none without a tokenizer or outside the vocabulary."""
         if self._tokenizer is None:
             return []
         try:
@@ -65,6 +65,8 @@ class PromptCoder:
         tokens = self.encode(text)
         if tokens:
             return tokens
+        # A prime spreads the ids over the vocabulary. They are the same in every release, so that
+        # old records stay comparable.
         vocabulary = max(2, self._vocabulary)
         return [
             (7919 * (number + 1) * (position + 1)) % vocabulary for position in range(8 + number)
@@ -97,42 +99,45 @@ def generates(model: Any) -> bool:
 
 
 def greedy_tokens(model: Any, prompt: PromptTokens) -> list[int]:
-    """Returns the 32 tokens that the model finds most likely one after another, whatever its generation config says.
+    """Returns the 32 tokens that the model finds most likely one after another.
 
-    It does not stop at an end-of-text token: each prompt always checks as many tokens.
+    The model's generation config is left out. Generation does not stop at an end-of-text token:
+    each prompt always checks as many tokens.
     """
     from transformers import GenerationConfig
 
-    given = model.generation_config
+    own_config = model.generation_config
     plain = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        bos_token_id=given.bos_token_id,
-        pad_token_id=given.pad_token_id,
-        decoder_start_token_id=given.decoder_start_token_id,
+        bos_token_id=own_config.bos_token_id,
+        pad_token_id=own_config.pad_token_id,
+        decoder_start_token_id=own_config.decoder_start_token_id,
     )
     ids = torch.tensor([prompt.tokens], device=model.device)
+    # `generate` fills unset values of its argument from the model's own config: both are replaced.
     model.generation_config = plain
     try:
         with torch.inference_mode():
             out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
     finally:
-        model.generation_config = given
+        model.generation_config = own_config
     tokens: list[int] = out[0].tolist()
     return tokens[1:] if model.config.is_encoder_decoder else tokens[len(prompt.tokens) :]
 
 
 def continuation_logits(model: Any, prompt: PromptTokens, continuation: list[int]) -> torch.Tensor:
-    """Returns the float32 logits [len(continuation), vocabulary] that predict each token of a continuation, teacher-forced."""
+    """Returns the teacher-forced float32 logits [len(continuation), vocabulary]."""
     device = model.device
     with torch.inference_mode():
         if model.config.is_encoder_decoder:
             start = model.generation_config.decoder_start_token_id
-            forced = torch.tensor(
+            decoder_ids = torch.tensor(
                 [[start if start is not None else 0, *continuation[:-1]]], device=device
             )
             logits = model(
-                input_ids=torch.tensor([prompt.tokens], device=device), decoder_input_ids=forced
+                input_ids=torch.tensor([prompt.tokens], device=device),
+                decoder_input_ids=decoder_ids,
             ).logits[0]
         else:
             ids = torch.tensor([[*prompt.tokens, *continuation]], device=device)
@@ -142,10 +147,11 @@ def continuation_logits(model: Any, prompt: PromptTokens, continuation: list[int
 
 
 def forced_logits(model: Any, tokens: list[int], steps: int) -> torch.Tensor:
-    """Returns the float32 logits [1, vocabulary] after the last token of a text, whose last `steps` go in one at a time.
+    """Returns the float32 logits [1, vocabulary] after a text, whose last `steps` go in singly.
 
-    This is the model's own generation, told what to say: whatever it keeps from token to token, it keeps here too. Of an
-    encoder and decoder the encoder is given all tokens and the decoder the last of them.
+    This is the model's own generation with prescribed tokens, so that the caches and states that
+    the model keeps from token to token are used here too. Of an encoder and decoder the encoder is
+    given all tokens and the decoder the last of them.
 
     Args:
         model: one that generates.
@@ -154,43 +160,44 @@ def forced_logits(model: Any, tokens: list[int], steps: int) -> torch.Tensor:
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    given, ids = model.generation_config, torch.tensor([tokens], device=model.device)
+    own_config, ids = model.generation_config, torch.tensor([tokens], device=model.device)
     count, start = steps + 1, ids[:, :-steps]
-    told = [*tokens[len(tokens) - steps :], tokens[-1]]
+    next_tokens = [*tokens[len(tokens) - steps :], tokens[-1]]
     plain = GenerationConfig(
         max_new_tokens=count,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
-        bos_token_id=given.bos_token_id,
-        pad_token_id=given.pad_token_id,
-        decoder_start_token_id=given.decoder_start_token_id,
+        bos_token_id=own_config.bos_token_id,
+        pad_token_id=own_config.pad_token_id,
+        decoder_start_token_id=own_config.decoder_start_token_id,
     )
     coder = model.config.is_encoder_decoder
+    # A decoder of its own starts from its start token, and does not repeat the prompt.
     first = 1 if coder else start.shape[1]
 
     def say(so_far: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        forced = torch.full_like(scores, -float("inf"))
-        forced[:, told[so_far.shape[1] - first]] = 0
-        return forced
+        only_next = torch.full_like(scores, -float("inf"))
+        only_next[:, next_tokens[so_far.shape[1] - first]] = 0
+        return only_next
 
     model.generation_config = plain
     try:
-        shown = ids if coder else start
+        prompt_ids = ids if coder else start
         out = model.generate(
-            shown,
-            attention_mask=torch.ones_like(shown),
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
             generation_config=plain,
             logits_processor=LogitsProcessorList([say]),
         )
     finally:
-        model.generation_config = given
+        model.generation_config = own_config
     result: torch.Tensor = out.logits[-1].to("cpu", torch.float32)
     return result
 
 
 def first_output(model: Any, prompt: PromptTokens) -> torch.Tensor:
-    """Returns the first output of a model that does not generate (last hidden state, or logits), as float32."""
+    """Returns the first output (last hidden state, or logits) of a model that does not generate."""
     with torch.inference_mode():
         output = model(input_ids=torch.tensor([prompt.tokens], device=model.device))
     result: torch.Tensor = next(iter(output.values())).to("cpu", torch.float32)
@@ -215,7 +222,7 @@ def sampled(values: torch.Tensor) -> HiddenSamples:
 
 
 def top_tokens(logits: torch.Tensor) -> list[TopTokens]:
-    """Returns the 16 most likely tokens at each position of float32 logits [positions, vocabulary]."""
+    """Returns the 16 best tokens at each position of float32 logits [positions, vocabulary]."""
     best = torch.log_softmax(logits, -1).topk(min(TOP_TOKENS, logits.shape[-1]), -1)
     return [
         TopTokens(tokens=tokens, logprobs=[round(value, 6) for value in values])
@@ -224,20 +231,21 @@ def top_tokens(logits: torch.Tensor) -> list[TopTokens]:
 
 
 def mean_kl(base: torch.Tensor, other: torch.Tensor) -> float:
-    """Returns the mean over positions of KL(base || other) in nats; both float32 logits [positions, vocabulary]."""
+    """Returns the mean KL(base || other) in nats of float32 logits [positions, vocabulary]."""
     if not base.shape[0]:
         return 0.0
+    # float64: the divergence is a small sum of a hundred thousand terms of both signs.
     p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def top1_agreement(base: torch.Tensor, other: torch.Tensor) -> float:
-    """Returns the share of positions at which both logits [positions, vocabulary] have the same largest entry."""
+    """Returns the share of positions at which logits [positions, vocabulary] agree on the best."""
     return float((base.argmax(-1) == other.argmax(-1)).double().mean()) if base.shape[0] else 1.0
 
 
 def recorded_kl(record: list[TopTokens], logits: torch.Tensor) -> torch.Tensor:
-    """Returns KL(record || logits) per position, over the recorded tokens and one event for all others, in nats.
+    """Returns KL(record || logits) in nats per position, with one event for unrecorded tokens.
 
     Merging events never makes a divergence larger, so this is a lower bound of the whole one.
     """
@@ -246,6 +254,8 @@ def recorded_kl(record: list[TopTokens], logits: torch.Tensor) -> torch.Tensor:
     for position, top in enumerate(record):
         p = torch.tensor(top.logprobs, dtype=torch.float64)
         q = q_all[position, torch.tensor(top.tokens)]
+        # Recorded logarithms are rounded, so the probabilities may add up to more than 1, and a
+        # negative rest has no logarithm.
         p_rest = (1 - p.exp().sum()).clamp_min(1e-12)
         q_rest = (1 - q.exp().sum()).clamp_min(1e-12)
         result[position] = (p.exp() * (p - q)).sum() + p_rest * (p_rest / q_rest).log()
@@ -253,7 +263,7 @@ def recorded_kl(record: list[TopTokens], logits: torch.Tensor) -> torch.Tensor:
 
 
 def environment(model: Any) -> Environment:
-    """Returns what the output may depend on besides the weights."""
+    """Returns the properties that the output may depend on besides the weights."""
     import transformers
 
     return Environment(

@@ -1,4 +1,4 @@
-"""`baseline.json`: what the source and the converted model said to fixed prompts, and where."""
+"""`baseline.json`: output of the source and the converted model for fixed prompts, and where."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from codecllm.formats.errors import SchemaError
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.formats.strict_json import parse_json_object
 
+# The file may come from a stranger: the bounds keep it from filling the memory.
 MAX_BYTES = 64 << 20
 MAX_TOKENS = 1 << 16
 Kind = Literal["greedy", "hidden", "none"]
@@ -18,11 +19,12 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKEN
 
 
 class _Record(BaseModel):
+    # Unknown fields are refused: an older reader must not pass a record that it half understands.
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Environment(_Record):
-    """What the output of a model may depend on besides its weights."""
+    """The properties that the output of a model may depend on besides its weights."""
 
     torch: str
     transformers: str
@@ -34,7 +36,7 @@ class Environment(_Record):
 
 
 class ModelTokens(_Record):
-    """A model's greedy continuation. `logits_sha256` covers the float32 logits over it, teacher-forced."""
+    """A model's greedy continuation; `logits_sha256` is over its teacher-forced float32 logits."""
 
     tokens: Tokens
     text: str
@@ -42,14 +44,14 @@ class ModelTokens(_Record):
 
 
 class TopTokens(_Record):
-    """The most likely tokens at one position and their log-probabilities (natural), in falling order."""
+    """The most likely tokens at one position and their natural log-probabilities, best first."""
 
     tokens: Tokens
     logprobs: list[float]
 
 
 class GreedyPrompt(_Record):
-    """One prompt: its tokens, both continuations, and the distributions along the converted model's own."""
+    """One prompt: its tokens, both continuations, and distributions along the converted one."""
 
     text: str
     tokens: Tokens
@@ -59,7 +61,7 @@ class GreedyPrompt(_Record):
 
 
 class HiddenSamples(_Record):
-    """A digest of the first output (float32) and evenly spaced values of it, with the root mean square of all."""
+    """Digest, shape, root mean square and evenly spaced values of the first output (float32)."""
 
     sha256: Sha256
     shape: list[int]
@@ -77,7 +79,9 @@ class HiddenPrompt(_Record):
 
 
 class Agreement(_Record):
-    """Converted model against source. `greedy`: along the source's continuation. `hidden`: of the first outputs.
+    """Converted model against source.
+
+    `greedy` figures are taken along the source's continuation, `hidden` ones on the first outputs.
 
     Attributes:
         top1: share of positions at which both find the same token most likely (greedy).
@@ -114,12 +118,13 @@ def parse_baseline(data: bytes) -> Baseline:
     """Reads `baseline.json`, strictly.
 
     Raises:
-        SchemaError: it is not what this version writes.
+        SchemaError: it is not a baseline as this version writes it.
     """
     document = parse_json_object(data, file=BASELINE_NAME, max_bytes=MAX_BYTES)
     try:
         return Baseline.model_validate(document)
     except ValidationError as exc:
+        # pydantic's own text takes several lines and shows the input; one error takes one line.
         first = exc.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise SchemaError(f"{place}: {first['msg']}", file=BASELINE_NAME) from exc

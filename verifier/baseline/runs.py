@@ -1,4 +1,4 @@
-"""The runs behind a baseline: source, converted model, and the comparison of a later run with the record."""
+"""The runs behind a baseline: source, converted model, and a later run against the record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from codecllm.verifier.report import Stage
 MIN_TOP1 = 0.99
 MAX_KL = 1e-3
 HIDDEN_TOLERANCE = 0.02
-"""Largest difference of a sampled hidden value, as a share of the root mean square, in another environment."""
+"""Largest difference of a hidden value in another environment, relative to the root mean square."""
 
 
 HIGH_RATE, LOW_RATE = 6.0, 4.0
@@ -40,7 +40,7 @@ MIN_TOP1_OF_ALL = 0.5
 
 @dataclass(frozen=True, slots=True)
 class SourceRun:
-    """The source's side: prompts, and per prompt the greedy tokens and their logits, or the first output."""
+    """The source's side: per prompt its greedy tokens and their logits, or its first output."""
 
     coder: output.PromptCoder
     prompts: list[output.PromptTokens]
@@ -51,7 +51,7 @@ class SourceRun:
 
 @dataclass(frozen=True, slots=True)
 class ConvertedRun:
-    """The converted model's side; `along_source` are its logits along the source's continuations."""
+    """The converted model's side; `along_source`: its logits along the source's continuations."""
 
     environment: Environment
     tokens: list[list[int]]
@@ -60,12 +60,12 @@ class ConvertedRun:
 
 
 def below_floor(agreement: Agreement, bits: float | None) -> str | None:
-    """Returns what of an agreement is too low for a conversion that went well, or None.
+    """Returns the figures of an agreement that is too low for a sound conversion, or None.
 
     Converted without a rate, or at 6 bits a weight and more: a mean divergence above 0.1 nats with
     a top-1 agreement below 90 %, a top-1 agreement below 50 % with a divergence above 1e-3 nats
     (below that the source itself prefers no token), or a cosine below 0.9. From 4 to 6 bits: 0.5
-    nats with 75 %, and 0.75. Fewer bits have no floor: their loss is what was asked for.
+    nats with 75 %, and 0.75. Fewer bits have no floor: the caller accepted their loss.
 
     Args:
         agreement: converted model against source.
@@ -76,6 +76,8 @@ def below_floor(agreement: Agreement, bits: float | None) -> str | None:
     far_kl, low_top1, low_cosine = (
         FLOOR if bits is None or bits >= HIGH_RATE else FLOOR_OF_LOW_RATES
     )
+    # `not x >= y` and `not x <= y`: a NaN of a broken model must fail, and all its comparisons are
+    # false.
     if agreement.cosine is not None and not agreement.cosine >= low_cosine:
         return f"smallest cosine {agreement.cosine:.4f}, expected at least {low_cosine}"
     if agreement.top1 is None or agreement.mean_kl is None:
@@ -118,17 +120,22 @@ def run_converted(model: Any, source: SourceRun) -> ConvertedRun:
 
 
 def _run_converted(model: Any, source: SourceRun) -> ConvertedRun:
+    # The record is of the converted model: a later check runs that one, and not the source.
     where = output.environment(model)
     if not source.greedy:
         return ConvertedRun(
             where, [], [output.first_output(model, prompt) for prompt in source.prompts], []
         )
     tokens = [output.greedy_tokens(model, prompt) for prompt in source.prompts]
-    logits, along = [], []
-    for prompt, own, base in zip(source.prompts, tokens, source.tokens, strict=True):
-        logits.append(output.continuation_logits(model, prompt, own))
-        along.append(logits[-1] if own == base else output.continuation_logits(model, prompt, base))
-    return ConvertedRun(where, tokens, logits, along)
+    logits, along_source = [], []
+    # Both models get the source's tokens: after the first other token, free texts say nothing about
+    # the weights.
+    for prompt, own_tokens, base in zip(source.prompts, tokens, source.tokens, strict=True):
+        logits.append(output.continuation_logits(model, prompt, own_tokens))
+        along_source.append(
+            logits[-1] if own_tokens == base else output.continuation_logits(model, prompt, base)
+        )
+    return ConvertedRun(where, tokens, logits, along_source)
 
 
 def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
@@ -180,12 +187,15 @@ def compare_with_record(
         model: the loaded model.
         baseline: the record.
         stage: receives findings and figures.
-        spoken: greedy continuations that this very model gave already, by the prompt's tokens; they are not run again.
+        spoken: greedy continuations of this very model from an earlier run, by the prompt's tokens;
+            they are not run again.
 
     Raises:
         BaselineError: the output differs.
     """
     with output.threads_for(model):
+        # Another processor or library adds in another order, so bits are compared only where all
+        # are as recorded.
         same_place = output.environment(model) == baseline.environment
         stage.facts = {"kind": baseline.kind, "same_environment": same_place}
         if baseline.kind == "hidden":
@@ -193,6 +203,7 @@ def compare_with_record(
         elif same_place:
             _compare_tokens(model, baseline.greedy, stage, spoken or {})
         else:
+            # Free generation leaves the record at the first near tie, and says little after it.
             _compare_along_record(model, baseline.greedy, stage)
 
 
@@ -200,10 +211,10 @@ def _compare_tokens(
     model: Any, prompts: list[GreedyPrompt], stage: Stage, spoken: dict[tuple[int, ...], list[int]]
 ) -> None:
     for number, prompt in enumerate(prompts):
-        said = spoken.get(tuple(prompt.tokens))
+        known_tokens = spoken.get(tuple(prompt.tokens))
         got = (
-            said
-            if said is not None
+            known_tokens
+            if known_tokens is not None
             else output.greedy_tokens(model, output.PromptTokens(prompt.text, prompt.tokens))
         )
         if got != prompt.converted.tokens:
@@ -217,7 +228,8 @@ def _compare_tokens(
             )
             stage.fail(
                 BaselineError(
-                    f"prompt {number} ({prompt.text[:40]!r}): tokens differ from the record from token {place} on",
+                    f"prompt {number} ({prompt.text[:40]!r}): tokens differ from the record "
+                    f"from token {place} on",
                     file=BASELINE_NAME,
                     got=got[place : place + 4],
                     expected=prompt.converted.tokens[place : place + 4],
@@ -248,9 +260,15 @@ def _compare_along_record(model: Any, prompts: list[GreedyPrompt], stage: Stage)
             "output differs from the record",
             file=BASELINE_NAME,
             got=f"top-1 {top1:.2%}, mean KL {kl:.2e} nats",
-            expected=f"top-1 >= {MIN_TOP1:.0%}, mean KL <= {MAX_KL:.0e} (recorded in another environment)",
+            expected=(
+                f"top-1 >= {MIN_TOP1:.0%}, mean KL <= {MAX_KL:.0e} "
+                "(recorded in another environment)"
+            ),
         )
-    stage.summary = f"{len(prompts)} prompts in another environment: top-1 {top1:.1%}, mean KL {kl:.1e} nats against the record"
+    stage.summary = (
+        f"{len(prompts)} prompts in another environment: top-1 {top1:.1%}, "
+        f"mean KL {kl:.1e} nats against the record"
+    )
 
 
 def _combine_hidden(source: SourceRun, converted: ConvertedRun) -> Baseline:

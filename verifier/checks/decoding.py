@@ -1,4 +1,4 @@
-"""Decodes every tensor in source order, block by block, and compares it with its digest or with the source itself."""
+"""Decodes every tensor in source order, block by block, and compares it with its digest."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Block = tuple[Tile, NDArray[Any]]
 
 @dataclass(slots=True)
 class Scan:
-    """What decoding one tensor gave.
+    """The result of decoding one tensor.
 
     Attributes:
         faults: one error per damaged or undecodable chunk, or one for the whole tensor.
         chunks: chunks that were decoded.
-        entropy_bits: order-0 entropy of each plane's symbols, per chunk, summed over chunks, in bits.
+        entropy_bits: order-0 entropy of each plane's symbols, in bits, summed over the chunks.
     """
 
     faults: list[CodecLLMError] = field(default_factory=list)
@@ -52,20 +52,20 @@ class Scan:
 def check_decoding(
     container: Container, stage: Stage, workers: int, progress: Progress | None
 ) -> dict[str, Scan]:
-    """Decodes every tensor and compares digests; returns what each one gave."""
+    """Decodes every tensor and compares digests; returns one scan per tensor."""
     total = sum(
         record.source_bytes for record in container.manifest.tensors if record.scheme != "alias"
     )
     scans: dict[str, Scan] = {}
-    done = 0
+    bytes_done = 0
     with ThreadPoolExecutor(workers) as pool:
         for name, scan in in_order(
             pool, stored_names(container), lambda name: scan_tensor(container, name)
         ):
             scans[name] = scan
-            done += container.records[name].source_bytes
+            bytes_done += container.records[name].source_bytes
             if progress is not None:
-                progress(name, done, total)
+                progress(name, bytes_done, total)
             for error in scan.faults:
                 stage.fail(error)
     chunks = sum(scan.chunks for scan in scans.values())
@@ -77,7 +77,7 @@ def check_decoding(
 
 
 def scan_tensor(container: Container, name: str) -> Scan:
-    """Decodes a tensor, tries every chunk, and compares the digest of what came out with the record."""
+    """Decodes every chunk of a tensor and compares the digest of its elements with the record."""
     scan = Scan()
     try:
         tensor = container.tensor(name)
@@ -92,6 +92,7 @@ def scan_tensor(container: Container, name: str) -> Scan:
                 assert tensor.scales is not None
                 digest.update(scales_bytes(tensor))
                 _check_scale_range(tensor.record, tensor.scales)
+        # With a damaged chunk the digest must differ: a second finding would say nothing new.
         if not scan.faults and digest.hexdigest() != tensor.record.digest:
             error = ChecksumError(
                 "decoded tensor differs from its digest",
@@ -105,16 +106,17 @@ def scan_tensor(container: Container, name: str) -> Scan:
 
 
 def blocks_in_source_order(tensor: StoredTensor, scan: Scan) -> Iterator[Block]:
-    """Decodes a tensor into blocks whose elements, one after another, are the tensor in row-major order.
+    """Decodes a tensor into blocks that follow each other in row-major order of the elements.
 
     Args:
         tensor: the tensor.
         scan: receives faults, chunks and entropy. A block with a damaged chunk is left out.
 
     Yields:
-        Where the block lies, and its elements [rows, cols]: codes, int8 or (wide) int16, or unsigned words of a lossless
-        tensor's element size. Valid until the next step.
+        Where the block lies, and its elements [rows, cols]: codes, int8 or (wide) int16, or
+        unsigned words of a lossless tensor's element size. Valid until the next step.
     """
+    # Two workspaces: the decoder's scratch of the same type must not be the block that is yielded.
     workspace, output, target = Workspace(), Workspace(), _target(tensor)
     for tiles in plan_jobs(tensor):
         for part, planes in _decoded(tensor, tiles, scan, workspace):
@@ -126,22 +128,23 @@ def blocks_in_source_order(tensor: StoredTensor, scan: Scan) -> Iterator[Block]:
 def _decoded(
     tensor: StoredTensor, tiles: range, scan: Scan, workspace: Workspace
 ) -> Iterator[tuple[Tile, list[NDArray[np.uint8]]]]:
-    """Reads a run of tiles with one read; yields the parts of which every chunk decodes. The others become faults."""
+    """Reads a run of tiles at once; yields whole parts, and adds faulty chunks to the scan."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
     slots = tensor.read_slots(first, last, workspace.slots(tensor.slots_bytes(first, last)))
     run = tensor.decode_run(first, last, slots, first)
     for start in range(tiles.start, tiles.stop, tensor.tiles_together):
-        decoded = []
+        symbols_of_planes = []
         for chunk, symbols in enumerate(islice(run, planes * tensor.tiles_together)):
+            # The scan goes on after a fault: the report lists every damaged chunk.
             if isinstance(symbols, FormatError):
                 scan.faults.append(symbols)
                 continue
             scan.chunks += 1
             scan.entropy_bits[chunk % planes] += estimated_entropy_bits(symbols)
-            decoded.append(symbols)
-        if len(decoded) == planes * tensor.tiles_together:
-            yield tensor.part(start), join_tiles(tensor, start, iter(decoded), workspace)
+            symbols_of_planes.append(symbols)
+        if len(symbols_of_planes) == planes * tensor.tiles_together:
+            yield tensor.part(start), join_tiles(tensor, start, iter(symbols_of_planes), workspace)
 
 
 def _target(tensor: StoredTensor) -> str:

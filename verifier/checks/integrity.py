@@ -1,4 +1,4 @@
-"""Structure and checksums: what can be said of a container without decoding it."""
+"""Structure and checksums: the checks of a container that decode nothing."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Progress = Callable[[str, int, int], None]
 READ_BYTES = 4 << 20
 """Payload read at once: bounds the memory of a thread, whatever the tensor's size."""
 
+# The Hub rewrites both in a repository, after the manifest was written.
 _NEVER_CHECKED = frozenset({"README.md", ".gitattributes"})
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -35,7 +36,7 @@ def stored_names(container: Container) -> list[str]:
 
 
 def check_structure(container: Container, stage: Stage, warnings: list[str]) -> None:
-    """Checks that every listed file is there and has its size, and every shard, side tensor and chunk table is valid."""
+    """Checks presence and size of the listed files, and shards, side tensors and chunk tables."""
     manifest = container.manifest
     for record in manifest.files:
         with collected(stage):
@@ -48,6 +49,7 @@ def check_structure(container: Container, stage: Stage, warnings: list[str]) -> 
             stage.fail(exc)
             broken.add(number)
     for name in stored_names(container):
+        # Tensors of a shard that does not open would repeat its fault, once for each of them.
         if container.records[name].shard not in broken:  # type: ignore[union-attr]
             with collected(stage):
                 container.tensor(name)
@@ -63,24 +65,26 @@ def check_structure(container: Container, stage: Stage, warnings: list[str]) -> 
 def check_checksums(
     container: Container, stage: Stage, workers: int, progress: Progress | None
 ) -> None:
-    """Checks the sha256 of every listed file and the xxh3-64 of every chunk and plain tensor; lists every damaged one."""
+    """Checks the sha256 of every listed file and the xxh3-64 of every chunk and plain tensor."""
     manifest = container.manifest
     records: list[FileRecord] = [*manifest.files, *manifest.shards]
+    # Shards are read twice: the sha256 says that the file is not the one that was published, the
+    # checksums of the chunks say where it is damaged.
     total = sum(record.bytes for record in records) + sum(
         record.bytes for record in manifest.shards
     )
-    done = chunks = 0
+    bytes_done = chunks = 0
     with ThreadPoolExecutor(workers) as pool:
         for record, fault in in_order(pool, records, lambda record: _file_fault(container, record)):
-            done += record.bytes
-            _tell(progress, record.name, done, total)
+            bytes_done += record.bytes
+            _tell(progress, record.name, bytes_done, total)
             if fault is not None:
                 stage.fail(fault)
         for name, (count, size, faults) in in_order(
             pool, stored_names(container), lambda name: _chunk_faults(container, name)
         ):
-            done, chunks = done + size, chunks + count
-            _tell(progress, name, min(done, total), total)
+            bytes_done, chunks = bytes_done + size, chunks + count
+            _tell(progress, name, min(bytes_done, total), total)
             for error in faults:
                 stage.fail(error)
     stage.summary = (
@@ -102,8 +106,8 @@ def in_order(
     pool: ThreadPoolExecutor, items: Iterable[_T], job: Callable[[_T], _R]
 ) -> Iterator[tuple[_T, _R]]:
     """Runs `job` on every item in the pool; yields items and results in the items' order."""
-    listed = list(items)
-    yield from zip(listed, pool.map(job, listed), strict=True)
+    item_list = list(items)
+    yield from zip(item_list, pool.map(job, item_list), strict=True)
 
 
 def runs_of_chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
@@ -153,7 +157,7 @@ def _chunk_faults(container: Container, name: str) -> tuple[int, int, list[Codec
 
 
 def _check_index(container: Container, stage: Stage) -> None:
-    """Checks that `model.safetensors.index.json` sends every stored name to the shard that holds it."""
+    """Checks that `model.safetensors.index.json` maps every stored name to its shard."""
     if container.manifest.file(INDEX_NAME) is None:
         return
     with collected(stage):
@@ -165,22 +169,24 @@ def _check_index(container: Container, stage: Stage) -> None:
         for number, shard in enumerate(container.manifest.shards):
             expected |= dict.fromkeys(container.shard(number)[1].tensors, shard.name)
         if index.get("weight_map") != expected:
-            raise LayoutError("weight_map differs from what the shards hold", file=INDEX_NAME)
+            # Other tools find tensors by this file, and would miss one or read it elsewhere.
+            raise LayoutError("weight_map differs from the names in the shards", file=INDEX_NAME)
 
 
 def _check_unlisted(container: Container, stage: Stage, warnings: list[str]) -> None:
-    listed = {record.name for record in container.manifest.files} | {
+    listed_names = {record.name for record in container.manifest.files} | {
         record.name for record in container.manifest.shards
     }
     for path in sorted(container.folder.iterdir()):
         name = path.name
         if (
-            name in listed | _NEVER_CHECKED
+            name in listed_names | _NEVER_CHECKED
             or name == MANIFEST_NAME
             or name.startswith(".")
-            or _holds_listed(path, listed)
+            or _holds_listed(path, listed_names)
         ):
             continue
+        # Loaders that look for *.safetensors would read it, so it is a fault and no remark.
         if name.endswith(".safetensors"):
             stage.fail(SchemaError("shard is not listed in the manifest", file=name))
         elif name == BASELINE_NAME:

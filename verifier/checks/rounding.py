@@ -1,4 +1,4 @@
-"""How far the codes of an int8 tensor may lie from its source: half a step, or what its record says."""
+"""How far the codes of an int8 tensor may lie from its source: half a step, or as recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from codecllm.formats.stored_tensor import StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile
 
 ERROR_SLACK = 2.0**-15
-"""What the float32 roundings of scale and quotient may add to an error, in half steps, for codes of 8 bits."""
+"""Error that the float32 roundings of scale and quotient may add to 8-bit codes, in half steps."""
 
 WIDE_SLACK = 2.0**-22
 """The same for each unit of a code beyond 8 bits."""
@@ -33,7 +33,7 @@ def is_repeatable(record: TensorRecord) -> bool:
 def repeated(
     weights: NDArray[np.float32], steps: NDArray[np.float32], tensor: StoredTensor
 ) -> NDArray[np.signedinteger[Any]]:
-    """Returns the codes that the reference gives float32 weights of a tensor under steps that broadcast against them."""
+    """Returns the codes that the reference gives float32 weights; the steps broadcast to them."""
     assert isinstance(tensor.record, Int8Tensor)
     return quantize(weights, steps, tensor.wide, float(np.float32(tensor.record.deadzone or 0.0)))
 
@@ -49,13 +49,11 @@ def code_errors(
     A code times a float32 is exact in float64.
     """
     assert isinstance(tensor.record, Int8Tensor)
-    record, steps, codes = (
-        tensor.record,
-        tile_steps(tensor, tile).astype(np.float64),
-        elements.astype(np.float64),
-    )
-    errors = np.abs(float32_from_bits(words, record.dtype).astype(np.float64) - codes * steps) / (
-        steps / 2
-    )
+    record = tensor.record
+    # float64, so that the check itself adds no rounding to the slack.
+    steps = tile_steps(tensor, tile).astype(np.float64)
+    codes = elements.astype(np.float64)
+    weights = float32_from_bits(words, record.dtype).astype(np.float64)
+    errors = np.abs(weights - codes * steps) / (steps / 2)
     half_steps = 2 * (record.worst_steps or 0.0) if not is_nearest(record) else 1.0
     return errors, half_steps + np.maximum(ERROR_SLACK, (np.abs(codes) + half_steps) * WIDE_SLACK)

@@ -70,6 +70,7 @@ def present_back_ends() -> list[BackEnd]:
 
 
 def _decode_cpu(tensor: StoredTensor, index: int) -> NDArray[Any]:
+    # The loader's own functions are called, so that its bits are tested and not a copy's.
     workspace = Workspace()
     (tile, planes) = next(
         iter(read_tiles(tensor, range(index, index + tensor.tiles_together), workspace))

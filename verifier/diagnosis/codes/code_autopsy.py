@@ -139,6 +139,7 @@ def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float3
     faults = list[CodecLLMError]()
     grid = tensor.table.grid
     by_row = isinstance(tensor.record, Int8Tensor) and tensor.record.channel_kind == "row"
+    # Part by part: the codes of a whole tensor, expected ones beside them, might not fit in memory.
     for part in decoded_parts(tensor, faults):
         codes = part.codes
         tile = part.place
@@ -150,6 +151,7 @@ def _count(tensor: StoredTensor, source: SourceTensor, scales: NDArray[np.float3
         counts.fit_expected += int(np.count_nonzero(codes == expected))
         counts.fit_stored += int(np.count_nonzero(codes == with_stored_scales))
         _count_shifts(counts, codes.reshape(-1), expected.reshape(-1))
+        # A row that is cut into tiles has no digest of its own.
         if by_row and tile.cols == grid.cols:
             counts.found_rows += row_digests(codes)
             counts.expected_rows += row_digests(expected)
@@ -182,6 +184,7 @@ def _explain_codes(tensor: StoredTensor, examined: Examination, counts: _Counts)
         else col
     )
     shift, fitting = max(counts.shifts.items(), key=lambda item: item[1], default=(0, 0))
+    # Each of 128 offsets fits a few elements by chance: all of many must fit.
     if counts.shiftable > 2 * MAX_SHIFT and fitting == counts.shiftable:
         text = (
             f"{examined.differing} codes differ and are those that stand {-shift:+d} elements away"
@@ -203,6 +206,7 @@ def _narrower(stored: NDArray[np.float32], expected: NDArray[np.float32]) -> str
 def _is_per_tensor(stored: NDArray[np.float32], examined: Examination) -> bool:
     assert examined.absmax is not None
     whole = channel_scales(examined.absmax.max(keepdims=True))
+    # With one channel both choices are the same.
     return len(stored) > 1 and bool((stored == whole[0]).all())
 
 

@@ -56,6 +56,7 @@ def check_quantization(
         not isinstance(record, AliasTensor) for record in container.manifest.tensors
     )
     tensors = [row for row in map(tensor_figures, with_bytes.values()) if row is not None]
+    # The parts of the account must add up to the file; without one tensor they would not.
     account = ratio_account(container, with_bytes) if whole else {}
     stage.facts = {
         **account,
@@ -95,6 +96,7 @@ def tensor_figures(one: Examination) -> dict[str, Any] | None:
 
 def _choice(one: Examination, choice: Choice, scales: int) -> dict[str, Any]:
     source_bits = 8 * one.record.source_bytes
+    # Scales count: many channels of few weights can cost more than their codes save.
     bits = 8 * choice.stored_bytes + 32 * scales
     return {
         "relative_error": math.sqrt(choice.squared_error / one.energy) if one.energy else 0.0,
@@ -125,6 +127,7 @@ def ratio_account(container: Container, examined: dict[str, Examination]) -> dic
     scales = sum(32 * len(one.scales) for one in coded_tensors if one.scales is not None)
     container_bits = 8 * container.stored_bytes
     source = 8 * container.manifest.source.tensor_bytes
+    # The remainder, and not a sum of its own: so the parts add up by construction.
     headers = container_bits - payload - scales - plain
     weights = max(1, sum(one.elements for one in examined.values()))
     # A coder with fewer bits than any code of whole bits has no such loss.
@@ -216,6 +219,7 @@ def histograms(examined: dict[str, Examination]) -> dict[str, list[int]]:
     together = np.sum(
         [one.per_tensor.histogram for one in int8_tensors if one.per_tensor is not None], axis=0
     )
+    # Entry 0 counts -128, which is no code.
     return {"per_channel": per_channel[1:].tolist(), "per_tensor": together[1:].tolist()}
 
 

@@ -41,6 +41,7 @@ _FOREIGN = (Cause.OTHER_REVISION, Cause.CORRUPTED_PAYLOAD)
 Scales and codes differ, or for small steps codes alone.
 """
 
+# A kernel that loses its place is off by a vector, a lane or a block: at most 256 elements.
 _SHIFTS = range(-256, 257)
 _SAMPLE = 1024
 
@@ -89,6 +90,7 @@ def check_round_trip(
         for fault in result.faults:
             _fail_damaged(stage, result, fault)
     _judge(container, source, source_commit, examined, stage)
+    # After the judgement: findings about the container stand before those about this machine.
     back_end_facts = _compare_back_ends(container, back_ends, stage, workers)
     chunks = sum(one.chunks for one in examined.values())
     same = sum(one.same_bytes for one in examined.values())
@@ -203,6 +205,7 @@ def _judge(
         if most:
             cause = Cause.OTHER_REVISION
         stage.fail(_located(container, one, explanation), cause=cause, channel=explanation.channel)
+    # An autopsy reads tensor and source again; the others are listed with their counts.
     for one in differing[MAX_AUTOPSIES:]:
         scales = f"{len(one.wrong_scales)} scales"
         text = f"{one.differing} of {one.elements} symbols and {scales} differ from the source"
@@ -351,6 +354,7 @@ def shift_of(found: Any, expected: Any) -> int | None:
             continue
         a = found[: size - shift] if shift > 0 else found[-shift:]
         b = expected[shift:] if shift > 0 else expected[: size + shift]
+        # The sample rejects nearly all of 512 offsets without a pass over the whole tile.
         if np.array_equal(a[:_SAMPLE], b[:_SAMPLE]) and np.array_equal(a, b):
             return shift
     return None

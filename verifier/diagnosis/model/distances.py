@@ -66,6 +66,7 @@ def channel_order(
         or not bool(torch.isfinite(a).all() and torch.isfinite(b).all())
     ):
         return None
+    # float64: near equal channels the distances of float32 are mostly rounding.
     order = torch.cdist(b.T.double(), a.T.double()).argmin(1)
     # Two channels with one nearest neighbour are no permutation.
     if len(set(order.tolist())) != len(order) or bool((order == torch.arange(len(order))).all()):

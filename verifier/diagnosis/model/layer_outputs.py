@@ -49,6 +49,7 @@ The kernel for few rows rounds in another order, and single channels with large 
 more than themselves. The tolerances then hold for whole outputs, not for each channel.
 """
 
+# Each point is one run of the model, and a curve of 17 points shows where it bends.
 BISECT_POINTS = 16
 
 
@@ -61,6 +62,7 @@ def compare_layers(source: Run, reference: Run, loaded: Run) -> list[dict[str, A
     """
     rows = []
     for name in loaded.outputs:
+        # A layer may not run in one of the models, where routing decides on other experts.
         if name not in source.outputs or name not in reference.outputs:
             continue
         base = source.outputs[name]
@@ -145,6 +147,7 @@ def name_departure(
         Where it is, as JSON values; None where no module of the layer departs by more than
         `TOLERANCES`.
     """
+    # A second run: outputs of all modules of all layers at once would not fit in memory.
     names = _inside(reference, layer)
     right = run_model(reference, tokens, names)
     run = run_model(loaded, tokens, names)
@@ -235,6 +238,7 @@ def _blame(
         f"first layer to depart is {layer!r}, {where}: {damage} in channel {channel} "
         f"(relative error {error:.3g})"
     )
+    # Right modules before and a wrong input: the code between them is the parent's.
     if key != name and name != layer:
         name = name.rpartition(".")[0]
         text += f"; {name!r} computes that itself"
@@ -265,7 +269,6 @@ def bisect(
     if layer_list is None:
         return []
     count = len(layer_list[1])
-    # Few points show the shape; each costs a run of the model.
     points = sorted({round(count * step / BISECT_POINTS) for step in range(BISECT_POINTS + 1)})
     rows = []
     for layers in points:
@@ -283,6 +286,7 @@ def _departs(
     """
     if right is None:
         return False
+    # `not x <= limit`: an error that is NaN counts as a departure.
     if right.shape != found.shape or not relative_error(right, found) <= limit:
         return True
     return each and worst_channel(right, found)[2] > 10 * limit

@@ -15,6 +15,7 @@ from codecllm.verifier.baseline.model_output import forced_logits, generates
 INPUT = " (input)"
 """Ends the name under which a run keeps what a module is given, beside what it gives."""
 
+# Enough for attention to matter; outputs of all layers stay in memory three times.
 PROMPT_TOKENS = 48
 
 
@@ -39,6 +40,7 @@ def layer_names(model: Any) -> list[str]:
     """
     names = []
     lists = list[str]()
+    # A ModuleList inside a layer (experts, say) is a part of that layer.
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
@@ -124,6 +126,7 @@ def _forward(model: Any, tokens: list[int]) -> torch.Tensor:
             if generates(model)
             else None
         )
+        # The same text for the decoder: only the computation counts, and not the sense.
         inputs["decoder_input_ids"] = torch.cat(
             [torch.tensor([[start or 0]], device=model.device), ids[:, :15]], 1
         )

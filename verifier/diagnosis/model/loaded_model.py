@@ -57,19 +57,24 @@ def check_loaded_model(
     """
     names = _tensor_names(against)
     expected = _expected_modules(against, names, resident)
-    coded = {
+    coded_weights = {
         name.rpartition(".")[0]: weight
         for name, weight in model.named_parameters(remove_duplicate=False)
         if isinstance(weight, CodedWeight)
     }
-    renamed = {
+    renamed_modules = {
         name.rpartition(".")[0]
         for name, _ in against.reference.named_parameters(remove_duplicate=False)
         if resident != "dense" and name not in names
     }
-    judged = {name: weight for name, weight in coded.items() if name not in renamed - expected}
-    _check_coded(model, resident, expected, judged, stage)
-    for name, weight in coded.items():
+    # The container's names of these weights are unknown here, and so whether they stay coded.
+    weights_to_check = {
+        name: weight
+        for name, weight in coded_weights.items()
+        if name not in renamed_modules - expected
+    }
+    _check_coded(model, resident, expected, weights_to_check, stage)
+    for name, weight in coded_weights.items():
         if isinstance(weight.form, Int8Form):
             _check_scale(name, weight.form, stage)
     _check_ties(model, against.reference, stage)
@@ -77,7 +82,7 @@ def check_loaded_model(
     return {
         "resident": resident,
         "coded_expected": len(expected),
-        "coded": len(coded),
+        "coded": len(coded_weights),
         "weights": weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -96,6 +101,7 @@ def _tensor_names(against: Comparison) -> dict[str, str]:
     }
     tensor_names = {}
     for name, record in against.container.records.items():
+        # A checkpoint of the base model loads into a class with a head, and the other way round.
         for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
             if shapes.get(candidate) == record.shape:
                 tensor_names[candidate] = name
@@ -111,18 +117,20 @@ def _expected_modules(against: Comparison, names: dict[str, str], resident: str)
     # Tied parameters share memory, so an address groups them.
     for name, value in against.reference.named_parameters(remove_duplicate=False):
         groups[value.data_ptr()].append(name)
-    tied = {name: members for members in groups.values() for name in members}
+    tied_names = {name: members for members in groups.values() for name in members}
     expected: set[str] = set()
     for name, tensor in names.items():
         record = stored_record(against.container, tensor)
         by_row = not isinstance(record, Int8Tensor) or (
             record.channel_kind == "row" and record.channel_axis == 0
         )
+        # Kernels for coded weights read rows; every other tensor is decoded at load.
         if isinstance(record, RawTensor) or not by_row or len(record.shape) != 2:
             continue
         if resident == "int8" and not (isinstance(record, Int8Tensor) and not record.wide):
             continue
-        for member in tied.get(name, []):
+        # The owners of a tied weight share one coded weight, under each of its names.
+        for member in tied_names.get(name, []):
             owner = member.rpartition(".")[0]
             module = against.reference.get_submodule(owner)
             if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
@@ -133,7 +141,7 @@ def _expected_modules(against: Comparison, names: dict[str, str], resident: str)
 def _check_coded(
     model: Any, resident: str, expected: set[str], coded: dict[str, CodedWeight], stage: Stage
 ) -> None:
-    """Checks that the weights of the expected modules, and no others, are coded as the residency says."""
+    """Checks that the weights of the expected modules, and no others, are coded."""
     present = dict(model.named_modules(remove_duplicate=False))
     for name in sorted(expected):
         inside = [other for other in coded if other.startswith(f"{name}.")]
@@ -258,19 +266,21 @@ def _check_weights(model: Any, against: Comparison, names: dict[str, str], stage
     weights = 0
     tied_keys = set[tuple[int, str]]()
     for name, value in right.items():
-        loaded = _loaded_value(model, name)
+        loaded_value = _loaded_value(model, name)
+        # Both addresses: a tie that only one of the models has must not hide the other's copy.
         key = (value.data_ptr(), str(_memory(model, name)))
         if key in tied_keys and value.numel():
             continue  # tied, and compared under its first name
         tied_keys.add(key)
-        if loaded is None:
+        if loaded_value is None:
             if not _blamed(stage, name):
                 _fail(stage, name, Cause.NOT_REPLACED, "the loaded model lacks this parameter")
-        elif loaded.is_meta:
+        elif loaded_value.is_meta:
             _fail(stage, name, Cause.ON_META, "the parameter is on the meta device: it has no data")
         else:
             weights += 1
-            cpu = loaded.detach().cpu()
+            # Bits are compared on the CPU, where the reference lies: one weight at a time.
+            cpu = loaded_value.detach().cpu()
             if not same_bits(cpu, value.detach()):
                 _explain(cpu, name, value.detach(), model, against, names, stage)
     return weights
@@ -287,7 +297,7 @@ def _loaded_value(model: Any, name: str) -> torch.Tensor | None:
 
 
 def _explain(
-    found: torch.Tensor,
+    weight: torch.Tensor,
     name: str,
     right: torch.Tensor,
     model: Any,
@@ -296,17 +306,17 @@ def _explain(
     stage: Stage,
 ) -> None:
     # A wrong dtype is one fault; after the cast the values may hold another.
-    if found.dtype != right.dtype:
+    if weight.dtype != right.dtype:
         _fail(
             stage,
             name,
             Cause.WRONG_WEIGHT,
             "dtype of the weight",
-            got=found.dtype,
+            got=weight.dtype,
             expected=right.dtype,
         )
-        found = found.to(right.dtype)
-        if same_bits(found, right):
+        weight = weight.to(right.dtype)
+        if same_bits(weight, right):
             return
     codes = scales = source = None
     tensor = names.get(name)
@@ -323,7 +333,7 @@ def _explain(
     if _blamed(stage, name):
         return
     head = head_size(getattr(model, "config", None))
-    explanation = explain_weight(Suspect(name, found, right, codes, scales, source, head, others))
+    explanation = explain_weight(Suspect(name, weight, right, codes, scales, source, head, others))
     error = ModelMismatchError(explanation.text, tensor=tensor or name)
     stage.fail(
         error, cause=explanation.cause, channel=explanation.channel, module=name.rpartition(".")[0]

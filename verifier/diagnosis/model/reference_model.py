@@ -97,6 +97,7 @@ def source_tensor(tensor: SourceTensor) -> torch.Tensor:
 
 def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Returns the container's model class with the given weights, in evaluation mode."""
+    # Without our block transformers takes no quantizer, and so no code of the loader.
     config = read_config(container.folder)
     strip_quantization(config)
     with silenced(), without_progress_bars():
@@ -156,6 +157,7 @@ def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tenso
 def _requantized(
     stored: StoredTensor, tensor: SourceTensor, scales: NDArray[np.float32], dtype: torch.dtype
 ) -> torch.Tensor:
+    # Any grid does: codes do not depend on it, only chunks do.
     grid = default_grid(stored.table.grid.rows, stored.table.grid.cols)
     target = _target(dtype)
     words = np.empty((grid.rows, grid.cols), word_dtype(DTYPES[target]))
@@ -195,6 +197,7 @@ def _target(dtype: torch.dtype) -> str:
 def _as_torch(
     words: NDArray[Any], dtype: str, shape: list[int], cast: torch.dtype | None
 ) -> torch.Tensor:
+    # As bytes: torch has few operations for unsigned words, and numpy no bfloat16.
     signed = torch.from_numpy(words.reshape(-1).view(np.uint8))
     tensor = signed.view(torch_dtype(dtype)).reshape(shape)
     return tensor if cast is None else tensor.to(cast)

@@ -79,6 +79,7 @@ class ModelStages:
         """
         if self._is_too_large(stage):
             return
+        # The model that later stages run is loaded last, so that two never lie in memory at once.
         order = [resident for resident in RESIDENTS if resident != self._options.resident] + [
             self._options.resident
         ]
@@ -101,8 +102,8 @@ class ModelStages:
                 if len(stage.findings) == before
                 else "not all right"
             )
-            coded = f"{facts[-1]['coded']} of {facts[-1]['coded_expected']} weights coded"
-            words.append(f"{resident}: {coded}, {facts[-1]['weights']} weights {same}")
+            coded_counts = f"{facts[-1]['coded']} of {facts[-1]['coded_expected']} weights coded"
+            words.append(f"{resident}: {coded_counts}, {facts[-1]['weights']} weights {same}")
             if resident == self._options.resident:
                 self._model = model
             del model
@@ -202,6 +203,7 @@ class ModelStages:
         )
         with speaker as model:
             loaded_outputs = text.evaluate_outputs(model, inputs, source)
+        # The baseline has the same prompts: its check takes these texts and runs none again.
         if count is None and loaded_outputs.tokens:
             self._spoken = {
                 tuple(prompt.tokens): outputs
@@ -235,6 +237,7 @@ class ModelStages:
         try:
             compare_with_record(self._model, baseline, stage, self._spoken)
         except FormatError:
+            # A damaged container ends the stage; another text is a finding like others.
             raise
         except CodecLLMError as exc:
             stage.fail(exc)

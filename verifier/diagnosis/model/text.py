@@ -107,11 +107,14 @@ def _evaluate_outputs(model: Any, inputs: EvalInputs, along: ModelOutputs | None
     for number, prompt in enumerate(inputs.prompts):
         tokens = output.greedy_tokens(model, prompt)
         outputs.tokens.append(tokens)
+        # Both models along the source's tokens: after the first other token free texts cannot be
+        # compared.
         outputs.logits.append(
             output.continuation_logits(
                 model, prompt, along.tokens[number] if along is not None else tokens
             )
         )
+    # An encoder and decoder gives no likelihood for a text without a source text.
     if not model.config.is_encoder_decoder:
         outputs.nll = negative_log_likelihood(model, inputs.text)
     return outputs
@@ -148,6 +151,7 @@ def kl_per_position(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         base: logits [positions, vocabulary].
         other: logits of the same shape; NaN comes back where one of them is not finite.
     """
+    # float64: nearly equal models differ by less than float32 resolves in a sum over a vocabulary.
     p = torch.log_softmax(base.double(), -1)
     q = torch.log_softmax(other.double(), -1)
     return torch.nansum(p.exp() * (p - q), -1).where(
@@ -162,6 +166,7 @@ def check_tokenizers(
     stage: Stage,
 ) -> None:
     """Compares the tokens of the same texts from the tokenizers of source and container."""
+    # Several scripts, code and numbers: a wrong merge or normalizer shows on one of them.
     texts = [*PROMPTS, SAMPLE_TEXT]
     for text in texts:
         theirs = source.encode(text)
@@ -244,6 +249,7 @@ def compare_text(
                 + _tail(coders[1].decode(other)),
             }
         )
+    # One position with NaN would make the mean useless; lost positions are a finding of their own.
     finite = [value for value in kls if math.isfinite(value)]
     facts = {
         "prompts": prompts,
@@ -273,6 +279,7 @@ def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> No
     # Small models differ in single tokens; both figures together show a real loss.
     far = facts["mean_kl"] is None or (facts["mean_kl"] > MAX_KL and facts["top1"] < MIN_TOP1)
     for number, row in enumerate(facts["prompts"]):
+        # Small models write such bytes by themselves: a few more of them are no fault.
         if far and row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:
             text = (
                 f"prompt {number} ({row['prompt'][:30]!r}): {row['undecodable_in_loaded']} "

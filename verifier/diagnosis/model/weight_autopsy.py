@@ -99,6 +99,7 @@ def _from_scales(suspect: Suspect) -> Explanation | None:
     flat = scales.reshape(-1)
     crosswise = flat[None, :] if by_row else flat[:, None]
     first = _first_channel(suspect)
+    # Rounded scales first: a weight through float16 scales also fits looser explanations.
     for narrow in (torch.float16, torch.bfloat16):
         through = scales.to(narrow).float()
         if _is(suspect, codes * through):
@@ -167,6 +168,7 @@ def _moved(suspect: Suspect) -> Explanation | None:
     if suspect.found.ndim < 2:
         return None
     cols = suspect.found.shape[-1]
+    # Digests find the partner of each row without comparing all pairs.
     order = permutation(
         row_digests(words.reshape(-1, cols)), row_digests(right_words.reshape(-1, cols))
     )
@@ -180,6 +182,7 @@ def _moved(suspect: Suspect) -> Explanation | None:
 
 def _rescaled(suspect: Suspect) -> Explanation | None:
     """Rows that are the right ones times a factor: wrong or exchanged scales."""
+    # A row has one factor only where it has one scale.
     if suspect.codes is None or suspect.scales is None or suspect.scales.shape[1] != 1:
         return None
     weight, right = (

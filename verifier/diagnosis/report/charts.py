@@ -199,6 +199,7 @@ class _Scale:
         if extent > 2:
             step = max(1, round(extent / 6))
             return [float(power) for power in range(int(self.low), int(self.high) + 1, step)]
+        # Within one decade its powers alone would give one tick or none.
         factors = (1, 1.5, 2, 3, 5, 7) if extent < 0.8 else (1, 2, 5)
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         levels = [decade + math.log10(factor) for decade in decades for factor in factors]
@@ -218,12 +219,12 @@ def _axis_labels(labels: Sequence[str]) -> list[Text]:
     Evenly spaced, as many as do not touch, moved inwards at the ends.
     """
     texts = [_shortened(label) for label in labels]
-    written = []
+    axis_labels = []
     for index in _labelled(texts):
         half = len(texts[index]) * CHARACTER / 2
         middle = min(max(_x(index, len(texts)), LEFT + half), WIDTH - RIGHT - half)
-        written.append(Text(texts[index], middle))
-    return written
+        axis_labels.append(Text(texts[index], middle))
+    return axis_labels
 
 
 def _labelled(texts: Sequence[str]) -> list[int]:
@@ -244,6 +245,7 @@ def _shortened(label: str) -> str:
 
 
 def _marks(labels: Sequence[str], marked: Collection[str]) -> list[tuple[float, float]]:
+    # At least 4 pixels: among a thousand tensors the mark of one must stay visible.
     width = min(28.0, max(4.0, _INNER_WIDTH / len(labels)))
     return [
         (_x(index, len(labels)) - width / 2, width)
@@ -275,6 +277,7 @@ def _drawn(one: Series, labels: Sequence[str], scale: _Scale) -> DrawnSeries:
         colour=one.colour,
         kind=one.kind,
         points=points,
+        # Smaller dots where they would touch.
         radius=3 if len(labels) < 80 else 2,
         width=max(1.0, 0.8 * _INNER_WIDTH / len(labels)),
     )

@@ -16,6 +16,7 @@ from codecllm.verifier.diagnosis.report import charts
 from codecllm.verifier.diagnosis.report.charts import Plot, Series, plot
 from codecllm.verifier.report import Report
 
+# A page with a row for every damaged chunk of a large model does not open in a browser.
 FINDINGS_SHOWN = 100
 
 _CANVAS = {
@@ -23,8 +24,7 @@ _CANVAS = {
 }
 _REFERENCE_NOTE = (
     "The reference is the model class with weights that the verifier quantized itself. Where no "
-    "line "
-    "'loaded against reference' is drawn, every bit is the reference's."
+    "line 'loaded against reference' is drawn, every bit is the reference's."
 )
 
 
@@ -48,20 +48,20 @@ def write_html(report: Report, path: Path) -> None:
 def render_html(report: Report) -> str:
     """Returns a diagnosis as one self-contained page."""
     facts = {stage.name: stage.facts for stage in report.stages}
-    quantized, layers = facts.get("quantized", {}), facts.get("layers", {})
+    quantization, layers = facts.get("quantized", {}), facts.get("layers", {})
     prompts = facts.get("text", {}).get("prompts", [])
-    named = _named(report)
+    names_in_findings = _named(report)
     page = _environment().get_template("report.html.jinja")
     return page.render(
         report=report,
         name=Path(report.container).name,
         findings_shown=FINDINGS_SHOWN,
         canvas=_CANVAS,
-        ratio=quantized if "ratio" in quantized else None,
-        weight_plots=_weight_plots(quantized, named),
-        compared=[row for row in quantized.get("tensors", []) if "per_tensor" in row],
-        channels=_channel_lines(quantized),
-        layer_plots=_layer_plots(layers, named),
+        ratio=quantization if "ratio" in quantization else None,
+        weight_plots=_weight_plots(quantization, names_in_findings),
+        compared=[row for row in quantization.get("tensors", []) if "per_tensor" in row],
+        channels=_channel_lines(quantization),
+        layer_plots=_layer_plots(layers, names_in_findings),
         prompts=prompts,
         token_plot=_token_plot(prompts),
         versions=_versions(facts.get("round trip", {})),
@@ -77,6 +77,7 @@ def render_figure(drawing: Plot | None) -> str:
 def _environment() -> Environment:
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
+        # Names of tensors and texts of models come from files that a stranger may have made.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -104,18 +105,25 @@ def _weight_plots(facts: dict[str, Any], marked: set[str]) -> list[Section]:
     if not rows:
         return []
     names = [row["name"] for row in rows]
-    stored = [row["per_channel"] for row in rows]
-    single = [row.get("per_tensor") for row in rows]
+    stored_choices = [row["per_channel"] for row in rows]
+    single_scale_choices = [row.get("per_tensor") for row in rows]
     bits = plot(
         [
-            Series("stored, with scales", _column(stored, "bits_per_weight"), 1, "dots", stem=1),
+            Series(
+                "stored, with scales", _column(stored_choices, "bits_per_weight"), 1, "dots", stem=1
+            ),
             Series(
                 "entropy bound of the symbols",
-                _column(stored, "entropy_bits_per_weight"),
+                _column(stored_choices, "entropy_bits_per_weight"),
                 3,
                 "dots",
             ),
-            Series("one scale per tensor, stored", _column(single, "bits_per_weight"), 2, "dots"),
+            Series(
+                "one scale per tensor, stored",
+                _column(single_scale_choices, "bits_per_weight"),
+                2,
+                "dots",
+            ),
         ],
         names,
         y="bits per weight",
@@ -123,13 +131,19 @@ def _weight_plots(facts: dict[str, Any], marked: set[str]) -> list[Section]:
         marked=marked,
     )
     sections = [Section("Bits per weight against the entropy bound", "", bits)]
-    if not any(single):
+    # Lossless tensors have no codes, so one scale for all of them means nothing.
+    if not any(single_scale_choices):
         return sections
-    compared = [choice if other else None for choice, other in zip(stored, single, strict=True)]
+    with_partner = [
+        choice if other else None
+        for choice, other in zip(stored_choices, single_scale_choices, strict=True)
+    ]
     errors = plot(
         [
-            Series("one scale per channel", _column(compared, "relative_error"), 1, "dots"),
-            Series("one scale per tensor", _column(single, "relative_error"), 2, "dots"),
+            Series("one scale per channel", _column(with_partner, "relative_error"), 1, "dots"),
+            Series(
+                "one scale per tensor", _column(single_scale_choices, "relative_error"), 2, "dots"
+            ),
         ],
         names,
         y="relative error",
@@ -167,13 +181,15 @@ def _channel_lines(facts: dict[str, Any]) -> list[str]:
     for note in facts.get("channels", []):
         for kind, channels in note.items():
             if kind == "not_finite":
-                listed = ", ".join(f"{channel} ({count})" for channel, count in channels.items())
-                lines.append(f"{note['name']}: NaN or infinite weights in channel {listed}")
+                channel_texts = ", ".join(
+                    f"{channel} ({count})" for channel, count in channels.items()
+                )
+                lines.append(f"{note['name']}: NaN or infinite weights in channel {channel_texts}")
             elif kind != "name":
                 pairs = zip(channels["channels"], channels["scales"], strict=True)
-                listed = ", ".join(f"{channel} ({scale:.4g})" for channel, scale in pairs)
-                what = f"{kind.replace('_', ' ')} scale in {channels['count']} channels"
-                lines.append(f"{note['name']}: {what}: {listed}")
+                channel_texts = ", ".join(f"{channel} ({scale:.4g})" for channel, scale in pairs)
+                subject = f"{kind.replace('_', ' ')} scale in {channels['count']} channels"
+                lines.append(f"{note['name']}: {subject}: {channel_texts}")
     return lines
 
 
@@ -187,6 +203,7 @@ def _layer_plots(facts: dict[str, Any], marked: set[str]) -> list[Section]:
         [
             Series("loaded against source", [row["relative_error"] for row in rows], 1),
             Series("the cost of quantization alone", of_reference, 3, "dots"),
+            # A logarithmic axis has no 0: equal outputs are left out, as the note says.
             Series("loaded against reference", [row["off_reference"] or None for row in rows], 2),
         ],
         names,
@@ -195,6 +212,8 @@ def _layer_plots(facts: dict[str, Any], marked: set[str]) -> list[Section]:
         log=True,
         marked=marked,
     )
+    # A cosine near 1 shows nothing on any scale; its distance from 1 does, once rounding has not
+    # made it negative.
     angles = [max(0.0, 1 - row["cosine"]) or None for row in rows]
     divergence = plot(
         [Series("1 - cosine, loaded against source", angles, 4)],
@@ -210,14 +229,14 @@ def _layer_plots(facts: dict[str, Any], marked: set[str]) -> list[Section]:
     ]
     steps = facts.get("bisect", [])
     if steps:
-        mixed = plot(
+        mixed_plot = plot(
             [Series("KL(source || mixed) per token", [step["value"] for step in steps], 1)],
             [str(step["layers"]) for step in steps],
             y="KL, nats",
             x="number of layers taken from the container",
             zero=True,
         )
-        sections.append(Section("Source with its first layers from the container", "", mixed))
+        sections.append(Section("Source with its first layers from the container", "", mixed_plot))
     return sections
 
 
@@ -240,6 +259,6 @@ def _versions(facts: dict[str, Any]) -> list[tuple[str, str, str]] | None:
     """Returns library, version here and version of the writer; None where they are not known."""
     if "versions" not in facts:
         return None
-    here, writer = facts["versions"], facts["written_by"]
-    names = sorted(here.keys() | writer.keys())
-    return [(name, here.get(name, ""), writer.get(name, "")) for name in names]
+    local_versions, writer_versions = facts["versions"], facts["written_by"]
+    names = sorted(local_versions.keys() | writer_versions.keys())
+    return [(name, local_versions.get(name, ""), writer_versions.get(name, "")) for name in names]
