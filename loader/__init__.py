@@ -1,7 +1,7 @@
 """From a container to a torch model: streams of tensors, engines, residencies, transformers.
 
-Importing this package registers the format with transformers: from then on `AutoModel.from_pretrained` and its kin load
-containers by themselves.
+Importing this package registers the format with transformers: from then on
+`AutoModel.from_pretrained` and its kin load containers by themselves.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ register()
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used."""
+    # `import codecllm.loader` is enough for the Auto classes; it need not import all engines.
     from importlib import import_module
 
     if name not in _HOMES:

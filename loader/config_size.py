@@ -49,6 +49,7 @@ def _counts(value: Any, key: str) -> Iterator[tuple[str, int]]:
 
 def _is_count(name: str) -> bool:
     """Whether a key counts modules: its size, ids and widths are no counts."""
+    # `vocab_size` or `expert_dim` may be larger than any number of tensors.
     words = name.split("_")
     if any(word in ("size", "dim", "id", "ids", "index", "token", "tokens") for word in words):
         return False

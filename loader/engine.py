@@ -67,6 +67,7 @@ def fill(engine: Engine, requests: list[Request]) -> None:
     Raises:
         FormatError: a tensor is damaged.
     """
+    # All are taken before the first wait, so that the engine never runs out of work.
     engine.prefetch(requests)
     promises = [engine.take(request) for request in requests]
     for promise in promises:

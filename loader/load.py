@@ -1,4 +1,4 @@
-"""One load in progress: what transformers is given while it builds the model of a container."""
+"""One load in progress: the weights and checks for transformers while it builds a model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Load:
 
     Attributes:
         container: the container.
-        report: its record of what the plain load of the source leaves over, or None.
+        report: its record of the weights that a plain load of the source leaves over, or None.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Load:
                 self._stack.enter_context(without_progress_bars())
             total = self.container.manifest.decoded_bytes
             self._meter = self._stack.enter_context(metered(options.progress, total))
+            # Last in, first out: the threads end before the file that they read is closed.
             self._stack.callback(self._reading.close)
         except BaseException:
             self._stack.close()
@@ -107,7 +108,7 @@ class Load:
         return self._reader.first_error if self._dtype is not None else None
 
     def close(self) -> None:
-        """Ends what is still being read, the threads, and closes the files."""
+        """Ends the reading and its threads, and closes the files."""
         self._stack.close()
 
     def dtypes(self) -> dict[str, torch.Tensor]:
@@ -129,8 +130,8 @@ class Load:
         container, options = self.container, self._options
         devices = DeviceEngines(container, self._threads, options.decoder)
         self._reading.enter_context(devices)
-        needed = container.manifest.decoded_bytes * max(1, dtype.itemsize // 2)
-        device = sole_device(options.device_map, needed, options.max_memory)
+        needed_bytes = container.manifest.decoded_bytes * max(1, dtype.itemsize // 2)
+        device = sole_device(options.device_map, needed_bytes, options.max_memory)
         self._engine = devices.engine(device) if device is not None else None
         self._reader = TensorReader(container, self._threads, self._meter, devices, device or CPU)
         self._reading.callback(self._reader.close)
@@ -150,7 +151,7 @@ class Load:
             model: the model on the meta device.
 
         Raises:
-            ModelMismatchError: the model is far larger than what the container holds for it.
+            ModelMismatchError: the model is far larger than the container.
         """
         refuse_oversized(model, self.container)
         if self._plan is not None:
@@ -177,9 +178,10 @@ class Load:
 
         Raises:
             FormatError: a payload that stays coded in memory is damaged.
-            ModelMismatchError: the load does not report what the load of the source reports, or a
+            ModelMismatchError: the load leaves over other weights than the load of the source, or a
                 parameter has no weights.
         """
+        # transformers may go on after an error in a thread, with weights at random.
         if self.first_error is not None:
             raise self.first_error
         if self._info is not None:
@@ -220,7 +222,8 @@ def _refuse_residency(container: Container, resident: Resident) -> None:
     method = container.manifest.source.quantization
     if method is not None and resident != "dense":
         raise UsageError(
-            f"the source is quantized ({method}): its own quantizer decides how weights lie in memory",
+            f"the source is quantized ({method}): "
+            "its own quantizer decides how weights lie in memory",
             got=f"resident={resident!r}",
             expected="resident='dense'",
         )
@@ -228,8 +231,8 @@ def _refuse_residency(container: Container, resident: Resident) -> None:
 
 def _refuse_unlisted_adapter(container: Container) -> None:
     """Refuses a folder with an adapter that the manifest does not list: transformers applies it."""
-    listed = container.manifest.file(ADAPTER_CONFIG) is not None
-    if not listed and (container.folder / ADAPTER_CONFIG).exists():
+    is_listed = container.manifest.file(ADAPTER_CONFIG) is not None
+    if not is_listed and (container.folder / ADAPTER_CONFIG).exists():
         raise LayoutError(
             "the manifest does not list this file, and transformers would change the model by it: "
             "move the adapter to a folder of its own",
@@ -254,6 +257,8 @@ def _separate_untied(model: Any) -> None:
     """Gives parameters that are equal in the container, but not tied, memory of their own."""
     places: set[tuple[torch.device, int]] = set()
     for parameter in model.parameters():
+        # An alias and its target are read into one storage. Training one must not change the other
+        # where the class does not tie them.
         if parameter.is_meta or not parameter.numel():
             continue
         place = (parameter.device, parameter.data_ptr())
@@ -269,12 +274,13 @@ def refuse_oversized(model: Any, container: Container) -> None:
         ModelMismatchError: its parameters are more than 16 times the elements of the container's
             tensors, and more than 2^28.
     """
-    wanted = sum(value.numel() for value in model.parameters())
-    held = sum(record.elements for record in container.manifest.tensors)
-    if wanted > max(16 * held, 1 << 28):
+    # Small models are never refused: layers may share weights, and 2^28 parameters cost little.
+    parameters = sum(value.numel() for value in model.parameters())
+    stored_elements = sum(record.elements for record in container.manifest.tensors)
+    if parameters > max(16 * stored_elements, 1 << 28):
         raise ModelMismatchError(
             "the config describes a model that is far larger than the container",
             file="config.json",
-            got=f"{wanted} parameters",
-            expected=f"about the {held} elements of the container's tensors",
+            got=f"{parameters} parameters",
+            expected=f"about the {stored_elements} elements of the container's tensors",
         )

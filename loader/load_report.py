@@ -1,4 +1,4 @@
-"""What transformers reports of a plain load of the source, recorded in the container.
+"""The report that transformers gives of a plain load of the source, recorded in the container.
 
 Many checkpoints hold heads that their class does not use, or lack some that it has: transformers
 warns and goes on. A load of the container that reports the same is as good as a load of the source.
@@ -23,7 +23,7 @@ NAMES_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load leaves over.
+    """The weights that a load leaves over.
 
     Attributes:
         model_class: name of the class that was loaded.
@@ -46,11 +46,12 @@ class LoadReport:
         return not self.missing and not self.unexpected
 
     def require_within(self, expected: LoadReport) -> None:
-        """Compares this load with what was recorded of the source's.
+        """Compares this load with the recorded load of the source.
 
         Raises:
             ModelMismatchError: it leaves over something that the source's load does not.
         """
+        # Fewer names are no fault: another version of transformers may use more of the tensors.
         faults = _listed(self.missing - expected.missing, self.unexpected - expected.unexpected)
         if faults:
             raise ModelMismatchError(
@@ -65,6 +66,7 @@ class LoadReport:
 
 def pack_report(report: LoadReport) -> bytes:
     """Returns the bytes of `load_report.json`."""
+    # Sorted: equal reports have equal bytes, whatever the order of sets.
     document = {
         "format": "codecllm-load-report",
         "version": 1,
@@ -79,7 +81,7 @@ def read_report(container: Container) -> LoadReport | None:
     """Reads the container's report; None where it has none.
 
     Raises:
-        SchemaError: it is not what this version writes.
+        SchemaError: it is not a report as this version writes it.
         FormatError: its bytes are not those that the manifest lists.
     """
     record = container.manifest.file(LOAD_REPORT_NAME)
@@ -88,8 +90,8 @@ def read_report(container: Container) -> LoadReport | None:
     data = container.read_side_file(record)
     document = parse_json_object(data, file=LOAD_REPORT_NAME, max_bytes=MAX_BYTES)
     names = [document.get(key) for key in ("missing", "unexpected")]
-    known = document.get("format") == "codecllm-load-report" and document.get("version") == 1
-    if not known or not isinstance(document.get("class"), str) or not all(map(_is_names, names)):
+    is_known = document.get("format") == "codecllm-load-report" and document.get("version") == 1
+    if not is_known or not isinstance(document.get("class"), str) or not all(map(_is_names, names)):
         raise SchemaError("not a load report of version 1", file=LOAD_REPORT_NAME)
     return LoadReport.of(document["class"], *(name or [] for name in names))
 
@@ -104,6 +106,6 @@ def _listed(missing: Iterable[str], unexpected: Iterable[str]) -> str:
 
 
 def _shortened(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMES_SHOWN])
+    first_names = ", ".join(names[:NAMES_SHOWN])
     rest = len(names) - NAMES_SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    return f"{first_names} and {rest} more" if rest > 0 else first_names

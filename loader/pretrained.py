@@ -66,11 +66,12 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Loads a container as transformers loads the model that it was made from.
 
-    The class, its config, names, tied weights, dtypes, generation defaults and warnings are what
-    transformers' own `from_pretrained` makes of the source. Every byte of a weight is compared with
-    its checksum before it is decoded. What the plain load of the source leaves over (a head that
-    the class lacks, say) is recorded in the container: the same is a warning here, and anything
-    else that is missing or left over an error. A model is returned only when it is complete.
+    The class, its config, names, tied weights, dtypes, generation defaults and warnings are those
+    of transformers' own `from_pretrained` of the source. Every byte of a weight is compared with
+    its checksum before it is decoded. Weights that the plain load of the source leaves over (a head
+    that the class lacks, say) are recorded in the container: the same is a warning here, and
+    anything else that is missing or left over an error. A model is returned only when it is
+    complete.
 
     Args:
         name_or_path: container folder or Hub id (`user/name`).
@@ -152,9 +153,9 @@ def from_pretrained(
 
 
 def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[str, Any]) -> None:
-    refused = sorted(_REFUSED & hf_kwargs.keys())
-    if refused:
-        raise UsageError(f"from_pretrained of a container takes no {', '.join(refused)}")
+    refused_names = sorted(_REFUSED & hf_kwargs.keys())
+    if refused_names:
+        raise UsageError(f"from_pretrained of a container takes no {', '.join(refused_names)}")
     for name, value, choices in (
         ("resident", resident, get_args(Resident)),
         ("decoder", decoder, get_args(Decoder)),
@@ -188,6 +189,7 @@ def _check_side_files(container: Container) -> dict[str, Any] | None:
         )
     data = container.read_side_file(record)
     document = parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
+    # Before transformers builds anything: a hostile config would cost minutes and gigabytes.
     check_config_size(document, len(container.records))
     for shard in container.manifest.shards:
         container.check_presence(shard)
@@ -210,15 +212,17 @@ def _build(
     run_code: bool,
     hf_kwargs: dict[str, Any],
 ) -> Any:
-    """Lets transformers load the folder with the weights of `load`; returns what it returns."""
+    """Lets transformers load the folder with the weights of `load`; returns its result."""
     folder = load.container.folder
     config = hf_kwargs.pop("config", None)
-    stored_config, unused = read_config(
+    stored_config, other_options = read_config(
         folder, run_code=run_code, return_unused_kwargs=True, **hf_kwargs
     )
     if config is None:
-        config, hf_kwargs = stored_config, unused
+        config, hf_kwargs = stored_config, other_options
     else:
+        # A config of the caller has no block of ours, without which transformers would read coded
+        # bytes as weights.
         config.quantization_config = stored_config.quantization_config
     cls = auto_class or (code_class(config) if run_code else None)
     cls = cls or model_class(config, partial(described_tensors, load.container))
@@ -233,15 +237,16 @@ def _build(
                 **hf_kwargs,
             )
     except Exception as exc:
+        # Our error names shard, tensor and chunk; transformers' summary of it does not.
         if load.first_error is not None:
             raise load.first_error from exc
         if isinstance(exc, CodecLLMError):
             raise
-        mismatched = load.mismatched()
-        if mismatched:
+        wrong_shapes = load.mismatched()
+        if wrong_shapes:
             raise ModelMismatchError(
                 f"the container's tensors are not those of {cls.__name__}; "
-                f"mis-shaped: {', '.join(mismatched)}"
+                f"mis-shaped: {', '.join(wrong_shapes)}"
             ) from exc
         raise ModelMismatchError(
             f"transformers could not build {cls.__name__}: {describe(exc)}"

@@ -26,6 +26,7 @@ class Meter:
     def add(self, name: str, size: int) -> None:
         """Adds a tensor of `size` bytes."""
         with self._lock:
+            # A tensor that is read under two names or dtypes counts twice.
             self._done = min(self._total, self._done + size)
             if self._report is not None:
                 self._report(name, self._done, self._total)
@@ -49,6 +50,7 @@ def metered(progress: bool | OnProgress | None, total: int) -> Iterator[Meter]:
         TransferSpeedColumn(),
         TextColumn("{task.fields[name]}"),
     )
+    # On stderr, so that output of a program that loads a model stays clean.
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=total, name="")
         yield Meter(total, lambda name, done, _: bar.update(task, completed=done, name=name))

@@ -76,9 +76,9 @@ class TensorReader:
 
     def prefetch(self, requests: Iterable[Request]) -> None:
         """Starts to read tensors for `device`, in the order in which transformers takes them."""
-        completed = dict.fromkeys(self._complete(request) for request in requests)
+        full_requests = dict.fromkeys(self._complete(request) for request in requests)
         self._engine(self._device).prefetch(
-            sorted(completed, key=lambda request: _natural_order(request.name))
+            sorted(full_requests, key=lambda request: _natural_order(request.name))
         )
 
     def read(
@@ -128,6 +128,7 @@ class TensorReader:
         assert isinstance(source, StoredTensor)
         if of_columns:
             assert source.columns is not None
+            # A copy: the model must not refer to memory of the container.
             return torch.from_numpy(source.columns.scales.copy())
         assert source.scales is not None
         return torch.from_numpy(source.scales.copy())
@@ -139,6 +140,7 @@ class TensorReader:
 
     def _complete(self, request: Request) -> Request:
         """Returns the request with the source's dtype where it names none."""
+        # Equal requests find each other in an engine's table only if both name their dtype.
         if request.part != "weight" or request.dtype is not None:
             return Request(request.name, request.part) if request.part != "weight" else request
         dtype = torch_dtype(self._container.records[request.name].dtype, request.name)

@@ -45,6 +45,7 @@ class LazyTensor:
         self._stored_name = record.alias_of if isinstance(record, AliasTensor) else record.name
         self._content = content
         self._source_dtype = torch_dtype(record.dtype, record.name)
+        # Floats of 8 bits belong to a quantizer, which wants their bits.
         is_float = self._source_dtype.is_floating_point and self._source_dtype.itemsize > 1
         weight_dtype = dtype if is_float else self._source_dtype
         self.dtype = {"weight": weight_dtype, "codes": torch.int8}.get(content, torch.float32)
@@ -105,6 +106,7 @@ class LazyTensor:
             error = ModelMismatchError(
                 "dtype", tensor=self.name, got=self._source_dtype, expected=target_dtype
             )
+            # transformers may swallow the exception; the load asks the reader at its end.
             self._reader.first_error = self._reader.first_error or error
             raise error
         place = CPU if device is None else concrete(torch.device(device))
@@ -112,7 +114,7 @@ class LazyTensor:
 
 
 class KeptTensor(LazyTensor):
-    """A tensor that another library's quantizer takes: decoded in its own dtype, as a slice of the source's file would be."""
+    """A tensor for another library's quantizer: in its own dtype, like a slice of the file."""
 
     def __init__(self, reader: TensorReader, record: TensorRecord) -> None:
         """Describes a tensor without reading it; see `LazyTensor`."""
@@ -122,7 +124,7 @@ class KeptTensor(LazyTensor):
         return self.to()[index]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Decodes the tensor, then converts it, of whatever kind both dtypes are; see `LazyTensor.to`."""
+        """Decodes the tensor, then converts it, integers to floats too; see `LazyTensor.to`."""
         tensor = super().to(device)
         return tensor if dtype is None else tensor.to(dtype)
 

@@ -51,16 +51,17 @@ def stream_tensors(
     """
     threads = decoding_threads(workers)
     with (
-        _opened(container) as opened,
+        _opened(container) as source,
         closing(RecycledMemory(KEEP_BYTES)) as memory,
         closing(
-            HostEngine(opened, threads, allocate=memory.empty_bytes, budget=AHEAD_BYTES)
+            HostEngine(source, threads, allocate=memory.empty_bytes, budget=AHEAD_BYTES)
         ) as engine,
     ):
-        requests = [_request(opened, name, dtype) for name in file_order(opened)]
+        # In the order of the files: each is read from its beginning to its end.
+        requests = [_request(source, name, dtype) for name in file_order(source)]
         engine.prefetch(requests)
         for request in requests:
-            record = opened.records[request.name]
+            record = source.records[request.name]
             assert not isinstance(record, AliasTensor)
             yield record, engine.take(request).get()
 

@@ -58,6 +58,7 @@ def is_model_float(name: str) -> bool:
 
 def words_of(tensor: torch.Tensor, rows: int, cols: int) -> NDArray[Any]:
     """Returns the memory of a contiguous tensor as unsigned words [rows, cols] of its item size."""
+    # By way of bytes: numpy has no bfloat16 and no float8.
     flat = tensor.view(-1)
     numpy_bytes: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return numpy_bytes.view(f"<u{tensor.dtype.itemsize}").reshape(rows, cols)

@@ -71,6 +71,7 @@ class ChunkList:
         table, count = source.table, source.table.planes
         raw = table.raw_bytes[first:last]
         in_plane = np.cumsum(raw[::count]) - raw[::count]
+        # Planes of a tile follow each other in the payload, but each plane is whole in the arena.
         places = (in_plane[:, None] + np.array(planes, np.int64)[None, :]).reshape(-1)
         records = table.records[first:last]
         slots = slot + table.offsets[first:last] - table.offsets[first]
@@ -81,6 +82,7 @@ class ChunkList:
         )
         self.table_of.append(self._tables_of(source, first, records["codec"]))
         last_plane = np.arange(first + 1, last + 1) % count == 0
+        # Only the last plane of codes has a forbidden symbol; low bits of wide codes have none.
         self.codes.append(last_plane & isinstance(source.record, Int8Tensor))
         self.tensors.append((source, first, last))
 
@@ -106,23 +108,24 @@ class ChunkList:
         self, source: StoredTensor, first: int, codecs: NDArray[Any]
     ) -> NDArray[np.int64]:
         """Adds the tables of a tensor's `rans` chunks; returns the number of each chunk's table."""
-        found = np.zeros(len(codecs), np.int64)
-        coded = np.flatnonzero(codecs == RANS_ID)
-        if len(coded):
+        table_numbers = np.zeros(len(codecs), np.int64)
+        rans_chunks = np.flatnonzero(codecs == RANS_ID)
+        if len(rans_chunks):
             tables = source.tables
             assert tables is not None
-            row, col = np.divmod((first + coded) // tables.planes, tables.groups.cols)
+            row, col = np.divmod((first + rans_chunks) // tables.planes, tables.groups.cols)
             group = (
                 row // tables.groups.tile_rows * tables.groups.across
                 + col // tables.groups.tile_cols
             )
+            # Chunks of a group share a table: it is sent and expanded once for all of them.
             places, numbers = np.unique(
-                group * tables.planes + (first + coded) % tables.planes, return_inverse=True
+                group * tables.planes + (first + rans_chunks) % tables.planes, return_inverse=True
             )
-            found[coded] = len(self.tables) + numbers
+            table_numbers[rans_chunks] = len(self.tables) + numbers
             begins, ends = tables.offsets[places].tolist(), tables.offsets[places + 1].tolist()
             self.tables += [tables.data[begin:end] for begin, end in zip(begins, ends, strict=True)]
-        return found
+        return table_numbers
 
 
 class ChunkWork:
@@ -147,29 +150,30 @@ class ChunkWork:
             DecodeError: a `rans` chunk has an impossible size, or its table is malformed.
         """
         self._chunks = chunks
-        slots, stored, raw, places, codecs = np.concatenate(chunks.columns, axis=1)
+        slots, stored_sizes, raw, places, codecs = np.concatenate(chunks.columns, axis=1)
         tables = np.concatenate(chunks.table_of)
         self._raw = raw
         rans, zstd, plain = (
             np.flatnonzero(codecs == codec) for codec in (RANS_ID, ZSTD_ID, RAW_ID)
         )
+        # Faults come back in this order, by decoder; `raise_fault` needs the chunks'.
         self._order = np.concatenate([rans, zstd])
-        self._rans = self._describe_rans(rans, slots, stored, raw, places, tables)
+        self._rans = self._describe_rans(rans, slots, stored_sizes, raw, places, tables)
         self.tables = self._parse_tables(tables, codecs == RANS_ID)
         frames = [
             slots[zstd] + stored_address,
-            stored[zstd],
+            stored_sizes[zstd],
             raw[zstd],
             places[zstd] + arena_address,
         ]
-        checked = np.flatnonzero(np.concatenate(chunks.codes))
-        self._counts = (len(rans), len(zstd), len(plain), len(checked))
+        code_chunks = np.flatnonzero(np.concatenate(chunks.codes))
+        self._counts = (len(rans), len(zstd), len(plain), len(code_chunks))
         self._largest, self._total = int(raw[zstd].max(initial=0)), int(raw[zstd].sum())
         parts = [
             self._rans.fields.numpy().reshape(-1),
             *frames,
             np.stack([slots[plain], places[plain], raw[plain]], axis=1).reshape(-1),
-            np.stack([places[checked], raw[checked], checked], axis=1).reshape(-1),
+            np.stack([places[code_chunks], raw[code_chunks], code_chunks], axis=1).reshape(-1),
         ]
         self._starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
         self.words: NDArray[np.int64] = np.concatenate(parts)
@@ -204,7 +208,7 @@ class ChunkWork:
         from codecllm.loader.kernels.place import find_forbidden, place_chunks
         from codecllm.loader.kernels.rans import RansChunks, decode_rans
 
-        rans, zstd, plain, checked = self._counts
+        rans, zstd, plain, code_chunks = self._counts
         frames_at, raw_at, check_at = self._starts[1], self._starts[5], self._starts[6]
         # First the decoded sizes of zstd's frames (int64), then a fault per decoded chunk and a
         # flag per chunk (int32).
@@ -217,10 +221,10 @@ class ChunkWork:
         if rans:
             assert tables is not None
             fields = words[: rans * 5].view(rans, 5)
-            described = RansChunks(
+            rans_work = RansChunks(
                 fields, self._rans.stored_bytes, self._rans.arena_bytes, self._rans.tables
             )
-            decode_rans(stored, described, tables, arena, faults[:rans])
+            decode_rans(stored, rans_work, tables, arena, faults[:rans])
         if zstd:
             address = words.data_ptr() + 8 * frames_at
             step = 8 * zstd
@@ -241,8 +245,8 @@ class ChunkWork:
                 int(self._raw.max()),
                 arena,
             )
-        if checked:
-            fields = words[check_at : check_at + 3 * checked].view(checked, 3)
+        if code_chunks:
+            fields = words[check_at : check_at + 3 * code_chunks].view(code_chunks, 3)
             find_forbidden(arena, fields, int(self._raw.max()), CODE_128, faults[rans + zstd :])
         return Verdict(self, status)
 
@@ -254,19 +258,20 @@ class ChunkWork:
         """
         rans, zstd = self._counts[:2]
         faults = status[zstd:].view(np.int32)
-        decoded, flags = (
+        chunk_faults, flags = (
             faults[: rans + zstd],
             faults[rans + zstd : rans + zstd + len(self._chunks)],
         )
         bad = np.zeros(len(self._chunks), np.bool_)
-        wrong = decoded != NO_FAULT
+        wrong = chunk_faults != NO_FAULT
+        # A frame may decode without a fault, and yet to another size than the record's.
         wrong[rans:] |= status[:zstd] != self._raw[self._order[rans:]]
         bad[self._order[wrong]] = True
         bad |= flags != 0
         if not bad.any():
             return
         index = int(bad.argmax())
-        raise self._fault(index, decoded, status, tools).located(**self._chunks.locate(index))
+        raise self._fault(index, chunk_faults, status, tools).located(**self._chunks.locate(index))
 
     def _fault(
         self, index: int, decoded: NDArray[np.int32], status: NDArray[np.int64], tools: DeviceTools
@@ -342,19 +347,20 @@ class DeviceTools:
             return None
         from codecllm.loader.kernels.rans import expand_frequencies
 
+        # The decode stream is busy with the batch before, and this copy is waited for.
         with self.streams.on(self.streams.side):
-            expanded = expand_frequencies(precisions, frequencies, self.streams.device)
-        for part in (expanded.symbols, expanded.ranges, expanded.precisions):
+            device_tables = expand_frequencies(precisions, frequencies, self.streams.device)
+        for part in (device_tables.symbols, device_tables.ranges, device_tables.precisions):
             self.streams.keep(part, self.streams.decode)
-        return expanded, self.streams.record(self.streams.side)
+        return device_tables, self.streams.record(self.streams.side)
 
     def decode_zstd(self, frames: ZstdFrames, sizes: torch.Tensor, statuses: torch.Tensor) -> None:
         """Queues the decoding of frames on the decode stream; see `Nvcomp.decode`."""
         nvcomp = self.codecs.nvcomp
         assert nvcomp is not None
-        needed = nvcomp.temp_bytes(frames.count, frames.largest, frames.symbols)
-        if self._temp.numel() < needed:
-            self._temp = torch.empty(needed, dtype=torch.uint8, device=self.streams.device)
+        temp_bytes = nvcomp.temp_bytes(frames.count, frames.largest, frames.symbols)
+        if self._temp.numel() < temp_bytes:
+            self._temp = torch.empty(temp_bytes, dtype=torch.uint8, device=self.streams.device)
         stream = self.streams.handle(self.streams.decode)
         nvcomp.decode(frames, self._temp, sizes.data_ptr(), statuses.data_ptr(), stream)
 

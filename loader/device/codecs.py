@@ -61,6 +61,7 @@ def find_codecs(device: torch.device) -> DeviceCodecs:
     without_kernels = why_no_kernels(device)
     if without_kernels is not None:
         reasons["triton"] = without_kernels
+        # nvCOMP gives symbols; only kernels make elements of them.
         reasons["nvcomp"] = f"its output needs the kernels: {without_kernels}"
         return DeviceCodecs(False, None, False, reasons)
     nvcomp = None
@@ -77,11 +78,12 @@ def why_no_kernels(device: torch.device) -> str | None:
         return "Triton is not installed: pip install 'codecllm[triton]'"
     if is_accelerator(device) and not getattr(torch, device.type).is_available():
         return f"torch finds no device of type {device.type}"
+    # ROCm's devices are called cuda too, and their capability is on another scale.
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_TRITON_CAPABILITY:
-            found = ".".join(map(str, capability))
-            return f"Triton needs compute capability 7.5 or more, this GPU has {found}"
+            version = ".".join(map(str, capability))
+            return f"Triton needs compute capability 7.5 or more, this GPU has {version}"
     if not is_accelerator(device):
         return _why_not_interpreted()
     return None
@@ -96,31 +98,32 @@ def choose_codecs(decoder: Decoder, device: torch.device, container: Container) 
     """
     if decoder == "cpu":
         return NOTHING
-    found = find_codecs(device)
+    device_codecs = find_codecs(device)
     if decoder == "auto":
-        return found
-    reason = found.reasons.get(decoder)
+        return device_codecs
+    reason = device_codecs.reasons.get(decoder)
     if reason is not None:
         raise UnsupportedEnvironmentError(f"decoder {decoder!r} does not work here: {reason}")
-    used = codecs_of(container)
-    if _DECODES[decoder] not in used:
-        names = ", ".join(sorted(CODEC_NAMES[codec] for codec in used)) or "none"
+    stored_codecs = codecs_of(container)
+    # A decoder by name is a wish to measure or test it: doing nothing would mislead.
+    if _DECODES[decoder] not in stored_codecs:
+        names = ", ".join(sorted(CODEC_NAMES[codec] for codec in stored_codecs)) or "none"
         raise UsageError(
             f"decoder {decoder!r} has nothing to decode",
             got=f"codecs {names}",
             expected=CODEC_NAMES[_DECODES[decoder]],
         )
-    return found
+    return device_codecs
 
 
 def codecs_of(container: Container) -> set[int]:
     """Returns the ids of the codecs that a container's planes name in its manifest."""
-    coded = [
+    coded_records = [
         record
         for record in container.manifest.tensors
         if not isinstance(record, RawTensor | AliasTensor)
     ]
-    return {CODEC_IDS[plane.codec] for record in coded for plane in record.planes}
+    return {CODEC_IDS[plane.codec] for record in coded_records for plane in record.planes}
 
 
 def _why_not_interpreted() -> str | None:

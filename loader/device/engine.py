@@ -157,9 +157,9 @@ class DeviceEngine:
 
     def _settle(self) -> None:
         """Waits for the oldest batch on the device and hands its tensors out."""
-        issued = self._issued.popleft()
-        self._issuer.settle(issued)
-        for order in issued.finished:
+        batch = self._issued.popleft()
+        self._issuer.settle(batch)
+        for order in batch.finished:
             tensor, order.out = order.out, None
             assert tensor is not None
             self._open.discard(order)

@@ -52,6 +52,7 @@ class DeviceEngines:
             UnsupportedEnvironmentError: the decoder that was named does not work here.
             UsageError: it has nothing to decode in this container.
         """
+        # "cuda" and "cuda:0" are one device and must share one engine.
         device = concrete(device)
         if device not in self._engines:
             codecs = choose_codecs(self._decoder, device, self._container)

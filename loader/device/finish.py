@@ -42,26 +42,26 @@ def side_arrays(source: StoredTensor, rows: tuple[int, int]) -> list[NDArray[Any
     if not isinstance(record, Int8Tensor):
         return []
     assert source.scales is not None
-    found: list[NDArray[Any]] = [source.scales]
+    sides: list[NDArray[Any]] = [source.scales]
     if source.columns is not None:
-        found.append(source.columns.scales)
+        sides.append(source.columns.scales)
         if source.columns.order is not None:
-            found.append(source.columns.order)
+            sides.append(source.columns.order)
     if source.wide:
-        found.append(np.array(source.table.low_bits, np.int32))
-    return sides_of_rows(source, found, rows)
+        sides.append(np.array(source.table.low_bits, np.int32))
+    return sides_of_rows(source, sides, rows)
 
 
 def sides_of_rows(source: StoredTensor, sides: list[_Side], rows: tuple[int, int]) -> list[_Side]:
     """Returns `side_arrays` of some rows from those of all rows, on the host or on a device."""
-    record, own = source.record, list(sides)
+    record, parts = source.record, list(sides)
     if isinstance(record, Int8Tensor) and record.channel_kind == "row":
-        own[0] = own[0][rows[0] : sum(rows)]
+        parts[0] = parts[0][rows[0] : sum(rows)]
     if source.wide:
         grid = source.table.grid
         first, last = rows[0] // grid.tile_rows, -(-sum(rows) // grid.tile_rows)
-        own[-1] = own[-1][first * grid.across : last * grid.across]
-    return own
+        parts[-1] = parts[-1][first * grid.across : last * grid.across]
+    return parts
 
 
 def finish_bands(
@@ -84,6 +84,7 @@ def finish_bands(
     from codecllm.loader.kernels.dequantize import dequantize_int8, untile_codes
 
     whole = source.table.grid
+    # Bands begin at a tile's first row, so they are a grid of their own.
     grid = Grid(rows[1], whole.cols, whole.tile_rows, whole.tile_cols)
     if isinstance(source.record, Int8Tensor):
         sides, low_bits = (sides[:-1], sides[-1]) if source.wide else (sides, None)
@@ -93,6 +94,7 @@ def finish_bands(
             untile_codes(planes[0], grid, out, order)
             return
         high = planes[1] if source.wide else None
+        # Kernels round to three dtypes; torch casts float32 to any other one.
         with _as_dtype(out, out.dtype if out.dtype in _FLOATS else torch.float32) as target:
             dequantize_int8(
                 planes[0],
@@ -112,6 +114,7 @@ def finish_bands(
 
 def to_device(arrays: list[NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
     """Copies arrays to a device, each into memory of its own."""
+    # `np.array` copies: arrays over the file's bytes are read-only, which torch does not take.
     return [torch.from_numpy(np.array(array)).to(device) for array in arrays]
 
 

@@ -77,11 +77,11 @@ class BatchIssuer:
         self._allocate(batch)
         stage = self._stages[self._batches % STAGES]
         self._batches += 1
-        staged = stage.claim(batch.slot_bytes, min(SLOT_BYTES, self._size), streams)
-        work = self._describe(batch, staged, reading.memory)
+        stage_bytes = stage.claim(batch.slot_bytes, min(SLOT_BYTES, self._size), streams)
+        work = self._describe(batch, stage_bytes, reading.memory)
         tables = self._tools.expand(work) if work is not None else None
         with streams.on(streams.copy):
-            staged.copy_(reading.memory, non_blocking=True)
+            stage_bytes.copy_(reading.memory, non_blocking=True)
         reading.slot.copied = streams.record(streams.copy)
         streams.wait(streams.decode, reading.slot.copied)
         # The memory of new tensors may have been another's on the caller's stream.
@@ -92,15 +92,15 @@ class BatchIssuer:
                 if tables is not None:
                     streams.wait(streams.decode, tables[1])
                 assert self._arena is not None
-                words = staged[batch.host_bytes :].view(torch.int64)
-                expanded = tables[0] if tables is not None else None
-                verdict = work.launch(words, staged, self._arena, self._tools, expanded)
+                words = stage_bytes[batch.host_bytes :].view(torch.int64)
+                device_tables = tables[0] if tables is not None else None
+                verdict = work.launch(words, stage_bytes, self._arena, self._tools, device_tables)
             for piece, place, symbols in batch.pieces:
-                self._finish(piece, staged[place : place + piece.host_bytes], symbols)
+                self._finish(piece, stage_bytes[place : place + piece.host_bytes], symbols)
             status = self._copy_status(verdict)
         stage.decoded = streams.record(streams.decode)
-        finished = [piece.order for piece, _, _ in batch.pieces if piece.ends]
-        return IssuedBatch(finished, stage.decoded, verdict, status)
+        finished_orders = [piece.order for piece, _, _ in batch.pieces if piece.ends]
+        return IssuedBatch(finished_orders, stage.decoded, verdict, status)
 
     def settle(self, issued: IssuedBatch) -> None:
         """Waits for a batch on the device and reads its faults.
@@ -147,6 +147,7 @@ class BatchIssuer:
         work = ChunkWork(chunks, staged.data_ptr(), self._arena.data_ptr())
         target = memory[batch.host_bytes :].numpy().view(np.int64)
         target[: len(work.words)] = work.words
+        # The rest is copied too: zeros, and not words of an older batch.
         target[len(work.words) :] = 0
         return work
 
@@ -154,6 +155,7 @@ class BatchIssuer:
         """Queues the work that turns a piece's bytes or symbols into elements of its tensor."""
         out, source = piece.order.out, piece.source
         assert out is not None
+        # A kernel cannot be launched over no elements.
         if not out.numel():
             return
         if isinstance(source, PlainTensor):
@@ -180,6 +182,7 @@ class BatchIssuer:
         size = rows * grid.cols
         planes = [self._arena[place : place + size] for place in _planes(piece, symbols)]
         sides, end = [], staged.numel()
+        # From the end: the size of the chunks before them depends on the codec, theirs does not.
         for side in reversed(side_arrays(source, (row, rows))):
             end -= aligned(side.nbytes)
             dtype = torch.int32 if side.dtype.kind == "i" else torch.float32
@@ -189,6 +192,7 @@ class BatchIssuer:
     def _copy_status(self, verdict: Verdict | None) -> torch.Tensor | None:
         if verdict is None:
             return None
+        # Pinned and new: batches are in flight side by side, and a copy to other memory would wait.
         status = self._streams.pinned(verdict.status.nbytes).view(torch.int64)
         status.copy_(verdict.status, non_blocking=True)
         return status

@@ -139,14 +139,18 @@ class Nvcomp:
             raise UnsupportedEnvironmentError(
                 "nvCOMP has another version", got=self.version, expected=f"{SUPPORTED_MAJOR}.x"
             )
-        needed = Alignments()
+        alignments = Alignments()
         self._call(
             "nvcompBatchedZstdDecompressGetRequiredAlignments",
             DecompressOptions(),
-            ctypes.byref(needed),
+            ctypes.byref(alignments),
         )
-        if needed.input > _ALIGNED_BYTES or needed.output > 1 or needed.temp > _ALIGNED_BYTES:
-            got = f"{needed.input}, {needed.output}, {needed.temp} bytes"
+        if (
+            alignments.input > _ALIGNED_BYTES
+            or alignments.output > 1
+            or alignments.temp > _ALIGNED_BYTES
+        ):
+            got = f"{alignments.input}, {alignments.output}, {alignments.temp} bytes"
             raise UnsupportedEnvironmentError(
                 "nvCOMP asks for stricter alignment", got=got, expected="16, 1, 16 bytes at most"
             )
@@ -172,8 +176,8 @@ class Nvcomp:
             frames: the batch, see there.
             temp: uint8 [n] on the device, of `temp_bytes` or more.
             sizes: address of int64 [count] on the device; receives the decoded sizes.
-            statuses: address of int32 [count] on the device; receives `SUCCESS` or a status that `explain`
-                explains.
+            statuses: address of int32 [count] on the device; receives `SUCCESS` or a status for
+                `explain`.
             stream: handle of the stream.
 
         Raises:
@@ -181,7 +185,8 @@ class Nvcomp:
         """
         self._call(
             "nvcompBatchedZstdDecompressAsync",
-            frames.sources, frames.sizes, frames.raw_sizes, sizes, frames.count, temp.data_ptr(), temp.numel(),
+            frames.sources, frames.sizes, frames.raw_sizes, sizes, frames.count,
+            temp.data_ptr(), temp.numel(),
             frames.targets, DecompressOptions(), statuses, stream,
         )  # fmt: skip
 
@@ -241,8 +246,8 @@ def find_library() -> Path:
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / "lib64" / LIBRARY
     if not path.is_file():
-        found = sorted(file.name for file in folder.glob("lib*/libnvcomp.so*"))
+        names = sorted(file.name for file in folder.glob("lib*/libnvcomp.so*"))
         raise UnsupportedEnvironmentError(
-            "nvCOMP has another version", got=", ".join(found) or "no library", expected=LIBRARY
+            "nvCOMP has another version", got=", ".join(names) or "no library", expected=LIBRARY
         )
     return path

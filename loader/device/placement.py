@@ -43,14 +43,15 @@ def sole_device(device_map: Any, needed_bytes: int, max_memory: Any = None) -> t
         if max_memory is not None or torch.cuda.device_count() != 1:
             return None
         free_bytes, _ = torch.cuda.mem_get_info(0)
+        # Near the limit transformers may offload layers, which must then not be decoded there.
         has_plenty = free_bytes > needed_bytes + needed_bytes // 4 + _SPARE_BYTES
         return torch.device("cuda", 0) if has_plenty else None
     if isinstance(device_map, dict):
         places = {str(place) for place in device_map.values()}
         device_map = next(iter(device_map.values())) if len(places) == 1 else None
     try:
-        named = ("cuda", device_map) if isinstance(device_map, int) else (device_map,)
-        device = torch.device(*named)
+        arguments = ("cuda", device_map) if isinstance(device_map, int) else (device_map,)
+        device = torch.device(*arguments)
     except (RuntimeError, TypeError):  # None, or "disk"
         return None
     usable = is_accelerator(device) and getattr(torch, device.type).is_available()

@@ -135,10 +135,11 @@ def cut(order: Order, container: Container, codecs: DeviceCodecs) -> Iterator[Pi
     """
     request = order.request
     source = container.tensor(request.name)
-    own = torch_dtype(source.record.dtype, request.name)
+    source_dtype = torch_dtype(source.record.dtype, request.name)
     if isinstance(source, PlainTensor):
-        yield from _plain_pieces(order, source, own)
+        yield from _plain_pieces(order, source, source_dtype)
     elif request.part == "payload":
+        # A payload stays coded on the device: its chunks are checked and copied as they are.
         shape = (int(source.table.offsets[-1]),)
         for bands in _runs_of_bands(source):
             first, last = chunks_of(source, bands)
@@ -155,7 +156,7 @@ def cut(order: Order, container: Container, codecs: DeviceCodecs) -> Iterator[Pi
                 _ends(source, bands),
             )
     else:
-        yield from _coded_pieces(order, source, own, codecs)
+        yield from _coded_pieces(order, source, source_dtype, codecs)
 
 
 def _coded_pieces(
@@ -163,26 +164,38 @@ def _coded_pieces(
 ) -> Iterator[Piece]:
     request, record, grid = order.request, source.record, source.table.grid
     dtype = torch.int8 if request.part == "codes" else request.dtype or own
-    staged = None if decodes_on_device(source, codecs) else host_dtype(source, request.part, dtype)
+    staged_dtype = (
+        None if decodes_on_device(source, codecs) else host_dtype(source, request.part, dtype)
+    )
     for bands in _runs_of_bands(source):
         symbols = band_rows(source, bands)[1] * grid.cols
         ends = _ends(source, bands)
         shape = tuple(record.shape)
-        if staged is not None:
+        if staged_dtype is not None:
             yield Piece(
-                order, source, shape, dtype, staged, bands, symbols * staged.itemsize, 0, ends
+                order,
+                source,
+                shape,
+                dtype,
+                staged_dtype,
+                bands,
+                symbols * staged_dtype.itemsize,
+                0,
+                ends,
             )
             continue
-        stored = aligned(source.slots_bytes(*chunks_of(source, bands)))
+        # Scales travel behind the chunks, so that one copy brings all that a kernel needs.
+        stored_bytes = aligned(source.slots_bytes(*chunks_of(source, bands)))
         arena = source.table.planes * plane_bytes(symbols)
         sides = sum(aligned(side.nbytes) for side in side_arrays(source, band_rows(source, bands)))
-        yield Piece(order, source, shape, dtype, None, bands, stored + sides, arena, ends)
+        yield Piece(order, source, shape, dtype, None, bands, stored_bytes + sides, arena, ends)
 
 
 def _plain_pieces(order: Order, source: PlainTensor, own: torch.dtype) -> Iterator[Piece]:
     shape = tuple(source.record.shape)
     elements, dtype = math.prod(shape), order.request.dtype or own
     step = max(1, PIECE_SYMBOLS // own.itemsize)
+    # A tensor without elements is one empty piece, which ends its order.
     for first in range(0, max(1, elements), step):
         run = range(first, min(first + step, elements))
         yield Piece(
@@ -200,8 +213,13 @@ def _plain_pieces(order: Order, source: PlainTensor, own: torch.dtype) -> Iterat
 
 def decodes_on_device(source: StoredTensor, codecs: DeviceCodecs) -> bool:
     """Whether a tensor's chunks are decoded, and its elements made, on the device."""
-    used = set(source.table.records["codec"].tolist())
-    return codecs.kernels and all(map(codecs.decodes, used)) and finishes_on_device(source.record)
+    # By the chunks and not the manifest: a chunk may be raw where coding saves nothing.
+    stored_codecs = set(source.table.records["codec"].tolist())
+    return (
+        codecs.kernels
+        and all(map(codecs.decodes, stored_codecs))
+        and finishes_on_device(source.record)
+    )
 
 
 def host_dtype(source: StoredTensor, part: Part, dtype: torch.dtype) -> torch.dtype:
@@ -233,6 +251,7 @@ def _runs_of_bands(source: StoredTensor) -> Iterator[range]:
     A tensor without elements has one empty run.
     """
     grid = source.table.grid
+    # Whole bands are whole rows, which lie together in the final tensor.
     step = max(
         1, PIECE_SYMBOLS // max(1, source.table.planes * min(grid.tile_rows, grid.rows) * grid.cols)
     )

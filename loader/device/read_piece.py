@@ -56,6 +56,7 @@ def _read_slots(source: StoredTensor, piece: Piece, buffer: NDArray[np.uint8]) -
         source.file.read_into(source.offset + int(source.table.offsets[first]), memoryview(slots))
     except TruncatedError as exc:
         raise exc.located(tensor=source.record.name, chunk=first) from None
+    # Before the frames are looked at: accidents never reach a decoder, here or on the device.
     source.check_chunks(first, last, slots)
     _check_frames(source, first, last, slots)
     if piece.staged is None:
@@ -68,13 +69,18 @@ def _read_slots(source: StoredTensor, piece: Piece, buffer: NDArray[np.uint8]) -
 def _check_frames(source: StoredTensor, first: int, last: int, slots: NDArray[np.uint8]) -> None:
     """Checks the header of every zstd frame: the device's decoder trusts it."""
     table = source.table
-    coded = first + np.flatnonzero(table.records["codec"][first:last] == ZSTD_ID)
-    if not len(coded):
+    zstd_chunks = first + np.flatnonzero(table.records["codec"][first:last] == ZSTD_ID)
+    if not len(zstd_chunks):
         return
-    blocks = (table.offsets[coded] - table.offsets[first]) // SLOT_ALIGNMENT
+    blocks = (table.offsets[zstd_chunks] - table.offsets[first]) // SLOT_ALIGNMENT
     heads = slots.reshape(-1, SLOT_ALIGNMENT)[blocks, :HEAD_BYTES]  # a slot has one block or more
-    raw_bytes = table.raw_bytes[coded]
-    suspect = coded[:1] if are_alike(heads, raw_bytes) else coded[~are_plain(heads, raw_bytes)]
+    raw_bytes = table.raw_bytes[zstd_chunks]
+    # Frames of one writer have equal headers, so most batches need one header parsed, or none.
+    suspect = (
+        zstd_chunks[:1]
+        if are_alike(heads, raw_bytes)
+        else zstd_chunks[~are_plain(heads, raw_bytes)]
+    )
     for chunk in suspect.tolist():
         record, base = table.chunks[chunk], table.chunks[first].begin
         try:

@@ -117,6 +117,7 @@ class BatchReader:
         """
         batch = Batch()
         while (piece := self._next_piece()) is not None:
+            # It keeps its place: tensors are finished in the order of their pieces.
             if not batch.takes(piece):
                 self._upcoming.appendleft(piece)
                 break
@@ -131,6 +132,7 @@ class BatchReader:
         jobs = []
         for piece, place, _ in batch.pieces:
             buffer = memory[place : place + piece.host_bytes]
+            # Decoding takes the cores, reading the disk: neither queue waits for the other.
             threads = self._decoders if decodes_on_host(piece) else self._readers
             jobs.append(threads.submit(partial(read_piece, piece, buffer)))
         return ReadingBatch(batch, slot, memory, jobs)

@@ -78,6 +78,7 @@ class DeviceStreams:
         self._module: Any = getattr(torch, device.type)
         index = device.index if device.index is not None else self._module.current_device()
         self.device = torch.device(device.type, index)
+        # Copies run beside kernels only on a stream of their own.
         self.copy, self.decode, self.side = (self._module.Stream(self.device) for _ in range(3))
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
@@ -118,6 +119,7 @@ class DeviceStreams:
 
     def pinned(self, size: int) -> torch.Tensor:
         """See `Streams`."""
+        # torch gives pinned memory back to a cache of its own, so that later loads get it at once.
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def handle(self, stream: Any) -> int:

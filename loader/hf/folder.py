@@ -4,8 +4,8 @@ transformers can import Python files of a model folder (`auto_map`, `custom_gene
 explicit `trust_remote_code` it asks on the terminal and runs them after a "y". Every call of
 codecllm goes through this module, which always answers no.
 
-transformers raises whatever its many classes happen to raise for a file that is damaged or made to
-be hostile (KeyError, TypeError, RecursionError, ...). Here that is one error that names the file.
+For a file that is damaged or made to be hostile, the many classes of transformers raise errors of
+many types (KeyError, TypeError, RecursionError, ...). Here that is one error that names the file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def read_config(folder: str | Path, *, run_code: bool = False, **options: Any) -
 
     Args:
         folder: the model's folder.
-        run_code: whether code of the folder may run: only where the caller of a load said so, and after
-            `remote_code.check_code`.
+        run_code: whether code of the folder may run: only where the caller of a load said so, and
+            after `remote_code.check_code`.
         options: attributes to change, as `from_pretrained` takes them. With
             `return_unused_kwargs=True` the result is the config and the other options.
 
@@ -59,6 +59,7 @@ def read_tokenizer(folder: str | Path, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        # Never with code: a tokenizer is read for checks, for which no caller has allowed any.
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as exc:
         name = _damaged_tokenizer_file(Path(folder))
@@ -91,6 +92,7 @@ def describe(exc: BaseException) -> str:
 
 def _damaged_tokenizer_file(folder: Path) -> str | None:
     """Returns the tokenizer file that is no JSON object, else the first that exists, else None."""
+    # transformers' message rarely names the file, and the user needs to know which one to mend.
     existing = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     for name in existing:
         try:

@@ -45,8 +45,8 @@ class WeightSource(Protocol):
         """Puts the source's own quantization back into a config, in place of ours.
 
         Returns:
-            What gives the weights while the source's quantizer runs; None, and nothing is changed,
-            where the config has no block of ours or the source was not quantized.
+            The source of the weights while the source's quantizer runs; None, and nothing is
+            changed, where the config has no block of ours or the source was not quantized.
         """
 
     def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ class WeightSource(Protocol):
         """Receives the dtype that transformers has chosen for the model."""
 
     def state_dict(self, model: Any) -> dict[str, Any]:
-        """Returns what transformers is to load: name in the source -> tensor that decodes itself."""
+        """Returns the weights to load: name in the source -> tensor that decodes itself."""
 
     def asks_in_calling_thread(self) -> bool:
         """Whether the thread that loads asks for each weight itself."""
@@ -85,7 +85,7 @@ class _AskInCallingThread:
 def tied_parameters(model: Any) -> dict[str, str]:
     """Returns the model's own table: name of a parameter -> name of the one that it is tied to.
 
-    Changing the table changes what transformers ties at the end of a load.
+    Changing the table changes the ties that transformers makes at the end of a load.
     """
     table: dict[str, str] = model.all_tied_weights_keys
     return table
@@ -135,11 +135,11 @@ def _wrap(module: Any, name: str, wrapper: Callable[..., Any], weight_source: ty
 
 
 _sources: weakref.WeakKeyDictionary[Any, WeightSource] = weakref.WeakKeyDictionary()
-"""A quantizer of another library -> what gives the weights of the container that it loads."""
+"""A quantizer of another library -> the source of the weights of the container that it loads."""
 
 
 def _source_of(quantizer: Any, weight_source: type[Any]) -> WeightSource | None:
-    """Returns what gives the weights of a load, or None where no container is loaded."""
+    """Returns the source of the weights of a load, or None where no container is loaded."""
     if isinstance(quantizer, weight_source):
         source: WeightSource = quantizer
         return source
@@ -168,6 +168,7 @@ def _finish_with(quantizer: Any, source: WeightSource) -> None:
 
     @wraps(usual)
     def postprocess_model(model: Any, **kwargs: Any) -> Any:
+        # The quantizer stays with the model, and must not keep this wrapper and the container.
         del quantizer.postprocess_model
         result = usual(model, **kwargs)
         source.finish(model)
@@ -190,14 +191,15 @@ def _get_dtype(
 ) -> Any:
     source = _source_of(hf_quantizer, weight_source)
     if source is None:
+        # By position: so fewer private names must stay as they are.
         rest = (sharded_metadata, state_dict, weights_only, hf_quantizer)
         return original(dtype, checkpoint_files, config, *rest)
     dtypes = source.dtypes(checkpoint_files or [], config)
-    config, chosen = original(
+    config, model_dtype = original(
         dtype, checkpoint_files, config, None, dtypes, weights_only, hf_quantizer
     )
-    source.begin(chosen)
-    return config, chosen
+    source.begin(model_dtype)
+    return config, model_dtype
 
 
 def _load_state_dict(
@@ -212,11 +214,13 @@ def _load_state_dict(
     if source is None:
         return original(model, state_dict, load_config, disk_offload_index)
     weights = source.state_dict(model)
+    # Not ours: these weights decode themselves and need no operation of a quantizer.
     stand_in = _AskInCallingThread() if source.asks_in_calling_thread() else None
     if not isinstance(load_config.hf_quantizer, weight_source):
         stand_in = load_config.hf_quantizer
     if disk_offload_index is not None:
-        disk_offload_index = {}  # transformers has listed coded bytes there, as if they were weights
+        # transformers has listed coded bytes there, as if they were weights.
+        disk_offload_index = {}
     info, index = original(
         model, weights, replace(load_config, hf_quantizer=stand_in), disk_offload_index
     )

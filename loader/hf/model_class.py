@@ -1,4 +1,4 @@
-"""Which class loads a folder, and what transformers would report of that load."""
+"""Which class loads a folder, and which report transformers would give of that load."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def model_class(config: Any, tensors: Callable[[], Tensors] | None = None) -> An
     architectures = getattr(config, "architectures", None)
     names = architectures if isinstance(architectures, list) else []
     for name in names:
-        named = getattr(transformers, name, None) if isinstance(name, str) else None
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
         # Not one of transformers' Auto classes: these look up code of the folder.
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            return named
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
     candidates = _usual_classes(config)
     if not candidates:
         raise UnsupportedEnvironmentError(
@@ -68,10 +68,10 @@ def model_class(config: Any, tensors: Callable[[], Tensors] | None = None) -> An
     if tensors is None or len(candidates) == 1:
         return candidates[0]
 
-    described = tensors()
+    tensors_on_meta = tensors()
 
     def left_over(candidate: Any) -> tuple[int, int]:
-        report = rehearse(candidate, config, described)
+        report = rehearse(candidate, config, tensors_on_meta)
         return len(report.missing), len(report.unexpected)
 
     return min(candidates, key=left_over)
@@ -88,16 +88,17 @@ def described_tensors(container: Container) -> dict[str, torch.Tensor]:
 
 
 def rehearse(cls: Any, config: Any, tensors: Tensors) -> LoadReport:
-    """Loads a model without weights and returns what transformers reports of the names.
+    """Loads a model without weights and returns the report of transformers on the names.
 
     Args:
         cls: a model class.
         config: its config; it is not changed.
-        tensors: what the folder holds.
+        tensors: the tensors of the folder.
 
     Raises:
-        Exception: whatever transformers raises where it cannot build the class.
+        Exception: transformers cannot build the class; the type is any.
     """
+    # A copy: building a model writes into its config.
     config = copy.deepcopy(config)
     strip_quantization(config)
     with silenced(), without_progress_bars():
@@ -107,6 +108,7 @@ def rehearse(cls: Any, config: Any, tensors: Tensors) -> LoadReport:
             state_dict=dict(tensors),
             device_map={"": "meta"},
             output_loading_info=True,
+            # Sizes are the load's to judge; a class is chosen by names.
             ignore_mismatched_sizes=True,
         )
     return LoadReport.of(cls.__name__, info["missing_keys"], info["unexpected_keys"])
@@ -122,6 +124,7 @@ def strip_quantization(config: Any) -> None:
 def _usual_classes(config: Any) -> list[Any]:
     classes = []
     for name in _AUTO_CLASSES:
+        # An encoder that is configured as a decoder masks nothing.
         if name == "AutoModelForMaskedLM" and getattr(config, "is_decoder", False):
             continue
         mapping = getattr(transformers, name)._model_mapping

@@ -28,6 +28,7 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
             "max_memory": max_memory,
             "no_split_module_classes": list(model._no_split_modules or []),
         }
+        # As transformers does: "sequential" fills one device before the next.
         if device_map != "sequential":
             limits["max_memory"] = get_balanced_memory(
                 model, low_zero=device_map == "balanced_low_0", **limits
@@ -39,6 +40,7 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
 def is_offloaded(model: Any, name: str) -> bool:
     """Whether a parameter lies elsewhere (CPU, disk) until its module, or one around it, runs."""
     owner = name.rpartition(".")[0]
+    # accelerate may put the hook on a parent, which then moves all modules inside.
     module_name = owner
     while True:
         hook: Any = getattr(model.get_submodule(module_name), "_hf_hook", None)

@@ -34,9 +34,9 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
 
 
 def load_offloaded(folder: Path, offload_folder: Path, memory_bytes: int) -> Any:
-    """Loads a plain model as `load_plain` does, with what passes `memory_bytes` left on disk.
+    """Loads a plain model as `load_plain` does, and leaves blocks beyond `memory_bytes` on disk.
 
-    Blocks on the disk are read when they run.
+    These blocks are read when they run.
     """
     return load_plain(
         folder,

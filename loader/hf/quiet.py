@@ -1,4 +1,4 @@
-"""Log messages and progress bars of transformers, switched off for a while and put back for all threads."""
+"""Switches log messages and progress bars of transformers off for a while, for all threads."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def _show_progress_bars(show: bool) -> None:
     switch()
 
 
+# One object for each setting of the process, so that blocks of all threads count together.
 _verbosity = _SharedSetting(transformers_logging.get_verbosity, transformers_logging.set_verbosity)
 _progress_bars = _SharedSetting(transformers_logging.is_progress_bar_enabled, _show_progress_bars)
 

@@ -1,4 +1,4 @@
-"""Code that lies in a container's folder: what runs it, and what is checked before.
+"""Code that lies in a container's folder: when it runs, and the checks before.
 
 A container may list Python files (feature `code`). transformers imports those that the config's
 `auto_map` names, and only where the caller of a load says `trust_remote_code=True`.
@@ -37,23 +37,25 @@ def check_code(container: Container, auto_map: dict[str, Any] | None) -> None:
             config names code of another repository.
         FormatError: a listed file is missing or differs.
     """
-    listed = {
+    listed_code = {
         record.name: record
         for record in container.manifest.files
         if record.name.endswith(CODE_SUFFIX)
     }
     for value in (auto_map or {}).values():
+        # transformers fetches `repository--module.Class` from the Hub and runs it.
         if "--" in str(value):
             raise UnsafePathError(
                 "the config names code of another repository, which no manifest lists",
                 file="config.json",
                 got=ascii(value)[:80],
             )
+    # All files, and not only those of `auto_map`: a listed module may import any of them.
     for path in sorted(container.folder.rglob(f"*{CODE_SUFFIX}")):
         name = path.relative_to(container.folder).as_posix()
-        if name not in listed:
+        if name not in listed_code:
             raise UnsafePathError("the manifest does not list this code", file=name)
-    for record in listed.values():
+    for record in listed_code.values():
         container.read_side_file(record)
 
 
@@ -76,13 +78,14 @@ def code_class(config: Any) -> Any:
 def explain_missing_code(
     container: Container, auto_map: dict[str, Any] | None, error: UnsupportedEnvironmentError
 ) -> UnsupportedEnvironmentError:
-    """Returns the error of a config that only the repository's own code can read, with the way to go on."""
+    """Returns the error of a config that needs code of its repository, with advice."""
     if not auto_map:
         return error
     code = [one.name for one in container.manifest.files if one.name.endswith(CODE_SUFFIX)]
     first = next(iter(auto_map.values()))
     advice = (
-        f"the container lists {len(code)} Python files of it: pass trust_remote_code=True to run them"
+        f"the container lists {len(code)} Python files of it: "
+        "pass trust_remote_code=True to run them"
         if code
         else "the container holds none of it: convert the source with --with-code"
     )

@@ -26,12 +26,13 @@ class Announcer:
         if not (size and isinstance(source.file, SafeFile) and hasattr(os, "posix_fadvise")):
             return
         name = source.file.name
-        needed = source.offset + size + ANNOUNCED_BYTES // 2
+        needed_end = source.offset + size + ANNOUNCED_BYTES // 2
         begin, end = self._windows.get(name, (0, 0))
         if not begin <= source.offset <= end:
+            # A jump: bytes between the windows are not wanted.
             begin = end = source.offset
         # In steps of half a window at least: a call for each tensor would cost more than it gains.
-        upto = end if end >= needed else needed + ANNOUNCED_BYTES // 2
+        upto = end if end >= needed_end else needed_end + ANNOUNCED_BYTES // 2
         self._windows[name] = begin, upto
         if upto > end:
             with source.file.opened() as descriptor:

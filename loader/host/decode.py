@@ -54,10 +54,10 @@ class Workspace:
         The next call with that dtype and slot reuses its memory.
         """
         key = (np.dtype(dtype), slot)
-        held = self._scratch.get(key)
-        if held is None or held.size < rows * cols:
-            held = self._scratch[key] = np.empty(max(rows * cols, 1 << 17), key[0])
-        return held[: rows * cols].reshape(rows, cols)
+        buffer = self._scratch.get(key)
+        if buffer is None or buffer.size < rows * cols:
+            buffer = self._scratch[key] = np.empty(max(rows * cols, 1 << 17), key[0])
+        return buffer[: rows * cols].reshape(rows, cols)
 
 
 def tiles_per_job(tensor: StoredTensor) -> int:
@@ -117,6 +117,7 @@ def tiles_of(
     """Verifies and decodes a run of tiles from their slots; yields and raises as `read_tiles`."""
     planes = tensor.table.planes
     first, last = tiles.start * planes, tiles.stop * planes
+    # Many chunks by one call: each call takes the interpreter's lock once.
     together = tensor.decode_together(first, last, slots)
     if (
         together is not None
@@ -125,11 +126,11 @@ def tiles_of(
         and not tensor.wide
     ):
         whole = _rows_of(tensor, tiles)
-        gathered: list[Plane] = [
+        whole_planes: list[Plane] = [
             _gather(together[plane::planes], whole, workspace, plane) for plane in range(planes)
         ]
-        if tensor.scales is None or codes_hold(gathered[-1].view(np.int8)):
-            yield whole, gathered
+        if tensor.scales is None or codes_hold(whole_planes[-1].view(np.int8)):
+            yield whole, whole_planes
             return
     elif together is not None and (
         tensor.scales is None or all(map(codes_hold, _codes(together[planes - 1 :: planes])))
@@ -138,9 +139,10 @@ def tiles_of(
         for start in range(tiles.start, tiles.stop, tensor.tiles_together):
             yield tensor.part(start), join_tiles(tensor, start, symbols, workspace)
         return
-    decoded = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))
+    # Chunk by chunk: this names the chunk that is damaged, or holds a code of -128.
+    decoded_chunks = (sound(symbols) for symbols in tensor.decode_run(first, last, slots, first))
     for start in range(tiles.start, tiles.stop, tensor.tiles_together):
-        yield tensor.part(start), join_tiles(tensor, start, decoded, workspace)
+        yield tensor.part(start), join_tiles(tensor, start, decoded_chunks, workspace)
 
 
 def _rows_of(tensor: StoredTensor, tiles: range) -> Tile:
@@ -159,12 +161,12 @@ def _gather(
     """Returns one plane of tiles that follow each other as one array [whole.rows, whole.cols]."""
     if len(parts) == 1:
         return np.frombuffer(parts[0], np.uint8).reshape(whole.rows, whole.cols)
-    gathered = workspace.scratch(whole.rows, whole.cols, np.uint8, plane)
-    place, at = memoryview(gathered.reshape(-1)), 0
+    joined_plane = workspace.scratch(whole.rows, whole.cols, np.uint8, plane)
+    place, at = memoryview(joined_plane.reshape(-1)), 0
     for part in parts:
         place[at : at + part.nbytes] = part
         at += part.nbytes
-    return gathered
+    return joined_plane
 
 
 def join_tiles(
@@ -176,17 +178,22 @@ def join_tiles(
         return [_join_wide(tensor, start, decoded, workspace)]
     if tensor.tiles_together == 1 and not tensor.permuted:
         return [symbols.reshape(part.rows, part.cols) for symbols in islice(decoded, planes)]
-    stored = [workspace.scratch(part.rows, part.cols, np.uint8, plane) for plane in range(planes)]
+    stored_planes = [
+        workspace.scratch(part.rows, part.cols, np.uint8, plane) for plane in range(planes)
+    ]
     for index in range(start, start + tensor.tiles_together):
         tile = tensor.table.grid.tile(index)
-        for plane, symbols in zip(stored, islice(decoded, planes), strict=True):
+        for plane, symbols in zip(stored_planes, islice(decoded, planes), strict=True):
             plane[:, tile.col : tile.col + tile.cols] = symbols.reshape(tile.rows, tile.cols)
     if not tensor.permuted:
-        return stored
-    ordered = [
+        return stored_planes
+    ordered_planes = [
         workspace.scratch(part.rows, part.cols, np.uint8, planes + plane) for plane in range(planes)
     ]
-    return [tensor.in_order(plane, out) for plane, out in zip(stored, ordered, strict=True)]
+    return [
+        tensor.in_order(plane, out)
+        for plane, out in zip(stored_planes, ordered_planes, strict=True)
+    ]
 
 
 def _join_wide(
@@ -194,21 +201,22 @@ def _join_wide(
 ) -> NDArray[np.int16]:
     """Returns codes [rows, cols] of `tiles_together` tiles of a wide tensor, in source order."""
     part = tensor.part(start)
-    stored: NDArray[np.int16] = workspace.scratch(part.rows, part.cols, np.int16)
+    stored_codes: NDArray[np.int16] = workspace.scratch(part.rows, part.cols, np.int16)
     for index in range(start, start + tensor.tiles_together):
         tile = tensor.table.grid.tile(index)
         low, high = (
             symbols.view(np.int8).reshape(tile.rows, tile.cols) for symbols in islice(decoded, 2)
         )
-        codes = stored[:, tile.col - part.col : tile.col - part.col + tile.cols]
+        # The low plane is signed, so a sum and no bitwise or joins the two.
+        codes = stored_codes[:, tile.col - part.col : tile.col - part.col + tile.cols]
         np.copyto(codes, high)
         np.multiply(
             codes, np.int16(1 << tensor.table.low_bits[index]), out=codes
         )  # a shift has half the speed
         np.add(codes, low, out=codes)
     if not tensor.permuted:
-        return stored
-    return tensor.in_order(stored, workspace.scratch(part.rows, part.cols, np.int16, 1))
+        return stored_codes
+    return tensor.in_order(stored_codes, workspace.scratch(part.rows, part.cols, np.int16, 1))
 
 
 def decode_tiles(
@@ -276,12 +284,13 @@ def _steps(
     """Returns the steps of a block of a tile, to broadcast against its codes."""
     assert tensor.scales is not None
     scales = scales_for_tile(tensor.record, tensor.scales, tile)
-    own = scales[:, cols] if scales.shape[0] == 1 and tile.cols == scales.shape[1] else scales[rows]
+    by_column = scales.shape[0] == 1 and tile.cols == scales.shape[1]
+    block_scales = scales[:, cols] if by_column else scales[rows]
     if tensor.columns is None:
-        return own
+        return block_scales
     factors = tensor.columns.scales[tile.col + cols.start : tile.col + cols.stop]
-    steps: NDArray[np.float32] = workspace.scratch(len(own), len(factors), np.float32, 1)
-    np.multiply(own, factors[None, :], out=steps)
+    steps: NDArray[np.float32] = workspace.scratch(len(block_scales), len(factors), np.float32, 1)
+    np.multiply(block_scales, factors[None, :], out=steps)
     return steps
 
 
@@ -336,6 +345,7 @@ def join_planes(
             out, out.dtype.type(1 << 8), out=out
         )  # as a shift by 8, which numpy does at half the speed
         np.bitwise_or(out, plane, out=out)
+    # The sign was moved to the lowest bit, so that the exponent fills a plane of its own.
     if dtype.rotates:
         sign = workspace.scratch(out.shape[0], out.shape[1], out.dtype)
         np.multiply(out, out.dtype.type(1 << (dtype.bits - 1)), out=sign)

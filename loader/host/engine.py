@@ -134,12 +134,12 @@ class HostEngine:
         if promise is None:  # another thread took it at the same moment: both have its promise
             return
         expected = self._prefetched.pop((request.name, request.part), None)
-        started = expected is not None and self._forget(expected)
+        is_started = expected is not None and self._forget(expected)
         if expected is not None and expected != request:
             # Taken with another dtype: the prefetched tensor will never be taken.
             self._promises.pop(expected, None)
-            started = False
-        if not started:
+            is_started = False
+        if not is_started:
             self._start(request, promise, first=True)
         self._start_waiting()
 
@@ -176,16 +176,16 @@ class HostEngine:
         try:
             source = self._container.tensor(request.name)
             self._announcer.announce(source)
-            planned = plan_tensor(source, request, self._allocate)
+            plan = plan_tensor(source, request, self._allocate)
         except Exception as exc:
             promise.fail(exc)
             return
-        if not planned.jobs:
-            promise.give(planned.tensor)
+        if not plan.jobs:
+            promise.give(plan.tensor)
             return
-        pending = _InFlight(planned, promise)
+        pending = _InFlight(plan, promise)
         self._in_flight.add(pending)
-        jobs = [(pending, job) for job in planned.jobs]
+        jobs = [(pending, job) for job in plan.jobs]
         if first:
             self._jobs.extendleft(reversed(jobs))
         else:

@@ -90,6 +90,7 @@ def _plan_weight(
     tensor = tensor_over(memory, tuple(record.shape), dtype)
     if isinstance(source, PlainTensor):
         return PendingTensor(tensor, [partial(_read_plain, source, memory, tensor, stored_dtype)])
+    # Other dtypes than these three are cast by torch from float32, which holds every product.
     target = record.dtype
     if isinstance(record, Int8Tensor):
         name = DTYPE_NAMES.get(dtype, "")
@@ -143,6 +144,7 @@ def _decode_and_cast(
     """Decodes tiles to `target` and casts each into its place in `out` [rows, cols]."""
     slots = read_run(source, tiles, workspace)
     for tile, planes in tiles_of(source, tiles, slots, workspace):
+        # Not from the workspace: `write_tile` uses it for its own values.
         words = np.empty((tile.rows, tile.cols), word_dtype(DTYPES[target]))
         write_tile(source, tile, planes, words, target, workspace)
         values = torch.from_numpy(words.view(np.uint8)).view(TORCH_DTYPES[target])
@@ -157,6 +159,7 @@ def _read_payload(
         source.file.read_into(payload_span(source, tiles)[0], place)
     except TruncatedError as exc:
         raise exc.located(tensor=source.record.name, chunk=first) from None
+    # Checked now: the payload is decoded much later, at each use of the weight.
     for chunk in range(first, last):
         source.stored_chunk(chunk, place, first)
 
@@ -170,6 +173,7 @@ def _read_plain(
 ) -> None:
     """Reads a plainly stored tensor into `memory`, the memory of `tensor`, and casts if needed."""
     casts = tensor.dtype != stored_dtype
+    # The checksum is of the stored bytes, so they are read whole before a cast.
     data = empty_bytes(source.record.source_bytes) if casts else memory
     try:
         source.file.read_into(source.offset, memoryview(data))

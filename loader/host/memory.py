@@ -58,9 +58,9 @@ def tensor_over(
     torch's own ways to see a tensor otherwise give the interpreter's lock away each time, so there
     is one such call, or none.
     """
-    own = _NUMPY_DTYPES.get(dtype)
-    seen = torch.from_numpy(memory.view(own or f"i{dtype.itemsize}").reshape(shape))
-    return seen if own is not None else seen.view(dtype)
+    numpy_dtype = _NUMPY_DTYPES.get(dtype)
+    view = torch.from_numpy(memory.view(numpy_dtype or f"i{dtype.itemsize}").reshape(shape))
+    return view if numpy_dtype is not None else view.view(dtype)
 
 
 class SlabMemory:
@@ -73,13 +73,14 @@ class SlabMemory:
         self._slab = np.empty(0, np.uint8)
 
     def empty_bytes(self, size: int) -> NDArray[np.uint8]:
-        """Does what the function of that name does."""
+        """As the function of that name, from a slab where the size fits one."""
+        # Tiny tensors stay out: one that outlives the others would keep a whole slab in memory.
         if size >= _OWN_MEMORY_BYTES or size < _SLAB_TAKES_BYTES:
             return empty_bytes(size)
-        rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
-        if self._slab.size < rounded:
+        slot_size = -(-size // _ALIGNMENT) * _ALIGNMENT
+        if self._slab.size < slot_size:
             self._slab = _slab()
-        memory, self._slab = self._slab[:size], self._slab[rounded:]
+        memory, self._slab = self._slab[:size], self._slab[slot_size:]
         return memory
 
 
@@ -116,6 +117,7 @@ class RecycledMemory:
                 owner = self._free.popleft()
             except IndexError:
                 break
+            # Exact sizes only: layers repeat, and no memory is wasted on smaller tensors.
             if owner.nbytes == size + _ALIGNMENT:
                 return owner
             self._free.append(owner)
@@ -123,7 +125,8 @@ class RecycledMemory:
 
     def _give(self, owner: NDArray[np.uint8]) -> None:
         self._free.append(owner)
-        while self._free and sum(kept.nbytes for kept in tuple(self._free)) > self._keep_bytes:
+        # A tuple: finalizers of other threads may add to the deque meanwhile.
+        while self._free and sum(one.nbytes for one in tuple(self._free)) > self._keep_bytes:
             self._free.popleft()
 
 

@@ -26,4 +26,5 @@ def decoding_threads(workers: int | None) -> int:
         if workers < 1:
             raise UsageError("workers must be 1 or more", got=workers)
         return workers
+    # The native core works without the interpreter's lock, so all cores are of use.
     return cores() if native.core is not None else min(cores(), USEFUL_THREADS)

@@ -87,9 +87,9 @@ class WorkerThreads:
             for promise in promises:
                 promise.fail(JobDroppedError("the caller was interrupted"))
             raise
-        failed = [error for error in errors if error is not None]
-        if failed:
-            raise failed[0]
+        job_errors = [error for error in errors if error is not None]
+        if job_errors:
+            raise job_errors[0]
 
     def close(self) -> None:
         """Drops queued jobs and waits for running ones. May be called again, after Ctrl-C too."""
@@ -144,9 +144,9 @@ def _start_and_work(queue: _Queue, threads: int, name: str) -> None:
 
 def _work(queue: _Queue) -> None:
     workspace = Workspace()
-    while (queued := queue.jobs.get()) is not None:
-        _run(*queued, queue, workspace)
-        del queued  # an idle thread keeps no job, and no memory of its tensor
+    while (entry := queue.jobs.get()) is not None:
+        _run(*entry, queue, workspace)
+        del entry  # an idle thread keeps no job, and no memory of its tensor
     queue.jobs.put(None)  # for the next thread
 
 
