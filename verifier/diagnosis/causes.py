@@ -43,6 +43,7 @@ class Cause(StrEnum):
     TEXT_DIFFERS = "text differs"
 
 
+# Said by several causes in the same words, so that readers know a remedy again.
 _CONVERT = "Convert the source again, or fetch the container anew and pin its manifest's sha256."
 _WRITER = (
     "The writer of this container is at fault: convert again with this version, and report the "
@@ -182,6 +183,7 @@ def conclude(report: Report) -> str:
     more = len(stage.findings) - 1
     if more:
         parts.append(f"The stage has {more} more finding{'s' * (more != 1)}.")
+    # Later stages run on wrong weights, so their findings are named and not explained.
     later = [
         repr(other.name)
         for other in report.stages
@@ -204,6 +206,7 @@ def explaining(report: Report) -> tuple[Stage, Finding] | None:
     failed_stages = [stage for stage in report.stages if stage.verdict is Verdict.FAILED]
     if not failed_stages:
         return None
+    # A cause says how bytes are wrong, and not only that they are.
     with_cause = [
         (stage, finding)
         for stage in failed_stages

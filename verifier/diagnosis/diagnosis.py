@@ -119,10 +119,12 @@ class _Diagnosis:
         self._examine()
         obstacle = self._obstacle()
         if obstacle is not None:
+            # Named all the same: a reader of the report must see that they did not run.
             for name in ("loaded", "layers", "text", "baseline"):
                 with _stage(self._report, name) as stage:
                     _skip(stage, obstacle)
             return
+        # transformers is imported only where a model will run.
         from codecllm.verifier.diagnosis.model.stages import ModelStages
 
         stages = ModelStages(self._container, self._source, self._examined, self._options)

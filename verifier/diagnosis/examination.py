@@ -1,6 +1,6 @@
 """Examination of a tensor for stages 1 and 2: two passes over its source, one over its chunks.
 
-Memory is a few copies of one tile per thread, whatever the tensor's size. The arithmetic is that of
+Memory is a few copies of one tile per thread, for tensors of any size. The arithmetic is that of
 the slow reference in `formats.schemes`; no code of converter or loader that computes a code or a
 weight is used.
 """
@@ -183,6 +183,7 @@ def _find_scales(
 
     Reads the stored scales too, valid or not.
     """
+    # Not by `container.tensor`, which refuses scales that the format forbids: these are a finding.
     file, header = container.shard(record.shard)
     entry = header.tensors[SCALE.name_for(record.name)]
     result.stored_scales = widened_scales(file.read(entry.start, entry.bytes), record)
@@ -192,6 +193,7 @@ def _find_scales(
         if by_row
         else record.elements // max(1, len(result.stored_scales))
     )
+    # The chunk table may be damaged: its grid is not needed for the source.
     grid = default_grid(rows, record.elements // max(1, rows))
     absmax = np.zeros(len(result.stored_scales), np.float32)
     for tile in grid:
@@ -204,6 +206,7 @@ def _find_scales(
         )
         if not np.isfinite(largest).all():
             _count_not_finite(result, weights if by_row else weights.T, channels.start)
+            # One NaN would make the scale of its channel NaN, and all codes of the channel differ.
             largest = np.where(np.isfinite(largest), largest, 0)
         absmax[channels] = np.maximum(absmax[channels], largest)
     result.absmax = absmax
@@ -276,6 +279,7 @@ def _there_and_back(
     """
     codec = tensor.table.chunks[chunk].codec
     if codec != RANS_ID:
+        # The writer packs sparse planes with other parameters, which the bytes depend on.
         sparse = (
             tensor.table.records["low_bits"][chunk] >= SPARSE_LOW_BITS
             and codec == ZstdCodec.codec_id
@@ -339,6 +343,7 @@ def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examinatio
                 (first + int(bad.argmax())) // max(1, DTYPES[record.dtype].bits // 8),
             )
             result.differing += int(np.count_nonzero(bad))
+    # Plain bytes are stored as they are: their entropy is not looked at.
     result.per_channel.stored_bytes = size
     result.per_channel.entropy_bits = 8.0 * size
     result.per_channel.prefix_bits = 8 * size
@@ -347,6 +352,7 @@ def _examine_plain(tensor: PlainTensor, source: SourceTensor, result: Examinatio
 def _note_difference(result: Examination, tile: Tile, bad: NDArray[np.bool_]) -> None:
     if bad.any():
         result.differing += int(np.count_nonzero(bad))
+        # Parts come in order, so the first difference is the one nearest to the cause.
         if result.first is None:
             row, col = np.unravel_index(int(bad.argmax()), bad.shape)
             result.first = (tile.row + int(row), tile.col + int(col))
@@ -361,6 +367,7 @@ def _encode_again(tensor: StoredTensor, part: Part, result: Examination) -> None
     for chunk, symbols in enumerate(part.chunks, part.first):
         place = tensor.table.chunks[chunk]
         result.per_channel.add_chunk(symbols, place.stored_bytes)
+        # The same codec on this machine: a broken library shows here, and not as a damaged file.
         stored_bytes, symbols_again = _there_and_back(tensor, chunk, symbols)
         if symbols_again != symbols.tobytes():
             name = CODEC_NAMES[place.codec]

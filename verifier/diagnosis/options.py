@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from codecllm.verifier.diagnosis.codes.back_ends import BackEnd
 
 Resident = Literal["dense", "int8", "compressed"]
+# Spelled here too: importing the loader for its names would import torch.
 RESIDENTS: tuple[Resident, ...] = ("dense", "int8", "compressed")
 
 

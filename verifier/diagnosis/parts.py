@@ -32,6 +32,7 @@ def read_tile(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.unsign
     start = tile.row * grid.cols + tile.col
     if tile.cols == grid.cols or tile.rows == 1:
         return source.read_elements(start, start + tile.symbols).reshape(tile.rows, tile.cols)
+    # A tile that is narrower than the matrix lies in pieces, one for each row.
     rows = [
         source.read_elements(start + row * grid.cols, start + row * grid.cols + tile.cols)
         for row in range(tile.rows)

@@ -11,6 +11,7 @@ from rich.table import Table
 from codecllm.verifier.rendering import render_report
 from codecllm.verifier.report import Report
 
+# The worst are enough at a terminal; the HTML report and `--json` have all.
 TENSORS_SHOWN = 10
 TEXT_SHOWN = 60
 
@@ -82,5 +83,6 @@ def text_table(
 
 
 def _short(text: str) -> str:
+    # A generated text may hold line breaks and tabs, which would tear the table.
     line = " ".join(text.split())
     return escape(line if len(line) <= TEXT_SHOWN else line[: TEXT_SHOWN - 3] + "...")
