@@ -92,8 +92,12 @@ class Staging:
         self._commit(last=MANIFEST_NAME)
 
     def commit_plain(self, *, last: str) -> None:
-        """Moves the staged files of a plain model into place, `last` behind all others."""
-        self._commit(last=last)
+        """Moves the staged files of a plain model into place, `last` behind all others.
+
+        Where no such file was staged (a source without config.json), any one comes last.
+        """
+        names = list(_files_of(self.folder))
+        self._commit(last=last if last in names else names[-1])
 
     def _commit(self, last: str) -> None:
         names = [*(name for name in _files_of(self.folder) if name != last), last]

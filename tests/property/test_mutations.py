@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codecllm.converter import ParamsChoice, convert
+from codecllm.converter import ParamsChoice, Rate, convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
@@ -152,21 +152,12 @@ def columns(tmp_path_factory):
         base / "source", {"q": ("F32", values), "w": ("F32", values * 2)}, {"model_type": "none"}
     )
     calibration = Calibration(kind="self", tokens=1, seed=0, sha256="0" * 64)
-    options = {
-        "bits": 5,
-        "ratio": 3.5,
-        "calibrate": "self",
-        "refine": True,
-        "calibration": calibration,
-    }
+    rate = Rate(bits=5.0, calibrate="self", refine=True)
     factors = {"q": 0.3, "w": 0.015}
-    convert(
-        source,
-        base / "c",
-        include=("*",),
-        choice=ParamsChoice(lambda plan: make_steps(plan, factors[plan.source.name])),
-        **options,
+    choice = ParamsChoice(
+        lambda plan: make_steps(plan, factors[plan.source.name]), rate, calibration
     )
+    convert(source, base / "c", include=("*",), choice=choice)
     return _workplace(base / "c")
 
 
