@@ -1,8 +1,8 @@
 """`python -m benchmarks.bits`: KL divergence by bits per weight, of a SmolLM2 with noise.
 
 The model is calibrated once, converted at every rate, and each container is evaluated on two texts:
-the built-in one, and `second_text.txt`. Kinds of calibration beside `self` show what the statistics
-are worth; `none` takes steps from the weights alone; `inputs`, which no conversion offers,
+the built-in one, and `second_text.txt`. Kinds of calibration beside `self` show the value of the
+statistics; `none` takes steps from the weights alone; `inputs`, which no conversion offers,
 multiplies these by the mean squares of the layers' inputs^-1/2, known from 128 tokens of the
 model's own. Synthetic: `demo.models.smollm2_realistic` adds noise to 4-bit weights.
 """
@@ -92,11 +92,11 @@ def measure(
         evaluate(source, [report.out], text=text, max_tokens=tokens).scores[0]
         for text in (None, SECOND_TEXT.read_text())
     ]
-    quantized = [record for record in report.manifest.tensors if isinstance(record, Int8Tensor)]
-    weights = sum(record.elements for record in quantized)
+    int8_records = [record for record in report.manifest.tensors if isinstance(record, Int8Tensor)]
+    weights = sum(record.elements for record in int8_records)
     with Container(report.out) as container:
-        gap = math.fsum(_bits_over_entropy(container, record) for record in quantized)
-    side = 8 * sum(scale_bytes(record) for record in quantized)
+        gap = math.fsum(_bits_over_entropy(container, record) for record in int8_records)
+    side = 8 * sum(scale_bytes(record) for record in int8_records)
     return Row(
         calibrated,
         asked,
@@ -117,7 +117,7 @@ def _bits_over_entropy(container: Container, record: Int8Tensor) -> float:
     tensor = container.tensor(record.name)
     assert isinstance(tensor, StoredTensor)
     table, planes = tensor.table, tensor.table.planes
-    left = 8.0 * (int(table.offsets[-1]) + table.records.nbytes + (record.tables_bytes or 0))
+    excess_bits = 8.0 * (int(table.offsets[-1]) + table.records.nbytes + (record.tables_bytes or 0))
     for tile in range(len(table.grid)):
         first, last = tile * planes, (tile + 1) * planes
         slots = tensor.read_slots(first, last, bytearray(tensor.slots_bytes(first, last)))
@@ -125,22 +125,22 @@ def _bits_over_entropy(container: Container, record: Int8Tensor) -> float:
             sound(symbols).view(np.int8) for symbols in tensor.decode_run(first, last, slots, first)
         )
         codes = join_codes(low, high[0], table.low_bits[tile]) if high else low
-        left -= counted_entropy_bits(np.bincount(codes.astype(np.int64) - int(codes.min())))
-    return left
+        excess_bits -= counted_entropy_bits(np.bincount(codes.astype(np.int64) - int(codes.min())))
+    return excess_bits
 
 
 def _calibrated(source: Path, kind: str, refined: Collection[str]) -> Calibrated | None:
     if kind == "none":
         return None
-    with SourceModel(source) as opened:
+    with SourceModel(source) as source_model:
         if kind != "inputs":
-            return calibrate(opened, kind, refined=refined)
-        known = set(opened.tensors)
+            return calibrate(source_model, kind, refined=refined)
+        source_names = set(source_model.tensors)
     model = load_plain(source, torch.float32).eval()
     tokens = own_text(model)
     assert tokens is not None
     tokens = tokens[:2]
-    return Calibrated(mean_squared_inputs(model, tokens, known), record("inputs", tokens))
+    return Calibrated(mean_squared_inputs(model, tokens, source_names), record("inputs", tokens))
 
 
 def main(
@@ -176,19 +176,23 @@ def main(
                 measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens)
             )
         for kind in kinds or ["self"]:
-            with SourceModel(source) as opened:
-                names = quantized_tensors(opened, ConvertOptions(**options)) if refine else ()
-            found = _calibrated(source, kind, names)
-            statistics = {} if found is None else found.statistics
-            feedback = None if found is None or found.products is None else Feedback(found.products)
+            with SourceModel(source) as source_model:
+                names = quantized_tensors(source_model, ConvertOptions(**options)) if refine else ()
+            calibration = _calibrated(source, kind, names)
+            statistics = {} if calibration is None else calibration.statistics
+            feedback = (
+                None
+                if calibration is None or calibration.products is None
+                else Feedback(calibration.products)
+            )
             for bits, refiner in product(rates or RATES, (None, feedback) if feedback else (None,)):
                 rate = Rate(bits=bits, calibrate=kind, refine=refiner is not None)
-                chosen = ConvertOptions(rate=rate, **options)
+                rate_options = ConvertOptions(rate=rate, **options)
                 out = folder / f"{kind}-{bits:g}{'-refined' if refiner else ''}"
-                with SourceModel(source) as opened:
-                    fitted = fit(opened, chosen, statistics, refiner)
-                    choice = ParamsChoice(fitted, rate, found and found.record)
-                    report = convert_model(opened, out, chosen, choice=choice)
+                with SourceModel(source) as source_model:
+                    fitted_steps = fit(source_model, rate_options, statistics, refiner)
+                    choice = ParamsChoice(fitted_steps, rate, calibration and calibration.record)
+                    report = convert_model(source_model, out, rate_options, choice=choice)
                 rows.append(measure(report, source, kind, bits, tokens))
                 Console(stderr=True).print(rows[-1], f"{report.seconds:.1f} s of conversion")
     if as_json:

@@ -39,11 +39,11 @@ class Row:
     """Results for one kind of symbols and one chunk size, in bits a symbol and MB/s of symbols.
 
     Attributes:
-        symbols: what was coded.
+        symbols: name of the coded symbols.
         chunk_kib: symbols of a chunk / 1024.
         group_entropy: order-0 entropy of the symbols that share a table, averaged over groups.
-        chunk_entropy: order-0 entropy of single chunks, averaged: what a table per chunk could
-            reach if it cost nothing.
+        chunk_entropy: order-0 entropy of single chunks, averaged: the limit of a table per chunk
+            without its cost.
         rans, zstd: stored bits.
         precision: of the tables, the largest.
         rans_encode, rans_decode, zstd_encode, zstd_decode: one thread.
@@ -107,26 +107,26 @@ def measure(name: str, symbols: NDArray[np.uint8], chunk: int) -> Row:
         symbols[start : start + GROUP_SYMBOLS] for start in range(0, len(symbols), GROUP_SYMBOLS)
     ]
     tables = [fit_table(np.bincount(group, minlength=256)) for group in groups]
-    uncoded = [
+    raw_chunks = [
         rans.Uncoded(group[start : start + chunk], table)
         for group, table in zip(groups, tables, strict=True)
         for start in range(0, len(group), chunk)
     ]
-    encoded, encode_s = _timed(lambda: rans.encode_chunks(uncoded))
-    coded = [
+    encoded_chunks, encode_s = _timed(lambda: rans.encode_chunks(raw_chunks))
+    coded_chunks = [
         rans.Coded(data, len(part.symbols), part.table)
-        for data, part in zip(encoded, uncoded, strict=True)
+        for data, part in zip(encoded_chunks, raw_chunks, strict=True)
     ]
-    decoded, decode_s = _timed(lambda: rans.decode_chunks(coded))
+    decoded_chunks, decode_s = _timed(lambda: rans.decode_chunks(coded_chunks))
     zstd = CODECS[CODEC_IDS["zstd"]]
-    frames, zstd_encode_s = _timed(lambda: [zstd.encode(part.symbols) for part in uncoded])
+    frames, zstd_encode_s = _timed(lambda: [zstd.encode(part.symbols) for part in raw_chunks])
     plain, zstd_decode_s = _timed(
         lambda: [
             zstd.decode(frame, len(part.symbols))
-            for frame, part in zip(frames, uncoded, strict=True)
+            for frame, part in zip(frames, raw_chunks, strict=True)
         ]
     )
-    for got, frame, part in zip(decoded, plain, uncoded, strict=True):
+    for got, frame, part in zip(decoded_chunks, plain, raw_chunks, strict=True):
         if (
             isinstance(got, Exception)
             or not np.array_equal(got, part.symbols)
@@ -142,8 +142,8 @@ def measure(name: str, symbols: NDArray[np.uint8], chunk: int) -> Row:
         name,
         chunk >> 10,
         sum(entropy_bits(group) for group in groups) / len(symbols),
-        sum(entropy_bits(part.symbols) for part in uncoded) / len(symbols),
-        8 * (sum(slot_bytes(len(data)) for data in encoded) + table_bytes) / len(symbols),
+        sum(entropy_bits(part.symbols) for part in raw_chunks) / len(symbols),
+        8 * (sum(slot_bytes(len(data)) for data in encoded_chunks) + table_bytes) / len(symbols),
         8 * sum(slot_bytes(len(frame)) for frame in frames) / len(symbols),
         max(table.precision for table in tables),
         *speeds,
@@ -151,9 +151,9 @@ def measure(name: str, symbols: NDArray[np.uint8], chunk: int) -> Row:
 
 
 def _timed(work):  # type: ignore[no-untyped-def]
-    started = time.perf_counter()
+    start = time.perf_counter()
     result = work()
-    return result, time.perf_counter() - started
+    return result, time.perf_counter() - start
 
 
 def main(

@@ -2,8 +2,8 @@
 
 Weights are Gaussian, or matrices of SmolLM2 with realistic bits; scales of columns are drawn
 log-normally (sigma 0.5; equal in the second table), rows get `step` times their root mean square.
-The first table cuts the columns, by the size of their codes, into 1 to 16 groups: one group is what
-a container without groups has. The second lets codes leave [-127, 127].
+The first table cuts the columns, by the size of their codes, into 1 to 16 groups: one group is the
+case of a container without groups. The second lets codes leave [-127, 127].
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Row:
     """One matrix under one choice of steps; bits a weight of slots, chunk records and tables.
 
     Attributes:
-        weights: what was coded.
+        weights: name of the coded weights.
         step: in root mean squares of a row.
         groups: tiles side by side.
         escapes: share of codes outside [-127, 127].
@@ -112,18 +112,20 @@ def measure(
     factors = np.exp(sigma * np.random.default_rng(2).standard_normal(weights.shape[1])).astype(
         np.float32
     )
-    scaled = weights / factors
-    rows = (step * np.sqrt(np.square(scaled).mean(axis=1))).astype(np.float32)
-    squares = np.square(scaled, dtype=np.float64).mean(axis=0)
+    scaled_weights = weights / factors
+    rows = (step * np.sqrt(np.square(scaled_weights).mean(axis=1))).astype(np.float32)
+    squares = np.square(scaled_weights, dtype=np.float64).mean(axis=0)
     for count in groups:
         tile = column_tiles(*weights.shape, groups=count)
         steps = QuantParams(rows, factors, like_columns(squares, tile[1]), tile)
-        found = {codec: _stored(weights, steps, codec) for codec in ("zstd", "rans")}
-        codes = found["zstd"][1][:, steps.order]
+        stored_bits = {codec: _stored(weights, steps, codec) for codec in ("zstd", "rans")}
+        codes = stored_bits["zstd"][1][:, steps.order]
         parts = [codes[:, col : col + tile[1]] for col in range(0, codes.shape[1], tile[1])]
         entropy = sum(_entropy_bits(part) for part in parts) / codes.size
         escapes = float((np.abs(codes.astype(np.int32)) > 127).mean())
-        yield Row(name, step, len(parts), escapes, entropy, found["zstd"][0], found["rans"][0])
+        yield Row(
+            name, step, len(parts), escapes, entropy, stored_bits["zstd"][0], stored_bits["rans"][0]
+        )
 
 
 def _stored(
@@ -162,14 +164,14 @@ def _table(title: str, rows: list[Row]) -> Table:
     for column in ("weights", "step", "groups", "escapes", "entropy", "zstd", "rans"):
         table.add_column(column, justify="left" if column == "weights" else "right")
     for row in rows:
-        stored = [f"{bits:.3f} ({bits - row.entropy:+.3f})" for bits in (row.zstd, row.rans)]
+        bits_cells = [f"{bits:.3f} ({bits - row.entropy:+.3f})" for bits in (row.zstd, row.rans)]
         table.add_row(
             row.weights,
             f"{row.step}",
             f"{row.groups}",
             f"{row.escapes:.2%}",
             f"{row.entropy:.3f}",
-            *stored,
+            *bits_cells,
         )
     return table
 

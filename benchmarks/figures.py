@@ -62,8 +62,10 @@ def main() -> None:
     page = DOCS / "quality-peers.md"
     ours = _points(_table(page, "| container | bits |"), 1, 2)
     peers = _points(_table(page, "| peer | bits | KL | ours, bits | saved | `--refine` |"), 1, 2)
-    informed = _points(_table(page, "| peer | bits | KL | ours, bits | saved | KL, 2nd"), 1, 2)
-    informed = [Point(p.name.removesuffix("-imatrix"), p.bits, p.kl) for p in informed]
+    imatrix_points = _points(
+        _table(page, "| peer | bits | KL | ours, bits | saved | KL, 2nd"), 1, 2
+    )
+    imatrix_points = [Point(p.name.removesuffix("-imatrix"), p.bits, p.kl) for p in imatrix_points]
     gguf = [peer for peer in peers if re.match(r"I?Q\d", peer.name)]
     other = [peer for peer in peers if peer not in gguf]
     lines = [
@@ -76,7 +78,7 @@ def main() -> None:
         [
             *lines,
             Series("llama.cpp", gguf, "#c2571a", "s"),
-            Series("llama.cpp, importance matrix", informed, "#8a4fbf", "^"),
+            Series("llama.cpp, importance matrix", imatrix_points, "#8a4fbf", "^"),
             Series("bitsandbytes, HQQ", other, "#b58a1f", "D"),
         ],
         axis,
@@ -144,23 +146,25 @@ def _label(figure: Any, axes: Any, series: list[Series]) -> None:
     """Names points; each label takes the first place around its point that no mark or label has."""
     figure.canvas.draw()
     every = [(axes.transData.transform((p.bits, p.kl)), p, s) for s in series for p in s.points]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for (x, y), _, _ in every]
+    boxes = [(x - 5, y - 5, x + 5, y + 5) for (x, y), _, _ in every]
     for one in (s for s in series if s.line):
         spots = [axes.transData.transform((p.bits, p.kl)) for p in one.points]
         for (x0, y0), (x1, y1) in itertools.pairwise(spots):
             steps = [k / 12 for k in range(13)]
             spot = [(x0 + (x1 - x0) * k, y0 + (y1 - y0) * k) for k in steps]
-            taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in spot]
-    crowded = sorted(every, key=lambda e: -sum(math.dist(e[0], other[0]) < 40 for other in every))
-    for (x, y), point, one in crowded:
+            boxes += [(x - 2, y - 2, x + 2, y + 2) for x, y in spot]
+    by_crowding = sorted(
+        every, key=lambda e: -sum(math.dist(e[0], other[0]) < 40 for other in every)
+    )
+    for (x, y), point, one in by_crowding:
         if not one.named:
             continue
         width, height = 6.2 * len(point.name), 12
         for dx, dy in _places(width, height):
             box = (x + dx, y + dy, x + dx + width, y + dy + height)
-            if not any(_overlap(box, other) for other in taken):
+            if not any(_overlap(box, other) for other in boxes):
                 break
-        taken.append(box)
+        boxes.append(box)
         place = axes.transData.inverted().transform((x + dx, y + dy))
         far = abs(dx + width / 2) > width / 2 + 12 or abs(dy) > 20
         arrow = {"arrowstyle": "-", "color": one.colour, "lw": 0.5} if far else None

@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu`: correctness and speed of the GPU path, against the machine's limits.
 
-Needs torch, Triton and what the loader needs. Where nothing can be installed, put a copy beside the
+Needs torch, Triton and the loader's packages. Where nothing can be installed, put a copy beside the
 repository and run from its root (`-P` keeps the folder `codecllm` there from hiding the copy):
 
     python -m pip install --no-deps --no-build-isolation --target /tmp/site .
@@ -52,7 +52,7 @@ def run_section(name: str, machine: Machine) -> dict[str, Any]:
     """Runs one section; an error stands in its record, beside the rows before it."""
     rows: list[Row] = []
     failure = None
-    started = time.perf_counter()
+    start = time.perf_counter()
     try:
         for row in SECTIONS[name](machine):
             rows.append(row)
@@ -60,7 +60,7 @@ def run_section(name: str, machine: Machine) -> dict[str, Any]:
         failure = traceback.format_exc(limit=-6)
     return {
         "section": name,
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - start,
         "rows": rows,
         "failure": failure,
     }
@@ -111,20 +111,20 @@ def main(
         raise typer.BadParameter("there is no GPU here; --rehearse runs under Triton's interpreter")
     machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), rehearse)
     console = Console(width=170)
-    done = []
+    results = []
     for name in names:
-        done.append(run_section(name, machine))
+        results.append(run_section(name, machine))
         if out is not None:
             sections = [
-                section | {"rows": [asdict(row) for row in section["rows"]]} for section in done
+                section | {"rows": [asdict(row) for row in section["rows"]]} for section in results
             ]
             out.write_text(
                 json.dumps({"machine": machine.describe(), "sections": sections}, indent=1)
             )
     console.print(machine.describe())
-    _print(console, done)
-    wrong = any(row.value is False for section in done for row in section["rows"])
-    raise typer.Exit(1 if wrong or any(section["failure"] for section in done) else 0)
+    _print(console, results)
+    wrong = any(row.value is False for section in results for row in section["rows"])
+    raise typer.Exit(1 if wrong or any(section["failure"] for section in results) else 0)
 
 
 if __name__ == "__main__":

@@ -41,23 +41,23 @@ def int8_matmul(settings: Settings) -> Iterator[Row]:
                 ),
             )
             for name, seconds in zip(ways, ours, strict=True):
-                taken = name == ("packed" if can_pack(inputs, codes) else "dequantized")
+                is_default = name == ("packed" if can_pack(inputs, codes) else "dequantized")
                 what = f"int8 product {rows} x {cols}, {tokens} tokens: {name}" + (
-                    ", taken" if taken else ""
+                    ", taken" if is_default else ""
                 )
-                measured = {"seconds": seconds, "dense_seconds": dense}
+                numbers = {"seconds": seconds, "dense_seconds": dense}
                 yield Row(
                     what,
                     f"{ratio(dense, seconds):.2f}x",
                     "speed of a dense bf16 layer",
                     "",
                     None,
-                    measured,
+                    numbers,
                 )
 
 
 def _ways(inputs: torch.Tensor, codes: torch.Tensor) -> dict[str, Product]:
-    """Returns what can multiply these; compiling needs a C++ compiler."""
+    """Returns the functions that can multiply these; compiling needs a C++ compiler."""
     ways: dict[str, Product] = {"dequantized": exact}
     if can_pack(inputs, codes):
         ways["packed"] = packed
@@ -78,8 +78,8 @@ def _dequantized(
 @torch.inference_mode()
 def _seconds(work: Callable[[], object], least: float = 0.05) -> float:
     """Returns the mean seconds of a call, repeated for at least `least` seconds."""
-    calls, started = 0, time.perf_counter()
-    while (taken := time.perf_counter() - started) < least:
+    calls, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < least:
         work()
         calls += 1
-    return taken / calls
+    return elapsed / calls

@@ -29,8 +29,8 @@ def build() -> None:
     if native.core is not None or "--built" in sys.argv:
         return
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    print(done.stdout[-500:], done.stderr[-2000:])
+    process = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    print(process.stdout[-500:], process.stderr[-2000:])
     arguments = [sys.executable, "-m", "benchmarks.many_cores", *sys.argv[1:], "--built"]
     raise SystemExit(subprocess.run(arguments, cwd=ROOT, check=False).returncode)
 
@@ -39,12 +39,12 @@ def check_bits() -> None:
     """Runs the tests that compare every set of kernels with numpy, or the doctor."""
     tests = ["tests/unit/formats/test_rans.py", "tests/unit/formats/test_native.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    if "No module named" in done.stdout + done.stderr:
+    process = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if "No module named" in process.stdout + process.stderr:
         command = [sys.executable, "-m", "codecllm", "doctor"]
-        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    print(done.stdout[-1500:], done.stderr[-1500:])
-    if done.returncode:
+        process = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    print(process.stdout[-1500:], process.stderr[-1500:])
+    if process.returncode:
         raise SystemExit("bits are wrong")
 
 

@@ -35,9 +35,9 @@ def megabytes_a_second(work: Callable[[], None], size: int) -> float:
     """Returns MB of CPU time a second, the best of nine."""
     best = math.inf
     for _ in range(9):
-        started = time.thread_time()
+        start = time.thread_time()
         work()
-        best = min(best, time.thread_time() - started)
+        best = min(best, time.thread_time() - start)
     return size / best / 1e6
 
 
@@ -76,9 +76,9 @@ def print_kernels(kernels: str) -> None:
         symbols = gaussian_symbols(bits)
         table = fit_table(symbol_counts(symbols.reshape(-1)))
         frequencies = table.frequencies.astype(np.uint16)
-        stored = [core.rans_encode(chunk, frequencies, table.precision) for chunk in symbols]
+        payloads = [core.rans_encode(chunk, frequencies, table.precision) for chunk in symbols]
         encode = partial(encode_all, symbols, frequencies, table.precision)
-        decode = partial(decode_all, stored, frequencies, table.precision)
+        decode = partial(decode_all, payloads, frequencies, table.precision)
         print(
             f"{kernels:9} rans {bits} bits, precision {table.precision}: "
             f"encode {megabytes_a_second(encode, symbols.size):5.0f} MB/s, "

@@ -1,6 +1,6 @@
 """One measured task in a process of its own: `python -m benchmarks.peak WORK ...` prints JSON.
 
-Imports come first and are not counted; memory is RssAnon above what the process held after them.
+Imports come first and are not counted; memory is RssAnon above its value after the imports.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 from benchmarks.measure.memory import PeakMemory
 
 _WARM_BYTES = 1 << 30
-"""Free memory that is in use just before a load is timed, whoever's load it is."""
+"""Memory that is taken and freed just before each timed load."""
 
 
 def in_fresh_process(work: str, *arguments: object) -> dict[str, float]:
     """Runs a piece of work in a new process and returns its figures."""
     command = [sys.executable, "-m", "benchmarks.peak", work, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{process.stderr}")
+    figures: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     return figures
 
 
@@ -45,8 +45,8 @@ def stream(container: str, workers: str) -> dict[str, float]:
     from codecllm.loader import stream_tensors
 
     largest = 0
-    with PeakMemory() as peak, Container(container) as opened:
-        for _, tensor in stream_tensors(opened, workers=int(workers)):
+    with PeakMemory() as peak, Container(container) as opened_container:
+        for _, tensor in stream_tensors(opened_container, workers=int(workers)):
             largest = max(largest, tensor.nbytes)
     return {"mib": peak.mib, "largest_mib": largest / 2**20}
 
@@ -56,14 +56,14 @@ def load(container: str, resident: str, workers: str, warm: bool = True) -> dict
     _import_model_class(container)
     from codecllm.loader import from_pretrained
 
-    started = _start(warm)
+    start = _start(warm)
     from_pretrained(
         container,
         resident=resident,  # type: ignore[arg-type]
         workers=int(workers),
         progress=False,
     )
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - start}
 
 
 def load_cold(container: str, resident: str, workers: str) -> dict[str, float]:
@@ -93,11 +93,11 @@ def load_plain(source: str) -> dict[str, float]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    started = _start()
+    start = _start()
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    mapped = time.perf_counter() - started
+    mapped_seconds = time.perf_counter() - start
     _touch(model)
-    return {"seconds": time.perf_counter() - started, "seconds_mapped_only": mapped}
+    return {"seconds": time.perf_counter() - start, "seconds_mapped_only": mapped_seconds}
 
 
 def load_floor(container: str, workers: str) -> dict[str, float]:
@@ -121,12 +121,12 @@ def load_peer(name: str, source: str, folder: str) -> dict[str, float]:
     cls = getattr(
         transformers, config.architectures[0]
     )  # not built here: that would warm its memory up
-    started = _start()
+    start = _start()
     state = peers.LOADERS[name](Path(folder))
-    decoded = time.perf_counter() - started
+    decoding_seconds = time.perf_counter() - start
     model = cls.from_pretrained(None, config=config, state_dict=state, dtype="auto")
     _touch(model)
-    return {"seconds": time.perf_counter() - started, "seconds_decoding": decoded}
+    return {"seconds": time.perf_counter() - start, "seconds_decoding": decoding_seconds}
 
 
 def generate(container: str, resident: str, workers: str) -> dict[str, float]:
@@ -154,9 +154,9 @@ def generate(container: str, resident: str, workers: str) -> dict[str, float]:
         with torch.inference_mode():
             model.generate(**prompt, **options)
             decoding.seconds = 0.0
-            started = time.perf_counter()
+            start = time.perf_counter()
             model.generate(**prompt, **options)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - start
     return {
         "seconds_per_token": seconds / tokens,
         "mib": peak.mib,
@@ -172,9 +172,9 @@ class _TimedDecoding:
         plain = cls.decode_bands
 
         def timed(*arguments: Any) -> None:
-            started = time.perf_counter()
+            start = time.perf_counter()
             plain(*arguments)
-            self.seconds += time.perf_counter() - started
+            self.seconds += time.perf_counter() - start
 
         cls.decode_bands = timed
 
@@ -194,11 +194,11 @@ def _model_mib(model: Any) -> float:
 
 
 def _start(warm: bool = True) -> float:
-    """Returns the time, behind what would fall into some measurements only.
+    """Returns the time, after work that would fall into some measurements only.
 
     That is a collection of the imports' garbage and, where `warm`, the supply of free memory: the
-    host of a virtual machine takes back what was free for seconds, and needs up to a second to give
-    300 MB again.
+    host of a virtual machine takes back memory that was free for seconds, and needs up to a second
+    to give 300 MB again.
     """
     gc.collect()
     if warm:
@@ -209,7 +209,7 @@ def _start(warm: bool = True) -> float:
 
 
 def _import_model_class(folder: str) -> None:
-    """Imports what loading will import, so that neither time nor memory of it is counted."""
+    """Imports the modules of a load, so that neither time nor memory of it is counted."""
     import transformers
 
     config = json.loads((Path(folder) / "config.json").read_text())

@@ -1,8 +1,8 @@
 """`from_pretrained` of a real model beside plain transformers and other tools, per residency.
 
 Every figure is from a process of its own; imports are not counted, and times are taken with free
-memory that was in use just before: what a virtual machine's host has to supply first costs every
-loader the same, and at times more than the load. The weights are SmolLM2-135M-Instruct with
+memory that was in use just before: pages that a virtual machine's host has to supply first cost
+every loader the same, and at times more than the load. The weights are SmolLM2-135M-Instruct with
 synthetic low bits (demo/models.py), so that lossless coders meet the entropy of a model trained in
 bf16.
 """
@@ -54,33 +54,36 @@ def pretrained(settings: Settings) -> Iterator[Row]:
     for _ in range(settings.repeats):
         for name, work in works.items():
             figures[name].append(in_fresh_process(*work))
-    seconds = {name: [figure["seconds"] for figure in taken] for name, taken in figures.items()}
+    seconds = {
+        name: [figure["seconds"] for figure in turn_figures]
+        for name, turn_figures in figures.items()
+    }
     for scheme, resident in _WAYS:
         name = f"{scheme}, {resident}"
         times = 1 / ratio(seconds["plain"], seconds[name])
-        goal, met = ("<= 1.5x", times <= 1.5) if name == "lossless, dense" else ("", None)
+        goal, goal_met = ("<= 1.5x", times <= 1.5) if name == "lossless, dense" else ("", None)
         against = (
             f"plain transformers, every page touched: {statistics.median(seconds['plain']):.2f} s"
         )
-        measured = {"seconds": seconds[name], "plain_seconds": seconds["plain"]}
+        numbers = {"seconds": seconds[name], "plain_seconds": seconds["plain"]}
         yield Row(
             f"from_pretrained SmolLM2 {name}",
             f"{times:.2f}x its time",
             against,
             goal,
-            met,
-            measured,
+            goal_met,
+            numbers,
         )
         if resident == "dense":
             cold = f"{1 / ratio(seconds['plain'], seconds[f'{scheme}, cold']):.2f}x its time"
-            measured = {"seconds": seconds[f"{scheme}, cold"]}
+            numbers = {"seconds": seconds[f"{scheme}, cold"]}
             yield Row(
                 "  in free memory as the machine has it",
                 cold,
                 "plain transformers, as above",
                 "",
                 None,
-                measured,
+                numbers,
             )
             yield _beside_floor(name, seconds[name], seconds["plain"], seconds[f"{scheme} floor"])
         extra, against = (
@@ -105,14 +108,14 @@ def pretrained(settings: Settings) -> Iterator[Row]:
             f"{name}: {statistics.median(seconds[name]):.2f} s, "
             f"{size / _stored(containers['lossless']):.4f} of our bytes"
         )
-        measured = {"seconds": seconds["lossless, dense"], f"{name}_seconds": seconds[name]}
+        numbers = {"seconds": seconds["lossless, dense"], f"{name}_seconds": seconds[name]}
         yield Row(
             f"lossless, dense: speed beside {name}",
             f"{times:.1f}x",
             against,
             "> 1x",
             times > 1,
-            measured,
+            numbers,
         )
     for name in sorted(peers.MAKERS.keys() - sizes.keys()):
         yield Row(
@@ -138,18 +141,19 @@ def resident(settings: Settings) -> Iterator[Row]:
         for name, work in works.items():
             figures[name].append(in_fresh_process(*work))
     seconds = {
-        name: [figure["seconds_per_token"] for figure in taken] for name, taken in figures.items()
+        name: [figure["seconds_per_token"] for figure in turn_figures]
+        for name, turn_figures in figures.items()
     }
     for scheme, how in _WAYS[2:]:
         name, dense = f"{scheme}, {how}", f"{scheme}, dense"
         faster = ratio(seconds[dense], seconds[name])
-        goal, met = (">= 1x", faster >= 1) if how == "int8" else ("", None)
+        goal, goal_met = (">= 1x", faster >= 1) if how == "int8" else ("", None)
         against = f"dense bf16: {1 / statistics.median(seconds[dense]):.1f} tokens/s"
         if how == "compressed":
             share = statistics.median(figure["decoding_share"] for figure in figures[name])
             against += f"; {share:.0%} of the time decodes"
-        measured = {"seconds_per_token": seconds[name], "dense_seconds_per_token": seconds[dense]}
-        yield Row(f"tokens/s, SmolLM2 {name}", f"{faster:.2f}x", against, goal, met, measured)
+        numbers = {"seconds_per_token": seconds[name], "dense_seconds_per_token": seconds[dense]}
+        yield Row(f"tokens/s, SmolLM2 {name}", f"{faster:.2f}x", against, goal, goal_met, numbers)
         peak = max(figure["mib"] for figure in figures[name])
         bound = _memory_bound(containers[scheme], how)
         yield Row(
@@ -180,30 +184,35 @@ def _beside_floor(name: str, ours: list[float], plain: list[float], floor: list[
 
 
 def _memory_bound(container: Path, how: str) -> float:
-    """Returns 1.15 x (what stays resident + the largest decoded layer) + 256 MiB, in MiB."""
-    with Container(container) as opened:
+    """Returns 1.15 x (resident bytes + the largest decoded layer) + 256 MiB, in MiB."""
+    with Container(container) as opened_container:
         tensors = [
-            opened.tensor(record.name)
-            for record in opened.manifest.tensors
+            opened_container.tensor(record.name)
+            for record in opened_container.manifest.tensors
             if record.scheme != "alias"
         ]
-        coded = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]
+        coded_tensors = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]
         plain = sum(
             tensor.record.source_bytes for tensor in tensors if not isinstance(tensor, StoredTensor)
         )
         if how == "int8":
             stays = sum(
                 t.record.elements if t.record.scheme == "int8" else t.record.source_bytes
-                for t in coded
+                for t in coded_tensors
             )
             return (1.15 * stays + plain) / 2**20 + 256
-        stored = _stored(container)
-        return 1.15 * (stored + max(tensor.record.source_bytes for tensor in coded)) / 2**20 + 256
+        stored_bytes = _stored(container)
+        return (
+            1.15
+            * (stored_bytes + max(tensor.record.source_bytes for tensor in coded_tensors))
+            / 2**20
+            + 256
+        )
 
 
 def _stored(container: Path) -> int:
-    with Container(container) as opened:
-        return sum(record.bytes for record in opened.manifest.shards)
+    with Container(container) as opened_container:
+        return sum(record.bytes for record in opened_container.manifest.shards)
 
 
 def _containers(source: Path) -> dict[str, Path]:

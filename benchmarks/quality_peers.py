@@ -5,7 +5,7 @@ The model is SmolLM2-135M with synthetic low bits (demo/models.py).
 
 Every tool quantizes the same linear layers; embeddings and norms stay as they are. One `codecllm
 eval` run per text scores all of them against the bf16 source. `--json` keeps every figure.
-docs/quality-peers.md says what they mean and what is needed.
+docs/quality-peers.md explains them and names the packages.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Row:
         kl: mean KL per token, nats.
         kl_99: 99th percentile.
         top1: share of tokens with the same most likely successor.
-        ours: our bits at the same KL; None where it lies outside of what was measured.
+        ours: our bits at the same KL; None outside of the measured range.
         refined: the same with `--refine`; None for those given an importance matrix.
         goal: per cent of bits that were to be saved; None for those given an importance matrix.
     """
@@ -93,7 +93,7 @@ class Row:
 
 
 def calibration_text(base: Path, out: Path) -> Path:
-    """Writes what the model itself says after its first token, seeded; returns the file."""
+    """Writes a seeded text of the model, from its first token on; returns the file."""
     if out.exists():
         return out
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -120,25 +120,28 @@ def calibration_text(base: Path, out: Path) -> Path:
 def make_llama_cpp(base: Path, calibration: Path) -> list[Path]:
     """Quantizes with llama.cpp: with or without importance matrix, and joined rows."""
     tool = llama_cpp.LlamaCpp(llama_cpp.build(), smollm2_gguf())
-    plain, joined = ROOT / "bf16.gguf", ROOT / "joined.gguf"
-    importance = {plain: ROOT / "importance.gguf", joined: ROOT / "importance-joined.gguf"}
-    if not importance[joined].exists():
-        tool.write_model(base, plain)
-        tool.write_model(base, joined, joined=True)
-        tool.importance(plain, calibration, importance[plain], CALIBRATION[1])
-        llama_cpp.join_importance(importance[plain], importance[joined])
-    made = []
+    plain_gguf, joined_gguf = ROOT / "bf16.gguf", ROOT / "joined.gguf"
+    importance = {
+        plain_gguf: ROOT / "importance.gguf",
+        joined_gguf: ROOT / "importance-joined.gguf",
+    }
+    if not importance[joined_gguf].exists():
+        tool.write_model(base, plain_gguf)
+        tool.write_model(base, joined_gguf, joined=True)
+        tool.importance(plain_gguf, calibration, importance[plain_gguf], CALIBRATION[1])
+        llama_cpp.join_importance(importance[plain_gguf], importance[joined_gguf])
+    candidates = []
     for name, (kind, pure) in KINDS.items():
-        for source in (plain, joined):
-            for informed in (False, True):
-                if name == "Q8_0" and (informed or source is joined):
+        for source in (plain_gguf, joined_gguf):
+            for with_importance in (False, True):
+                if name == "Q8_0" and (with_importance or source is joined_gguf):
                     continue  # its blocks are of 32, and it has no use for importance
-                if name.endswith("_M") and source is joined:
+                if name.endswith("_M") and source is joined_gguf:
                     continue  # the mixtures are judged as users get them
                 title = (
                     name
-                    + ("-joined" if source is joined else "")
-                    + ("-imatrix" if informed else "")
+                    + ("-joined" if source is joined_gguf else "")
+                    + ("-imatrix" if with_importance else "")
                 )
                 file = ROOT / f"{title}.gguf"
                 if not file.exists():
@@ -147,14 +150,14 @@ def make_llama_cpp(base: Path, calibration: Path) -> list[Path]:
                         file,
                         kind,
                         pure=pure,
-                        importance=importance[source] if informed else None,
+                        importance=importance[source] if with_importance else None,
                     )
                     print(title, llama_cpp.stored_types(file), file=sys.stderr, flush=True)
                 folder = ROOT / title
-                if source is joined and not folder.exists():
+                if source is joined_gguf and not folder.exists():
                     quantizers.write_dequantized(base, folder, llama_cpp.read_matrices(file, base))
-                made.append(folder if source is joined else file)
-    return made
+                candidates.append(folder if source is joined_gguf else file)
+    return candidates
 
 
 def make_others(base: Path) -> list[Path]:
@@ -178,27 +181,29 @@ def make_others(base: Path) -> list[Path]:
 def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
     """Converts at each rate: by default, refined, and calibrated on the imatrix text."""
     options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
-    own = same = feedback = None
-    made = []
+    own_run = same = feedback = None
+    candidates = []
     for title, bits in product((SELF, REFINED, SAME_TEXT), BITS):
-        made.append(out := ROOT / f"{title}-{bits:g}")
+        candidates.append(out := ROOT / f"{title}-{bits:g}")
         if (out / "codecllm.json").exists():
             continue
         with SourceModel(base) as source:
             if title == SAME_TEXT:
-                found = same = same or calibrate(source, str(calibration))
+                calibration_run = same = same or calibrate(source, str(calibration))
             else:
                 names = quantized_tensors(source, ConvertOptions(**options))
-                found = own = own or calibrate(source, "self", refined=names)
+                calibration_run = own_run = own_run or calibrate(source, "self", refined=names)
             refine = title == REFINED
             if refine:
-                feedback = feedback or Feedback(found.products)
-            rate = Rate(bits=bits, calibrate=found.record.kind, refine=refine)
-            chosen = ConvertOptions(rate=rate, **options)
-            fitted = fit(source, chosen, found.statistics, feedback if refine else None)
-            choice = ParamsChoice(fitted, rate, found.record)
-            convert_model(source, out, chosen, choice=choice)
-    return made
+                feedback = feedback or Feedback(calibration_run.products)
+            rate = Rate(bits=bits, calibrate=calibration_run.record.kind, refine=refine)
+            rate_options = ConvertOptions(rate=rate, **options)
+            fitted_steps = fit(
+                source, rate_options, calibration_run.statistics, feedback if refine else None
+            )
+            choice = ParamsChoice(fitted_steps, rate, calibration_run.record)
+            convert_model(source, out, rate_options, choice=choice)
+    return candidates
 
 
 def table(evaluation: dict[str, Any]) -> list[Row]:
@@ -221,17 +226,17 @@ def table(evaluation: dict[str, Any]) -> list[Row]:
     for score in scores:
         if score["kind"] != "container":
             name = Path(score["name"]).name.removesuffix(".gguf")
-            informed = "imatrix" in name
+            with_importance = "imatrix" in name
             figures = (
                 score["layer_bits_per_weight"],
                 score["mean_kl"],
                 score["kl_99"],
                 score["top1"],
             )
-            goal = None if informed else _GOALS.get(name.removesuffix("-joined"), _GOAL)
-            ours = _bits_at(curves[SAME_TEXT if informed else SELF], score["mean_kl"])
-            refined = None if informed else _bits_at(curves[REFINED], score["mean_kl"])
-            rows.append(Row(name, *figures, ours, refined, goal))
+            goal = None if with_importance else _GOALS.get(name.removesuffix("-joined"), _GOAL)
+            ours = _bits_at(curves[SAME_TEXT if with_importance else SELF], score["mean_kl"])
+            refined_bits = None if with_importance else _bits_at(curves[REFINED], score["mean_kl"])
+            rows.append(Row(name, *figures, ours, refined_bits, goal))
     return rows
 
 
@@ -250,14 +255,14 @@ def print_table(evaluation: dict[str, Any], rows: list[Row]) -> None:
     )
     print("|---" * 10 + "|")
     for row in rows:
-        saved = "" if row.saved is None else f"{row.saved:.1f} %"
+        saved_share = "" if row.saved is None else f"{row.saved:.1f} %"
         goal = "" if row.goal is None else f"{row.goal:.0f} %"
         if row.goal is not None and row.saved is not None:
             goal += ", met" if row.saved >= row.goal else ", missed"
         bits = "outside" if row.ours is None else f"{row.ours:.3f}"
         more = "" if row.refined is None else f"{row.refined:.3f} | {row.saved_refined:.1f} %"
         figures = f"{row.bits:.3f} | {row.kl:.5f} | {row.kl_99:.4f} | {row.top1:.2%}"
-        print(f"| {row.name} | {figures} | {bits} | {saved} | {goal} | {more or ' | '} |")
+        print(f"| {row.name} | {figures} | {bits} | {saved_share} | {goal} | {more or ' | '} |")
     print("\n| ours | bits | KL | 99 % | top-1 |\n|---|---|---|---|---|")
     for score in evaluation["scores"]:
         if score["kind"] == "container":
@@ -268,16 +273,16 @@ def print_table(evaluation: dict[str, Any], rows: list[Row]) -> None:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, check=False
     )
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
-    return done.stdout
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {process.stderr.strip()[-2000:]}")
+    return process.stdout
 
 
 def main() -> None:
-    """Makes what is not there yet, evaluates, prints the tables."""
+    """Makes the missing candidates, evaluates all, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--tokens",
@@ -291,17 +296,17 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw KL against bits on the first text")
-    given = parser.parse_args()
+    options = parser.parse_args()
     ROOT.mkdir(parents=True, exist_ok=True)
     base = smollm2_realistic()
     calibration = calibration_text(base, ROOT / "calibration.txt")
     candidates = make_llama_cpp(base, calibration) + make_others(base)
-    candidates += make_ours(base, calibration, given.codec)
+    candidates += make_ours(base, calibration, options.codec)
     results = {}
     for title, text, tokens in zip(
-        ("built-in", "second"), ([], ["--text", str(SECOND_TEXT)]), given.tokens, strict=True
+        ("built-in", "second"), ([], ["--text", str(SECOND_TEXT)]), options.tokens, strict=True
     ):
-        plot = ["--plot", str(given.plot)] if given.plot and not text else []
+        plot = ["--plot", str(options.plot)] if options.plot and not text else []
         command = [
             "codecllm",
             "eval",
@@ -324,8 +329,8 @@ def main() -> None:
         }
         print(f"\n{title} text, {evaluation['tokens']} tokens")
         print_table(evaluation, rows)
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A floor is a bare loop over the same bytes with the same kernels and the same hashes
 (`benchmarks/measure/floors.py`). Floor and tool take turns; a ratio is the median over the turns.
-Ratios are what to compare between machines; seconds and GB/s are not.
+Compare ratios between machines, never seconds or GB/s.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def main(
 ) -> None:
     """Measure the converter and the loader."""
     settings = Settings(workers, repeats, convert_mib, stream_gib)
-    chosen = only or list(Section)
+    sections = only or list(Section)
     OUT.mkdir(parents=True, exist_ok=True)
     try:
-        rows = [row for section in chosen for row in _SECTIONS[section](settings)]
+        rows = [row for section in sections for row in _SECTIONS[section](settings)]
     finally:
         if not keep:
             shutil.rmtree(OUT, ignore_errors=True)
@@ -84,14 +84,14 @@ def quantizer(settings: Settings) -> Iterator[Row]:
         f"whole-tensor torch expressions: {millions / statistics.median(theirs):.0f} M, "
         f"ours {ratio(theirs, ours):.1f}x"
     )
-    measured = {"seconds": ours, "torch_seconds": theirs}
+    numbers = {"seconds": ours, "torch_seconds": theirs}
     yield Row(
         "int8 quantizer, one core",
         f"{speed:.0f} M weights/s",
         against,
         ">= 200 M",
         speed >= 200,
-        measured,
+        numbers,
     )
 
 
@@ -156,8 +156,8 @@ def memory(settings: Settings) -> Iterator[Row]:
         )
         what, peak = f"convert one tensor of {label}: peak memory", f"{peaks[-1]:.0f} MiB"
         yield Row(what, peak, "over imports", "<= 640 MiB", peaks[-1] <= 640)
-    apart = abs(peaks[0] - peaks[1])
-    yield Row("the two apart", f"{apart:.0f} MiB", "", "<= 32 MiB", apart <= 32)
+    distance_mib = abs(peaks[0] - peaks[1])
+    yield Row("the two apart", f"{distance_mib:.0f} MiB", "", "<= 32 MiB", distance_mib <= 32)
     figures = in_fresh_process("stream", out, settings.workers)
     over = figures["mib"] - figures["largest_mib"]
     yield Row(
@@ -170,11 +170,11 @@ def memory(settings: Settings) -> Iterator[Row]:
 
 
 def _stream_seconds(container: Path, workers: int) -> float:
-    started = time.perf_counter()
-    with Container(container) as opened:
-        for _ in stream_tensors(opened, workers=workers):
+    start = time.perf_counter()
+    with Container(container) as opened_container:
+        for _ in stream_tensors(opened_container, workers=workers):
             pass
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 _SECTIONS: dict[Section, Callable[[Settings], Iterator[Row]]] = {

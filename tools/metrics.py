@@ -131,10 +131,16 @@ def import_figures(package: list[SourceFile], everything: list[SourceFile]) -> l
     """Figures of imports: circles within the package, imports that resolve nowhere."""
     stubs = stub_modules(PACKAGE_FOLDERS)
     circles = [" <-> ".join(circle) for circle in ImportGraph(package, stubs).circles()]
-    unresolved = ImportGraph(everything, stubs).unresolved
+    unresolved_imports = ImportGraph(everything, stubs).unresolved
     return [
         Figure("import circles, lazy and typing ones too", len(circles), 0, False, tuple(circles)),
-        Figure("imports of ours that do not resolve", len(unresolved), 0, False, tuple(unresolved)),
+        Figure(
+            "imports of ours that do not resolve",
+            len(unresolved_imports),
+            0,
+            False,
+            tuple(unresolved_imports),
+        ),
     ]
 
 
@@ -168,9 +174,9 @@ def document_figures(root: Path) -> list[Figure]:
 
 def wrapping_faults(text: str) -> tuple[str, ...]:
     """Returns the lines of a Markdown text that `tools.wrap_markdown` would change."""
-    wrapped = set(wrap(text).splitlines())
+    wrapped_lines = set(wrap(text).splitlines())
     lines = enumerate(text.splitlines(), 1)
-    return tuple(f"line {number}: {line}" for number, line in lines if line not in wrapped)
+    return tuple(f"line {number}: {line}" for number, line in lines if line not in wrapped_lines)
 
 
 def summed(figures: Iterable[CodeFigures]) -> CodeFigures:
@@ -254,9 +260,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         _print_figures(figures)
         _print_folders()
-    missed = [figure.name for figure in figures if not figure.kept]
-    if options.check and missed:
-        print(f"\nmissed: {'; '.join(missed)}", file=sys.stderr)
+    missed_names = [figure.name for figure in figures if not figure.kept]
+    if options.check and missed_names:
+        print(f"\nmissed: {'; '.join(missed_names)}", file=sys.stderr)
         return 1
     return 0
 

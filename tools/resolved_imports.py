@@ -23,12 +23,12 @@ _UNRESOLVED = re.compile(r'Import "([\w.]+)" could not be resolved')
 def main() -> int:
     """Prints every unresolved import of ours; returns the exit code."""
     report = run_pyright(ROOT)
-    analyzed = report["summary"]["filesAnalyzed"]
-    unresolved = own_unresolved(report["generalDiagnostics"])
-    for line in unresolved:
+    file_count = report["summary"]["filesAnalyzed"]
+    faults = own_unresolved(report["generalDiagnostics"])
+    for line in faults:
         print(line)
-    print(f"{len(unresolved)} unresolved imports of ours in {analyzed} files")
-    return 1 if unresolved or not analyzed else 0
+    print(f"{len(faults)} unresolved imports of ours in {file_count} files")
+    return 1 if faults or not file_count else 0
 
 
 def run_pyright(root: Path) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def run_pyright(root: Path) -> dict[str, Any]:
         project = Path(folder) / "pyrightconfig.json"
         project.write_text(json.dumps(settings))
         command = [sys.executable, "-m", "basedpyright", "--outputjson", "--project", str(project)]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     try:
-        report: dict[str, Any] = json.loads(done.stdout)
+        report: dict[str, Any] = json.loads(process.stdout)
     except ValueError:
-        raise RuntimeError(f"basedpyright wrote no report: {done.stderr[-500:]}") from None
+        raise RuntimeError(f"basedpyright wrote no report: {process.stderr[-500:]}") from None
     return report
 
 

@@ -1,4 +1,4 @@
-"""The project's own Python files, each parsed once and listed once, whatever links lead to it."""
+"""The project's own Python files, each parsed once and listed once, for any number of links."""
 
 from __future__ import annotations
 

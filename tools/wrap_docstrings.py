@@ -32,10 +32,10 @@ def wrap_source(text: str) -> tuple[str, list[int]]:
     for first, last in sorted(_docstring_lines(text), reverse=True):
         lines[first:last] = _wrap_docstring(lines[first:last])
     lines = _wrap_comments(lines)
-    wrapped = "\n".join(lines) + "\n" if lines else ""
-    if _without_docstrings(text) != _without_docstrings(wrapped):
+    new_text = "\n".join(lines) + "\n" if lines else ""
+    if _without_docstrings(text) != _without_docstrings(new_text):
         raise AssertionError("wrapping changed the program")
-    return wrapped, [number for number, line in enumerate(lines, 1) if len(line) > WIDTH]
+    return new_text, [number for number, line in enumerate(lines, 1) if len(line) > WIDTH]
 
 
 def _docstring_lines(text: str) -> Iterator[tuple[int, int]]:
@@ -95,7 +95,7 @@ def _fill(block: list[str], section: str = "") -> list[str]:
     # No line begins with an operator: it would read as the entry of a list.
     words = _SIGN.sub("\0", " ".join(line.strip() for line in lines))
     end = '"""' if words.endswith('"""') else ""
-    filled = textwrap.wrap(
+    new_lines = textwrap.wrap(
         words.removesuffix(end) if end else words,
         WIDTH - len(end),
         initial_indent=first,
@@ -103,8 +103,8 @@ def _fill(block: list[str], section: str = "") -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    filled[-1] += end
-    return [line.replace("\0", " ") for line in filled]
+    new_lines[-1] += end
+    return [line.replace("\0", " ") for line in new_lines]
 
 
 def _wrap_comments(lines: list[str]) -> list[str]:

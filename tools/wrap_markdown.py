@@ -26,13 +26,13 @@ def wrap(text: str, width: int = WIDTH) -> str:
     """
     result: list[str] = []
     paragraph: list[str] = []
-    fenced = False
+    in_fence = False
     for line in text.splitlines():
         if _FENCE.match(line):
-            fenced = not fenced
+            in_fence = not in_fence
             result += _fill(paragraph, width)
             result.append(line)
-        elif fenced:
+        elif in_fence:
             result.append(line)
         elif _is_text(line, paragraph):
             if _ITEM.match(line):
@@ -67,7 +67,7 @@ def _fill(paragraph: list[str], width: int) -> list[str]:
     start = len(item.group(0).lstrip()) if item else 0
     words = words[:start] + _SIGN.sub("\0", words[start:])
     paragraph.clear()
-    filled = textwrap.wrap(
+    new_lines = textwrap.wrap(
         words,
         width,
         initial_indent=first,
@@ -75,7 +75,7 @@ def _fill(paragraph: list[str], width: int) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return [line.replace("\0", " ") for line in filled]
+    return [line.replace("\0", " ") for line in new_lines]
 
 
 def main() -> None:

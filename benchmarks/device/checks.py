@@ -91,12 +91,12 @@ def _dequantized(
     codes = low.astype(np.float32) + (np.float32(8) * high if wide else 0)
     with np.errstate(over="ignore"):
         steps = rows[:, None] if cols is None else rows[:, None] * cols[None]
-        wanted = bits_from_float32(codes.astype(np.float32) * steps, name)
-    stored = [
+        expected = bits_from_float32(codes.astype(np.float32) * steps, name)
+    stored_planes = [
         in_tiles(part if order is None else part[:, order], grid, machine.device)
         for part in (low, high)
     ]
-    there = [
+    device_planes = [
         None if part is None else torch.from_numpy(part).to(machine.device)
         for part in (rows, cols, order)
     ]
@@ -104,10 +104,18 @@ def _dequantized(
     low_bits = (
         torch.full((len(grid),), 3, dtype=torch.int32, device=machine.device) if wide else None
     )
-    dequantize_int8(stored[0], stored[1] if wide else None, low_bits, grid, *there, "row", out)
+    dequantize_int8(
+        stored_planes[0],
+        stored_planes[1] if wide else None,
+        low_bits,
+        grid,
+        *device_planes,
+        "row",
+        out,
+    )
     codes_out = torch.zeros(grid.rows, grid.cols, dtype=torch.int8, device=machine.device)
-    untile_codes(stored[0], grid, codes_out, there[2])
-    return _same(out, wanted) and _same(codes_out, low)
+    untile_codes(stored_planes[0], grid, codes_out, device_planes[2])
+    return _same(out, expected) and _same(codes_out, low)
 
 
 def _product_error(
@@ -118,8 +126,8 @@ def _product_error(
     scale = torch.rand(rows, device=machine.device) * 1e-2 + 1e-4
     bias = torch.randn(rows, device=machine.device).to(dtype)
     exact = inputs.double() @ (codes.double() * scale.double()[:, None]).T + bias.double()
-    found = int8_linear(inputs, codes, scale, bias, way).double()
-    return float((found - exact).norm() / exact.norm())
+    product = int8_linear(inputs, codes, scale, bias, way).double()
+    return float((product - exact).norm() / exact.norm())
 
 
 def _symbols(machine: Machine, tensor: StoredTensor) -> list[torch.Tensor]:
@@ -130,25 +138,27 @@ def _symbols(machine: Machine, tensor: StoredTensor) -> list[torch.Tensor]:
         0, len(table.records), bytearray(tensor.slots_bytes(0, len(table.records)))
     )
     blob = np.frombuffer(bytes(payload) + bytes(-len(payload) % 16), np.uint8)
-    coded: list[list[tuple[int, int, int, int, int]]] = [[] for _ in planes]
+    rans_chunks: list[list[tuple[int, int, int, int, int]]] = [[] for _ in planes]
     places = np.concatenate([[0], np.cumsum([tile.symbols for tile in grid])])
     tables = []
     for chunk, record in enumerate(table.records):
         tile, plane = divmod(chunk, table.planes)
         symbols = grid.tile(tile).symbols
-        stored = tensor.stored_chunk(chunk, payload, 0)
+        chunk_bytes = tensor.stored_chunk(chunk, payload, 0)
         if int(record["codec"]) == CODEC_IDS["rans"]:
             assert tensor.tables is not None
             slot = tensor.slots_bytes(0, chunk)
-            coded[plane].append((slot, len(stored), symbols, int(places[tile]), len(tables)))
+            rans_chunks[plane].append(
+                (slot, len(chunk_bytes), symbols, int(places[tile]), len(tables))
+            )
             tables.append(tensor.tables.table(tile, plane))
         else:
-            decoded = CODECS[int(record["codec"])].decode(stored, symbols)
+            chunk_symbols = CODECS[int(record["codec"])].decode(chunk_bytes, symbols)
             planes[plane][int(places[tile]) : int(places[tile]) + symbols] = torch.from_numpy(
-                np.frombuffer(decoded, np.uint8).copy()
+                np.frombuffer(chunk_symbols, np.uint8).copy()
             )
-    there = [plane.to(machine.device) for plane in planes]
-    for arena, fields in zip(there, coded, strict=True):
+    device_planes = [plane.to(machine.device) for plane in planes]
+    for arena, fields in zip(device_planes, rans_chunks, strict=True):
         if fields:
             chunks = describe_chunks(
                 *(np.array(column, np.int64) for column in zip(*fields, strict=True))
@@ -158,7 +168,7 @@ def _symbols(machine: Machine, tensor: StoredTensor) -> list[torch.Tensor]:
             decode_rans(stored_there, chunks, expand_tables(tables, machine.device), arena, faults)
             if bool(faults.any()):
                 raise RuntimeError(f"{tensor.record.name}: fault {faults.tolist()}")
-    return there
+    return device_planes
 
 
 def _golden_tensor(machine: Machine, container: Container, name: str) -> bool | None:
@@ -188,9 +198,11 @@ def checks(machine: Machine) -> Iterator[Row]:
         sound = all(_assembled(machine, grid, name, rng) for grid in grids)
         yield Row(f"assemble {name}", sound, note=f"same bits, {len(grids)} grids")
     for name in _DTYPES:
-        for wide, moved in ((False, False), (True, False), (False, True), (True, True)):
-            what = f"dequantize to {name}{', wide' * wide}{', columns moved' * moved}"
-            sound = all(_dequantized(machine, grid, name, rng, wide, moved) for grid in grids)
+        for wide, with_columns in ((False, False), (True, False), (False, True), (True, True)):
+            what = f"dequantize to {name}{', wide' * wide}{', columns moved' * with_columns}"
+            sound = all(
+                _dequantized(machine, grid, name, rng, wide, with_columns) for grid in grids
+            )
             yield Row(what, sound, note=f"same bits, {len(grids)} grids")
     shapes = ((4096, 4096), (1000, 528), (33, 64)) if not machine.small else ((33, 64),)
     for dtype, most in ((torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
@@ -213,11 +225,11 @@ def checks(machine: Machine) -> Iterator[Row]:
                 for record in records
                 if not machine.small or record.elements < _SMALL_ELEMENTS
             ]
-            found = [_golden_tensor(machine, container, name) for name in names]
-            judged = [good for good in found if good is not None]
-            if judged:
+            verdicts = [_golden_tensor(machine, container, name) for name in names]
+            tensor_verdicts = [good for good in verdicts if good is not None]
+            if tensor_verdicts:
                 yield Row(
                     f"golden {folder.parent.name}/{folder.name}",
-                    all(judged),
-                    note=f"same bits, {len(judged)} tensors",
+                    all(tensor_verdicts),
+                    note=f"same bits, {len(tensor_verdicts)} tensors",
                 )

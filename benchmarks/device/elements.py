@@ -32,7 +32,7 @@ def elements(machine: Machine) -> Iterator[Row]:
         narrow = Grid(rows, cols, min(rows, 512), max(1, cols // 16))
         for name, dtype in _DTYPES.items():
             out = torch.empty(rows, cols, dtype=dtype, device=machine.device)
-            own = planes[: DTYPES[name].planes]
+            used_planes = planes[: DTYPES[name].planes]
 
             def dequantize(
                 high, grid, col_scale, order, out=out, low=planes[0], row_scale=row_scale
@@ -47,8 +47,8 @@ def elements(machine: Machine) -> Iterator[Row]:
             cases: list[tuple[str, int, Callable[[], None]]] = [
                 (
                     f"assemble {name}",
-                    len(own),
-                    partial(assemble_lossless, own, whole, DTYPES[name], out),
+                    len(used_planes),
+                    partial(assemble_lossless, used_planes, whole, DTYPES[name], out),
                 ),
                 (f"dequantize to {name}", 1, partial(dequantize, None, whole, None, None)),
                 (
@@ -72,8 +72,8 @@ def elements(machine: Machine) -> Iterator[Row]:
                 cases.append(("codes", 1, partial(untile_codes, planes[0], narrow, codes)))
             for what, read, work in cases:
                 seconds = machine.seconds([work])
-                written = 1 if what == "codes" else out.element_size()
-                rate = rows * cols * (read + written) / seconds / 1e9
+                element_bytes = 1 if what == "codes" else out.element_size()
+                rate = rows * cols * (read + element_bytes) / seconds / 1e9
                 yield Row(
                     f"{what}, {rows} x {cols}",
                     rate,

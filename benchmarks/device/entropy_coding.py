@@ -33,7 +33,7 @@ class Coded:
     """Chunks with codec `rans`, as they lie in a payload.
 
     Attributes:
-        symbols: uint8 [n], what they hold.
+        symbols: uint8 [n], the decoded symbols.
         payload: uint8, slots.
         slots, sizes, raw, tables_of: int64 [chunks].
         tables: of the groups.
@@ -71,14 +71,14 @@ def encode(symbols: NDArray[np.uint8], chunk: int) -> Coded:
         for start in range(0, len(symbols), per_group * chunk)
     ]
     tables = [fit_table(np.bincount(group, minlength=256)) for group in groups]
-    stored = rans.encode_chunks(
+    payloads = rans.encode_chunks(
         [rans.Uncoded(part, tables[number // per_group]) for number, part in enumerate(parts)]
     )
-    sizes = np.array([len(data) for data in stored], np.int64)
-    spans = np.array([slot_bytes(len(data)) for data in stored], np.int64)
+    sizes = np.array([len(data) for data in payloads], np.int64)
+    spans = np.array([slot_bytes(len(data)) for data in payloads], np.int64)
     slots = np.cumsum(spans) - spans
     payload = np.zeros(int(spans.sum()), np.uint8)
-    for slot, data in zip(slots, stored, strict=True):
+    for slot, data in zip(slots, payloads, strict=True):
         payload[slot : slot + len(data)] = np.frombuffer(data, np.uint8)
     raw = np.array([len(part) for part in parts], np.int64)
     tables_of = np.arange(len(parts), dtype=np.int64) // per_group
@@ -101,21 +101,21 @@ def decode_copies(
     chunks = describe_chunks(slots, again[0], again[1], places.reshape(-1), again[2]).to(
         machine.device
     )
-    stored = torch.from_numpy(coded.payload).to(machine.device).repeat(copies)
+    device_payload = torch.from_numpy(coded.payload).to(machine.device).repeat(copies)
     tables = expand_tables(coded.tables, machine.device)
     arena = torch.full((copies, len(coded.symbols)), 0xA5, dtype=torch.uint8, device=machine.device)
     faults = torch.full((len(slots),), -1, dtype=torch.int32, device=machine.device)
     seconds = machine.seconds(
-        [lambda: decode_rans(stored, chunks, tables, arena.view(-1), faults, kernel)]
+        [lambda: decode_rans(device_payload, chunks, tables, arena.view(-1), faults, kernel)]
     )
-    wanted = torch.from_numpy(coded.symbols).to(machine.device)
-    return arena.numel() / seconds / 1e9, bool((arena == wanted).all()) and not bool(faults.any())
+    expected = torch.from_numpy(coded.symbols).to(machine.device)
+    return arena.numel() / seconds / 1e9, bool((arena == expected).all()) and not bool(faults.any())
 
 
 def decoders(machine: Machine) -> Iterator[Row]:
     """Measures each kind of symbols at each size of chunks, then one kind in batches of each size.
 
-    What was coded on the host is decoded many times over, from copies at different places: coding
+    Payloads of the host are decoded many times over, from copies at different places: coding
     as much as a GPU decodes in a measurable time would take numpy a minute each.
     """
     unique = machine.size(8 << 20, 1 << 10)
@@ -132,17 +132,18 @@ def decoders(machine: Machine) -> Iterator[Row]:
     sizes = CHUNKS_KIB if not machine.small else (1,)
     for name, symbols in kinds.items():
         for kib in sizes:
-            coded = encode(symbols, kib << 10)
+            int8_chunks = encode(symbols, kib << 10)
             for kernel in kernels:
-                rate, sound = decode_copies(machine, coded, total // unique, kernel)
-                note = f"{coded.bits:.2f} bits, {'same bits' if sound else 'WRONG BITS'}"
-                measured = {"sound": sound, "bits": coded.bits}
-                yield Row(f"rans, {name}, {kib} KiB chunks, {kernel}", rate, "GB/s", note, measured)
-    coded = encode(kinds["int8"], sizes[len(sizes) // 2] << 10)
+                rate, sound = decode_copies(machine, int8_chunks, total // unique, kernel)
+                note = f"{int8_chunks.bits:.2f} bits, {'same bits' if sound else 'WRONG BITS'}"
+                numbers = {"sound": sound, "bits": int8_chunks.bits}
+                yield Row(f"rans, {name}, {kib} KiB chunks, {kernel}", rate, "GB/s", note, numbers)
+    int8_chunks = encode(kinds["int8"], sizes[len(sizes) // 2] << 10)
     for mib in (8, 32, 128, 256) if not machine.small else ():
         for kernel in kernels:
-            rate, sound = decode_copies(machine, coded, max(1, (mib << 20) // unique), kernel)
-            note = f"{len(coded.raw) * mib // 8} chunks, {'same bits' if sound else 'WRONG BITS'}"
+            rate, sound = decode_copies(machine, int8_chunks, max(1, (mib << 20) // unique), kernel)
+            verdict = "same bits" if sound else "WRONG BITS"
+            note = f"{len(int8_chunks.raw) * mib // 8} chunks, {verdict}"
             yield Row(
                 f"rans, int8, {mib} MiB at once, {kernel}", rate, "GB/s", note, {"sound": sound}
             )
@@ -187,9 +188,9 @@ def _nvcomp_row(
             (arena.data_ptr() + (np.cumsum(raw) - raw)[None] + shift * len(symbols)).reshape(-1),
         ]
     )
-    there = torch.from_numpy(words).to(machine.device)
+    device_words = torch.from_numpy(words).to(machine.device)
     count = words.shape[1]
-    places = [there.data_ptr() + 8 * count * number for number in range(4)]
+    places = [device_words.data_ptr() + 8 * count * number for number in range(4)]
     batch = ZstdFrames(*places, count, int(raw.max()), arena.numel())
     temp = torch.empty(
         library.temp_bytes(count, int(raw.max()), arena.numel()),

@@ -1,4 +1,4 @@
-"""What every section shares: the device, its sizes, its clock, and rows."""
+"""Shared parts of all sections: the device, its sizes, its clock, and rows."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Row:
     """One result.
 
     Attributes:
-        what: what was measured.
+        what: the measured work.
         value: the figure, or whether a check held.
         unit: of the figure; empty for a check.
-        note: what it is to be compared with.
+        note: the figure to compare it with.
         measured: further numbers.
     """
 
@@ -81,33 +81,33 @@ class Machine:
             call()
         self.synchronize()
         if self.rehearses:
-            started = time.perf_counter()
+            start = time.perf_counter()
             calls[0]()
-            return time.perf_counter() - started
+            return time.perf_counter() - start
         replay = _recorded(calls) if graph else lambda: [call() for call in calls]
         replay()
-        taken = []
+        durations = []
         for _ in range(_REPLAYS):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             replay()
             end.record()
             end.synchronize()
-            taken.append(begin.elapsed_time(end) / 1000 / len(calls))
-        return statistics.median(taken)
+            durations.append(begin.elapsed_time(end) / 1000 / len(calls))
+        return statistics.median(durations)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a reader needs to judge the figures."""
-        found: dict[str, Any] = {"python": platform.python_version(), "command": " ".join(sys.argv)}
+        """Returns the facts that a reader needs to judge the figures."""
+        facts: dict[str, Any] = {"python": platform.python_version(), "command": " ".join(sys.argv)}
         for name in _PACKAGES:
             try:
-                found[name] = version(name)
+                facts[name] = version(name)
             except PackageNotFoundError:
                 continue
         if self.rehearses:
-            return found | {"device": "none: Triton's interpreter on the CPU"}
+            return facts | {"device": "none: Triton's interpreter on the CPU"}
         properties = torch.cuda.get_device_properties(self.device)
-        return found | {
+        return facts | {
             "device": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),

@@ -3,7 +3,7 @@
 Four of 32 layers, an eighth of the vocabulary.
 
 Each matrix of the layers has its true shape, so times are those of the whole model divided by
-eight, but for what does not depend on the number of layers.
+eight, but for the parts that do not depend on the number of layers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Made:
     """A source and its containers.
 
     Attributes:
-        held: what removes the folder.
+        held: removes the folder.
         source: folder of the bf16 checkpoint.
         containers: by kind.
         seconds: that their conversion took, all at once, each in a process.
@@ -81,20 +81,20 @@ class Made:
 @cache
 def made_models(machine: Machine) -> Made:
     """Makes a source and its containers once, in a folder that is deleted at exit."""
-    held = TemporaryDirectory(prefix="codecllm-gpu-")
-    folder = Path(held.name)
+    scratch = TemporaryDirectory(prefix="codecllm-gpu-")
+    folder = Path(scratch.name)
     source, weights = _write_source(machine, folder / "source")
     containers = {kind: folder / "-".join(map(str, kind)) for kind in KINDS}
     with ProcessPoolExecutor(len(KINDS), multiprocessing.get_context("spawn")) as pool:
         jobs = {kind: pool.submit(_convert, source, out, kind) for kind, out in containers.items()}
         seconds = {kind: job.result() for kind, job in jobs.items()}
-    return Made(held, source, containers, seconds, weights)
+    return Made(scratch, source, containers, seconds, weights)
 
 
 def _convert(source: Path, out: Path, kind: tuple[str, str, int]) -> float:
-    started = time.perf_counter()
+    start = time.perf_counter()
     convert(source, out, scheme=kind[0], codec=kind[1], chunk_kib=kind[2])
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def _write_source(machine: Machine, folder: Path) -> tuple[Path, int]:
@@ -155,10 +155,10 @@ def _write_source(machine: Machine, folder: Path) -> tuple[Path, int]:
 
 def _seconds(machine: Machine, work: Callable[[], Any]) -> tuple[float, Any]:
     machine.synchronize()
-    started = time.perf_counter()
+    start = time.perf_counter()
     result = work()
     machine.synchronize()
-    return time.perf_counter() - started, result
+    return time.perf_counter() - start, result
 
 
 def _read(folder: Path) -> None:
@@ -196,36 +196,36 @@ def _plain(machine: Machine, source: Path) -> Any:
 
 
 def _copy_seconds(machine: Machine, size: int) -> float:
-    here = torch.empty(size, dtype=torch.uint8, pin_memory=not machine.rehearses)
-    there = torch.empty(size, dtype=torch.uint8, device=machine.device)
-    return machine.seconds([lambda: there.copy_(here, non_blocking=True)])
+    host_bytes = torch.empty(size, dtype=torch.uint8, pin_memory=not machine.rehearses)
+    device_bytes = torch.empty(size, dtype=torch.uint8, device=machine.device)
+    return machine.seconds([lambda: device_bytes.copy_(host_bytes, non_blocking=True)])
 
 
 def loading(machine: Machine) -> Iterator[Row]:
     """Seconds to load, warm cache, beside plain transformers and a bare read and copy."""
-    made = made_models(machine)
-    plain = min(_seconds(machine, lambda: _plain(machine, made.source))[0] for _ in range(3))
-    note = f"{made.weights / 1e9:.2f}e9 weights; {plain * WHOLE:.2f} s for 8B at this rate"
+    models = made_models(machine)
+    plain = min(_seconds(machine, lambda: _plain(machine, models.source))[0] for _ in range(3))
+    note = f"{models.weights / 1e9:.2f}e9 weights; {plain * WHOLE:.2f} s for 8B at this rate"
     yield Row("load, plain transformers, bf16", plain, "s", note)
-    size = sum(path.stat().st_size for path in made.source.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in models.source.glob("*.safetensors"))
     yield Row("copy alone, bf16", _copy_seconds(machine, size), "s", f"{size / 1e9:.2f} GB")
-    for kind, folder in made.containers.items():
+    for kind, folder in models.containers.items():
         what, (scheme, codec, _) = _named(kind), kind
-        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         yield Row(
             f"convert, {what}",
-            made.seconds[kind],
+            models.seconds[kind],
             "s",
-            f"{size / 1e9 / made.seconds[kind]:.2f} GB of source a second",
+            f"{size / 1e9 / models.seconds[kind]:.2f} GB of source a second",
         )
         read = min(_seconds(machine, partial(_read, folder))[0] for _ in range(2))
         yield Row(
             f"read and check alone, {what}",
             read,
             "s",
-            f"{stored / 1e9:.2f} GB, {stored / read / 1e9:.1f} GB/s",
+            f"{stored_bytes / 1e9:.2f} GB, {stored_bytes / read / 1e9:.1f} GB/s",
         )
-        yield Row(f"copy alone, {what}", _copy_seconds(machine, stored), "s", "")
+        yield Row(f"copy alone, {what}", _copy_seconds(machine, stored_bytes), "s", "")
         for resident in (
             ("dense", "int8", "packed", "compressed")
             if scheme == "int8"
@@ -244,7 +244,7 @@ def _load_row(
     machine: Machine, folder: Path, what: str, resident: str, decoder: str, plain: float
 ) -> Row:
     try:
-        taken = min(
+        seconds = min(
             _seconds(machine, partial(_ours, machine, folder, resident, decoder))[0]
             for _ in range(3)
         )
@@ -252,8 +252,8 @@ def _load_row(
         return Row(
             f"load {resident}, {what}, decoder {decoder}", False, note=f"failed: {exc!r}"[:300]
         )
-    note = f"{plain / taken:.2f}x as fast as plain; {taken * WHOLE:.2f} s for 8B at this rate"
-    return Row(f"load {resident}, {what}, decoder {decoder}", taken, "s", note)
+    note = f"{plain / seconds:.2f}x as fast as plain; {seconds * WHOLE:.2f} s for 8B at this rate"
+    return Row(f"load {resident}, {what}, decoder {decoder}", seconds, "s", note)
 
 
 def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") -> Any:
@@ -269,7 +269,7 @@ def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") 
 
 def generating(machine: Machine) -> Iterator[Row]:
     """Tokens a second of each residency against dense, and whether the tokens are equal."""
-    made = made_models(machine)
+    models = made_models(machine)
     cases = [
         (("lossless", "zstd", 128), "dense"),
         (("int8", "rans", 128), "dense"),
@@ -283,19 +283,20 @@ def generating(machine: Machine) -> Iterator[Row]:
     for kind, resident in cases:
         what = f"{resident}, {_named(kind)}"
         try:
-            model = _ours(machine, made.containers[kind], resident)
-            taken, how, found = _token_seconds(machine, model)
+            model = _ours(machine, models.containers[kind], resident)
+            seconds, how, greedy_tokens = _token_seconds(machine, model)
         except Exception as exc:
             yield Row(f"token, {what}", False, note=f"failed: {exc!r}"[:300])
             continue
-        first = first or taken
-        alike = tokens.setdefault(kind[0], found) == found
+        first = first or seconds
+        alike = tokens.setdefault(kind[0], greedy_tokens) == greedy_tokens
         speed = (
-            f"{first / taken:.2f}x as fast as dense bf16; {1 / (taken * WHOLE):.1f} tokens/s for 8B"
+            f"{first / seconds:.2f}x as fast as dense bf16; "
+            f"{1 / (seconds * WHOLE):.1f} tokens/s for 8B"
         )
         note = f"{how}; {speed}; same tokens: {alike}"
-        measured = {"tokens_alike": alike, "memory": _held(machine)}
-        yield Row(f"token, {what}", 1 / taken, "tokens/s", note, measured)
+        numbers = {"tokens_alike": alike, "memory": _held(machine)}
+        yield Row(f"token, {what}", 1 / seconds, "tokens/s", note, numbers)
         del model
 
 
@@ -316,17 +317,17 @@ def _token_seconds(machine: Machine, model: Any) -> tuple[float, str, list[int]]
         token.copy_(logits[:, -1:].argmax(-1))
 
     with torch.inference_mode():
-        found = []
+        tokens = []
         for _ in range(8 if not machine.small else 3):
             step()
-            found.append(int(token))
+            tokens.append(int(token))
         run, how = step, "launch by launch"
         if not machine.rehearses:
             with suppress(Exception):
                 run, how = _graphed(machine, step), "CUDA graph"
         run()
         seconds, _ = _seconds(machine, lambda: [run() for _ in range(samples)])
-    return seconds / samples, how, found
+    return seconds / samples, how, tokens
 
 
 def _graphed(machine: Machine, step: Callable[[], None]) -> Callable[[], None]:

@@ -38,7 +38,7 @@ def _weights(
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Returns (codes, scale, dense) in so many copies that no cache holds them."""
     copies = max(2, -(-machine.size(_COLD_BYTES, 1) // (rows * cols)))
-    made = []
+    weights = []
     for _ in range(min(copies, 40)):
         codes = (
             torch.randn(rows, cols, device=machine.device)
@@ -48,8 +48,8 @@ def _weights(
             .to(torch.int8)
         )
         scale = torch.rand(rows, device=machine.device) * 1e-3 + 1e-4
-        made.append((codes, scale, (codes * scale[:, None]).to(torch.bfloat16)))
-    return made
+        weights.append((codes, scale, (codes * scale[:, None]).to(torch.bfloat16)))
+    return weights
 
 
 def _measure(machine: Machine, weights: list, inputs: torch.Tensor, way: Way | None) -> float:
@@ -71,7 +71,7 @@ def products(machine: Machine) -> Iterator[Row]:
 
 
 def tuning(machine: Machine) -> Iterator[Row]:
-    """All ways that are worth a try: what `choose_way` is made from."""
+    """All ways that are worth a try; `choose_way` follows from their times."""
     yield from _products(machine, lambda tokens, rows, cols: _TRIED[tokens])
 
 
@@ -82,7 +82,7 @@ def _products(machine: Machine, ways) -> Iterator[Row]:  # type: ignore[no-untyp
         for tokens in _TOKENS if not machine.small else (1, 8):
             inputs = torch.randn(tokens, cols, device=machine.device).to(torch.bfloat16)
             dense = _measure(machine, weights, inputs, None)
-            moved = rows * cols + 2 * tokens * (rows + cols)
+            moved_bytes = rows * cols + 2 * tokens * (rows + cols)
             for way in ways(tokens, rows, cols):
                 try:
                     ours = _measure(machine, weights, inputs, way)
@@ -95,14 +95,18 @@ def _products(machine: Machine, ways) -> Iterator[Row]:  # type: ignore[no-untyp
                     )
                     continue
                 rate = 2e-12 * tokens * rows * cols / ours
-                speed = f"{moved / ours / 1e9:.0f} GB/s" if tokens <= 64 else f"{rate:.0f} TFLOP/s"
-                measured = {"seconds": ours, "dense_seconds": dense, "way": str(way)}
+                speed = (
+                    f"{moved_bytes / ours / 1e9:.0f} GB/s"
+                    if tokens <= 64
+                    else f"{rate:.0f} TFLOP/s"
+                )
+                numbers = {"seconds": ours, "dense_seconds": dense, "way": str(way)}
                 note = f"{ours * 1e6:.1f} us, {speed}; dense {dense * 1e6:.1f} us"
                 yield Row(
                     f"int8 {rows} x {cols}, {tokens} tokens, {way}",
                     dense / ours,
                     "x",
                     note,
-                    measured,
+                    numbers,
                 )
         del weights

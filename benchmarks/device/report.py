@@ -1,4 +1,4 @@
-"""Turns what `python -m benchmarks.gpu` wrote into Markdown: the tables of docs/gpu.md."""
+"""Turns the JSON of `python -m benchmarks.gpu` into Markdown: the tables of docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _TITLES = {
 
 def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """Returns one run out of several files: of a section that stands in more than one, the last."""
-    merged: dict[str, Any] = {"machine": {}, "sections": {}}
+    report: dict[str, Any] = {"machine": {}, "sections": {}}
     for path in paths:
         document = json.loads(path.read_text())
-        merged["machine"] = document["machine"]
-        merged["sections"] |= {section["section"]: section for section in document["sections"]}
-    return merged
+        report["machine"] = document["machine"]
+        report["sections"] |= {section["section"]: section for section in document["sections"]}
+    return report
 
 
 def markdown(run: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def convert_floor(source: Path, scratch: Path, workers: int) -> float:
     sha256 of the file. Matrices are bf16 with rows that divide 128 Ki. Frames are written in any
     order, nothing of a container is.
     """
-    started = time.perf_counter()
+    start = time.perf_counter()
     with SourceModel(source) as model, open(scratch, "wb", buffering=0) as file:
         write_lock = threading.Lock()
 
@@ -54,14 +54,14 @@ def convert_floor(source: Path, scratch: Path, workers: int) -> float:
         _in_threads(workers, _blocks(model), one)
     with SafeFile(scratch.parent, scratch.name) as again:
         sha256_of_descriptor(again.descriptor)
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def quantize_seconds(elements: int = 1 << 24) -> float:
     """Seconds for one core to quantize `elements` bf16 weights in memory (scales and codes)."""
     words = _gaussian_words(elements)
     codes = np.empty((256, 4096), np.int8)
-    started = time.perf_counter()
+    start = time.perf_counter()
     for row in range(0, len(words), 256):
         block = words[row : row + 256]
         quantize_block(
@@ -70,7 +70,7 @@ def quantize_seconds(elements: int = 1 << 24) -> float:
             channel_scales(row_absmax(block, "BF16").absmax)[:, None],
             codes[: len(block)],
         )
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def _gaussian_words(elements: int) -> NDArray[np.uint16]:
@@ -146,10 +146,12 @@ def load_floor(container: Path, workers: int, *, keep: bool = True) -> float:
             overwrite one buffer of a tile, which stays in the cache; that is arithmetic alone, and
             no loader can do with so little.
     """
-    with Container(container) as opened:
-        started = time.perf_counter()
-        _in_threads(workers, _runs(opened, keep), _decode_run, prepare=_single_torch_thread)
-        return time.perf_counter() - started
+    with Container(container) as opened_container:
+        start = time.perf_counter()
+        _in_threads(
+            workers, _runs(opened_container, keep), _decode_run, prepare=_single_torch_thread
+        )
+        return time.perf_counter() - start
 
 
 def _runs(container: Container, keep: bool) -> Iterator[_Run]:
@@ -168,11 +170,11 @@ def whole_tensor_quantize_seconds(elements: int = 1 << 24) -> float:
     weights = torch.from_numpy(_gaussian_words(elements)).view(torch.bfloat16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    start = time.perf_counter()
     values = weights.float()
     scale = values.abs().amax(dim=1, keepdim=True) / 127
     torch.round(values / scale).clamp(-127, 127).to(torch.int8)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     torch.set_num_threads(threads)
     return seconds
 
@@ -211,10 +213,10 @@ def _decode_run(run: _Run) -> None:
         for chunk in range(index * planes, (index + 1) * planes):
             slot = view[int(table.offsets[chunk]) - begin : int(table.offsets[chunk + 1]) - begin]
             xxhash.xxh3_64_intdigest(slot)
-            stored = slot[: int(table.records["stored_bytes"][chunk])]
+            payload = slot[: int(table.records["stored_bytes"][chunk])]
             codec = CODECS[int(table.records["codec"][chunk])]
             symbols.append(
-                np.frombuffer(codec.decode(stored, tile.symbols), np.uint8).reshape(
+                np.frombuffer(codec.decode(payload, tile.symbols), np.uint8).reshape(
                     tile.rows, tile.cols
                 )
             )

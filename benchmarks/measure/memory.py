@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: RssAnon, sampled, above what the process held before."""
+"""Peak memory of a piece of work: RssAnon, sampled, above its value before."""
 
 from __future__ import annotations
 

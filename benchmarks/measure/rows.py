@@ -17,9 +17,9 @@ class Row:
     """One result.
 
     Attributes:
-        what: what was measured.
+        what: the measured work.
         figure: with its unit.
-        against: what it was measured against, in the same run.
+        against: floor or peer of the same run.
         goal: as text; empty where there is none.
         met: whether it is met; None where there is no goal.
         measured: the numbers behind the figure, by turn.
@@ -49,8 +49,8 @@ def turns(repeats: int, *works: Callable[[], float]) -> list[list[float]]:
         work()
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
-        for taken, work in zip(seconds, works, strict=True):
-            taken.append(work())
+        for durations, work in zip(seconds, works, strict=True):
+            durations.append(work())
     return seconds
 
 
@@ -61,10 +61,10 @@ def ratio(floor: list[float], tool: list[float]) -> float:
 
 def table(rows: list[Row]) -> Table:
     """Returns the rows as a table for the terminal."""
-    made = Table(title="Measured against floors and peers of the same run")
+    result = Table(title="Measured against floors and peers of the same run")
     for name in ("what", "figure", "measured against", "goal", ""):
-        made.add_column(name)
+        result.add_column(name)
     for row in rows:
         mark = "" if row.met is None else "met" if row.met else "MISSED"
-        made.add_row(row.what, row.figure, row.against, row.goal, mark)
-    return made
+        result.add_row(row.what, row.figure, row.against, row.goal, mark)
+    return result

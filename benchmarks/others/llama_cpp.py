@@ -1,6 +1,6 @@
 """llama.cpp's quantizer: built once from source, run on GGUF files of a plain Llama, read back.
 
-The source is what the sdist of `llama-cpp-python` carries. Building takes cmake, a C++ compiler and
+The source comes with the sdist of `llama-cpp-python`. Building takes cmake, a C++ compiler and
 some ten minutes on two cores; it is kept in the cache of `demo.models`.
 """
 
@@ -57,14 +57,14 @@ class LlamaCpp:
         """
         reader = GGUFReader(self.template)
         writer = GGUFWriter(out, arch="llama")
-        skipped = (
+        skipped_fields = (
             "GGUF.",
             "general.architecture",
             "general.file_type",
             "general.quantization_version",
         )
         for name, field in reader.fields.items():
-            if not name.startswith(skipped):
+            if not name.startswith(skipped_fields):
                 writer.add_key_value(
                     name,
                     field.contents(),
@@ -122,12 +122,14 @@ class LlamaCpp:
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         command = [self.programs / program, *arguments]
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"{program}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
-        if "did not find weights for" in done.stdout + done.stderr:
+        if process.returncode != 0:
+            raise RuntimeError(
+                f"{program}: {(process.stderr.strip().splitlines() or ['failed'])[-1]}"
+            )
+        if "did not find weights for" in process.stdout + process.stderr:
             raise RuntimeError(f"{program}: the importance matrix lacks a tensor")
 
 
@@ -155,11 +157,11 @@ def read_matrices(path: Path, model: Path) -> dict[str, tuple[torch.Tensor, int]
     """Returns the layers' matrices of a GGUF file of this module, by the plain model's names.
 
     Each as float32 in the plain model's order and shape, and the bits that it takes in the file
-    with what describes it.
+    with its description.
     """
     reader = GGUFReader(path)
     heads, tensors = _heads(reader), {tensor.name: tensor for tensor in reader.tensors}
-    found = {}
+    matrices = {}
     for name, plain in load_file(model / "model.safetensors").items():
         gguf_name = _gguf_name(name, reader)
         if plain.ndim == 1 or not gguf_name.startswith("blk."):
@@ -170,12 +172,12 @@ def read_matrices(path: Path, model: Path) -> dict[str, tuple[torch.Tensor, int]
             torch.from_numpy(values.copy()).reshape(plain.shape),
             heads.get(gguf_name.split(".")[-2]),
         )
-        described = (
+        description_bytes = (
             sum(part.nbytes for part in tensor.field.parts)
             + -int(tensor.n_bytes) % reader.alignment
         )
-        found[name] = (rows, 8 * (int(tensor.n_bytes) + described))
-    return found
+        matrices[name] = (rows, 8 * (int(tensor.n_bytes) + description_bytes))
+    return matrices
 
 
 def stored_types(path: Path) -> dict[str, int]:
@@ -223,9 +225,9 @@ def _fetch(folder: Path) -> Path:
 
 
 def _checked(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{command[0]}: {(done.stderr or done.stdout).strip()[-2000:]}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise RuntimeError(f"{command[0]}: {(process.stderr or process.stdout).strip()[-2000:]}")
 
 
 def _together(columns: int) -> int:
@@ -234,10 +236,12 @@ def _together(columns: int) -> int:
 
 def _gguf_name(name: str, reader: GGUFReader) -> str:
     layers = int(reader.fields["llama.block_count"].contents())
-    found = get_tensor_name_map(MODEL_ARCH.LLAMA, layers).get_name(name, try_suffixes=(".weight",))
-    if found is None:
+    gguf_name = get_tensor_name_map(MODEL_ARCH.LLAMA, layers).get_name(
+        name, try_suffixes=(".weight",)
+    )
+    if gguf_name is None:
         raise RuntimeError(f"{name} has no name in a GGUF file")
-    return str(found)
+    return str(gguf_name)
 
 
 def _heads(reader: GGUFReader) -> dict[str, int]:

@@ -23,17 +23,17 @@ def make_zipnn(source: Path, out: Path) -> int:
     from zipnn import ZipNN
 
     out.mkdir(parents=True, exist_ok=True)
-    packed = {}
+    packed_tensors = {}
     for name, tensor in load_file(source / "model.safetensors").items():
         with contextlib.redirect_stdout(io.StringIO()):
             data = ZipNN(input_format="torch", threads=os.cpu_count() or 1).compress(tensor)
-        packed[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    save_file(packed, out / "model.safetensors")
+        packed_tensors[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    save_file(packed_tensors, out / "model.safetensors")
     return (out / "model.safetensors").stat().st_size
 
 
 def load_zipnn(folder: Path) -> dict[str, Any]:
-    """Returns the state dict of what `make_zipnn` wrote."""
+    """Returns the state dict of `make_zipnn`'s file."""
     from zipnn import ZipNN
 
     state = {}
@@ -55,7 +55,7 @@ def make_bigsmall(source: Path, out: Path) -> int:
 
 
 def load_bigsmall(folder: Path) -> dict[str, Any]:
-    """Returns the state dict of what `make_bigsmall` wrote."""
+    """Returns the state dict of `make_bigsmall`'s folder."""
     import bigsmall
 
     state: dict[str, Any] = bigsmall.from_pretrained(folder / "model.bs", show_progress=False)

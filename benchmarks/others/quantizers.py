@@ -2,7 +2,7 @@
 
 Optional: `pip install --no-deps bitsandbytes` and `DISABLE_CUDA=1 pip install --no-deps hqq
 termcolor`. Their results become plain folders that `codecllm eval` reads as `dequantized`
-candidates. What describes their tensors in a file is not counted.
+candidates. Descriptions of tensors in a file are not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME
 
 Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
-"""Float32 matrix -> what it is worth after quantization, and the bits that were stored for it."""
+"""Float32 matrix -> the dequantized matrix, and its stored bits."""
 
 
 def nf4(double: bool) -> Quantizer:
@@ -45,9 +45,9 @@ def hqq(axis: int) -> Quantizer:
         linear = torch.nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
         linear.weight.data = matrix.clone()
         settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=axis)
-        packed = HQQLinear(linear, settings, compute_dtype=torch.float16, device="cpu")
-        stored = (packed.W_q, packed.meta["scale"], packed.meta["zero"])
-        return packed.dequantize().float(), sum(map(_bits, stored))
+        layer = HQQLinear(linear, settings, compute_dtype=torch.float16, device="cpu")
+        stored_tensors = (layer.W_q, layer.meta["scale"], layer.meta["zero"])
+        return layer.dequantize().float(), sum(map(_bits, stored_tensors))
 
     return quantize
 
@@ -75,8 +75,8 @@ def write_dequantized(
     out.mkdir(parents=True, exist_ok=True)
     tensors = load_file(model / "model.safetensors")
     bits = {name: _bits(tensor) for name, tensor in tensors.items()}
-    for name, (values, stored) in matrices.items():
-        tensors[name], bits[name] = values.contiguous(), stored
+    for name, (values, stored_bits) in matrices.items():
+        tensors[name], bits[name] = values.contiguous(), stored_bits
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / STORED_BITS_NAME).write_text(json.dumps(bits, indent=1) + "\n")
     shutil.copy2(model / "config.json", out)

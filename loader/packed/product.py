@@ -66,7 +66,9 @@ class Shape:
 
 
 def choose_shape(tokens: int, rows: int, cols: int, bits: int) -> Shape:
-    """Returns how `packed_linear` multiplies: the fastest of `benchmarks/packed.py` on an H200.
+    """Returns the shape that `packed_linear` uses: the fastest one of an H200.
+
+    `benchmarks/device/packed.py` measures them.
 
     Few rows or many columns need more warps for the same rows, so that enough of them read memory
     at the same time.

@@ -1,4 +1,4 @@
-"""Packed weights on a real GPU: kernels against the reference, and whole models against dense ones."""
+"""Packed weights on a real GPU: kernels equal the reference, models equal dense ones."""
 
 from __future__ import annotations
 

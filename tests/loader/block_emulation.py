@@ -1,4 +1,4 @@
-"""linear.cu on a CPU: compiled by a C++ compiler, the threads of a block as coroutines (block.hpp)."""
+"""linear.cu on a CPU: a C++ compiler, and coroutines (block.hpp) as the threads of a block."""
 
 from __future__ import annotations
 
@@ -78,8 +78,13 @@ def _library(bits: int, is_half: bool, shape: product.Shape) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "linear.so"
         command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-x", "c++", "-o"]
-        done = subprocess.run(
-            [*command, str(target), "-"], input=kernels_file, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        process = subprocess.run(
+            [*command, str(target), "-"],
+            input=kernels_file,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert process.returncode == 0, process.stderr
         return ctypes.CDLL(str(target))

@@ -1,8 +1,8 @@
 """Times products with packed matrices beside bf16 and cuBLAS: the data of `choose_shape`.
 
-`python -m benchmarks.packed` needs a GPU. Every product is recorded in a CUDA graph that goes over
-several copies of the weights, more than the second-level cache holds. Figures are microseconds a
-product, and the ratio to bf16.
+`python -m benchmarks.device.packed` needs a GPU. Every product is recorded in a CUDA graph that
+goes over several copies of the weights, more than the second-level cache holds. Figures are
+microseconds a product, and the ratio to bf16.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def host_us(call: Callable[[], object], count: int = 300) -> float:
 def make(bits: int, rows: int, cols: int) -> matrix.PackedMatrix:
     """Returns a random packed matrix."""
     if bits == 12:
-        packed = matrix.pack_bf16((torch.randn(rows, cols, device="cuda") * 0.02).bfloat16())
-        assert packed is not None
-        return packed
+        packed_matrix = matrix.pack_bf16((torch.randn(rows, cols, device="cuda") * 0.02).bfloat16())
+        assert packed_matrix is not None
+        return packed_matrix
     codes = (torch.randn(rows, cols, device="cuda") * BITS[bits]).round()
     if bits == 8:
         codes = codes.clamp(-127, 127)
@@ -160,14 +160,14 @@ def _inputs(tokens: int, cols: int) -> torch.Tensor:
 
 
 def _all_shapes(calls: list[Callable[[], object]], tokens: int) -> str:
-    chosen = product.choose_shape
+    choose_shape = product.choose_shape
     figures = []
     tiles = min(t for t in SHAPES if 8 * t >= tokens)
     for row_tiles, row_warps, col_warps, splits in SHAPES[tiles]:
         shape = product.Shape(row_tiles, tiles, row_warps, col_warps, splits)
         product.choose_shape = lambda *_, s=shape: s  # type: ignore[assignment]
         figures.append(f"{row_tiles}/{row_warps}/{col_warps}/{splits}={time_us(calls):.1f}")
-    product.choose_shape = chosen
+    product.choose_shape = choose_shape
     return " [" + " ".join(figures) + "]"
 
 
