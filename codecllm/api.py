@@ -291,6 +291,4 @@ def _compressed_tensors_layout(container: Container) -> PackedLayout:
         return plan_layout(manifest, ())
     from codecllm.loader.hf.plain import linear_modules
 
-    # Its sha256 is compared before transformers reads it.
-    container.read_side_file(config)
-    return plan_layout(manifest, linear_modules(container.folder))
+    return plan_layout(manifest, linear_modules(container))

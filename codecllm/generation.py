@@ -44,11 +44,13 @@ def generate(
     from codecllm.loader import from_pretrained
     from codecllm.loader.hf.folder import read_tokenizer
 
-    _check_side_files(files.folder)
-    model = from_pretrained(files.folder, resident=resident, workers=workers, progress=progress)
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
-    tokenizer = read_tokenizer(files.folder)
+    with Container(files.folder) as container:
+        for record in container.manifest.files:
+            container.check_file(record)
+        model = from_pretrained(files.folder, resident=resident, workers=workers, progress=progress)
+        if not (hasattr(model, "can_generate") and model.can_generate()):
+            raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
+        tokenizer = read_tokenizer(container)
     try:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     except Exception as exc:  # tokenizer files make their classes fail in any way
@@ -76,10 +78,3 @@ def generate(
             pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
-
-
-def _check_side_files(folder: Path) -> None:
-    """Compares the tokenizer's files with their sha256 before transformers reads them."""
-    with Container(folder) as container:
-        for record in container.manifest.files:
-            container.check_file(record)

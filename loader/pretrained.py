@@ -18,6 +18,7 @@ from codecllm.formats.errors import (
     UsageError,
 )
 from codecllm.formats.manifest.manifest import INDEX_NAME
+from codecllm.formats.manifest.unlisted import refuse_unlisted
 from codecllm.formats.strict_json import parse_json_object
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_size
@@ -31,6 +32,7 @@ from codecllm.loader.hf.folder import (
     read_config,
     read_generation_config,
 )
+from codecllm.loader.hf.listed import for_model, for_model_with_code, listed_files
 from codecllm.loader.hf.model_class import described_tensors, model_class
 from codecllm.loader.hf.remote_code import check_code, code_class, explain_missing_code
 from codecllm.loader.load import Load, LoadOptions, Resident
@@ -98,7 +100,8 @@ def from_pretrained(
             nvCOMP, `rans` by our kernel, or an error that says why not.
         workers: threads that read and decode; None takes one per core, without the native core at
             most six. For tensors that a GPU decodes no more than three read.
-        expected_manifest_sha256: accept only the container with this manifest; it pins every byte.
+        expected_manifest_sha256: accept only the container with this manifest. It pins every byte:
+            an unlisted file that a class of transformers might read is an error too.
         progress: True draws a bar on stderr, False draws none, a callback gets the tensor's name,
             bytes done and bytes in all; None leaves it to transformers' own bar.
         trust_remote_code: whether Python code that the container lists may run. Each file is
@@ -136,20 +139,47 @@ def from_pretrained(
         complete=auto_class is None and not hf_kwargs.get("key_mapping"),
     )
     with closing(Load(files.folder, options, expected_manifest_sha256)) as load:
-        auto_map = _check_side_files(load.container)
-        if trust_remote_code:
-            check_code(load.container, auto_map)
-        try:
-            result = _build(load, auto_class, dtype, device_map, trust_remote_code, hf_kwargs)
-        except UnsupportedEnvironmentError as exc:
-            if trust_remote_code:
-                raise
-            raise explain_missing_code(load.container, auto_map, exc) from exc
+        if expected_manifest_sha256 is not None:
+            refuse_unlisted(files.folder, load.container.manifest)
+        result = _checked_and_built(
+            load, auto_class, dtype, device_map, trust_remote_code, hf_kwargs
+        )
     model = result[0] if isinstance(result, tuple) else result
     if spreading:
         placement.spread(model, **spreading)
     model.name_or_path = model.config._name_or_path = str(name_or_path)
     return result
+
+
+def load_opened(container: Container, workers: int | None = None) -> PreTrainedModel:
+    """Loads an opened container again, on the CPU: the same manifest, whatever lies beside it.
+
+    Errors as `from_pretrained`; `workers` as there.
+    """
+    options = LoadOptions(workers=workers, complete=True)
+    with closing(Load(container.folder, options, container.manifest_sha256)) as load:
+        model = _checked_and_built(load, None, None, None, False, {})
+    model.name_or_path = model.config._name_or_path = str(container.folder)
+    return model
+
+
+def _checked_and_built(
+    load: Load,
+    auto_class: Any,
+    dtype: Any,
+    device_map: Any,
+    run_code: bool,
+    hf_kwargs: dict[str, Any],
+) -> Any:
+    auto_map = _check_side_files(load.container)
+    if run_code:
+        check_code(load.container, auto_map)
+    try:
+        return _build(load, auto_class, dtype, device_map, run_code, hf_kwargs)
+    except UnsupportedEnvironmentError as exc:
+        if run_code:
+            raise
+        raise explain_missing_code(load.container, auto_map, exc) from exc
 
 
 def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[str, Any]) -> None:
@@ -198,8 +228,7 @@ def _check_side_files(container: Container) -> dict[str, Any] | None:
         container.read_side_file(record)  # transformers finds the shards by it
     record = container.manifest.file(GENERATION_CONFIG_NAME)
     if record is not None:
-        container.read_side_file(record)
-        read_generation_config(container.folder)
+        read_generation_config(container)
     auto_map = document.get("auto_map")
     return auto_map if isinstance(auto_map, dict) else None
 
@@ -212,8 +241,21 @@ def _build(
     run_code: bool,
     hf_kwargs: dict[str, Any],
 ) -> Any:
-    """Lets transformers load the folder with the weights of `load`; returns its result."""
-    folder = load.container.folder
+    """Lets transformers load the listed files with the weights of `load`; returns its result."""
+    choice = for_model_with_code if run_code else for_model
+    with listed_files(load.container, choice) as folder:
+        return _build_from(folder, load, auto_class, dtype, device_map, run_code, hf_kwargs)
+
+
+def _build_from(
+    folder: Path,
+    load: Load,
+    auto_class: Any,
+    dtype: Any,
+    device_map: Any,
+    run_code: bool,
+    hf_kwargs: dict[str, Any],
+) -> Any:
     config = hf_kwargs.pop("config", None)
     stored_config, other_options = read_config(
         folder, run_code=run_code, return_unused_kwargs=True, **hf_kwargs

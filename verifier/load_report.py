@@ -41,7 +41,7 @@ def record_load_report(out: str | Path) -> str | None:
         from codecllm.loader.load_report import LOAD_REPORT_NAME, pack_report
 
         try:
-            config = read_config(folder)
+            config = read_config(container)
             if ORIGINAL_KEY in (getattr(config, "quantization_config", None) or {}):
                 return None  # only its own quantizer knows the names of its tensors
             check_config_size(config.to_dict(), len(container.records))

@@ -75,10 +75,10 @@ def _obstacle(container: Container) -> str | None:
 
 def _compare_models(container: Container, source: Path, stage: Stage, workers: int) -> str | None:
     """Loads both models and compares them; returns why it could not."""
-    from codecllm.loader import from_pretrained
     from codecllm.loader.hf.plain import load_plain
     from codecllm.loader.hf.quiet import silenced, without_progress_bars
     from codecllm.loader.load_report import LoadReport, read_report
+    from codecllm.loader.pretrained import load_opened
 
     with without_progress_bars(), silenced():
         try:
@@ -96,11 +96,7 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
             )
             stage.fail(error)
             return None
-        container_model = from_pretrained(
-            container.folder,
-            workers=workers,
-            expected_manifest_sha256=container.manifest_sha256,
-        )
+        container_model = load_opened(container, workers)
     lossless = not any(isinstance(item, Int8Tensor) for item in container.records.values())
     differences = list(_differences(plain, container_model, lossless, expected.missing))
     for difference in differences:
@@ -208,12 +204,9 @@ def _compare_speech(
 
     plain, container_model = models
     folders = (source, container.folder)
-    coders = (
-        PromptCoder(source, plain.config),
-        PromptCoder(container.folder, container_model.config),
-    )
+    coders = (PromptCoder(source, plain.config), PromptCoder(container, container_model.config))
     text.check_tokenizers(*coders, folders, stage)
-    theirs, ours = (_chat_texts(folder) for folder in folders)
+    theirs, ours = _chat_texts(source), _chat_texts(container)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             error = ModelMismatchError(
@@ -233,12 +226,12 @@ def _compare_speech(
     stage.facts["said"] = f"; {stage.summary}"
 
 
-def _chat_texts(folder: Path) -> dict[str, str]:
-    """Returns the sample chat by each of the folder's chat templates, by name."""
+def _chat_texts(model: Path | Container) -> dict[str, str]:
+    """Returns the sample chat by each of the model's chat templates, by name."""
     from codecllm.loader.hf.folder import read_tokenizer
 
     try:
-        tokenizer = read_tokenizer(folder)
+        tokenizer = read_tokenizer(model)
     except CodecLLMError:
         return {}
     templates = tokenizer.chat_template or {}

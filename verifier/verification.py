@@ -48,7 +48,8 @@ def verify(
         require_baseline: fail where no baseline is recorded.
         baseline: False leaves the baseline out.
         workers: threads; None takes one per core.
-        expected_manifest_sha256: fail for any other manifest.
+        expected_manifest_sha256: fail for any other manifest, and for an unlisted file that a class
+            of transformers might read.
         revision: branch, tag or commit of a Hub id.
         token: Hub token.
         cache_dir: Hub cache.
@@ -77,7 +78,8 @@ def verify(
         Container(files.folder, expected_manifest_sha256=expected_digest) as container,
     ):
         report.manifest_sha256 = container.manifest_sha256
-        check_structure(container, stage, report.warnings)
+        pinned = expected_manifest_sha256 is not None
+        check_structure(container, stage, report.warnings, pinned=pinned)
     if report.manifest_sha256 is None or level == "structure":
         return report
     # The files may change between the stages. The digest binds the second reading to the manifest

@@ -1,8 +1,9 @@
-"""Read config, tokenizer and generation settings of a folder. Code of the folder is never run.
+"""Read config, tokenizer and generation settings of a model. Code of its folder is never run.
 
 transformers can import Python files of a model folder (`auto_map`, `custom_generate`). Without an
 explicit `trust_remote_code` it asks on the terminal and runs them after a "y". Every call of
-codecllm goes through this module, which always answers no.
+codecllm goes through this module, which always answers no. Of a container it shows transformers the
+listed files only (`listed.py`).
 
 For a file that is damaged or made to be hostile, the many classes of transformers raise errors of
 many types (KeyError, TypeError, RecursionError, ...). Here that is one error that names the file.
@@ -15,6 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.formats.errors import SchemaError, UnsupportedEnvironmentError, one_line
+from codecllm.loader.hf.listed import (
+    ModelFiles,
+    for_model,
+    for_model_with_code,
+    for_tokenizer,
+    listed_files,
+)
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -27,11 +35,11 @@ TOKENIZER_FILES = (
 )
 
 
-def read_config(folder: str | Path, *, run_code: bool = False, **options: Any) -> Any:
-    """Returns the config of a folder as a transformers `PretrainedConfig`.
+def read_config(model: ModelFiles, *, run_code: bool = False, **options: Any) -> Any:
+    """Returns a model's config as a transformers `PretrainedConfig`.
 
     Args:
-        folder: the model's folder.
+        model: its folder, or the opened container.
         run_code: whether code of the folder may run: only where the caller of a load said so, and
             after `remote_code.check_code`.
         options: attributes to change, as `from_pretrained` takes them. With
@@ -39,55 +47,74 @@ def read_config(folder: str | Path, *, run_code: bool = False, **options: Any) -
 
     Raises:
         UnsupportedEnvironmentError: this transformers cannot read it.
+        FormatError: a file of the container differs from the manifest.
     """
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=run_code, **options)
-    except Exception as exc:
-        raise UnsupportedEnvironmentError(
-            f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME
-        ) from exc
+    with listed_files(model, for_model_with_code if run_code else for_model) as folder:
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=run_code, **options)
+        except Exception as exc:
+            raise UnsupportedEnvironmentError(
+                f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME
+            ) from exc
 
 
-def read_tokenizer(folder: str | Path, **options: Any) -> Any:
-    """Returns the tokenizer of a folder; `options` go to `AutoTokenizer.from_pretrained`.
+def read_tokenizer(model: ModelFiles) -> Any:
+    """Returns the tokenizer of a model's folder or of an opened container.
 
     Raises:
         SchemaError: there is none, or transformers cannot read its files.
+        FormatError: a file of the container differs from the manifest.
     """
+    with listed_files(model, for_tokenizer) as folder:
+        return _tokenizer_of(folder, {})
+
+
+def read_gguf_tokenizer(path: Path) -> Any:
+    """Returns the tokenizer that a GGUF file describes.
+
+    Raises:
+        SchemaError: there is none, or transformers cannot read it.
+    """
+    return _tokenizer_of(path.parent, {"gguf_file": path.name})
+
+
+def read_generation_config(model: ModelFiles) -> Any:
+    """Returns a model's generation_config.json as a transformers `GenerationConfig`.
+
+    Raises:
+        SchemaError: transformers cannot read it.
+        FormatError: a file of the container differs from the manifest.
+    """
+    from transformers import GenerationConfig
+
+    with listed_files(model, for_model) as folder:
+        try:
+            return GenerationConfig.from_pretrained(folder)
+        except Exception as exc:
+            raise SchemaError(
+                f"transformers cannot read the generation defaults: {describe(exc)}",
+                file=GENERATION_CONFIG_NAME,
+            ) from exc
+
+
+def describe(exc: BaseException) -> str:
+    """Returns class and text of a foreign error, in one line."""
+    return f"{type(exc).__name__}: {one_line(exc, 300)}"
+
+
+def _tokenizer_of(folder: Path, options: dict[str, str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
         # Never with code: a tokenizer is read for checks, for which no caller has allowed any.
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as exc:
-        name = _damaged_tokenizer_file(Path(folder))
+        name = _damaged_tokenizer_file(folder)
         raise SchemaError(
             f"transformers cannot read the tokenizer: {describe(exc)}", file=name
         ) from exc
-
-
-def read_generation_config(folder: str | Path) -> Any:
-    """Returns the folder's generation_config.json as a transformers `GenerationConfig`.
-
-    Raises:
-        SchemaError: transformers cannot read it.
-    """
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except Exception as exc:
-        raise SchemaError(
-            f"transformers cannot read the generation defaults: {describe(exc)}",
-            file=GENERATION_CONFIG_NAME,
-        ) from exc
-
-
-def describe(exc: BaseException) -> str:
-    """Returns class and text of a foreign error, in one line."""
-    return f"{type(exc).__name__}: {one_line(exc, 300)}"
 
 
 def _damaged_tokenizer_file(folder: Path) -> str | None:

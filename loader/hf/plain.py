@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from codecllm.loader.hf.folder import read_config
+from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
 from codecllm.loader.hf.quiet import silenced
 from codecllm.loader.torch_tensors import torch_dtype
@@ -61,19 +62,19 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
         reader.tqdm = bar
 
 
-def linear_modules(folder: Path) -> list[str]:
-    """Returns the names of the nn.Linear modules of the model that a folder's config names.
+def linear_modules(model: ModelFiles) -> list[str]:
+    """Returns the names of the nn.Linear modules of the class that a model's config names.
 
     No weights are read or made.
 
     Raises:
         UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
     """
-    config = read_config(folder)
+    config = read_config(model)
     strip_quantization(config)
     with torch.device("meta"):
-        model = model_class(config)(config)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        empty = model_class(config)(config)
+    return [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _described(folder: Path) -> dict[str, torch.Tensor]:

@@ -154,14 +154,12 @@ def check_baseline(container: Container, stage: Stage, *, required: bool, worker
         stage.skipped = True
         stage.summary = str(reason)
         return
-    from codecllm.loader import from_pretrained
     from codecllm.loader.hf.quiet import without_progress_bars
+    from codecllm.loader.pretrained import load_opened
     from codecllm.verifier.baseline.runs import compare_with_record
 
     with without_progress_bars():
-        model = from_pretrained(
-            container.folder, workers=workers, expected_manifest_sha256=container.manifest_sha256
-        )
+        model = load_opened(container, workers)
     compare_with_record(model, baseline, stage)
     if baseline.agreement is not None:
         _refuse_below_floor(baseline.agreement, container.manifest)

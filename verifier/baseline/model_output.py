@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from codecllm.formats.errors import SchemaError
 from codecllm.verifier.baseline.prompts import HIDDEN_SAMPLES, NEW_TOKENS, PROMPTS, TOP_TOKENS
 from codecllm.verifier.baseline.record import Environment, HiddenSamples, TopTokens
+
+if TYPE_CHECKING:
+    from codecllm.loader.hf.listed import ModelFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,18 @@ class PromptTokens:
 class PromptCoder:
     """Text to tokens and back: the model's tokenizer, or arbitrary fixed ids where it has none."""
 
-    def __init__(self, folder: Path, config: Any) -> None:
-        """Loads the tokenizer of `folder`, if there is a usable one."""
+    def __init__(self, model: ModelFiles, config: Any) -> None:
+        """Loads the tokenizer of a model's folder or of an opened container, if there is one.
+
+        Raises:
+            FormatError: a file of the container differs from the manifest.
+        """
         from codecllm.loader.hf.folder import read_tokenizer
 
         self._vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
         try:
-            self._tokenizer = read_tokenizer(folder)
-        except Exception:  # each tokenizer class of transformers raises types of its own
+            self._tokenizer = read_tokenizer(model)
+        except SchemaError:  # there is none, or none that transformers can read
             self._tokenizer = None
 
     def prompts(self, texts: Sequence[str] = PROMPTS) -> list[PromptTokens]:

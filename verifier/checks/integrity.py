@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 from codecllm.formats import limits
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, FormatError, LayoutError, SchemaError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME
+from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME
 from codecllm.formats.manifest.records import AliasTensor, FileRecord
+from codecllm.formats.manifest.unlisted import is_read_by_a_class, unlisted_error, unlisted_names
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.formats.strict_json import parse_json_object
 from codecllm.verifier.report import Stage
@@ -22,8 +22,6 @@ Progress = Callable[[str, int, int], None]
 READ_BYTES = 4 << 20
 """Payload read at once: bounds the memory of a thread, whatever the tensor's size."""
 
-# The Hub rewrites both in a repository, after the manifest was written.
-_NEVER_CHECKED = frozenset({"README.md", ".gitattributes"})
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -35,8 +33,20 @@ def stored_names(container: Container) -> list[str]:
     ]
 
 
-def check_structure(container: Container, stage: Stage, warnings: list[str]) -> None:
-    """Checks presence and size of the listed files, and shards, side tensors and chunk tables."""
+def check_structure(
+    container: Container, stage: Stage, warnings: list[str], *, pinned: bool = False
+) -> None:
+    """Checks listed files, shards, side tensors and chunk tables, without reading payloads.
+
+    Every listed file must be there and have its size.
+
+    Args:
+        container: the container.
+        stage: receives findings and figures.
+        warnings: receives a line for each unlisted file that is no fault.
+        pinned: whether the caller named the manifest's sha256. Then an unlisted file that a class
+            of transformers might read is a fault.
+    """
     manifest = container.manifest
     for record in manifest.files:
         with collected(stage):
@@ -54,7 +64,7 @@ def check_structure(container: Container, stage: Stage, warnings: list[str]) -> 
             with collected(stage):
                 container.tensor(name)
     _check_index(container, stage)
-    _check_unlisted(container, stage, warnings)
+    _check_unlisted(container, stage, warnings, pinned)
     tensors = len(manifest.tensors)
     stage.summary = (
         f"{len(manifest.shards)} shards, {len(manifest.files)} side files, {tensors} tensors"
@@ -173,30 +183,17 @@ def _check_index(container: Container, stage: Stage) -> None:
             raise LayoutError("weight_map differs from the names in the shards", file=INDEX_NAME)
 
 
-def _check_unlisted(container: Container, stage: Stage, warnings: list[str]) -> None:
-    listed_names = {record.name for record in container.manifest.files} | {
-        record.name for record in container.manifest.shards
-    }
-    for path in sorted(container.folder.iterdir()):
-        name = path.name
-        if (
-            name in listed_names | _NEVER_CHECKED
-            or name == MANIFEST_NAME
-            or name.startswith(".")
-            or _holds_listed(path, listed_names)
-        ):
-            continue
+def _check_unlisted(container: Container, stage: Stage, warnings: list[str], pinned: bool) -> None:
+    for name in unlisted_names(container.folder, container.manifest):
         # Loaders that look for *.safetensors would read it, so it is a fault and no remark.
         if name.endswith(".safetensors"):
             stage.fail(SchemaError("shard is not listed in the manifest", file=name))
+        elif pinned and is_read_by_a_class(container.folder, name):
+            stage.fail(unlisted_error(name))
         elif name == BASELINE_NAME:
             warnings.append(f"{name} is not listed in the manifest: ignored")
         else:
             warnings.append(f"{name} is not listed in the manifest: not checked")
-
-
-def _holds_listed(path: Path, listed: set[str]) -> bool:
-    return path.is_dir() and any(name.startswith(f"{path.name}/") for name in listed)
 
 
 def _tell(progress: Progress | None, name: str, done: int, total: int) -> None:

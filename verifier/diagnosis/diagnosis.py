@@ -67,7 +67,8 @@ def diagnose(
         Container(files.folder, expected_manifest_sha256=expected_sha256) as container,
     ):
         report.manifest_sha256 = container.manifest_sha256
-        check_structure(container, stage, report.warnings)
+        pinned = expected_sha256 is not None
+        check_structure(container, stage, report.warnings, pinned=pinned)
     # The second opening pins the manifest: no other container can slip in between.
     if report.manifest_sha256 is not None:
         with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:

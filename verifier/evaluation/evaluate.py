@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from codecllm.formats.errors import UsageError
-from codecllm.loader.hf.folder import read_tokenizer
+from codecllm.formats.errors import SchemaError, UsageError
+from codecllm.loader.hf.folder import read_gguf_tokenizer, read_tokenizer
 from codecllm.loader.hf.quiet import silenced
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
@@ -153,10 +153,9 @@ def _tokens(reference: Candidate, model: Any, text: str) -> list[int]:
     if model.config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
         raise UsageError(f"{type(model).__name__} is no causal language model", file=reference.name)
     try:
-        options = {"gguf_file": reference.path.name} if reference.kind == "gguf" else {}
-        folder = reference.path.parent if reference.kind == "gguf" else reference.path
-        tokenizer = read_tokenizer(folder, **options)
-    except (OSError, ValueError) as exc:
+        read = read_gguf_tokenizer if reference.kind == "gguf" else read_tokenizer
+        tokenizer = read(reference.path)
+    except SchemaError as exc:
         raise UsageError(f"the base has no usable tokenizer ({exc})", file=reference.name) from exc
     with silenced():  # longer than the model's context: the text is read in windows
         tokens: list[int] = tokenizer(text)["input_ids"]

@@ -98,7 +98,7 @@ def source_tensor(tensor: SourceTensor) -> torch.Tensor:
 def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Returns the container's model class with the given weights, in evaluation mode."""
     # Without our block transformers takes no quantizer, and so no code of the loader.
-    config = read_config(container.folder)
+    config = read_config(container)
     strip_quantization(config)
     with silenced(), without_progress_bars():
         model = model_class(config, partial(described_tensors, container)).from_pretrained(
@@ -112,7 +112,7 @@ def parameters_of_config(container: Container) -> int:
 
     It is built without data, so a wrong config costs no memory.
     """
-    config = read_config(container.folder)
+    config = read_config(container)
     strip_quantization(config)
     # The meta device builds modules without data.
     with torch.device("meta"):

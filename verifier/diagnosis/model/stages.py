@@ -189,7 +189,7 @@ class ModelStages:
         if self._plain is None or self._coder is None:
             _skip(stage, self._why_not or "no model was loaded")
             return
-        container_coder = output.PromptCoder(self._container.folder, self._model.config)
+        container_coder = output.PromptCoder(self._container, self._model.config)
         text.check_tokenizers(
             self._coder, container_coder, (self._source.folder, self._container.folder), stage
         )
