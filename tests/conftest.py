@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests/gpu without `--gpu`; with it leaves out all else but what is marked `gpu_too`."""
+    """Skips tests/gpu without `--gpu`; with it leaves out all other tests not marked `gpu_too`."""
     kept, left_out = [], []
     for item in items:
         needs = _GPU_TESTS in item.path.parents

@@ -1,7 +1,7 @@
 """A Hub on loopback: real HTTP, with huggingface_hub's endpoints for pushes and fetches.
 
 No package fits: `hf-local-hub` on PyPI is the client of a server that it does not hold, `olah`
-mirrors the real Hub and takes no uploads. What is served (`hub_endpoints`) was read from
+mirrors the real Hub and takes no uploads. The endpoints (`hub_endpoints`) were read from
 huggingface_hub's source (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`,
 `_snapshot_download.py`); Xet is not spoken: clients set HF_HUB_DISABLE_XET.
 
@@ -74,11 +74,11 @@ class HubServer:
     """The server; use it as a context manager.
 
     Attributes:
-        url: what HF_ENDPOINT has to be.
+        url: the value for HF_ENDPOINT.
         cdn_url: where large files are served, as on the real Hub from another host, to which no
             token may be sent.
         users: token -> user name.
-        approved: users who were given access to gated repositories.
+        approved: users with access to gated repositories.
         repos: repositories by name.
         blobs: contents by sha256.
         log: every exchange so far.

@@ -1,4 +1,4 @@
-"""The containers of `conformance/`, as bytes: each reader returns or refuses what SPEC.md says."""
+"""The containers of `conformance/`, as bytes: readers return or refuse them by SPEC.md."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def kernels(request):
 
 
 def _both(monkeypatch, work):
-    """Returns what `work` gives with the core and without."""
+    """Returns the results of `work` with the core and without."""
     fast = work()
     with monkeypatch.context() as patch:
         patch.setattr(native, "core", None)

@@ -1,4 +1,4 @@
-"""The rules that choose a scheme for each tensor, and what they write into the config."""
+"""The rules that choose a scheme for each tensor, and the block that they add to the config."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _made_from(tmp_path, source, edit, **options):
 
 
 def _found(report, stage, cause, tensor=None, channel=None):
-    """Asserts what explains a report, and that the paragraph says it."""
+    """Asserts the cause in a report, and that the paragraph names it."""
     explained = explaining(report)
     assert explained is not None, report.conclusion
     found, finding = explained

@@ -153,7 +153,7 @@ def test_every_tensor_decodes_to_the_recorded_bits(version, name):
 
 @pytest.mark.parametrize(("version", "name"), CONTAINERS)
 def test_a_reader_written_from_the_specification_gives_the_same_bits(version, name):
-    """SPEC.md says enough, and the reference does what it says."""
+    """SPEC.md says enough, and the reference follows it."""
     data = read_container(HERE / version / name)
     assert {key: sha256_hex(tensor) for key, tensor in data.items()} == _expected(version)[name]
 

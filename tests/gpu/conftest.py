@@ -1,4 +1,4 @@
-"""What only a real device can show: `make test-gpu`."""
+"""Tests that need a real device: `make test-gpu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is fetched of a source's repository: no model twice, every module, no pickle."""
+"""The files fetched from a source's repository: no model twice, every module, no pickle."""
 
 from __future__ import annotations
 

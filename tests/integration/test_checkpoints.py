@@ -1,4 +1,4 @@
-"""Checkpoints as they are published: a container gives what transformers gives for its source.
+"""Published checkpoints: a container gives the model that transformers makes of its source.
 
 docs/checkpoints.md lists the layouts and uses with the tests of this file.
 """
@@ -60,7 +60,7 @@ def convert(source, out, scheme, **options):
 
 
 def warned_by_transformers(caplog, load):
-    """Returns what `load` returns and the names that transformers' load report shows."""
+    """Returns the result of `load` and the names that transformers' load report shows."""
     caplog.clear()
     logger = logging.getLogger("transformers")
     logger.propagate, before = True, logger.propagate

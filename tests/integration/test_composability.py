@@ -1,4 +1,4 @@
-"""Loaded models with what people do to models: adapters, compilation, offloading, progress."""
+"""Loaded models in common use: adapters, compilation, offloading, progress."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_gradients_through_every_resident_are_those_of_dense(container):
 
 @pytest.fixture
 def compiler():
-    """Forgets afterwards what was compiled."""
+    """Forgets compiled code afterwards."""
     yield
     torch.compiler.reset()
 

@@ -85,7 +85,7 @@ def test_other_dtypes(container, dtype):
 
 
 def test_payload_is_the_stored_one_and_nothing_else_is_kept(container):
-    """The model holds what is plain, and for the rest what the shards hold."""
+    """The model holds plain tensors, and the shards' bytes for the rest."""
     model = from_pretrained(container("llama", "int8"), resident="compressed")
     total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert total == model.get_memory_footprint()

@@ -157,7 +157,7 @@ def test_dtype_is_that_of_the_caller_rounded_once(container, dtype):
 @pytest.mark.parametrize("scheme", ["lossless", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, None])
 def test_loading_in_inference_mode_gives_plain_tensors(container, scheme, dtype):
-    """Threads write to what the caller planned: they may not where it is an inference tensor."""
+    """Threads write to the caller's tensors, which they may not if these are inference tensors."""
     folder = container("llama", scheme)
     expected = from_pretrained(folder, dtype=dtype).state_dict()
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""`verify --source` asks transformers what the source is, and the baseline has a floor."""
+"""`verify --source` asks transformers for the source's model, and the baseline has a floor."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_source_that_leaves_weights_over_is_verified_with_its_record_only(tmp_
 
 
 def test_weights_that_transformers_would_take_from_another_file_are_found(tmp_path, tiny):
-    """Whatever the converter takes: transformers prefers one complete file to a sharded set."""
+    """The converter may take either: transformers prefers one complete file to a sharded set."""
     source = tampering.copy_of(tiny("llama"), tmp_path / "source")
     convert(source, tmp_path / "out", scheme="lossless")
     other = tampering.copy_of(source, tmp_path / "other")

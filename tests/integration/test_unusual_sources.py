@@ -88,7 +88,7 @@ def test_a_source_that_says_tied_but_stores_both_alike(tiny, tmp_path):
 
 
 def test_a_source_that_says_tied_but_stores_two_different_ones(tiny, tmp_path):
-    """What transformers makes of the source is what a container of it gives."""
+    """A container gives the model that transformers makes of its source."""
 
     def change(tensors):
         tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]

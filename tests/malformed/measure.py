@@ -21,13 +21,13 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass
 class Cost:
-    """What a stretch of code cost."""
+    """The cost of a stretch of code."""
 
     seconds: float = 0.0
     mib: float = 0.0
 
     def check(self, input_mib: float = 0.0) -> None:
-        """Fails where the cost is above what an input of that size may have."""
+        """Fails where the cost is above the limit of an input of that size."""
         seconds = MAX_SECONDS + SECONDS_PER_MIB * input_mib
         mib = MAX_MIB + MIB_PER_MIB * input_mib
         assert self.seconds <= seconds, f"took {self.seconds:.2f} s of CPU time, at most {seconds}"

@@ -88,7 +88,7 @@ def _payload(chunk_of_zeros, offset, value):
 
 
 def _low_bits(name, chunk, value):
-    """Sets what the record of a chunk says of its low bits."""
+    """Sets the low bits in the record of a chunk."""
 
     def edit(tensors):
         tensors[f"{name}_chunks"][2][32 + 16 * chunk + 5] = value

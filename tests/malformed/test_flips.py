@@ -1,6 +1,6 @@
 """Every bit flipped, every length cut: an error or the same bits, never other bits.
 
-What a loader reads is tried bit by bit through the tensors alone, without the files' sha256, so
+The loader's bytes are tried bit by bit through the tensors alone, without the files' sha256, so
 that the checksums of header, side tensors, chunks and padding have to find it.
 """
 

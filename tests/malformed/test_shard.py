@@ -460,7 +460,7 @@ def test_window_larger_than_the_content_is_accepted(folder, pristine):
 
 
 def test_a_code_changed_by_an_attacker_changes_the_digest_only(folder, pristine):
-    """What checksums inside a container cannot stop: it decodes, and the tensor's digest tells."""
+    """Checksums inside a container cannot stop it: it decodes, and the tensor's digest tells."""
     from codecllm.formats.container import Container
     from codecllm.formats.reference import tensor_digest
 

@@ -116,7 +116,7 @@ def _mutate(document: Any, place: list[int], kind: str, value: Any) -> None:
 
 
 def _read(folder):
-    """Reads every tensor; whatever is returned has the size that its record says."""
+    """Reads every tensor; each has the size that its record says."""
     with suppress(CodecLLMError), Container(folder) as container:
         for record in container.manifest.files:
             with suppress(CodecLLMError):
@@ -127,7 +127,7 @@ def _read(folder):
 
 
 def _workplace(folder):
-    """Returns what puts a container back as it was, and returns its folder."""
+    """Returns a function that restores a container and returns its folder."""
     kept = {path: path.read_bytes() for path in (folder / MANIFEST_NAME, folder / SHARD)}
 
     def restore():

@@ -1,4 +1,4 @@
-"""Files beside a container that its manifest does not list change nothing; beside a pinned one they are refused."""
+"""Unlisted files beside a container change nothing; beside a pinned one they are refused."""
 
 from __future__ import annotations
 

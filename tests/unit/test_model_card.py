@@ -1,4 +1,4 @@
-"""The card says what a load runs beside codecllm."""
+"""The card names the code that a load runs beside codecllm."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A device on the CPU: each call returns after its work, Triton's interpreter runs kernels.
 
-What it cannot show is that a wait between streams is missing; tests/gpu runs the same on a real
+It cannot show that a wait between streams is missing; tests/gpu runs the same on a real
 device.
 """
 
@@ -30,8 +30,8 @@ class NvcompOfTheHost:
 
     Attributes:
         frames: how many it has decoded.
-        status: what it answers for every frame.
-        decoded_bytes: what it says that a frame decoded to; None: the truth.
+        status: the answer for every frame.
+        decoded_bytes: the stated size of a decoded frame; None: the true one.
     """
 
     def __init__(self, status: int = 0, decoded_bytes: int | None = None) -> None:

@@ -322,7 +322,7 @@ def test_a_closed_engine_answers_at_once(made):
 
 
 class _Broken(HostStreams):
-    """A device that fails once, and then whatever is asked of it."""
+    """A device that fails once, and then at every call."""
 
     def record(self, stream):
         raise RuntimeError("an illegal memory access was encountered")

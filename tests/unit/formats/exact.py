@@ -1,6 +1,6 @@
 """IEEE 754 rounding in exact rational arithmetic, slow and obvious.
 
-What the fast paths must equal.
+The fast paths must equal them.
 """
 
 from __future__ import annotations

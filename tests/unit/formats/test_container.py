@@ -370,7 +370,7 @@ def test_chunks_checked_together_fail_as_the_first_that_fails_alone(folder):
 def test_chunks_decoded_together_have_the_bytes_of_one_by_one_or_are_left_to_it(folder):
     """Any damage, and anything behind a frame, makes the fast path give up.
 
-    The slow one says what is wrong.
+    The slow one names the fault.
     """
     refused, several = set(), 0
     with Container(folder) as container:

@@ -1,6 +1,6 @@
-"""What a manifest says and how it is written.
+"""The contents of a manifest, and its exact text.
 
-What is refused is in tests/malformed/test_manifest.py.
+tests/malformed/test_manifest.py has the refused ones.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def test_exact_bytes():
 
 
 def _both(stored, raw_bytes, table):
-    """What both decoders make of bytes: equal symbols, or an error of each."""
+    """Both decoders on any bytes: equal symbols, or an error of each."""
     try:
         expected = rans_reference.decode(bytes(stored), raw_bytes, table)
     except DecodeError:

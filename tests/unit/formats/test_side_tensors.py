@@ -1,7 +1,4 @@
-"""The table of side tensors.
-
-Who has which, of which type and length, and that no other module spells their names.
-"""
+"""The table of side tensors: their tensors, types and lengths; no other module has their names."""
 
 import ast
 import doctest
