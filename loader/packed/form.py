@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from codecllm.loader.packed.matrix import PackedMatrix, gather
+from codecllm.loader.packed.matrix import PackedMatrix
 from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident.form import WeightForm
 
@@ -40,7 +40,7 @@ class PackedForm(WeightForm):
 
     def gather(self, rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See `WeightForm.gather`."""
-        return gather(self.matrix, rows.to(self.matrix.words.device), dtype).to(device)
+        return self._product.gather(rows.to(self.matrix.words.device), dtype).to(device)
 
     def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See `packed.product`."""

@@ -22,7 +22,7 @@ from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.loader.kernels.nvrtc import Kernel, Launch
 from codecllm.loader.kernels.on_device import on_device_of
 from codecllm.loader.packed.layout import BF16_BITS, TILE_COLS, TILE_ROWS
-from codecllm.loader.packed.matrix import PackedMatrix, dequantize
+from codecllm.loader.packed.matrix import PackedMatrix, dequantize, gather
 
 MAX_TOKENS = 64
 """Most inputs of `linear.cu`; the table in docs/gpu.md shows the crossing."""
@@ -128,6 +128,31 @@ class PackedProduct:
         if not self._has_unpack(dtype):
             return dequantize(self.matrix, dtype)
         return self._unpacked(dtype, 0, self.matrix.rows)
+
+    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns rows of the weights, `dtype` [n, cols], with the bits of dense loading.
+
+        Args:
+            rows: integers [n] on the matrix's device.
+            dtype: dtype of the result.
+        """
+        matrix = self.matrix
+        if not self._has_unpack(dtype) or not len(rows):
+            return gather(matrix, rows, dtype)
+        out = torch.empty(len(rows), matrix.cols, dtype=dtype, device=rows.device)
+        is_half = dtype == torch.float16
+        kernel = kernel_of("packed_gather", matrix.bits, is_half, _GATHER, rows.device)
+        arguments: list[torch.Tensor | int] = [
+            matrix.words,
+            rows.to(torch.int64).contiguous(),
+            *_optional(matrix.first, matrix.entries, matrix.scale, matrix.col_scale),
+            out,
+            matrix.rows,
+            matrix.cols,
+            _factor(matrix),
+        ]
+        kernel.launch(len(rows), _GATHER.threads, 0, arguments)
+        return out
 
     def _has_unpack(self, dtype: torch.dtype) -> bool:
         matrix = self.matrix
@@ -300,6 +325,7 @@ class PackedProduct:
         launch.run(stream, changes)
 
 
+_GATHER = Shape(1, 1, 1, 4)
 _PREPARE = Shape(1, 1, 1, 8)
 
 

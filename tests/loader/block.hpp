@@ -114,6 +114,8 @@ static double widened(unsigned pair, int half) {
 #endif
 }
 
+static void stop() { std::abort(); }
+
 static float from_half(unsigned short bits) { return (float)widened(bits, 0); }
 
 // Rounds to nearest, ties to even. A double has room for the products and sums here without a rounding of its own.

@@ -4,6 +4,7 @@ static struct {
     const u32* packed;
     const u16* inputs;
     u16* by_column;
+    const i64* wanted;
     const int* first;
     const u32* entries;
     const float* scale;
@@ -22,6 +23,10 @@ static void linear_body() {
 }
 static void unpack_body() {
     packed_unpack(call.packed, call.first, call.entries, call.scale, call.col_scale, call.out, call.rows, call.cols, call.factor);
+}
+static void gather_body() {
+    packed_gather(call.packed, call.wanted, call.first, call.entries, call.scale, call.col_scale, call.out, call.rows, call.cols,
+                  call.factor);
 }
 static void prepare_body() {
     prepare_inputs(call.inputs, call.col_scale, call.out, call.by_column, call.tokens, call.cols, call.rows);
@@ -53,6 +58,14 @@ extern "C" void launch_packed_unpack(int blocks, int layers, int threads, const 
     call.packed = packed, call.first = first, call.entries = entries, call.scale = scale, call.col_scale = col_scale;
     call.out = out, call.rows = rows, call.cols = cols, call.factor = factor;
     run_all(blocks, layers, threads, unpack_body);
+}
+extern "C" void launch_packed_gather(int blocks, int layers, int threads, const u32* packed, const i64* wanted,
+                                     const int* first, const u32* entries, const float* scale, const float* col_scale,
+                                     u16* out, int rows, int cols, u32 factor) {
+    call = {};
+    call.packed = packed, call.wanted = wanted, call.first = first, call.entries = entries, call.scale = scale;
+    call.col_scale = col_scale, call.out = out, call.rows = rows, call.cols = cols, call.factor = factor;
+    run_all(blocks, layers, threads, gather_body);
 }
 extern "C" void launch_prepare_inputs(int blocks, int layers, int threads, const u16* inputs, const float* col_scale,
                                       u16* prepared, u16* by_column, int tokens, int cols, int token_tiles) {

@@ -171,8 +171,10 @@ def test_unpacking_gives_the_bits_of_dense_loading(emulated, monkeypatch, bits):
         monkeypatch.setattr(pack, "choose_int_bits", lambda codes: bits)
         packed = matrix.pack_codes(codes, scale, col_scale)
         weights = (codes.float() * (scale[:, None] * col_scale)).bfloat16()
-    unpacked = product.PackedProduct(packed).dense(torch.bfloat16)
-    assert (_bits(unpacked) == _bits(weights)).all()
+    whole = product.PackedProduct(packed)
+    assert (_bits(whole.dense(torch.bfloat16)) == _bits(weights)).all()
+    rows = torch.tensor([0, len(weights) - 1, 8, 8, 23])
+    assert (_bits(whole.gather(rows, torch.bfloat16)) == _bits(weights[rows])).all()
 
 
 def test_a_large_matrix_is_multiplied_in_blocks_of_rows(emulated, monkeypatch):
