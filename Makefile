@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu unit test-oldest matrix lint metrics docs bench fuzz clean
+.PHONY: help setup demo test test-gpu unit test-oldest matrix lint metrics docs bench fuzz fuzz-python clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,17 @@ fuzz: ## Run the native core's fuzz targets, FUZZ_RUNS executions in all (libFuz
 	else \
 	  $(CC) $(SANITIZED) native/fuzz/*.c $(CORE) -o build/fuzz/mutate && build/fuzz/mutate $(FUZZ_RUNS); \
 	fi
+
+FUZZ_SECONDS ?= 60
+FUZZ_PYTHON  := build/fuzz-python.venv
+
+fuzz-python: $(READY) ## Run the fuzz targets of the Python readers, FUZZ_SECONDS each (atheris, in an environment of its own).
+	@test -x $(FUZZ_PYTHON)/bin/python || $(BIN)/python -m venv $(FUZZ_PYTHON)
+	$(FUZZ_PYTHON)/bin/python -m pip install --quiet 'atheris>=3,<4'
+	@for target in $$($(BIN)/python -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)'); do \
+	  PYTHONPATH=.:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	    $(FUZZ_PYTHON)/bin/python -m tests.fuzz.run $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 clean: ## Remove the environment and what the targets made.
 	rm -rf $(VENV) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
