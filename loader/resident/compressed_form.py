@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +30,9 @@ from codecllm.loader.torch_tensors import (
 
 SCRATCH_ELEMENTS = 1 << 25
 """Most elements of a weight that are decoded at once; a larger one (a vocabulary) is multiplied in bands of rows."""
+
+
+_decoders: weakref.WeakSet[SharedDecoder] = weakref.WeakSet()
 
 
 class InMemoryFile:
@@ -62,12 +67,20 @@ class SharedDecoder:
         """Takes `workers` threads; they end when nothing refers to the decoder any more."""
         self.threads = workers
         self.workers = WorkerThreads(workers)
-        self.lock = threading.RLock()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._written_to = False
+        self.renew()
+        _decoders.add(self)
 
     def __reduce__(self) -> Any:
         return SharedDecoder, (self.threads,)
+
+    def renew(self) -> None:
+        """Takes a new lock and no scratch, as a forked process must.
+
+        A thread of the parent that held the lock does not exist in the child, and never frees it.
+        """
+        self.lock = threading.RLock()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._written_to = False
 
     def hold(self, source: StoredTensor) -> tuple[CompressedTensor, torch.Tensor]:
         """Returns the tensor and memory for its payload, uint8 [payload bytes], to be filled.
@@ -96,6 +109,14 @@ class SharedDecoder:
         tensor.decode_bands(bands, dtype, weight)
         self._written_to = False
         return weight
+
+
+def _renew_all() -> None:
+    for decoder in list(_decoders):
+        decoder.renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)
 
 
 class CodedMatrix(WeightForm):

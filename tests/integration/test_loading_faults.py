@@ -1,0 +1,160 @@
+"""Shards that change during and after a load, many loads, and a fork while a model runs.
+
+`CODECLLM_LOAD_CYCLES=200 pytest tests/integration/test_loading_faults.py -k cycles` runs it long.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import CodecLLMError
+from codecllm.loader import from_pretrained
+from tests.tampering import copy_of
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+RESIDENTS = ["dense", "int8", "compressed"]
+CYCLES = int(os.environ.get("CODECLLM_LOAD_CYCLES", "4"))
+
+
+def _delete(path):
+    path.unlink()
+
+
+def _truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _replace(path):
+    other = path.with_name("other.partial")
+    other.write_bytes(bytes(path.stat().st_size))
+    os.replace(other, path)
+
+
+def _overwrite(path):
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 3)
+        file.write(b"\x5a" * (path.stat().st_size // 2))
+
+
+CHANGES = [_delete, _truncate, _replace, _overwrite]
+
+
+def _change_shards(folder, change):
+    for path in sorted(folder.glob("model-*.safetensors")):
+        change(path)
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shard_that_changes_during_a_load(container, tmp_path, change, resident, monkeypatch):
+    """The change comes before the n-th tensor's side data: the right model, or one error of ours."""
+    right = container("llama", "int8")
+    expected = from_pretrained(right, resident=resident)(IDS).logits
+    outcomes = []
+    for at in (1, 4, 9):
+        folder = copy_of(right, tmp_path / f"{at}")
+        counter = _changing(folder, change, at, monkeypatch)
+        try:
+            model = from_pretrained(folder, resident=resident, workers=1)
+        except CodecLLMError:
+            outcomes.append("error")
+        else:
+            assert torch.equal(model(IDS).logits, expected)
+            outcomes.append("right")
+        assert counter[0] >= at
+        monkeypatch.undo()
+    assert len(outcomes) == 3
+
+
+def _changing(folder, change, at, monkeypatch):
+    original = Container.tensor
+    counter = [0]
+    lock = threading.Lock()
+
+    def tensor(self, name):
+        with lock:
+            counter[0] += 1
+            if counter[0] == at:
+                _change_shards(folder, change)
+        return original(self, name)
+
+    monkeypatch.setattr(Container, "tensor", tensor)
+    return counter
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shard_that_changes_after_a_load(container, tmp_path, change, resident):
+    folder = copy_of(container("llama", "int8"), tmp_path / "c")
+    model = from_pretrained(folder, resident=resident)
+    expected = model(IDS).logits
+    _change_shards(folder, change)
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+def test_cycles_of_loads_leave_no_descriptor_thread_or_memory(container, resident):
+    folder = container("llama", "int8")
+
+    def cycle():
+        model = from_pretrained(folder, resident=resident)
+        model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        del model
+        gc.collect()
+        tensors = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), tensors
+
+    cycle()
+    first = cycle()
+    for _ in range(CYCLES):
+        last = cycle()
+    assert all(b <= a for a, b in zip(first, last, strict=True)), (first, last)
+
+
+FORKS = """
+import os, signal, sys, threading, torch
+torch.set_num_threads(1)
+from codecllm.loader import from_pretrained
+ids = torch.tensor([[1, 2, 3, 4]])
+model = from_pretrained(sys.argv[1], resident="compressed", workers=2)
+with torch.inference_mode():
+    expected = model(ids).logits
+over = threading.Event()
+def run():
+    with torch.inference_mode():
+        while not over.is_set():
+            model(ids)
+thread = threading.Thread(target=run)
+thread.start()
+ended = []
+for _ in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        with torch.inference_mode():
+            os._exit(0 if torch.equal(model(ids).logits, expected) else 7)
+    ended.append(os.waitpid(child, 0)[1])
+over.set()
+thread.join()
+print(ended)
+"""
+
+
+def test_a_fork_while_a_compressed_model_runs_does_not_hang(container):
+    if sys.platform == "darwin":
+        pytest.skip("forks of a process with threads are unsafe on macOS, whatever it does")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, str(container("llama", "int8")), "8"],
+        capture_output=True, text=True, check=False, timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([0] * 8)
