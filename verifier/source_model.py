@@ -24,8 +24,16 @@ from codecllm.verifier.report import Stage
 
 CONFIG_NAME = "config.json"
 MAX_RELATIVE_ERROR = 0.9
-"""Root mean square error of a quantized parameter, as a share of its own, above which it is taken
-for another tensor. Two bits a weight stay below; two unlike tensors have 1.4."""
+"""Root mean square error of a quantized parameter, as a share of its own, from which on it is
+examined further. Two bits a weight stay below; two unlike tensors have 1.4. A rate for the whole
+model may leave a tensor so few bits that most of its codes, or all, are zero: its error is 1."""
+
+MIN_PROJECTION = 0.25
+"""Smallest projection of the source's values on those of such a coarse parameter.
+
+It is their product's sum over the sum of the parameter's squares: 0.5 to 1 for rounded values of
+the source, about 0 for another tensor.
+"""
 
 CHAT = [
     {"role": "user", "content": "What is the capital of France?"},
@@ -98,7 +106,7 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
             return None
         container_model = load_opened(container, workers)
     lossless = not any(isinstance(item, Int8Tensor) for item in container.records.values())
-    differences = list(_differences(plain, container_model, lossless, expected.missing))
+    differences = list(_differences(plain, container_model, container, lossless, expected.missing))
     for difference in differences:
         stage.fail(difference)
     if not differences:
@@ -114,7 +122,7 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
 
 
 def _differences(
-    plain: Any, loaded: Any, lossless: bool, missing: frozenset[str]
+    plain: Any, loaded: Any, container: Container, lossless: bool, missing: frozenset[str]
 ) -> Iterator[CodecLLMError]:
     """Yields the differences between two loaded models, parameters first."""
     if type(plain) is not type(loaded):
@@ -136,7 +144,7 @@ def _differences(
             )
         # Weights that the source lacks are drawn at random by each load: their values differ.
         elif name not in missing:
-            yield from _value_difference(name, plain_value, loaded_value, lossless)
+            yield from _value_difference(name, plain_value, loaded_value, container, lossless)
     if _ties(plain) != _ties(loaded):
         yield ModelMismatchError(
             "other parameters are tied", got=_ties(loaded), expected=_ties(plain)
@@ -149,26 +157,49 @@ def _kind(value: Any) -> str:
 
 
 def _value_difference(
-    name: str, expected: Any, got: Any, lossless: bool
+    name: str, expected: Any, got: Any, container: Container, lossless: bool
 ) -> Iterator[CodecLLMError]:
-    import torch
-
     # Bits, not values: NaN differs from itself, and 0.0 equals -0.0.
     a, b = expected.detach().reshape(-1), got.detach().reshape(-1)
-    if torch.equal(a.view(torch.uint8), b.view(torch.uint8)) or not a.numel():
+    if _same_bits(a, b) or not a.numel():
         return
     if lossless or not a.is_floating_point():
         yield ModelMismatchError("the loaded parameter is not the source's", tensor=name)
         return
     energy = float(a.double().square().sum())
     error = (float((a.double() - b.double()).square().sum()) / max(energy, 1e-300)) ** 0.5
-    if not error <= MAX_RELATIVE_ERROR:
+    if not error <= MAX_RELATIVE_ERROR and not _is_coarse(name, a, b, container):
         yield ModelMismatchError(
             "the loaded parameter is far from the source's: relative error",
             tensor=name,
             got=f"{error:.3f}",
             expected=f"at most {MAX_RELATIVE_ERROR}",
         )
+
+
+def _is_coarse(name: str, expected: Any, got: Any, container: Container) -> bool:
+    """Tells whether a parameter is far from the source's only because it has few bits.
+
+    Its bits must be those that the container holds under its name, which the comparison of tensors
+    has judged weight by weight, and its values, unless all are zero, must follow the source's.
+    """
+    from codecllm.verifier.diagnosis.model.reference_model import reference_tensor
+
+    record = container.records.get(name)
+    if not isinstance(record, Int8Tensor):
+        return False
+    # A parameter that the load forgot, wholly or in part, is near zero too.
+    if not _same_bits(reference_tensor(container, name, got.dtype).reshape(-1), got):
+        return False
+    energy = float(got.double().square().sum())
+    product = float((expected.double() * got.double()).sum())
+    return energy == 0.0 or product / energy >= MIN_PROJECTION
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    import torch
+
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _ties(model: Any) -> list[list[str]]:

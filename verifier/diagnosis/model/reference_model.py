@@ -52,7 +52,7 @@ def reference_tensors(container: Container, dtype: torch.dtype) -> dict[str, tor
         FormatError: a tensor is damaged.
     """
     return {
-        name: _decoded(container, stored_record(container, name).name, dtype)
+        name: reference_tensor(container, stored_record(container, name).name, dtype)
         for name in container.records
     }
 
@@ -78,7 +78,7 @@ def requantized_tensors(
             if is_repeatable(record):
                 tensors[name] = _requantized(stored_tensor, tensor, one.scales, dtype)
             else:  # other roundings cannot be repeated without the data that chose them
-                tensors[name] = _decoded(container, record.name, dtype)
+                tensors[name] = reference_tensor(container, record.name, dtype)
         else:
             tensors[name] = source_tensor(tensor)
     return tensors
@@ -120,7 +120,17 @@ def parameters_of_config(container: Container) -> int:
     return sum(value.numel() for value in model.parameters())
 
 
-def _decoded(container: Container, name: str, dtype: torch.dtype) -> torch.Tensor:
+def reference_tensor(container: Container, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor of a container as the reference decodes it.
+
+    Args:
+        container: the container, undamaged.
+        name: the tensor's name; no alias.
+        dtype: dtype to which an int8 tensor is rounded, once; another keeps its own.
+
+    Raises:
+        FormatError: the tensor is damaged.
+    """
     tensor = container.tensor(name)
     if isinstance(tensor, PlainTensor):
         own_dtype = torch_dtype(tensor.record.dtype, name)
