@@ -27,7 +27,12 @@ from codecllm.converter.rate.allocation import Sensitivity
 from codecllm.converter.rate.products import InputProducts
 from codecllm.converter.rate.stages import now_and_then
 from codecllm.converter.source.source import SourceModel
-from codecllm.formats.errors import CodecLLMError, UnsupportedEnvironmentError, one_line
+from codecllm.formats.errors import (
+    CodecLLMError,
+    ModelMismatchError,
+    UnsupportedEnvironmentError,
+    one_line,
+)
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.plain import load_offloaded, load_plain
@@ -119,9 +124,10 @@ def calibrate(
             if size * _ROOM <= available_memory():
                 return _with_gradients(load_plain(folder), task)
             return _layer_by_layer(task)
-    except CodecLLMError:
-        raise
-    except Exception as exc:  # whatever a model class raises when it is run on plain tokens
+    except Exception as exc:  # a model class may raise any type when it is run on plain tokens
+        # A config of another model is a model that cannot run; other errors of ours say enough.
+        if isinstance(exc, CodecLLMError) and not isinstance(exc, ModelMismatchError):
+            raise
         # A full disk is no fault of the model: it keeps its own error.
         if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,18 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
+from codecllm.formats.errors import ModelMismatchError
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
 from codecllm.loader.hf.quiet import silenced
 from codecllm.loader.torch_tensors import torch_dtype
+
+TOO_LARGE = 2
+"""A model with so many times the weights of its files is not built.
+
+Heads that training adds later may be missing from the files; they are small.
+"""
 
 
 def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -25,10 +33,16 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
         folder: the model's folder.
         dtype: dtype of its weights; "auto" keeps its own.
         options: further arguments of transformers' `from_pretrained`.
+
+    Raises:
+        UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
+        ModelMismatchError: the config describes a much larger model than the files hold.
+        Exception: transformers cannot load the model; the type is any.
     """
     config = read_config(folder)
     with silenced():
         cls = model_class(config, partial(_described, folder))
+        _check_size(cls, config, folder)
         return cls.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, **options
         )
@@ -75,6 +89,32 @@ def linear_modules(model: ModelFiles) -> list[str]:
     with torch.device("meta"):
         empty = model_class(config)(config)
     return [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _check_size(cls: Any, config: Any, folder: Path) -> None:
+    """Refuses a config whose model is much larger than the files: missing weights are made up.
+
+    They would be made in memory, before transformers compares any shape: a config without sizes
+    describes a model of billions of weights.
+    """
+    # Packed weights of other libraries are no count of parameters.
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    stored_weights = sum(tensor.numel() for tensor in _described(folder).values())
+    try:
+        # A copy: building a model writes into its config.
+        with torch.device("meta"):
+            empty = cls(copy.deepcopy(config))
+    except Exception:  # the load itself says why the class cannot be built, with any type
+        return
+    config_weights = sum(parameter.numel() for parameter in empty.parameters())
+    if config_weights > TOO_LARGE * stored_weights:
+        raise ModelMismatchError(
+            "the config describes a larger model: parameters",
+            got=stored_weights,
+            expected=config_weights,
+            file="config.json",
+        )
 
 
 def _described(folder: Path) -> dict[str, torch.Tensor]:

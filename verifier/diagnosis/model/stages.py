@@ -17,7 +17,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.loader import from_pretrained
-from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.hf.plain import TOO_LARGE, load_plain
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.verifier.baseline import model_output as output
 from codecllm.verifier.baseline.record import parse_baseline
@@ -43,9 +43,6 @@ from codecllm.verifier.diagnosis.model.reference_model import (
 )
 from codecllm.verifier.diagnosis.options import RESIDENTS, DiagnoseOptions, Resident
 from codecllm.verifier.report import Stage
-
-TOO_LARGE = 2
-"""A model with so many times the container's weights is not built."""
 
 
 class ModelStages:
