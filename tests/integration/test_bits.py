@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from codecllm.calibrator import calibration
 from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.gradients import _projected, squared_gradients
 from codecllm.calibrator.text import random_text
+from codecllm.cli import checking, converting, reading  # noqa: F401 - they register commands
 from codecllm.cli.app import app
 from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert
 from codecllm.converter.options import QUALITIES
@@ -266,19 +268,23 @@ def test_a_ratio_is_reached(tmp_path, source):
     assert report.manifest.calibration is None
 
 
-def test_what_cannot_run_is_converted_uncalibrated_with_a_line_that_says_so(tmp_path, source):
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [({"model_type": "no_such_model"}, "no_such_model"), ({"model_type": "gpt2"}, "larger model")],
+)
+def test_what_cannot_run_is_converted_uncalibrated_with_a_line_that_says_so(
+    tmp_path, source, config, reason
+):
     folder = tmp_path / "source"
     folder.mkdir()
     for path in source("gpt2").iterdir():
         if path.suffix == ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["NoSuchModel"]}')
+    (folder / "config.json").write_text(json.dumps(config))
     report = api.convert(folder, tmp_path / "out", bits=6, include=MATRICES, baseline=False).report
     assert report.manifest.options.calibrate == "none"
-    assert any(
-        "not calibrated" in warning and "NoSuchModel" in warning for warning in report.warnings
-    )
-    with pytest.raises(UnsupportedEnvironmentError, match="NoSuchModel"):
+    assert any("not calibrated" in warning and reason in warning for warning in report.warnings)
+    with pytest.raises(UnsupportedEnvironmentError, match=reason):
         api.convert(
             folder, tmp_path / "other", bits=6, calibrate="self", include=MATRICES, baseline=False
         )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from codecllm.cli.app import app
+from codecllm.cli.checking import app
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (

@@ -17,9 +17,11 @@ from codecllm import api
 from codecllm.calibrator import calibrate, calibration
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.text import own_text
+from codecllm.cli import checking, converting, reading  # noqa: F401 - they register commands
 from codecllm.cli.app import app
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.loader import pretrained
 from codecllm.loader.hf.plain import load_plain
 from tests.integration import tiny_models
 
@@ -85,6 +87,24 @@ def test_a_refined_container_has_its_bits_and_verifies(
     )
     verified = codecllm.verify(tmp_path / "out", source=source, baseline=False)
     assert verified.ok and rounding in verified.to_json()
+
+
+def test_a_coarse_parameter_that_the_load_forgot_is_found(tmp_path, source, monkeypatch):
+    """Few bits leave a tensor near zero; a load that fills half of one does that too."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    api.convert(source, tmp_path / "out", bits=5, include=MATRICES, baseline=False)
+    load = pretrained.load_opened
+
+    def forgetful(*arguments):
+        model = load(*arguments)
+        model.get_parameter(name).data[8:] = 0
+        return model
+
+    monkeypatch.setattr(pretrained, "load_opened", forgetful)
+    verified = codecllm.verify(tmp_path / "out", source=source, baseline=False)
+    findings = [finding for stage in verified.stages for finding in stage.findings]
+    assert not verified.ok
+    assert any(finding.error.tensor == name for finding in findings)
 
 
 def test_the_text_begins_as_it_does_without_refinement(model):
@@ -178,13 +198,31 @@ def test_what_cannot_be_refined_is_refused(tmp_path, source, asked, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_cannot_run_cannot_be_refined(tmp_path, source):
-    folder = tmp_path / "source"
+def _with_config(source, folder, **entries):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')
-    with pytest.raises(UnsupportedEnvironmentError, match="NoSuchModel"):
-        api.convert(folder, tmp_path / "out", bits=5, refine=True, include=MATRICES, baseline=False)
+    (folder / "config.json").write_text(json.dumps(entries))
+    return folder
+
+
+REFINED = {"bits": 5, "refine": True, "include": MATRICES, "baseline": False}
+
+
+def test_a_model_that_cannot_run_cannot_be_refined(tmp_path, source):
+    folder = _with_config(source, tmp_path / "source", model_type="no_such_model")
+    with pytest.raises(UnsupportedEnvironmentError, match="no_such_model"):
+        api.convert(folder, tmp_path / "out", **REFINED)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_a_larger_model_is_refused_before_its_weights_are_made_up(tmp_path, source):
+    """Without sizes transformers takes its defaults: seven billion weights, drawn at random."""
+    folder = _with_config(
+        source, tmp_path / "source", model_type="llama", architectures=["LlamaForCausalLM"]
+    )
+    with pytest.raises(UnsupportedEnvironmentError, match="larger model: parameters"):
+        api.convert(folder, tmp_path / "out", **REFINED)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_larger_than_memory_is_not_refined_and_that_is_said(source, monkeypatch):
