@@ -551,9 +551,12 @@ def test_arguments_of_transformers_are_taken(container):
     config = hf.AutoConfig.from_pretrained(folder)
     config.use_cache = False
     assert not codecllm.from_pretrained(folder, config=config).config.use_cache
-    with pytest.raises(UsageError, match="trust_remote_code"):
-        codecllm.from_pretrained(folder, trust_remote_code=True)
-    assert codecllm.from_pretrained(folder, trust_remote_code=False) is not None
+    for trust in (False, True):  # this container lists no code, so there is nothing to run
+        model = codecllm.from_pretrained(folder, trust_remote_code=trust)
+        assert type(model) is hf.LlamaForCausalLM
+    for name in ("state_dict", "quantization_config", "gguf_file", "subfolder", "variant"):
+        with pytest.raises(UsageError, match=f"takes no {name}$"):
+            codecllm.from_pretrained(folder, **{name: "x"})
 
 
 def test_ignore_mismatched_sizes_is_the_callers_word(container):
