@@ -1,8 +1,9 @@
-"""What transformers may read of a container: files that the manifest lists, compared with it before.
+"""The view of a container that transformers gets: listed files, compared with the manifest.
 
 transformers looks for many files by name in a model's folder (added_tokens.json, chat templates,
 other versions of the config, ...). A container's folder may hold such a file that the manifest does
-not list: it is not part of the container, and nothing of codecllm reads it (SPEC.md 3). transformers
+not list: it is not part of the container, and nothing of codecllm reads it (SPEC.md 3).
+transformers
 therefore gets a temporary folder with copies of the listed files and nothing else.
 """
 

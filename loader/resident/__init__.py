@@ -1,1 +1,4 @@
-"""Weights that stay quantized or entropy-coded in memory; `form.WeightForm` is the contract of each."""
+"""Weights that stay quantized or entropy-coded in memory.
+
+`form.WeightForm` is the contract of each.
+"""

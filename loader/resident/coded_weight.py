@@ -1,4 +1,6 @@
-"""The weight of a module as a tensor whose values are coded: reads decode, and the first write makes it a plain tensor.
+"""The weight of a module as a tensor whose values are coded.
+
+Reads decode, and the first write makes it a plain tensor.
 
 Nothing is lost between the two. An alias (`weight.data`, `weight.detach()`) shares one cell with
 the weight, and a view (`weight[2:5]`, `weight.T`) remembers how it was cut: a write to any of them
@@ -27,7 +29,9 @@ View = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Cell:
-    """The memory that a weight and its aliases share: a form, or the plain tensor that took its place.
+    """The memory that a weight and its aliases share.
+
+    It is a form, or the plain tensor that took its place.
 
     Attributes:
         form: the form, or None.
@@ -45,7 +49,7 @@ class Cell:
         self.is_parameter = False
 
     def read(self) -> torch.Tensor:
-        """Returns the values, [rows, cols]: decoded into memory of their own, or the plain tensor."""
+        """Returns the values, [rows, cols]: decoded into new memory, or the plain tensor."""
         if self.dense is not None:
             return self.dense
         assert self.form is not None
@@ -84,7 +88,10 @@ class CodedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Any:
-        """Returns a parameter of `data`, coded or plain: code that rebuilds parameters calls their class this way."""
+        """Returns a parameter of `data`, coded or plain.
+
+        Code that rebuilds parameters calls their class this way.
+        """
         return nn.Parameter(data, requires_grad=requires_grad)
 
     @property
@@ -111,7 +118,10 @@ class CodedWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without a class
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operator: aliases and views stay coded, writes make the weight dense, all else reads decoded values."""
+        """Runs an operator: aliases and views stay coded, writes make the weight dense.
+
+        All else reads decoded values.
+        """
         from codecllm.loader.resident.operations import BELOW_AUTOGRAD
 
         kwargs = kwargs or {}
@@ -218,12 +228,16 @@ def plain_copy(weight: CodedWeight) -> torch.Tensor:
 
 
 def write(weight: CodedWeight, reason: str) -> torch.Tensor:
-    """Makes the weight dense, and logs that; returns the tensor, or the part of it, to be written to."""
+    """Makes the weight dense, and logs that.
+
+    Returns the tensor, or the part of it, to be written to.
+    """
     form = weight._cell.form
     dense = weight._cell.become_dense()
     if form is not None and (weight._cell.is_parameter or isinstance(weight, nn.Parameter)):
         grown = (
-            f"resident {form.kind!r}: tensor {form.name!r} {reason} and lies dense in memory from now on: "
+            f"resident {form.kind!r}: tensor {form.name!r} {reason} "
+            "and lies dense in memory from now on: "
             f"{dense.nbytes} bytes, before {form.nbytes}"
         )
         first = (form.kind, reason) not in _reported
@@ -233,7 +247,9 @@ def write(weight: CodedWeight, reason: str) -> torch.Tensor:
 
 
 def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool:
-    """Turns the object into a plain tensor over its dense memory, or over `replacement`; whether it could be.
+    """Turns the object into a plain tensor over its dense memory, or over `replacement`.
+
+    Returns whether that was possible.
 
     It cannot while other code holds the memory behind the object (a compiled function, a graph of
     autograd): then it stays a `CodedWeight` whose operations all run on the dense memory.
@@ -302,7 +318,10 @@ def _cut(values: torch.Tensor, views: tuple[View, ...]) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """One view: the operator that makes it, and which of its results it is, or None where it has one."""
+    """One view: the operator that makes it, and the index of its result.
+
+    The index is None where the operator has one result.
+    """
 
     func: Any
     args: tuple[Any, ...]
@@ -343,7 +362,10 @@ def _makes_views(func: Any) -> bool:
 
 
 def _run_decoded(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Runs an operator with plain tensors in place of coded ones; those it writes to become dense."""
+    """Runs an operator with plain tensors in place of coded ones.
+
+    Those it writes to become dense.
+    """
     written: dict[int, CodedWeight] = {}
 
     def target(value: Any) -> Any:

@@ -1,4 +1,7 @@
-"""resident="compressed": payloads stay coded in memory and are decoded, checked, into shared scratch just before their use."""
+"""resident="compressed": weights stay as they are stored.
+
+Payloads stay coded in memory and are decoded, checked, into shared scratch just before their use.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ from codecllm.loader.torch_tensors import (
 )
 
 SCRATCH_ELEMENTS = 1 << 25
-"""Most elements of a weight that are decoded at once; a larger one (a vocabulary) is multiplied in bands of rows."""
+"""Most elements of a weight that are decoded at once.
+
+A larger one (a vocabulary) is multiplied in bands of rows.
+"""
 
 
 _decoders: weakref.WeakSet[SharedDecoder] = weakref.WeakSet()
@@ -94,7 +100,9 @@ class SharedDecoder:
     def decoded(
         self, tensor: CompressedTensor, bands: list[int], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Returns bands of a tensor, decoded in the scratch; see `CompressedTensor.decode_bands`. Hold `lock`.
+        """Returns bands of a tensor, decoded in the scratch.
+
+        See `CompressedTensor.decode_bands`. Hold `lock`.
 
         The next call gives the same memory. Where one does not come to its end, Ctrl-C for example,
         threads may write on: their memory is not used again.

@@ -1,4 +1,6 @@
-"""The contract of a weight that is not stored as its dtype, and its product as one operation of autograd and of the compiler.
+"""The contract of a weight that is not stored as its dtype.
+
+Its product is one operation for autograd and for the compiler.
 
 `CodedWeight` is the tensor that a model sees; a `WeightForm` is how its values lie in memory. A new
 residency is one subclass: it says how to decode, how to multiply, and how to travel (devices,
@@ -84,7 +86,10 @@ class WeightForm(ABC):
 
     @abstractmethod
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
-        """Returns `grad @ weight`, float [..., cols] of the dtype of `grad` [..., rows]: the gradient of the inputs."""
+        """Returns `grad @ weight`, float [..., cols] of the dtype of `grad` [..., rows].
+
+        This is the gradient of the inputs.
+        """
 
     @abstractmethod
     def moved(self, device: torch.device) -> WeightForm:
@@ -95,7 +100,9 @@ class WeightForm(ABC):
         """Returns the tensors that hold the form, by a name; two processes can share them."""
 
     def parts(self) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
-        """Returns tensors that a compiler may follow, and plain facts; `from_parts` makes the form again from both.
+        """Returns tensors that a compiler may follow, and plain facts.
+
+        `from_parts` makes the form again from both.
 
         By default the compiler sees nothing: the facts are a number that finds this form, and
         products are one opaque operation each.
@@ -113,7 +120,10 @@ class WeightForm(ABC):
         return any(is_traced(tensor) for tensor in self.held_tensors().values())
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Computes `product` with gradients for `inputs` and `bias`; the weight is decoded anew for them, not kept."""
+        """Computes `product` with gradients for `inputs` and `bias`.
+
+        The weight is decoded anew for them, not kept.
+        """
         if torch.is_grad_enabled() and (
             inputs.requires_grad or (bias is not None and bias.requires_grad)
         ):
@@ -145,7 +155,10 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def is_traced(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a compiler's: it has no memory, and no choice can be made by its address."""
+    """Whether a tensor is a compiler's.
+
+    It has no memory, and no choice can be made by its address.
+    """
     return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
@@ -173,7 +186,10 @@ def _numbered(number: int) -> WeightForm:
 
 
 class _Numbered(WeightForm):
-    """A form inside of a compiler: every use is one operation that finds the real form by its number."""
+    """A form inside of a compiler.
+
+    Every use is one operation that finds the real form by its number.
+    """
 
     kind = "compressed"
 

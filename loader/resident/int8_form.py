@@ -15,7 +15,9 @@ from codecllm.loader.resident.int8_matmul import (
 
 
 class Int8Form(WeightForm):
-    """Codes and scales of a weight; `dense` and `gather` give the bits of dense loading, `product` see `int8_matmul`.
+    """Codes and scales of a weight.
+
+    `dense` and `gather` give the bits of dense loading, `product` see `int8_matmul`.
 
     Attributes:
         name: the container's name of the tensor.
@@ -74,7 +76,10 @@ class Int8Form(WeightForm):
         return held if self.col_scale is None else {**held, "col_scale": self.col_scale}
 
     def parts(self) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
-        """Gives a compiler the codes and scales, so that code compiled for one layer serves all like it."""
+        """Gives a compiler the codes and scales.
+
+        Code that is compiled for one layer then serves all like it.
+        """
         return self.held_tensors(), ()
 
     @classmethod

@@ -23,7 +23,10 @@ DEQUANTIZE_ELEMENTS = 1 << 20
 """Elements dequantized at once: the float32 intermediate is 4 MiB."""
 
 SCRATCH_ELEMENTS = 1 << 26
-"""Most elements of a weight that exist dequantized at once; a larger weight (a vocabulary) is multiplied in blocks of rows."""
+"""Most elements of a weight that exist dequantized at once.
+
+A larger weight (a vocabulary) is multiplied in blocks of rows.
+"""
 
 PACKED_ROWS = 32
 """Most rows of inputs for `packed`."""
@@ -92,7 +95,7 @@ def packed(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `int8_product`: multiplies bfloat16 inputs on the CPU with the codes, then scales in float32."""
+    """As `int8_product`: multiplies bfloat16 inputs on the CPU with the codes, then scales."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     if col_scale is not None:
         flat = (flat * col_scale).to(inputs.dtype)
@@ -113,7 +116,7 @@ def fused(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `int8_product`: multiplies bfloat16 or float16 inputs with the codes by our kernels for GPUs."""
+    """As `int8_product`: multiplies 16-bit inputs with the codes by our kernels for GPUs."""
     from codecllm.loader.kernels import int8_linear as kernels
 
     scaled = inputs if col_scale is None else (inputs * col_scale).to(inputs.dtype)
@@ -131,7 +134,10 @@ def can_fuse(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
 
 
 def can_pack(inputs: torch.Tensor, codes: torch.Tensor) -> bool:
-    """Whether `packed` can and should multiply these: few rows of bfloat16 on a CPU that has a fast kernel."""
+    """Whether `packed` can and should multiply these.
+
+    The kernel takes few rows of bfloat16, on a CPU for which it is fast.
+    """
     return (
         inputs.dtype == torch.bfloat16
         and inputs.device.type == "cpu"
@@ -151,7 +157,9 @@ def int8_product(
     bias: torch.Tensor | None,
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`, without gradients.
+    """Computes `inputs @ dequantized(codes, scale).T + bias` in the dtype of `inputs`.
+
+    No gradient is recorded.
 
     Against `exact`, `packed` and `fused` differ by at most the rounding of the sum and of its
     product with the scale: 2^-8 of an output, besides the effect of another order of summation.
@@ -180,7 +188,7 @@ def transposed_product(
     scale: torch.Tensor,
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns `grad @ dequantized(codes, scale)`, float [..., in] of the dtype of `grad` [..., out]."""
+    """Returns `grad @ dequantized(codes, scale)`, [..., in], for `grad` [..., out]."""
     rows, cols = codes.shape
     step = max(1, SCRATCH_ELEMENTS // max(1, cols))
     result = None
@@ -211,7 +219,10 @@ _opaque_product = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor inputs, Tensor codes, Tensor scale, Tensor? bias, Tensor? col_scale) -> Tensor",
 )
-"""`_product` as one operation into which torch.compile does not look: it could not follow how a kernel is chosen."""
+"""`_product` as one operation into which torch.compile does not look.
+
+It could not follow how a kernel is chosen.
+"""
 
 _opaque_product.register_fake(
     lambda inputs, codes, *_: inputs.new_empty(*inputs.shape[:-1], codes.shape[0])
@@ -220,7 +231,10 @@ _opaque_product.register_fake(
 
 @lru_cache(maxsize=64)
 def _ones(channels: int) -> torch.Tensor:
-    """Returns scales for the kernel of `packed`: it takes them in bfloat16 only, and ours would move whole channels."""
+    """Returns scales for the kernel of `packed`.
+
+    It takes them in bfloat16 only, and ours would move whole channels.
+    """
     with torch.inference_mode(False):
         return torch.ones(channels, dtype=torch.bfloat16)
 

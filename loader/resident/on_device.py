@@ -1,4 +1,6 @@
-"""resident="compressed" on a device: payloads stay in its memory as they are stored, layers are decoded just before they run.
+"""resident="compressed" on a device.
+
+Payloads stay in its memory as they are stored. Layers are decoded just before they run.
 
 All payloads lie in one buffer, so that one batch decodes the weights of a whole layer. There are
 two buffers for decoded weights: while one is multiplied, the other receives the next weights, on
@@ -40,7 +42,9 @@ from codecllm.loader.resident.compressed_form import (
 )
 
 GROUP_ELEMENTS = 1 << 27
-"""Most elements that are decoded together, one band of tiles at least: a thousand chunks of the default size. The two buffers
+"""Most elements that are decoded together, one band of tiles at least.
+
+A thousand chunks of the default size. The two buffers
 of decoded bfloat16 weights then take 512 MiB, the arena of symbols 128 MiB (256 MiB for
 `lossless`)."""
 
@@ -178,7 +182,9 @@ class DeviceCompressedTensor(CodedMatrix):
 
 
 class DeviceDecoder:
-    """The payloads of one model on one device, the scratch that its weights share, and the tools that decode into it.
+    """The payloads of one model on one device, and their scratch.
+
+    It also has the tools that decode into the scratch.
 
     Attributes:
         device: the device.
@@ -240,7 +246,10 @@ class DeviceDecoder:
         return self._payloads[tensor.slot : end]
 
     def weight(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
-        """Returns a block decoded, [rows, columns], for work that is queued on the calling thread's stream under the lock."""
+        """Returns a block decoded, [rows, columns].
+
+        It is for work that is queued on the calling thread's stream under the lock.
+        """
         self._refuse_capture()
         number = self._group_of.get(block)
         if number is None:
@@ -267,12 +276,15 @@ class DeviceDecoder:
         return self._places(buffer, group, dtype)[group.blocks.index(block)]
 
     def used(self) -> None:
-        """Notes that the calling thread's stream has queued its use of the weight that it got last. Hold `lock`."""
+        """Notes that the calling thread's stream has queued its use of the weight. Hold `lock`."""
         stream = self._streams.current()
         self._buffers[self._current].used[stream] = self._streams.record(stream)
 
     def decode(self, blocks: list[Block], outs: list[torch.Tensor]) -> None:
-        """Decodes blocks into `outs`, [rows, columns] each; the calling thread's stream waits for it. Hold `lock`."""
+        """Decodes blocks into `outs`, [rows, columns] each.
+
+        The calling thread's stream waits for it. Hold `lock`.
+        """
         self._refuse_capture()
         self._streams.follow(self._streams.decode)
         self._decode(_Group(blocks), outs)
@@ -285,7 +297,10 @@ class DeviceDecoder:
             )
 
     def _learn(self, block: Block) -> None:
-        """Notes the order in which blocks are asked for; when the first comes again, the order is known."""
+        """Notes the order in which blocks are asked for.
+
+        When the first comes again, the order is known.
+        """
         if self._order and block is self._order[0]:
             self._groups = _grouped(list(dict.fromkeys(self._order)))
             self._group_of = {

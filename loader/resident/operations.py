@@ -85,7 +85,8 @@ def _set_data(func: Any, weight: CodedWeight, value: torch.Tensor) -> None:
     facts = (value.shape, value.dtype, value.device)
     if weight._views or facts != (weight.shape, weight.dtype, weight.device):
         raise UsageError(
-            "a weight that other code holds (a compiled function, a graph of autograd) keeps shape, dtype and device",
+            "a weight that other code holds (a compiled function, a graph of autograd) keeps "
+            "shape, dtype and device",
             got=facts,
             expected=(weight.shape, weight.dtype, weight.device),
         )
@@ -97,7 +98,10 @@ def _set_data(func: Any, weight: CodedWeight, value: torch.Tensor) -> None:
 
 
 def _element_size(func: Any, weight: CodedWeight) -> Any:
-    """Bytes that an element of a parameter takes in memory, a fraction mostly: tools multiply it by the number of elements."""
+    """Bytes that an element of a parameter takes in memory, a fraction mostly.
+
+    Tools multiply it by the number of elements.
+    """
     form = weight.form
     if form is None or not isinstance(weight, nn.Parameter) or not weight.numel():
         return _usual(func, weight)
@@ -112,7 +116,10 @@ def _nbytes(func: Any, weight: CodedWeight) -> Any:
 
 
 def _readable(weight: CodedWeight) -> torch.Tensor:
-    """Returns the decoded values; a tensor that is asked for its memory keeps them as long as it lives."""
+    """Returns the decoded values.
+
+    A tensor that is asked for its memory keeps them as long as it lives.
+    """
     if weight._cell.dense is not None:
         return read(weight)
     if weight._read_copy is None:
@@ -121,7 +128,10 @@ def _readable(weight: CodedWeight) -> torch.Tensor:
 
 
 class Address(int):
-    """The address of a coded parameter: 0, so that nothing is read there, and yet equal only to that of the same weight."""
+    """The address of a coded parameter.
+
+    Nothing can be read there, and only the same weight has an equal address.
+    """
 
     cell: Cell
 
@@ -136,7 +146,10 @@ class Address(int):
 
 
 def _data_ptr(func: Any, weight: CodedWeight) -> int:
-    """Of a parameter an address that only tells weights apart, of aliases and parts that of their decoded values."""
+    """Of a parameter an address that only tells weights apart.
+
+    Of aliases and parts that of their decoded values.
+    """
     form = weight._cell.form
     if form is None or not (isinstance(weight, nn.Parameter) or form.in_compiler):
         return _readable(weight).data_ptr()
@@ -146,7 +159,10 @@ def _data_ptr(func: Any, weight: CodedWeight) -> int:
 
 
 def _untyped_storage(func: Any, weight: CodedWeight) -> Any:
-    """Of a parameter one that torch refuses to read, of aliases and parts that of their decoded values."""
+    """Of a parameter one that torch refuses to read.
+
+    Of aliases and parts that of their decoded values.
+    """
     form = weight._cell.form
     if form is not None and (isinstance(weight, nn.Parameter) or form.in_compiler):
         return _usual(func, weight)

@@ -1,4 +1,7 @@
-"""Decides which weights stay in memory as codes or as coded payloads, and lets a state dict yield them."""
+"""Decides which weights stay in memory as codes or as coded payloads.
+
+The state dict of the load then yields them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ from codecllm.loader.resident.on_device import DeviceDecoder
 from codecllm.loader.state_dict import LazyTensor, prefetch
 
 KEEPING_MODULES = (nn.Linear, nn.Embedding, Conv1D)
-"""Modules whose weight stays coded. Others, which may read theirs in any way and any number of times, get plain ones."""
+"""Modules whose weight stays coded.
+
+Other modules may read theirs in any way and any number of times: they get plain weights.
+"""
 
 
 class Residency(ABC):
@@ -53,7 +59,7 @@ class Residency(ABC):
         reader: TensorReader,
         state_dict: dict[str, LazyTensor],
     ) -> None:
-        """Keeps the records, by every name that the container has for them, and the state dict to be changed."""
+        """Keeps the records, by each of their names, and the state dict that `prepare` changes."""
         self._records = {name: record for name, record in records.items() if _by_rows(record)}
         self._reader = reader
         self._state_dict = state_dict
@@ -136,7 +142,10 @@ class CodedLazyTensor(LazyTensor):
 
 
 class ResidentInt8(Residency):
-    """resident="int8": codes and scales stay in memory. Wide tensors, whose codes have 16 bits, are loaded dense."""
+    """resident="int8": codes and scales stay in memory.
+
+    Wide tensors, whose codes have 16 bits, are loaded dense.
+    """
 
     def __init__(
         self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]
@@ -154,7 +163,8 @@ class ResidentInt8(Residency):
         }
         if not records:
             raise UsageError(
-                "resident='int8' needs an int8 container; this one holds no int8 tensor whose codes fit 8 bits"
+                "resident='int8' needs an int8 container; this one holds no int8 tensor whose "
+                "codes fit 8 bits"
             )
         super().__init__(records, reader, state_dict)
 
@@ -239,7 +249,10 @@ class ResidentCompressed(Residency):
 
 
 def stored_record(container: Container, name: str) -> RawTensor | CodedTensor:
-    """Returns the record of a tensor that has bytes of its own: the alias's target, or the tensor itself."""
+    """Returns the record of a tensor that has bytes of its own.
+
+    It is the target of an alias, or the tensor itself.
+    """
     record = container.records[name]
     target = container.records[record.alias_of] if isinstance(record, AliasTensor) else record
     assert not isinstance(target, AliasTensor)
@@ -247,7 +260,10 @@ def stored_record(container: Container, name: str) -> RawTensor | CodedTensor:
 
 
 def _by_rows(record: CodedTensor) -> bool:
-    """Whether the record's matrix is the weight as it is: two dimensions, scales (if any) by rows."""
+    """Whether the record's matrix is the weight as it is.
+
+    It is where there are two dimensions, and scales, if any, go by rows.
+    """
     by_rows = not isinstance(record, Int8Tensor) or (
         record.channel_kind == "row" and record.channel_axis == 0
     )

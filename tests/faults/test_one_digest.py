@@ -32,7 +32,8 @@ for number, options in enumerate((
     digests.append(report.manifest_sha256)
 print(json.dumps({
     "digests": digests, "native": native.core is not None, "asserts": __debug__,
-    "dispatched": " ".join(n for n in __cpu_dispatch__ if __cpu_features__[n]), "comma": locale.localeconv()["decimal_point"],
+    "dispatched": " ".join(n for n in __cpu_dispatch__ if __cpu_features__[n]),
+    "comma": locale.localeconv()["decimal_point"],
 }))
 """
 

@@ -1,4 +1,7 @@
-"""Writes the first inputs of the corpus: `python -m tests.fuzz.seeds`. Findings are added by hand."""
+"""Writes the first inputs of the corpus.
+
+`python -m tests.fuzz.seeds`. Findings are added by hand.
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,10 @@ def codec_rans(data: bytes) -> None:
 
 
 def container(data: bytes) -> None:
-    """Changes of a container: tensor, place (two bytes) and value; its checksums are made to fit."""
+    """Changes of a container: tensor, place (two bytes) and value.
+
+    Its checksums are made to fit.
+    """
     for make in (builders.make_container, builders.make_rans_container):
         folder, kept = _container(make)
         for name, content in kept.items():

@@ -55,7 +55,10 @@ def _change_shards(folder, change):
 @pytest.mark.parametrize("resident", RESIDENTS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_shard_that_changes_during_a_load(container, tmp_path, change, resident, monkeypatch):
-    """The change comes before the n-th tensor's side data: the right model, or one error of ours."""
+    """The change comes before the n-th tensor's side data.
+
+    The right model, or one error of ours.
+    """
     right = container("llama", "int8")
     expected = from_pretrained(right, resident=resident)(IDS).logits
     outcomes = []
