@@ -1,4 +1,7 @@
-"""The native core: see `codecllm.formats.native` and `native/core.h`. Arguments are C-contiguous buffers."""
+"""The native core: see `codecllm.formats.native` and `native/core.h`.
+
+Arguments are C-contiguous buffers.
+"""
 
 from collections.abc import Sequence
 from typing import Any
