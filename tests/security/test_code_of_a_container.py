@@ -153,7 +153,7 @@ def test_code_of_a_container_is_never_run(container, tmp_path, hostile, listed):
     }
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, out, str(log), json.dumps(commands)],
-        input="y\n" * 20, capture_output=True, text=True, check=False, timeout=120, env=environment,
+        input="y\n" * 20, capture_output=True, text=True, check=False, timeout=600, env=environment,
     )  # fmt: skip
     assert log.read_text() == ""
     assert not canary.exists()
