@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _obstacle(container: Container) -> str | None:
     if container.manifest.file(CONFIG_NAME) is None:
         return "the source has no config.json"
     # Both models are in memory at once: their outputs are compared prompt by prompt.
-    needed_bytes = int(2 * MEMORY_FACTOR * container.manifest.source.tensor_bytes)
+    needed_bytes = int(2 * MEMORY_FACTOR * _model_bytes(container))
     free = available_memory()
     if needed_bytes > free:
         return (
@@ -79,6 +80,20 @@ def _obstacle(container: Container) -> str | None:
             f"to run side by side, {free / 2**30:.1f} GiB of memory are free"
         )
     return None
+
+
+def _model_bytes(container: Container) -> int:
+    """Returns the bytes of the source's tensors, or of the model that is built, if it has more."""
+    from codecllm.loader.hf.plain import parameter_count
+
+    stored_bytes = container.manifest.source.tensor_bytes
+    element_count = sum(math.prod(record.shape) for record in container.records.values())
+    try:
+        # Weights that no file has are made at random: a config may name far more than the files.
+        parameters = parameter_count(container)
+    except Exception:  # the load of the source names the reason, of any type
+        return stored_bytes
+    return max(stored_bytes, parameters * stored_bytes // max(element_count, 1))
 
 
 def _compare_models(container: Container, source: Path, stage: Stage, workers: int) -> str | None:

@@ -84,11 +84,27 @@ def linear_modules(model: ModelFiles) -> list[str]:
     Raises:
         UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
     """
+    modules = _empty_model(model).named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def parameter_count(model: ModelFiles) -> int:
+    """Returns the number of weights of the class that a model's config names; ties count once.
+
+    No weights are read or made.
+
+    Raises:
+        UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
+    """
+    return sum(parameter.numel() for parameter in _empty_model(model).parameters())
+
+
+def _empty_model(model: ModelFiles) -> nn.Module:
     config = read_config(model)
     strip_quantization(config)
-    with torch.device("meta"):
-        empty = model_class(config)(config)
-    return [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
+    with silenced(), torch.device("meta"):
+        empty: nn.Module = model_class(config)(config)
+    return empty
 
 
 def _check_size(cls: Any, config: Any, folder: Path) -> None:

@@ -158,6 +158,17 @@ def test_a_source_that_transformers_cannot_load_is_a_reason(tmp_path, tiny):
     assert "transformers cannot load the source" in stage.summary
 
 
+def test_a_config_far_larger_than_its_weights_is_not_built(tmp_path, tiny):
+    """The weights that no file has would be made at random: terabytes of them here."""
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    _edit(source / "config.json", vocab_size=1 << 34)
+    convert(source, tmp_path / "out", scheme="lossless")
+    report, stage = _model_stage(tmp_path / "out", source)
+    assert report.ok
+    assert stage.verdict is Verdict.SKIPPED
+    assert "GiB of memory are free" in stage.summary
+
+
 # --- The floor of the baseline
 
 
