@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from codecllm.loader.resident.form import WeightForm
+from codecllm.loader.resident.handlers import ABOVE_AUTOGRAD, BELOW_AUTOGRAD
 
 _LOG = logging.getLogger(__name__)
 _OWN = ("_cell", "_views", "_is_param", "_read_copy")
@@ -102,8 +103,6 @@ class CodedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the handlers of `operations.py`, for all other functions the function itself."""
-        from codecllm.loader.resident.operations import ABOVE_AUTOGRAD
-
         direct = (*args, *(kwargs or {}).values())
         for argument in direct:
             if isinstance(argument, CodedWeight) and argument._cell.dense is not None:
@@ -122,8 +121,6 @@ class CodedWeight(torch.Tensor):
 
         All else reads decoded values.
         """
-        from codecllm.loader.resident.operations import BELOW_AUTOGRAD
-
         kwargs = kwargs or {}
         handler = BELOW_AUTOGRAD.get(func)
         if handler is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from codecllm.loader.resident.coded_weight import (
     settle,
     write,
 )
+from codecllm.loader.resident.handlers import ABOVE_AUTOGRAD, BELOW_AUTOGRAD
 
 aten = torch.ops.aten
-Handler = Callable[..., Any]
 
 
 def _usual(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,26 +210,27 @@ def _is_shared(func: Any, weight: CodedWeight) -> bool:
     return all(tensor.is_shared() for tensor in held if tensor is not None)
 
 
-ABOVE_AUTOGRAD: dict[Any, Handler] = {
-    functional.linear: _linear,
-    functional.embedding: _embedding,
-    torch.Tensor.requires_grad_: _requires_grad_,
-    torch.Tensor.requires_grad.__set__: _requires_grad_,  # type: ignore[attr-defined]
-    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    torch.Tensor.element_size: _element_size,
-    torch.Tensor.nbytes.__get__: _nbytes,  # type: ignore[attr-defined]
-    torch.Tensor.data_ptr: _data_ptr,
-    torch.Tensor.untyped_storage: _untyped_storage,
-    torch.Tensor.storage: _storage,
-    torch.Tensor._typed_storage: _storage,
-    torch.Tensor.numpy: _array,
-    torch.Tensor.__array__: _array,
-    torch.Tensor.tolist: _list,
-    torch.Tensor.__dlpack__: _shared_memory,
-    torch.Tensor.share_memory_: _share_memory_,
-    torch.Tensor.is_shared: _is_shared,
-}
-"""Functions of torch that a coded weight answers itself, before autograd."""
+ABOVE_AUTOGRAD.update(
+    {
+        functional.linear: _linear,
+        functional.embedding: _embedding,
+        torch.Tensor.requires_grad_: _requires_grad_,
+        torch.Tensor.requires_grad.__set__: _requires_grad_,  # type: ignore[attr-defined]
+        torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+        torch.Tensor.element_size: _element_size,
+        torch.Tensor.nbytes.__get__: _nbytes,  # type: ignore[attr-defined]
+        torch.Tensor.data_ptr: _data_ptr,
+        torch.Tensor.untyped_storage: _untyped_storage,
+        torch.Tensor.storage: _storage,
+        torch.Tensor._typed_storage: _storage,
+        torch.Tensor.numpy: _array,
+        torch.Tensor.__array__: _array,
+        torch.Tensor.tolist: _list,
+        torch.Tensor.__dlpack__: _shared_memory,
+        torch.Tensor.share_memory_: _share_memory_,
+        torch.Tensor.is_shared: _is_shared,
+    }
+)
 
 
 def _alias(func: Any, weight: CodedWeight) -> Any:
@@ -276,16 +276,17 @@ def _like(func: Any, weight: CodedWeight, *args: Any, **kwargs: Any) -> Any:
     return func(outline.expand(weight.shape), *args, **kwargs)
 
 
-BELOW_AUTOGRAD: dict[Any, Handler] = {
-    aten.detach.default: _alias,
-    aten.alias.default: _alias,
-    aten.clone.default: _clone,
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-    aten.empty_like.default: _like,
-    aten.zeros_like.default: _like,
-    aten.ones_like.default: _like,
-    aten.new_empty.default: _like,
-    aten.new_zeros.default: _like,
-}
-"""Operators that a coded weight answers itself; NotImplemented: with decoded values."""
+BELOW_AUTOGRAD.update(
+    {
+        aten.detach.default: _alias,
+        aten.alias.default: _alias,
+        aten.clone.default: _clone,
+        aten._to_copy.default: _to_copy,
+        aten.copy_.default: _copy_,
+        aten.empty_like.default: _like,
+        aten.zeros_like.default: _like,
+        aten.ones_like.default: _like,
+        aten.new_empty.default: _like,
+        aten.new_zeros.default: _like,
+    }
+)
