@@ -44,6 +44,7 @@ lint: $(READY) ## Check style, types, and that editors resolve our imports.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --config-file pyproject.toml -p codecllm
 	$(BIN)/python -m tools.resolved_imports
+	$(BIN)/python -m tools.metrics --check
 
 metrics: ## Print the figures of words, density, files, imports and documents beside their bars.
 	$(PYTHON) -m tools.metrics

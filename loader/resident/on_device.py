@@ -42,11 +42,7 @@ from codecllm.loader.resident.compressed_form import (
 )
 
 GROUP_ELEMENTS = 1 << 27
-"""Most elements that are decoded together, one band of tiles at least.
-
-A thousand chunks of the default size. The two buffers
-of decoded bfloat16 weights then take 512 MiB, the arena of symbols 128 MiB (256 MiB for
-`lossless`)."""
+"""Most elements decoded together: a thousand chunks. Two buffers of bfloat16 then take 512 MiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,9 +178,7 @@ class DeviceCompressedTensor(CodedMatrix):
 
 
 class DeviceDecoder:
-    """The payloads of one model on one device, and their scratch.
-
-    It also has the tools that decode into the scratch.
+    """The payloads of one model on one device, their scratch, and the tools that decode into it.
 
     Attributes:
         device: the device.
@@ -246,10 +240,7 @@ class DeviceDecoder:
         return self._payloads[tensor.slot : end]
 
     def weight(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
-        """Returns a block decoded, [rows, columns].
-
-        It is for work that is queued on the calling thread's stream under the lock.
-        """
+        """Returns a block decoded, [rows, columns], for work on the calling thread's stream."""
         self._refuse_capture()
         number = self._group_of.get(block)
         if number is None:
@@ -281,10 +272,7 @@ class DeviceDecoder:
         self._buffers[self._current].used[stream] = self._streams.record(stream)
 
     def decode(self, blocks: list[Block], outs: list[torch.Tensor]) -> None:
-        """Decodes blocks into `outs`, [rows, columns] each.
-
-        The calling thread's stream waits for it. Hold `lock`.
-        """
+        """Decodes blocks into `outs`, [rows, columns]; the thread's stream waits. Hold `lock`."""
         self._refuse_capture()
         self._streams.follow(self._streams.decode)
         self._decode(_Group(blocks), outs)
@@ -297,10 +285,7 @@ class DeviceDecoder:
             )
 
     def _learn(self, block: Block) -> None:
-        """Notes the order in which blocks are asked for.
-
-        When the first comes again, the order is known.
-        """
+        """Notes the order of the blocks; it is known when the first one comes again."""
         if self._order and block is self._order[0]:
             self._groups = _grouped(list(dict.fromkeys(self._order)))
             self._group_of = {
