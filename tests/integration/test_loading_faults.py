@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -113,13 +114,24 @@ def test_cycles_of_loads_leave_no_descriptor_thread_or_memory(container, residen
         del model
         gc.collect()
         tensors = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), tensors
+        return len(os.listdir("/proc/self/fd")), tensors
 
     cycle()
     first = cycle()
+    first_threads = _threads(0, seconds=1)
     for _ in range(CYCLES):
         last = cycle()
+    assert _threads(first_threads, seconds=20) <= first_threads
     assert all(b <= a for a, b in zip(first, last, strict=True)), (first, last)
+
+
+def _threads(limit, seconds):
+    """Returns how many threads the system counts, once at most `limit` are left or time is over."""
+    deadline = time.monotonic() + seconds
+    # The thread pool of transformers ends without a wait; Python's own count keeps ended threads.
+    while (count := len(os.listdir("/proc/self/task"))) > limit and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return count
 
 
 FORKS = """
