@@ -18,7 +18,6 @@ from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
 from tests import tampering
-from tests.integration import tiny_models
 from tests.integration.outputs import logits, same_bits
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -105,31 +104,6 @@ def test_extra_heads_beside_the_model_are_an_error_that_names_them(tiny, tmp_pat
     convert(_changed(tiny, tmp_path, change), tmp_path / "c", scheme="lossless")
     with pytest.raises(ModelMismatchError, match=r"not in the model: value_head\.weight"):
         from_pretrained(tmp_path / "c")
-
-
-class WithExtraHead(transformers.LlamaForCausalLM):
-    """A class of the user's own with a head that training saved beside the base model."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.extra = torch.nn.ModuleDict({"trained": torch.nn.Linear(64, 128)})
-        self.post_init()
-
-
-def test_a_class_with_extra_heads(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers, "WithExtraHead", WithExtraHead, raising=False)
-    source = tiny_models.save(
-        tmp_path / "source", WithExtraHead(transformers.LlamaConfig(**tiny_models.GROUPED))
-    )
-    convert(source, tmp_path / "c", scheme="int8", include=("*",))
-    dense = from_pretrained(tmp_path / "c")
-    assert type(dense) is WithExtraHead
-    inputs = torch.ones(1, 64, dtype=torch.bfloat16)
-    for resident in ("int8", "compressed"):
-        model = from_pretrained(tmp_path / "c", resident=resident)
-        torch.testing.assert_close(
-            model.extra["trained"](inputs), dense.extra["trained"](inputs), rtol=0.02, atol=0.02
-        )
 
 
 def test_a_tower_can_be_left_out_by_a_glob(tiny, tmp_path):
