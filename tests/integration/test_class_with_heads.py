@@ -1,4 +1,4 @@
-"""A class of the user's own keeps the heads that it has beside the base model, in every residency."""
+"""A class of the user's own keeps the heads beside its base model, in every residency."""
 
 from __future__ import annotations
 
