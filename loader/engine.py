@@ -21,7 +21,9 @@ import torch
 from codecllm.loader.promise import Promise
 
 Part = Literal["weight", "codes", "payload"]
-"""Part of a stored tensor: its elements; its int8 codes; its chunks as they are stored, checked."""
+"""Part of a stored tensor: its elements; its codes, int8, or int16 where they are wide; its chunks
+as they are stored, checked.
+"""
 
 
 @dataclass(frozen=True, slots=True)

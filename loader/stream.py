@@ -5,18 +5,20 @@ Reading, checking and decoding overlap; memory is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTensor
-from codecllm.loader.engine import Request
+from codecllm.loader.device.engines import DeviceEngines
+from codecllm.loader.engine import Engine, Request
 from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.host.memory import RecycledMemory
 from codecllm.loader.host.threads import decoding_threads
+from codecllm.loader.reader import CPU
 from codecllm.loader.torch_tensors import file_order, is_model_float, torch_dtype
 
 AHEAD_BYTES = 64 << 20
@@ -49,21 +51,51 @@ def stream_tensors(
             whole and were checked.
         UsageError: `workers` is not positive.
     """
-    threads = decoding_threads(workers)
-    with (
-        _opened(container) as source,
-        closing(RecycledMemory(KEEP_BYTES)) as memory,
-        closing(
-            HostEngine(source, threads, allocate=memory.empty_bytes, budget=AHEAD_BYTES)
-        ) as engine,
-    ):
+    with _opened(container) as source:
         # In the order of the files: each is read from its beginning to its end.
         requests = [_request(source, name, dtype) for name in file_order(source)]
+        with closing(stream_requests(source, requests, workers=workers)) as tensors:
+            for request, tensor in zip(requests, tensors, strict=True):
+                record = source.records[request.name]
+                assert not isinstance(record, AliasTensor)
+                yield record, tensor
+                del tensor  # the caller may drop it while it waits for the next one
+
+
+def stream_requests(
+    container: Container,
+    requests: Sequence[Request],
+    *,
+    workers: int | None = None,
+    device: torch.device = CPU,
+) -> Generator[torch.Tensor]:
+    """Yields the tensors of requests, in their order; that of the files is the fastest.
+
+    Args:
+        container: an opened container, which stays open.
+        requests: stored tensors or their codes, each at most once.
+        workers: see `stream_tensors`.
+        device: where they are decoded and yielded: the CPU, or a GPU.
+
+    Raises:
+        FormatError, UsageError: see `stream_tensors`.
+    """
+    threads = decoding_threads(workers)
+    with ExitStack() as stack:
+        engine: Engine
+        devices = stack.enter_context(DeviceEngines(container, threads))
+        if devices.serves(device):
+            engine = devices.engine(device)
+        else:
+            memory = stack.enter_context(closing(RecycledMemory(KEEP_BYTES)))
+            engine = stack.enter_context(
+                closing(
+                    HostEngine(container, threads, allocate=memory.empty_bytes, budget=AHEAD_BYTES)
+                )
+            )
         engine.prefetch(requests)
         for request in requests:
-            record = source.records[request.name]
-            assert not isinstance(record, AliasTensor)
-            yield record, engine.take(request).get()
+            yield engine.take(request).get()
 
 
 def _opened(container: Container | str | Path) -> AbstractContextManager[Container]:

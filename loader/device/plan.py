@@ -12,7 +12,7 @@ import torch
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
-from codecllm.formats.tile_run import CODES
+from codecllm.formats.tile_run import CODES, WIDE_CODES
 from codecllm.loader.device.chunks import WORDS_PER_CHUNK, chunks_of, plane_bytes
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finishes_on_device, side_arrays
@@ -163,10 +163,11 @@ def _coded_pieces(
     order: Order, source: StoredTensor, own: torch.dtype, codecs: DeviceCodecs
 ) -> Iterator[Piece]:
     request, record, grid = order.request, source.record, source.table.grid
-    dtype = torch.int8 if request.part == "codes" else request.dtype or own
-    staged_dtype = (
-        None if decodes_on_device(source, codecs) else host_dtype(source, request.part, dtype)
-    )
+    wants_codes = request.part == "codes"
+    dtype = codes_dtype(source) if wants_codes else request.dtype or own
+    # No kernel writes codes of 16 bits.
+    on_device = decodes_on_device(source, codecs) and not (wants_codes and source.wide)
+    staged_dtype = None if on_device else host_dtype(source, request.part, dtype)
     for bands in _runs_of_bands(source):
         symbols = band_rows(source, bands)[1] * grid.cols
         ends = _ends(source, bands)
@@ -227,7 +228,7 @@ def host_dtype(source: StoredTensor, part: Part, dtype: torch.dtype) -> torch.dt
     if not isinstance(source.record, Int8Tensor):
         return torch_dtype(source.record.dtype, source.record.name)
     if part == "codes":
-        return torch.int8
+        return codes_dtype(source)
     return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
 
 
@@ -235,7 +236,14 @@ def target_name(source: StoredTensor, part: Part, staged: torch.dtype) -> str:
     """Returns the target of `decode.write_tile` by which the CPU writes `staged`."""
     if not isinstance(source.record, Int8Tensor):
         return source.record.dtype
-    return CODES if part == "codes" else DTYPE_NAMES[staged]
+    if part == "codes":
+        return WIDE_CODES if source.wide else CODES
+    return DTYPE_NAMES[staged]
+
+
+def codes_dtype(source: StoredTensor) -> torch.dtype:
+    """Returns the dtype of an `int8` tensor's codes: int8, or int16 where they are wide."""
+    return torch.int16 if source.wide else torch.int8
 
 
 def band_rows(source: StoredTensor, bands: range) -> tuple[int, int]:

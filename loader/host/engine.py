@@ -21,6 +21,7 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.loader.engine import Part, Request
 from codecllm.loader.host.announce import Announcer
 from codecllm.loader.host.decode import Workspace
@@ -166,7 +167,8 @@ class HostEngine:
         """Returns about how many bytes a tensor takes."""
         record = self._container.records[request.name]
         if request.part != "weight":
-            return record.elements
+            is_wide = isinstance(record, Int8Tensor) and record.wide
+            return record.elements * (2 if is_wide else 1)
         if request.dtype is not None:
             return record.elements * request.dtype.itemsize
         return record.elements * DTYPES[record.dtype].itemsize

@@ -20,7 +20,7 @@ from codecllm.formats.errors import TruncatedError
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
-from codecllm.formats.tile_run import CODES
+from codecllm.formats.tile_run import CODES, WIDE_CODES
 from codecllm.loader.engine import Request
 from codecllm.loader.host.decode import (
     Workspace,
@@ -69,9 +69,10 @@ def plan_tensor(
         return _plan_payload(source, request.out, allocate)
     if request.part == "codes":
         assert isinstance(source, StoredTensor)
-        memory = allocate(source.record.elements)
-        tensor = tensor_over(memory, tuple(source.record.shape), torch.int8)
-        return PendingTensor(tensor, _coded_jobs(source, memory, torch.int8, CODES))
+        dtype, target = (torch.int16, WIDE_CODES) if source.wide else (torch.int8, CODES)
+        memory = allocate(source.record.elements * dtype.itemsize)
+        tensor = tensor_over(memory, tuple(source.record.shape), dtype)
+        return PendingTensor(tensor, _coded_jobs(source, memory, dtype, target))
     return _plan_weight(source, request.dtype, allocate)
 
 

@@ -7,15 +7,19 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
+from codecllm.converter.plan.params import QuantParams
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError, NotAContainerError, UsageError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.loader import stream_tensors
+from codecllm.loader.engine import Request
 from codecllm.loader.host.decode import Workspace, dequantize
+from codecllm.loader.stream import stream_requests
 from codecllm.loader.torch_tensors import TORCH_DTYPES
 from tests import tampering
+from tests.sources import write_source
 
 ALL_16_BITS = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
 
@@ -124,6 +128,43 @@ def test_int8_codes_reach_the_stream_once_per_element(every_dtype):
         assert bool(quantized) == (container.manifest.options.scheme == "int8")
         for name in quantized:
             assert read_codes(container.tensor(name)).size == container.records[name].elements
+
+
+def test_requests_come_in_their_own_order_as_elements_or_codes(every_dtype):
+    with Container(every_dtype) as container:
+        expected = {record.name: tensor for record, tensor in stream_tensors(container)}
+        names = sorted(expected, reverse=True)
+        quantized = {name for name in names if container.records[name].scheme == "int8"}
+        requests = [Request(name, "codes" if name in quantized else "weight") for name in names]
+        streamed = list(stream_requests(container, requests, workers=2))
+        for name, tensor in zip(names, streamed, strict=True):
+            if name in quantized:
+                codes = read_codes(container.tensor(name)).reshape(tensor.shape)
+                assert torch.equal(tensor, torch.from_numpy(codes.copy()))
+            else:
+                assert _bytes(tensor) == _bytes(expected[name]), name
+
+
+def _bytes(tensor):
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_wide_codes_reach_the_stream(tmp_path):
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((70, 50)).astype(np.float32)
+    write_source(tmp_path / "s", {"w": ("F32", values)}, {"model_type": "none"})
+    steps = QuantParams(np.abs(values).max(axis=1) / 3000, wide=True)
+    convert(
+        tmp_path / "s",
+        tmp_path / "c",
+        include=("*",),
+        choice=ParamsChoice(lambda plan: steps),
+    )
+    with Container(tmp_path / "c") as container:
+        (codes,) = stream_requests(container, [Request("w", "codes")])
+        assert codes.dtype == torch.int16
+        assert np.array_equal(codes.numpy(), read_codes(container.tensor("w")))
+        assert codes.abs().max() > 127
 
 
 def test_workers_must_be_positive(every_dtype):

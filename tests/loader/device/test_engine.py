@@ -169,6 +169,10 @@ def test_scales_and_groups_of_columns_and_wide_codes(tmp_path, codecs, wide):
     with Container(folder) as container:
         assert container.tensor("w").wide is wide
     _take_all(folder, codecs)
+    with engine_of(folder, codecs) as (container, engine):
+        codes = read_codes(container.tensor("w"))
+        assert codes.dtype == (np.int16 if wide else np.int8)
+        assert torch.equal(_take(engine, "w", "codes", None), torch.from_numpy(codes.copy()))
 
 
 def test_codes_and_payloads(made):
