@@ -62,12 +62,8 @@ class WorkerThreads:
 
         A job whose promise was failed by the caller before it began does not run.
         """
-        if self._process != os.getpid():
-            self._start()
         promise = Promise[None]()
-        self._queue.jobs.put((job, promise))
-        if self._queue.closed:  # the threads may have ended without this job
-            promise.fail(JobDroppedError("the worker threads were closed"))
+        self._put(job, promise)
         return promise
 
     def run_all(self, jobs: list[Job]) -> None:
@@ -79,9 +75,11 @@ class WorkerThreads:
         Raises:
             RuntimeError: the threads were closed before all jobs had begun.
         """
-        promises: list[Promise[None]] = []
+        # All of them before the first job is queued: Ctrl-C behind `put` finds the job's promise.
+        promises = [Promise[None]() for _ in jobs]
         try:
-            promises.extend(self.submit(job) for job in jobs)
+            for job, promise in zip(jobs, promises, strict=True):
+                self._put(job, promise)
             errors = [promise.error() for promise in promises]
         except BaseException:
             for promise in promises:
@@ -96,6 +94,13 @@ class WorkerThreads:
         self._queue.close()
         if self._process == os.getpid():  # a forked process has no threads to wait for
             self._queue.ended.get()
+
+    def _put(self, job: Job, promise: Promise[None]) -> None:
+        if self._process != os.getpid():
+            self._start()
+        self._queue.jobs.put((job, promise))
+        if self._queue.closed:  # the threads may have ended without this job
+            promise.fail(JobDroppedError("the worker threads were closed"))
 
     def _start(self) -> None:
         queue = self._queue if self._process is None else _Queue()

@@ -302,7 +302,7 @@ FLAWS = {
     "file outside": (_set("files", 0, "name", "../config.json"), UnsafePathError, "unsafe"),
     "absolute file": (_set("files", 0, "name", "/etc/passwd"), UnsafePathError, "unsafe"),
     "backslash": (_set("files", 0, "name", "a\\..\\b"), UnsafePathError, "unsafe"),
-    "two folders deep": (_set("files", 0, "name", "a/b/c"), UnsafePathError, "unsafe"),
+    "two folders deep": (_set("files", 0, "name", "a/b/c"), SchemaError, "feature 'paths'"),
     "hidden file": (_set("files", 0, "name", ".git/config"), UnsafePathError, "unsafe"),
     "trailing dot": (_set("files", 0, "name", "config."), UnsafePathError, "unsafe"),
     "nul in a file": (_set("files", 0, "name", "a\0"), UnsafePathError, "unsafe"),
