@@ -7,6 +7,7 @@ import transformers
 
 from codecllm.converter import convert
 from codecllm.loader import from_pretrained
+from codecllm.loader.hf import model_class
 from tests.integration import tiny_models
 
 
@@ -20,7 +21,9 @@ class WithExtraHead(transformers.LlamaForCausalLM):
 
 
 def test_a_class_with_extra_heads(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers, "WithExtraHead", WithExtraHead, raising=False)
+    # Of the module that the loader has: transformers' own import of its processors makes another
+    # module of that name, so the one that a test has need not be the same.
+    monkeypatch.setattr(model_class.transformers, "WithExtraHead", WithExtraHead, raising=False)
     source = tiny_models.save(
         tmp_path / "source", WithExtraHead(transformers.LlamaConfig(**tiny_models.GROUPED))
     )
