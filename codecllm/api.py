@@ -176,11 +176,7 @@ def run_conversion(
     report = _convert_source(files, out, options, progress, on_stage)
     # Imported late: the baseline needs torch, the conversion does not.
     from codecllm.verifier import record_baseline
-    from codecllm.verifier.load_report import record_load_report
 
-    note = record_load_report(report.out)
-    if note is not None:
-        report.warnings.append(note)
     outcome = None
     if baseline is not False:
         # transformers loads the folder of the main module, which need not be the root.
@@ -188,7 +184,7 @@ def run_conversion(
         outcome = record_baseline(
             report.out, main_folder, required=baseline is True, on_stage=on_stage
         )
-    # Read again: load report and baseline have changed the manifest.
+    # Read again: the baseline has changed the manifest.
     with Container(report.out) as container:
         manifest_sha256 = container.manifest_sha256
     return Converted(report, manifest_sha256, outcome)
@@ -225,10 +221,21 @@ def _convert_source(
     on_stage: Callable[[str], None] | None,
 ) -> ConversionReport:
     """Converts; chosen parameters, and a refinement's temporary file, are gone when it returns."""
+    # Imported here: a prediction needs nothing of the verifier.
+    from codecllm.verifier.load_report import record_load_report
+
     with open_source(files.folder, options) as source:
         choice = choose_params(source, options, on_stage)
         origin = Origin(files.repo, files.commit)
-        return convert_model(source, out, options, choice=choice, origin=origin, progress=progress)
+        return convert_model(
+            source,
+            out,
+            options,
+            choice=choice,
+            origin=origin,
+            progress=progress,
+            complete=record_load_report,
+        )
 
 
 def export(

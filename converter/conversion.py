@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from codecllm.converter.options import (
@@ -26,11 +26,15 @@ from codecllm.converter.write.staging import Staging
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
-from codecllm.formats.manifest.manifest import pack_manifest
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, pack_manifest
+from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
 # Room for the files that no plan counts: index, manifest and baseline.
 _SPARE_BYTES = 64 << 20
+
+Completion = Callable[[Path], str | None]
+"""Adds side files to the staged container in a folder; returns a sentence for the user, or None."""
 
 
 def convert(
@@ -97,6 +101,7 @@ def convert_model(
     choice: ParamsChoice = NO_CHOICE,
     origin: Origin | None = None,
     progress: OnProgress | None = None,
+    complete: Completion | None = None,
 ) -> ConversionReport:
     """Converts an opened source into a container, without a baseline.
 
@@ -107,6 +112,8 @@ def convert_model(
         choice: chosen quantization parameters; needed where `options` asks for a rate.
         origin: where the source comes from; None is a local folder.
         progress: called as bytes are done.
+        complete: called with the whole container before it is moved into `out`. What it adds is
+            there with the container or not at all; what it raises ends the conversion.
 
     Raises:
         SourceError: the source cannot be converted; NonFiniteWeightError names tensor, row and
@@ -133,7 +140,16 @@ def convert_model(
         # commit.
         model.check_unchanged()
         data = pack_manifest(manifest)
-        staging.commit(data)
+        staging.seal(data)
+        notes = []
+        if complete is not None:
+            began = time.monotonic()
+            note = complete(staging.folder)
+            start_time += time.monotonic() - began  # no part of the conversion
+            notes = [note] if note is not None else []
+            data = (staging.folder / MANIFEST_NAME).read_bytes()
+            manifest = parse_manifest(data)
+        staging.commit()
     return ConversionReport(
         out=Path(out),
         manifest=manifest,
@@ -142,7 +158,7 @@ def convert_model(
         seconds=time.monotonic() - start_time,
         taken=model.describe_taken(),
         left=model.side_files.left,
-        warnings=[*plan.warnings, *choice.notes],
+        warnings=[*plan.warnings, *choice.notes, *notes],
     )
 
 

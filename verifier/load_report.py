@@ -21,7 +21,7 @@ def record_load_report(out: str | Path) -> str | None:
     report.
 
     Args:
-        out: a finished container.
+        out: a whole container, finished or staged.
 
     Returns:
         One line for people: the weights that are left over, or why transformers cannot load the
@@ -29,6 +29,7 @@ def record_load_report(out: str | Path) -> str | None:
 
     Raises:
         FormatError: the container is damaged.
+        OSError, MemoryError: reading or writing failed.
     """
     folder = Path(out)
     with Container(folder) as container:
@@ -49,7 +50,10 @@ def record_load_report(out: str | Path) -> str | None:
             report = rehearse(cls, config, described_tensors(container))
         except CodecLLMError as exc:
             return f"transformers cannot load this model: {exc}"
-        except Exception as exc:  # a model class raises any type for another class's config
+        except Exception as exc:
+            if isinstance(exc, MemoryError) or getattr(exc, "errno", None) is not None:
+                raise  # of this machine: says nothing of the model
+            # A model class raises any type for another class's config.
             return f"transformers cannot load this model: {describe(exc)}"
     if report.is_empty:
         return None

@@ -80,15 +80,22 @@ class Staging:
             self._explain(exc)
             raise
 
-    def commit(self, manifest: bytes) -> None:
-        """Moves the staged files into place, the manifest last; from then on `out` is a container.
+    def seal(self, manifest: bytes) -> None:
+        """Makes the staged files a container: `folder` can be read as one from then on.
+
+        Raises:
+            OSError: the manifest cannot be written.
+        """
+        write_atomically(self.folder / MANIFEST_NAME, manifest)
+
+    def commit(self) -> None:
+        """Moves the sealed files into place, the manifest last; from then on `out` is a container.
 
         Raises:
             OSError: moving failed. `out` is then as it was before, with the container that was to
                 be replaced.
             UnsafePathError: a link stands where a folder of the container belongs.
         """
-        write_atomically(self.folder / MANIFEST_NAME, manifest)
         self._commit(last=MANIFEST_NAME)
 
     def commit_plain(self, *, last: str) -> None:
@@ -289,9 +296,11 @@ class Staging:
 
     def _explain(self, error: BaseException) -> None:
         """Notes on an error which files are there now."""
-        new_folders = [] if self._committed else reversed(self._made)
-        remaining_paths = [path for path in (self._staging, *new_folders) if os.path.lexists(path)]
-        if remaining_paths and self._staged:
+        own_paths = [] if self._committed else self._made[::-1]
+        if self._staged:  # otherwise it is not there, or that of another conversion
+            own_paths = [self._staging, *own_paths]
+        remaining_paths = [path for path in own_paths if os.path.lexists(path)]
+        if remaining_paths:
             error.add_note(f"unfinished files could not be removed: {remaining_paths[0]}")
         if self._committed:
             error.add_note(f"the output in {self.out} is complete")

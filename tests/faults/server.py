@@ -16,7 +16,9 @@ from typing import Any
 
 def main() -> None:
     """Serves until stdin ends."""
-    import codecllm.api  # noqa: F401 - imported before the forks
+    # Imported before the forks: torch and transformers take seconds.
+    import codecllm.api
+    import codecllm.loader.hf.model_class  # noqa: F401
     from codecllm.cli import main as run
 
     shim = ctypes.CDLL(None)
