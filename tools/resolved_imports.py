@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tools.source_files import PACKAGE_FOLDERS, TEST_FOLDERS, TOOL_FOLDERS
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("codecllm", "formats", "hub", "converter", "loader", "calibrator", "verifier")
-OTHERS = ("benchmarks", "demo", "tests", "tools")
+OTHERS = (*TOOL_FOLDERS, *TEST_FOLDERS)
 _UNRESOLVED = re.compile(r'Import "([\w.]+)" could not be resolved')
 
 
@@ -38,7 +39,7 @@ def run_pyright(root: Path) -> dict[str, Any]:
         RuntimeError: it wrote no report.
     """
     settings = {
-        "include": [str(root / name) for name in (*PACKAGES, *OTHERS)],
+        "include": [str(root / name) for name in (*PACKAGE_FOLDERS, *OTHERS)],
         "extraPaths": [str(root)],
         "typeCheckingMode": "off",
         "reportMissingImports": "error",

@@ -17,6 +17,7 @@ PACKAGE_FOLDERS = (
     "formats",
     "hub",
     "loader",
+    "serving",
     "verifier",
 )
 """Folders that are installed. Those beside `codecllm` are seen by Python as its sub-packages."""

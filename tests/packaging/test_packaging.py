@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MIN_SETUPTOOLS = 77
-FOLDERS = ("calibrator", "converter", "formats", "hub", "loader", "verifier")
+FOLDERS = ("calibrator", "converter", "formats", "hub", "loader", "serving", "verifier")
 DATA = {
     "codecllm/loader/kernels/rans.cu",
     "codecllm/py.typed",

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "hub": {"hub", "formats"},
     "converter": {"converter", "hub", "formats"},
     "loader": {"loader", "hub", "formats"},
+    "serving": {"serving", "loader", "hub", "formats"},
     "calibrator": {"calibrator", "loader", "converter", "hub", "formats"},
     "verifier": {"verifier", "loader", "converter", "hub", "formats"},
 }

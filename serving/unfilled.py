@@ -1,0 +1,77 @@
+"""Finds parameters, and parts of fused ones, that a load left without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from codecllm.formats.errors import ModelMismatchError
+
+_PATTERNS = {
+    torch.bfloat16: (torch.int16, 0x7FA5),
+    torch.float16: (torch.int16, 0x7DA5),
+    torch.float32: (torch.int32, 0x7FA5C0DE),
+    torch.int8: (torch.int8, -128),
+}
+"""Bits that no weight has: signalling NaNs, and the code that SPEC.md forbids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A parameter that was marked, and the elements that the mark took the place of."""
+
+    parameter: torch.nn.Parameter
+    before: torch.Tensor
+
+
+def mark_unfilled(model: torch.nn.Module) -> dict[str, Mark]:
+    """Writes a pattern to the first element of every row of every parameter.
+
+    A fused parameter is filled by whole rows, so one element a row shows which rows came.
+    """
+    marks = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in _PATTERNS and parameter.numel() and not parameter.is_meta:
+            words, pattern = _first_words(parameter)
+            marks[name] = Mark(parameter, words.clone())
+            words.fill_(pattern)
+    return marks
+
+
+def refuse_unfilled(model: torch.nn.Module, marks: dict[str, Mark]) -> None:
+    """Raises an error where a part of a parameter still has the pattern.
+
+    A parameter of which nothing came gets its values back: whether that is an error is the
+    engine's to say, which knows the parameters that have defaults.
+
+    Args:
+        model: the model.
+        marks: of `mark_unfilled`. Parameters that were replaced since are not looked at.
+
+    Raises:
+        ModelMismatchError: some rows of a parameter got weights and others did not.
+    """
+    for name, parameter in model.named_parameters():
+        mark = marks.get(name)
+        if mark is None or mark.parameter is not parameter:
+            continue
+        words, pattern = _first_words(parameter)
+        missing = int((words == pattern).sum())
+        if missing == words.numel():
+            words.copy_(mark.before)
+        elif missing:
+            raise ModelMismatchError(
+                "a part of the parameter got no weights from the container",
+                tensor=name,
+                got=f"{words.numel() - missing} rows",
+                expected=words.numel(),
+            )
+
+
+def _first_words(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int]:
+    """Returns the first element of every row as integers, in the parameter's memory."""
+    dtype, pattern = _PATTERNS[parameter.dtype]
+    data = parameter.data
+    first = data[..., 0] if data.ndim > 1 else data
+    return first.view(dtype), pattern

@@ -1,0 +1,201 @@
+"""vLLM's model loader for containers: vLLM builds the model, a container fills it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from codecllm.formats.errors import UsageError
+from codecllm.formats.manifest.manifest import ORIGINAL_KEY
+from codecllm.serving import vllm_names
+from codecllm.serving.unfilled import mark_unfilled, refuse_unfilled
+from codecllm.serving.vllm_config import loading
+from codecllm.serving.vllm_names import NAME, DefaultModelLoader, LoadConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from codecllm.formats.container import Container
+    from codecllm.serving.checkpoint import Checkpoint
+
+# vLLM shows the log of names below its own.
+_LOG = vllm_names.init_logger(f"vllm.{NAME}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Our keys of `--model-loader-extra-config`.
+
+    Attributes:
+        workers: decoding threads of each rank; None takes one per core.
+        manifest_sha256: accept only the container with this manifest (64 hex digits).
+    """
+
+    workers: int | None = None
+    manifest_sha256: str | None = None
+
+
+class CodecLLMLoader(DefaultModelLoader):
+    """Fills vLLM's models from containers, and loads any other model as vLLM does."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        """Takes our options out of the extra config; see `LoadOptions`.
+
+        Raises:
+            UsageError: one of them has a wrong type.
+        """
+        self.options, others = _split(load_config.model_loader_extra_config)
+        # vLLM's class knows its own load formats only.
+        super().__init__(
+            vllm_names.replace(
+                load_config,
+                load_format="auto",
+                model_loader_extra_config=others,
+            )
+        )
+        self._device = torch.device("cpu")
+        self._checkpoint: Checkpoint | None = None
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Fetches the container's files where `model_config` names a Hub repository."""
+        if not _is_container(model_config):
+            super().download_model(model_config)
+        else:
+            self._folder(model_config)
+
+    def load_model(self, vllm_config: Any, model_config: ModelConfig, prefix: str = "") -> Any:
+        """Builds the model as vLLM builds that of the source, and fills it.
+
+        Raises:
+            FormatError: the container is damaged or is none; no model is returned.
+            ModelMismatchError: a parameter got no weights, or a tensor was not asked for.
+            UsageError: the options do not fit the container.
+        """
+        if not _is_container(model_config):
+            return super().load_model(vllm_config, model_config, prefix)
+        _refuse_original(vllm_config.quant_config)
+        begin = time.perf_counter()
+        with self._open(model_config) as container:
+            _check_side_files(container)
+            sha256 = container.manifest_sha256
+        _LOG.info("Opened the container in %.2f seconds", time.perf_counter() - begin)
+        vllm_names.add_hash_factor(vllm_config, NAME, f"dense:{sha256}")
+        self._device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        # Without a config vLLM takes each of its branches as for the source.
+        vllm_config.quant_config = None
+        with loading():
+            return super().load_model(vllm_config, model_config, prefix)
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        """Fills a model that was built; errors as `load_model`."""
+        if not _is_container(model_config):
+            super().load_weights(model, model_config)
+            return
+        # vLLM would not miss a parameter, or a part of a fused one, that never came.
+        self.enable_weights_track = True
+        marks = mark_unfilled(model)
+        super().load_weights(model, model_config)
+        assert self._checkpoint is not None
+        self._checkpoint.check_complete()
+        refuse_unfilled(model, marks)
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: torch.nn.Module
+    ) -> Generator[tuple[str, torch.Tensor]]:
+        """Yields the container's tensors under the names of the source's checkpoint."""
+        if not _is_container(model_config):
+            yield from super().get_all_weights(model_config, model)
+            return
+        from codecllm.serving.checkpoint import Checkpoint
+
+        self.counter_before_loading_weights = time.perf_counter()
+        with self._open(model_config) as container:
+            self._checkpoint = Checkpoint(
+                container,
+                dtype=model_config.dtype,
+                workers=self.options.workers,
+                device=self._device,
+                skips=lambda name: vllm_names.is_elsewhere(self, name),
+            )
+            bar = tqdm(
+                total=len(container.records),
+                desc="Loading codecllm container",
+                unit=" tensors",
+                disable=not vllm_names.enable_tqdm(self.load_config.use_tqdm_on_load),
+            )
+            with closing(self._checkpoint.tensors()) as tensors, bar:
+                for name, tensor in tensors:
+                    yield name, tensor
+                    bar.update(name in container.records)
+        yield from vllm_names.secondary_weights(self, model)
+
+    def _open(self, model_config: ModelConfig) -> Container:
+        from codecllm.formats.container import Container
+
+        return Container(
+            self._folder(model_config), expected_manifest_sha256=self.options.manifest_sha256
+        )
+
+    def _folder(self, model_config: ModelConfig) -> Path:
+        from codecllm.hub import resolve
+
+        folder = Path(model_config.model)
+        # Also offline: there vLLM has put the cache's folder in place of a name.
+        if folder.exists():
+            return folder
+        return resolve(
+            model_config.model,
+            revision=model_config.revision,
+            token=model_config.hf_token,
+            cache_dir=self.load_config.download_dir,
+            kind="model",
+        ).folder
+
+
+def _is_container(model_config: ModelConfig) -> bool:
+    return bool(model_config.quantization == NAME)
+
+
+def _split(extra: Any) -> tuple[LoadOptions, Any]:
+    """Returns our options and the rest of the extra config."""
+    if not isinstance(extra, dict):
+        return LoadOptions(), extra
+    names = {field.name for field in fields(LoadOptions)}
+    options = LoadOptions(**{key: value for key, value in extra.items() if key in names})
+    if not isinstance(options.workers, int | None) or isinstance(options.workers, bool):
+        raise UsageError("workers must be a number", got=repr(options.workers))
+    if not isinstance(options.manifest_sha256, str | None):
+        raise UsageError("manifest_sha256 must be text", got=repr(options.manifest_sha256))
+    return options, {key: value for key, value in extra.items() if key not in names}
+
+
+def _refuse_original(config: Any) -> None:
+    """Refuses containers of weights in another library's quantization.
+
+    Raises:
+        UsageError: this is one.
+    """
+    original = getattr(config, "block", {}).get(ORIGINAL_KEY)
+    if original is not None:
+        raise UsageError(
+            "vLLM cannot take weights in another library's quantization from a container: "
+            "`codecllm export` writes the checkpoint that it reads",
+            got=original.get("quant_method"),
+        )
+
+
+def _check_side_files(container: Container) -> None:
+    """Compares the listed side files that are here (configs, tokenizer) with their sha256.
+
+    Raises:
+        FormatError: one of them differs.
+    """
+    for record in container.manifest.files:
+        # Of a Hub repository vLLM has fetched what it reads.
+        if (container.folder / record.name).exists():
+            container.check_file(record)

@@ -1,0 +1,106 @@
+"""Every name of vLLM that codecllm uses: no other file imports vLLM.
+
+Public, and private where the comment says so. `tests/serving/test_vllm_names.py` fails where one of
+them moves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.config.utils import replace
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import (
+    QUANTIZATION_METHODS,
+    get_quantization_config,
+    register_quantization_config,
+)
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+
+__all__ = [
+    "DefaultModelLoader",
+    "LinearBase",
+    "LoadConfig",
+    "ModelConfig",
+    "QuantizationConfig",
+    "QuantizeMethodBase",
+    "UnquantizedLinearMethod",
+    "VllmConfig",
+    "enable_tqdm",
+    "init_logger",
+    "replace",
+]
+
+NAME = "codecllm"
+"""Of the quantization method and of the load format."""
+
+_MARK = "_codecllm_original"
+
+
+def register(config: type[QuantizationConfig], loader: type[DefaultModelLoader]) -> None:
+    """Registers both classes, and lets `--load-format auto` choose the loader for containers."""
+    if NAME not in QUANTIZATION_METHODS or get_quantization_config(NAME) is not config:
+        register_quantization_config(NAME)(config)
+    try:
+        known = isinstance(get_model_loader(LoadConfig(load_format=NAME)), loader)
+    except ValueError:  # "Load format `codecllm` is not supported"
+        known = False
+    if not known:
+        register_model_loader(NAME)(loader)
+    _choose_loader()
+
+
+def _choose_loader() -> None:
+    """Wraps `EngineArgs.create_model_config`, private: vLLM's own plug-ins (bnb, gguf) do so too.
+
+    vLLM knows the quantization method only then, and makes the load config right afterwards.
+    """
+    original = EngineArgs.create_model_config
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def create_model_config(self: EngineArgs, *arguments: Any, **named: Any) -> ModelConfig:
+        config = original(self, *arguments, **named)
+        if config.quantization == NAME and self.load_format == "auto":
+            self.load_format = NAME
+        return config
+
+    setattr(create_model_config, _MARK, original)
+    EngineArgs.create_model_config = create_model_config
+
+
+def add_hash_factor(vllm_config: VllmConfig, key: str, value: str) -> None:
+    """Makes `value` a part of the key of vLLM's compile cache.
+
+    `LoadConfig` has no part in that key, and two containers may lie under one path.
+    """
+    factors = vllm_config.additional_config or {}
+    if isinstance(factors, dict):  # a platform may put an object there
+        vllm_config.additional_config = {**factors, key: value}
+
+
+def is_elsewhere(loader: DefaultModelLoader, name: str) -> bool:
+    """Whether a weight belongs to an expert that another rank holds (private attribute)."""
+    return bool(should_skip_weight(name, loader.local_expert_ids))
+
+
+def secondary_weights(
+    loader: DefaultModelLoader, model: torch.nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights of a model that lie in other repositories (private method)."""
+    for source in getattr(model, "secondary_weights", ()):
+        yield from loader._get_weights_iterator(source)

@@ -1,0 +1,110 @@
+"""The names of vLLM that the plug-in uses: this test fails where one of them moves."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+
+from codecllm.serving import vllm_plugin
+from tests.serving.engine import ONE_PROCESS, ROOT, variables, why_not
+from tests.serving.environment import VERSION
+
+needs_vllm = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def test_one_file_names_vllm():
+    for path in sorted((ROOT / "serving").glob("*.py")):
+        modules = [
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        ]
+        names_vllm = any(name.split(".")[0] == "vllm" for name in modules)
+        assert names_vllm == (path.name == "vllm_names.py"), path
+
+
+def _run(code, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=variables(tmp_path, ONE_PROCESS),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+_NAMES = """
+import inspect
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from codecllm.serving import vllm_names as names
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+assert parameters(EngineArgs.create_model_config) == ["self"]
+source = inspect.getsource(EngineArgs.create_engine_config)
+assert source.index("self.create_model_config()") < source.index("self.create_load_config()")
+assert "load_format" in inspect.signature(EngineArgs).parameters
+assert parameters(DefaultModelLoader.get_all_weights) == ["self", "model_config", "model"]
+assert parameters(DefaultModelLoader.load_weights) == ["self", "model", "model_config"]
+assert parameters(DefaultModelLoader._get_weights_iterator) == ["self", "source"]
+assert parameters(names.should_skip_weight)[:2] == ["weight_name", "local_expert_ids"]
+loader = DefaultModelLoader(names.LoadConfig())
+assert loader.local_expert_ids is None and loader.enable_weights_track is None
+assert loader.counter_before_loading_weights == 0
+assert "additional_config" in names.VllmConfig.__dataclass_fields__
+assert not names.is_elsewhere(loader, "model.layers.0.mlp.experts.3.up_proj.weight")
+loader.local_expert_ids = {0, 1}
+assert names.is_elsewhere(loader, "model.layers.0.mlp.experts.3.up_proj.weight")
+assert not names.is_elsewhere(loader, "model.layers.0.mlp.experts.1.up_proj.weight")
+"""
+
+
+@needs_vllm
+def test_every_name_is_where_it_was(tmp_path):
+    _run(_NAMES, tmp_path)
+
+
+_TWICE = """
+import logging, sys
+from vllm.engine.arg_utils import EngineArgs
+from codecllm.serving.vllm_plugin import register
+
+register()
+first = EngineArgs.create_model_config
+register()
+assert EngineArgs.create_model_config is first
+assert "codecllm.loader" not in sys.modules
+print("registered")
+"""
+
+
+@needs_vllm
+def test_registering_twice_changes_nothing_and_imports_no_loader(tmp_path):
+    assert _run(_TWICE, tmp_path).endswith("registered\n")
+
+
+def test_the_entry_point_names_the_function():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {
+        "codecllm": "codecllm.serving.vllm_plugin:register"
+    }
+    (extra,) = project["optional-dependencies"]["vllm"]
+    assert Requirement(extra).specifier.contains(VERSION)
+    assert list(inspect.signature(vllm_plugin.register).parameters) == []
