@@ -123,21 +123,23 @@ class Staging:
 
     def _move(self, source: Path, target: Path, names: Iterable[str]) -> None:
         """Moves files by renaming, and forces the entries to the disk."""
-        folders = set()
+        names = list(names)
+        folders = _folders_of(target, names)
+        # A name is on the disk only where those of its folders are: they come first.
+        for folder in folders:
+            _make_durable_folder(folder)
         for name in names:
-            place = target / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source / name, place)
-            folders |= {target / parent for parent in Path(name).parents}
-        for folder in sorted(folders, reverse=True):
+            os.replace(source / name, target / name)
+        for folder in reversed(folders):
             fsync_folder(folder)
 
     def _save_list(self, names: list[str]) -> None:
         """Notes which files will be moved, before the first one is: a kill may come at any time."""
-        write_atomically(self._moving, "\n".join(names).encode())
-        folders = {self.folder / parent for name in names for parent in Path(name).parents}
-        for folder in sorted(folders | {self._staging}):
+        # Before the list: a listed name that is in `out` alone is taken for one that was moved.
+        # With `out` itself: staging is to hold the only copy of the old container.
+        for folder in (*_folders_of(self.folder, names), self._staging, self.out):
             fsync_folder(folder)
+        write_atomically(self._moving, "\n".join(names).encode())
 
     def _move_old(self) -> None:
         """Puts the files of the container that is replaced aside, its manifest first."""
@@ -153,8 +155,7 @@ class Staging:
     def _undo(self) -> None:
         """Moves files back: new ones into staging, then old ones into place, their manifest last.
 
-        It goes on where a step fails. A file that cannot be moved stays in staging for the next
-        conversion.
+        Where a step fails, the old files that are left stay in staging for the next conversion.
         """
         moving = self._moving.read_text().split("\n") if self._moving.exists() else []
         # The last one first: without it the folder is no container any more.
@@ -164,15 +165,19 @@ class Staging:
                     os.replace(self.out / name, self.folder / name)
             _remove_empty_parents(self.out, name)
         old = _files_of(self._old) if _is_folder(self._old) else []
-        old.sort(key=lambda name: name == MANIFEST_NAME)
-        for name in old:
-            with suppress(OSError):
-                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(self._old / name, self.out / name)
         with suppress(OSError):
-            fsync_folder(self.out)
+            # Before an old file is back: where a listed name stands in `out` alone, the next
+            # conversion takes it for a new one.
+            for folder in (*_folders_of(self.folder, moving), *_folders_of(self.out, moving)):
+                if _is_folder(folder):
+                    fsync_folder(folder)
+            self._move(self._old, self.out, [name for name in old if name != MANIFEST_NAME])
+            # The others are on the disk by now: the old container is whole again.
+            self._move(self._old, self.out, [name for name in old if name == MANIFEST_NAME])
             if not self._holds_old():
                 self._moving.unlink(missing_ok=True)
+                # Before any staged file goes: with the list its name in `out` would mean a new one.
+                fsync_folder(self._staging)
 
     def _holds_old(self) -> bool:
         """Whether files of a container that was to be replaced are in staging and nowhere else."""
@@ -209,6 +214,8 @@ class Staging:
         with suppress(FileExistsError):
             folder.mkdir()
             self._made.append(folder)
+            with suppress(PermissionError):  # to write into a folder one need not read it
+                fsync_folder(folder.parent)
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -326,6 +333,18 @@ def _files_of(folder: Path) -> list[str]:
         for name in (*files, *folders)
         if not _is_folder(Path(parent) / name)
     )
+
+
+def _folders_of(base: Path, names: Iterable[str]) -> list[Path]:
+    """Returns the folders in which the files of `base` stand, outer ones first."""
+    return sorted({base / parent for name in names for parent in Path(name).parents})
+
+
+def _make_durable_folder(folder: Path) -> None:
+    """Makes a folder, and forces its name to the disk, where it is not there."""
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
 
 
 def _remove_empty_parents(folder: Path, name: str) -> None:

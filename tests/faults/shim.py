@@ -17,6 +17,25 @@ HERE = Path(__file__).parent
 FAULTS = (
     "none", "ENOSPC", "EIO", "short", "kill", "SIGTERM", "SIGINT", "SIGHUP", "SIGINT twice", "dead",
 )  # fmt: skip
+ALL_FAULTS = "CODECLLM_ALL_FAULTS" in os.environ
+"""Whether to test every operation; without it a part of them, for the time of the suite."""
+
+OWN_FILES = {"README.md": b"a card", "notes.txt": b"of the user"}
+
+
+def command(source: Path, out: Path, *more: str) -> list[Any]:
+    """Returns the command line of a conversion into two shards."""
+    options = ["--no-baseline", "--scheme", "lossless", "--max-shard-size", "7KB", "--workers", "1"]
+    return ["convert", source, out, *options, *more]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Returns the files of a folder and its subfolders by their relative paths."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def compile_shim(folder: Path) -> Path:
