@@ -14,6 +14,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError, UsageError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.verifier import Verdict, record_baseline, verify
+from codecllm.verifier.baseline import model_output
 from tests import tampering
 from tests.integration import tiny_models
 
@@ -215,6 +216,40 @@ def test_changed_tokens_in_the_record_are_found(tmp_path, recorded):
     assert isinstance(fault.error, BaselineError)
     assert "prompt 3" in str(fault.error)
     assert "from token 10 on" in str(fault.error)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_records_of_prompts_that_ran_alone_are_checked_so(tmp_path, tiny, name, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(model_output, "is_batch", lambda prompts: False)
+        codecllm.convert(tiny(name), tmp_path / "c", scheme="int8", include=("*",), baseline=True)
+    text = (tmp_path / "c" / "baseline.json").read_text()
+    # A record of an older version does not have the field.
+    assert text.count('"batched":false,') == 1
+    older_text = text.replace('"batched":false,', "")
+    tampering.replace_listed(tmp_path / "c", "baseline.json", older_text.encode())
+    batch_sizes = []
+    for function in ("greedy_tokens", "first_output"):
+        original = getattr(model_output, function)
+        monkeypatch.setattr(
+            model_output,
+            function,
+            lambda model, batch, run=original: batch_sizes.append(len(batch)) or run(model, batch),
+        )
+    assert verify(tmp_path / "c", require_baseline=True).exit_code == 0
+    assert batch_sizes == [1] * 8
+
+
+def test_prompts_of_a_batch_must_have_one_length(tmp_path, recorded):
+    for kind in ("tokens", "converted"):
+        folder = tampering.copy_of(recorded("llama", "int8"), tmp_path / kind)
+        baseline = json.loads((folder / "baseline.json").read_bytes())
+        prompt = baseline["greedy"][5]
+        (prompt if kind == "tokens" else prompt["converted"])["tokens"].pop()
+        tampering.replace_listed(folder, "baseline.json", json.dumps(baseline).encode())
+        (fault,) = verify(folder).stage("baseline").findings
+        assert isinstance(fault.error, BaselineError)
+        assert "prompts of one batch differ in length" in str(fault.error)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])

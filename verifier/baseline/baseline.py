@@ -30,8 +30,9 @@ MAX_SECONDS = 600
 _BYTES_PER_SECOND = 4e9
 """Weights that the memory of two cores delivers to a model that generates: a cautious guess."""
 
-# Prompts, times tokens and the passes for logits, times source and converted model.
-_FORWARDS = 8 * (32 + 3) * 2
+# For source and converted model: 32 steps of the batch, and passes over all its tokens, which cost
+# as much again and more.
+_FORWARDS = 2 * (32 + 48)
 # Memory of a run for each byte of weights: activations, caches, buffers of the decoder.
 MEMORY_FACTOR = 1.3
 

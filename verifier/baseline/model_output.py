@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from codecllm.formats.errors import SchemaError
-from codecllm.verifier.baseline.prompts import HIDDEN_SAMPLES, NEW_TOKENS, PROMPTS, TOP_TOKENS
+from codecllm.verifier.baseline.prompts import (
+    HIDDEN_SAMPLES,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    PROMPTS,
+    TOP_TOKENS,
+)
 from codecllm.verifier.baseline.record import Environment, HiddenSamples, TopTokens
 
 if TYPE_CHECKING:
@@ -43,12 +49,20 @@ class PromptCoder:
         except SchemaError:  # there is none, or none that transformers can read
             self._tokenizer = None
 
-    def prompts(self, texts: Sequence[str] = PROMPTS) -> list[PromptTokens]:
-        """Returns prompts as tokens; fixed ids replace those that leave the model's vocabulary."""
-        return [
+    def prompts(self, texts: Sequence[str] | None = None) -> list[PromptTokens]:
+        """Returns prompts as tokens; fixed ids replace those that leave the model's vocabulary.
+
+        Args:
+            texts: None takes the fixed prompts, cut to one length, so that they make one batch.
+        """
+        prompts = [
             PromptTokens(text, self._prompt_tokens(text, number))
-            for number, text in enumerate(texts)
+            for number, text in enumerate(PROMPTS if texts is None else texts)
         ]
+        if texts is not None:
+            return prompts
+        length = min(PROMPT_TOKENS, *(len(prompt.tokens) for prompt in prompts))
+        return [PromptTokens(prompt.text, prompt.tokens[:length]) for prompt in prompts]
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text; none without a tokenizer or outside the vocabulary."""
@@ -76,11 +90,26 @@ class PromptCoder:
         # old records stay comparable.
         vocabulary = max(2, self._vocabulary)
         return [
-            (7919 * (number + 1) * (position + 1)) % vocabulary for position in range(8 + number)
+            (7919 * (number + 1) * (position + 1)) % vocabulary for position in range(PROMPT_TOKENS)
         ]
 
 
-SMALL_MODEL = 1 << 25
+def is_batch(prompts: Sequence[PromptTokens]) -> bool:
+    """Whether prompts can run as one batch: all have one length, so none needs padding.
+
+    Padding changes the output of models that keep a state, and of some that count positions.
+    """
+    return len({len(prompt.tokens) for prompt in prompts}) == 1
+
+
+def batches(prompts: Sequence[PromptTokens], together: bool) -> list[slice]:
+    """Returns the parts in which prompts run: one for all where `together`, else one for each."""
+    if together:
+        return [slice(0, len(prompts))]
+    return [slice(number, number + 1) for number in range(len(prompts))]
+
+
+SMALL_MODEL = 1 << 28
 """Parameters up to which a model runs in one thread."""
 
 
@@ -88,8 +117,8 @@ SMALL_MODEL = 1 << 25
 def threads_for(model: Any) -> Iterator[None]:
     """Runs a small model in one thread inside the block.
 
-    Its products take microseconds. More threads then spend their time waiting for each other, and
-    on a busy machine many times that of the products.
+    Its products take microseconds. More threads gain little then, and on a busy machine they wait
+    for each other many times as long as they compute.
     """
     threads = torch.get_num_threads()
     if sum(value.numel() for value in model.parameters()) <= SMALL_MODEL:
@@ -105,8 +134,10 @@ def generates(model: Any) -> bool:
     return bool(hasattr(model, "can_generate") and model.can_generate())
 
 
-def greedy_tokens(model: Any, prompt: PromptTokens) -> list[int]:
-    """Returns the 32 tokens that the model finds most likely one after another.
+def greedy_tokens(model: Any, batch: Sequence[PromptTokens]) -> list[list[int]]:
+    """Returns for each prompt the 32 tokens that the model finds most likely one after another.
+
+    The prompts have one length and run as one batch.
 
     The model's generation config is left out. Generation does not stop at an end-of-text token:
     each prompt always checks as many tokens.
@@ -121,7 +152,7 @@ def greedy_tokens(model: Any, prompt: PromptTokens) -> list[int]:
         pad_token_id=own_config.pad_token_id,
         decoder_start_token_id=own_config.decoder_start_token_id,
     )
-    ids = torch.tensor([prompt.tokens], device=model.device)
+    ids = _ids(model, batch)
     # `generate` fills unset values of its argument from the model's own config: both are replaced.
     model.generation_config = plain
     try:
@@ -129,28 +160,33 @@ def greedy_tokens(model: Any, prompt: PromptTokens) -> list[int]:
             out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
     finally:
         model.generation_config = own_config
-    tokens: list[int] = out[0].tolist()
-    return tokens[1:] if model.config.is_encoder_decoder else tokens[len(prompt.tokens) :]
+    prompt_length = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    continuations: list[list[int]] = out[:, prompt_length:].tolist()
+    return continuations
 
 
-def continuation_logits(model: Any, prompt: PromptTokens, continuation: list[int]) -> torch.Tensor:
-    """Returns the teacher-forced float32 logits [len(continuation), vocabulary]."""
-    device = model.device
+def continuation_logits(
+    model: Any, batch: Sequence[PromptTokens], continuations: Sequence[list[int]]
+) -> list[torch.Tensor]:
+    """Returns for each prompt the teacher-forced logits: float32 [tokens, vocabulary].
+
+    Args:
+        model: one that generates.
+        batch: prompts of one length.
+        continuations: a text for each, all of one length.
+    """
+    ids = _ids(model, batch)
+    texts = torch.tensor(list(continuations), device=model.device)
     with torch.inference_mode():
         if model.config.is_encoder_decoder:
             start = model.generation_config.decoder_start_token_id
-            decoder_ids = torch.tensor(
-                [[start if start is not None else 0, *continuation[:-1]]], device=device
-            )
-            logits = model(
-                input_ids=torch.tensor([prompt.tokens], device=device),
-                decoder_input_ids=decoder_ids,
-            ).logits[0]
+            first = torch.full_like(texts[:, :1], start if start is not None else 0)
+            decoder_ids = torch.cat([first, texts[:, :-1]], 1)
+            logits = model(input_ids=ids, decoder_input_ids=decoder_ids).logits
         else:
-            ids = torch.tensor([[*prompt.tokens, *continuation]], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1]
-    result: torch.Tensor = logits.to("cpu", torch.float32)
-    return result
+            whole = torch.cat([ids, texts], 1)
+            logits = model(input_ids=whole, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    return list(logits.to("cpu", torch.float32))
 
 
 def forced_logits(model: Any, tokens: list[int], steps: int) -> torch.Tensor:
@@ -203,12 +239,18 @@ def forced_logits(model: Any, tokens: list[int], steps: int) -> torch.Tensor:
     return result
 
 
-def first_output(model: Any, prompt: PromptTokens) -> torch.Tensor:
-    """Returns the first output (last hidden state, or logits) of a model that does not generate."""
+def first_output(model: Any, batch: Sequence[PromptTokens]) -> list[torch.Tensor]:
+    """Returns for each prompt the first output of a model that does not generate, in float32.
+
+    That is its last hidden state or its logits. The prompts have one length.
+    """
     with torch.inference_mode():
-        output = model(input_ids=torch.tensor([prompt.tokens], device=model.device))
-    result: torch.Tensor = next(iter(output.values())).to("cpu", torch.float32)
-    return result
+        output = model(input_ids=_ids(model, batch))
+    return list(next(iter(output.values())).to("cpu", torch.float32))
+
+
+def _ids(model: Any, batch: Sequence[PromptTokens]) -> torch.Tensor:
+    return torch.tensor([prompt.tokens for prompt in batch], device=model.device)
 
 
 def tensor_sha256(values: torch.Tensor) -> str:

@@ -97,12 +97,25 @@ class Agreement(_Record):
 
 
 class Baseline(_Record):
-    """The whole record. `reason` says why `kind` is `none`."""
+    """The whole record.
+
+    Attributes:
+        format: always `codecllm-baseline`.
+        version: always 1.
+        kind: `greedy` for texts, `hidden` for first outputs, or `none`.
+        reason: why `kind` is `none`.
+        batched: whether all prompts ran as one batch; otherwise each ran alone.
+        environment: where the converted model ran.
+        agreement: converted model against source.
+        greedy: the prompts of a model that generates.
+        hidden: the prompts of another model.
+    """
 
     format: Literal["codecllm-baseline"]
     version: Literal[1]
     kind: Kind
     reason: str | None = None
+    batched: bool = False
     environment: Environment | None = None
     agreement: Agreement | None = None
     greedy: list[GreedyPrompt] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from codecllm.verifier.baseline.record import (
     ModelTokens,
 )
 from codecllm.verifier.report import Stage
+
+_Prompts = list[output.PromptTokens]
 
 MIN_TOP1 = 0.99
 MAX_KL = 1e-3
@@ -43,7 +46,8 @@ class SourceRun:
     """The source's side: per prompt its greedy tokens and their logits, or its first output."""
 
     coder: output.PromptCoder
-    prompts: list[output.PromptTokens]
+    prompts: _Prompts
+    batched: bool
     greedy: bool
     tokens: list[list[int]]
     values: list[torch.Tensor]
@@ -101,16 +105,14 @@ def run_source(model: Any, folder: Path) -> SourceRun:
 def _run_source(model: Any, folder: Path) -> SourceRun:
     coder = output.PromptCoder(folder, model.config)
     prompts = coder.prompts()
+    batched = output.is_batch(prompts)
     if not output.generates(model):
         return SourceRun(
-            coder, prompts, False, [], [output.first_output(model, prompt) for prompt in prompts]
+            coder, prompts, batched, False, [], _first_outputs(model, prompts, batched)
         )
-    tokens = [output.greedy_tokens(model, prompt) for prompt in prompts]
-    logits = [
-        output.continuation_logits(model, prompt, cont)
-        for prompt, cont in zip(prompts, tokens, strict=True)
-    ]
-    return SourceRun(coder, prompts, True, tokens, logits)
+    tokens = _greedy_tokens(model, prompts, batched)
+    logits = _logits_along(model, prompts, tokens, batched)
+    return SourceRun(coder, prompts, batched, True, tokens, logits)
 
 
 def run_converted(model: Any, source: SourceRun) -> ConvertedRun:
@@ -121,21 +123,43 @@ def run_converted(model: Any, source: SourceRun) -> ConvertedRun:
 
 def _run_converted(model: Any, source: SourceRun) -> ConvertedRun:
     # The record is of the converted model: a later check runs that one, and not the source.
-    where = output.environment(model)
+    where, prompts, batched = output.environment(model), source.prompts, source.batched
     if not source.greedy:
-        return ConvertedRun(
-            where, [], [output.first_output(model, prompt) for prompt in source.prompts], []
-        )
-    tokens = [output.greedy_tokens(model, prompt) for prompt in source.prompts]
-    logits, along_source = [], []
+        return ConvertedRun(where, [], _first_outputs(model, prompts, batched), [])
+    tokens = _greedy_tokens(model, prompts, batched)
+    logits = _logits_along(model, prompts, tokens, batched)
     # Both models get the source's tokens: after the first other token, free texts say nothing about
     # the weights.
-    for prompt, own_tokens, base in zip(source.prompts, tokens, source.tokens, strict=True):
-        logits.append(output.continuation_logits(model, prompt, own_tokens))
-        along_source.append(
-            logits[-1] if own_tokens == base else output.continuation_logits(model, prompt, base)
-        )
+    along_source = (
+        logits if tokens == source.tokens else _logits_along(model, prompts, source.tokens, batched)
+    )
     return ConvertedRun(where, tokens, logits, along_source)
+
+
+def _greedy_tokens(model: Any, prompts: _Prompts, batched: bool) -> list[list[int]]:
+    return [
+        tokens
+        for part in output.batches(prompts, batched)
+        for tokens in output.greedy_tokens(model, prompts[part])
+    ]
+
+
+def _logits_along(
+    model: Any, prompts: _Prompts, texts: list[list[int]], batched: bool
+) -> list[torch.Tensor]:
+    return [
+        logits
+        for part in output.batches(prompts, batched)
+        for logits in output.continuation_logits(model, prompts[part], texts[part])
+    ]
+
+
+def _first_outputs(model: Any, prompts: _Prompts, batched: bool) -> list[torch.Tensor]:
+    return [
+        values
+        for part in output.batches(prompts, batched)
+        for values in output.first_output(model, prompts[part])
+    ]
 
 
 def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
@@ -169,6 +193,7 @@ def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
         format="codecllm-baseline",
         version=1,
         kind="greedy",
+        batched=source.batched,
         environment=converted.environment,
         agreement=agreement,
         greedy=prompts,
@@ -199,24 +224,40 @@ def compare_with_record(
         same_place = output.environment(model) == baseline.environment
         stage.facts = {"kind": baseline.kind, "same_environment": same_place}
         if baseline.kind == "hidden":
-            _compare_hidden(model, baseline.hidden, same_place, stage)
+            _compare_hidden(model, baseline, same_place, stage)
         elif same_place:
-            _compare_tokens(model, baseline.greedy, stage, spoken or {})
+            _compare_tokens(model, baseline, stage, spoken or {})
         else:
             # Free generation leaves the record at the first near tie, and says little after it.
-            _compare_along_record(model, baseline.greedy, stage)
+            _compare_along_record(model, baseline, stage)
+
+
+def _prompts(records: Sequence[GreedyPrompt | HiddenPrompt], batched: bool) -> _Prompts:
+    """Returns the prompts of a record.
+
+    Raises:
+        BaselineError: the record says that they ran as one batch, and the lengths of prompts or of
+            texts differ.
+    """
+    prompts = [output.PromptTokens(record.text, record.tokens) for record in records]
+    texts = [record.converted.tokens for record in records if isinstance(record, GreedyPrompt)]
+    for lengths in ({len(prompt.tokens) for prompt in prompts}, {len(text) for text in texts}):
+        if batched and len(lengths) > 1:
+            raise BaselineError(
+                "prompts of one batch differ in length", file=BASELINE_NAME, got=sorted(lengths)
+            )
+    return prompts
 
 
 def _compare_tokens(
-    model: Any, prompts: list[GreedyPrompt], stage: Stage, spoken: dict[tuple[int, ...], list[int]]
+    model: Any, baseline: Baseline, stage: Stage, spoken: dict[tuple[int, ...], list[int]]
 ) -> None:
-    for number, prompt in enumerate(prompts):
-        known_tokens = spoken.get(tuple(prompt.tokens))
-        got = (
-            known_tokens
-            if known_tokens is not None
-            else output.greedy_tokens(model, output.PromptTokens(prompt.text, prompt.tokens))
-        )
+    prompts = baseline.greedy
+    known_texts = [spoken.get(tuple(prompt.tokens)) for prompt in prompts]
+    texts = [text for text in known_texts if text is not None]
+    if len(texts) < len(prompts):
+        texts = _greedy_tokens(model, _prompts(prompts, baseline.batched), baseline.batched)
+    for number, (prompt, got) in enumerate(zip(prompts, texts, strict=True)):
         if got != prompt.converted.tokens:
             place = next(
                 (
@@ -242,14 +283,13 @@ def _compare_tokens(
     stage.facts["tokens"] = tokens
 
 
-def _compare_along_record(model: Any, prompts: list[GreedyPrompt], stage: Stage) -> None:
+def _compare_along_record(model: Any, baseline: Baseline, stage: Stage) -> None:
     hits = positions = 0
     divergence = 0.0
-    for prompt in prompts:
-        want = prompt.converted.tokens
-        logits = output.continuation_logits(
-            model, output.PromptTokens(prompt.text, prompt.tokens), want
-        )
+    prompts = baseline.greedy
+    texts = [prompt.converted.tokens for prompt in prompts]
+    all_logits = _logits_along(model, _prompts(prompts, baseline.batched), texts, baseline.batched)
+    for prompt, want, logits in zip(prompts, texts, all_logits, strict=True):
         hits += int((logits.argmax(-1) == torch.tensor(want, dtype=torch.long)).sum())
         positions += len(want)
         divergence += float(output.recorded_kl(prompt.top, logits).sum())
@@ -288,20 +328,19 @@ def _combine_hidden(source: SourceRun, converted: ConvertedRun) -> Baseline:
         format="codecllm-baseline",
         version=1,
         kind="hidden",
+        batched=source.batched,
         environment=converted.environment,
         agreement=Agreement(cosine=cosine),
         hidden=prompts,
     )
 
 
-def _compare_hidden(
-    model: Any, prompts: list[HiddenPrompt], same_place: bool, stage: Stage
-) -> None:
+def _compare_hidden(model: Any, baseline: Baseline, same_place: bool, stage: Stage) -> None:
     worst = 0.0
-    for number, prompt in enumerate(prompts):
-        got = output.sampled(
-            output.first_output(model, output.PromptTokens(prompt.text, prompt.tokens))
-        )
+    prompts = baseline.hidden
+    outputs = _first_outputs(model, _prompts(prompts, baseline.batched), baseline.batched)
+    for number, (prompt, values) in enumerate(zip(prompts, outputs, strict=True)):
+        got = output.sampled(values)
         off = _worst_sample(got, prompt.converted)
         worst = max(worst, off)
         if got.sha256 != prompt.converted.sha256 if same_place else not off <= HIDDEN_TOLERANCE:

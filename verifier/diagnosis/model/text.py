@@ -81,7 +81,7 @@ def make_inputs(
         text: None takes the built-in one.
     """
     tokens = coder.encode(SAMPLE_TEXT if text is None else text)
-    return EvalInputs(coder.prompts(prompts or PROMPTS), tokens[:PERPLEXITY_TOKENS])
+    return EvalInputs(coder.prompts(prompts or None), tokens[:PERPLEXITY_TOKENS])
 
 
 def evaluate_outputs(
@@ -100,20 +100,19 @@ def evaluate_outputs(
 
 
 def _evaluate_outputs(model: Any, inputs: EvalInputs, along: ModelOutputs | None) -> ModelOutputs:
-    outputs = ModelOutputs()
+    outputs, prompts = ModelOutputs(), inputs.prompts
+    parts = output.batches(prompts, output.is_batch(prompts))
     if not output.generates(model):
-        outputs.logits = [output.first_output(model, prompt) for prompt in inputs.prompts]
+        for part in parts:
+            outputs.logits += output.first_output(model, prompts[part])
         return outputs
-    for number, prompt in enumerate(inputs.prompts):
-        tokens = output.greedy_tokens(model, prompt)
-        outputs.tokens.append(tokens)
-        # Both models along the source's tokens: after the first other token free texts cannot be
-        # compared.
-        outputs.logits.append(
-            output.continuation_logits(
-                model, prompt, along.tokens[number] if along is not None else tokens
-            )
-        )
+    for part in parts:
+        outputs.tokens += output.greedy_tokens(model, prompts[part])
+    # Both models along the source's tokens: after the first other token free texts cannot be
+    # compared.
+    texts = along.tokens if along is not None else outputs.tokens
+    for part in parts:
+        outputs.logits += output.continuation_logits(model, prompts[part], texts[part])
     # An encoder and decoder gives no likelihood for a text without a source text.
     if not model.config.is_encoder_decoder:
         outputs.nll = negative_log_likelihood(model, inputs.text)
