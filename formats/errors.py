@@ -169,6 +169,10 @@ class BaselineError(CodecLLMError):
     """The recorded baseline output cannot be used, or the model's output differs from it."""
 
 
+class SignatureError(CodecLLMError):
+    """A signature is not by the given key, or of other files than the container's."""
+
+
 class UnsupportedEnvironmentError(CodecLLMError):
     """A needed library is missing or too old on this machine."""
 

@@ -14,6 +14,7 @@ from codecllm.formats.machine import cores
 from codecllm.hub import resolve
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.report import Report, Stage, Verdict
+from codecllm.verifier.signature import check_signature, key_verifier
 
 Level = Literal["structure", "checksums", "full"]
 LEVELS: tuple[Level, ...] = ("structure", "checksums", "full")
@@ -28,6 +29,8 @@ def verify(
     baseline: bool = True,
     workers: int | None = None,
     expected_manifest_sha256: str | None = None,
+    signature: str | Path | None = None,
+    public_key: str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -35,11 +38,11 @@ def verify(
 ) -> Report:
     """Checks a container. Nothing is written and nothing is repaired.
 
-    Stages: `structure` (files, sizes, headers, chunk tables), `checksums` (every byte of every
-    listed file), and at level `full`: `decode` (every chunk, every tensor's digest), `ratio`,
-    `source` and `model` (with `source`: each tensor, and the loaded container beside the source as
-    transformers loads it), `baseline` (the recorded prompts). A stage whose result would mean
-    nothing after an earlier failure is reported as skipped.
+    Stages: `signature` (where one is given), `structure` (files, sizes, headers, chunk tables),
+    `checksums` (every byte of every listed file), and at level `full`: `decode` (every chunk, every
+    tensor's digest), `ratio`, `source` and `model` (with `source`: each tensor, and the loaded
+    container beside the source as transformers loads it), `baseline` (the recorded prompts). A
+    stage whose result would mean nothing after an earlier failure is reported as skipped.
 
     Args:
         name_or_path: container folder or Hub id.
@@ -50,6 +53,9 @@ def verify(
         workers: threads; None takes one per core.
         expected_manifest_sha256: fail for any other manifest, and for an unlisted file that a class
             of transformers might read.
+        signature: file that `codecllm sign` wrote: every file must be as it was signed, and no
+            other file be there but README.md and .gitattributes. Needs `public_key`.
+        public_key: PEM file of the signer's public key.
         revision: branch, tag or commit of a Hub id.
         token: Hub token.
         cache_dir: Hub cache.
@@ -62,7 +68,13 @@ def verify(
         UsageError: the arguments contradict each other.
         HubError: a repository cannot be reached, found or read.
         SourceError: `source` is not a model.
+        UnsupportedEnvironmentError: a signature is given, and `model-signing` is not installed.
+        OSError: signature or key cannot be read.
     """
+    if (signature is None) != (public_key is None):
+        raise UsageError("a signature is checked with a public key, and a key with a signature")
+    # Before any download: a key that cannot be read is no finding about the container.
+    verifier = None if public_key is None else key_verifier(public_key)
     if level not in LEVELS:
         raise UsageError("no such level", got=repr(level), expected=", ".join(LEVELS))
     if level != "full" and (source is not None or require_baseline):
@@ -73,6 +85,10 @@ def verify(
     report = Report(str(name_or_path), level, commit=files.commit)
     threads = workers or cores()
     expected_digest = expected_manifest_sha256
+    if signature is not None:
+        from_hub = files.commit is not None
+        with _stage(report, "signature") as stage:
+            check_signature(files.folder, signature, verifier, stage, from_hub=from_hub)
     with (
         _stage(report, "structure") as stage,
         Container(files.folder, expected_manifest_sha256=expected_digest) as container,

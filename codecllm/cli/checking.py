@@ -1,4 +1,4 @@
-"""Commands that judge: `verify`, `compare`, `eval`, `doctor`."""
+"""Commands that judge: `verify`, `sign`, `compare`, `eval`, `doctor`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def verify(
     require_baseline: options.RequireBaseline = False,
     baseline: options.RunBaseline = True,
     manifest_sha256: options.ManifestSha256 = None,
+    signature: options.Signature = None,
+    public_key: options.PublicKey = None,
     diagnose: options.Diagnose = False,
     html: options.HtmlReport = None,
     first_layers: options.FirstLayers = None,
@@ -53,10 +55,10 @@ def verify(
     from codecllm.verifier import verify as run
 
     if diagnose:
-        if level != "full" or require_baseline or not baseline:
+        if level != "full" or require_baseline or not baseline or signature or public_key:
             raise UsageError(
-                "--diagnose runs its own stages: it takes no --level, --require-baseline or "
-                "--no-baseline"
+                "--diagnose runs its own stages: it takes no --level, --require-baseline, "
+                "--no-baseline, --signature or --public-key"
             )
         report = _diagnose(
             out,
@@ -86,10 +88,37 @@ def verify(
             baseline=baseline,
             workers=workers,
             expected_manifest_sha256=manifest_sha256,
+            signature=signature,
+            public_key=public_key,
             revision=revision,
             progress=advance,
         )
     _finish(report, as_json, render_report)
+
+
+@app.command()
+def sign(
+    out: options.LocalContainer,
+    private_key: options.PrivateKey,
+    signature: options.SignatureFile = None,
+    password: options.KeyPassword = None,
+    as_json: Json = False,
+) -> None:
+    """Sign a container, so that others can verify who published it.
+
+    The signature is a file of its own, beside the folder or at [bold]--signature[/bold]: a Sigstore
+    bundle with the sha256 of every file. Structure and checksums are verified first. Needs
+    codecllm[sign].
+
+    Example: [bold]codecllm sign out/ --private-key key.pem[/bold]
+    """
+    from codecllm.verifier.signature import sign as run
+
+    path = run(out, private_key, signature, password=password)
+    if as_json:
+        typer.echo(json.dumps({"signature": str(path)}))
+    else:
+        typer.echo(f"{path}: verify it with --signature and the public key")
 
 
 def _finish(report: Report, as_json: bool, render: Callable[[Report, Console], None]) -> NoReturn:

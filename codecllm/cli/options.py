@@ -161,6 +161,27 @@ RunBaseline = Annotated[
 ManifestSha256 = Annotated[
     str | None, typer.Option(help="Accept only the manifest with this sha256: pins every byte.")
 ]
+Signature = Annotated[
+    Path | None,
+    typer.Option(help="Signature of the folder: every file must be as it was signed."),
+]
+PublicKey = Annotated[
+    Path | None, typer.Option(help="Public key of the signer (PEM); goes with --signature.")
+]
+PrivateKey = Annotated[
+    Path, typer.Option(help="Key to sign with: PEM, elliptic curve P-256, P-384 or P-521.")
+]
+SignatureFile = Annotated[
+    Path | None,
+    typer.Option("--signature", help="File to write. Default: the folder's name and .sig."),
+]
+KeyPassword = Annotated[
+    str | None,
+    typer.Option(
+        envvar="CODECLLM_KEY_PASSWORD",
+        help="Password of the key. Give it by the variable: others see a command line.",
+    ),
+]
 Diagnose = Annotated[
     bool,
     typer.Option(

@@ -20,7 +20,18 @@ from codecllm.cli.options import parse_size
 from codecllm.formats.errors import UsageError
 from tests import tampering
 
-COMMANDS = ("convert", "push", "verify", "compare", "eval", "info", "export", "generate", "doctor")
+COMMANDS = (
+    "convert",
+    "push",
+    "verify",
+    "compare",
+    "eval",
+    "info",
+    "export",
+    "generate",
+    "doctor",
+    "sign",
+)
 
 
 def run(*arguments, cwd=None):

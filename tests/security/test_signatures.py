@@ -1,0 +1,236 @@
+"""Signatures of containers: a changed, added or missing file and another key do not pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from codecllm.converter import convert
+from codecllm.formats.errors import (
+    CodecLLMError,
+    SignatureError,
+    UnsupportedEnvironmentError,
+    UsageError,
+)
+from codecllm.verifier import Verdict, verify
+from codecllm.verifier.signature import sign
+from tests.sources import bf16, write_source
+from tests.tampering import flip_bit
+
+REASON = "signatures are an extra: pip install 'codecllm[sign]'"
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory):
+    """A container, its signature, and the keys."""
+    pytest.importorskip("model_signing", reason=REASON)
+    base = tmp_path_factory.mktemp("signed")
+    rng = np.random.default_rng(0)
+    tensors = {f"t{i}": ("BF16", bf16(rng.standard_normal((60, 64)))) for i in range(2)}
+    source = write_source(base / "model", tensors, {"model_type": "llama"})
+    (source / "tokenizer_config.json").write_text("{}")
+    convert(source, base / "out", scheme="lossless")
+    (base / "out" / "README.md").write_text("a card")
+    _write_keys(base, "key")
+    _write_keys(base, "other")
+    sign(base / "out", base / "key.pem")
+    return base
+
+
+def _write_keys(folder, name, password=None):
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    encryption = (
+        serialization.BestAvailableEncryption(password)
+        if password
+        else serialization.NoEncryption()
+    )
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / f"{name}.pem").write_bytes(key.private_bytes(pem, pkcs8, encryption))
+    info = serialization.PublicFormat.SubjectPublicKeyInfo
+    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(pem, info))
+
+
+@pytest.fixture
+def copy(signed, tmp_path):
+    return shutil.copytree(signed, tmp_path / "copy")
+
+
+def _stage(base, key="key.pub", signature="out.sig"):
+    report = verify(
+        base / "out",
+        level="structure",
+        signature=base / signature,
+        public_key=base / key,
+    )
+    return report, report.stages[0]
+
+
+def test_a_signed_container_holds_and_the_card_may_change(copy):
+    (copy / "out" / "README.md").write_text("another card")
+    (copy / "out" / ".gitattributes").write_text("")
+    report, stage = _stage(copy)
+    assert (stage.name, stage.verdict, report.exit_code) == ("signature", Verdict.OK, 0)
+
+
+def test_no_flipped_bit_of_any_file_holds(copy):
+    names = [path.name for path in (copy / "out").iterdir() if path.name != "README.md"]
+    assert len(names) == 5
+    for name in names:
+        path = copy / "out" / name
+        for at in (0, path.stat().st_size // 2, path.stat().st_size - 1):
+            flip_bit(path, at)
+            _, stage = _stage(copy)
+            assert stage.verdict is Verdict.FAILED, (name, at)
+            assert isinstance(stage.findings[0].error, SignatureError)
+            assert name in str(stage.findings[0].error)
+            flip_bit(path, at)
+    assert _stage(copy)[1].verdict is Verdict.OK
+
+
+def test_an_added_or_missing_file_does_not_hold(copy):
+    for name in ("notes.bin", "added_tokens.json", ".hidden", "sub/evil.py"):
+        path = copy / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+        _, stage = _stage(copy)
+        assert stage.verdict is Verdict.FAILED and name in str(stage.findings[0].error)
+        path.unlink()
+    (copy / "out" / "tokenizer_config.json").unlink()
+    _, stage = _stage(copy)
+    assert "tokenizer_config.json" in str(stage.findings[0].error)
+
+
+def test_a_resealed_container_with_a_listed_file_does_not_hold(copy, signed):
+    """The other container is whole by its own manifest."""
+    (copy / "model" / "tokenizer.json").write_text("{}")
+    convert(copy / "model", copy / "out", scheme="lossless", force=True)
+    report, stage = _stage(copy)
+    assert report.stage("structure").verdict is Verdict.OK
+    assert stage.verdict is Verdict.FAILED
+    assert report.exit_code == 1
+
+
+def test_another_key_or_another_signature_does_not_hold(copy):
+    _, stage = _stage(copy, "other.pub")
+    assert stage.verdict is Verdict.FAILED
+    bundle = json.loads((copy / "out.sig").read_text())
+    envelope = bundle["dsseEnvelope"]
+    for damaged in (
+        "",
+        "[]",
+        "{}",
+        (copy / "out.sig").read_text()[:-40],
+        json.dumps(bundle | {"dsseEnvelope": envelope | {"signatures": []}}),
+        json.dumps(bundle | {"dsseEnvelope": envelope | {"payload": envelope["payload"][:-8]}}),
+    ):
+        (copy / "damaged.sig").write_text(damaged)
+        _, stage = _stage(copy, signature="damaged.sig")
+        assert stage.verdict is Verdict.FAILED, damaged[:50]
+        assert isinstance(stage.findings[0].error, SignatureError)
+
+
+def test_every_flipped_bit_of_a_signed_statement_does_not_hold(copy):
+    """Of the payload and of the signature, in the bundle's base64."""
+    bundle = json.loads((copy / "out.sig").read_text())
+    envelope = bundle["dsseEnvelope"]
+    for text, put in (
+        (envelope["payload"], lambda new: envelope | {"payload": new}),
+        (
+            envelope["signatures"][0]["sig"],
+            lambda new: envelope | {"signatures": [envelope["signatures"][0] | {"sig": new}]},
+        ),
+    ):
+        for at in range(0, len(text) - 4, max(1, len(text) // 40)):
+            other = "A" if text[at] != "A" else "B"
+            damaged = bundle | {"dsseEnvelope": put(text[:at] + other + text[at + 1 :])}
+            (copy / "damaged.sig").write_text(json.dumps(damaged))
+            assert _stage(copy, signature="damaged.sig")[1].verdict is Verdict.FAILED, at
+
+
+def test_links_count_as_files_only_in_a_hub_cache(copy):
+    shutil.move(copy / "out" / "config.json", copy / "config.json")
+    (copy / "out" / "config.json").symlink_to(copy / "config.json")
+    assert "symlink" in str(_stage(copy)[1].findings[0].error)
+    snapshot = copy / "models--user--name" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    shutil.move(copy / "out", snapshot)
+    report = verify(
+        snapshot, level="structure", signature=copy / "out.sig", public_key=copy / "key.pub"
+    )
+    assert report.commit == "0" * 40
+    assert report.stages[0].verdict is Verdict.OK, report.stages[0].findings
+
+
+def test_an_encrypted_key_needs_its_password(copy):
+    _write_keys(copy, "locked", b"secret")
+    for password in (None, "wrong"):
+        with pytest.raises(UsageError, match="password"):
+            sign(copy / "out", copy / "locked.pem", copy / "locked.sig", password=password)
+    assert not (copy / "locked.sig").exists()
+    path = sign(copy / "out", copy / "locked.pem", copy / "locked.sig", password="secret")
+    assert _stage(copy, "locked.pub", path.name)[1].verdict is Verdict.OK
+
+
+def test_what_is_not_signed(copy):
+    out, key = copy / "out", copy / "key.pem"
+    with pytest.raises(UsageError, match="outside the container"):
+        sign(out, key, out / "out.sig")
+    with pytest.raises(UsageError, match="private key"):
+        sign(out, copy / "key.pub")
+    with pytest.raises(FileNotFoundError):
+        sign(out, copy / "absent.pem")
+    (out / "notes.txt").write_text("")
+    with pytest.raises(UsageError, match=r"notes\.txt"):
+        sign(out, key)
+    (out / "notes.txt").unlink()
+    flip_bit(next(out.glob("*.safetensors")), 2000)
+    with pytest.raises(CodecLLMError, match="safetensors"):
+        sign(out, key)
+
+
+def test_arguments_of_verify(copy):
+    with pytest.raises(UsageError, match="public key"):
+        verify(copy / "out", signature=copy / "out.sig")
+    with pytest.raises(UsageError, match="public key"):
+        verify(copy / "out", public_key=copy / "key.pub")
+    with pytest.raises(UsageError, match="public key"):
+        _stage(copy, "key.pem")
+    with pytest.raises(FileNotFoundError):
+        _stage(copy, signature="absent.sig")
+
+
+def test_the_commands(copy):
+    def run(*arguments):
+        command = [sys.executable, "-m", "codecllm", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run("sign", copy / "out", "--private-key", copy / "key.pem", "--json")
+    assert done.returncode == 0, done.stderr
+    path = json.loads(done.stdout)["signature"]
+    assert path == str(copy / "out.sig")
+    verify_it = ["verify", copy / "out", "--level", "structure", "--signature", path]
+    done = run(*verify_it, "--public-key", copy / "key.pub")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "signature" in done.stdout
+    done = run(*verify_it, "--public-key", copy / "other.pub")
+    assert done.returncode == 1
+    assert run(*verify_it).returncode == 2
+    assert run(*verify_it, "--public-key", copy / "absent").returncode == 4
+
+
+def test_without_the_extra_one_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    for call in (
+        lambda: sign(tmp_path, tmp_path / "key.pem"),
+        lambda: verify(tmp_path, signature="a.sig", public_key="key.pub"),
+    ):
+        with pytest.raises(UnsupportedEnvironmentError, match=r"codecllm\[sign\]"):
+            call()

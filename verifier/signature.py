@@ -1,0 +1,179 @@
+"""Signatures of containers, made and checked by Sigstore's `model-signing`.
+
+A signature is a file of its own beside the container: a Sigstore bundle (OpenSSF Model Signing)
+that holds the sha256 of every file of the folder. README.md and .gitattributes, which hosting
+services rewrite, are left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import (
+    SignatureError,
+    UnsupportedEnvironmentError,
+    UsageError,
+    one_line,
+)
+from codecllm.formats.files import write_atomically
+from codecllm.formats.machine import cores
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.unlisted import NEVER_LISTED, unlisted_names
+from codecllm.verifier.checks.integrity import check_checksums, check_structure
+from codecllm.verifier.report import Stage
+
+_LEFT_OUT = sorted(NEVER_LISTED - {MANIFEST_NAME})
+
+
+def sign(
+    container: str | Path,
+    private_key: str | Path,
+    signature: str | Path | None = None,
+    *,
+    password: str | None = None,
+) -> Path:
+    """Signs a container with a private key.
+
+    Args:
+        container: a local folder; its structure and checksums are verified first.
+        private_key: PEM file of an elliptic-curve key (P-256, P-384 or P-521).
+        signature: file to write, outside the container. None is the folder's name and `.sig`.
+        password: of an encrypted key.
+
+    Returns:
+        The signature's path.
+
+    Raises:
+        UsageError: not such a key, the signature would lie inside the container, or the folder
+            holds files that are not part of the container.
+        UnsupportedEnvironmentError: `model-signing` is not installed.
+        CodecLLMError: the container is damaged.
+        OSError: reading or writing failed.
+    """
+    library = _library()
+    folder = Path(container)
+    path = Path(signature) if signature is not None else _beside(folder)
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError("a signature lies outside the container that it signs", file=str(path))
+    try:
+        config = library.signing.Config().use_elliptic_key_signer(
+            # Bytes: cryptography, which gets it, takes no str.
+            private_key=private_key,
+            password=None if password is None else password.encode(),
+        )
+    except OSError:
+        raise
+    except Exception as exc:  # cryptography raises many types
+        raise _not_a_key("private", private_key, exc) from exc
+    with Container(folder) as opened:
+        _require_whole(opened)
+        others = unlisted_names(folder, opened.manifest)
+    if others:
+        raise UsageError(
+            "files that are not part of the container would be signed with it: move them elsewhere",
+            file=str(folder),
+            got=", ".join(ascii(name)[1:-1] for name in others[:5]),
+        )
+    partial = path.with_name(path.name + ".unsigned")
+    try:
+        config.set_hashing_config(_hashing(library, _LEFT_OUT)).sign(folder, partial)
+        write_atomically(path, partial.read_bytes())
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def key_verifier(public_key: str | Path) -> Any:
+    """Returns the library's check of signatures by one key, for `check_signature`.
+
+    Args:
+        public_key: PEM file of the public key.
+
+    Raises:
+        UsageError: the file holds no public key of an elliptic curve.
+        UnsupportedEnvironmentError: `model-signing` is not installed.
+        OSError: reading failed.
+    """
+    config = _library().verifying.Config()
+    try:
+        return config.use_elliptic_key_verifier(public_key=public_key)
+    except OSError:
+        raise
+    except Exception as exc:  # cryptography raises many types
+        raise _not_a_key("public", public_key, exc) from exc
+
+
+def check_signature(
+    folder: Path, signature: str | Path, verifier: Any, stage: Stage, *, from_hub: bool
+) -> None:
+    """Checks that a signature is by a key, and of every file of a container's folder.
+
+    Args:
+        folder: the container's folder.
+        signature: the signature's file.
+        verifier: of `key_verifier`.
+        stage: receives the summary.
+        from_hub: whether the folder is one of a Hub cache: its files are then links.
+
+    Raises:
+        SignatureError: it is not by this key, or a file differs, is missing, or was added.
+        OSError: reading failed.
+    """
+    path = Path(signature)
+    ignored = list(_LEFT_OUT)
+    if path.resolve().is_relative_to(folder.resolve()):
+        ignored.append(str(path.resolve().relative_to(folder.resolve())))
+    verifier.set_hashing_config(_hashing(_library(), ignored).set_allow_symlinks(from_hub))
+    try:
+        verifier.verify(folder, path)
+    except OSError:
+        raise
+    except Exception as exc:  # of the library, of cryptography, or of a parser
+        raise SignatureError(
+            f"the signature does not hold: {one_line(exc) or type(exc).__name__}", file=str(path)
+        ) from exc
+    stage.summary = "every file is as it was signed with this key"
+
+
+def _library() -> Any:
+    try:
+        import model_signing
+        import model_signing.hashing
+        import model_signing.signing
+        import model_signing.verifying
+    except ImportError as exc:
+        raise UnsupportedEnvironmentError(
+            "signatures need model-signing: pip install 'codecllm[sign]'"
+        ) from exc
+    return model_signing
+
+
+def _hashing(library: Any, ignored: list[str]) -> Any:
+    """Returns how files are hashed: each as a whole, by sha256."""
+    config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256")
+    return config.set_ignored_paths(paths=ignored)
+
+
+def _beside(folder: Path) -> Path:
+    """Returns the place of a signature where none is given: `out.sig` beside the folder `out`."""
+    real = folder.resolve()
+    return real.with_name(real.name + ".sig")
+
+
+def _not_a_key(kind: str, path: str | Path, exc: Exception) -> UsageError:
+    return UsageError(
+        f"not the {kind} key of an elliptic curve (PEM), or its password is another: "
+        f"{one_line(exc)}",
+        file=str(path),
+    )
+
+
+def _require_whole(container: Container) -> None:
+    """Raises the first fault of structure or checksums: what is damaged is not signed."""
+    stage = Stage("checksums")
+    check_structure(container, stage, [])
+    check_checksums(container, stage, cores(), None)
+    if stage.findings:
+        raise stage.findings[0].error
