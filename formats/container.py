@@ -22,6 +22,7 @@ from codecllm.formats.errors import (
     TruncatedError,
 )
 from codecllm.formats.files import Excerpt, SafeFile, describe_missing, refuse_foreign
+from codecllm.formats.machine import without_garbage_collection
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.manifest.records import (
@@ -114,7 +115,8 @@ class Container:
                 got=self.manifest_sha256,
                 expected=expected_manifest_sha256,
             )
-        self.manifest: Manifest = parse_manifest(data)
+        with without_garbage_collection():
+            self.manifest: Manifest = parse_manifest(data)
         # Before anything is allocated by the sizes that the manifest declares.
         check_expansion(self.manifest, max_expansion)
         self.records = {record.name: record for record in self.manifest.tensors}
@@ -269,7 +271,8 @@ class Container:
             if file.size != record.bytes:
                 refuse_foreign(file)
             check_size(file, record)
-            header = read_header(file, expected_xxh3=record.header_xxh3)
+            with without_garbage_collection():
+                header = read_header(file, expected_xxh3=record.header_xxh3)
             check_shard_header(self.manifest, number, header)
         except BaseException:
             # No descriptor is left open, on Ctrl-C neither.

@@ -29,6 +29,17 @@ from codecllm.formats.strict_json import JsonWalker
 PREFIX_BYTES = 8
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_INTEGER = rb"(?:0|[1-9][0-9]{0,14})"  # below 2^53
+_ENTRY = re.compile(
+    rb'"(?!__metadata__")([^"\\\x00-\x1f\x7f-\xff]{1,256})":\{'
+    rb'"dtype":"([A-Z0-9_]{1,16})",'
+    rb'"shape":\[((?:%(int)s(?:,%(int)s){0,15})?)\],'
+    rb'"data_offsets":\[(%(int)s),(%(int)s)\]\}' % {b"int": _INTEGER}
+)
+"""An entry as safetensors and our writer write it, if its name is short and plain ASCII.
+
+It reads a header of a hundred thousand tensors in a third of the time.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +149,10 @@ def parse_header(
         raise LimitError("header is too long", file=file, got=len(raw) - PREFIX_BYTES)
     base, metadata, entries = len(raw), {}, []
     walker = JsonWalker(raw, file=file, begin=PREFIX_BYTES)
-    for name in walker.members(limits.TENSORS, "tensors"):
-        if name == "__metadata__":
+    for name, match in walker.members_like(_ENTRY, limits.TENSORS, "tensors"):
+        if match is not None:
+            entries.append(_parse_entry(name, _fields(match), base, file))
+        elif name == "__metadata__":
             metadata = _read_metadata(walker, file)
         else:
             entries.append(_parse_entry(name, walker.value(limits.RECORD_BYTES), base, file))
@@ -148,6 +161,15 @@ def parse_header(
     entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_coverage(entries, base, file_bytes, file)
     return ShardHeader({entry.name: entry for entry in entries}, metadata, raw)
+
+
+def _fields(match: re.Match[bytes]) -> dict[str, Any]:
+    """Returns the value of an entry that `_ENTRY` matches, as JSON has it."""
+    return {
+        "dtype": match[2].decode("ascii"),
+        "shape": [int(dim) for dim in match[3].split(b",") if dim],
+        "data_offsets": [int(match[4]), int(match[5])],
+    }
 
 
 def _read_metadata(walker: JsonWalker, file: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.numpy import load, save
 from codecllm.formats import limits
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import (
+    CodecLLMError,
     LayoutError,
     LimitError,
     NotAContainerError,
@@ -19,6 +21,7 @@ from codecllm.formats.errors import (
     TruncatedError,
 )
 from codecllm.formats.files import SafeFile
+from codecllm.formats.shards import safetensors_header
 from codecllm.formats.shards.safetensors_header import (
     TensorEntry,
     check_name,
@@ -162,6 +165,44 @@ FLAWS = {
     "bytes that follow": ({"a": _entry((1,), offsets=(0, 4))}, LayoutError, "follow"),
     "file without tensors but data": ({}, LayoutError, "follow"),
 }
+
+
+def _outcome(text):
+    try:
+        header = _parse(text, 24)
+    except CodecLLMError as exc:
+        return type(exc), None  # of two faults either may be met first
+    return header.tensors, header.metadata
+
+
+SEPARATORS = [(",", ":"), (", ", ": "), (",\n", ":")]
+
+
+@pytest.mark.parametrize("separators", SEPARATORS)
+def test_entries_taken_at_once_are_those_that_are_decoded(separators, monkeypatch):
+    documents = [
+        {"a": _entry((2,)), "b.weight": _entry((), "U8", (8, 9)), "c": _entry((0, 3), "I8", (9, 9))}
+        | {"d": _entry((3, 5), "I8", (9, 24))},
+        {"__metadata__": {"format": "pt"}, "ä": _entry((2, 3), "F32", (0, 24))},
+        {"a\\b": _entry((24,), "U8", (0, 24))},
+        {"__metadata__": _entry((2,)), "a": _entry((24,), "U8", (0, 24))},
+        {"a": _entry((2**53,), "U8", (0, 10**15))},
+        {"a": _entry((24,), "U8", (0, 24)), "x" * 300: _entry((0,), "U8", (24, 24))},
+    ]
+    texts = [json.dumps(document, separators=separators).encode() for document in documents]
+    rng = random.Random(0)
+    for text in texts[:2]:
+        for _ in range(1500):
+            place = rng.randrange(len(text))
+            other = rng.choice(
+                [b"", bytes([rng.randrange(256)]), rng.choice([*b'0",:{}[] -\\']).to_bytes()]
+            )
+            texts.append(text[:place] + other + text[place + 1 :])
+    at_once = [_outcome(text) for text in texts]
+    assert sum(type(outcome[0]) is dict for outcome in at_once) > 100
+    monkeypatch.setattr(safetensors_header, "_ENTRY", None)
+    for text, outcome in zip(texts, at_once, strict=True):
+        assert _outcome(text) == outcome, text
 
 
 @pytest.mark.parametrize("name", FLAWS)
