@@ -15,7 +15,7 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 32,
-    resident: Literal["dense", "int8", "compressed"] = "dense",
+    resident: Literal["auto", "dense", "int8", "compressed"] = "auto",
     revision: str | None = None,
     workers: int | None = None,
     progress: bool = False,
@@ -26,7 +26,7 @@ def generate(
         out: container folder or Hub id.
         prompt: text to continue.
         max_new_tokens: how many tokens at most.
-        resident: how the weights stay in memory.
+        resident: how the weights stay in memory; see `codecllm.from_pretrained`.
         revision: for a Hub id.
         workers: decoding threads.
         progress: whether loading draws a bar on stderr.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import LayoutError, ModelMismatchError, UsageError
+from codecllm.formats.strict_json import parse_json_object
+from codecllm.loader.choice import choose_resident
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.device.placement import has_device, sole_device
+from codecllm.loader.hf.folder import CONFIG_BYTES, CONFIG_NAME
 from codecllm.loader.hf.placement import is_offloaded, spreads
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.host.threads import decoding_threads
@@ -22,10 +26,11 @@ from codecllm.loader.packed.residency import ResidentPacked
 from codecllm.loader.progress import OnProgress, metered
 from codecllm.loader.reader import CPU, TensorReader
 from codecllm.loader.resident.residency import Residency, ResidentCompressed, ResidentInt8
+from codecllm.loader.residents import Chosen, Resident
 from codecllm.loader.state_dict import LazyTensor, lazy_state_dict, prefetch
 from codecllm.loader.torch_tensors import torch_dtype
 
-Resident = Literal["dense", "int8", "compressed", "packed"]
+_LOG = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -35,12 +40,14 @@ class LoadOptions:
     """How a container is loaded; see `pretrained.from_pretrained` for most of them.
 
     Attributes:
+        dtype: dtype that the caller asks for; None: the source's.
         complete: whether weights that are missing or left over are an error unless the container's
             load report lists them; False leaves them to transformers' own warnings.
     """
 
-    resident: Resident = "dense"
+    resident: Resident | Literal["auto"] = "dense"
     decoder: Decoder = "auto"
+    dtype: torch.dtype | None = None
     workers: int | None = None
     progress: bool | OnProgress | None = None
     device_map: Any = None
@@ -57,6 +64,7 @@ class Load:
     Attributes:
         container: the container.
         report: its record of the weights that a plain load of the source leaves over, or None.
+        chosen: how weights lie in memory, and why.
     """
 
     def __init__(
@@ -82,7 +90,7 @@ class Load:
             )
             self.report = read_report(self.container)
             _refuse_unlisted_adapter(self.container)
-            _refuse_residency(self.container, options.resident)
+            self.chosen = self._choose(options)
             self._threads = decoding_threads(options.workers)
             if options.progress is not None:
                 self._stack.enter_context(without_progress_bars())
@@ -97,7 +105,7 @@ class Load:
     @property
     def is_dense(self) -> bool:
         """Whether every parameter becomes a plain one."""
-        return self._options.resident == "dense"
+        return self.chosen.resident == "dense"
 
     @property
     def first_error(self) -> BaseException | None:
@@ -139,7 +147,7 @@ class Load:
         is_kept = container.manifest.source.quantization is not None
         self._state_dict = lazy_state_dict(self._reader, container, None if is_kept else dtype)
         self._dtype = dtype
-        if options.resident == "dense":
+        if self.is_dense:
             prefetch(self._reader, self._state_dict)
         else:
             self._plan = self._make_plan(options)
@@ -190,11 +198,32 @@ class Load:
             self._plan.finish(model)
         _check_materialized(model)
         _separate_untied(model)
+        model.codecllm_resident = self.chosen
+
+    def _choose(self, options: LoadOptions) -> Chosen:
+        """Returns the residency that was asked for, or where that is "auto" one that fits.
+
+        Raises:
+            UsageError: one was asked for that a quantized source cannot have.
+        """
+        if options.resident != "auto":
+            _refuse_residency(self.container, options.resident)
+            return Chosen(options.resident, "the caller asked for it")
+        if spreads(options.device_map):
+            return Chosen("dense", "the device map may spread the model over several places")
+        device = sole_device(options.device_map, 0)
+        record = self.container.manifest.file(CONFIG_NAME)
+        data = self.container.read_side_file(record) if record is not None else b"{}"
+        config = parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
+        chosen = choose_resident(self.container, config, options.dtype, device)
+        level = logging.INFO if chosen.resident == "dense" else logging.WARNING
+        _LOG.log(level, "resident=%r: %s", chosen.resident, chosen.reason)
+        return chosen
 
     def _make_plan(self, options: LoadOptions) -> Residency:
-        if options.resident == "int8":
+        if self.chosen.resident == "int8":
             return ResidentInt8(self.container, self._reader, self._state_dict)
-        if options.resident == "packed":
+        if self.chosen.resident == "packed":
             return ResidentPacked(self.container, self._reader, self._state_dict)
         return ResidentCompressed(
             self.container,

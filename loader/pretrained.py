@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.placement import refuse_without_device
 from codecllm.loader.hf import placement, quantizer
 from codecllm.loader.hf.folder import (
+    CONFIG_BYTES,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     describe,
@@ -35,13 +36,12 @@ from codecllm.loader.hf.folder import (
 from codecllm.loader.hf.listed import for_model, for_model_with_code, listed_files
 from codecllm.loader.hf.model_class import described_tensors, model_class
 from codecllm.loader.hf.remote_code import check_code, code_class, explain_missing_code
-from codecllm.loader.load import Load, LoadOptions, Resident
+from codecllm.loader.load import Load, LoadOptions
 from codecllm.loader.progress import OnProgress
+from codecllm.loader.residents import Resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CONFIG_BYTES = 16 << 20
 
 _REFUSED = frozenset(
     {"state_dict", "quantization_config", "gguf_file", "subfolder", "variant", "from_tf"}
@@ -58,7 +58,7 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     auto_class: Any = None,
-    resident: Resident = "dense",
+    resident: Resident | Literal["auto"] = "auto",
     decoder: Decoder = "auto",
     workers: int | None = None,
     expected_manifest_sha256: str | None = None,
@@ -88,7 +88,11 @@ def from_pretrained(
             names, or where transformers has no such class the usual one that the weights fill best.
             With a class of the caller, weights that it lacks are initialised, with a warning, as
             transformers does.
-        resident: how weights lie in memory. `dense`: as `dtype` in plain modules. `int8`: codes and
+        resident: how weights lie in memory. `auto`: `dense` if that fits beside a cache of 4096
+            tokens; else on a GPU `packed`, and on the CPU `int8` if the container has codes, or
+            `compressed`. The log and the model's attribute `codecllm_resident` say which and why. A
+            device map that may spread the model takes `dense`. `dense`: as `dtype` in plain
+            modules. `int8`: codes and
             scales stay, about half of bf16's bytes; products are those of dense or, with another
             kernel, within its rounding (`int8_matmul.int8_product`). `compressed`: payloads stay
             coded as in the files and each weight is decoded just before it is used: least memory,
@@ -111,7 +115,8 @@ def from_pretrained(
 
     Returns:
         The model, in evaluation mode, with no tie to the container's files; with
-        `output_loading_info=True` the model and transformers' report.
+        `output_loading_info=True` the model and transformers' report. `model.codecllm_resident` is
+        a `loader.residents.Chosen`.
 
     Raises:
         FormatError: the container is damaged or is none, or transformers cannot read a side file.
@@ -124,7 +129,7 @@ def from_pretrained(
     refuse_without_device(decoder, resident, device_map)
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     spreading = {}
-    if resident != "dense" and placement.spreads(device_map):
+    if resident not in ("auto", "dense") and placement.spreads(device_map):
         # transformers would spread, and maybe offload, weights before they are what they stay.
         names = ("max_memory", "offload_folder")
         spreading = {name: hf_kwargs.pop(name) for name in names if name in hf_kwargs}
@@ -132,6 +137,7 @@ def from_pretrained(
     options = LoadOptions(
         resident=resident,
         decoder=decoder,
+        dtype=_torch_dtype(dtype),
         workers=workers,
         progress=progress,
         device_map=device_map,
@@ -156,7 +162,7 @@ def load_opened(container: Container, workers: int | None = None) -> PreTrainedM
 
     Errors as `from_pretrained`; `workers` as there.
     """
-    options = LoadOptions(workers=workers, complete=True)
+    options = LoadOptions(resident="dense", workers=workers, complete=True)
     with closing(Load(container.folder, options, container.manifest_sha256)) as load:
         model = _checked_and_built(load, None, None, None, False, {})
     model.name_or_path = model.config._name_or_path = str(container.folder)
@@ -187,18 +193,22 @@ def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[st
     if refused_names:
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused_names)}")
     for name, value, choices in (
-        ("resident", resident, get_args(Resident)),
+        ("resident", resident, ("auto", *get_args(Resident))),
         ("decoder", decoder, get_args(Decoder)),
     ):
         if value not in choices:
             raise UsageError(f"no such {name}", got=repr(value), expected=" or ".join(choices))
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype, dtype)
-    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    if dtype not in (None, "auto") and not is_float:
+    named = _torch_dtype(dtype)
+    if dtype not in (None, "auto") and (named is None or not named.is_floating_point):
         raise UsageError(
             "not a float dtype", got=repr(dtype), expected="for example torch.bfloat16"
         )
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype | None:
+    """Returns the dtype of an argument; None for None, "auto", and what is no dtype."""
+    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return value if isinstance(value, torch.dtype) else None
 
 
 def _check_side_files(container: Container) -> dict[str, Any] | None:

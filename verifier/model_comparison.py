@@ -111,7 +111,7 @@ class Side:
 
         with without_progress_bars():
             return (
-                from_pretrained(self.folder)
+                from_pretrained(self.folder, resident="dense")
                 if self.is_container
                 else load_plain(self.folder).eval()
             )

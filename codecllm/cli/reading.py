@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,12 +41,13 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 32,
     resident: Annotated[
-        ResidentName,
+        Literal["auto", ResidentName],
         typer.Option(
-            help="dense: plain weights in memory. int8: codes stay in memory, half the size. "
-            "compressed: weights stay as stored and are decoded when used, smallest and slowest."
+            help="auto: dense if it fits, else int8 or compressed. dense: plain weights in memory. "
+            "int8: codes stay in memory, half the size. compressed: weights stay as stored and are "
+            "decoded when used, smallest and slowest."
         ),
-    ] = "dense",
+    ] = "auto",
     revision: Revision = None,
     workers: Workers = None,
     as_json: Json = False,

@@ -25,6 +25,8 @@ from codecllm.loader.hf.listed import (
 )
 
 CONFIG_NAME = "config.json"
+CONFIG_BYTES = 16 << 20
+"""A longer config.json is refused."""
 GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from codecllm.formats.container import Container
-from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, LosslessTensor
 from codecllm.loader.engine import Request
 from codecllm.loader.packed.form import PackedForm
 from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
-from codecllm.loader.reader import TensorReader
 from codecllm.loader.resident.form import WeightForm
-from codecllm.loader.resident.residency import Residency, stored_record
-from codecllm.loader.state_dict import LazyTensor
+from codecllm.loader.resident.residency import Residency
 
 
 class ResidentPacked(Residency):
@@ -23,26 +19,16 @@ class ResidentPacked(Residency):
     model. A tensor without a packed form (`can_pack`, or too many exceptions) is loaded dense.
     """
 
-    def __init__(
-        self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]
-    ) -> None:
-        """Collects the tensors that have a packed form.
+    takes = (
+        "resident='packed' needs matrices of scheme int8, or lossless ones of BF16, whose columns "
+        "are a multiple of 16"
+    )
 
-        Raises:
-            UsageError: the container holds none.
-        """
-        stored = {name: stored_record(container, name) for name in container.records}
-        records: dict[str, CodedTensor] = {
-            name: record
-            for name, record in stored.items()
-            if isinstance(record, Int8Tensor | LosslessTensor) and _packs(record)
-        }
-        if not records:
-            raise UsageError(
-                "resident='packed' needs matrices of scheme int8, or lossless ones of BF16, whose "
-                "columns are a multiple of 16; this container holds none"
-            )
-        super().__init__(records, reader, state_dict)
+    def can_take(self, record: CodedTensor) -> bool:
+        """Whether it has a packed form."""
+        if len(record.shape) != 2 or not can_pack(*record.shape):
+            return False
+        return isinstance(record, Int8Tensor) or record.dtype == "BF16"
 
     def request(self, record: CodedTensor) -> Request | None:
         """Returns that of the codes or weights that are packed."""
@@ -74,9 +60,3 @@ class ResidentPacked(Residency):
         weights = self._reader.read(record.name, "weight", torch.float32, device)
         steps = scale[:, None] if columns is None else scale[:, None] * columns
         return pack_codes((weights / steps).round_().to(torch.int16), scale, columns)
-
-
-def _packs(record: CodedTensor) -> bool:
-    if len(record.shape) != 2 or not can_pack(*record.shape):
-        return False
-    return isinstance(record, Int8Tensor) or record.dtype == "BF16"

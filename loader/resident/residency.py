@@ -19,7 +19,6 @@ from codecllm.formats.manifest.records import (
     AliasTensor,
     CodedTensor,
     Int8Tensor,
-    LosslessTensor,
     RawTensor,
 )
 from codecllm.formats.stored_tensor import StoredTensor
@@ -53,18 +52,33 @@ class Residency(ABC):
     which assigns these parameters like any other.
     """
 
+    takes: str
+    """The tensors that this residency takes, for the error where a container holds none."""
+
     def __init__(
-        self,
-        records: dict[str, CodedTensor],
-        reader: TensorReader,
-        state_dict: dict[str, LazyTensor],
+        self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]
     ) -> None:
-        """Keeps the records, by each of their names, and the state dict that `prepare` changes."""
-        self._records = {name: record for name, record in records.items() if _by_rows(record)}
+        """Collects the tensors that `can_take` accepts; `prepare` changes the state dict.
+
+        Raises:
+            UsageError: the container holds none.
+        """
+        records: dict[str, CodedTensor] = {}
+        for name in container.records:
+            record = stored_record(container, name)
+            if not isinstance(record, RawTensor) and self.can_take(record):
+                records[name] = record
+        if not records:
+            raise UsageError(f"{self.takes}; this container holds none")
+        self._records = {name: record for name, record in records.items() if is_by_rows(record)}
         self._reader = reader
         self._state_dict = state_dict
         self._forms: dict[tuple[str, torch.device], WeightForm | None] = {}
         self._lock = threading.Lock()
+
+    @abstractmethod
+    def can_take(self, record: CodedTensor) -> bool:
+        """Whether a tensor, if it is a matrix by rows, stays in this form."""
 
     def prepare(self) -> None:
         """Changes the state dict, and starts to read everything."""
@@ -147,26 +161,11 @@ class ResidentInt8(Residency):
     Wide tensors, whose codes have 16 bits, are loaded dense.
     """
 
-    def __init__(
-        self, container: Container, reader: TensorReader, state_dict: dict[str, LazyTensor]
-    ) -> None:
-        """Collects the int8 tensors.
+    takes = "resident='int8' needs int8 tensors whose codes fit 8 bits"
 
-        Raises:
-            UsageError: the container holds none.
-        """
-        stored = {name: stored_record(container, name) for name in container.records}
-        records: dict[str, CodedTensor] = {
-            name: record
-            for name, record in stored.items()
-            if isinstance(record, Int8Tensor) and not record.wide
-        }
-        if not records:
-            raise UsageError(
-                "resident='int8' needs an int8 container; this one holds no int8 tensor whose "
-                "codes fit 8 bits"
-            )
-        super().__init__(records, reader, state_dict)
+    def can_take(self, record: CodedTensor) -> bool:
+        """Whether its codes have 8 bits."""
+        return isinstance(record, Int8Tensor) and not record.wide
 
     def request(self, record: CodedTensor) -> Request | None:
         """Returns that of the codes."""
@@ -184,6 +183,8 @@ class ResidentInt8(Residency):
 class ResidentCompressed(Residency):
     """resident="compressed": payloads stay coded in memory and are decoded where they are used."""
 
+    takes = "resident='compressed' needs coded tensors"
+
     def __init__(
         self,
         container: Container,
@@ -200,15 +201,7 @@ class ResidentCompressed(Residency):
         Raises:
             UsageError: the container holds none.
         """
-        stored = {name: stored_record(container, name) for name in container.records}
-        records: dict[str, CodedTensor] = {
-            name: record
-            for name, record in stored.items()
-            if isinstance(record, Int8Tensor | LosslessTensor)
-        }
-        if not records:
-            raise UsageError("resident='compressed' needs coded tensors; this container holds none")
-        super().__init__(records, reader, state_dict)
+        super().__init__(container, reader, state_dict)
         self._container = container
         self._decoder = SharedDecoder(decoding_threads(workers))
         self._meter = meter
@@ -216,6 +209,10 @@ class ResidentCompressed(Residency):
         self._matrices: dict[str, CodedMatrix] = {}
         self._reading: dict[str, Promise[torch.Tensor]] = {}
         self._device = DeviceDecoder(engine.streams, engine.codecs) if engine is not None else None
+
+    def can_take(self, record: CodedTensor) -> bool:
+        """True: every coded tensor has a payload."""
+        return True
 
     def prepare(self) -> None:
         """See `Residency.prepare`; payloads for a device are brought there at once.
@@ -259,7 +256,7 @@ def stored_record(container: Container, name: str) -> RawTensor | CodedTensor:
     return target
 
 
-def _by_rows(record: CodedTensor) -> bool:
+def is_by_rows(record: CodedTensor) -> bool:
     """Whether the record's matrix is the weight as it is.
 
     It is where there are two dimensions, and scales, if any, go by rows.

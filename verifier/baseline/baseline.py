@@ -196,7 +196,7 @@ def _run_both(source: Path, out: Path, manifest: Manifest, tell: Callable[[str],
         del model
         gc.collect()
         tell("baseline: running the converted model on 8 prompts")
-        converted_run = run_converted(from_pretrained(out), source_run)
+        converted_run = run_converted(from_pretrained(out, resident="dense"), source_run)
     baseline = combine(source_run, converted_run)
     agreement = baseline.agreement or Agreement()
     lossless = manifest.options.scheme == "lossless"

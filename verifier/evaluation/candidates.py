@@ -86,7 +86,9 @@ class Candidate:
             CodecLLMError: it cannot be loaded.
         """
         if self.kind == "container":
-            return from_pretrained(self.path, dtype=dtype, workers=workers, progress=False)
+            return from_pretrained(
+                self.path, dtype=dtype, resident="dense", workers=workers, progress=False
+            )
         try:
             with without_progress_bars():
                 if self.kind == "gguf":
