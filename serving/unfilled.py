@@ -12,9 +12,11 @@ _PATTERNS = {
     torch.bfloat16: (torch.int16, 0x7FA5),
     torch.float16: (torch.int16, 0x7DA5),
     torch.float32: (torch.int32, 0x7FA5C0DE),
-    torch.int8: (torch.int8, -128),
 }
-"""Bits that no weight has: signalling NaNs, and the code that SPEC.md forbids."""
+"""Bits that no weight has: signalling NaNs."""
+
+COUNTED = "codecllm_counted"
+"""Attribute, True, of parameters whose layer counts its parts itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ def mark_unfilled(model: torch.nn.Module) -> dict[str, Mark]:
     """
     marks = {}
     for name, parameter in model.named_parameters():
-        if parameter.dtype in _PATTERNS and parameter.numel() and not parameter.is_meta:
+        is_counted = parameter.is_meta or getattr(parameter, COUNTED, False)
+        if parameter.dtype in _PATTERNS and parameter.numel() and not is_counted:
             words, pattern = _first_words(parameter)
             marks[name] = Mark(parameter, words.clone())
             words.fill_(pattern)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,12 +13,32 @@ from codecllm.formats.errors import UsageError
 from codecllm.serving.vllm_names import (
     NAME,
     LinearBase,
+    ParallelLMHead,
     QuantizationConfig,
     QuantizeMethodBase,
     UnquantizedLinearMethod,
+    VocabParallelEmbedding,
 )
 
-_loading: ContextVar[bool] = ContextVar("codecllm_loading", default=False)
+if TYPE_CHECKING:
+    from codecllm.serving.codes_plan import CodesPlan
+
+
+class Building:
+    """A model that `CodecLLMLoader` builds.
+
+    Attributes:
+        plan: which layers keep codes; None: none does.
+        layers: those that were made.
+    """
+
+    def __init__(self, plan: CodesPlan | None) -> None:
+        """Begins without layers."""
+        self.plan = plan
+        self.layers: list[torch.nn.Module] = []
+
+
+_building: ContextVar[Building | None] = ContextVar("codecllm_building", default=None)
 
 
 class CodecLLMConfig(QuantizationConfig):
@@ -63,19 +83,48 @@ class CodecLLMConfig(QuantizationConfig):
         Raises:
             UsageError: another loader builds the model.
         """
-        if not _loading.get():
+        building = _building.get()
+        if building is None:
             raise UsageError(
                 f"a codecllm container is read by --load-format {NAME}; for a draft model give "
                 f'"draft_load_config": {{"load_format": "{NAME}"}}'
             )
+        method = None if building.plan is None else self._codes(building.plan, layer, prefix)
+        if method is not None:
+            building.layers.append(layer)
+            return method
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Learns how a model renames the checkpoint's names."""
+        building = _building.get()
+        if building is not None and building.plan is not None:
+            building.plan.rename(hf_to_vllm_mapper.map_name)
+
+    def _codes(
+        self, plan: CodesPlan, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase | None:
+        """Returns the method of a layer that keeps codes, or None."""
+        from codecllm.serving.vllm_codes import EmbeddingCodes, LinearCodes
+
+        if isinstance(layer, LinearBase):
+            last = prefix.rpartition(".")[2]
+            members = self.packed_modules_mapping.get(last, [last])
+            linear = plan.linear(prefix, members, layer.input_size)
+            return None if linear is None else LinearCodes(linear)
+        if isinstance(layer, VocabParallelEmbedding):
+            find = plan.head if isinstance(layer, ParallelLMHead) else plan.embedding
+            matrix = find(prefix, (layer.org_vocab_size, layer.embedding_dim))
+            return None if matrix is None else EmbeddingCodes(matrix)
+        return None
 
 
 @contextmanager
-def loading() -> Iterator[None]:
-    """Lets configs give methods: `CodecLLMLoader` builds the model inside."""
-    token = _loading.set(True)
+def building(plan: CodesPlan | None) -> Iterator[Building]:
+    """Lets configs give methods: `CodecLLMLoader` builds a model inside."""
+    state = Building(plan)
+    token = _building.set(state)
     try:
-        yield
+        yield state
     finally:
-        _loading.reset(token)
+        _building.reset(token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,15 +16,18 @@ from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.serving import vllm_names
 from codecllm.serving.unfilled import mark_unfilled, refuse_unfilled
-from codecllm.serving.vllm_config import loading
+from codecllm.serving.vllm_config import Building, building
 from codecllm.serving.vllm_names import NAME, DefaultModelLoader, LoadConfig, ModelConfig
 
 if TYPE_CHECKING:
     from codecllm.formats.container import Container
     from codecllm.serving.checkpoint import Checkpoint
+    from codecllm.serving.codes_plan import CodesPlan
 
 # vLLM shows the log of names below its own.
 _LOG = vllm_names.init_logger(f"vllm.{NAME}")
+
+RESIDENT = ("dense", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,13 @@ class LoadOptions:
     """Our keys of `--model-loader-extra-config`.
 
     Attributes:
+        resident: `dense`: weights in the model's dtype. `int8`: codes and scales of int8 tensors
+            stay, 8 bits a weight.
         workers: decoding threads of each rank; None takes one per core.
         manifest_sha256: accept only the container with this manifest (64 hex digits).
     """
 
+    resident: str = "dense"
     workers: int | None = None
     manifest_sha256: str | None = None
 
@@ -59,6 +65,7 @@ class CodecLLMLoader(DefaultModelLoader):
             )
         )
         self._device = torch.device("cpu")
+        self._building: Building | None = None
         self._checkpoint: Checkpoint | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -83,12 +90,14 @@ class CodecLLMLoader(DefaultModelLoader):
         with self._open(model_config) as container:
             _check_side_files(container)
             sha256 = container.manifest_sha256
+            plan = self._plan(container)
         _LOG.info("Opened the container in %.2f seconds", time.perf_counter() - begin)
-        vllm_names.add_hash_factor(vllm_config, NAME, f"dense:{sha256}")
+        vllm_names.add_hash_factor(vllm_config, NAME, f"{self.options.resident}:{sha256}")
         self._device = torch.device(self.load_config.device or vllm_config.device_config.device)
-        # Without a config vLLM takes each of its branches as for the source.
-        vllm_config.quant_config = None
-        with loading():
+        if plan is None:
+            # Without a config vLLM takes each of its branches as for the source.
+            vllm_config.quant_config = None
+        with building(plan) as self._building:
             return super().load_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
@@ -103,6 +112,11 @@ class CodecLLMLoader(DefaultModelLoader):
         assert self._checkpoint is not None
         self._checkpoint.check_complete()
         refuse_unfilled(model, marks)
+        if self._building is not None and self._building.plan is not None:
+            from codecllm.serving.vllm_codes import check_filled
+
+            check_filled(self._building.layers)
+            _LOG.info("%d layers keep their codes", len(self._building.layers))
 
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module
@@ -121,6 +135,7 @@ class CodecLLMLoader(DefaultModelLoader):
                 workers=self.options.workers,
                 device=self._device,
                 skips=lambda name: vllm_names.is_elsewhere(self, name),
+                as_codes=self._as_codes(),
             )
             bar = tqdm(
                 total=len(container.records),
@@ -133,6 +148,25 @@ class CodecLLMLoader(DefaultModelLoader):
                     yield name, tensor
                     bar.update(name in container.records)
         yield from vllm_names.secondary_weights(self, model)
+
+    def _plan(self, container: Container) -> CodesPlan | None:
+        if self.options.resident == "dense":
+            return None
+        from codecllm.serving.codes_plan import CodesPlan
+
+        return CodesPlan(container)
+
+    def _as_codes(self) -> Callable[[str], bool]:
+        """Returns which names are handed over as codes.
+
+        Raises:
+            UsageError: weights are to be loaded again, by a loader that has built no model.
+        """
+        if self.options.resident == "dense":
+            return lambda name: False
+        if self._building is None or self._building.plan is None:
+            raise UsageError("resident 'int8' cannot load weights again: start the engine anew")
+        return self._building.plan.names.__contains__
 
     def _open(self, model_config: ModelConfig) -> Container:
         from codecllm.formats.container import Container
@@ -167,6 +201,10 @@ def _split(extra: Any) -> tuple[LoadOptions, Any]:
         return LoadOptions(), extra
     names = {field.name for field in fields(LoadOptions)}
     options = LoadOptions(**{key: value for key, value in extra.items() if key in names})
+    if options.resident not in RESIDENT:
+        raise UsageError(
+            "resident", got=repr(options.resident), expected=" or ".join(map(repr, RESIDENT))
+        )
     if not isinstance(options.workers, int | None) or isinstance(options.workers, bool):
         raise UsageError("workers must be a number", got=repr(options.workers))
     if not isinstance(options.manifest_sha256, str | None):

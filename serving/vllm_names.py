@@ -7,7 +7,7 @@ them moves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.layers.quantization import (
     QUANTIZATION_METHODS,
     get_quantization_config,
@@ -25,22 +30,31 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 __all__ = [
     "DefaultModelLoader",
     "LinearBase",
+    "LinearMethodBase",
     "LoadConfig",
     "ModelConfig",
+    "ParallelLMHead",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "UnquantizedLinearMethod",
     "VllmConfig",
+    "VocabParallelEmbedding",
     "enable_tqdm",
     "init_logger",
+    "register_weight_loader_v2_supported_method",
     "replace",
 ]
 
@@ -104,3 +118,35 @@ def secondary_weights(
     """Yields the weights of a model that lie in other repositories (private method)."""
     for source in getattr(model, "secondary_weights", ()):
         yield from loader._get_weights_iterator(source)
+
+
+def matrix_parameters(
+    weight: torch.Tensor, scale: torch.Tensor, load: Callable[..., None], *, is_linear: bool
+) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """Returns the parameters of a matrix that vLLM's loaders fuse, cut by ranks and pad.
+
+    Args:
+        weight: [rows, columns].
+        scale: [rows].
+        load: the loader of both.
+        is_linear: whether a linear layer or an embedding gets them.
+    """
+    if is_linear:
+        return (
+            ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=load),
+            ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load),
+        )
+    plain = [torch.nn.Parameter(data, requires_grad=False) for data in (weight, scale)]
+    for parameter in plain:
+        parameter.output_dim, parameter.weight_loader = 0, load  # type: ignore[attr-defined]
+    return plain[0], plain[1]
+
+
+def prepare_cpu(device: torch.device) -> None:
+    """Lets this process use the matrix units of its CPU (private function of torch).
+
+    vLLM's attention on a CPU uses them and relies on a product of bfloat16 matrices having asked
+    for them before. Where all matrices are codes there is none, and the process would be killed.
+    """
+    if device.type == "cpu":
+        torch.cpu._init_amx()

@@ -47,6 +47,14 @@ OPTIONS = {
 
 TINY = {"max_model_len": 48, "skip_tokenizer_init": True}
 
+TINY_MODELS = [
+    ("llama_alias", "mixed"),
+    ("phi3", "all_int8"),
+    ("qwen2", "mixed"),
+    ("qwen3_moe", "all_int8"),
+]
+"""Models and schemes, a start of vLLM each: see `served_models` and `conftest.SCHEMES`."""
+
 
 def why_not() -> str | None:
     """Returns why vLLM's tests cannot run here, or None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.serving.engine import IDS, PROMPTS, distance, why_not
+from tests.serving.engine import IDS, PROMPTS, TINY_MODELS, distance, why_not
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -22,8 +22,9 @@ def test_a_real_model_is_served_as_its_plain_form(engine, made, scheme):
     assert len(served) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("scheme", ["lossless", "all_int8", "mixed"])
-@pytest.mark.parametrize("name", ["llama", "llama_alias", "qwen2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("llama", "lossless"), ("qwen3_moe", "lossless"), *TINY_MODELS]
+)
 def test_tiny_models_of_several_architectures(engine, made, name, scheme):
     container, plain = made(name, scheme)
     served = engine.outputs(container, IDS)

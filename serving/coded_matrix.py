@@ -1,0 +1,199 @@
+"""A matrix whose codes stay 8 bits in an engine's memory, and its products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from codecllm.loader.resident.escapes import Escapes, split_codes
+from codecllm.loader.resident.int8_matmul import (
+    DEQUANTIZE_ELEMENTS,
+    SCRATCH_ELEMENTS,
+    can_fuse,
+    can_pack,
+    dequantize_rows,
+    int8_product,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedMatrix:
+    """Codes and scales of one matrix [rows, cols].
+
+    Attributes:
+        codes: int8 [rows, cols].
+        scale: float32 [rows].
+        col_scale: float32 [cols], or None.
+        escapes: what codes beyond 8 bits lack, or None.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    col_scale: torch.Tensor | None = None
+    escapes: Escapes | None = None
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the weights, `dtype` [rows, cols], with the bits of dense loading."""
+        return self._dense(0, len(self.codes), dtype)
+
+    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns rows of the weights.
+
+        Args:
+            rows: int64 of any shape.
+            dtype: dtype of the result.
+
+        Returns:
+            `dtype` [*rows.shape, cols].
+        """
+        flat = rows.reshape(-1)
+        codes, scale = self.codes.index_select(0, flat), self.scale.index_select(0, flat)
+        if self.escapes is None:
+            values = dequantize_rows(codes, scale, dtype, self.col_scale)
+        else:
+            exact = self.escapes.add_to_rows(codes.to(torch.float32), flat)
+            steps = scale[:, None] if self.col_scale is None else scale[:, None] * self.col_scale
+            values = (exact * steps).to(dtype)
+        return values.view(*rows.shape, codes.shape[1])
+
+    def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Returns `inputs @ weights.T + bias`, [..., rows]; its rounding: `int8_matmul`."""
+        if self.escapes is None:
+            return int8_product(inputs, self.codes, self.scale, bias, self.col_scale)
+        if can_fuse(inputs, self.codes) or can_pack(inputs, self.codes):
+            return self._product_of_codes(inputs, bias)
+        return self._product_of_weights(inputs, bias)
+
+    def _product_of_codes(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.escapes is not None
+        near = int8_product(inputs, self.codes, self.scale, None, self.col_scale)
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if self.col_scale is not None:
+            flat = flat * self.col_scale
+        rest = self.escapes.product(flat).mul_(self.scale).view(near.shape)
+        whole = near.to(torch.float32).add_(rest)
+        return (whole if bias is None else whole.add_(bias)).to(inputs.dtype)
+
+    def _product_of_weights(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows, cols = self.codes.shape
+        step = max(64, SCRATCH_ELEMENTS // max(1, cols) // 64 * 64)
+        parts = []
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            weight = self._dense(first, last, inputs.dtype)
+            parts.append(
+                functional.linear(inputs, weight, None if bias is None else bias[first:last])
+            )
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def _dense(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        if self.escapes is None:
+            block = slice(start, stop)
+            return dequantize_rows(self.codes[block], self.scale[block], dtype, self.col_scale)
+        cols = self.codes.shape[1]
+        out = torch.empty(stop - start, cols, dtype=dtype, device=self.codes.device)
+        step = max(1, DEQUANTIZE_ELEMENTS // max(1, cols))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            values = self.codes[first:last].to(torch.float32)
+            self.escapes.rows(first, last).add_to(values)
+            steps = self.scale[first:last, None]
+            values.mul_(steps if self.col_scale is None else steps * self.col_scale)
+            out[first - start : last - start] = values
+        return out
+
+    def parts(self) -> list[torch.Tensor | int | None]:
+        """Returns the arguments of `_matrix`."""
+        escapes = self.escapes
+        if escapes is None:
+            return [self.codes, self.scale, self.col_scale, None, None, None, 0]
+        listed = [escapes.first, escapes.column, escapes.extra]
+        return [self.codes, self.scale, self.col_scale, *listed, escapes.longest]
+
+
+Matrix = CodedMatrix | torch.Tensor
+"""Codes, or the weights themselves where codes of 8 bits and escapes would save nothing."""
+
+
+def make_matrix(
+    codes: torch.Tensor, scale: torch.Tensor, col_scale: torch.Tensor | None, dtype: torch.dtype
+) -> Matrix:
+    """Returns the matrix of codes; as weights where too many codes need 16 bits.
+
+    Args:
+        codes: int8 or int16 [rows, cols].
+        scale: float32 [rows].
+        col_scale: float32 [cols], or None.
+        dtype: of weights.
+    """
+    split = split_codes(codes)
+    if split is None:
+        return dequantize_rows(codes, scale, dtype, col_scale)
+    return CodedMatrix(split[0], scale, col_scale, split[1])
+
+
+_LIBRARY = torch.library.Library("codecllm", "FRAGMENT")
+_PARTS = (
+    "Tensor codes, Tensor scale, Tensor? col_scale, "
+    "Tensor? first, Tensor? column, Tensor? extra, int longest"
+)
+
+
+def _matrix(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    col_scale: torch.Tensor | None,
+    first: torch.Tensor | None,
+    column: torch.Tensor | None,
+    extra: torch.Tensor | None,
+    longest: int,
+) -> CodedMatrix:
+    escapes = None
+    if first is not None and column is not None and extra is not None:
+        escapes = Escapes(first, column, extra, longest)
+    return CodedMatrix(codes, scale, col_scale, escapes)
+
+
+def _product(inputs: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
+    return _matrix(*parts).product(inputs, bias)
+
+
+def _gather(rows: torch.Tensor, dtype: torch.dtype, *parts: Any) -> torch.Tensor:
+    return _matrix(*parts).gather(rows, dtype)
+
+
+# Defined as libraries do that are called often: `torch.library.custom_op` costs a call of Python
+# more. A compiler sees one operation: it could not follow how a kernel is chosen.
+_LIBRARY.define(f"coded_product(Tensor inputs, Tensor? bias, {_PARTS}) -> Tensor")
+_LIBRARY.define(f"coded_rows(Tensor rows, ScalarType dtype, {_PARTS}) -> Tensor")
+_LIBRARY.impl("coded_product", _product, "CompositeExplicitAutograd")
+_LIBRARY.impl("coded_rows", _gather, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "codecllm::coded_product",
+    lambda inputs, bias, codes, *_: inputs.new_empty(*inputs.shape[:-1], codes.shape[0]),
+    lib=_LIBRARY,
+)
+torch.library.register_fake(
+    "codecllm::coded_rows",
+    lambda rows, dtype, codes, *_: rows.new_empty(*rows.shape, codes.shape[1], dtype=dtype),
+    lib=_LIBRARY,
+)
+
+
+def coded_product(inputs: torch.Tensor, bias: torch.Tensor | None, matrix: Matrix) -> torch.Tensor:
+    """Computes `inputs @ weights.T + bias`; of codes as one operation of the compiler."""
+    if isinstance(matrix, torch.Tensor):
+        return functional.linear(inputs, matrix, bias)
+    result: torch.Tensor = torch.ops.codecllm.coded_product(inputs, bias, *matrix.parts())
+    return result
+
+
+def coded_rows(rows: torch.Tensor, dtype: torch.dtype, matrix: Matrix) -> torch.Tensor:
+    """Returns rows of the weights, `dtype` [*rows.shape, cols]; see `coded_product`."""
+    if isinstance(matrix, torch.Tensor):
+        return functional.embedding(rows, matrix)
+    result: torch.Tensor = torch.ops.codecllm.coded_rows(rows, dtype, *matrix.parts())
+    return result

@@ -1,0 +1,130 @@
+"""Which layers of an engine's model keep codes in memory, by the names of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from codecllm.formats.container import Container
+from codecllm.formats.errors import UsageError
+from codecllm.formats.manifest.records import AliasTensor, Int8Tensor
+from codecllm.serving.checkpoint import holds_codes
+
+_WEIGHT = ".weight"
+_EMBEDDING = "embed_tokens"
+_DENSE_LAYERS = ("kv_b_proj",)
+"""Layers of which engines read the weight itself: attention multiplies it with others."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodedLayer:
+    """What fills a layer.
+
+    Attributes:
+        name: of the layer.
+        parts: tensors of the checkpoint, scales included.
+        wide: whether one of its matrices has codes of 16 bits.
+        has_columns: whether one of them has scales of columns.
+    """
+
+    name: str
+    parts: int
+    wide: bool
+    has_columns: bool
+
+
+class CodesPlan:
+    """The tensors of a container that are handed over as codes.
+
+    A layer decides when it is made; until then none of its tensors is.
+
+    Attributes:
+        names: checkpoint names of tensors that layers have asked for as codes.
+    """
+
+    def __init__(self, container: Container) -> None:
+        """Looks at the records.
+
+        Raises:
+            UsageError: no tensor has codes that a layer could keep.
+        """
+        self._records: dict[str, Int8Tensor] = {}
+        for name, record in container.records.items():
+            stored = record
+            if isinstance(record, AliasTensor):
+                stored = container.records[record.alias_of]
+            if isinstance(stored, Int8Tensor) and holds_codes(stored):
+                self._records[name] = stored
+        if not self._records:
+            raise UsageError(
+                "resident 'int8' needs an int8 container; this one holds no codes by rows"
+            )
+        self._all = set(container.records)
+        self._by_engine_name = {name: name for name in container.records}
+        self._embedding: CodedLayer | None = None
+        self._has_dense_head = False
+        self.names: set[str] = set()
+
+    def rename(self, new_name: Callable[[str], str | None]) -> None:
+        """Learns how an engine renames the checkpoint's names; None: it ignores one."""
+        for name in self._all:
+            renamed = new_name(name)
+            if renamed is not None:
+                self._by_engine_name.setdefault(renamed, name)
+
+    def linear(self, prefix: str, members: Iterable[str], columns: int) -> CodedLayer | None:
+        """Returns how a linear layer is filled; None: dense, since not all members have codes.
+
+        Args:
+            prefix: the engine's name of the layer.
+            members: last parts of the names of the matrices that it fuses, in their order.
+            columns: of the whole matrix, of all ranks together.
+        """
+        parent, _, last = prefix.rpartition(".")
+        if last in _DENSE_LAYERS:
+            return None
+        start = f"{parent}." if parent else ""
+        # A checkpoint may hold the fused matrix itself.
+        for choice in (list(members), [last]):
+            names = [self._by_engine_name.get(f"{start}{member}{_WEIGHT}") for member in choice]
+            records = [self._records.get(name or "") for name in names]
+            if all(record is not None and record.shape[1] == columns for record in records):
+                return self._keep(prefix, [name for name in names if name is not None])
+        return None
+
+    def embedding(self, prefix: str, shape: tuple[int, int]) -> CodedLayer | None:
+        """Returns how an embedding [shape] is filled, or None: dense.
+
+        Args:
+            prefix: the engine's name of the layer; empty where the engine gives none.
+            shape: of the whole matrix, without padding.
+        """
+        name = self._by_engine_name.get(prefix + _WEIGHT) if prefix else self._only_embedding()
+        record = self._records.get(name or "")
+        if name is None or record is None or tuple(record.shape) != shape or self._has_dense_head:
+            return None
+        self._embedding = self._keep(prefix or name.removesuffix(_WEIGHT), [name])
+        return self._embedding
+
+    def head(self, prefix: str, shape: tuple[int, int]) -> CodedLayer | None:
+        """Returns how a head [shape] is filled, or None: dense. A head without weights is tied."""
+        name = self._by_engine_name.get(prefix + _WEIGHT)
+        if name is None:
+            self._has_dense_head = self._embedding is None
+            return self._embedding
+        record = self._records.get(name)
+        if record is None or tuple(record.shape) != shape:
+            return None
+        return self._keep(prefix, [name])
+
+    def _only_embedding(self) -> str | None:
+        found = [name for name in self._all if name.endswith(_EMBEDDING + _WEIGHT)]
+        return found[0] if len(found) == 1 else None
+
+    def _keep(self, prefix: str, names: list[str]) -> CodedLayer:
+        records = [self._records[name] for name in names]
+        has_columns = [record.xxh3.col_scale is not None for record in records]
+        self.names.update(names)
+        parts = 2 * len(records) + sum(has_columns)
+        wide = any(record.wide for record in records)
+        return CodedLayer(prefix, parts, wide, any(has_columns))

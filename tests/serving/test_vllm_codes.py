@@ -1,0 +1,71 @@
+"""Codes stay 8 bits in vLLM's memory: what is served is the dense model within its rounding."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.serving.engine import IDS, TINY_MODELS, distance, why_not
+
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.timeout(900),
+]
+CODES = {"model_loader_extra_config": {"resident": "int8"}}
+
+
+def _closely(served, expected, within):
+    """Compares log-probabilities, and tokens up to the first one that was nearly another."""
+    assert distance(served, expected) < within
+    for one, other in zip(served, expected, strict=True):
+        assert one["ids"][0] == other["ids"][0]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("scheme", "layers"), [("int8", 122), ("bits5", 122)])
+def test_a_real_model(engine, made, scheme, layers):
+    container, _ = made("smollm2", scheme)
+    answer = engine.ask(container, **CODES)
+    _closely(answer["outputs"], engine.outputs(container), 0.5)
+    assert "Paris" in answer["outputs"][0]["text"]
+    kinds = list(answer["dtypes"].values())
+    assert kinds.count("torch.int8") == layers - 1  # the head is tied to the embedding
+    assert f"{layers} layers keep their codes" in engine.log.read_text()
+
+
+@pytest.mark.parametrize(("name", "scheme"), TINY_MODELS)
+def test_tiny_models(engine, made, name, scheme):
+    container, _ = made(name, scheme)
+    answer = engine.ask(container, IDS, **CODES)
+    assert "outputs" in answer, answer
+    _closely(answer["outputs"], engine.outputs(container, IDS), 0.25)
+    assert "torch.int8" in answer["dtypes"].values()
+
+
+def test_in_float32_products_are_those_of_dense_weights(engine, made):
+    container, _ = made("qwen2", "mixed")
+    options = {"dtype": "float32"}
+    served = engine.outputs(container, IDS, **options, **CODES)
+    assert distance(served, engine.outputs(container, IDS, **options)) < 1e-4
+
+
+def test_compiled(engine, made):
+    """The same folder, dense and with codes: compiled code of one is no code for the other."""
+    container, _ = made("llama", "mixed")
+    answers = [
+        engine.ask(container, IDS, enforce_eager=False, **options) for options in (CODES, {})
+    ]
+    served, dense = (answer["outputs"] for answer in answers)
+    _closely(served, dense, 0.25)
+    assert answers[0]["hash"] != answers[1]["hash"]
+
+
+def test_a_lossless_container_has_no_codes(engine, made):
+    answer = engine.ask(made("llama", "lossless")[0], IDS, **CODES)
+    assert answer["error"] == "UsageError"
+    assert "needs an int8 container" in answer["message"]
+
+
+def test_an_unknown_residency(engine, made):
+    extra = {"resident": "int4"}
+    answer = engine.ask(made("llama", "all_int8")[0], IDS, model_loader_extra_config=extra)
+    assert answer["message"] == "resident, got 'int4', expected 'dense' or 'int8'"
