@@ -29,6 +29,7 @@ COMMANDS = (
     "info",
     "export",
     "generate",
+    "bench",
     "doctor",
     "sign",
 )
