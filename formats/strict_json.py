@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -253,11 +254,8 @@ def _strict_decoder(file: str) -> json.JSONDecoder:
 def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        earlier_keys: set[str] = set()
-        for key, _ in pairs:
-            if key in earlier_keys:
-                raise SchemaError(f"key {ascii(key)[:80]} stands twice in one object", file=file)
-            earlier_keys.add(key)
+        ((key, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise SchemaError(f"key {ascii(key)[:80]} stands twice in one object", file=file)
     return result
 
 

@@ -16,13 +16,12 @@ from pydantic import Field, model_validator
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
-from codecllm.formats.codecs import CODEC_IDS, rans
+from codecllm.formats.codecs import rans
 from codecllm.formats.dtypes import DTYPES, INT8_SOURCES
 from codecllm.formats.errors import (
     LimitError,
     SchemaError,
     UnsafePathError,
-    UnsupportedVersionError,
 )
 from codecllm.formats.files import is_plain_name, is_safe_name
 from codecllm.formats.manifest.records import (
@@ -336,8 +335,6 @@ def _check_coded(record: CodedTensor, where: dict[str, Any]) -> None:
         if (record.deadzone is not None) != (record.rounding in (DEADZONE, FEEDBACK_DEADZONE)):
             raise SchemaError("rounding and deadzone do not fit each other", **where)
     for plane in record.planes:
-        if plane.codec not in CODEC_IDS:
-            raise UnsupportedVersionError(f"unknown codec {plane.codec!r}", **where)
         if plane.raw_bytes != record.elements:
             raise SchemaError(
                 "plane has a wrong size", got=plane.raw_bytes, expected=record.elements, **where
