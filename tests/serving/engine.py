@@ -18,6 +18,9 @@ PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", 
 IDS = [{"prompt_token_ids": list(range(first, first + 20))} for first in (5, 77, 200)]
 """Prompts for tiny models, which have no tokenizer."""
 
+PICTURES = [{"prompt": "w5 <image> w7 w8", "image_size": 32}, {"prompt": "w9 w10 w11"}]
+"""Prompts for `served_models.make("idefics3")`, with a picture and without."""
+
 ONE_PROCESS = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
@@ -100,7 +103,7 @@ class Engine:
 
         Args:
             model: its folder, or its name on the Hub.
-            prompts: texts, or for a model without a tokenizer lists of ids.
+            prompts: texts, some with a picture, or for a model without a tokenizer lists of ids.
             tokens: new tokens of each.
             options: more arguments of `LLM`.
 
@@ -108,7 +111,8 @@ class Engine:
             `outputs` (text, ids, log-probabilities of the prompt), `hash` (the key of the compile
             cache) and `dtypes`, or `error` and `message`.
         """
-        tiny = {} if isinstance(prompts[0], str) else TINY
+        has_text = isinstance(prompts[0], str) or "prompt" in prompts[0]
+        tiny = {} if has_text else TINY
         merged = {**OPTIONS, **tiny, **options, "model": str(model)}
         job = {"options": merged, "prompts": prompts, "tokens": tokens}
         assert self._process.stdin is not None

@@ -53,7 +53,62 @@ def _qwen3_moe() -> Any:
     return hf.Qwen3MoeForCausalLM(config)
 
 
+IMAGE_TOKEN = "<image>"
+_SPECIAL = (
+    *(f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2)),
+    "<end_of_utterance>",
+    "<global-img>",
+    "<fake_token_around_image>",
+    IMAGE_TOKEN,
+)
+
+
+def _idefics3() -> Any:
+    """Sees images: SmolVLM's architecture, whose processor needs no torchvision."""
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    config = hf.Idefics3Config(
+        vision_config=vision,
+        text_config=hf.LlamaConfig(**SIZES).to_dict(),
+        image_token_id=SIZES["vocab_size"] - 1,
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return hf.Idefics3ForConditionalGeneration(config)
+
+
+def _save_processor(folder: Path) -> None:
+    """Saves a tokenizer of the words w0, w1 and so on, and what turns images into patches."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [f"w{number}" for number in range(SIZES["vocab_size"] - len(_SPECIAL))]
+    vocabulary = {word: number for number, word in enumerate([*words, *_SPECIAL])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="w3",
+        bos_token="w1",
+        eos_token="w2",
+        pad_token="w0",
+        additional_special_tokens=list(_SPECIAL),
+    )
+    size = {"longest_edge": 32}
+    images = hf.Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+    hf.Idefics3Processor(image_processor=images, tokenizer=fast, image_seq_len=4).save_pretrained(
+        folder
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
+    "idefics3": _idefics3,
     "llama": _llama,
     "qwen2": _qwen2,
     "phi3": _phi3,
@@ -70,4 +125,6 @@ def make(name: str, folder: Path) -> Path:
         with torch.no_grad():
             model.lm_head.weight.copy_(model.model.embed_tokens.weight)
         model.save_pretrained(folder)
+    if name == "idefics3":
+        _save_processor(folder)
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.serving.engine import IDS, TINY_MODELS, distance, why_not
+from tests.serving.engine import IDS, PICTURES, TINY_MODELS, distance, why_not
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -39,6 +39,16 @@ def test_tiny_models(engine, made, name, scheme):
     assert "outputs" in answer, answer
     _closely(answer["outputs"], engine.outputs(container, IDS), 0.25)
     assert "torch.int8" in answer["dtypes"].values()
+
+
+def test_a_model_that_sees(engine, made):
+    container, _ = made("idefics3", "all_int8")
+    answer = engine.ask(container, PICTURES, max_model_len=64, **CODES)
+    assert "outputs" in answer, answer
+    _closely(answer["outputs"], engine.outputs(container, PICTURES, max_model_len=64), 0.25)
+    coded = [name for name, kind in answer["dtypes"].items() if kind == "torch.int8"]
+    assert any("vision" in name for name in coded)
+    assert any("text_model" in name or "language" in name for name in coded)
 
 
 def test_in_float32_products_are_those_of_dense_weights(engine, made):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.serving.engine import IDS, PROMPTS, TINY_MODELS, distance, why_not
+from tests.serving.engine import IDS, PICTURES, PROMPTS, TINY_MODELS, distance, why_not
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -36,3 +36,10 @@ def test_another_dtype_is_rounded_once(engine, made):
     served = engine.outputs(container, IDS, dtype="float32")
     # The plain form was rounded to bfloat16 before.
     assert 0 < distance(served, engine.outputs(plain, IDS, dtype="float32")) < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["lossless", "all_int8"])
+def test_a_model_that_sees(engine, made, scheme):
+    container, plain = made("idefics3", scheme)
+    served = engine.outputs(container, PICTURES, max_model_len=64)
+    assert served == engine.outputs(plain, PICTURES, max_model_len=64)
