@@ -19,55 +19,15 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from codecllm.loader.resident.cell import Cell
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.handlers import ABOVE_AUTOGRAD, BELOW_AUTOGRAD
 
 _LOG = logging.getLogger(__name__)
-_OWN = ("_cell", "_views", "_is_param", "_read_copy")
+_OWN = ("_cell", "_views", "_is_param", "_read_copy", "is_loading")
 _reported: set[tuple[str, str]] = set()
 
 View = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Cell:
-    """The memory that a weight and its aliases share.
-
-    It is a form, or the plain tensor that took its place.
-
-    Attributes:
-        form: the form, or None.
-        dense: the plain tensor, or None.
-        dtype: dtype of the whole weight.
-        device: its device.
-        is_parameter: whether a parameter uses it, so that becoming dense is worth a line.
-    """
-
-    def __init__(self, form: WeightForm | None, dtype: torch.dtype, device: torch.device) -> None:
-        """Begins with a form; None: with no memory, until `dense` is set."""
-        self.form = form
-        self.dense: torch.Tensor | None = None
-        self.dtype, self.device = dtype, device
-        self.is_parameter = False
-
-    def read(self) -> torch.Tensor:
-        """Returns the values, [rows, cols]: decoded into new memory, or the plain tensor."""
-        if self.dense is not None:
-            return self.dense
-        assert self.form is not None
-        return self.form.dense(self.dtype, self.device)
-
-    def become_dense(self) -> torch.Tensor:
-        """Puts a plain tensor in the place of the form; returns it."""
-        if self.dense is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self.dense = self.read()
-            self.form = None
-        return self.dense
-
-    def take(self, other: Cell) -> None:
-        """Takes over the values of another cell of the same dtype."""
-        assert other.form is not None
-        self.form, self.dense = other.form.moved(self.device), None
 
 
 class CodedWeight(torch.Tensor):
@@ -86,6 +46,8 @@ class CodedWeight(torch.Tensor):
     _views: tuple[View, ...]
     _is_param: bool
     _read_copy: torch.Tensor | None
+    is_loading = False
+    """Whether a load is joining it with others; see `operations.join`."""
 
     @staticmethod
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Any:
@@ -99,6 +61,15 @@ class CodedWeight(torch.Tensor):
     def form(self) -> WeightForm | None:
         """The form, or None where this is a part of a weight or its memory is plain."""
         return None if self._views else self._cell.form
+
+    @property
+    def matrix(self) -> WeightForm | None:
+        """The form of the matrix that this is: a whole weight, or one of a stack (`weight[3]`)."""
+        form = self._cell.form
+        if form is None or len(self._views) != 1:
+            return self.form
+        number = _selected(self._views[0])
+        return None if number is None else form.member(number)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,7 +185,10 @@ def read(weight: torch.Tensor) -> torch.Tensor:
     """Returns the values of a coded weight, or of a part, decoded; a plain tensor as it is."""
     if not isinstance(weight, CodedWeight):
         return weight
-    return _cut(weight._cell.read(), weight._views)
+    cell, matrix = weight._cell, weight.matrix
+    if matrix is not None:
+        return matrix.dense(cell.dtype, cell.device)
+    return _cut(cell.read(), weight._views)
 
 
 def plain_copy(weight: CodedWeight) -> torch.Tensor:
@@ -329,6 +303,14 @@ class _Cut:
         made = self.func(values, *self.args, **self.kwargs)
         part: torch.Tensor = made if self.number is None else made[self.number]
         return part
+
+
+def _selected(view: View) -> int | None:
+    """Returns the number of the matrix that a view of a stack selects, or None."""
+    if not isinstance(view, _Cut) or view.func is not torch.ops.aten.select.int:
+        return None
+    dim, number = view.args
+    return int(number) if dim == 0 else None
 
 
 def _note_parameter(weight: CodedWeight) -> None:

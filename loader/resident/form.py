@@ -27,7 +27,9 @@ _forms: weakref.WeakValueDictionary[int, WeightForm] = weakref.WeakValueDictiona
 
 
 class WeightForm(ABC):
-    """The values of one weight [rows, cols], in a form from which any float dtype is decoded.
+    """The values of a weight in a form from which any float dtype is decoded.
+
+    A weight is a matrix [rows, cols], or a stack of matrices [n, rows, cols].
 
     A form never changes: copies of a model share it, and a weight that is written to gives it up.
     Its values follow from SPEC.md alone: `dense`, `gather` and `product` use the bits that dense
@@ -90,6 +92,10 @@ class WeightForm(ABC):
 
         This is the gradient of the inputs.
         """
+
+    def member(self, number: int) -> WeightForm | None:
+        """Returns the form of matrix `number` of a stack of matrices; None where it is no stack."""
+        return None
 
     @abstractmethod
     def moved(self, device: torch.device) -> WeightForm:

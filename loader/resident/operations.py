@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,17 +10,20 @@ from torch import nn
 from torch.nn import functional
 
 from codecllm.formats.errors import UsageError
+from codecllm.loader.resident.cell import Cell
 from codecllm.loader.resident.coded_weight import (
-    Cell,
     CodedWeight,
     alias,
     coded,
+    coded_parameter,
     plain_copy,
     read,
     settle,
     write,
 )
+from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.handlers import ABOVE_AUTOGRAD, BELOW_AUTOGRAD
+from codecllm.loader.resident.joined_form import concatenated, stacked
 
 aten = torch.ops.aten
 
@@ -33,7 +37,7 @@ def _usual(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _linear(
     func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Any:
-    form = weight.form if isinstance(weight, CodedWeight) else None
+    form = weight.matrix if isinstance(weight, CodedWeight) and weight.dim() == 2 else None
     if form is None or isinstance(input, CodedWeight) or isinstance(bias, CodedWeight):
         return _usual(func, input, weight, bias)
     inputs, values_dtype = input, weight.dtype
@@ -64,6 +68,14 @@ def _embedding(
         return _usual(func, input, weight, *options)
     vectors = form.gather(input.reshape(-1), weight.dtype, weight.device)
     return vectors.view(*input.shape, weight.shape[1])
+
+
+def _getitem(func: Any, weight: CodedWeight, index: Any) -> Any:
+    """One matrix of a stack is a view, by a number in a tensor too: torch would decode all."""
+    is_number = isinstance(index, torch.Tensor) and index.dim() == 0
+    if is_number and index.dtype == torch.int64 and weight.form is not None and weight.dim() == 3:
+        return weight.select(0, int(index))
+    return _usual(func, weight, index)
 
 
 def _requires_grad_(func: Any, weight: CodedWeight, requires_grad: bool = True) -> Any:
@@ -214,6 +226,7 @@ ABOVE_AUTOGRAD.update(
     {
         functional.linear: _linear,
         functional.embedding: _embedding,
+        torch.Tensor.__getitem__: _getitem,
         torch.Tensor.requires_grad_: _requires_grad_,
         torch.Tensor.requires_grad.__set__: _requires_grad_,  # type: ignore[attr-defined]
         torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
@@ -269,6 +282,39 @@ def _copy_(func: Any, target: Any, source: Any, *args: Any, **kwargs: Any) -> An
     return target
 
 
+def join(tensors: Sequence[Any], form: WeightForm | None) -> Any:
+    """Returns a parameter of a joined form.
+
+    Only what a load joins stays coded. Its tensors are marked (`is_loading`), and so is the result.
+    """
+    if form is None:
+        return NotImplemented
+    weight = coded_parameter(form, tensors[0].dtype, tensors[0].device)
+    weight.is_loading = True
+    return weight
+
+
+def _forms_to_join(tensors: Sequence[Any]) -> list[WeightForm]:
+    """Returns the forms of tensors that a load joins; none where one of them is another."""
+    forms = [
+        tensor.form
+        for tensor in tensors
+        if isinstance(tensor, CodedWeight) and tensor.is_loading and tensor.form is not None
+    ]
+    alike = len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
+    return forms if alike and len(forms) == len(tensors) else []
+
+
+def _stack(func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
+    forms = _forms_to_join(tensors)
+    return join(tensors, stacked(forms) if forms and dim == 0 else None)
+
+
+def _cat(func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
+    forms = _forms_to_join(tensors)
+    return join(tensors, concatenated(forms, dim) if forms else None)
+
+
 def _like(func: Any, weight: CodedWeight, *args: Any, **kwargs: Any) -> Any:
     """Makes a tensor of the weight's kind without decoding it."""
     kwargs.setdefault("device", weight.device)
@@ -283,6 +329,8 @@ BELOW_AUTOGRAD.update(
         aten.clone.default: _clone,
         aten._to_copy.default: _to_copy,
         aten.copy_.default: _copy_,
+        aten.stack.default: _stack,
+        aten.cat.default: _cat,
         aten.empty_like.default: _like,
         aten.zeros_like.default: _like,
         aten.ones_like.default: _like,

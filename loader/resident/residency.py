@@ -26,6 +26,7 @@ from codecllm.loader.device.engine import DeviceEngine
 from codecllm.loader.device.placement import concrete
 from codecllm.loader.device.plan import decodes_on_device
 from codecllm.loader.engine import Request
+from codecllm.loader.hf.experts import loops_over_experts, use_loop
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter
 from codecllm.loader.promise import Promise
@@ -48,8 +49,9 @@ class Residency(ABC):
     """The plan of one load that keeps weights in another form than their dtype.
 
     The state dict yields coded parameters (`CodedWeight`) for two-dimensional tensors whose scales,
-    if any, go by rows. Names, ties and dtypes are decided where all tensors' are: by transformers,
-    which assigns these parameters like any other.
+    if any, go by rows. Experts that transformers stacks stay coded, each for itself. Names, ties
+    and dtypes are decided where all tensors' are: by transformers, which assigns these parameters
+    like any other.
     """
 
     takes: str
@@ -92,17 +94,23 @@ class Residency(ABC):
         Raises:
             ModelMismatchError: a weight is coded in part only.
         """
+        has_experts = False
         for module_name, module in model.named_modules():
-            keeps = isinstance(module, KEEPING_MODULES) and not _changes_itself(module)
             for name, weight in module.named_parameters(recurse=False):
                 if not isinstance(weight, CodedWeight):
                     continue
+                weight.__dict__.pop("is_loading", None)
+                is_stack = weight.dim() == 3
+                keeps = loops_over_experts(module) if is_stack else _keeps_matrices(module)
+                has_experts |= is_stack and keeps
                 if weight.form is None:
                     place = f"{module_name}.{name}"
                     raise ModelMismatchError("weight is a part of a coded one", tensor=place)
                 if not keeps:
                     settle(weight)  # in place: tied modules hold it too
                     weight.requires_grad_(True)
+        if has_experts:
+            use_loop(model)
 
     def form(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
         """Returns the form of a tensor on a device, read once; None: the tensor is loaded dense."""
@@ -152,7 +160,9 @@ class CodedLazyTensor(LazyTensor):
             raise
         if form is None:
             return super().to(device, dtype)
-        return coded_parameter(form, dtype or self.dtype, place)
+        weight = coded_parameter(form, dtype or self.dtype, place)
+        weight.is_loading = True
+        return weight
 
 
 class ResidentInt8(Residency):
@@ -267,6 +277,7 @@ def is_by_rows(record: CodedTensor) -> bool:
     return by_rows and len(record.shape) == 2
 
 
-def _changes_itself(module: nn.Module) -> bool:
-    """Whether a module writes to its weight while it runs."""
-    return isinstance(module, nn.Embedding) and module.max_norm is not None
+def _keeps_matrices(module: nn.Module) -> bool:
+    """Whether a module's weight stays coded: where it is read only, in ways that are known."""
+    changes_itself = isinstance(module, nn.Embedding) and module.max_norm is not None
+    return isinstance(module, KEEPING_MODULES) and not changes_itself

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from codecllm.loader.hf.experts import loops_over_experts
 from codecllm.loader.resident.coded_weight import CodedWeight
 
 _BITS = {
@@ -51,3 +52,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(_BITS[a.dtype]), b.contiguous().view(_BITS[b.dtype])
     )
+
+
+def in_experts_loop(model: Any) -> Any:
+    """Lets a plain model run its experts as a model with coded ones does; returns it."""
+    if any(loops_over_experts(module) for module in model.modules()):
+        model.set_experts_implementation("eager")
+    return model

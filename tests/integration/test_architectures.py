@@ -21,7 +21,7 @@ from codecllm.loader.load_report import read_report
 from codecllm.verifier.diagnosis.model.reference_model import build_model, reference_tensors
 from codecllm.verifier.load_report import record_load_report
 from tests.integration import architectures
-from tests.integration.outputs import same_bits
+from tests.integration.outputs import in_experts_loop, same_bits
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,7 @@ def test_outputs_are_the_sources(tmp_path, source, name, scheme):
             for key in values.keys() - random:
                 assert same_bits(model.state_dict()[key], values[key]), key
             assert torch.equal(architectures.output_of(model), output)
+        output = architectures.output_of(in_experts_loop(expected))
         compressed = from_pretrained(out, auto_class=auto, resident="compressed")
         assert type(compressed) is type(expected)
         assert torch.equal(architectures.output_of(compressed), output)

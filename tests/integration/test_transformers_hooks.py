@@ -14,7 +14,7 @@ from transformers import core_model_loading, modeling_utils
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.loader import from_pretrained, load
-from codecllm.loader.hf import hooks, placement, quantizer, quiet
+from codecllm.loader.hf import experts, hooks, placement, quantizer, quiet
 from codecllm.loader.hf.model_class import described_tensors, model_class
 from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.state_dict import LazyTensor
@@ -179,3 +179,26 @@ def test_offloaded_parameters_are_known_by_their_hooks(tiny, tmp_path, offload):
     getattr(accelerate, offload)(model, *where, execution_device=torch.device("cpu"))
     assert all(value.is_meta for value in model.parameters())
     assert all(placement.is_offloaded(model, name) for name in names)
+
+
+def test_experts_are_marked_and_their_loop_takes_one_weight_after_the_other(tiny, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("mixtral"))
+    marked = [module for module in model.modules() if experts.loops_over_experts(module)]
+    assert len(marked) == model.config.num_hidden_layers
+    transposed = transformers.AutoModelForCausalLM.from_pretrained(tiny("gpt_oss"))
+    assert not any(experts.loops_over_experts(module) for module in transposed.modules())
+    experts.use_loop(model)
+    weights = {id(weight) for module in marked for weight in module.parameters()}
+    shapes = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "linear",
+        lambda inputs, weight, *rest: (
+            shapes.append((weight.dim(), id(weight._base) in weights))
+            or linear(inputs, weight, *rest)
+        ),
+    )
+    model(torch.tensor([[1, 2, 3]]))
+    assert (2, True) in shapes
+    assert all(dims == 2 for dims, _ in shapes)

@@ -1,0 +1,48 @@
+"""The memory that a coded weight shares with its aliases and views."""
+
+from __future__ import annotations
+
+import torch
+
+from codecllm.loader.resident.form import WeightForm
+
+
+class Cell:
+    """The memory that a weight and its aliases share.
+
+    It is a form, or the plain tensor that took its place.
+
+    Attributes:
+        form: the form, or None.
+        dense: the plain tensor, or None.
+        dtype: dtype of the whole weight.
+        device: its device.
+        is_parameter: whether a parameter uses it, so that becoming dense is worth a line.
+    """
+
+    def __init__(self, form: WeightForm | None, dtype: torch.dtype, device: torch.device) -> None:
+        """Begins with a form; None: with no memory, until `dense` is set."""
+        self.form = form
+        self.dense: torch.Tensor | None = None
+        self.dtype, self.device = dtype, device
+        self.is_parameter = False
+
+    def read(self) -> torch.Tensor:
+        """Returns the values, [rows, cols]: decoded into new memory, or the plain tensor."""
+        if self.dense is not None:
+            return self.dense
+        assert self.form is not None
+        return self.form.dense(self.dtype, self.device)
+
+    def become_dense(self) -> torch.Tensor:
+        """Puts a plain tensor in the place of the form; returns it."""
+        if self.dense is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.dense = self.read()
+            self.form = None
+        return self.dense
+
+    def take(self, other: Cell) -> None:
+        """Takes over the values of another cell of the same dtype."""
+        assert other.form is not None
+        self.form, self.dense = other.form.moved(self.device), None
