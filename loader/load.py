@@ -164,7 +164,7 @@ class Load:
         refuse_oversized(model, self.container)
         if self._plan is not None:
             with torch.device("cpu"):  # transformers makes new tensors on the meta device here
-                self._plan.prepare()
+                self._plan.prepare(model)
         return self._state_dict
 
     def asks_in_calling_thread(self) -> bool:

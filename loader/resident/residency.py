@@ -31,7 +31,12 @@ from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter
 from codecllm.loader.promise import Promise
 from codecllm.loader.reader import CPU, TensorReader
-from codecllm.loader.resident.coded_weight import CodedWeight, coded_parameter, settle
+from codecllm.loader.resident.coded_weight import (
+    CodedWeight,
+    coded_parameter,
+    plain_copy,
+    settle,
+)
 from codecllm.loader.resident.compressed_form import CodedMatrix, SharedDecoder
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.int8_form import Int8Form
@@ -77,13 +82,15 @@ class Residency(ABC):
         self._state_dict = state_dict
         self._forms: dict[tuple[str, torch.device], WeightForm | None] = {}
         self._lock = threading.Lock()
+        self._buffers: frozenset[str] = frozenset()
 
     @abstractmethod
     def can_take(self, record: CodedTensor) -> bool:
         """Whether a tensor, if it is a matrix by rows, stays in this form."""
 
-    def prepare(self) -> None:
-        """Changes the state dict, and starts to read everything."""
+    def prepare(self, model: nn.Module) -> None:
+        """Changes the state dict for an empty model, and starts to read everything."""
+        self._buffers = frozenset(name for name, _ in model.named_buffers())
         for name, record in self._records.items():
             self._state_dict[name] = CodedLazyTensor(self, self._state_dict[name], record)
         prefetch(self._reader, self._state_dict)
@@ -96,17 +103,22 @@ class Residency(ABC):
         """
         has_experts = False
         for module_name, module in model.named_modules():
-            for name, weight in module.named_parameters(recurse=False):
+            for name, weight in list(module.named_parameters(recurse=False)):
                 if not isinstance(weight, CodedWeight):
                     continue
                 weight.__dict__.pop("is_loading", None)
+                place = f"{module_name}.{name}" if module_name else name
                 is_stack = weight.dim() == 3
+                is_buffer = place in self._buffers
                 keeps = loops_over_experts(module) if is_stack else _keeps_matrices(module)
-                has_experts |= is_stack and keeps
+                has_experts |= is_stack and keeps and not is_buffer
                 if weight.form is None:
-                    place = f"{module_name}.{name}"
                     raise ModelMismatchError("weight is a part of a coded one", tensor=place)
-                if not keeps:
+                if is_buffer:
+                    # transformers assigned a parameter, and torch put that in the buffer's place.
+                    delattr(module, name)
+                    module.register_buffer(name, plain_copy(weight))
+                elif not keeps:
                     settle(weight)  # in place: tied modules hold it too
                     weight.requires_grad_(True)
         if has_experts:
@@ -224,7 +236,7 @@ class ResidentCompressed(Residency):
         """True: every coded tensor has a payload."""
         return True
 
-    def prepare(self) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """See `Residency.prepare`; payloads for a device are brought there at once.
 
         Raises:
@@ -245,7 +257,7 @@ class ResidentCompressed(Residency):
         if on_device:
             assert self._device is not None and self._engine is not None
             self._device.load(on_device, self._engine)
-        super().prepare()
+        super().prepare(model)
 
     def _read(self, record: CodedTensor, device: torch.device) -> WeightForm:
         reading = self._reading.get(record.name)

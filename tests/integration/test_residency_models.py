@@ -14,6 +14,7 @@ from codecllm.converter import convert
 from codecllm.formats.errors import UsageError
 from codecllm.loader import from_pretrained
 from codecllm.loader.resident.coded_weight import CodedWeight
+from tests.integration.architectures import SEQUENCE
 from tests.integration.outputs import coded_weights, logits
 
 RESIDENTS = ("dense", "int8", "compressed")
@@ -196,3 +197,22 @@ def test_untied_equal_weights_are_weights_of_their_own(tmp_path, resident):
     with torch.no_grad():
         head.zero_()
     assert table.any()
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_a_buffer_of_two_dimensions_stays_a_buffer(tmp_path, resident):
+    """BART, Marian, Pegasus and others keep a bias of the logits as a buffer, [1, vocabulary]."""
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQUENCE))
+    torch.manual_seed(0)
+    model.final_logits_bias += torch.randn(1, 512)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "c", scheme="int8", include=("*",))
+    dense, model = (from_pretrained(tmp_path / "c", resident=how) for how in ("dense", resident))
+    assert dict(model.named_buffers()).keys() == dict(dense.named_buffers()).keys()
+    assert torch.equal(model.final_logits_bias, dense.final_logits_bias)
+    assert type(model.final_logits_bias) is torch.Tensor
+    assert model.num_parameters() == dense.num_parameters()
+    for each in (dense, model):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(520)
+    torch.testing.assert_close(logits(model), logits(dense))
