@@ -26,7 +26,10 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit, where the model is a Hub id.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Threads. Default: one per core. Never changes a byte.", min=1)
+    int | None,
+    typer.Option(
+        help="Threads. Default: one per core, at most 8 to convert. Never changes a byte.", min=1
+    ),
 ]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to make.")]
 LocalContainer = Annotated[Path, typer.Argument(help="Container: a local folder.")]

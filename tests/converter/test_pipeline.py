@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
+from codecllm.converter import options as converter_options
+from codecllm.converter.options import ConvertOptions
 from codecllm.converter.write.digests import OrderedDigest
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
@@ -121,3 +123,10 @@ def test_digests_run_side_by_side_and_in_order():
         with pytest.raises(ZeroDivisionError):
             failed.result()
     assert len(called) == 500
+
+
+def test_threads_are_the_cores_up_to_the_useful_ones_unless_asked_for(monkeypatch):
+    for cores, expected in ((1, 1), (2, 2), (8, 8), (64, 8)):
+        monkeypatch.setattr(converter_options, "cores", lambda cores=cores: cores)
+        assert ConvertOptions().threads == expected
+        assert ConvertOptions(workers=16).threads == 16
