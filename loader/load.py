@@ -238,6 +238,13 @@ class Load:
         if self.container.manifest.source.quantization is not None:
             return  # which names are left over is for the source's quantizer to say, which warns
         name = type(model).__name__
+        parameters = [key for key, _ in model.named_parameters()]
+        if parameters and self._info.missing_keys.issuperset(parameters):
+            raise ModelMismatchError(
+                f"{name} finds none of its weights in the container",
+                got=f"tensors such as {self.container.manifest.tensors[0].name}",
+                expected=f"such as {parameters[0]}",
+            )
         expected = self.report
         if expected is None or expected.model_class != name:
             if not self._options.complete:

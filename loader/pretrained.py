@@ -87,7 +87,8 @@ def from_pretrained(
             `transformers.AutoModelForSequenceClassification`; None takes the class that the config
             names, or where transformers has no such class the usual one that the weights fill best.
             With a class of the caller, weights that it lacks are initialised, with a warning, as
-            transformers does.
+            transformers does; a class that finds none of its weights is an error. The class may be
+            that of a part, such as `transformers.CLIPTextModel` for a container of CLIP.
         resident: how weights lie in memory. `auto`: `dense` if that fits beside a cache of 4096
             tokens; else on a GPU `packed`, and on the CPU `int8` if the container has codes, or
             `compressed`. The log and the model's attribute `codecllm_resident` say which and why. A
@@ -267,9 +268,12 @@ def _build_from(
     hf_kwargs: dict[str, Any],
 ) -> Any:
     config = hf_kwargs.pop("config", None)
-    stored_config, other_options = read_config(
-        folder, run_code=run_code, return_unused_kwargs=True, **hf_kwargs
-    )
+    read = partial(read_config, folder, run_code=run_code, return_unused_kwargs=True, **hf_kwargs)
+    stored_config, other_options = read()
+    part_class = getattr(auto_class, "config_class", None)
+    if part_class is not None and not isinstance(stored_config, part_class):
+        # The class is a part of the model, such as the text tower, and has a config of its own.
+        stored_config, other_options = read(config_class=part_class)
     if config is None:
         config, hf_kwargs = stored_config, other_options
     else:

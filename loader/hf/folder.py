@@ -37,13 +37,17 @@ TOKENIZER_FILES = (
 )
 
 
-def read_config(model: ModelFiles, *, run_code: bool = False, **options: Any) -> Any:
+def read_config(
+    model: ModelFiles, *, run_code: bool = False, config_class: Any = None, **options: Any
+) -> Any:
     """Returns a model's config as a transformers `PretrainedConfig`.
 
     Args:
         model: its folder, or the opened container.
         run_code: whether code of the folder may run: only where the caller of a load said so, and
             after `remote_code.check_code`.
+        config_class: class that reads the config, and takes from that of a model of several parts
+            its own; None takes the one of the config's `model_type`.
         options: attributes to change, as `from_pretrained` takes them. With
             `return_unused_kwargs=True` the result is the config and the other options.
 
@@ -55,7 +59,8 @@ def read_config(model: ModelFiles, *, run_code: bool = False, **options: Any) ->
 
     with listed_files(model, for_model_with_code if run_code else for_model) as folder:
         try:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=run_code, **options)
+            reader = config_class or AutoConfig
+            return reader.from_pretrained(folder, trust_remote_code=run_code, **options)
         except Exception as exc:
             raise UnsupportedEnvironmentError(
                 f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME

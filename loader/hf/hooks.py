@@ -9,6 +9,8 @@ Some steps of `PreTrainedModel.from_pretrained` are wrapped, once per process:
 - the loading of the weights then takes a state dict that decodes itself, under the source's own
   names. Everything that follows from names is left to transformers: conversions and renames,
   fused experts, prefixes, tied weights, modules that stay in float32;
+- the reading of a config by a class that takes a part of it (`CLIPTextModel` of a CLIP folder)
+  keeps our block, which stands at the top;
 - the building and the finishing of a model hold one lock. transformers changes the default dtype
   and its own `tie_weights` for that time, for all threads: without the lock a load in another
   thread gets weights of a wrong dtype, or loses a tie.
@@ -28,7 +30,7 @@ from functools import wraps
 from typing import Any, Protocol
 
 import torch
-from transformers import core_model_loading, modeling_utils
+from transformers import PreTrainedConfig, core_model_loading, modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 
 _building = threading.RLock()
@@ -47,6 +49,18 @@ class WeightSource(Protocol):
         Returns:
             The source of the weights while the source's quantizer runs; None, and nothing is
             changed, where the config has no block of ours or the source was not quantized.
+        """
+
+    @classmethod
+    def block_of_part(cls, block: Any, own: Any) -> dict[str, Any] | None:
+        """Returns the quantization block of a part of a config.
+
+        Args:
+            block: the whole config's block, or None.
+            own: that of the part, or None.
+
+        Returns:
+            The block; None where `block` is not ours, and the part is as it was.
         """
 
     def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
@@ -115,6 +129,10 @@ def install(weight_source: type[Any]) -> None:
         _load_state_dict,
         weight_source,
     )
+    if not hasattr(PreTrainedConfig, _ORIGINAL):
+        read = PreTrainedConfig.get_config_dict
+        setattr(PreTrainedConfig, _ORIGINAL, read)
+        PreTrainedConfig.get_config_dict = _with_block_of_parts(read, weight_source)
     if not hasattr(PreTrainedModel, "_codecllm_locked"):
         PreTrainedModel._codecllm_locked = True
         PreTrainedModel.get_init_context = _locked_init_context(PreTrainedModel.get_init_context)
@@ -226,6 +244,35 @@ def _load_state_dict(
     )
     source.loaded(info)
     return info, index
+
+
+def _with_block_of_parts(original: Any, weight_source: type[Any]) -> Any:
+    function = original.__func__
+
+    @wraps(function)
+    def get_config_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        whole, options = function(cls, *args, **kwargs)
+        for part in _parts_for(cls, whole):
+            block = weight_source.block_of_part(
+                whole.get("quantization_config"), part.get("quantization_config")
+            )
+            if block is not None:
+                part["quantization_config"] = block
+        return whole, options
+
+    return classmethod(get_config_dict)
+
+
+def _parts_for(config_class: Any, whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the parts of a config that `from_pretrained` of a config class may take."""
+    part = whole.get(config_class.base_config_key)
+    if isinstance(part, dict):
+        return [part]
+    kind = config_class.model_type
+    if not kind or whole.get("model_type") == kind:
+        return []
+    parts = [value for value in whole.values() if isinstance(value, dict)]
+    return [value for value in parts if value.get("model_type") == kind]
 
 
 def _locked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -83,6 +83,13 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             return None
         return cls(CodecLLMConfig(**entries), pre_quantized=True)
 
+    @classmethod
+    def block_of_part(cls, block: Any, own: Any) -> dict[str, Any] | None:
+        """See `hooks.WeightSource`."""
+        if not isinstance(block, dict) or block.get("quant_method") != QUANT_METHOD:
+            return None
+        return block if own is None else {**block, ORIGINAL_KEY: own}
+
     def finish(self, model: Any) -> None:
         """See `hooks.WeightSource`."""
         self._process_model_after_weight_loading(model)

@@ -518,18 +518,18 @@ def test_generation_defaults_are_the_sources(tmp_path, config, generation):
 
 
 @pytest.mark.parametrize(
-    "auto",
+    ("name", "auto"),
     [
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-        "AutoModelForQuestionAnswering",
+        ("llama", "AutoModel"),
+        ("llama", "AutoModelForCausalLM"),
+        ("llama", "AutoModelForSequenceClassification"),
+        ("llama", "AutoModelForTokenClassification"),
+        ("bert", "AutoModelForMaskedLM"),
     ],
 )
 @pytest.mark.parametrize("resident", RESIDENCIES)
-def test_task_classes_of_the_caller(tmp_path, container, auto, resident):
-    folder, cls = container("llama", "int8"), getattr(hf, auto)
+def test_task_classes_of_the_caller(container, name, auto, resident):
+    folder, cls = container(name, "int8"), getattr(hf, auto)
     torch.manual_seed(3)
     theirs = cls.from_pretrained(folder, num_labels=5)
     torch.manual_seed(3)

@@ -110,12 +110,23 @@ def test_the_wrapped_steps_take_the_arguments_that_the_wrappers_pass():
     assert {"hf_quantizer", "weight_mapping", "dtype_plan", "device_map"} <= fields.keys()
 
 
+def test_config_classes_still_take_a_part_of_a_dictionary_by_these_names():
+    base = transformers.PreTrainedConfig
+    assert (base.base_config_key, base.model_type) == ("", "")
+    assert transformers.CLIPTextConfig.base_config_key == "text_config"
+    source = inspect.getsource(base.from_pretrained)
+    assert "cls.get_config_dict(" in source
+    assert "config_dict[cls.base_config_key]" in source
+
+
 def test_installing_again_wraps_nothing_twice():
+    read = transformers.PreTrainedConfig.get_config_dict
     before = modeling_utils._get_dtype, modeling_utils.PreTrainedModel.get_init_context
     original = _original(modeling_utils._get_dtype)
     hooks.install(quantizer.CodecLLMQuantizer)
     assert _original(modeling_utils._get_dtype) is original
     assert modeling_utils.PreTrainedModel.get_init_context == before[1]
+    assert read == transformers.PreTrainedConfig.get_config_dict
 
 
 def test_building_and_finishing_hold_the_lock():
