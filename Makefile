@@ -22,6 +22,9 @@ setup: $(READY) ## Make the environment.
 demo: $(READY) ## Convert, verify and run small real models (SmolLM2-135M-Instruct, MiniLM-L6; about 180 MB to fetch once).
 	$(BIN)/python -m demo.run
 
+# One worker per core: more threads in each would wait for each other.
+test unit test-oldest matrix: export OMP_NUM_THREADS = 1
+
 test: $(READY) ## Run every test; those that need a GPU too where there is one.
 	$(BIN)/python -m pytest -n auto --dist worksteal
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) --no-print-directory test-gpu; fi

@@ -29,6 +29,7 @@ TESTS = tuple(
         "composability",
         "unusual_sources",
         "transformers_hooks",
+        "experts",
     )
 )
 _FREE = ("transformers", "huggingface-hub", "typer", "rich")
