@@ -5,6 +5,7 @@ Every failure a caller may meet has one class, and one line that holds every fac
 
 from __future__ import annotations
 
+import errno
 from typing import Any, Self
 
 
@@ -177,6 +178,34 @@ class UnsupportedEnvironmentError(CodecLLMError):
     """A needed library is missing or too old on this machine."""
 
     exit_code = 3
+
+
+_RAN_OUT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
+# torch and the interpreter have no class of their own for these.
+_RAN_OUT_WORDS = ("allocate memory", "start new thread", "failed to map segment")
+
+
+def machine_error(exc: BaseException) -> BaseException | None:
+    """Returns the error to raise where another library's error is the machine's, not the model's.
+
+    Memory, threads, descriptors or the disk ran out. A MemoryError, an error of a device's memory
+    or of the system is returned as it is; for others that mean the same, a MemoryError.
+
+    Args:
+        exc: what a library raised.
+
+    Returns:
+        The error, or None where `exc` may be about the model.
+    """
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+        return exc
+    if isinstance(exc, OSError) and exc.errno in _RAN_OUT:
+        return exc
+    if isinstance(exc, RuntimeError | ImportError) and any(
+        words in str(exc) for words in _RAN_OUT_WORDS
+    ):
+        return MemoryError(one_line(exc))
+    return None
 
 
 def one_line(error: object, limit: int = 200) -> str:

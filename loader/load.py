@@ -11,7 +11,12 @@ from typing import Any, Literal
 import torch
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import LayoutError, ModelMismatchError, UsageError
+from codecllm.formats.errors import (
+    LayoutError,
+    ModelMismatchError,
+    UsageError,
+    machine_error,
+)
 from codecllm.formats.strict_json import parse_json_object
 from codecllm.loader.choice import choose_resident
 from codecllm.loader.device.codecs import Decoder
@@ -191,7 +196,7 @@ class Load:
         """
         # transformers may go on after an error in a thread, with weights at random.
         if self.first_error is not None:
-            raise self.first_error
+            raise machine_error(self.first_error) or self.first_error
         if self._info is not None:
             self._check_report(model)
         if self._plan is not None:

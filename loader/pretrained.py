@@ -16,6 +16,7 @@ from codecllm.formats.errors import (
     NotAContainerError,
     UnsupportedEnvironmentError,
     UsageError,
+    machine_error,
 )
 from codecllm.formats.manifest.manifest import INDEX_NAME
 from codecllm.formats.manifest.unlisted import refuse_unlisted
@@ -295,9 +296,12 @@ def _build_from(
     except Exception as exc:
         # Our error names shard, tensor and chunk; transformers' summary of it does not.
         if load.first_error is not None:
-            raise load.first_error from exc
+            raise (machine_error(load.first_error) or load.first_error) from exc
         if isinstance(exc, CodecLLMError):
             raise
+        machine = machine_error(exc)
+        if machine is not None:
+            raise machine from exc
         wrong_shapes = load.mismatched()
         if wrong_shapes:
             raise ModelMismatchError(

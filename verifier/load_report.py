@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError
+from codecllm.formats.errors import CodecLLMError, machine_error
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.verifier.side_file import attach
 
@@ -51,8 +51,9 @@ def record_load_report(out: str | Path) -> str | None:
         except CodecLLMError as exc:
             return f"transformers cannot load this model: {exc}"
         except Exception as exc:
-            if isinstance(exc, MemoryError) or getattr(exc, "errno", None) is not None:
-                raise  # of this machine: says nothing of the model
+            machine = machine_error(exc)
+            if machine is not None:
+                raise machine from exc
             # A model class raises any type for another class's config.
             return f"transformers cannot load this model: {describe(exc)}"
     if report.is_empty:

@@ -15,7 +15,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from codecllm.formats.errors import SchemaError, UnsupportedEnvironmentError, one_line
+from codecllm.formats.errors import (
+    SchemaError,
+    UnsupportedEnvironmentError,
+    machine_error,
+    one_line,
+)
 from codecllm.loader.hf.listed import (
     ModelFiles,
     for_model,
@@ -62,7 +67,7 @@ def read_config(
             reader = config_class or AutoConfig
             return reader.from_pretrained(folder, trust_remote_code=run_code, **options)
         except Exception as exc:
-            raise UnsupportedEnvironmentError(
+            raise machine_error(exc) or UnsupportedEnvironmentError(
                 f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME
             ) from exc
 
@@ -100,7 +105,7 @@ def read_generation_config(model: ModelFiles) -> Any:
         try:
             return GenerationConfig.from_pretrained(folder)
         except Exception as exc:
-            raise SchemaError(
+            raise machine_error(exc) or SchemaError(
                 f"transformers cannot read the generation defaults: {describe(exc)}",
                 file=GENERATION_CONFIG_NAME,
             ) from exc
@@ -119,7 +124,7 @@ def _tokenizer_of(folder: Path, options: dict[str, str]) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as exc:
         name = _damaged_tokenizer_file(folder)
-        raise SchemaError(
+        raise machine_error(exc) or SchemaError(
             f"transformers cannot read the tokenizer: {describe(exc)}", file=name
         ) from exc
 
