@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from codecllm.converter import convert
@@ -205,3 +206,41 @@ def test_parts_that_do_not_fit_are_not_joined(forms, made):
     assert concatenated(forms, 1) is None
     assert concatenated([stacked(forms), stacked(forms)], 0) is None
     assert concatenated([stacked(forms), forms[0]], 1) is None
+
+
+def _with_adapter(model):
+    """The model with a LoRA adapter on its experts, with weights that are drawn."""
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        lora_dropout=0.0,
+    )
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in sorted(adapted.named_parameters()):
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    return adapted
+
+
+@pytest.mark.parametrize("resident", ["int8", "compressed"])
+def test_adapters_on_experts_run_train_and_merge(made, resident):
+    folder = made("mixtral", "int8")
+    plain = _with_adapter(_dense(folder))
+    adapted = _with_adapter(from_pretrained(folder, resident=resident))
+    gradients = []
+    for model in (plain, adapted):
+        model(IDS).logits.float().square().mean().backward()
+        gradients.append(
+            {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        )
+    assert len(gradients[0]) == len(gradients[1]) == 12
+    assert not torch.equal(_logits(plain), _logits(_dense(folder)))
+    bounds = {"rtol": 0.1, "atol": 0.05} if resident == "int8" else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(_logits(adapted), _logits(plain), **bounds)
+    if resident == "compressed":
+        torch.testing.assert_close(gradients[1], gradients[0], **bounds)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(_logits(merged), _logits(plain.merge_and_unload()), **bounds)
