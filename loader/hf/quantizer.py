@@ -30,6 +30,8 @@ from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_size
 from codecllm.loader.hf import hooks
 from codecllm.loader.load import Load, LoadOptions
+from codecllm.loader.resident.coded_weight import make_plain
+from codecllm.loader.residents import Chosen
 
 QUANT_METHOD = "codecllm"
 
@@ -141,10 +143,27 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         if model is not None and not getattr(model, "_hf_peft_config_loaded", False):
             raise UsageError(
                 "save_pretrained cannot write a model whose weights stay coded in memory: copy the "
-                "container's folder, or load it with resident='dense', save that, and run "
+                "container's folder, or call model.dequantize(), save that, and run "
                 "`codecllm convert` on it"
             )
         return False
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Makes every weight of a model plain; from then on it is one that was loaded dense.
+
+        Args:
+            model: the model; it is changed.
+            dtype: the model is cast to it first; None leaves each weight in its own.
+
+        Returns:
+            The model.
+        """
+        if dtype is not None:
+            model.to(dtype)
+        make_plain(model)
+        self.remove_quantization_config(model)
+        model.codecllm_resident = Chosen("dense", "the caller called dequantize")
+        return model
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_load": None}
@@ -212,4 +231,9 @@ def _container_folder(checkpoint_files: list[str]) -> Path:
         if files.repo is not None:
             cache = folder.resolve().parents[2]
             return resolve(files.repo, revision=files.commit, cache_dir=cache, kind="model").folder
+        raise NotAContainerError(
+            f"config.json names codecllm, but {MANIFEST_NAME} is missing: restore it, or where the "
+            "weights are plain ones take quantization_config out of config.json",
+            file=str(folder),
+        )
     return folder

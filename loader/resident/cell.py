@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from codecllm.loader.resident.form import WeightForm
@@ -26,6 +28,7 @@ class Cell:
         self.dense: torch.Tensor | None = None
         self.dtype, self.device = dtype, device
         self.is_parameter = False
+        self._copy: weakref.ref[torch.Tensor] | None = None
 
     def read(self) -> torch.Tensor:
         """Returns the values, [rows, cols]: decoded into new memory, or the plain tensor."""
@@ -33,6 +36,17 @@ class Cell:
             return self.dense
         assert self.form is not None
         return self.form.dense(self.dtype, self.device)
+
+    def shared_copy(self) -> torch.Tensor:
+        """Returns the values as a plain tensor, the same one as long as a caller holds it."""
+        if self.dense is not None:
+            return self.dense
+        copy = self._copy() if self._copy is not None else None
+        if copy is None:
+            with torch.inference_mode(False), torch.no_grad():
+                copy = self.read()
+            self._copy = weakref.ref(copy)
+        return copy
 
     def become_dense(self) -> torch.Tensor:
         """Puts a plain tensor in the place of the form; returns it."""
@@ -45,4 +59,4 @@ class Cell:
     def take(self, other: Cell) -> None:
         """Takes over the values of another cell of the same dtype."""
         assert other.form is not None
-        self.form, self.dense = other.form.moved(self.device), None
+        self.form, self.dense, self._copy = other.form.moved(self.device), None, None

@@ -161,12 +161,17 @@ class CodedWeight(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles the form; a part of a weight, or one that has become dense, as a plain tensor."""
+        """Pickles the form of a parameter; anything else, such as its alias, as a plain tensor.
+
+        A state dict holds aliases, and its file is that of a plain model: of tied weights one copy.
+        """
         form = self.form
         if form is None:
             return plain_copy(self).__reduce_ex__(protocol)
-        is_param = isinstance(self, nn.Parameter)
-        return _restored, (form, self.dtype, str(self.device), is_param)
+        if isinstance(self, nn.Parameter):
+            return _restored, (form, self.dtype, str(self.device))
+        self._read_copy = self._cell.shared_copy()  # held, so that the next alias gets the same
+        return self._read_copy.__reduce_ex__(protocol)
 
 
 def coded(form: WeightForm, dtype: torch.dtype, device: torch.device) -> CodedWeight:
@@ -188,7 +193,7 @@ def read(weight: torch.Tensor) -> torch.Tensor:
     cell, matrix = weight._cell, weight.matrix
     if matrix is not None:
         return matrix.dense(cell.dtype, cell.device)
-    return _cut(cell.read(), weight._views)
+    return cut(cell.read(), weight._views)
 
 
 def plain_copy(weight: CodedWeight) -> torch.Tensor:
@@ -214,7 +219,7 @@ def write(weight: CodedWeight, reason: str) -> torch.Tensor:
         first = (form.kind, reason) not in _reported
         _reported.add((form.kind, reason))
         _LOG.log(logging.WARNING if first else logging.DEBUG, grown)
-    return _cut(dense, weight._views)
+    return cut(dense, weight._views)
 
 
 def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool:
@@ -227,7 +232,7 @@ def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool
     """
     if replacement is None:
         with torch.no_grad():
-            replacement = _cut(weight._cell.become_dense(), weight._views)
+            replacement = cut(weight._cell.become_dense(), weight._views)
     is_param = isinstance(weight, nn.Parameter)
     with torch._C.DisableTorchFunctionSubclass():
         other: torch.Tensor = replacement.detach()
@@ -240,6 +245,14 @@ def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool
             return False
     weight.__dict__.update(extras)
     return True
+
+
+def make_plain(model: nn.Module) -> None:
+    """Makes every coded parameter of a model plain, in place, and lets it be trained."""
+    for weight in list(model.parameters()):
+        if isinstance(weight, CodedWeight):
+            settle(weight)  # in place: tied modules hold it too
+            weight.requires_grad_(True)
 
 
 def alias(weight: CodedWeight) -> CodedWeight:
@@ -256,10 +269,8 @@ def _copied(weight: CodedWeight) -> CodedWeight:
     return twin
 
 
-def _restored(form: WeightForm, dtype: torch.dtype, device: str, is_param: bool) -> CodedWeight:
-    make = coded_parameter if is_param else coded
-    weight: CodedWeight = make(form, dtype, torch.device(device))
-    return weight
+def _restored(form: WeightForm, dtype: torch.dtype, device: str) -> CodedWeight:
+    return coded_parameter(form, dtype, torch.device(device))
 
 
 def _wrap(cell: Cell, views: tuple[View, ...], outline: torch.Tensor) -> CodedWeight:
@@ -281,7 +292,8 @@ def _outline(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
 
 
-def _cut(values: torch.Tensor, views: tuple[View, ...]) -> torch.Tensor:
+def cut(values: torch.Tensor, views: tuple[View, ...]) -> torch.Tensor:
+    """Returns the part of a whole weight's values that views take one after the other."""
     for view in views:
         values = view(values)
     return values

@@ -16,6 +16,7 @@ from codecllm.loader.resident.coded_weight import (
     alias,
     coded,
     coded_parameter,
+    cut,
     plain_copy,
     read,
     settle,
@@ -129,13 +130,15 @@ def _nbytes(func: Any, weight: CodedWeight) -> Any:
 def _readable(weight: CodedWeight) -> torch.Tensor:
     """Returns the decoded values.
 
-    A tensor that is asked for its memory keeps them as long as it lives.
+    A tensor that is asked for its memory keeps them as long as it lives. Aliases of one weight
+    share them, so that others can tell that they are tied; one matrix of a stack is read alone.
     """
-    if weight._cell.dense is not None:
-        return read(weight)
-    if weight._read_copy is None:
-        weight._read_copy = plain_copy(weight)
-    return weight._read_copy
+    if weight._views and weight.matrix is not None:
+        if weight._read_copy is None:
+            weight._read_copy = plain_copy(weight)
+        return weight._read_copy
+    weight._read_copy = weight._cell.shared_copy()
+    return cut(weight._read_copy, weight._views)
 
 
 class Address(int):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from codecllm.converter import convert
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError
+from codecllm.formats.errors import ChecksumError, NotAContainerError
 from codecllm.loader import from_pretrained
 from tests import tampering
 from tests.integration import tiny_models
@@ -49,6 +49,17 @@ def test_auto_classes_load_a_container(container, auto, options):
     assert all(
         same_bits(value, base.state_dict()[key]) for key, value in model.state_dict().items()
     )
+
+
+def test_plain_weights_under_a_containers_config_are_an_error(tmp_path, container):
+    """A model of `from_config` keeps the block in its config, and saves it beside plain weights."""
+    config = transformers.AutoConfig.from_pretrained(container("llama", "int8"))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(NotAContainerError, match="take quantization_config out"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "c", scheme="lossless")
+    assert torch.equal(logits(from_pretrained(tmp_path / "c")), logits(model.eval()))
 
 
 def test_transformers_alone_stops_at_a_damaged_chunk(tmp_path, container):

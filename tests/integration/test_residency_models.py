@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -15,7 +18,7 @@ from codecllm.formats.errors import UsageError
 from codecllm.loader import from_pretrained
 from codecllm.loader.resident.coded_weight import CodedWeight
 from tests.integration.architectures import SEQUENCE
-from tests.integration.outputs import coded_weights, logits
+from tests.integration.outputs import coded_weights, logits, same_bits
 
 RESIDENTS = ("dense", "int8", "compressed")
 CODED = ("int8", "compressed")
@@ -115,10 +118,69 @@ def test_state_dicts_go_from_and_to_plain_models(container, resident):
 @pytest.mark.parametrize("resident", CODED)
 def test_saving_the_model_is_one_clear_error(tmp_path, container, resident):
     model = from_pretrained(container("llama", "int8"), resident=resident)
-    with pytest.raises(UsageError, match="resident='dense'"):
+    with pytest.raises(UsageError, match=r"model\.dequantize\(\)"):
         model.save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="half"):
         model.half()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+@pytest.mark.parametrize("resident", CODED)
+def test_dequantize_gives_the_dense_model(tmp_path, container, name, resident):
+    folder = container(name, "int8")
+    dense, model = from_pretrained(folder), from_pretrained(folder, resident=resident)
+    assert model.dequantize() is model
+    assert not coded_weights(model)
+    assert model.codecllm_resident.resident == "dense"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    values = model.state_dict()
+    assert values.keys() == dense.state_dict().keys()
+    assert all(same_bits(values[key], value) for key, value in dense.state_dict().items())
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").state_dict()
+    assert all(same_bits(again[key], value) for key, value in values.items())
+    with pytest.raises(ValueError, match="quantize"):
+        model.dequantize()
+
+
+def test_dequantize_to_another_dtype_rounds_once(container):
+    wide = from_pretrained(container("llama", "int8"), dtype=torch.float32)
+    model = from_pretrained(container("llama", "int8"), resident="int8")
+    model.dequantize(torch.float32)
+    assert torch.equal(model.lm_head.weight, wide.lm_head.weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+READ = """
+import sys, torch
+values = torch.load(sys.argv[1], weights_only=True)
+assert "codecllm" not in sys.modules
+assert {type(value) for value in values.values()} == {torch.Tensor}
+addresses = [values[key].data_ptr() for key in ("lm_head.weight", "model.embed_tokens.weight")]
+assert addresses[0] == addresses[1]
+"""
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_the_file_of_a_state_dict_is_that_of_a_plain_model(tmp_path, container, resident):
+    dense = from_pretrained(container("llama", "int8"))
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    files = []
+    for name, each in (("dense.pt", dense), ("coded.pt", model)):
+        torch.save(each.state_dict(), tmp_path / name)
+        files.append(torch.load(tmp_path / name, weights_only=True))
+        subprocess.run([sys.executable, "-c", READ, tmp_path / name], check=True)
+    assert files[0].keys() == files[1].keys()
+    assert all(same_bits(files[1][key], value) for key, value in files[0].items())
+    sizes = [(tmp_path / name).stat().st_size for name in ("dense.pt", "coded.pt")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+    assert len(coded_weights(model)) == 16
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    plain = copy.deepcopy(dense)
+    with torch.no_grad():
+        plain.lm_head.weight.zero_()
+    safetensors.torch.load_model(plain, tmp_path / "model.safetensors")
+    assert torch.equal(logits(plain), logits(dense))
 
 
 @pytest.mark.parametrize("resident", CODED)
