@@ -10,22 +10,29 @@ from rich.markup import escape
 from rich.table import Table
 
 from codecllm.formats.container import Container
-from codecllm.formats.manifest.manifest import Manifest
+from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, RawTensor, TensorRecord
 from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.hub import open_remote, resolve
+from codecllm.verifier.baseline.baseline import describe_agreement
+from codecllm.verifier.baseline.record import parse_baseline
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
     """Returns the figures of a container in a local folder as JSON values.
 
-    See `describe_manifest`.
+    Those of `describe_manifest`, and `agreement`: how the model agreed with its source when its
+    baseline was recorded (`mean_kl` in nats and `top1` along the source's greedy continuations, or
+    `cosine` of hidden states); None without a baseline.
     """
     with Container(folder) as container:
-        facts = describe_manifest(
-            container.manifest, container.manifest_sha256, container.manifest_bytes
-        )
-        return {"folder": str(folder), **facts}
+        manifest = container.manifest
+        facts = describe_manifest(manifest, container.manifest_sha256, container.manifest_bytes)
+        record = manifest.file(BASELINE_NAME)
+        baseline = None if record is None else parse_baseline(container.read_side_file(record))
+        agreement = None if baseline is None else baseline.agreement
+        figures = None if agreement is None else agreement.model_dump(exclude_none=True)
+        return {"folder": str(folder), **facts, "agreement": figures}
 
 
 def describe_name(
@@ -210,6 +217,9 @@ def render(facts: dict[str, Any], console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if facts.get("agreement"):
+        words = describe_agreement(facts["agreement"])
+        console.print(f"quality    {words}, against the source", highlight=False, markup=False)
     console.print(f"manifest   sha256 {facts['manifest_sha256']}", highlight=False, markup=False)
     if "hub" in facts:
         _render_hub(facts["hub"], console)

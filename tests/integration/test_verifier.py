@@ -7,12 +7,14 @@ import random
 import shutil
 
 import pytest
+from rich.console import Console
 
 import codecllm
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError, UsageError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.info import describe, render
 from codecllm.verifier import Verdict, record_baseline, verify
 from codecllm.verifier.baseline import model_output
 from tests import tampering
@@ -78,6 +80,18 @@ def test_lossless_baseline_says_exactly_what_the_source_says(recorded):
     for prompt in baseline["greedy"]:
         assert prompt["source"] == prompt["converted"]
         assert len(prompt["source"]["tokens"]) == 32
+
+
+def test_info_says_how_a_model_agrees_with_its_source(recorded, container):
+    folder = recorded("llama", "int8")
+    baseline = json.loads((folder / "baseline.json").read_bytes())
+    facts = describe(folder)
+    assert facts["agreement"] == baseline["agreement"]
+    assert facts["agreement"]["mean_kl"] > 0
+    console = Console(record=True, width=200)
+    render(facts, console)
+    assert f"quality    top-1 {facts['agreement']['top1']:.1%}" in console.export_text()
+    assert describe(container("llama", "int8"))["agreement"] is None
 
 
 def test_every_damaged_chunk_is_listed(container, tmp_path):
