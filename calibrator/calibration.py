@@ -18,6 +18,7 @@ from codecllm.calibrator.names import by_source
 from codecllm.calibrator.text import (
     LENGTH,
     REFINED_LENGTH,
+    begins_with_start,
     file_text,
     own_text,
     random_text,
@@ -149,7 +150,7 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
     length = REFINED_LENGTH if task.refined else LENGTH
     if kind == "self" and _writes(model):
         tell("calibrating: the model writes its own text")
-        tokens = own_text(model, length)
+        tokens = own_text(model, length, keep_start=begins_with_start(task.folder))
     if kind == "self" and tokens is None:
         notes.append(f"{type(model).__name__} does not write text: calibrated on random tokens")
         kind = "random"

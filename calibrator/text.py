@@ -23,20 +23,25 @@ REFINED_LENGTH = 256
 SEED = 0
 
 
-def own_text(model: Any, length: int = LENGTH) -> torch.Tensor | None:
+def own_text(model: Any, length: int = LENGTH, *, keep_start: bool = False) -> torch.Tensor | None:
     """Samples sequences from a causal language model, at temperature 1, from its start token.
 
+    Args:
+        model: the model.
+        length: tokens of a sequence.
+        keep_start: whether sequences begin with the start token, which they were written after.
+
     Returns:
-        int64 [SEQUENCES, length], on the CPU, without the start token; None where the model keeps
-        no keys and values of past tokens, so that writing would take too long.
+        int64 [SEQUENCES, length], on the CPU; None where the model keeps no keys and values of past
+        tokens, so that writing would take too long.
     """
     generator = torch.Generator().manual_seed(SEED)
     current = torch.full((SEQUENCES, 1), _start_token(model.config), device=model.device)
     past = None
-    tokens = []
+    tokens = [current.cpu()] if keep_start else []
     # Inference mode would leave tensors in the model's caches that no gradient may pass.
     with torch.no_grad():
-        for _ in range(min(length, _longest(model) - 1)):
+        for _ in range(min(length, _longest(model) - 1) - len(tokens)):
             output = model(input_ids=current, past_key_values=past, use_cache=True)
             past = getattr(output, "past_key_values", None)
             if past is None:
@@ -62,6 +67,8 @@ def random_text(model: Any, length: int = LENGTH) -> torch.Tensor:
 def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> torch.Tensor:
     """Reads the first tokens of a text file: int64 [sequences, length], up to SEQUENCES of them.
 
+    Each sequence begins with the start token, if the tokenizer gives a text one.
+
     Raises:
         UsageError: the file cannot be read, is too short, or the model has no tokenizer.
     """
@@ -72,19 +79,40 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     try:
         tokenizer = read_tokenizer(folder)
         ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
+        start = _start_of(tokenizer, ids)
     # Each of the many tokenizer classes of transformers raises errors of its own.
     except Exception as exc:
         raise UsageError(f"no usable tokenizer for a calibration text ({one_line(exc)})") from exc
     length = min(length, _longest(model))
+    text_ids, piece = ids[len(start) :], length - len(start)
     # Sequences of one length need no padding, which would count as text.
-    count = min(SEQUENCES, len(ids) // length)
+    count = min(SEQUENCES, len(text_ids) // piece)
     if count < 1:
         raise UsageError(
             "the calibration text is too short",
             got=f"{len(ids)} tokens",
             expected=f"{length} or more",
         )
-    return torch.tensor(ids[: count * length]).reshape(count, length)
+    pieces = torch.tensor(text_ids[: count * piece]).reshape(count, piece)
+    return torch.cat([torch.tensor(start).expand(count, -1), pieces], 1) if start else pieces
+
+
+def begins_with_start(folder: Path) -> bool:
+    """Returns whether the tokenizer of a folder, if there is one, begins texts with a token.
+
+    A model that was trained so has seen no text without it, and many behave badly there.
+    """
+    try:
+        tokenizer = read_tokenizer(folder)
+        return bool(_start_of(tokenizer, [int(token) for token in tokenizer("")["input_ids"]]))
+    # Calibration on the model's own text needs no tokenizer; those of transformers raise any error.
+    except Exception:
+        return False
+
+
+def _start_of(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Returns the start token with which a tokenizer began a text, or nothing."""
+    return ids[:1] if ids and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
 
 
 def record(kind: str, tokens: torch.Tensor) -> Calibration:
