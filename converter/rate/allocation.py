@@ -7,10 +7,12 @@ its sums over rows and columns: F[r, c] ~ rows[r] * cols[c] / sum. Sums over a r
 certain ones, and a row whose weights are large is sensitive to large errors only. The best rule at
 equal bits (docs/bits.md) is the geometric mean of the two:
 
-    step[r, c] = k * level * rows[r]^-1/4 * rms[r]^1/2 * cols[c]^-1/2
+    step[r, c] = k * level^1/2 * rows[r]^-1/4 * rms[r]^1/2 * cols[c]^-1/2
 
-where rms[r] is the root mean square of the row's weights and `level` makes the tensor's mean log
-step that of F^-1/2. One number k sets the rate of the whole model.
+where rms[r] is the root mean square of the row's weights, rows and cols have geometric mean 1, and
+`level` is the tensor's mean log step of F^-1/2. So the mean log step of a tensor lies halfway
+between what gradients ask for and what its weights ask for: gradients alone serve some models well
+and others badly. One number k sets the rate of the whole model.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ ROW_DAMPING = 0.1
 COLUMN_DAMPING = 0.1
 """Share of the mean that is added to the sums of rows and columns: few tokens say little of inputs
 that they hardly used.
+"""
+
+LEVEL_POWER = 0.5
+"""Share of the gradients in the mean log step of a tensor; the root mean square of its weights has
+the rest.
 """
 
 # Rows are treated as if their root mean square were at least this share of the tensor's.
@@ -54,14 +61,17 @@ Statistics = Mapping[str, Sensitivity]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """Relative steps of a tensor but for its weights: step = level * rows * rms^power * cols.
+    """Relative steps of a tensor but for its weights.
+
+    With gradients step = level^p * typical^(1 - p) * rows * (rms / typical)^power * cols, where
+    `typical` is the geometric mean of the rms of rows and p is `LEVEL_POWER`.
 
     Attributes:
         rows: float64 [rows].
         cols: float64 [cols].
         power: of the root mean square of the row's weights.
         absolute: whether `level` compares with that of other tensors: it is known from gradients.
-        level: factor of the whole tensor, without its share of the weights' root mean squares.
+        level: geometric mean of the steps that gradients ask for.
     """
 
     rows: Floats
@@ -105,7 +115,12 @@ def row_steps(factors: Factors, rms: Floats, typical_rms: float, first: int = 0)
         first: number of the first row.
     """
     bounded_rms = np.maximum(rms, _MIN_RMS * typical_rms)
-    scale = factors.level / typical_rms**factors.power if factors.absolute else 1.0
+    scale = 1.0
+    if factors.absolute:
+        # Without a share of the weights' size a tensor would get few bits only because all its
+        # gradients are small, which some models bear badly.
+        weights_share = 1 - LEVEL_POWER - factors.power
+        scale = factors.level**LEVEL_POWER * typical_rms**weights_share
     result: Floats = scale * factors.rows[first : first + len(rms)] * bounded_rms**factors.power
     return result
 

@@ -48,11 +48,14 @@ def test_steps_are_the_mean_of_what_gradients_and_weights_ask_for():
     assert np.allclose(steps / steps[0, 0], expected / expected[0, 0])
 
 
-def test_a_tensor_with_gradients_twice_as_large_has_steps_half_as_wide():
-    sums = np.ones(8)
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_a_tensors_steps_are_the_mean_of_what_its_gradients_and_its_weights_ask_for(size):
+    sums, rms = np.ones(8), np.full(8, size)
     one, two = (factors_of(Sensitivity(scale * sums, scale * sums), 8, 8) for scale in (1.0, 4.0))
-    ratio = row_steps(two, np.ones(8), 1.0) / row_steps(one, np.ones(8), 1.0)
-    assert np.allclose(ratio, 0.5)
+    # Gradients twice as large ask for steps half as wide.
+    assert np.allclose(row_steps(two, rms, size) / row_steps(one, rms, size), 0.5**0.5)
+    # Weights four times as large ask for steps four times as wide.
+    assert np.allclose(row_steps(one, 4 * rms, 4 * size) / row_steps(one, rms, size), 4**0.5)
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.1, 5.0, 7.5])
