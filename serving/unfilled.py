@@ -42,19 +42,23 @@ def mark_unfilled(model: torch.nn.Module) -> dict[str, Mark]:
     return marks
 
 
-def refuse_unfilled(model: torch.nn.Module, marks: dict[str, Mark]) -> None:
+def refuse_unfilled(model: torch.nn.Module, marks: dict[str, Mark]) -> list[str]:
     """Raises an error where a part of a parameter still has the pattern.
 
-    A parameter of which nothing came gets its values back: whether that is an error is the
-    engine's to say, which knows the parameters that have defaults.
+    A parameter of which nothing came gets its values back: an engine may know that it has
+    defaults.
 
     Args:
         model: the model.
         marks: of `mark_unfilled`. Parameters that were replaced since are not looked at.
 
+    Returns:
+        The names of parameters of which nothing came.
+
     Raises:
         ModelMismatchError: some rows of a parameter got weights and others did not.
     """
+    untouched = []
     for name, parameter in model.named_parameters():
         mark = marks.get(name)
         if mark is None or mark.parameter is not parameter:
@@ -63,6 +67,7 @@ def refuse_unfilled(model: torch.nn.Module, marks: dict[str, Mark]) -> None:
         missing = int((words == pattern).sum())
         if missing == words.numel():
             words.copy_(mark.before)
+            untouched.append(name)
         elif missing:
             raise ModelMismatchError(
                 "a part of the parameter got no weights from the container",
@@ -70,6 +75,7 @@ def refuse_unfilled(model: torch.nn.Module, marks: dict[str, Mark]) -> None:
                 got=f"{words.numel() - missing} rows",
                 expected=words.numel(),
             )
+    return untouched
 
 
 def _first_words(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int]:

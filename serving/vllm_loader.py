@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.serving import vllm_names
 from codecllm.serving.unfilled import mark_unfilled, refuse_unfilled
@@ -66,6 +66,7 @@ class CodecLLMLoader(DefaultModelLoader):
         )
         self._device = torch.device("cpu")
         self._building: Building | None = None
+        self._sha256: str | None = None
         self._checkpoint: Checkpoint | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -89,7 +90,7 @@ class CodecLLMLoader(DefaultModelLoader):
         begin = time.perf_counter()
         with self._open(model_config) as container:
             _check_side_files(container)
-            sha256 = container.manifest_sha256
+            self._sha256 = sha256 = container.manifest_sha256
             plan = self._plan(container)
         _LOG.info("Opened the container in %.2f seconds", time.perf_counter() - begin)
         vllm_names.add_hash_factor(vllm_config, NAME, f"{self.options.resident}:{sha256}")
@@ -108,10 +109,16 @@ class CodecLLMLoader(DefaultModelLoader):
         # vLLM would not miss a parameter, or a part of a fused one, that never came.
         self.enable_weights_track = True
         marks = mark_unfilled(model)
-        super().load_weights(model, model_config)
+        with _told(model) as names:
+            super().load_weights(model, model_config)
         assert self._checkpoint is not None
         self._checkpoint.check_complete()
-        refuse_unfilled(model, marks)
+        untouched = refuse_unfilled(model, marks)
+        if untouched and names == [None]:
+            # A model that does not tell what it has loaded: vLLM has not looked.
+            raise ModelMismatchError(
+                "the parameter got no weights from the container", tensor=untouched[0]
+            )
         if self._building is not None and self._building.plan is not None:
             from codecllm.serving.vllm_codes import check_filled
 
@@ -171,9 +178,9 @@ class CodecLLMLoader(DefaultModelLoader):
     def _open(self, model_config: ModelConfig) -> Container:
         from codecllm.formats.container import Container
 
-        return Container(
-            self._folder(model_config), expected_manifest_sha256=self.options.manifest_sha256
-        )
+        # Once opened, it must stay the same one.
+        expected = self.options.manifest_sha256 or self._sha256
+        return Container(self._folder(model_config), expected_manifest_sha256=expected)
 
     def _folder(self, model_config: ModelConfig) -> Path:
         from codecllm.hub import resolve
@@ -193,6 +200,23 @@ class CodecLLMLoader(DefaultModelLoader):
 
 def _is_container(model_config: ModelConfig) -> bool:
     return bool(model_config.quantization == NAME)
+
+
+@contextmanager
+def _told(model: Any) -> Iterator[list[Any]]:
+    """Yields a list that gets what the model's `load_weights` returns: names, or None."""
+    results: list[Any] = []
+    load = model.load_weights
+
+    def load_weights(weights: Any) -> Any:
+        results.append(load(weights))
+        return results[-1]
+
+    model.load_weights = load_weights
+    try:
+        yield results
+    finally:
+        del model.load_weights
 
 
 def _split(extra: Any) -> tuple[LoadOptions, Any]:

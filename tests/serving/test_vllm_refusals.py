@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from codecllm.converter import convert
 from tests import tampering
 from tests.serving import served_models
-from tests.serving.engine import IDS, running, why_not
+from tests.serving.engine import IDS, ONE_PROCESS, running, variables, why_not
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -119,3 +121,47 @@ def test_the_path_of_a_container_is_no_key_of_the_compile_cache(engine, made, tm
         keys.append(engine.ask(tmp_path / "c", IDS)["hash"])
         shutil.rmtree(tmp_path / "c")
     assert keys[0] != keys[1]
+
+
+_SILENT = """
+import sys
+from types import SimpleNamespace
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from codecllm.serving.vllm_loader import CodecLLMLoader
+from codecllm.serving.vllm_names import LoadConfig
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.zeros(4, 2))
+        self.second = torch.nn.Parameter(torch.zeros(4, 2))
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name == "model.norm.weight":
+                self.first.data.fill_(1)
+                if sys.argv[2] == "both":
+                    self.second.data.fill_(1)
+
+config = SimpleNamespace(
+    quantization="codecllm", model=sys.argv[1], revision=None, hf_token=None,
+    dtype=torch.bfloat16, is_moe=False, multimodal_config=None,
+)
+with set_current_vllm_config(VllmConfig()):
+    CodecLLMLoader(LoadConfig(load_format="codecllm")).load_weights(Model(), config)
+"""
+
+
+@pytest.mark.parametrize("filled", ["first", "both"])
+def test_a_model_that_does_not_tell_what_it_loaded(container, tmp_path, filled):
+    done = subprocess.run(
+        [sys.executable, "-c", _SILENT, str(container), filled],
+        env=variables(tmp_path, ONE_PROCESS),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    refused = "tensor 'second': the parameter got no weights from the container" in done.stderr
+    assert (done.returncode, refused) == ((0, False) if filled == "both" else (1, True))
