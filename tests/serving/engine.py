@@ -95,6 +95,7 @@ class Engine:
             )
         os.close(writing)
         self._answers = os.fdopen(reading)
+        self._known: dict[str, Any] = {}
 
     def ask(
         self, model: Path | str, prompts: list[Any] = PROMPTS, tokens: int = 16, **options: Any
@@ -124,10 +125,13 @@ class Engine:
         return loaded
 
     def outputs(self, model: Path | str, prompts: list[Any] = PROMPTS, **options: Any) -> Any:
-        """Returns the `outputs` of `ask`; fails where there are none."""
-        answer = self.ask(model, prompts, **options)
-        assert "outputs" in answer, (answer, self.log.read_text()[-3000:])
-        return answer["outputs"]
+        """Returns the `outputs` of `ask`; fails where there are none. Asks once for each model."""
+        key = json.dumps([str(model), prompts, options], sort_keys=True)
+        if key not in self._known:
+            answer = self.ask(model, prompts, **options)
+            assert "outputs" in answer, (answer, self.log.read_text()[-3000:])
+            self._known[key] = answer["outputs"]
+        return self._known[key]
 
     def close(self) -> None:
         """Ends the process."""

@@ -70,6 +70,7 @@ assert loader.local_expert_ids is None and loader.enable_weights_track is None
 assert loader.counter_before_loading_weights == 0
 assert "additional_config" in names.VllmConfig.__dataclass_fields__
 assert not names.is_elsewhere(loader, "model.layers.0.mlp.experts.3.up_proj.weight")
+assert names.QuantizationConfig.online_quantization_config is None
 loader.local_expert_ids = {0, 1}
 assert names.is_elsewhere(loader, "model.layers.0.mlp.experts.3.up_proj.weight")
 assert not names.is_elsewhere(loader, "model.layers.0.mlp.experts.1.up_proj.weight")

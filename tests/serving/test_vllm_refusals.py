@@ -70,6 +70,12 @@ def test_another_quantization(engine, container):
     assert "does not match" in answer["message"]
 
 
+def test_vllms_own_quantization_on_top(engine, container):
+    answer = engine.ask(container, IDS, quantization_config={"linear": "fp8_per_tensor"})
+    assert answer["error"] == "UsageError"
+    assert "--quantization-config does not go with a codecllm container" in answer["message"]
+
+
 def test_vllm_without_the_plug_in(container, tmp_path):
     with running(tmp_path, VLLM_PLUGINS="none") as engine:
         answer = engine.ask(container, IDS)
