@@ -47,11 +47,6 @@ class CodecLLMConfig(QuantizationConfig):
     Another loader would fill parameters with stored bytes.
     """
 
-    def __init__(self, block: dict[str, Any]) -> None:
-        """Keeps the `quantization_config` block of config.json."""
-        super().__init__()
-        self.block = block
-
     @classmethod
     def get_name(cls) -> str:
         """Returns the name of the method."""
@@ -74,8 +69,9 @@ class CodecLLMConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CodecLLMConfig:
-        """Returns the config for a block of config.json."""
-        return cls(config)
+        """Returns the config for a block of config.json, which says nothing that layers need."""
+        del config
+        return cls()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Returns the method of a layer; None leaves the choice to the layer.

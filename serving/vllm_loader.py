@@ -16,7 +16,7 @@ from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.serving import vllm_names
 from codecllm.serving.unfilled import mark_unfilled, refuse_unfilled
-from codecllm.serving.vllm_config import Building, CodecLLMConfig, building
+from codecllm.serving.vllm_config import Building, building
 from codecllm.serving.vllm_names import NAME, DefaultModelLoader, LoadConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class CodecLLMLoader(DefaultModelLoader):
         """
         if not _is_container(model_config):
             return super().load_model(vllm_config, model_config, prefix)
-        _refuse_other_quantization(vllm_config.quant_config)
+        _refuse_other_quantization(vllm_config, model_config)
         begin = time.perf_counter()
         with self._open(model_config) as container:
             _check_side_files(container)
@@ -236,20 +236,22 @@ def _split(extra: Any) -> tuple[LoadOptions, Any]:
     return options, {key: value for key, value in extra.items() if key not in names}
 
 
-def _refuse_other_quantization(config: CodecLLMConfig) -> None:
+def _refuse_other_quantization(vllm_config: Any, model_config: ModelConfig) -> None:
     """Refuses weights in another library's quantization, and vLLM's own on top of ours.
 
     Raises:
         UsageError: the container holds such weights, or `--quantization-config` was given.
     """
-    original = config.block.get(ORIGINAL_KEY)
+    block = getattr(model_config.hf_config, "quantization_config", None) or {}
+    original = block.get(ORIGINAL_KEY)
     if original is not None:
         raise UsageError(
             "vLLM cannot take weights in another library's quantization from a container: "
             "`codecllm export` writes the checkpoint that it reads",
             got=original.get("quant_method"),
         )
-    if config.online_quantization_config is not None:
+    # The config of a draft model may be that of its target, which has none any more.
+    if getattr(vllm_config.quant_config, "online_quantization_config", None) is not None:
         raise UsageError(
             "--quantization-config does not go with a codecllm container: `codecllm export` writes "
             "a plain checkpoint that vLLM can quantize"
