@@ -1,0 +1,1 @@
+"""Starts of vLLM on containers, beside the plain model."""
