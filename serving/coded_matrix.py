@@ -1,120 +1,17 @@
-"""A matrix whose codes stay 8 bits in an engine's memory, and its products."""
+"""A matrix whose codes stay 8 bits in an engine's memory, and its products as operations."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from codecllm.loader.resident.escapes import Escapes, split_codes
-from codecllm.loader.resident.int8_matmul import (
-    DEQUANTIZE_ELEMENTS,
-    SCRATCH_ELEMENTS,
-    can_fuse,
-    can_pack,
-    dequantize_rows,
-    int8_product,
-)
+from codecllm.loader.resident.int8_matmul import dequantize_rows
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 
-
-@dataclass(frozen=True, slots=True)
-class CodedMatrix:
-    """Codes and scales of one matrix [rows, cols].
-
-    Attributes:
-        codes: int8 [rows, cols].
-        scale: float32 [rows].
-        col_scale: float32 [cols], or None.
-        escapes: what codes beyond 8 bits lack, or None.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    col_scale: torch.Tensor | None = None
-    escapes: Escapes | None = None
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the weights, `dtype` [rows, cols], with the bits of dense loading."""
-        return self._dense(0, len(self.codes), dtype)
-
-    def gather(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Returns rows of the weights.
-
-        Args:
-            rows: int64 of any shape.
-            dtype: dtype of the result.
-
-        Returns:
-            `dtype` [*rows.shape, cols].
-        """
-        flat = rows.reshape(-1)
-        codes, scale = self.codes.index_select(0, flat), self.scale.index_select(0, flat)
-        if self.escapes is None:
-            values = dequantize_rows(codes, scale, dtype, self.col_scale)
-        else:
-            exact = self.escapes.add_to_rows(codes.to(torch.float32), flat)
-            steps = scale[:, None] if self.col_scale is None else scale[:, None] * self.col_scale
-            values = (exact * steps).to(dtype)
-        return values.view(*rows.shape, codes.shape[1])
-
-    def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Returns `inputs @ weights.T + bias`, [..., rows]; its rounding: `int8_matmul`."""
-        if self.escapes is None:
-            return int8_product(inputs, self.codes, self.scale, bias, self.col_scale)
-        if can_fuse(inputs, self.codes) or can_pack(inputs, self.codes):
-            return self._product_of_codes(inputs, bias)
-        return self._product_of_weights(inputs, bias)
-
-    def _product_of_codes(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self.escapes is not None
-        near = int8_product(inputs, self.codes, self.scale, None, self.col_scale)
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        if self.col_scale is not None:
-            flat = flat * self.col_scale
-        rest = self.escapes.product(flat).mul_(self.scale).view(near.shape)
-        whole = near.to(torch.float32).add_(rest)
-        return (whole if bias is None else whole.add_(bias)).to(inputs.dtype)
-
-    def _product_of_weights(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows, cols = self.codes.shape
-        step = max(64, SCRATCH_ELEMENTS // max(1, cols) // 64 * 64)
-        parts = []
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            weight = self._dense(first, last, inputs.dtype)
-            parts.append(
-                functional.linear(inputs, weight, None if bias is None else bias[first:last])
-            )
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-
-    def _dense(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        if self.escapes is None:
-            block = slice(start, stop)
-            return dequantize_rows(self.codes[block], self.scale[block], dtype, self.col_scale)
-        cols = self.codes.shape[1]
-        out = torch.empty(stop - start, cols, dtype=dtype, device=self.codes.device)
-        step = max(1, DEQUANTIZE_ELEMENTS // max(1, cols))
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            values = self.codes[first:last].to(torch.float32)
-            self.escapes.rows(first, last).add_to(values)
-            steps = self.scale[first:last, None]
-            values.mul_(steps if self.col_scale is None else steps * self.col_scale)
-            out[first - start : last - start] = values
-        return out
-
-    def parts(self) -> list[torch.Tensor | int | None]:
-        """Returns the arguments of `_matrix`."""
-        escapes = self.escapes
-        if escapes is None:
-            return [self.codes, self.scale, self.col_scale, None, None, None, 0]
-        listed = [escapes.first, escapes.column, escapes.extra]
-        return [self.codes, self.scale, self.col_scale, *listed, escapes.longest]
-
-
-Matrix = CodedMatrix | torch.Tensor
+Matrix = ScaledCodes | torch.Tensor
 """Codes, or the weights themselves where codes of 8 bits and escapes would save nothing."""
 
 
@@ -132,7 +29,7 @@ def make_matrix(
     split = split_codes(codes)
     if split is None:
         return dequantize_rows(codes, scale, dtype, col_scale)
-    return CodedMatrix(split[0], scale, col_scale, split[1])
+    return ScaledCodes(split[0], scale, col_scale, split[1])
 
 
 _LIBRARY = torch.library.Library("codecllm", "FRAGMENT")
@@ -150,11 +47,19 @@ def _matrix(
     column: torch.Tensor | None,
     extra: torch.Tensor | None,
     longest: int,
-) -> CodedMatrix:
+) -> ScaledCodes:
     escapes = None
     if first is not None and column is not None and extra is not None:
         escapes = Escapes(first, column, extra, longest)
-    return CodedMatrix(codes, scale, col_scale, escapes)
+    return ScaledCodes(codes, scale, col_scale, escapes)
+
+
+def _parts(matrix: ScaledCodes) -> list[torch.Tensor | int | None]:
+    """Returns the arguments of `_matrix`."""
+    escapes, codes = matrix.escapes, (matrix.codes, matrix.scale, matrix.col_scale)
+    if escapes is None:
+        return [*codes, None, None, None, 0]
+    return [*codes, escapes.first, escapes.column, escapes.extra, escapes.longest]
 
 
 def _product(inputs: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
@@ -187,7 +92,7 @@ def coded_product(inputs: torch.Tensor, bias: torch.Tensor | None, matrix: Matri
     """Computes `inputs @ weights.T + bias`; of codes as one operation of the compiler."""
     if isinstance(matrix, torch.Tensor):
         return functional.linear(inputs, matrix, bias)
-    result: torch.Tensor = torch.ops.codecllm.coded_product(inputs, bias, *matrix.parts())
+    result: torch.Tensor = torch.ops.codecllm.coded_product(inputs, bias, *_parts(matrix))
     return result
 
 
@@ -195,5 +100,5 @@ def coded_rows(rows: torch.Tensor, dtype: torch.dtype, matrix: Matrix) -> torch.
     """Returns rows of the weights, `dtype` [*rows.shape, cols]; see `coded_product`."""
     if isinstance(matrix, torch.Tensor):
         return functional.embedding(rows, matrix)
-    result: torch.Tensor = torch.ops.codecllm.coded_rows(rows, dtype, *matrix.parts())
+    result: torch.Tensor = torch.ops.codecllm.coded_rows(rows, dtype, *_parts(matrix))
     return result

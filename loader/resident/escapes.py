@@ -15,6 +15,7 @@ MAX_SHARE = 0.05
 """Most escapes of a matrix: each takes 8 bytes, where a code of 16 bits takes one more byte."""
 
 _LEAST, _MOST = -127, 127
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +95,24 @@ def split_codes(codes: torch.Tensor) -> tuple[torch.Tensor, Escapes | None] | No
     """
     if codes.dtype == torch.int8:
         return codes, None
-    clipped = codes.clamp(_LEAST, _MOST)
-    row, column = (codes != clipped).nonzero(as_tuple=True)
-    if len(row) > MAX_SHARE * codes.numel():
+    narrow = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
+    places, extras = [], []
+    # By blocks of rows: the intermediates take several times the bytes of the codes.
+    step = max(1, _BLOCK_ELEMENTS // max(1, codes.shape[1]))
+    for first_row in range(0, len(codes), step):
+        block = codes[first_row : first_row + step]
+        clipped = block.clamp(_LEAST, _MOST)
+        narrow[first_row : first_row + step] = clipped
+        place = (block != clipped).nonzero()
+        extras.append((block - clipped)[place[:, 0], place[:, 1]].to(torch.float32))
+        place[:, 0] += first_row
+        places.append(place)
+    entries = sum(map(len, places))
+    if entries > MAX_SHARE * codes.numel():
         return None
-    narrow = clipped.to(torch.int8)
-    if not len(row):
+    if not entries:
         return narrow, None
-    extra = codes[row, column].to(torch.float32) - clipped[row, column].to(torch.float32)
+    row, column = torch.cat(places).unbind(1)
     counts = torch.bincount(row, minlength=len(codes))
     first = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    return narrow, Escapes(first, column.to(torch.int32), extra, int(counts.max()))
+    return narrow, Escapes(first, column.to(torch.int32), torch.cat(extras), int(counts.max()))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from codecllm.loader.resident.escapes import Escapes
 from codecllm.loader.resident.form import WeightForm
-from codecllm.loader.resident.int8_matmul import (
-    dequantize_rows,
-    int8_product,
-    transposed_product,
-)
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 
 
 class Int8Form(WeightForm):
@@ -21,74 +19,86 @@ class Int8Form(WeightForm):
 
     Attributes:
         name: the container's name of the tensor.
-        codes: int8 [rows, cols].
-        scale: float32 [rows], of every dtype of the weight.
-        col_scale: float32 [cols] likewise, or None where columns have no scales.
+        matrix: codes and scales; scales are float32 for every dtype of the weight.
     """
 
     kind = "int8"
 
-    def __init__(
-        self,
-        name: str,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        col_scale: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, name: str, matrix: ScaledCodes) -> None:
         """Keeps the tensors, not copies of them."""
-        self.name = name
-        self.codes, self.scale, self.col_scale = codes, scale, col_scale
-        self.shape = codes.shape
+        self.name, self.matrix = name, matrix
+        self.shape = matrix.codes.shape
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
+        """Bytes of codes, scales and escapes."""
         return sum(tensor.nbytes for tensor in self.held_tensors().values())
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See `WeightForm.dense`."""
-        return dequantize_rows(self.codes, self.scale, dtype, self.col_scale).to(device)
+        return self.matrix.dense(dtype).to(device)
 
     def gather(self, rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See `WeightForm.gather`."""
-        places = rows.to(self.codes.device)
-        codes, scale = self.codes.index_select(0, places), self.scale.index_select(0, places)
-        return dequantize_rows(codes, scale, dtype, self.col_scale).to(device)
+        return self.matrix.gather(rows.to(self.matrix.codes.device), dtype).to(device)
 
     def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See `int8_matmul.int8_product`."""
-        return int8_product(inputs, self.codes, self.scale, bias, self.col_scale)
+        """See `ScaledCodes.product`."""
+        return self.matrix.product(inputs, bias)
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         """See `WeightForm.transposed_product`."""
-        return transposed_product(grad, self.codes, self.scale, self.col_scale)
+        return self.matrix.transposed_product(grad)
 
     def moved(self, device: torch.device) -> WeightForm:
         """Returns codes and scales on a device."""
-        if self.codes.device == device:
+        if self.matrix.codes.device == device:
             return self
-        columns = None if self.col_scale is None else self.col_scale.to(device)
-        return Int8Form(self.name, self.codes.to(device), self.scale.to(device), columns)
+        held = {name: tensor.to(device) for name, tensor in self.held_tensors().items()}
+        return Int8Form(self.name, _matrix_of(held, self._longest))
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns codes and scales."""
-        held = {"codes": self.codes, "scale": self.scale}
-        return held if self.col_scale is None else {**held, "col_scale": self.col_scale}
+        """Returns codes and scales, and the tensors of the escapes."""
+        matrix = self.matrix
+        held = {"codes": matrix.codes, "scale": matrix.scale}
+        if matrix.col_scale is not None:
+            held["col_scale"] = matrix.col_scale
+        if matrix.escapes is not None:
+            held |= {name: getattr(matrix.escapes, name) for name in _ESCAPE_TENSORS}
+        return held
 
     def parts(self) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
-        """Gives a compiler the codes and scales.
+        """Gives a compiler the codes and scales; with escapes one operation for each use.
 
         Code that is compiled for one layer then serves all like it.
         """
-        return self.held_tensors(), ()
+        return super().parts() if self.matrix.escapes is not None else (self.held_tensors(), ())
 
     @classmethod
     def from_parts(cls, tensors: dict[str, torch.Tensor], facts: tuple[Any, ...]) -> WeightForm:
         """Returns the form of these codes and scales."""
-        return cls("", tensors["codes"], tensors["scale"], tensors.get("col_scale"))
+        return super().from_parts(tensors, facts) if facts else cls("", _matrix_of(tensors))
+
+    @property
+    def _longest(self) -> int:
+        return 0 if self.matrix.escapes is None else self.matrix.escapes.longest
 
     def __reduce__(self) -> Any:
-        return Int8Form, (self.name, self.codes, self.scale, self.col_scale)
+        return _restored, (self.name, self.held_tensors(), self._longest)
 
 
-torch.serialization.add_safe_globals([Int8Form])
+_ESCAPE_TENSORS = tuple(field.name for field in fields(Escapes) if field.name != "longest")
+
+
+def _matrix_of(tensors: dict[str, torch.Tensor], longest: int = 0) -> ScaledCodes:
+    escapes = None
+    if longest:
+        escapes = Escapes(**{name: tensors[name] for name in _ESCAPE_TENSORS}, longest=longest)
+    return ScaledCodes(tensors["codes"], tensors["scale"], tensors.get("col_scale"), escapes)
+
+
+def _restored(name: str, tensors: dict[str, torch.Tensor], longest: int) -> Int8Form:
+    return Int8Form(name, _matrix_of(tensors, longest))
+
+
+torch.serialization.add_safe_globals([_restored])

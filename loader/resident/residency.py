@@ -38,9 +38,11 @@ from codecllm.loader.resident.coded_weight import (
     settle,
 )
 from codecllm.loader.resident.compressed_form import CodedMatrix, SharedDecoder
+from codecllm.loader.resident.escapes import split_codes
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.int8_form import Int8Form
 from codecllm.loader.resident.on_device import DeviceDecoder
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 from codecllm.loader.state_dict import LazyTensor, prefetch
 
 KEEPING_MODULES = (nn.Linear, nn.Embedding, Conv1D)
@@ -180,26 +182,29 @@ class CodedLazyTensor(LazyTensor):
 class ResidentInt8(Residency):
     """resident="int8": codes and scales stay in memory.
 
-    Wide tensors, whose codes have 16 bits, are loaded dense.
+    Of wide tensors, whose codes have 16 bits, the few codes beyond 8 bits are kept apart. A tensor
+    with many of them is loaded dense.
     """
 
-    takes = "resident='int8' needs int8 tensors whose codes fit 8 bits"
+    takes = "resident='int8' needs int8 tensors"
 
     def can_take(self, record: CodedTensor) -> bool:
-        """Whether its codes have 8 bits."""
-        return isinstance(record, Int8Tensor) and not record.wide
+        """Whether it has codes."""
+        return isinstance(record, Int8Tensor)
 
     def request(self, record: CodedTensor) -> Request | None:
         """Returns that of the codes."""
         return Request(record.name, "codes")
 
-    def _read(self, record: CodedTensor, device: torch.device) -> WeightForm:
-        codes = self._reader.read(record.name, "codes", None, device)
+    def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
+        split = split_codes(self._reader.read(record.name, "codes", None, device))
+        if split is None:
+            return None
         scale = self._reader.read(record.name, "scale", None, device)
         columns = None
         if record.xxh3.col_scale is not None:
             columns = self._reader.read(record.name, "col_scale", None, device)
-        return Int8Form(record.name, codes, scale, columns)
+        return Int8Form(record.name, ScaledCodes(split[0], scale, columns, split[1]))
 
 
 class ResidentCompressed(Residency):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from typer.testing import CliRunner
 
@@ -26,8 +28,11 @@ from codecllm.converter.options import QUALITIES
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.resident.int8_form import Int8Form
 from tests.integration import tiny_models
+from tests.integration.outputs import coded_weights, in_experts_loop, logits, same_bits
 from tests.stepped import fitted
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024}
@@ -331,3 +336,30 @@ def test_the_command_line_takes_a_quality(tmp_path, source):
 def _written(path, text):
     path.write_text(text)
     return path
+
+
+def test_int8_residency_keeps_codes_beyond_8_bits_apart(tmp_path, source):
+    folder = shutil.copytree(source("moe"), tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    for tensor in tensors.values():
+        tensor.view(-1)[::997] *= 12  # the tails that trained weights have
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = api.convert(
+        folder,
+        tmp_path / "c",
+        bits=7.2,
+        calibrate="none",
+        include=MATRICES,
+        baseline=False,
+    )
+    assert any(getattr(record, "wide", False) for record in done.report.manifest.tensors)
+    dense = in_experts_loop(from_pretrained(tmp_path / "c", resident="dense"))
+    resident = from_pretrained(tmp_path / "c", resident="int8")
+    coded = coded_weights(resident)
+    matrices = [weight.form for weight in coded.values() if isinstance(weight.form, Int8Form)]
+    assert any(form.matrix.escapes is not None for form in matrices)
+    for name, weight in coded.items():
+        assert same_bits(weight, dense.get_parameter(name))
+    few, expected = logits(resident), logits(dense)
+    assert (few - expected).norm() <= 0.02 * expected.norm()
+    assert resident.get_memory_footprint() < 0.8 * dense.get_memory_footprint()

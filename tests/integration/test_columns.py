@@ -18,6 +18,7 @@ from codecllm.info import describe
 from codecllm.loader import from_pretrained, stream_tensors
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.int8_form import Int8Form
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 from codecllm.verifier import verify
 from codecllm.verifier.model_comparison import compare_models
 from tests import tampering
@@ -88,11 +89,11 @@ def test_int8_products_fold_the_columns_into_their_inputs(folder):
     coded = coded_weights(resident)
     assert WIDE not in coded  # 16 bits are no less than its dtype has
     assert len(coded) == 15
-    assert coded["model.layers.0.self_attn.q_proj.weight"].form.col_scale is None
+    assert coded["model.layers.0.self_attn.q_proj.weight"].form.matrix.col_scale is None
     weights = dense.state_dict()
     for name, weight in coded.items():
         assert torch.equal(weight, weights[name])
-        assert weight.form.scale.dtype == torch.float32
+        assert weight.form.matrix.scale.dtype == torch.float32
     many = TOKENS.repeat(4, 1)  # more rows than the packed kernel takes
     assert torch.equal(logits(resident, many), logits(dense, many))
     few, expected = logits(resident, TOKENS[:, :2]), logits(dense, TOKENS[:, :2])
@@ -106,7 +107,7 @@ def test_casts_leave_the_scales_alone(folder):
         .mlp.down_proj.to(torch.float16)
         .double()
     )
-    form = module.weight.form
+    form = module.weight.form.matrix
     assert (form.scale.dtype, form.col_scale.dtype) == (torch.float32, torch.float32)
     with Container(folder) as container:
         tensor = container.tensor("model.layers.0.mlp.down_proj.weight")
@@ -138,7 +139,7 @@ def test_gradients_know_the_columns():
     weight = int8_matmul.dequantize_rows(codes, scale, torch.float64, columns)
     (expected,) = torch.autograd.grad((inputs @ weight.T).sum(), inputs)
     (got,) = torch.autograd.grad(
-        Int8Form("w", codes, scale, columns).linear(inputs, None).sum(), inputs
+        Int8Form("w", ScaledCodes(codes, scale, columns)).linear(inputs, None).sum(), inputs
     )
     torch.testing.assert_close(got, expected)
 

@@ -29,7 +29,7 @@ from codecllm.loader.resident.coded_weight import CodedWeight
 from codecllm.loader.torch_tensors import TORCH_DTYPES
 from tests import tampering
 from tests.integration import tiny_models
-from tests.integration.outputs import coded_weights, logits, same_bits
+from tests.integration.outputs import coded_weights, in_experts_loop, logits, same_bits
 
 NAMES = sorted(tiny_models.MAKERS)
 FUSED = {"qwen3_moe", "mixtral", "deepseek_v3", "llava", "gpt_neox"}
@@ -74,10 +74,12 @@ def test_int8_resident_gives_the_logits_of_dense(container, name, monkeypatch):
     dense, resident = from_pretrained(folder), from_pretrained(folder, resident="int8")
     forms = [weight.form for weight in coded_weights(resident).values()]
     assert forms
-    assert all(
-        form.codes.dtype == torch.int8 and form.scale.dtype == torch.float32 for form in forms
-    )
-    expected, quick = logits(dense), logits(resident)
+    for form in forms:
+        # Of a stack of experts too, by the names of its parts' tensors.
+        held = form.held_tensors()
+        assert {tensor.dtype for name, tensor in held.items() if "codes" in name} == {torch.int8}
+        assert {tensor.dtype for name, tensor in held.items() if "scale" in name} == {torch.float32}
+    expected, quick = logits(in_experts_loop(dense)), logits(resident)
     assert (quick - expected).norm() <= 0.02 * expected.norm()
     monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
     assert torch.equal(logits(resident), expected)
@@ -112,7 +114,7 @@ def test_weight_of_an_int8_module_is_the_dequantized_one(container):
 def test_int8_resident_moves_to_another_dtype_without_touching_scales(container):
     folder = container("llama", "int8")
     model = from_pretrained(folder, resident="int8").to(torch.float32)
-    assert model.lm_head.weight.form.scale.dtype == torch.float32
+    assert model.lm_head.weight.form.matrix.scale.dtype == torch.float32
     torch.testing.assert_close(
         logits(model), logits(from_pretrained(folder, dtype=torch.float32)), rtol=0, atol=0
     )

@@ -8,12 +8,8 @@ from torch.nn import functional
 
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.escapes import Escapes, split_codes
-from codecllm.serving.coded_matrix import (
-    CodedMatrix,
-    coded_product,
-    coded_rows,
-    make_matrix,
-)
+from codecllm.loader.resident.scaled_codes import ScaledCodes
+from codecllm.serving.coded_matrix import coded_product, coded_rows, make_matrix
 
 ROWS, COLS = 96, 64
 
@@ -50,7 +46,7 @@ EVERY = pytest.mark.parametrize(
 def test_weights_have_the_bits_of_dense_loading(wide, columns, dtype):
     parts = _parts(wide=wide, columns=columns)
     matrix = make_matrix(*parts, dtype)
-    assert isinstance(matrix, CodedMatrix)
+    assert isinstance(matrix, ScaledCodes)
     assert matrix.codes.dtype == torch.int8
     assert (matrix.escapes is not None) == wide
     expected = _expected(*parts, dtype)

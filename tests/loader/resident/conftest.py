@@ -17,8 +17,10 @@ from codecllm.loader.engine import Request
 from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.resident.coded_weight import CodedWeight, coded_parameter
 from codecllm.loader.resident.compressed_form import SharedDecoder
+from codecllm.loader.resident.escapes import split_codes
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.int8_form import Int8Form
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 from tests.sources import write_source
 
 CPU = torch.device("cpu")
@@ -47,7 +49,20 @@ def _int8(by_column: bool) -> Case:
     scale = torch.rand(ROWS, generator=generator) * 0.02 + 1e-3
     columns = torch.linspace(0.5, 2, COLS) if by_column else None
     steps = scale[:, None] if columns is None else scale[:, None] * columns
-    return Case(Int8Form("w", codes, scale, columns), codes.float() * steps)
+    return Case(Int8Form("w", ScaledCodes(codes, scale, columns)), codes.float() * steps)
+
+
+def _escapes() -> Case:
+    """Codes of which a few need more than 8 bits."""
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(-127, 128, (ROWS, COLS), dtype=torch.int16, generator=generator)
+    codes[3, 5], codes[3, 6], codes[ROWS - 1, COLS - 1] = 300, -2000, 128
+    scale = torch.rand(ROWS, generator=generator) * 0.02 + 1e-3
+    columns = torch.linspace(0.5, 2, COLS)
+    split = split_codes(codes)
+    assert split is not None and split[1] is not None
+    form = Int8Form("w", ScaledCodes(split[0], scale, columns, split[1]))
+    return Case(form, codes.float() * (scale[:, None] * columns))
 
 
 def _compressed(folder: Path) -> Case:
@@ -66,10 +81,15 @@ def _compressed(folder: Path) -> Case:
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Returns a case for each form."""
     folder = tmp_path_factory.mktemp("coded")
-    return {"int8": _int8(False), "columns": _int8(True), "compressed": _compressed(folder)}
+    return {
+        "int8": _int8(False),
+        "columns": _int8(True),
+        "escapes": _escapes(),
+        "compressed": _compressed(folder),
+    }
 
 
-@pytest.fixture(params=["int8", "columns", "compressed"])
+@pytest.fixture(params=["int8", "columns", "escapes", "compressed"])
 def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
     """Returns one case after another."""
     return cases[request.param]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from codecllm.formats.manifest.records import Int8Tensor, RawTensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.resident.coded_weight import CodedWeight
 from codecllm.loader.resident.int8_form import Int8Form
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.codes.rows import head_size
 from codecllm.verifier.diagnosis.model.reference_model import codes_and_scales, source_tensor
@@ -56,12 +57,12 @@ def check_loaded_model(
         The figures of this residency as JSON values.
     """
     names = _tensor_names(against)
-    expected = _expected_modules(against, names, resident)
     coded_weights = {
         name.rpartition(".")[0]: weight
         for name, weight in model.named_parameters(remove_duplicate=False)
         if isinstance(weight, CodedWeight)
     }
+    expected = _expected_modules(against, names, resident, coded_weights)
     renamed_modules = {
         name.rpartition(".")[0]
         for name, _ in against.reference.named_parameters(remove_duplicate=False)
@@ -76,7 +77,7 @@ def check_loaded_model(
     _check_coded(model, resident, expected, weights_to_check, stage)
     for name, weight in coded_weights.items():
         if isinstance(weight.form, Int8Form):
-            _check_scale(name, weight.form, stage)
+            _check_scale(name, weight.form.matrix, stage)
     _check_ties(model, against.reference, stage)
     weights = _check_weights(model, against, names, stage)
     return {
@@ -109,8 +110,17 @@ def _tensor_names(against: Comparison) -> dict[str, str]:
     return tensor_names
 
 
-def _expected_modules(against: Comparison, names: dict[str, str], resident: str) -> set[str]:
-    """Returns the names of the modules whose weight this residency keeps coded."""
+def _expected_modules(
+    against: Comparison, names: dict[str, str], resident: str, coded: Collection[str]
+) -> set[str]:
+    """Returns the names of the modules whose weight this residency keeps coded.
+
+    Args:
+        against: the right model.
+        names: parameter name -> name of its tensor.
+        resident: the residency.
+        coded: names of the modules whose weight is coded.
+    """
     if resident == "dense":
         return set()
     groups: dict[int, list[str]] = defaultdict(list)
@@ -127,13 +137,16 @@ def _expected_modules(against: Comparison, names: dict[str, str], resident: str)
         # Kernels for coded weights read rows; every other tensor is decoded at load.
         if isinstance(record, RawTensor) or not by_row or len(record.shape) != 2:
             continue
-        if resident == "int8" and not (isinstance(record, Int8Tensor) and not record.wide):
+        if resident == "int8" and not isinstance(record, Int8Tensor):
             continue
+        # With many codes beyond 8 bits it is loaded dense.
+        may_be_dense = resident == "int8" and isinstance(record, Int8Tensor) and record.wide
         # The owners of a tied weight share one coded weight, under each of its names.
         for member in tied_names.get(name, []):
             owner = member.rpartition(".")[0]
             module = against.reference.get_submodule(owner)
-            if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            keeps = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+            if keeps and (owner in coded or not may_be_dense):
                 expected.add(owner)
     return expected
 
@@ -171,10 +184,9 @@ def _check_coded(
             )
 
 
-def _check_scale(name: str, form: Int8Form, stage: Stage) -> None:
+def _check_scale(name: str, matrix: ScaledCodes, stage: Stage) -> None:
     """Checks type, shape, device and values of the scales of an int8 weight."""
-    scale = form.scale
-    codes = form.codes
+    scale, codes = matrix.scale, matrix.codes
     facts = [
         ("dtype of the scales", scale.dtype, torch.float32, Cause.ROUNDED_SCALES),
         (
@@ -192,7 +204,7 @@ def _check_scale(name: str, form: Int8Form, stage: Stage) -> None:
             f"scale of channel {channel} is {float(scale.reshape(-1)[channel])}, in {scale.dtype}"
         )
         _fail(stage, name, Cause.SCALE_OVERFLOW, text, channel=channel)
-    columns = form.col_scale
+    columns = matrix.col_scale
     if columns is not None:
         facts += [
             ("dtype of the scales of columns", columns.dtype, torch.float32, Cause.ROUNDED_SCALES),
