@@ -11,6 +11,7 @@ copies, other processes). All else (reads, writes, views, training, saving) foll
 from __future__ import annotations
 
 import itertools
+import secrets
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
@@ -22,7 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from codecllm.formats.errors import UsageError
 
-_numbers = itertools.count(1)
+_numbers = itertools.count(secrets.randbits(62))
+"""Numbers of forms. No other process has them: code that is saved with one, and loaded elsewhere,
+finds no weight, where small numbers would find one of another model."""
 _forms: weakref.WeakValueDictionary[int, WeightForm] = weakref.WeakValueDictionary()
 
 
@@ -146,11 +149,12 @@ class _FrozenProduct(torch.autograd.Function):
     """The product with a form, with gradients for inputs and bias."""
 
     @staticmethod
-    def forward(
-        ctx: Any, inputs: torch.Tensor, form: WeightForm, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.form = form
+    def forward(inputs: torch.Tensor, form: WeightForm, bias: torch.Tensor | None) -> torch.Tensor:
         return form.product(inputs, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.form = inputs[1]
 
     @staticmethod
     @once_differentiable
@@ -166,6 +170,22 @@ def is_traced(tensor: torch.Tensor) -> bool:
     It has no memory, and no choice can be made by its address.
     """
     return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def refuse_graphs(form: WeightForm) -> None:
+    """Refuses graphs that may leave this process.
+
+    There a form is found by a number, or a kernel was chosen for the inputs of the trace.
+
+    Raises:
+        UsageError: `torch.export` or `torch.jit.trace` runs.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise UsageError(
+            "a graph cannot hold weights that stay coded: call model.dequantize() before "
+            "torch.export or torch.jit.trace",
+            tensor=form.name or None,
+        )
 
 
 def number_of(form: WeightForm) -> int:

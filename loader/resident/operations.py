@@ -22,7 +22,7 @@ from codecllm.loader.resident.coded_weight import (
     settle,
     write,
 )
-from codecllm.loader.resident.form import WeightForm
+from codecllm.loader.resident.form import WeightForm, refuse_graphs
 from codecllm.loader.resident.handlers import ABOVE_AUTOGRAD, BELOW_AUTOGRAD
 from codecllm.loader.resident.joined_form import concatenated, stacked
 
@@ -41,6 +41,7 @@ def _linear(
     form = weight.matrix if isinstance(weight, CodedWeight) and weight.dim() == 2 else None
     if form is None or isinstance(input, CodedWeight) or isinstance(bias, CodedWeight):
         return _usual(func, input, weight, bias)
+    refuse_graphs(form)
     inputs, values_dtype = input, weight.dtype
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
@@ -67,6 +68,7 @@ def _embedding(
     if form is None or max_norm is not None:
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return _usual(func, input, weight, *options)
+    refuse_graphs(form)
     vectors = form.gather(input.reshape(-1), weight.dtype, weight.device)
     return vectors.view(*input.shape, weight.shape[1])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from contextlib import redirect_stderr
 
 import accelerate
@@ -12,6 +14,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from codecllm.formats.container import Container
+from codecllm.formats.errors import UsageError
 from codecllm.loader import from_pretrained
 from codecllm.loader.resident import int8_matmul
 from tests.integration.outputs import logits
@@ -98,6 +101,52 @@ def test_to_the_compiler_an_int8_product_is_one_operation(container, compiler):
         assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, expected)
     linear = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     assert operations.count("codecllm.int8_linear.default") == linear > 4
+
+
+CODED = ("int8", "compressed")
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_an_export_is_refused_until_the_weights_are_plain(container, resident):
+    model = from_pretrained(container("llama", "int8"), resident=resident, dtype=torch.float32)
+    layer, inputs = model.model.layers[0].mlp, torch.linspace(-1, 1, 128).view(2, 64)
+    with torch.no_grad():
+        expected = layer(inputs)
+        with pytest.raises(UsageError, match=r"model\.dequantize\(\)"):
+            torch.export.export(layer, (inputs,))
+        with pytest.raises(UsageError, match=r"up_proj.*model\.dequantize\(\)"):
+            torch.jit.trace(layer.up_proj, inputs)
+        with pytest.raises(UsageError, match=r"embed_tokens.*model\.dequantize\(\)"):
+            torch.jit.trace(model.model.embed_tokens, torch.tensor([[1, 2]]))
+        model.dequantize()
+        exported = torch.export.export(layer, (inputs,)).module()
+        torch.testing.assert_close(exported(inputs), expected)
+
+
+def test_saved_graphs_find_no_weight_of_another_process():
+    """A form is found by a number, and no two processes have the same numbers."""
+    command = "from codecllm.loader.resident import form; print(next(form._numbers))"
+    run = [sys.executable, "-c", command]
+    numbers = [int(subprocess.run(run, check=True, capture_output=True).stdout) for _ in range(2)]
+    assert abs(numbers[0] - numbers[1]) > 1 << 32
+    with pytest.raises(UsageError, match="compile again"):
+        torch.ops.codecllm.coded_linear(torch.ones(1, 64), None, numbers[0])
+
+
+@pytest.mark.parametrize("resident", CODED)
+def test_functional_gradients_are_those_of_dense(container, resident):
+    found = {}
+    for how in ("dense", resident):
+        model = from_pretrained(container("llama", "int8"), resident=how, dtype=torch.float32)
+        values = {name: value.detach() for name, value in model.named_parameters()}
+        name = "model.layers.0.mlp.up_proj.weight"
+
+        def loss(weight, model=model, values=values, name=name):
+            ids = torch.arange(3, 13)[None]
+            return torch.func.functional_call(model, {**values, name: weight}, (ids,)).logits.sum()
+
+        found[how] = torch.func.grad(loss)(values[name] + 0)
+    torch.testing.assert_close(found[resident], found["dense"])
 
 
 @pytest.mark.parametrize("col_scale", [None, torch.linspace(0.5, 2, 64)])
