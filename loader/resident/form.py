@@ -180,7 +180,7 @@ def refuse_graphs(form: WeightForm) -> None:
     Raises:
         UsageError: `torch.export` or `torch.jit.trace` runs.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise UsageError(
             "a graph cannot hold weights that stay coded: call model.dequantize() before "
             "torch.export or torch.jit.trace",
