@@ -89,6 +89,7 @@ class Load:
         self._dtype: torch.dtype | None = None
         self._plan: Residency | None = None
         self._info: Any = None
+        self._shapes: dict[str, torch.Size] = {}
         try:
             self.container = self._stack.enter_context(
                 Container(folder, expected_manifest_sha256=expected_manifest_sha256)
@@ -167,6 +168,7 @@ class Load:
             ModelMismatchError: the model is far larger than the container.
         """
         refuse_oversized(model, self.container)
+        self._shapes = {name: value.shape for name, value in model.named_parameters()}
         if self._plan is not None:
             with torch.device("cpu"):  # transformers makes new tensors on the meta device here
                 self._plan.prepare(model)
@@ -199,11 +201,26 @@ class Load:
             raise machine_error(self.first_error) or self.first_error
         if self._info is not None:
             self._check_report(model)
+        if self.container.manifest.source.quantization is None:
+            self._check_shapes(model)
         if self._plan is not None:
             self._plan.finish(model)
         _check_materialized(model)
         _separate_untied(model)
         model.codecllm_resident = self.chosen
+
+    def _check_shapes(self, model: Any) -> None:
+        """Refuses parameters of another shape than the class has: older transformers take them."""
+        wrong = [
+            f"{name} {tuple(value.shape)} for {tuple(self._shapes[name])}"
+            for name, value in model.named_parameters()
+            if self._shapes.get(name, value.shape) != value.shape
+        ]
+        if wrong:
+            raise ModelMismatchError(
+                f"the container's tensors are not those of {type(model).__name__}; "
+                f"mis-shaped: {', '.join(sorted(wrong))}"
+            )
 
     def _choose(self, options: LoadOptions) -> Chosen:
         """Returns the residency that was asked for, or where that is "auto" one that fits.
