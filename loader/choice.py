@@ -57,7 +57,8 @@ def choose_resident(
     if container.manifest.source.quantization is not None:
         return Chosen("dense", "the quantizer of the source decides how its weights lie in memory")
     sizes = bytes_in_memory(container.manifest, dtype)
-    free_bytes = available_memory() if device is None else torch.cuda.mem_get_info(device)[0]
+    is_cuda = device is not None and device.type == "cuda"
+    free_bytes = torch.cuda.mem_get_info(device)[0] if is_cuda else available_memory()
     room = free_bytes - cache_bytes(config, dtype) - SPARE_BYTES
     have = f"{_gib(max(0, room))} are free beside the cache"
     dense = f"dense weights need {_gib(sizes.dense)}, {have}"
