@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-vllm unit test-oldest matrix lint metrics docs bench fuzz fuzz-python clean
+.PHONY: help setup demo test test-gpu test-vllm unit test-oldest matrix coverage lint metrics docs bench fuzz fuzz-python clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,21 @@ test-oldest: $(READY) ## Run the loader's tests with the oldest transformers, in
 
 matrix: $(READY) ## Run the loader's tests with six versions of transformers, each in an environment of its own.
 	$(BIN)/python -m tests.matrix
+
+COVERAGE := $(BIN)/python -m coverage
+
+coverage: $(READY) ## Measure branch coverage: formats 100 %, converter 95 % or more, and the loader's.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[coverage]'
+	@$(COVERAGE) erase
+	$(COVERAGE) run -m pytest -n auto --dist worksteal tests/unit tests/conformance tests/golden tests/property tests/security/test_unlisted_files.py \
+	  tests/malformed --ignore tests/malformed/test_flips.py --ignore tests/malformed/test_bombs.py
+	$(COVERAGE) combine --quiet --append
+	$(COVERAGE) report --include '*/formats/*' --fail-under 100
+	$(COVERAGE) run -m pytest -n auto --dist worksteal tests/converter tests/faults tests/loader tests/integration \
+	  --deselect tests/faults/test_faults.py::test_a_file_size_limit_is_an_error_with_nothing_left
+	$(COVERAGE) combine --quiet --append
+	$(COVERAGE) report --include '*/converter/*' --fail-under 95
+	$(COVERAGE) report --include '*/loader/*'
 
 lint: $(READY) ## Check style, types, and that editors resolve our imports.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'
@@ -94,4 +109,4 @@ fuzz-python: $(READY) ## Run the fuzz targets of the Python readers, FUZZ_SECOND
 	done
 
 clean: ## Remove the environment and what the targets made.
-	rm -rf $(VENV) $(VLLM) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .coverage* .mypy_cache .ruff_cache .hypothesis
