@@ -239,6 +239,13 @@ class SourceModel:
             self.config = _without(self.config, quantization.place)
             entries = {name: tensor.entry for name, tensor in self.tensors.items()}
             quantization = find_quantization(self.config, entries)
+        if view != "int8" and self.config is not None and quantization.block is None:
+            names = [*quantization.scaled, *quantization.blocks]
+            if names:
+                self.notes.append(
+                    "config.json has no quantization_config, without which transformers reads "
+                    f"{len(names)} quantized tensors but not their scales: {_some(names)}"
+                )
         self.quantization = quantization
 
     def _dequantize(self, quantization: Quantization) -> None:

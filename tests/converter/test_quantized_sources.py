@@ -276,3 +276,16 @@ def test_an_export_is_the_source_again(tmp_path, name):
             tensor = model.tensors[key]
             stored = tensor.read_bytes(0, tensor.entry.bytes)
             assert stored == np.ascontiguousarray(values).tobytes()
+
+
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_scales_without_a_block_are_said(tmp_path, name):
+    """transformers saves FP8 codes and scales after it dequantized a model, and drops the block."""
+    tensors, config = KEPT[name]()
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config.pop("text_config", None)
+    source = write_source(tmp_path / "source", tensors, config)
+    report = convert(source, tmp_path / "lossless", scheme="lossless")
+    (warning,) = report.warnings
+    assert "no quantization_config" in warning
+    assert "but not their scales" in warning
