@@ -7,6 +7,8 @@ the model class filled with the slow reference's dequantized tensors.
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +92,14 @@ def test_outputs_are_the_sources(tmp_path, source, name, scheme):
             codes = architectures.output_of(from_pretrained(out, resident="int8"))
             scale = float(output.float().abs().max())
             torch.testing.assert_close(codes, output, rtol=0.02, atol=0.02 * scale)
+
+
+def test_the_documents_list_every_architecture():
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    section = page.partition("## Architectures")[2].partition("\n## ")[0]
+    table = section.partition("|---|")[2]
+    assert sorted(re.findall(r"`(\w+)`", table)) == architectures.NAMES
+    assert f"\n{len(architectures.NAMES)} architectures" in section
 
 
 def test_the_layouts_are_those_of_published_files(source):
