@@ -278,3 +278,17 @@ def test_a_buffer_of_two_dimensions_stays_a_buffer(tmp_path, resident):
         torch.manual_seed(0)
         each.resize_token_embeddings(520)
     torch.testing.assert_close(logits(model), logits(dense))
+
+
+def test_strided_inputs_give_the_bits_of_a_frozen_dense_layer(container):
+    dense, model = (
+        from_pretrained(container("llama", "lossless"), resident=how, dtype=torch.float32)
+        for how in ("dense", "compressed")
+    )
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(7, 3, 64, generator=generator).transpose(0, 1)
+    assert not inputs.is_contiguous()
+    dense.requires_grad_(False)
+    for name in ("up_proj", "gate_proj"):
+        expected = dense.model.layers[0].mlp.get_submodule(name)(inputs)
+        assert torch.equal(model.model.layers[0].mlp.get_submodule(name)(inputs), expected)
