@@ -54,6 +54,8 @@ def test_quantizer_hooks_are_still_called_by_these_names():
         "validate_environment",
         "is_serializable",
         "is_trainable",
+        "dequantize",
+        "remove_quantization_config",
     ):
         assert hasattr(base, name)
     source = inspect.getsource(base.preprocess_model)
