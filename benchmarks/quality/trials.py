@@ -27,7 +27,7 @@ from codecllm.converter.rate.search import fit
 from codecllm.converter.source.source import SourceModel
 from codecllm.loader.hf.folder import read_tokenizer
 from codecllm.loader.hf.plain import load_plain
-from codecllm.verifier.evaluation.divergence import Base
+from codecllm.verifier.evaluation.divergence import Base, Divergence
 from codecllm.verifier.evaluation.evaluate import sample_text
 
 LAYERS_ONLY = ("*embed*", "lm_head*")
@@ -87,17 +87,24 @@ class Trials:
         options = self.options(bits, refine=feedback is not None)
         with SourceModel(self.source) as model:
             fitted_params = fit(model, options, statistics, feedback)
-            parameters = dict(self._twin.named_parameters())
             for name, weights in dequantized(model, options, fitted_params):
-                target = parameters[name]
-                with torch.no_grad():
-                    target.copy_(torch.from_numpy(weights).reshape(target.shape))
-        scores = [base.compare(self._twin) for base in self._bases]
+                self.put(name, weights)
+        scores = self.scores()
         return Quality(
             fitted_params.bits,
             tuple(score.mean_kl for score in scores),
             tuple(score.top1 for score in scores),
         )
+
+    def put(self, name: str, weights: NDArray[np.float32]) -> None:
+        """Gives a tensor of the twin other weights, float32 [rows, cols]."""
+        target = self._twin.get_parameter(name)
+        with torch.no_grad():
+            target.copy_(torch.from_numpy(weights).reshape(target.shape))
+
+    def scores(self) -> list[Divergence]:
+        """Compares the twin with its source on each text."""
+        return [base.compare(self._twin) for base in self._bases]
 
 
 def dequantized(
@@ -115,9 +122,8 @@ def steps_and_codes(
     plan: TensorPlan, params: QuantParams
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Returns steps and codes of a tensor, both float32 [rows, cols]."""
-    rows, cols = plan.matrix
-    words = plan.source.read_elements(0, rows * cols).reshape(rows, cols)
-    weights = as_float32(words, plan.source.dtype.name, np.empty(words.shape, np.float32))
+    weights = weights_of(plan)
+    rows, cols = weights.shape
     col_scale = np.ones(cols, np.float32) if params.col_scale is None else params.col_scale
     step = params.row_scale[:, None] * col_scale
     if params.codes is not None:
@@ -128,3 +134,10 @@ def steps_and_codes(
     else:
         np.rint(quotient, out=codes)
     return step, codes
+
+
+def weights_of(plan: TensorPlan) -> NDArray[np.float32]:
+    """Returns the weights of a tensor, float32 [rows, cols]."""
+    rows, cols = plan.matrix
+    words = plan.source.read_elements(0, rows * cols).reshape(rows, cols)
+    return as_float32(words, plan.source.dtype.name, np.empty(words.shape, np.float32))
