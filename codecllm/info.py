@@ -67,7 +67,8 @@ def describe_name(
         "shard_headers": len(remote.headers),
         "known_sha256": remote.large_files,
     }
-    return {"folder": None, **facts, "hub": hub}
+    # The agreement stands in a side file, of which nothing is read.
+    return {"folder": None, **facts, "agreement": None, "hub": hub}
 
 
 def describe_manifest(

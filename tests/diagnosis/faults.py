@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +291,7 @@ class Wrapper(nn.Module):
         self.inner = inner
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.inner(inputs) * self.inner.weight.form.scale.to(inputs.dtype)
+        return self.inner(inputs) * self.inner.weight.form.matrix.scale.to(inputs.dtype)
 
 
 def replaced_twice(model: Any, folder: Path) -> None:
@@ -304,7 +305,7 @@ def replaced_twice(model: Any, folder: Path) -> None:
 def fp16_module_scales(model: Any, folder: Path) -> None:
     """Casts the scales of an int8 weight to float16."""
     form = model.get_parameter(UP).form
-    form.scale = form.scale.half()
+    form.matrix = replace(form.matrix, scale=form.matrix.scale.half())
 
 
 def swapped_loaded_heads(model: Any, folder: Path) -> None:

@@ -20,6 +20,7 @@ from codecllm.formats.reference import read_codes
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
 from codecllm.verifier.diagnosis import diagnose, render_html
+from codecllm.verifier.diagnosis.model.sample_text import SAMPLE_TEXT
 from codecllm.verifier.report import Verdict
 from tests.diagnosis import faults
 from tests.integration import tiny_models
@@ -131,7 +132,8 @@ def test_prefix_codes():
 def test_layer_outputs_are_those_of_transformers(report, made, source):
     plain, loaded = load_plain(source).eval(), from_pretrained(made)
     tokens = report.stage("layers").facts["tokens"]
-    ids = torch.tensor([_tokens(source, _last_prompt())[:tokens]])
+    assert tokens == 48
+    ids = torch.tensor([_tokens(source, SAMPLE_TEXT)[:tokens]])
     with torch.inference_mode():
         a, b = (model(ids, output_hidden_states=True) for model in (plain, loaded))
     rows = {row["name"]: row for row in report.stage("layers").facts["layers"]}
@@ -229,12 +231,6 @@ def test_clean_containers_of_other_architectures_have_no_finding(container, tiny
         "text",
     ]
     assert all(row["off_reference"] == 0 for row in report.stage("layers").facts["layers"])
-
-
-def _last_prompt():
-    from codecllm.verifier.baseline.prompts import PROMPTS as fixed
-
-    return fixed[-1]
 
 
 def _tokens(source, text):

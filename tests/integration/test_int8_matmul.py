@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.int8_form import Int8Form
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 
 pytestmark = pytest.mark.gpu_too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,7 +124,7 @@ def test_gradients_are_those_of_a_linear_layer(monkeypatch, blocks):
     expected = torch.autograd.grad(
         functional.linear(inputs.view(2, 2, 96), weight, bias), (inputs, bias), upstream
     )
-    form = Int8Form("w", codes, scale)
+    form = Int8Form("w", ScaledCodes(codes, scale))
     got = torch.autograd.grad(form.linear(inputs.view(2, 2, 96), bias), (inputs, bias), upstream)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -41,6 +41,7 @@ from codecllm.verifier.diagnosis.model.reference_model import (
     reference_tensors,
     requantized_tensors,
 )
+from codecllm.verifier.diagnosis.model.sample_text import SAMPLE_TEXT
 from codecllm.verifier.diagnosis.options import RESIDENTS, DiagnoseOptions, Resident
 from codecllm.verifier.report import Stage
 
@@ -123,7 +124,9 @@ class ModelStages:
             return
         names = layer_names(self._reference)
         self._coder = output.PromptCoder(self._source.folder, self._model.config)
-        tokens = prompt_of(self._coder.prompts()[-1].tokens, self._model.config)
+        # Longer than the baseline's prompts: few rows of inputs round in another way.
+        sample = self._coder.prompts([SAMPLE_TEXT])[0]
+        tokens = prompt_of(sample.tokens, self._model.config)
         # A wrong container would make reference and loaded model wrong alike.
         if any(one.differs for one in self._examined.values()):
             self._reference = None
