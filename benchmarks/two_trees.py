@@ -117,9 +117,10 @@ def main(
             if not container.exists():
                 convert(source, container, scheme=scheme)
             figures[way] = compare(trees, container, resident, workers, turns)
-    Console().print(_table(figures, workers))
-    if out is not None:
-        out.write_text(json.dumps(figures))
+            # At once: a run takes many minutes, and may be stopped.
+            Console().print(_table({way: figures[way]}, workers))
+            if out is not None:
+                out.write_text(json.dumps(figures))
 
 
 def _table(figures: dict[str, list[tuple[float, float]]], workers: int) -> Table:
