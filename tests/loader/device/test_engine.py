@@ -358,7 +358,7 @@ def test_a_broken_device_lets_no_thread_wait(made):
         engine.close()
 
 
-def test_closing_may_be_interrupted_and_done_again(made, monkeypatch):
+def test_closing_may_be_interrupted_and_done_again(made, monkeypatch, ctrl_c):
     with Container(made["lossless"]) as container:
         engine = DeviceEngine(container, 2, HostStreams(), NOTHING)
         engine.prefetch([Request("wide")])
