@@ -15,18 +15,14 @@ from codecllm.formats.shards.side_tensors import COL_SCALE, SCALE
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.engine import Request
 from codecllm.loader.reader import CPU
+from codecllm.loader.resident.residency import is_by_rows
 from codecllm.loader.stream import stream_requests
 from codecllm.loader.torch_tensors import file_order, torch_dtype
 
 
 def holds_codes(record: RawTensor | CodedTensor) -> bool:
     """Whether a tensor is a matrix of codes, one scale a row, that products can use."""
-    return (
-        isinstance(record, Int8Tensor)
-        and len(record.shape) == 2
-        and record.channel_kind == "row"
-        and record.channel_axis == 0
-    )
+    return isinstance(record, Int8Tensor) and is_by_rows(record)
 
 
 class Checkpoint:

@@ -18,6 +18,7 @@ from codecllm.formats.manifest.records import Int8Tensor, RawTensor
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.resident.coded_weight import CodedWeight
 from codecllm.loader.resident.int8_form import Int8Form
+from codecllm.loader.resident.residency import is_by_rows
 from codecllm.loader.resident.scaled_codes import ScaledCodes
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.codes.rows import head_size
@@ -131,11 +132,8 @@ def _expected_modules(
     expected: set[str] = set()
     for name, tensor in names.items():
         record = stored_record(against.container, tensor)
-        by_row = not isinstance(record, Int8Tensor) or (
-            record.channel_kind == "row" and record.channel_axis == 0
-        )
         # Kernels for coded weights read rows; every other tensor is decoded at load.
-        if isinstance(record, RawTensor) or not by_row or len(record.shape) != 2:
+        if isinstance(record, RawTensor) or not is_by_rows(record):
             continue
         if resident == "int8" and not isinstance(record, Int8Tensor):
             continue
