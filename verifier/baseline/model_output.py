@@ -102,11 +102,44 @@ def is_batch(prompts: Sequence[PromptTokens]) -> bool:
     return len({len(prompt.tokens) for prompt in prompts}) == 1
 
 
-def batches(prompts: Sequence[PromptTokens], together: bool) -> list[slice]:
+def _batches(prompts: Sequence[PromptTokens], together: bool) -> list[slice]:
     """Returns the parts in which prompts run: one for all where `together`, else one for each."""
     if together:
         return [slice(0, len(prompts))]
     return [slice(number, number + 1) for number in range(len(prompts))]
+
+
+def all_greedy_tokens(
+    model: Any, prompts: Sequence[PromptTokens], together: bool
+) -> list[list[int]]:
+    """Returns `greedy_tokens` of prompts that run as one batch (`together`) or each alone."""
+    return [
+        tokens
+        for part in _batches(prompts, together)
+        for tokens in greedy_tokens(model, prompts[part])
+    ]
+
+
+def all_logits(
+    model: Any, prompts: Sequence[PromptTokens], texts: Sequence[list[int]], together: bool
+) -> list[torch.Tensor]:
+    """Returns `continuation_logits` along `texts`; see `all_greedy_tokens`."""
+    return [
+        logits
+        for part in _batches(prompts, together)
+        for logits in continuation_logits(model, prompts[part], texts[part])
+    ]
+
+
+def all_first_outputs(
+    model: Any, prompts: Sequence[PromptTokens], together: bool
+) -> list[torch.Tensor]:
+    """Returns `first_output` of prompts; see `all_greedy_tokens`."""
+    return [
+        values
+        for part in _batches(prompts, together)
+        for values in first_output(model, prompts[part])
+    ]
 
 
 SMALL_MODEL = 1 << 28

@@ -108,10 +108,10 @@ def _run_source(model: Any, folder: Path) -> SourceRun:
     batched = output.is_batch(prompts)
     if not output.generates(model):
         return SourceRun(
-            coder, prompts, batched, False, [], _first_outputs(model, prompts, batched)
+            coder, prompts, batched, False, [], output.all_first_outputs(model, prompts, batched)
         )
-    tokens = _greedy_tokens(model, prompts, batched)
-    logits = _logits_along(model, prompts, tokens, batched)
+    tokens = output.all_greedy_tokens(model, prompts, batched)
+    logits = output.all_logits(model, prompts, tokens, batched)
     return SourceRun(coder, prompts, batched, True, tokens, logits)
 
 
@@ -125,41 +125,17 @@ def _run_converted(model: Any, source: SourceRun) -> ConvertedRun:
     # The record is of the converted model: a later check runs that one, and not the source.
     where, prompts, batched = output.environment(model), source.prompts, source.batched
     if not source.greedy:
-        return ConvertedRun(where, [], _first_outputs(model, prompts, batched), [])
-    tokens = _greedy_tokens(model, prompts, batched)
-    logits = _logits_along(model, prompts, tokens, batched)
+        return ConvertedRun(where, [], output.all_first_outputs(model, prompts, batched), [])
+    tokens = output.all_greedy_tokens(model, prompts, batched)
+    logits = output.all_logits(model, prompts, tokens, batched)
     # Both models get the source's tokens: after the first other token, free texts say nothing about
     # the weights.
     along_source = (
-        logits if tokens == source.tokens else _logits_along(model, prompts, source.tokens, batched)
+        logits
+        if tokens == source.tokens
+        else output.all_logits(model, prompts, source.tokens, batched)
     )
     return ConvertedRun(where, tokens, logits, along_source)
-
-
-def _greedy_tokens(model: Any, prompts: _Prompts, batched: bool) -> list[list[int]]:
-    return [
-        tokens
-        for part in output.batches(prompts, batched)
-        for tokens in output.greedy_tokens(model, prompts[part])
-    ]
-
-
-def _logits_along(
-    model: Any, prompts: _Prompts, texts: list[list[int]], batched: bool
-) -> list[torch.Tensor]:
-    return [
-        logits
-        for part in output.batches(prompts, batched)
-        for logits in output.continuation_logits(model, prompts[part], texts[part])
-    ]
-
-
-def _first_outputs(model: Any, prompts: _Prompts, batched: bool) -> list[torch.Tensor]:
-    return [
-        values
-        for part in output.batches(prompts, batched)
-        for values in output.first_output(model, prompts[part])
-    ]
 
 
 def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
@@ -256,7 +232,9 @@ def _compare_tokens(
     known_texts = [spoken.get(tuple(prompt.tokens)) for prompt in prompts]
     texts = [text for text in known_texts if text is not None]
     if len(texts) < len(prompts):
-        texts = _greedy_tokens(model, _prompts(prompts, baseline.batched), baseline.batched)
+        texts = output.all_greedy_tokens(
+            model, _prompts(prompts, baseline.batched), baseline.batched
+        )
     for number, (prompt, got) in enumerate(zip(prompts, texts, strict=True)):
         if got != prompt.converted.tokens:
             place = next(
@@ -288,7 +266,9 @@ def _compare_along_record(model: Any, baseline: Baseline, stage: Stage) -> None:
     divergence = 0.0
     prompts = baseline.greedy
     texts = [prompt.converted.tokens for prompt in prompts]
-    all_logits = _logits_along(model, _prompts(prompts, baseline.batched), texts, baseline.batched)
+    all_logits = output.all_logits(
+        model, _prompts(prompts, baseline.batched), texts, baseline.batched
+    )
     for prompt, want, logits in zip(prompts, texts, all_logits, strict=True):
         hits += int((logits.argmax(-1) == torch.tensor(want, dtype=torch.long)).sum())
         positions += len(want)
@@ -338,7 +318,7 @@ def _combine_hidden(source: SourceRun, converted: ConvertedRun) -> Baseline:
 def _compare_hidden(model: Any, baseline: Baseline, same_place: bool, stage: Stage) -> None:
     worst = 0.0
     prompts = baseline.hidden
-    outputs = _first_outputs(model, _prompts(prompts, baseline.batched), baseline.batched)
+    outputs = output.all_first_outputs(model, _prompts(prompts, baseline.batched), baseline.batched)
     for number, (prompt, values) in enumerate(zip(prompts, outputs, strict=True)):
         got = output.sampled(values)
         off = _worst_sample(got, prompt.converted)

@@ -101,18 +101,15 @@ def evaluate_outputs(
 
 def _evaluate_outputs(model: Any, inputs: EvalInputs, along: ModelOutputs | None) -> ModelOutputs:
     outputs, prompts = ModelOutputs(), inputs.prompts
-    parts = output.batches(prompts, output.is_batch(prompts))
+    together = output.is_batch(prompts)
     if not output.generates(model):
-        for part in parts:
-            outputs.logits += output.first_output(model, prompts[part])
+        outputs.logits = output.all_first_outputs(model, prompts, together)
         return outputs
-    for part in parts:
-        outputs.tokens += output.greedy_tokens(model, prompts[part])
+    outputs.tokens = output.all_greedy_tokens(model, prompts, together)
     # Both models along the source's tokens: after the first other token free texts cannot be
     # compared.
     texts = along.tokens if along is not None else outputs.tokens
-    for part in parts:
-        outputs.logits += output.continuation_logits(model, prompts[part], texts[part])
+    outputs.logits = output.all_logits(model, prompts, texts, together)
     # An encoder and decoder gives no likelihood for a text without a source text.
     if not model.config.is_encoder_decoder:
         outputs.nll = negative_log_likelihood(model, inputs.text)
