@@ -183,7 +183,10 @@ def _checked_and_built(
     if run_code:
         check_code(load.container, auto_map)
     try:
-        return _build(load, auto_class, dtype, device_map, run_code, hf_kwargs)
+        # transformers sees the listed files, with the weights of `load`.
+        choice = for_model_with_code if run_code else for_model
+        with listed_files(load.container, choice) as folder:
+            return _build(folder, load, auto_class, dtype, device_map, run_code, hf_kwargs)
     except UnsupportedEnvironmentError as exc:
         if run_code:
             raise
@@ -246,20 +249,6 @@ def _check_side_files(container: Container) -> dict[str, Any] | None:
 
 
 def _build(
-    load: Load,
-    auto_class: Any,
-    dtype: Any,
-    device_map: Any,
-    run_code: bool,
-    hf_kwargs: dict[str, Any],
-) -> Any:
-    """Lets transformers load the listed files with the weights of `load`; returns its result."""
-    choice = for_model_with_code if run_code else for_model
-    with listed_files(load.container, choice) as folder:
-        return _build_from(folder, load, auto_class, dtype, device_map, run_code, hf_kwargs)
-
-
-def _build_from(
     folder: Path,
     load: Load,
     auto_class: Any,

@@ -109,9 +109,7 @@ def bench(
             continue
         tokens = figures.pop("tokens")
         first_tokens = first_tokens or tokens
-        names = Row.__dataclass_fields__.keys() & figures.keys()
-        values = {key: figures[key] for key in names}
-        yield Row(name, same_tokens=tokens == first_tokens, **values)
+        yield Row(name, same_tokens=tokens == first_tokens, **figures)
 
 
 def _run(name: str, path: str, options: BenchOptions) -> dict[str, Any]:

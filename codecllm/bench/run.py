@@ -80,8 +80,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "first_token_seconds": first,
         "tokens_per_second": job["batch"] * (job["new_tokens"] - 1) / max(whole - first, 1e-9),
         "tokens": runs[0][1],
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "threads": torch.get_num_threads(),
     }
 
 
