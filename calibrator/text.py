@@ -11,7 +11,7 @@ import torch
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError, one_line
 from codecllm.formats.manifest.records import Calibration
-from codecllm.loader.hf.folder import read_tokenizer
+from codecllm.loader.hf.folder import read_tokenizer, start_of
 
 SEQUENCES = 64
 LENGTH = 64
@@ -79,7 +79,7 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     try:
         tokenizer = read_tokenizer(folder)
         ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
-        start = _start_of(tokenizer, ids)
+        start = start_of(tokenizer, ids)
     # Each of the many tokenizer classes of transformers raises errors of its own.
     except Exception as exc:
         raise UsageError(f"no usable tokenizer for a calibration text ({one_line(exc)})") from exc
@@ -104,15 +104,10 @@ def begins_with_start(folder: Path) -> bool:
     """
     try:
         tokenizer = read_tokenizer(folder)
-        return bool(_start_of(tokenizer, [int(token) for token in tokenizer("")["input_ids"]]))
+        return bool(start_of(tokenizer, [int(token) for token in tokenizer("")["input_ids"]]))
     # Calibration on the model's own text needs no tokenizer; those of transformers raise any error.
     except Exception:
         return False
-
-
-def _start_of(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Returns the start token with which a tokenizer began a text, or nothing."""
-    return ids[:1] if ids and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
 
 
 def record(kind: str, tokens: torch.Tensor) -> Calibration:

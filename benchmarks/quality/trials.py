@@ -25,7 +25,7 @@ from codecllm.converter.rate.feedback import Feedback
 from codecllm.converter.rate.fitted import FittedParams
 from codecllm.converter.rate.search import fit
 from codecllm.converter.source.source import SourceModel
-from codecllm.loader.hf.folder import read_tokenizer
+from codecllm.loader.hf.folder import read_tokenizer, start_of
 from codecllm.loader.hf.plain import load_plain
 from codecllm.verifier.evaluation.divergence import Base, Divergence
 from codecllm.verifier.evaluation.evaluate import sample_text
@@ -67,7 +67,8 @@ class Trials:
         self._twin: Any = load_plain(source, torch.float32).eval()
         tokenizer = read_tokenizer(source)
         texts = (sample_text(), SECOND_TEXT.read_text(encoding="utf-8"))
-        self._bases = [Base(base, tokenizer(text)["input_ids"][:tokens], WINDOW) for text in texts]
+        all_ids = [tokenizer(text)["input_ids"][:tokens] for text in texts]
+        self._bases = [Base(base, ids, WINDOW, start_of(tokenizer, ids)) for ids in all_ids]
 
     def options(self, bits: float, *, refine: bool = False) -> ConvertOptions:
         """Returns the options of the conversion that a trial stands for."""

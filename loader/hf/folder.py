@@ -92,6 +92,16 @@ def read_gguf_tokenizer(path: Path) -> Any:
     return _tokenizer_of(path.parent, {"gguf_file": path.name})
 
 
+def start_of(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Returns the start token with which a tokenizer began a text, or nothing.
+
+    Args:
+        tokenizer: of transformers.
+        ids: what its call made of the text.
+    """
+    return ids[:1] if ids and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
+
+
 def read_generation_config(model: ModelFiles) -> Any:
     """Returns a model's generation_config.json as a transformers `GenerationConfig`.
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 
 from codecllm.cli.checking import app
 from codecllm.converter import convert
@@ -88,6 +89,30 @@ def test_figures_are_those_of_a_direct_computation(base, converted):
         )
         assert found == pytest.approx(float(nll.mean().exp()), rel=1e-6)
     assert 0 < score.mean_kl < 0.01
+
+
+def test_every_window_begins_with_the_start_token_of_the_tokenizer(base, converted, tmp_path):
+    folder = tampering.copy_of(base, tmp_path / "base")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="t511 $A", special_tokens=[("t511", 511)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kinds = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "t511"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kinds))
+    words = [int(word[1:]) for word in TEXT.split()]
+    models = load_plain(base, torch.float32), from_pretrained(converted, dtype=torch.float32)
+    kl = []
+    for first in range(0, len(words), 31):
+        ids = torch.tensor([[511, *words[first : first + 31]]])
+        with torch.inference_mode():
+            p, q = (
+                torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+                for model in models
+            )
+        kl.append((p.exp() * (p - q)).sum(-1))
+    result = evaluate(folder, [converted], text=TEXT, window=32)
+    # Every word is predicted, because each window's first token is the start token.
+    assert result.tokens == len(words)
+    assert result.scores[0].mean_kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-6)
 
 
 def test_a_model_beside_itself_and_its_lossless_container_is_no_distance(base, tmp_path):

@@ -7,7 +7,7 @@ of the base, the input of its head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,17 +65,22 @@ class Base:
     Its layers run once over the text, for any number of other models.
     """
 
-    def __init__(self, model: Any, tokens: list[int], window: int) -> None:
+    def __init__(
+        self, model: Any, tokens: list[int], window: int, start: Sequence[int] = ()
+    ) -> None:
         """Cuts the text into windows.
 
         Args:
             model: causal language model whose distribution is the reference.
-            tokens: the text.
-            window: tokens that a model sees at once; the first of each window is only seen, not
-                predicted.
+            tokens: the text, which begins with `start`.
+            window: tokens that a model sees at once, more than `start` has; the first of each
+                window is only seen, not predicted.
+            start: the start token that every window gets, or nothing.
         """
+        given, text = list(start), tokens[len(start) :]
+        piece = window - len(given)
+        parts = [given + text[first : first + piece] for first in range(0, len(text), piece)]
         # A window shorter than two tokens predicts nothing.
-        parts = [tokens[first : first + window] for first in range(0, len(tokens), window)]
         self._model = model
         self._windows = [torch.tensor([part]) for part in parts if len(part) > 1]
         self._entering: list[torch.Tensor] = []  # per window: float [1, tokens, hidden]

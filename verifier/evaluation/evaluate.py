@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from codecllm.formats.errors import SchemaError, UsageError
-from codecllm.loader.hf.folder import read_gguf_tokenizer, read_tokenizer
+from codecllm.loader.hf.folder import read_gguf_tokenizer, read_tokenizer, start_of
 from codecllm.loader.hf.quiet import silenced
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
@@ -96,7 +96,8 @@ def evaluate(
     """Compares candidates with their base on a text.
 
     All models compute in `dtype`, so that only their weights differ. The base and one candidate are
-    in memory at a time.
+    in memory at a time. Where the base's tokenizer begins a text with a start token, every window
+    begins with it: a model that was trained so is distorted without.
 
     Args:
         base: Hugging Face folder, Hub id or container.
@@ -120,8 +121,8 @@ def evaluate(
     reference = find_candidate(base)
     # The base is loaded first: without its tokenizer no candidate needs to be.
     model = reference.load(dtype, workers)
-    tokens = _tokens(reference, model, sample_text() if text is None else text)[:max_tokens]
-    reading = Base(model, tokens, min(window, _longest(model)))
+    tokens, start = _tokens(reference, model, sample_text() if text is None else text)
+    reading = Base(model, tokens[:max_tokens], min(window, _longest(model)), start)
     scores: list[Score] = []
     base_perplexity = math.nan
     token_count = 0
@@ -149,7 +150,8 @@ def evaluate(
     )
 
 
-def _tokens(reference: Candidate, model: Any, text: str) -> list[int]:
+def _tokens(reference: Candidate, model: Any, text: str) -> tuple[list[int], list[int]]:
+    """Returns the tokens of a text, and the start token that they begin with, or nothing."""
     if model.config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
         raise UsageError(f"{type(model).__name__} is no causal language model", file=reference.name)
     try:
@@ -161,7 +163,7 @@ def _tokens(reference: Candidate, model: Any, text: str) -> list[int]:
         tokens: list[int] = tokenizer(text)["input_ids"]
     if len(tokens) < 2:
         raise UsageError("the text has fewer than two tokens", got=repr(text[:40]))
-    return tokens
+    return tokens, start_of(tokenizer, tokens)
 
 
 def _longest(model: Any) -> int:
