@@ -22,8 +22,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """Returns the figures of a container in a local folder as JSON values.
 
     Those of `describe_manifest`, and `agreement`: how the model agreed with its source when its
-    baseline was recorded (`mean_kl` in nats and `top1` along the source's greedy continuations, or
-    `cosine` of hidden states); None without a baseline.
+    baseline was recorded (`mean_kl` in nats and `top1` along the source's greedy continuations and,
+    under `text`, on a fixed text, or `cosine` of hidden states); None without a baseline.
     """
     with Container(folder) as container:
         manifest = container.manifest

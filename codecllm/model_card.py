@@ -176,10 +176,11 @@ def _figures(
     agreement = baseline.agreement if baseline is not None else None
     if agreement is not None:
         # A figure that was not measured is left out, not shown as 0.
-        if agreement.mean_kl is not None:
-            yield "mean KL(source, this), per token", f"{agreement.mean_kl:.3g} nats"
-        if agreement.top1 is not None:
-            yield "same most likely token as the source", f"{agreement.top1:.2%}"
+        shown = agreement.text or agreement
+        if shown.mean_kl is not None:
+            yield "mean KL(source, this), per token", f"{shown.mean_kl:.3g} nats"
+        if shown.top1 is not None:
+            yield "same most likely token as the source", f"{shown.top1:.2%}"
         if agreement.same_tokens is not None:
             yield "prompts with the source's greedy text", f"{agreement.same_tokens:.0%}"
         if agreement.cosine is not None:
@@ -203,9 +204,14 @@ def _remarks(facts: dict[str, Any], baseline: Baseline | None) -> str:
     if baseline is None or baseline.kind == "none" or baseline.environment is None:
         return f"{ratio} No output of the model was recorded when it was converted."
     where = baseline.environment
-    prompts = len(baseline.greedy) or len(baseline.hidden)
+    compared_on = f"{len(baseline.greedy) or len(baseline.hidden)} fixed prompts"
+    if baseline.agreement is not None and baseline.agreement.text is not None:
+        compared_on += (
+            f" and, for KL and most likely tokens, {baseline.agreement.text.tokens} tokens of a "
+            "fixed text"
+        )
     return (
-        f"{ratio} Source and container were compared on {prompts} fixed prompts (torch "
+        f"{ratio} Source and container were compared on {compared_on} (torch "
         f"{where.torch}, transformers "
         f"{where.transformers}, {where.device}, {where.dtype}); `{BASELINE_NAME}` holds prompts "
         "and outputs, and "

@@ -23,7 +23,13 @@ from codecllm.hub.resolve import listed_names
 from codecllm.loader.hf.plain import load_plain
 from codecllm.model_card import MARKER
 from codecllm.publishing import push
-from codecllm.verifier.baseline.record import Agreement, Baseline, Environment, pack_baseline
+from codecllm.verifier.baseline.record import (
+    Agreement,
+    Baseline,
+    Environment,
+    TextAgreement,
+    pack_baseline,
+)
 from codecllm.verifier.side_file import attach
 from tests import tampering
 
@@ -232,7 +238,17 @@ def test_card_offers_int8_in_memory_only_where_there_are_codes(hub, container, l
     assert "resident=" not in card_of(hub, "user/lossless").text
 
 
-def test_card_states_the_baseline(hub, container):
+TEXT_FIGURES = TextAgreement(windows=4, tokens=508, sha256="0" * 64, top1=0.75, mean_kl=0.125)
+
+
+@pytest.mark.parametrize(
+    ("text_figures", "kl", "top1", "on_text"),
+    [
+        (None, "0.00669 nats", "95.31%", False),
+        (TEXT_FIGURES, "0.125 nats", "75.00%", True),
+    ],
+)
+def test_card_states_the_baseline(hub, container, text_figures, kl, top1, on_text):
     where = Environment(
         torch="2.13.0",
         transformers="5.23.0",
@@ -242,7 +258,7 @@ def test_card_states_the_baseline(hub, container):
         cpu_capability="AVX2",
         threads=2,
     )
-    agreement = Agreement(top1=0.9531, mean_kl=0.00669, same_tokens=0.25)
+    agreement = Agreement(top1=0.9531, mean_kl=0.00669, same_tokens=0.25, text=text_figures)
     baseline = Baseline(
         format="codecllm-baseline", version=1, kind="greedy", environment=where, agreement=agreement
     )
@@ -250,8 +266,9 @@ def test_card_states_the_baseline(hub, container):
         attach(container, opened.manifest, BASELINE_NAME, pack_baseline(baseline))
     push(container, REPO, level="structure")
     text = card_of(hub).text
-    assert "| 0.00669 nats |" in text
-    assert "| 95.31% |" in text
+    assert f"| {kl} |" in text
+    assert f"| {top1} |" in text
+    assert ("508 tokens of a fixed text" in text) == on_text
     assert "torch 2.13.0, transformers 5.23.0, cpu, bfloat16" in text
 
 

@@ -90,7 +90,9 @@ def test_info_says_how_a_model_agrees_with_its_source(recorded, container):
     assert facts["agreement"]["mean_kl"] > 0
     console = Console(record=True, width=200)
     render(facts, console)
-    assert f"quality    top-1 {facts['agreement']['top1']:.1%}" in console.export_text()
+    shown = console.export_text()
+    assert f"quality    top-1 {facts['agreement']['top1']:.1%}" in shown
+    assert "not measured on text: the tokenizer makes no or too few tokens of it" in shown
     assert describe(container("llama", "int8"))["agreement"] is None
 
 

@@ -33,6 +33,9 @@ _BYTES_PER_SECOND = 4e9
 # For source and converted model: 32 steps of the batch, and passes over all its tokens, which cost
 # as much again and more.
 _FORWARDS = 2 * (32 + 48)
+_TEXT_FORWARDS = 2 * 36
+"""The same for the fixed text."""
+
 # Memory of a run for each byte of weights: activations, caches, buffers of the decoder.
 MEMORY_FACTOR = 1.3
 
@@ -50,7 +53,7 @@ class BaselineOutcome:
 
     kind: str
     reason: str | None = None
-    agreement: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def summary(self) -> str:
@@ -106,7 +109,8 @@ def record_baseline(
             baseline = Baseline(format="codecllm-baseline", version=1, kind="none", reason=reason)
         else:
             try:
-                baseline = _run_both(Path(source_folder), Path(out), manifest, tell)
+                text = _text_wanted(manifest, required)
+                baseline = _run_both(Path(source_folder), Path(out), manifest, text, tell)
             except (BaselineError, MemoryError):
                 raise
             except Exception as exc:
@@ -169,33 +173,45 @@ def check_baseline(container: Container, stage: Stage, *, required: bool, worker
         stage.summary += f"; against the source: {describe_agreement(agreement)}"
 
 
-def describe_agreement(agreement: dict[str, float]) -> str:
-    """Returns the figures of an `Agreement` in words."""
+def describe_agreement(agreement: dict[str, Any]) -> str:
+    """Returns the figures of an `Agreement` in words: on the text, else along the prompts."""
+    text = agreement.get("text")
+    figures = agreement if text is None else {**agreement, **text}
     words = {
         "top1": "top-1 {:.1%}",
         "mean_kl": "mean KL {:.2e} nats",
         "same_tokens": "same text on {:.0%} of the prompts",
         "cosine": "smallest cosine {:.6f}",
     }
-    return ", ".join(
-        text.format(agreement[name]) for name, text in words.items() if name in agreement
-    )
+    if text is not None:
+        words["mean_kl"] += f" over {text['tokens']} tokens of text"
+    parts = [form.format(figures[name]) for name, form in words.items() if name in figures]
+    if "text_missing" in agreement:
+        parts.append(f"not measured on text: {agreement['text_missing']}")
+    return ", ".join(parts)
 
 
-def _run_both(source: Path, out: Path, manifest: Manifest, tell: Callable[[str], None]) -> Baseline:
+def _run_both(
+    source: Path,
+    out: Path,
+    manifest: Manifest,
+    text: bool | str,
+    tell: Callable[[str], None],
+) -> Baseline:
     from codecllm.loader import from_pretrained
     from codecllm.loader.hf.plain import load_plain
     from codecllm.loader.hf.quiet import without_progress_bars
     from codecllm.verifier.baseline.runs import combine, run_converted, run_source
 
+    inputs = "8 prompts and a text" if text is True else "8 prompts"
     with without_progress_bars():
-        tell("baseline: running the source on 8 prompts")
+        tell(f"baseline: running the source on {inputs}")
         model = load_plain(source)
-        source_run = run_source(model, source)
+        source_run = run_source(model, source, text)
         # A model is full of reference cycles. Without this call both would be in memory at once.
         del model
         gc.collect()
-        tell("baseline: running the converted model on 8 prompts")
+        tell(f"baseline: running the converted model on {inputs}")
         converted_run = run_converted(from_pretrained(out, resident="dense"), source_run)
     baseline = combine(source_run, converted_run)
     agreement = baseline.agreement or Agreement()
@@ -252,7 +268,21 @@ def _obstacle(container: Container, required: bool) -> str | None:
             f"the model needs {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory "
             "are free (--baseline insists)"
         )
-    seconds = size * _FORWARDS / _BYTES_PER_SECOND
+    return _too_slow(size * _FORWARDS)
+
+
+def _text_wanted(manifest: Manifest, required: bool) -> bool | str:
+    """Returns whether both models are compared on the text, or why they are not."""
+    # A lossless container has its source's logits, which the prompts show.
+    if manifest.options.scheme == "lossless":
+        return False
+    slow = _too_slow(manifest.source.tensor_bytes * (_FORWARDS + _TEXT_FORWARDS))
+    return True if required or slow is None else slow
+
+
+def _too_slow(read_bytes: int) -> str | None:
+    """Returns a sentence where reading so many bytes takes too long for what nobody asked for."""
+    seconds = read_bytes / _BYTES_PER_SECOND
     if seconds > MAX_SECONDS:
         return f"it would take about {seconds / 60:.0f} minutes (--baseline insists)"
     return None

@@ -74,6 +74,29 @@ class PromptCoder:
             return []
         return tokens if not self._vocabulary or max(tokens, default=0) < self._vocabulary else []
 
+    def windows(self, text: str, count: int, length: int) -> list[list[int]]:
+        """Returns pieces of a text, evenly spread, each behind the tokenizer's start token.
+
+        Args:
+            text: in any language.
+            count: number of pieces.
+            length: tokens of each, the start token among them.
+
+        Returns:
+            None of them without a tokenizer, outside the vocabulary, or where the text is shorter.
+        """
+        from codecllm.loader.hf.folder import start_of
+
+        tokens = self.encode(text)
+        start = start_of(self._tokenizer, tokens)
+        ids, piece = tokens[len(start) :], length - len(start)
+        if piece < 2 or len(ids) < count * piece:
+            return []
+        return [
+            start + ids[first : first + piece]
+            for first in (number * (len(ids) - piece) // (count - 1) for number in range(count))
+        ]
+
     def decode(self, tokens: list[int]) -> str:
         """Returns the text of tokens, or an empty string without a tokenizer."""
         return (

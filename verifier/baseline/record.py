@@ -78,6 +78,24 @@ class HiddenPrompt(_Record):
     converted: HiddenSamples
 
 
+class TextAgreement(_Record):
+    """Converted model against source on a fixed text, both given its tokens.
+
+    Attributes:
+        windows: pieces of the text, all of one length and in one batch.
+        tokens: predicted in all of them.
+        sha256: over the ids of all pieces one after another, as little-endian int64.
+        top1: share of these tokens at which both models find the same one most likely.
+        mean_kl: mean KL(source || converted) per token, in nats.
+    """
+
+    windows: int
+    tokens: int
+    sha256: Sha256
+    top1: float
+    mean_kl: float
+
+
 class Agreement(_Record):
     """Converted model against source.
 
@@ -88,12 +106,16 @@ class Agreement(_Record):
         mean_kl: mean KL(source || converted) per position, in nats (greedy).
         same_tokens: share of prompts whose greedy continuations are equal (greedy).
         cosine: smallest cosine similarity over the prompts (hidden).
+        text: figures on a fixed text (greedy, quantized).
+        text_missing: why a quantized model that generates has none.
     """
 
     top1: float | None = None
     mean_kl: float | None = None
     same_tokens: float | None = None
     cosine: float | None = None
+    text: TextAgreement | None = None
+    text_missing: str | None = None
 
 
 class Baseline(_Record):

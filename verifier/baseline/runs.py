@@ -20,6 +20,13 @@ from codecllm.verifier.baseline.record import (
     HiddenPrompt,
     HiddenSamples,
     ModelTokens,
+    TextAgreement,
+)
+from codecllm.verifier.baseline.text_agreement import (
+    NoTextError,
+    TextRun,
+    compare_on_text,
+    run_on_text,
 )
 from codecllm.verifier.report import Stage
 
@@ -43,7 +50,11 @@ MIN_TOP1_OF_ALL = 0.5
 
 @dataclass(frozen=True, slots=True)
 class SourceRun:
-    """The source's side: per prompt its greedy tokens and their logits, or its first output."""
+    """The source's side: per prompt its greedy tokens and their logits, or its first output.
+
+    `text` is its run on the fixed text, or a sentence that says why there is none; None where none
+    was asked for.
+    """
 
     coder: output.PromptCoder
     prompts: _Prompts
@@ -51,16 +62,21 @@ class SourceRun:
     greedy: bool
     tokens: list[list[int]]
     values: list[torch.Tensor]
+    text: TextRun | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertedRun:
-    """The converted model's side; `along_source`: its logits along the source's continuations."""
+    """The converted model's side.
+
+    `along_source`: its logits along the source's continuations; `text`: its figures on the text.
+    """
 
     environment: Environment
     tokens: list[list[int]]
     values: list[torch.Tensor]
     along_source: list[torch.Tensor]
+    text: TextAgreement | None = None
 
 
 def below_floor(agreement: Agreement, bits: float | None) -> str | None:
@@ -96,13 +112,19 @@ def below_floor(agreement: Agreement, bits: float | None) -> str | None:
     return None
 
 
-def run_source(model: Any, folder: Path) -> SourceRun:
-    """Runs the source model on all prompts."""
+def run_source(model: Any, folder: Path, text: bool | str = False) -> SourceRun:
+    """Runs the source model on all prompts.
+
+    Args:
+        model: the source.
+        folder: its files.
+        text: whether it runs on the fixed text too, or a sentence that says why it does not.
+    """
     with output.threads_for(model):
-        return _run_source(model, folder)
+        return _run_source(model, folder, text)
 
 
-def _run_source(model: Any, folder: Path) -> SourceRun:
+def _run_source(model: Any, folder: Path, text: bool | str) -> SourceRun:
     coder = output.PromptCoder(folder, model.config)
     prompts = coder.prompts()
     batched = output.is_batch(prompts)
@@ -112,7 +134,16 @@ def _run_source(model: Any, folder: Path) -> SourceRun:
         )
     tokens = output.all_greedy_tokens(model, prompts, batched)
     logits = output.all_logits(model, prompts, tokens, batched)
-    return SourceRun(coder, prompts, batched, True, tokens, logits)
+    return SourceRun(coder, prompts, batched, True, tokens, logits, _text_run(model, coder, text))
+
+
+def _text_run(model: Any, coder: output.PromptCoder, text: bool | str) -> TextRun | str | None:
+    if isinstance(text, str):
+        return text
+    try:
+        return run_on_text(model, coder) if text else None
+    except NoTextError as exc:
+        return str(exc)
 
 
 def run_converted(model: Any, source: SourceRun) -> ConvertedRun:
@@ -135,7 +166,8 @@ def _run_converted(model: Any, source: SourceRun) -> ConvertedRun:
         if tokens == source.tokens
         else output.all_logits(model, prompts, source.tokens, batched)
     )
-    return ConvertedRun(where, tokens, logits, along_source)
+    text = compare_on_text(model, source.text) if isinstance(source.text, TextRun) else None
+    return ConvertedRun(where, tokens, logits, along_source, text)
 
 
 def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
@@ -164,6 +196,8 @@ def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
         top1=output.top1_agreement(base, other),
         mean_kl=output.mean_kl(base, other),
         same_tokens=sum(same) / len(same),
+        text=converted.text,
+        text_missing=source.text if isinstance(source.text, str) else None,
     )
     return Baseline(
         format="codecllm-baseline",
