@@ -6,20 +6,42 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
+
+
+class _Pauses:
+    """The pauses of the search for reference cycles that last, in any thread.
+
+    Attributes:
+        lasting: an object for each; adding and removing are one step for the interpreter.
+        stopped: whether the search ran before the first of them.
+    """
+
+    lasting: ClassVar[set[object]] = set()
+    stopped = False
 
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Pauses the search for reference cycles while many objects that stay are made.
 
-    Each search looks at all of them again: half of the time of reading ten thousand records.
+    Each search looks at all of them again: half of the time of reading ten thousand records. Pauses
+    of several threads may overlap; the search goes on with the end of the last one, if it ran
+    before.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
+    # No lock, which Ctrl-C might leave held: where two threads meet here, the search may go on
+    # early, and it always goes on.
+    pause = object()
     try:
+        _Pauses.lasting.add(pause)
+        if gc.isenabled():
+            _Pauses.stopped = True
+            gc.disable()
         yield
     finally:
-        if was_enabled:
+        _Pauses.lasting.discard(pause)
+        if not _Pauses.lasting and _Pauses.stopped:
+            _Pauses.stopped = False
             gc.enable()
 
 

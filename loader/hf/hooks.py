@@ -33,6 +33,8 @@ import torch
 from transformers import PreTrainedConfig, core_model_loading, modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 
+from codecllm.formats.machine import without_garbage_collection
+
 _building = threading.RLock()
 """Held while transformers builds or finishes a model, by whichever class."""
 
@@ -212,11 +214,12 @@ def _get_dtype(
         # By position: so fewer private names must stay as they are.
         rest = (sharded_metadata, state_dict, weights_only, hf_quantizer)
         return original(dtype, checkpoint_files, config, *rest)
-    dtypes = source.dtypes(checkpoint_files or [], config)
-    config, model_dtype = original(
-        dtype, checkpoint_files, config, None, dtypes, weights_only, hf_quantizer
-    )
-    source.begin(model_dtype)
+    with without_garbage_collection():
+        dtypes = source.dtypes(checkpoint_files or [], config)
+        config, model_dtype = original(
+            dtype, checkpoint_files, config, None, dtypes, weights_only, hf_quantizer
+        )
+        source.begin(model_dtype)
     return config, model_dtype
 
 
@@ -239,9 +242,10 @@ def _load_state_dict(
     if disk_offload_index is not None:
         # transformers has listed coded bytes there, as if they were weights.
         disk_offload_index = {}
-    info, index = original(
-        model, weights, replace(load_config, hf_quantizer=stand_in), disk_offload_index
-    )
+    with without_garbage_collection():
+        info, index = original(
+            model, weights, replace(load_config, hf_quantizer=stand_in), disk_offload_index
+        )
     source.loaded(info)
     return info, index
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 
@@ -215,3 +216,19 @@ def test_experts_are_marked_and_their_loop_takes_one_weight_after_the_other(tiny
     model(torch.tensor([[1, 2, 3]]))
     assert (2, True) in shapes
     assert all(dims == 2 for dims, _ in shapes)
+
+
+@pytest.mark.parametrize("load_model", [from_pretrained, transformers.AutoModel.from_pretrained])
+def test_the_search_for_cycles_pauses_while_weights_are_taken(container, monkeypatch, load_model):
+    folder, seen = container("llama", "lossless"), []
+    take = LazyTensor.to
+
+    def to(self, *args, **kwargs):
+        seen.append(gc.isenabled())
+        return take(self, *args, **kwargs)
+
+    monkeypatch.setattr(LazyTensor, "to", to)
+    load_model(folder)
+    assert seen
+    assert not any(seen)
+    assert gc.isenabled()
