@@ -20,6 +20,7 @@ from codecllm.calibrator.text import (
     REFINED_LENGTH,
     begins_with_start,
     file_text,
+    mixed_text,
     own_text,
     random_text,
     record,
@@ -100,8 +101,10 @@ def calibrate(
 
     Args:
         source: the opened source: safetensors and config.json.
-        kind: `self`: text that the model itself writes (random tokens, where it does not generate
-            text); `random`: random tokens; anything else: path of a text file.
+        kind: `text`: the text of several kinds that codecllm brings along (`self`, where the model
+            has no tokenizer of use); `self`: text that the model itself writes (random tokens,
+            where it does not generate text); `random`: random tokens; anything else: path of a text
+            file.
         on_stage: called with a sentence when a stage begins.
         refined: names of tensors; of those that are weights of linear layers the inputs are to be
             known in pairs, from text four times as long.
@@ -148,6 +151,11 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
     notes = []
     tell = task.tell
     length = REFINED_LENGTH if task.refined else LENGTH
+    if kind == "text":
+        tokens = mixed_text(model, task.folder, length)
+        if tokens is None:
+            notes.append("no tokenizer of use: not calibrated on the text of codecllm")
+            kind = "self"
     if kind == "self" and _writes(model):
         tell("calibrating: the model writes its own text")
         tokens = own_text(model, length, keep_start=begins_with_start(task.folder))
@@ -184,7 +192,13 @@ def _layer_by_layer(task: _Task) -> Calibrated:
     task.tell(f"calibrating: {', '.join(notes)}")
     with tempfile.TemporaryDirectory(prefix="codecllm-") as offload:
         model = load_offloaded(task.folder, Path(offload), int(available_memory() / _ROOM)).eval()
-        tokens = _text(model, task.folder, kind, LENGTH)[:_FEW]
+        tokens = mixed_text(model, task.folder) if kind == "text" else None
+        if tokens is None:
+            if kind == "text":
+                notes.append("random tokens: there is no tokenizer of use for the text of codecllm")
+                kind = "random"
+            tokens = _text(model, task.folder, kind, LENGTH)
+        tokens = tokens[:_FEW]
         return Calibrated(
             mean_squared_inputs(model, tokens, set(task.shapes)), record(_kind(kind), tokens), notes
         )
@@ -199,7 +213,7 @@ def _text(model: Any, folder: Path, kind: str, length: int) -> torch.Tensor:
 
 
 def _kind(kind: str) -> str:
-    return kind if kind in ("self", "random") else "file"
+    return kind if kind in ("text", "self", "random") else "file"
 
 
 def _writes(model: Any) -> bool:

@@ -1,7 +1,8 @@
-"""The text of a calibration: written by the model, random tokens, or a file."""
+"""The text of a calibration: shipped with codecllm, written by the model, random, or a file."""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,35 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise UsageError(f"the calibration text cannot be read ({exc})", got=str(path)) from exc
+    return _pieces(text, folder, min(length, _longest(model)))
+
+
+def mixed_text(model: Any, folder: Path, length: int = LENGTH) -> torch.Tensor | None:
+    """Returns the text that codecllm brings along: int64 [sequences, length], up to SEQUENCES.
+
+    It was written for this purpose: encyclopedia, instructions, questions, dialogue, news, code,
+    tables, and some other languages. Its pieces of REFINED_LENGTH are the same at every length,
+    which takes their beginnings.
+
+    Returns:
+        None where the model's tokenizer is missing, makes too few tokens of it, or makes tokens
+        that the model does not have.
+    """
+    text = files("codecllm.calibrator").joinpath("mixed_text.txt").read_text(encoding="utf-8")
+    try:
+        pieces = _pieces(text, folder, min(REFINED_LENGTH, _longest(model)))
+    except UsageError:
+        return None
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
+    return pieces[:, :length] if int(pieces.max()) < vocabulary else None
+
+
+def _pieces(text: str, folder: Path, length: int) -> torch.Tensor:
+    """Cuts a text into sequences, each with the start token that the tokenizer gives a text.
+
+    Raises:
+        UsageError: the text is too short, or the model has no tokenizer.
+    """
     try:
         tokenizer = read_tokenizer(folder)
         ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
@@ -83,7 +113,6 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     # Each of the many tokenizer classes of transformers raises errors of its own.
     except Exception as exc:
         raise UsageError(f"no usable tokenizer for a calibration text ({one_line(exc)})") from exc
-    length = min(length, _longest(model))
     text_ids, piece = ids[len(start) :], length - len(start)
     # Sequences of one length need no padding, which would count as text.
     count = min(SEQUENCES, len(text_ids) // piece)

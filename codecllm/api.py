@@ -96,9 +96,10 @@ def convert(
         ratio: source bytes / stored bytes.
         quality: `high`, `balanced` or `small`: names for bits, see
             `codecllm.converter.options.QUALITIES`.
-        calibrate: text from which the sensitivities come, where a rate is asked for: `self` (the
-            model writes it), `random` (random tokens), `none`, or a text file. None is `self`, or
-            `none` where the model cannot run here.
+        calibrate: text from which the sensitivities come, where a rate is asked for: `text` (of
+            several kinds, part of the package), `self` (the model writes it), `random` (random
+            tokens), `none`, or a text file. None is `self`, or `none` where the model cannot run
+            here.
         refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and
             a conversion that takes longer. Needs a rate and a calibration.
         include: glob patterns of tensor names to quantize beside the default choice.

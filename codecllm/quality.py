@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 OnStage = Callable[[str], None]
 
+DEFAULT_CALIBRATION = "self"
+_TEXTS = ("text", "self", "random")
+
 
 def choose_params(
     model: SourceModel, options: ConvertOptions, on_stage: OnStage | None = None
@@ -65,10 +68,14 @@ def quantized_tensors(model: SourceModel, options: ConvertOptions) -> frozenset[
 
 
 def _recorded_kind(rate: Rate) -> str:
-    """Returns the kind of calibration that the manifest names: `self`, `random` or `file`."""
-    kind = "self" if rate.calibrate is None else str(rate.calibrate)
+    """Returns the kind of calibration that the manifest names: one of `_TEXTS`, or `file`."""
+    kind = _kind(rate)
     # No local path stands in a manifest (docs/decisions/reproducible-bytes.md).
-    return kind if kind in ("self", "random") else "file"
+    return kind if kind in _TEXTS else "file"
+
+
+def _kind(rate: Rate) -> str:
+    return DEFAULT_CALIBRATION if rate.calibrate is None else str(rate.calibrate)
 
 
 def _calibrate(
@@ -77,10 +84,10 @@ def _calibrate(
     """Runs the calibration; returns its result or None, and sentences for the user."""
     if rate.calibrate == "none":
         return None, []
-    kind = "self" if rate.calibrate is None else str(rate.calibrate)
-    if kind not in ("self", "random") and not Path(kind).is_file():
+    kind = _kind(rate)
+    if kind not in _TEXTS and not Path(kind).is_file():
         raise UsageError(
-            "no such calibration", got=kind, expected="self, random, none or a text file"
+            "no such calibration", got=kind, expected=f"{', '.join(_TEXTS)}, none or a text file"
         )
     try:
         calibration = _run_calibration(model, kind, refined, on_stage)

@@ -44,9 +44,9 @@ class Rate:
         bits: bits per quantized weight, everything counted, 2 to 8.
         ratio: source bytes / stored bytes, above 1.
         quality: `high`, `balanced` or `small`: names for bits, see `QUALITIES`.
-        calibrate: text from which sensitivities are learned: `self` (the model writes it), `random`
-            (random tokens), `none`, or a text file. None is `self`, or `none` where the model
-            cannot run here.
+        calibrate: text from which sensitivities are learned: `text` (of several kinds, part of the
+            package), `self` (the model writes it), `random` (random tokens), `none`, or a text
+            file. None is `self`, or `none` where the model cannot run here.
         refine: whether codes of linear layers are chosen with error feedback. Needs a calibration.
 
     Raises:

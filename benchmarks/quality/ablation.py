@@ -20,14 +20,17 @@ from rich.console import Console
 
 from benchmarks.quality import models
 from benchmarks.quality.trials import Quality, Trials
+from codecllm.calibrator import text as calibration_text
 from codecllm.calibrator.gradients import squared_gradients
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.names import by_source
 from codecllm.calibrator.text import (
     LENGTH,
     REFINED_LENGTH,
+    SEQUENCES,
     begins_with_start,
     file_text,
+    mixed_text,
     own_text,
     random_text,
 )
@@ -51,13 +54,16 @@ class Variant:
     """One way to choose steps and codes.
 
     Attributes:
-        text: `self`, `START`, `random`, `none` or a text file.
+        text: `text`, `self`, `START`, `random`, `none`, a text file, or two of them with a plus
+            between.
+        sequences: of the calibration, each of `LENGTH` tokens.
         power: `allocation.LEVEL_POWER`.
         damping: of the sums of rows and columns.
         refine: whether codes are chosen with feedback.
     """
 
     text: str
+    sequences: int
     power: float
     damping: float
     refine: bool
@@ -87,9 +93,17 @@ def calibrated(trials: Trials, text: str, *, refine: bool) -> Seen:
 
 
 def _tokens(model: Any, folder: Path, kind: str, length: int) -> torch.Tensor:
+    if "+" in kind:
+        # Half of each: a variant has as many tokens as the others.
+        parts = [_tokens(model, folder, part, length) for part in kind.split("+")]
+        return torch.cat([part[: len(part) // len(parts)] for part in parts])
     if kind in ("self", START):
         keep = kind == START or begins_with_start(folder)
         tokens = own_text(model, length, keep_start=keep)
+        assert tokens is not None
+        return tokens
+    if kind == "text":
+        tokens = mixed_text(model, folder, length)
         assert tokens is not None
         return tokens
     return (
@@ -110,10 +124,15 @@ def main(
     ] = None,
     texts: Annotated[
         list[str] | None,
-        typer.Option("--calibrate", help=f"self, {START}, random, none or FILE; repeatable."),
+        typer.Option(
+            "--calibrate", help=f"text, self, {START}, random, none, FILE, A+B; repeatable."
+        ),
     ] = None,
     dampings: Annotated[
         list[float] | None, typer.Option("--damping", help="Of rows and columns; repeatable.")
+    ] = None,
+    sequence_counts: Annotated[
+        list[int] | None, typer.Option("--sequences", help=f"Of {LENGTH} tokens; repeatable.")
     ] = None,
     refine: Annotated[bool, typer.Option(help="Each variant with feedback too.")] = False,
     all_matrices: Annotated[bool, typer.Option(help="Embeddings and head too.")] = False,
@@ -122,7 +141,8 @@ def main(
 ) -> None:
     """Tries every combination."""
     trials = Trials(models.folder_of(model), tokens, all_matrices=all_matrices)
-    for text in texts or ["self"]:
+    for text, sequences in product(texts or ["self"], sequence_counts or [SEQUENCES]):
+        calibration_text.SEQUENCES = sequences
         seen = calibrated(trials, text, refine=refine)
         feedback = None if seen.products is None else Feedback(seen.products)
         for damping, power, bits, refiner in product(
@@ -134,7 +154,8 @@ def main(
             allocation.LEVEL_POWER = power
             allocation.ROW_DAMPING = allocation.COLUMN_DAMPING = damping
             result = trials.quality(bits, seen.statistics, refiner)
-            _print(Variant(text, power, damping, refiner is not None), result, as_json)
+            variant = Variant(text, sequences, power, damping, refiner is not None)
+            _print(variant, result, as_json)
 
 
 def _print(variant: Variant, result: Quality, as_json: bool) -> None:
@@ -143,7 +164,11 @@ def _print(variant: Variant, result: Quality, as_json: bool) -> None:
         return
     kl = " ".join(f"{value:.4f}" for value in result.kl)
     top1 = " ".join(f"{value:.1%}" for value in result.top1)
-    name = f"{Path(variant.text).name}, power {variant.power:g}, damping {variant.damping:g}"
+    parts = "+".join(Path(part).name for part in variant.text.split("+"))
+    name = (
+        f"{parts}, {variant.sequences} sequences, power {variant.power:g}, "
+        f"damping {variant.damping:g}"
+    )
     refined = ", refined" if variant.refine else ""
     Console(width=140).print(f"{result.bits:.3f} bits  KL {kl}  top-1 {top1}  ({name}{refined})")
 

@@ -78,10 +78,10 @@ Quality = Annotated[
 Calibrate = Annotated[
     str | None,
     typer.Option(
-        metavar="self|random|none|FILE",
-        help="The text on which sensitivities are measured: a short one that the model writes "
-        "itself (default), "
-        "random tokens, none, or the start of a text file.",
+        metavar="text|self|random|none|FILE",
+        help="The text on which sensitivities are measured: a short one of several kinds that "
+        "codecllm brings along, one that the model writes itself (default), random tokens, none, "
+        "or the start of a text file.",
         rich_help_panel=RATE_PANEL,
     ),
 ]

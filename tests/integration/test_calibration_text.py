@@ -9,8 +9,16 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
-from codecllm.calibrator import calibrate
-from codecllm.calibrator.text import _start_token, begins_with_start, file_text, own_text, record
+from codecllm.calibrator import calibrate, calibration
+from codecllm.calibrator.text import (
+    _start_token,
+    begins_with_start,
+    file_text,
+    mixed_text,
+    own_text,
+    random_text,
+    record,
+)
 from codecllm.converter.source.source import SourceModel
 from codecllm.loader.hf.plain import load_plain
 from tests.integration import tiny_models
@@ -24,12 +32,12 @@ def folder(tmp_path):
     return tiny_models.llama(tmp_path / "model")
 
 
-def _with_tokenizer(folder, *, starts):
-    tokenizer = Tokenizer(WordLevel(WORDS, unk_token="<s>"))
+def _with_tokenizer(folder, *, starts, words=None):
+    tokenizer = Tokenizer(WordLevel(words or WORDS, unk_token="the" if words else "<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if starts:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
+            single="<s> $A", special_tokens=[("<s>", (words or WORDS)["<s>"])]
         )
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -71,3 +79,48 @@ def test_a_start_token_changes_nothing_of_what_is_written(folder):
     kept = own_text(model, 6, keep_start=True)
     assert kept.shape == (64, 6)
     assert torch.equal(kept[:, 1:], own_text(model, 5))
+
+
+MANY_WORDS = {"<s>": 0, "the": 1, "of": 2, "a": 3, "is": 4, "and": 5, "to": 6, "in": 7}
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_the_text_of_codecllm_has_the_same_pieces_at_every_length(folder, starts):
+    _with_tokenizer(folder, starts=starts, words=MANY_WORDS)
+    model = load_plain(folder)
+    whole = mixed_text(model, folder, 256)
+    # The model sees 64 positions at most, of which encoders may keep two.
+    assert whole.shape == (64, 62)
+    assert torch.equal(mixed_text(model, folder, 20), whole[:, :20])
+    # Pieces of code may have none of the few words.
+    assert len({tuple(piece) for piece in whole.tolist()}) > 50
+    assert bool((whole[:, 0] == 0).all()) is starts
+    with SourceModel(folder) as source:
+        found = calibrate(source, "text")
+    assert found.record == record("text", whole)
+    assert found.notes == []
+
+
+def test_without_a_tokenizer_of_use_the_model_writes_its_text(folder, monkeypatch):
+    note = "no tokenizer of use: not calibrated on the text of codecllm"
+    model = load_plain(folder)
+    assert mixed_text(model, folder) is None
+    with SourceModel(folder) as source:
+        found = calibrate(source, "text")
+    assert (found.record.kind, found.notes) == ("self", [note])
+    # Ids that the model does not have are of no use either.
+    _with_tokenizer(folder, starts=False, words={**MANY_WORDS, "the": model.config.vocab_size})
+    assert mixed_text(model, folder) is None
+    monkeypatch.setattr(calibration, "available_memory", lambda: 1000)
+    with SourceModel(folder) as source:
+        found = calibrate(source, "text")
+    assert found.record.tokens == 16 * 62
+    assert found.record == record("random", random_text(model)[:16])
+
+
+def test_a_model_larger_than_memory_reads_the_text_of_codecllm(folder, monkeypatch):
+    _with_tokenizer(folder, starts=False, words=MANY_WORDS)
+    monkeypatch.setattr(calibration, "available_memory", lambda: 1000)
+    with SourceModel(folder) as source:
+        found = calibrate(source, "text")
+    assert found.record == record("text", mixed_text(load_plain(folder), folder)[:16])

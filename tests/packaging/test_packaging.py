@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MIN_SETUPTOOLS = 77
 FOLDERS = ("calibrator", "converter", "formats", "hub", "loader", "serving", "verifier")
 DATA = {
+    "codecllm/calibrator/mixed_text.txt",
     "codecllm/loader/kernels/rans.cu",
     "codecllm/py.typed",
     "codecllm/verifier/diagnosis/report/chart.jinja",
