@@ -46,7 +46,7 @@ from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.formats.stored_tensor import StoredTensor, sound
 from codecllm.loader.hf.plain import load_plain
 from codecllm.quality import quantized_tensors
-from codecllm.verifier.evaluation import evaluate
+from codecllm.verifier.evaluation import Score, evaluate
 from demo import models
 
 RATES = (3.1, 4.0, 5.0, 6.1)
@@ -84,22 +84,35 @@ class Row:
     top1_other: float
 
 
-def measure(
-    report: ConversionReport, source: Path, calibrated: str, asked: float, tokens: int
-) -> Row:
-    """Evaluates a container on both texts."""
-    scores = [
-        evaluate(source, [report.out], text=text, max_tokens=tokens).scores[0]
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A container that was made: its report, kind of calibration and bits that were asked for."""
+
+    report: ConversionReport
+    calibrated: str
+    asked: float
+
+
+def measure(source: Path, containers: list[Made], tokens: int) -> list[Row]:
+    """Evaluates containers on both texts; the source runs once on each."""
+    outs: list[str | Path] = [made.report.out for made in containers]
+    prose, second = (
+        evaluate(source, outs, text=text, max_tokens=tokens).scores
         for text in (None, SECOND_TEXT.read_text())
-    ]
+    )
+    return [_row(made, scores) for made, *scores in zip(containers, prose, second, strict=True)]
+
+
+def _row(made: Made, scores: list[Score]) -> Row:
+    report = made.report
     int8_records = [record for record in report.manifest.tensors if isinstance(record, Int8Tensor)]
     weights = sum(record.elements for record in int8_records)
     with Container(report.out) as container:
         gap = math.fsum(_bits_over_entropy(container, record) for record in int8_records)
     side = 8 * sum(scale_bytes(record) for record in int8_records)
     return Row(
-        calibrated,
-        asked,
+        made.calibrated,
+        made.asked,
         bool(report.manifest.options.refine),
         report.quantized_bits_per_weight,
         gap / weights,
@@ -168,13 +181,11 @@ def main(
     """Converts and evaluates."""
     source = models.smollm2_realistic()
     options: dict[str, Any] = {"exclude": LAYERS_ONLY if layers else (), "force": True}
-    rows = []
+    containers: list[Made] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = keep or Path(temporary)
         if int8:
-            rows.append(
-                measure(convert(source, folder / "int8", **options), source, "", 0.0, tokens)
-            )
+            containers.append(Made(convert(source, folder / "int8", **options), "", 0.0))
         for kind in kinds or ["self"]:
             with SourceModel(source) as source_model:
                 names = quantized_tensors(source_model, ConvertOptions(**options)) if refine else ()
@@ -193,8 +204,9 @@ def main(
                     fitted_steps = fit(source_model, rate_options, statistics, refiner)
                     choice = ParamsChoice(fitted_steps, rate, calibration and calibration.record)
                     report = convert_model(source_model, out, rate_options, choice=choice)
-                rows.append(measure(report, source, kind, bits, tokens))
-                Console(stderr=True).print(rows[-1], f"{report.seconds:.1f} s of conversion")
+                containers.append(Made(report, kind, bits))
+                Console(stderr=True).print(out.name, f"{report.seconds:.1f} s of conversion")
+        rows = measure(source, containers, tokens)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return

@@ -77,12 +77,21 @@ class Seen:
     products: InputProducts | None = None
 
 
-def calibrated(trials: Trials, text: str, *, refine: bool) -> Seen:
-    """Runs the source model on a text, as `codecllm.calibrator.calibrate` does."""
+def calibrated(
+    trials: Trials, text: str, *, refine: bool, refined_length: int = REFINED_LENGTH
+) -> Seen:
+    """Runs the source model on a text, as `codecllm.calibrator.calibrate` does.
+
+    Args:
+        trials: the model.
+        text: as in `Variant`.
+        refine: whether products of inputs are wanted too.
+        refined_length: tokens of each sequence then.
+    """
     if text == "none":
         return Seen({})
     model = load_plain(trials.source, torch.float32).eval()
-    length = REFINED_LENGTH if refine else LENGTH
+    length = refined_length if refine else LENGTH
     tokens = _tokens(model, trials.source, text, length)
     with SourceModel(trials.source) as source:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}

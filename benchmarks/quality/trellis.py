@@ -1,7 +1,7 @@
 """`python -m benchmarks.quality.trellis`: entropy-coded steps along a trellis, beside plain ones.
 
 First on Gaussian numbers: bits above the rate-distortion bound at equal error. Then on a model:
-codes of every linear layer by plain rounding and by the trellis, with and without feedback, both
+codes of every linear layer by plain rounding and by the trellis, without or with feedback, both
 with the steps that a conversion would take (half steps for the trellis); order-0 entropies of all
 groups of columns, of both cosets apart for the trellis, and 12 bits for each entry of their tables.
 No container is written. A C compiler must be there; `trellis.c` explains the trellis.
@@ -22,6 +22,7 @@ from benchmarks.quality import models
 from benchmarks.quality.ablation import calibrated
 from benchmarks.quality.trellis_path import matrix_codes, path, price_of
 from benchmarks.quality.trials import Trials, steps_and_codes, weights_of
+from codecllm.calibrator.text import REFINED_LENGTH
 from codecllm.converter.plan.conversion_plan import plan_conversion
 from codecllm.converter.rate.feedback import Feedback, refined_codes
 from codecllm.converter.rate.fitted import FittedParams
@@ -119,7 +120,11 @@ def main(
     rates: Annotated[
         list[float] | None, typer.Option("--bits", help="Bits per weight; may be repeated.")
     ] = None,
-    refine: Annotated[bool, typer.Option(help="With feedback too.")] = False,
+    refine: Annotated[bool, typer.Option(help="With feedback.")] = False,
+    text: Annotated[str, typer.Option("--calibrate", help="As for the ablation.")] = "self",
+    length: Annotated[
+        int, typer.Option(help="Tokens of each of 64 sequences for feedback.")
+    ] = REFINED_LENGTH,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 768,
 ) -> None:
     """Prints bits above the bound of Gaussian numbers, then bits and KL of a model."""
@@ -131,16 +136,15 @@ def main(
         return
     torch.manual_seed(0)
     trials = Trials(models.folder_of(model), tokens)
-    seen = calibrated(trials, "self", refine=refine)
+    seen = calibrated(trials, text, refine=refine, refined_length=length)
     feedback = None if seen.products is None else Feedback(seen.products)
     for rate in rates or [2.0, 2.5, 3.0, 4.0]:
         with SourceModel(trials.source) as source:
             fitted_params = fit(source, trials.options(rate), seen.statistics)
-            for refiner in (None, feedback) if feedback else (None,):
-                for name, bits in quantized(source, fitted_params, trials, refiner):
-                    kl = " ".join(f"{score.mean_kl:.4f}" for score in trials.scores())
-                    refined = ", feedback" if refiner else ""
-                    console.print(f"{rate:g} asked, {name}{refined}: {bits:.3f} bits, KL {kl}")
+            for name, bits in quantized(source, fitted_params, trials, feedback):
+                kl = " ".join(f"{score.mean_kl:.4f}" for score in trials.scores())
+                refined = ", feedback" if feedback else ""
+                console.print(f"{rate:g} asked, {name}{refined}: {bits:.3f} bits, KL {kl}")
 
 
 if __name__ == "__main__":
