@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from codecllm.converter.encode.planes import split_planes
+from codecllm.converter.encode.planes import split_tiles
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.codecs import CODEC_IDS, CODECS, rans
 from codecllm.formats.codecs.entropy import entropy_bits
@@ -93,8 +93,10 @@ def minilm_planes() -> Iterator[tuple[str, NDArray[np.uint8]]]:
         planes: list[list[NDArray[np.uint8]]] = [[], []]
         for tensor in matrices:
             words = np.frombuffer(tensor.read_bytes(0, tensor.entry.bytes), np.uint16)
-            for plane, symbols in zip(planes, split_planes(words, tensor.dtype), strict=True):
-                plane.append(symbols)
+            symbols = np.empty(words.nbytes, np.uint8)
+            split = split_tiles(words, tensor.dtype, words.size, symbols).reshape(2, -1)
+            for plane, part in zip(planes, split, strict=True):
+                plane.append(part)
     for name, parts in zip(
         ("MiniLM bf16 exponent", "MiniLM bf16 sign, mantissa"), planes, strict=True
     ):

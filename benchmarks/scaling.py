@@ -101,11 +101,12 @@ def convert_floor(source: Path, scratch: Path, scheme: str, codec: str, workers:
             number, plan, block = item
             encoded_block = encode_block(plan, block, None)
             hashlib.sha256(encoded_block.digested)
-            length = sum(memoryview(slot).nbytes for slot in encoded_block.slots)
+            assert encoded_block.chunks is not None
+            slots = encoded_block.chunks.slots
             with lock:
                 offset = positions[number % count]
-                positions[number % count] += length
-            os.pwritev(files[number % count], encoded_block.slots, offset)
+                positions[number % count] += slots.size
+            os.pwrite(files[number % count], slots, offset)
 
         run_in_threads(workers, _blocks(plans), one)
         run_in_threads(workers, files, sha256_of_descriptor)

@@ -16,6 +16,8 @@
 #define STATE_BYTES (4 * LANES)
 #define MIN_PRECISION 12
 #define MAX_PRECISION 14
+#define RANS_HEAD_BYTES 33
+#define RANS_MOST_TABLE_BYTES (RANS_HEAD_BYTES + 2 * 256)
 #define SLOT_ALIGNMENT 16
 #define RECORD_BYTES 16
 #define MAX_PLANES 8
@@ -137,6 +139,11 @@ size_t rans_encode(const uint8_t *symbols, size_t raw_bytes, const rans_coder *c
  * large. */
 int rans_fit(const int64_t counts[256], const int64_t *log2_table, uint16_t frequency[256]);
 
+typedef struct {
+    int precision;
+    uint16_t frequency[256];
+} rans_fitted;
+
 /* ---- xxh3-64
  *
  */
@@ -250,6 +257,53 @@ size_t decode_run_scratch(const tile_run *run);
 /* Checks, decodes and places a run of tiles. Returns -1 where all is well, -2 where the arguments
  * do not fit each other, else the number, in the run, of a chunk that is wrong. */
 int64_t decode_run(const tile_run *run);
+
+/* ---- a block on its way into a container ---- */
+
+typedef struct {
+    /* The symbols of the chunks, one chunk behind the other, and the size of each. */
+    const uint8_t *symbols;
+    size_t symbols_bytes;
+    const int64_t *raw_bytes;
+    size_t chunks;
+    size_t places;           /* chunk i shares a table with all chunks of place i % places */
+    const uint8_t *low_bits; /* of each chunk's record, or NULL: 0 */
+    int codec;
+    /* CODEC_ZSTD: the frame of each chunk, NULL for one that is to stay raw. */
+    const uint8_t *const *frames;
+    const size_t *frame_bytes;
+    /* CODEC_RANS: log2_table as for rans_fit; places of each; room for the longest chunk. */
+    const int64_t *log2_table;
+    rans_fitted *fitted;
+    uint8_t *tables; /* RANS_MOST_TABLE_BYTES each */
+    uint16_t *table_bytes;
+    uint8_t *scratch;
+    size_t scratch_bytes;
+
+    uint8_t *slots;
+    size_t slots_bytes; /* the slots of all chunks, were they raw, or more */
+    uint8_t *records;   /* RECORD_BYTES of each chunk */
+    uint32_t *counts;   /* 256 of each chunk; of CODEC_ZSTD and many symbols those of every 17th */
+} packing;
+
+/* Packs the chunks of a block; returns the bytes of the slots, -1 where the sizes do not fit. */
+int64_t pack_chunks(const packing *job);
+
+/* Counts every stride-th of some symbols, at most 2^32. */
+void count_symbols(const uint8_t *symbols, size_t size, size_t stride, uint32_t counts[256]);
+
+enum { ROWS_FINE, ROWS_NOT_FINITE, ROWS_TINY };
+
+/* Quantizes rows of `type` (TO_BF16, TO_F16, TO_F32) to int8 by one scale each, as
+ * formats/schemes/int8.py does. Where a row is not finite, or its scale would be subnormal, codes
+ * and worst error mean nothing. */
+int quantize_rows(const void *words, int type, size_t rows, size_t cols, float *absmax,
+                  int8_t *codes, float *worst);
+
+/* Splits the elements of tiles of `tile` elements, the last may have fewer, into planes: all planes
+ * of the first tile, then those of the second. `itemsize` is 1, 2, 4 or 8. */
+void split_tiles(const uint8_t *elements, int itemsize, int rotate, size_t count, size_t tile,
+                 uint8_t *symbols);
 
 /* Compares checksums and padding of `chunks` slots; -1, -2 or the number of the first that is
  * wrong, as above. A chunk of codec zstd is wrong, too, where it is not one plain frame: see

@@ -136,23 +136,13 @@ static PyObject *py_histogram(PyObject *self, PyObject *args)
         PyBuffer_Release(&data);
         return refuse("stride is out of range");
     }
-    Py_BEGIN_ALLOW_THREADS
-        /* Four counters a symbol: equal neighbours would wait for each other's addition. */
-        static const int WAYS = 4;
-    uint32_t part[4][256];
-    const uint8_t *symbols = data.buf;
-    Py_ssize_t at = 0, most = (Py_ssize_t)1 << 30;
-    while (at < data.len) {
-        Py_ssize_t end = data.len - at > most ? at + most : data.len;
-        memset(part, 0, sizeof part);
-        for (; end - at > (WAYS - 1) * stride; at += WAYS * stride)
-            for (int way = 0; way < WAYS; way++)
-                part[way][symbols[at + way * stride]]++;
-        for (; at < end; at += stride)
-            part[0][symbols[at]]++;
+    Py_BEGIN_ALLOW_THREADS size_t size = (size_t)data.len, most = (size_t)stride << 30;
+    for (size_t at = 0; at < size; at += most) {
+        uint32_t part[256];
+        count_symbols((const uint8_t *)data.buf + at, size - at < most ? size - at : most,
+                      (size_t)stride, part);
         for (int symbol = 0; symbol < 256; symbol++)
-            for (int way = 0; way < WAYS; way++)
-                counts[symbol] += part[way][symbol];
+            counts[symbol] += part[symbol];
     }
     Py_END_ALLOW_THREADS PyBuffer_Release(&data);
     return PyBytes_FromStringAndSize((const char *)counts, sizeof counts);
@@ -209,11 +199,15 @@ static PyMethodDef methods[] = {
      "rans_fit(counts, log2_table) -> (precision, frequencies)"},
     {"histogram", py_histogram, METH_VARARGS,
      "histogram(symbols, stride=1) -> bytes of int64 [256]"},
-    {"split_planes", py_split_planes, METH_VARARGS,
-     "split_planes(elements, itemsize, rotate, planes)"},
     {"row_largest", py_row_largest, METH_VARARGS, "row_largest(words, itemsize, out)"},
     {"quantize", py_quantize, METH_VARARGS,
      "quantize(words, itemsize, scales, by_column, codes) -> float"},
+    {"quantize_rows", py_quantize_rows, METH_VARARGS,
+     "quantize_rows(words, type, absmax, codes) -> (state, worst error)"},
+    {"split_tiles", py_split_tiles, METH_VARARGS,
+     "split_tiles(elements, itemsize, rotate, tile, symbols)"},
+    {"pack_chunks", py_pack_chunks, METH_VARARGS,
+     "pack_chunks(...) -> (bytes of the slots, tables)"},
     {"decode_run", py_decode_run, METH_VARARGS,
      "decode_run(...) -> int: first wrong chunk of the run, or -1"},
     {"scratch_bytes", py_scratch_bytes, METH_VARARGS, "scratch_bytes(grid, planes) -> int"},

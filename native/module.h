@@ -35,7 +35,9 @@ static inline int is_aligned(const Py_buffer *view, int itemsize)
            view->len % itemsize == 0;
 }
 
-PyObject *py_split_planes(PyObject *self, PyObject *args);
+PyObject *py_split_tiles(PyObject *self, PyObject *args);
+PyObject *py_quantize_rows(PyObject *self, PyObject *args);
+PyObject *py_pack_chunks(PyObject *self, PyObject *args);
 PyObject *py_row_largest(PyObject *self, PyObject *args);
 PyObject *py_quantize(PyObject *self, PyObject *args);
 PyObject *py_decode_run(PyObject *self, PyObject *args);

@@ -1,28 +1,51 @@
 /* The functions of the module that the converter calls. */
 #include "module.h"
 
-PyObject *py_split_planes(PyObject *self, PyObject *args)
+PyObject *py_split_tiles(PyObject *self, PyObject *args)
 {
-    Py_buffer elements, planes;
+    Py_buffer elements, symbols;
+    Py_ssize_t tile;
     int itemsize, rotate, fits;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*iiw*", &elements, &itemsize, &rotate, &planes))
+    if (!PyArg_ParseTuple(args, "y*iinw*", &elements, &itemsize, &rotate, &tile, &symbols))
         return NULL;
     fits = (itemsize == 1 || itemsize == 2 || itemsize == 4 || itemsize == 8) &&
-           is_aligned(&elements, itemsize) && elements.len == planes.len;
+           is_aligned(&elements, itemsize) && elements.len == symbols.len && tile > 0;
     if (fits) {
-        Py_BEGIN_ALLOW_THREADS size_t count = (size_t)elements.len / (size_t)itemsize;
-        uint8_t *plane[MAX_PLANES];
-        for (int number = 0; number < itemsize; number++)
-            plane[number] = (uint8_t *)planes.buf + (size_t)number * count;
-        kernels()->split(elements.buf, itemsize, rotate, count, plane);
+        Py_BEGIN_ALLOW_THREADS split_tiles(elements.buf, itemsize, rotate,
+                                           (size_t)(elements.len / itemsize), (size_t)tile,
+                                           symbols.buf);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&elements);
-    PyBuffer_Release(&planes);
+    PyBuffer_Release(&symbols);
     if (!fits)
         return refuse("planes do not fit the elements");
     Py_RETURN_NONE;
+}
+
+PyObject *py_quantize_rows(PyObject *self, PyObject *args)
+{
+    Py_buffer words, absmax, codes;
+    int type, fits, state = 0;
+    float worst = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*iw*w*", &words, &type, &absmax, &codes))
+        return NULL;
+    int itemsize = type == TO_F32 ? 4 : 2;
+    fits = (type == TO_BF16 || type == TO_F16 || type == TO_F32) && is_aligned(&words, itemsize) &&
+           is_aligned(&absmax, 4) && codes.len == words.len / itemsize && absmax.len > 0;
+    size_t rows = fits ? (size_t)absmax.len / 4 : 1, count = fits ? (size_t)codes.len : 0;
+    fits = fits && count && count % rows == 0;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS state =
+            quantize_rows(words.buf, type, rows, count / rows, absmax.buf, codes.buf, &worst);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&words);
+    PyBuffer_Release(&absmax);
+    PyBuffer_Release(&codes);
+    return fits ? Py_BuildValue("if", state, worst) : refuse("codes or rows do not fit the words");
 }
 
 PyObject *py_row_largest(PyObject *self, PyObject *args)

@@ -1,8 +1,6 @@
 /* Codec rans (SPEC.md 6.1): tables, one chunk from bytes to symbols and back. */
 #include "core.h"
 
-#define HEAD_BYTES 33
-
 int rans_build_table(const uint16_t frequency[256], int precision, rans_table *table)
 {
     if (precision < MIN_PRECISION || precision > MAX_PRECISION)
@@ -35,8 +33,8 @@ int rans_build_table(const uint16_t frequency[256], int precision, rans_table *t
 int rans_parse_table(const uint8_t *packed, size_t size, rans_table *table)
 {
     uint16_t frequency[256] = {0};
-    size_t at = HEAD_BYTES;
-    if (size < HEAD_BYTES)
+    size_t at = RANS_HEAD_BYTES;
+    if (size < RANS_HEAD_BYTES)
         return -1;
     for (int symbol = 0; symbol < 256; symbol++) {
         if (!(packed[1 + symbol / 8] >> symbol % 8 & 1))

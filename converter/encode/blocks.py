@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.formats.tiling import Grid
@@ -82,11 +83,15 @@ def _pieces_of_rows(grid: Grid, step: int) -> Iterator[Block]:
             yield Block(row * grid.across + tile, row * grid.across + last, row, col, 1, cols)
 
 
-def tile_slices(grid: Grid, block: Block) -> list[slice]:
-    """Returns the place of each tile in the elements of its block; tiles follow one another."""
-    slices, position = [], 0
-    for index in range(block.first, block.last):
-        symbols = grid.tile(index).symbols
-        slices.append(slice(position, position + symbols))
-        position += symbols
-    return slices
+def tile_sizes(grid: Grid, block: Block) -> tuple[int, ...]:
+    """Returns the elements of each tile of a block; tiles follow one another in them."""
+    return _tile_sizes(grid.tile_rows, grid.tile_cols, block.rows, block.cols)
+
+
+@lru_cache(maxsize=64)  # a model has many blocks of few shapes
+def _tile_sizes(tile_rows: int, tile_cols: int, rows: int, cols: int) -> tuple[int, ...]:
+    return tuple(
+        min(tile_rows, rows - row) * min(tile_cols, cols - col)
+        for row in range(0, rows, tile_rows)
+        for col in range(0, cols, tile_cols)
+    )

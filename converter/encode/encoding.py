@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.encode.blocks import Block, tile_slices
+from codecllm.converter.encode.blocks import Block, tile_sizes
+from codecllm.converter.encode.buffers import Buffers, Scratch
 from codecllm.converter.encode.packing import EncodedBlock, pack_chunks
-from codecllm.converter.encode.planes import split_planes
+from codecllm.converter.encode.planes import split_tiles
 from codecllm.converter.encode.quantize import (
     Quantized,
     RowScales,
@@ -18,6 +18,7 @@ from codecllm.converter.encode.quantize import (
     column_absmax,
     count_non_finite,
     quantize_block,
+    quantize_rows,
     quantize_steps,
     row_absmax,
 )
@@ -30,25 +31,10 @@ from codecllm.formats.schemes.int8 import (
     MAX_WIDE_CODE,
     MAX_WIDE_STEP,
     MIN_WIDE_CODE,
-    channel_scales,
 )
-from codecllm.formats.shards.chunk_table import RECORD
 from codecllm.formats.tiling import Grid
 
-
-class _ReadBuffer(threading.local):
-    """One thread's buffer for source bytes; pages that are used again cost nothing."""
-
-    def __init__(self) -> None:
-        self.data = np.empty(0, np.uint8)
-
-    def reserve(self, size: int) -> NDArray[np.uint8]:
-        if self.data.size < size:
-            self.data = np.empty(size, np.uint8)
-        return self.data
-
-
-_READ_BUFFER = _ReadBuffer()
+_SCRATCH = Scratch()
 
 
 def _read_block(plan: TensorPlan, block: Block, buffer: NDArray[np.uint8] | None = None) -> Words:
@@ -63,7 +49,7 @@ def _read_block(plan: TensorPlan, block: Block, buffer: NDArray[np.uint8] | None
     start = block.row * plan.grid.cols + block.col
     count = block.rows * block.cols
     if buffer is None:
-        buffer = _READ_BUFFER.reserve(count * plan.source.dtype.itemsize)
+        buffer = _SCRATCH.reserve("words", count * plan.source.dtype.itemsize)
     return plan.source.read_elements(start, start + count, buffer).reshape(block.rows, block.cols)
 
 
@@ -80,7 +66,10 @@ def count_block(plan: TensorPlan, block: Block) -> NDArray[np.int64]:
 
 
 def encode_block(
-    plan: TensorPlan, block: Block, scales: NDArray[np.float32] | None
+    plan: TensorPlan,
+    block: Block,
+    scales: NDArray[np.float32] | None,
+    buffers: Buffers | None = None,
 ) -> EncodedBlock:
     """Reads, transforms and packs one block.
 
@@ -89,68 +78,64 @@ def encode_block(
         block: which part of it.
         scales: float32 [channels] of the whole tensor where they are known already; None finds them
             here, per row.
+        buffers: have the memory for the result; None takes new memory.
     """
+    buffers = buffers or Buffers()
     if plan.scheme == "lossless":
-        return _encode_lossless(plan, block)
+        return _encode_lossless(plan, block, buffers)
     words = _read_block(plan, block)
     if plan.params is not None:
-        return _encode_with_params(plan, plan.params, block, words)
-    return _encode_int8(plan, block, words, scales)
+        return _encode_with_params(plan, plan.params, block, words, buffers)
+    return _encode_int8(plan, block, words, scales, buffers)
 
 
-def _encode_lossless(plan: TensorPlan, block: Block) -> EncodedBlock:
+def _encode_lossless(plan: TensorPlan, block: Block, buffers: Buffers) -> EncodedBlock:
     dtype = plan.source.dtype
-    # The digest, and planes of types of one byte, keep the memory that is read into: it is not used
-    # again.
-    buffer = np.empty(block.rows * block.cols * dtype.itemsize, np.uint8)
-    flat = _read_block(plan, block, buffer).reshape(-1)
-    planes = [split_planes(flat[part], dtype) for part in tile_slices(plan.grid, block)]
-    packed_chunks = pack_chunks(planes, plan.codec)
-    return EncodedBlock(
-        packed_chunks.slots,
-        packed_chunks.records,
-        buffer,
-        packed_chunks.entropy_bits,
-        tables=packed_chunks.tables,
+    count = block.rows * block.cols
+    # The digest keeps the memory that is read into.
+    memory = buffers.take(count * dtype.itemsize)
+    flat = _read_block(plan, block, memory).reshape(-1)
+    sizes = tile_sizes(plan.grid, block)
+    symbols = split_tiles(flat, dtype, sizes[0], _SCRATCH.reserve("symbols", flat.nbytes))
+    chunks = pack_chunks(
+        symbols,
+        [size for size in sizes for _ in range(dtype.planes)],
+        plan.codec,
+        places=dtype.planes,
+        buffers=buffers,
     )
+    return EncodedBlock(chunks, memory[: flat.nbytes], memory)
 
 
 def _encode_int8(
-    plan: TensorPlan, block: Block, words: Words, scales: NDArray[np.float32] | None
+    plan: TensorPlan,
+    block: Block,
+    words: Words,
+    scales: NDArray[np.float32] | None,
+    buffers: Buffers,
 ) -> EncodedBlock:
     dtype = plan.source.dtype.name
     absmax = None
+    memory = buffers.take(words.size)
+    flat = memory[: words.size]
+    codes = flat.view(np.int8).reshape(words.shape)
     if scales is None:
-        measured_rows = row_absmax(words, dtype)
+        absmax, worst, problem = quantize_rows(words, dtype, codes)
         # The writer decides: not this block alone but the whole tensor changes its scheme.
-        if not measured_rows.finite or measured_rows.tiny:
-            problem = "tiny_scale" if measured_rows.finite else "non_finite"
-            return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
-        absmax = measured_rows.absmax
-        factors = channel_scales(absmax)[:, None]
+        if problem is not None:
+            return EncodedBlock(None, problem=problem)
     elif plan.kind == "column":
         factors = scales[None, block.col : block.col + block.cols]
+        worst = quantize_block(words, dtype, factors, codes)
     else:
         factors = scales[block.row : block.row + block.rows, None]
-    codes = np.empty(words.shape, np.int8)
-    worst = quantize_block(words, dtype, factors, codes)
-    flat = codes.reshape(-1).view(np.uint8)
-    packed_chunks = pack_chunks(
-        [[flat[part]] for part in tile_slices(plan.grid, block)], plan.codec
-    )
-    return EncodedBlock(
-        packed_chunks.slots,
-        packed_chunks.records,
-        flat,
-        packed_chunks.entropy_bits,
-        absmax,
-        worst,
-        tables=packed_chunks.tables,
-    )
+        worst = quantize_block(words, dtype, factors, codes)
+    chunks = pack_chunks(flat, tile_sizes(plan.grid, block), plan.codec, buffers=buffers)
+    return EncodedBlock(chunks, flat, memory, absmax, worst)
 
 
 def _encode_with_params(
-    plan: TensorPlan, params: QuantParams, block: Block, words: Words
+    plan: TensorPlan, params: QuantParams, block: Block, words: Words, buffers: Buffers
 ) -> EncodedBlock:
     """Quantizes a block under given steps and packs it tile by tile, like columns together."""
     factors = None if params.col_scale is None else params.col_scale[None, :]
@@ -177,29 +162,30 @@ def _encode_with_params(
     )
     problem = _problem(result, plan, params, block)
     if problem is not None:
-        return EncodedBlock([], np.empty(0, RECORD), b"", [], problem=problem)
+        return EncodedBlock(None, problem=problem)
     wide = plan.wide or max(-result.lowest, result.highest) > MAX_CODE
-    bands = _column_tiles(plan.grid, params, block, codes)
+    bands = list(_column_tiles(plan.grid, params, block, codes))
     low_bits: list[int] = []
     if wide:
-        whole = list(bands)
-        low_bits = choose_low_bits(whole, plan.codec)
+        low_bits = choose_low_bits(bands, plan.codec)
         bits_of = iter(low_bits)
-        groups = [[half for tile in band for half in halves(tile, next(bits_of))] for band in whole]
+        parts = [half for band in bands for tile in band for half in halves(tile, next(bits_of))]
     else:
-        groups = [
-            [tile.astype(np.int8).reshape(-1).view(np.uint8) for tile in band] for band in bands
-        ]
-    packed_chunks = pack_chunks(groups, plan.codec, low_bits)
+        parts = [tile.astype(np.int8).reshape(-1).view(np.uint8) for band in bands for tile in band]
+    chunks = pack_chunks(
+        np.concatenate(parts),
+        [part.size for part in parts],
+        plan.codec,
+        places=len(parts) // len(bands),
+        low_bits=low_bits,
+        buffers=buffers,
+    )
     return EncodedBlock(
-        packed_chunks.slots,
-        packed_chunks.records,
+        chunks,
         codes.astype("<i2" if wide else np.int8).reshape(-1).view(np.uint8),
-        _per_plane(packed_chunks.entropy_bits, 2 if wide else 1),
         worst_error=result.worst_error,
         worst_steps=result.worst_steps,
         wide=wide and not plan.wide,
-        tables=packed_chunks.tables,
     )
 
 
@@ -234,8 +220,3 @@ def _column_tiles(
                 band[:, cols] if order is None else band.take(order[cols], axis=1, mode="clip")
             )
         yield tiles
-
-
-def _per_plane(parts: list[float], planes: int) -> list[float]:
-    """Adds up figures of the tiles side by side, plane by plane."""
-    return [sum(parts[plane::planes]) for plane in range(planes)]

@@ -1,22 +1,20 @@
-"""Symbols of tiles -> packed chunks with their records."""
+"""Symbols of tiles -> packed chunks with their records, by one call of the native core a block."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.converter.encode.buffers import Buffers, Scratch
 from codecllm.formats.checksums import xxh3
-from codecllm.formats.codecs import CODEC_IDS, RANS_ID, CodecName, rans
-from codecllm.formats.codecs.entropy import (
-    counted_entropy_bits,
-    estimated_entropy_bits,
-    symbol_counts,
-)
-from codecllm.formats.codecs.rans_fit import coded_bytes, fit_table
+from codecllm.formats.codecs import CODEC_IDS, RANS_ID, CodecName, native, rans
+from codecllm.formats.codecs.entropy import sample_counts, symbol_counts
+from codecllm.formats.codecs.rans_fit import LOG2, coded_bytes, fit_table
+from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.rans_table import pack_table
 from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
 from codecllm.formats.shards.chunk_table import RECORD, slot_bytes
@@ -25,6 +23,7 @@ _ZSTD = ZstdCodec()
 _RAW_ID = CODEC_IDS["raw"]
 # A chunk is stored coded if that saves 1/128 of it: less is not worth the decoding.
 _MIN_GAIN = 128
+_SCRATCH = Scratch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +31,23 @@ class PackedChunks:
     """The chunks of a block, packed.
 
     Attributes:
-        slots: bytes of the chunks' slots, in order.
+        slots: uint8 [n]: the chunks' slots, one behind the other.
+        memory: the buffer that they lie in, to be given back; None where it was not taken from
+            `Buffers`.
         records: RECORD [chunks].
-        entropy_bits: per chunk of a tile, the sum over tiles one above the other.
-        tables: packed frequency tables (codec `rans`), one per entry of `entropy_bits`; empty where
-            no chunk uses it.
+        counts: [chunks, 256]: how often each symbol occurs in each chunk (codec `rans`), or in the
+            sample of it (`sample_counts`).
+        raw_bytes: int64 [chunks]: symbols of each.
+        tables: packed frequency tables (codec `rans`), one for each place; empty where no chunk
+            uses it.
     """
 
-    slots: list[Any]
+    slots: NDArray[np.uint8]
+    memory: NDArray[np.uint8] | None
     records: NDArray[Any]
-    entropy_bits: list[float]
-    tables: list[bytes] = field(default_factory=list)
+    counts: NDArray[Any]
+    raw_bytes: NDArray[np.int64]
+    tables: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +55,10 @@ class EncodedBlock:
     """The result of a worker for one block.
 
     Attributes:
-        slots: bytes of the chunks' slots, in order.
-        records: RECORD [chunks].
+        chunks: its chunks; None where there is a problem.
         digested: the bytes that the tensor's digest covers: codes, or the source's bytes.
-        entropy_bits: estimate per plane.
+        memory: the buffer that they lie in, to be given back; None where it was not taken from
+            `Buffers`.
         absmax: float32 [rows] of an int8 block whose scales were found here, else None.
         worst_error: worst absolute error (int8).
         worst_steps: worst error in steps (int8 under given steps).
@@ -61,117 +66,130 @@ class EncodedBlock:
             in one plane (`wide`), or None. If there is one, nothing else is valid.
         wide: whether the block's codes are in two planes, though its plan does not say so: it is
             all of its tensor.
-        tables: packed frequency table of each plane and, under given steps, of each tile side by
-            side (codec `rans`), empty where no chunk of the block uses one.
     """
 
-    slots: list[Any]
-    records: NDArray[Any]
-    digested: Any
-    entropy_bits: list[float]
+    chunks: PackedChunks | None
+    digested: Any = b""
+    memory: NDArray[np.uint8] | None = None
     absmax: NDArray[np.float32] | None = None
     worst_error: float = 0.0
     worst_steps: float = 0.0
     problem: str | None = None
     wide: bool = False
-    tables: list[bytes] = field(default_factory=list)
 
 
 def pack_chunks(
-    planes_of: list[list[NDArray[np.uint8]]], codec: CodecName, low_bits: Sequence[int] = ()
+    symbols: NDArray[np.uint8],
+    raw_bytes: Sequence[int],
+    codec: CodecName,
+    *,
+    places: int = 1,
+    low_bits: Sequence[int] = (),
+    buffers: Buffers | None = None,
 ) -> PackedChunks:
     """Packs the chunks of consecutive tiles.
 
     Args:
-        planes_of: uint8 [n] symbols of each chunk, by tiles or, under given steps, by rows of
-            tiles: entry by entry, chunks at the same place share a frequency table (codec `rans`).
-            The slots may keep them: nothing may write to them later.
+        symbols: uint8 [n], contiguous: those of one chunk behind those of the other.
+        raw_bytes: symbols of each chunk, 1 or more.
         codec: `zstd` or `rans`; a chunk that it does not shrink is stored `raw`.
-        low_bits: of each tile, where codes are wide.
+        places: chunks of a tile or, under given steps, of a row of tiles. Those at the same place
+            share a frequency table (codec `rans`).
+        low_bits: of each tile, where codes are wide: chunks are the low and the high plane by
+            turns.
+        buffers: has the memory for the slots; None takes new memory.
     """
-    if codec == rans.NAME:
-        return _pack_with_rans(planes_of, low_bits)
-    chunks = _Chunks(low_bits)
-    entropy = [0.0] * len(planes_of[0])
-    for planes in planes_of:
-        for plane, symbols in enumerate(planes):
-            # The slow strategy runs only where it can pay: above many low bits a plane is nearly
-            # constant.
-            sparse = chunks.next_low_bits >= SPARSE_LOW_BITS
-            encode = _ZSTD.encode_sparse if sparse else _ZSTD.encode
-            chunks.add(symbols, encode(symbols), _ZSTD.codec_id)
-            entropy[plane] += estimated_entropy_bits(symbols)
-    return PackedChunks(chunks.slots, chunks.records(), entropy)
+    bits_of_chunks = [bits for tile_bits in low_bits for bits in (0, tile_bits)]
+    sizes = np.array(raw_bytes, np.int64)
+    frames = _frames(symbols, raw_bytes, bits_of_chunks) if codec == _ZSTD.name else None
+    if native.core is None:
+        return _pack_plainly(symbols, sizes, frames, places, bits_of_chunks)
+    memory = (buffers or Buffers()).take(int(slot_bytes(sizes).sum()))
+    records = np.empty(len(sizes), RECORD)
+    counts = np.empty((len(sizes), 256), np.uint32)
+    is_rans = frames is None
+    size, tables = native.core.pack_chunks(
+        symbols,
+        sizes,
+        places,
+        CODEC_IDS[codec],
+        bytes(bits_of_chunks) if low_bits else None,
+        frames,
+        LOG2 if is_rans else None,
+        (memory, records, counts),
+        _SCRATCH.reserve("coded", STATE_BYTES + 2 * max(raw_bytes)) if is_rans else None,
+    )
+    return PackedChunks(memory[:size], memory, records, counts, sizes, tables)
 
 
-class _Chunks:
-    """Slots and records of the chunks of a block, in order."""
+def _frames(symbols: NDArray[np.uint8], raw_bytes: Sequence[int], low_bits: list[int]) -> list[Any]:
+    """Returns the Zstandard frame of each chunk."""
+    if not low_bits:
+        return _ZSTD.encode_together(symbols, raw_bytes)
+    # The slow strategy runs only where it can pay: above many low bits a plane is nearly constant.
+    return [
+        _ZSTD.encode_sparse(part) if bits >= SPARSE_LOW_BITS else _ZSTD.encode(part)
+        for part, bits in zip(_parts(symbols, raw_bytes), low_bits, strict=True)
+    ]
 
-    def __init__(self, low_bits: Sequence[int]) -> None:
-        self.slots: list[Any] = []
-        self._low_bits = low_bits
-        self._fields: list[tuple[Any, ...]] = []
 
-    @property
-    def next_low_bits(self) -> int:
-        """`low_bits` of the record of the next chunk."""
-        chunk = len(self.slots)
-        return self._low_bits[chunk // 2] if self._low_bits and chunk % 2 else 0
+def _parts(symbols: NDArray[np.uint8], raw_bytes: Sequence[int]) -> list[NDArray[np.uint8]]:
+    return np.split(symbols, np.cumsum(raw_bytes)[:-1])
 
-    def add(self, symbols: NDArray[np.uint8], stored: bytes | None, codec: int) -> None:
-        """Adds a chunk that `codec` packed into `stored`, or could not pack (None)."""
-        slot: Any
-        if stored is None or not _shrinks(len(stored), symbols.size):
-            size, codec, slot = symbols.size, _RAW_ID, symbols
-            # A chunk that needs no padding is its own slot, without a copy.
-            if slot_bytes(size) != size:
-                slot = symbols.tobytes().ljust(slot_bytes(size), b"\0")
-        else:
-            size, slot = len(stored), stored.ljust(slot_bytes(len(stored)), b"\0")
-        self._fields.append((size, codec, self.next_low_bits, (0, 0), xxh3(slot)))
-        self.slots.append(slot)
 
-    def records(self) -> NDArray[Any]:
-        """Returns RECORD [chunks]."""
-        return np.array(self._fields, RECORD)
+def _pack_plainly(
+    symbols: NDArray[np.uint8],
+    raw_bytes: NDArray[np.int64],
+    frames: list[Any] | None,
+    places: int,
+    low_bits: list[int],
+) -> PackedChunks:
+    """As `pack_chunks`, without the native core; `frames` are None for codec `rans`."""
+    parts = _parts(symbols, raw_bytes.tolist())
+    if frames is None:
+        counts, stored_chunks, tables = _code_with_rans(parts, places)
+    else:
+        counts, stored_chunks, tables = np.array(list(map(sample_counts, parts))), frames, []
+    slots, fields = [], []
+    for part, coded, bits in zip(parts, stored_chunks, low_bits or [0] * len(parts), strict=True):
+        codec = RANS_ID if frames is None else _ZSTD.codec_id
+        stored = b"" if coded is None else bytes(coded)
+        if not stored or not _shrinks(len(stored), part.size):
+            stored, codec = part.tobytes(), _RAW_ID
+        slot = stored.ljust(slot_bytes(len(stored)), b"\0")
+        fields.append((len(stored), codec, bits, (0, 0), xxh3(slot)))
+        slots.append(slot)
+    records = np.array(fields, RECORD)
+    if tables:
+        is_used = (records["codec"].reshape(-1, places) == RANS_ID).any(axis=0)
+        tables = [table if use else b"" for table, use in zip(tables, is_used, strict=True)]
+    all_slots = np.frombuffer(b"".join(slots), np.uint8)
+    return PackedChunks(all_slots, None, records, counts, raw_bytes, tables)
 
 
 def _shrinks(stored_bytes: int, raw_bytes: int) -> bool:
     return stored_bytes < raw_bytes - raw_bytes // _MIN_GAIN
 
 
-def _pack_with_rans(
-    planes_of: list[list[NDArray[np.uint8]]], low_bits: Sequence[int]
-) -> PackedChunks:
-    counts = np.array(
-        [[symbol_counts(symbols) for symbols in planes] for planes in planes_of], np.int64
-    )
-    tables = [fit_table(plane_counts) for plane_counts in counts.sum(axis=0)]
+def _code_with_rans(
+    parts: list[NDArray[np.uint8]], places: int
+) -> tuple[NDArray[np.int64], list[bytes | None], list[bytes]]:
+    """Returns counts of the chunks, coded bytes (None where they would not pay), and tables."""
+    counts = np.array(list(map(symbol_counts, parts)), np.int64)
+    tables = [fit_table(total) for total in counts.reshape(-1, places, 256).sum(axis=0)]
     # Decided by expected sizes: a chunk that would stay raw is never coded.
     worth = [
-        _shrinks(coded_bytes(table, chunk), int(chunk.sum()))
-        for tile in counts
-        for table, chunk in zip(tables, tile, strict=True)
-    ]
-    plain_chunks = [
-        rans.Uncoded(symbols, table)
-        for planes in planes_of
-        for symbols, table in zip(planes, tables, strict=True)
+        _shrinks(coded_bytes(tables[chunk % places], chunk_counts), part.size)
+        for chunk, (part, chunk_counts) in enumerate(zip(parts, counts, strict=True))
     ]
     coded_chunks = iter(
-        rans.encode_chunks([chunk for chunk, pays in zip(plain_chunks, worth, strict=True) if pays])
+        rans.encode_chunks(
+            [
+                rans.Uncoded(part, tables[chunk % places])
+                for chunk, (part, pays) in enumerate(zip(parts, worth, strict=True))
+                if pays
+            ]
+        )
     )
-    chunks = _Chunks(low_bits)
-    for chunk, pays in zip(plain_chunks, worth, strict=True):
-        chunks.add(chunk.symbols, next(coded_chunks) if pays else None, RANS_ID)
-    records = chunks.records()
-    is_used = (records["codec"].reshape(-1, len(tables)) == RANS_ID).any(axis=0)
-    return PackedChunks(
-        chunks.slots,
-        records,
-        [
-            sum(map(counted_entropy_bits, plane_counts))
-            for plane_counts in counts.transpose(1, 0, 2)
-        ],
-        [pack_table(table) if use else b"" for table, use in zip(tables, is_used, strict=True)],
-    )
+    stored_chunks = [next(coded_chunks) if pays else None for pays in worth]
+    return counts, stored_chunks, list(map(pack_table, tables))

@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.formats.codecs import native
-from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE, MIN_WIDE_CODE
+from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE, MIN_WIDE_CODE, channel_scales
 
 # 256 KiB as float32: intermediates stay in the second-level cache of a core.
 _SUB_ELEMENTS = 1 << 16
 _MAGNITUDE = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+_TYPES = {"BF16": 0, "F16": 1, "F32": 2}  # and results, of the native core's quantize_rows
+_PROBLEMS = (None, "non_finite", "tiny_scale")
 
 Words = NDArray[np.unsignedinteger]
 
@@ -81,6 +84,33 @@ def row_absmax(words: Words, dtype: str) -> RowScales:
         np.bitwise_and(block, words.dtype.type(_MAGNITUDE[dtype]), out=magnitude)
         magnitude.max(axis=1, out=bits[row : row + step])
     return _from_magnitudes(bits, dtype)
+
+
+def quantize_rows(
+    words: Words, dtype: str, codes: NDArray[np.int8]
+) -> tuple[NDArray[np.float32], float, str | None]:
+    """Finds the scales of rows and quantizes them.
+
+    Args:
+        words: unsigned [rows, cols], bit patterns of BF16, F16 or F32 weights.
+        dtype: which of them.
+        codes: int8 [rows, cols], receives the codes.
+
+    Returns:
+        The largest magnitude of each row (float32), the worst absolute error as of
+        `quantize_block`, and why int8 cannot represent the rows, or None. If it cannot nothing
+        else is valid: a weight is not finite (`non_finite`), or a scale would be subnormal
+        (`tiny_scale`).
+    """
+    if native.core is not None and words.size:
+        absmax = np.empty(len(words), np.float32)
+        state, worst = native.core.quantize_rows(words, _TYPES[dtype], absmax, codes)
+        return absmax, worst, _PROBLEMS[state]
+    rows = row_absmax(words, dtype)
+    if not rows.finite or rows.tiny:
+        return rows.absmax, 0.0, "tiny_scale" if rows.finite else "non_finite"
+    worst = quantize_block(words, dtype, channel_scales(rows.absmax)[:, None], codes)
+    return rows.absmax, worst, None
 
 
 def column_absmax(words: Words, dtype: str) -> RowScales:

@@ -79,5 +79,6 @@ def count_blocks(plan: TensorPlan, params: QuantParams) -> int:
 
 def encoded_bytes(encoded: EncodedBlock) -> int:
     """Returns the bytes of a block's slots, `rans` tables and chunk records."""
-    packed_bytes = sum(len(part) for part in (*encoded.slots, *encoded.tables))
-    return packed_bytes + 16 * len(encoded.records)
+    assert encoded.chunks is not None  # there was no problem
+    tables_bytes = sum(map(len, encoded.chunks.tables))
+    return encoded.chunks.slots.size + tables_bytes + encoded.chunks.records.nbytes

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from codecllm.converter.encode.buffers import keep_freed_memory
 from codecllm.converter.plan.conversion_plan import planned_entries
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.side_files import (
@@ -53,6 +54,7 @@ def write_container(
             on_progress(name, done_bytes, total)
 
     threads = conversion.options.threads
+    keep_freed_memory()
     with _Threads(threads) as pools:
         writer = TensorWriter(
             pools.workers,

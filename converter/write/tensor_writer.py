@@ -22,8 +22,9 @@ from codecllm.converter.encode.blocks import (
     group_extent,
     needs_scale_pass,
 )
+from codecllm.converter.encode.buffers import Buffers
 from codecllm.converter.encode.encoding import count_block, encode_block, scan_block
-from codecllm.converter.encode.packing import EncodedBlock
+from codecllm.converter.encode.packing import EncodedBlock, PackedChunks
 from codecllm.converter.encode.quantize import has_tiny_scale
 from codecllm.converter.options import NonFinite
 from codecllm.converter.plan.policy import plan_lossless
@@ -31,6 +32,7 @@ from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan, chec
 from codecllm.converter.write.digests import OrderedDigest
 from codecllm.converter.write.records import EncodedTensor, coded_record, raw_record
 from codecllm.formats.checksums import xxh3_hex, xxh3_stream
+from codecllm.formats.codecs.entropy import entropies_by_counts
 from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
@@ -43,8 +45,10 @@ from codecllm.formats.shards.side_tensors import CHUNKS, SHAPE, SIDE_TENSORS, TA
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 StoredRecord = RawTensor | LosslessTensor | Int8Tensor
+_Lent = tuple[Any, NDArray[np.uint8] | None]  # bytes, and the buffer to give back behind them
 
 _RAW_STEP = 4 << 20
+_BLOCKS_COUNTED = 64  # blocks whose counts are kept: a few MiB
 _ENTRY_BYTES = 384  # about the header's room for side tensors: less gain than that is none
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
@@ -122,7 +126,8 @@ class TensorWriter:
         # Generators: a tensor is scanned when its turn is near, not at the start.
         coded_jobs = (self._job(plan) for plan in plans if plan.scheme != "raw")
         work = ((job, block) for job in coded_jobs if job.problem is None for block in job.blocks)
-        self._results = ordered(executor, _encode, work, window)
+        self._buffers = Buffers()
+        self._results = ordered(executor, self._encode, work, window)
 
     def write_all(
         self, plans: list[TensorPlan], shard: ShardWriter, number: int
@@ -186,9 +191,13 @@ class TensorWriter:
             return self._write_raw(other_plan, shard, number)
         job = _Job(other_plan, list(blocks_of(other_plan)))
         encoded_blocks = ordered(
-            self._executor, _encode, ((job, block) for block in job.blocks), self._window
+            self._executor, self._encode, ((job, block) for block in job.blocks), self._window
         )
         return self._write_job(job, encoded_blocks, shard, number, shard.mark())
+
+    def _encode(self, item: tuple[_Job, Block]) -> EncodedBlock:
+        job, block = item
+        return encode_block(job.plan, block, job.scales, self._buffers)
 
     def _job(self, plan: TensorPlan) -> _Job:
         """Returns the tensor's job; the first call scans for scales that blocks need beforehand."""
@@ -236,8 +245,10 @@ class TensorWriter:
         for block, part in zip(job.blocks, encoded, strict=True):
             if part.problem is not None:
                 raise _CannotQuantizeError(part.problem)
-            self._hash_and_write(part.digested, part.slots, digest, shard)
-            totals.add(part)
+            assert part.chunks is not None  # there is no problem
+            totals.add(part, part.chunks)
+            stored = part.chunks.slots, part.chunks.memory
+            self._hash_and_write((part.digested, part.memory), stored, digest, shard)
             self._on_bytes(plan.source.name, block.rows * block.cols * plan.source.dtype.itemsize)
         tensor = totals.finish(job.scales)
         for scales in tensor.digested_scales():
@@ -245,21 +256,26 @@ class TensorWriter:
         return digest.finish(_finish_coded(tensor, totals.tables, shard, number))
 
     def _hash_and_write(
-        self, digested: Any, parts: list[Any], digest: OrderedDigest, shard: ShardWriter
+        self, digested: _Lent, stored: _Lent, digest: OrderedDigest, shard: ShardWriter
     ) -> None:
         """Hands a block to the threads that hash and write; waits while the backlog is full."""
         # One permit for the write and one for the digest: both keep the block in memory.
         for _ in range(2):
             self._backlog.acquire()
-        shard.write(*parts, done=self._backlog.release)
-        digest.update(digested, done=self._backlog.release)
+        shard.write(stored[0], done=partial(self._done, stored[1]))
+        digest.update(digested[0], done=partial(self._done, digested[1]))
+
+    def _done(self, memory: NDArray[np.uint8] | None) -> None:
+        if memory is not None:
+            self._buffers.give(memory)
+        self._backlog.release()
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> Future[StoredRecord]:
         source = plan.source
         digest = OrderedDigest(self._executor, hashlib.sha256(), xxh3_stream())
         for start in range(0, source.entry.bytes, _RAW_STEP):
             data = source.read_bytes(start, min(start + _RAW_STEP, source.entry.bytes))
-            self._hash_and_write(data, [data], digest, shard)
+            self._hash_and_write((data, None), (data, None), digest, shard)
             self._on_bytes(source.name, len(data))
         shard.end_tensor(source.name, source.dtype.name, source.shape)
         return digest.finish(partial(raw_record, plan, number))
@@ -283,11 +299,6 @@ class TensorWriter:
         )
 
 
-def _encode(item: tuple[_Job, Block]) -> EncodedBlock:
-    job, block = item
-    return encode_block(job.plan, block, job.scales)
-
-
 class _Gathered:
     """Sums and lists over the encoded blocks of one tensor, in order.
 
@@ -299,15 +310,18 @@ class _Gathered:
         self.tables: list[bytes] = []
         self._plan = plan
         self._chunks: list[NDArray[Any]] = []
+        self._counts: list[tuple[NDArray[Any], NDArray[np.int64]]] = []
         self._entropy_bits = np.zeros(max(2, plan.source.dtype.planes))
         self._absmax: list[NDArray[np.float32]] = []
         self._worst_error = self._worst_steps = 0.0
 
-    def add(self, block: EncodedBlock) -> None:
-        """Adds the next block."""
-        self.tables += block.tables
-        self._chunks.append(block.records)
-        self._entropy_bits[: len(block.entropy_bits)] += block.entropy_bits
+    def add(self, block: EncodedBlock, chunks: PackedChunks) -> None:
+        """Adds the next block, whose chunks are these."""
+        self.tables += chunks.tables
+        self._chunks.append(chunks.records)
+        self._counts.append((chunks.counts, chunks.raw_bytes))
+        if len(self._counts) == _BLOCKS_COUNTED:
+            self._add_entropies()
         self._worst_error = max(self._worst_error, block.worst_error)
         self._worst_steps = max(self._worst_steps, block.worst_steps)
         # Only a tensor of one block turns wide here; a longer one begins anew.
@@ -316,8 +330,19 @@ class _Gathered:
         if block.absmax is not None:
             self._absmax.append(block.absmax)
 
+    def _add_entropies(self) -> None:
+        """Turns counts into entropies, those of many blocks at once."""
+        if not self._counts:
+            return
+        planes = self._plan.planes
+        counts, raw_bytes = map(np.concatenate, zip(*self._counts, strict=True))
+        bits = entropies_by_counts(counts, raw_bytes).reshape(-1, planes).sum(axis=0)
+        self._entropy_bits[:planes] += bits
+        self._counts.clear()
+
     def finish(self, scales: NDArray[np.float32] | None) -> EncodedTensor:
         """Returns the whole tensor; `scales`, float32 [channels], are those of the scan or None."""
+        self._add_entropies()
         params = self._plan.params
         if params is not None:
             scales = params.row_scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,21 +48,39 @@ def counted_entropy_bits(counts: NDArray[np.int64]) -> float:
     return _total_bits(counts[counts > 0], int(counts.sum()))
 
 
+def sample_counts(symbols: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Returns `symbol_counts` of every 17th symbol; of all where there are at most 16,384."""
+    return symbol_counts(symbols, 1 if symbols.size <= _EXACT_UP_TO else SAMPLE_STRIDE)
+
+
 def estimated_entropy_bits(symbols: NDArray[np.uint8]) -> float:
-    """Returns an estimate of `entropy_bits` from every 17th symbol; exact up to 16,384 symbols.
+    """Returns an estimate of `entropy_bits` from `sample_counts`.
 
     Counting all symbols would take longer than coding them. The sample's entropy is too small by
     (K - 1) / 2n nats for K distinct symbols (Miller 1955), which is added; the rest is about 0.01
     bit per symbol on one chunk and averages out over chunks.
     """
-    if symbols.size <= _EXACT_UP_TO:
-        return entropy_bits(symbols)
-    counts = symbol_counts(symbols, SAMPLE_STRIDE)
-    counts = counts[counts > 0]
-    sample = int(counts.sum())
-    # The correction of Miller for a sample, less that for the whole.
-    bias = (len(counts) - 1) / (2 * math.log(2)) * (1 / sample - 1 / symbols.size)
-    return min(8.0, _total_bits(counts, sample) / sample + bias) * symbols.size
+    return float(entropies_by_counts(sample_counts(symbols)[None, :], np.array([symbols.size]))[0])
+
+
+def entropies_by_counts(counts: NDArray[Any], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns float64 [chunks]: the entropy of each chunk in bits, or its estimate.
+
+    Args:
+        counts: [chunks, 256], `symbol_counts` or `sample_counts` of each.
+        sizes: int64 [chunks]: the symbols of each, counted or not.
+    """
+    numbers = counts.astype(np.float64)
+    totals = numbers.sum(axis=1)
+    some = np.maximum(totals, 1)
+    bits = some * np.log2(some) - (numbers * np.log2(np.maximum(numbers, 1))).sum(axis=1)
+    # The correction of Miller for a sample, less that for the whole; none where all are counted.
+    kinds = np.count_nonzero(counts, axis=1)
+    bias = (kinds - 1) / (2 * math.log(2)) * (1 / some - 1 / np.maximum(sizes, 1))
+    sampled = totals < sizes
+    estimates = np.minimum(8.0, bits / some + bias) * sizes
+    entropies: NDArray[np.float64] = np.maximum(0.0, np.where(sampled, estimates, bits))
+    return entropies
 
 
 def prefix_code_bits(counts: NDArray[np.int64]) -> int:

@@ -18,9 +18,10 @@ from codecllm.formats.codecs.rans_table import MAX_PRECISION, MIN_PRECISION, Fre
 
 _COST_BITS = 16  # costs are counted in units of 2^-16 bit
 # Rounded to 2^-16: differences in the last bit between machines vanish.
-_LOG2 = np.rint(
+LOG2 = np.rint(
     np.log2(np.maximum(np.arange((1 << MAX_PRECISION) + 2), 1)) * (1 << _COST_BITS)
 ).astype(np.int64)
+"""int64: rint(2^16 * log2(n)) for n from 0 (where it is 0) to 2^14 + 1."""
 # A lower precision has a smaller table: it may cost 1/256 bit a symbol more than the highest.
 _TOLERANCE = (1 << _COST_BITS) // 256
 
@@ -29,7 +30,7 @@ def fit_table(counts: NDArray[np.int64]) -> FrequencyTable:
     """Returns the table for symbols that occur int64 [256] `counts` times, at least one of them."""
     counts = np.ascontiguousarray(counts, np.int64)
     if native.core is not None:
-        precision, frequencies = native.core.rans_fit(counts, _LOG2)
+        precision, frequencies = native.core.rans_fit(counts, LOG2)
         return FrequencyTable(precision, np.frombuffer(frequencies, np.uint16).astype(np.int64))
     return fit_table_plainly(counts)
 
@@ -57,7 +58,7 @@ def coded_bytes(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
 
 def _cost(table: FrequencyTable, counts: NDArray[np.int64]) -> int:
     present = np.flatnonzero(counts)
-    price = (table.precision << _COST_BITS) - _LOG2[table.frequencies[present]]
+    price = (table.precision << _COST_BITS) - LOG2[table.frequencies[present]]
     return int((counts[present] * price).sum())
 
 
@@ -97,4 +98,4 @@ def _offer(
     now = int(frequencies[symbol])
     if now + step < 1:
         return None
-    return int(counts[symbol]) * int(_LOG2[now] - _LOG2[now + step]), symbol
+    return int(counts[symbol]) * int(LOG2[now] - LOG2[now + step]), symbol

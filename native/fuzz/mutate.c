@@ -109,6 +109,7 @@ static const struct {
     {fuzz_table, make_table, "table"},   {fuzz_decode, make_chunk, "decode"},
     {fuzz_encode, make_chunk, "encode"}, {fuzz_fit, make_noise, "fit"},
     {fuzz_check, make_noise, "check"},   {fuzz_run, make_noise, "run"},
+    {fuzz_pack, make_noise, "pack"},     {fuzz_rows, make_noise, "rows"},
 };
 
 int main(int argc, char **argv)

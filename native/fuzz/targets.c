@@ -135,21 +135,27 @@ int fuzz_encode(const uint8_t *data, size_t size)
     return 0;
 }
 
+/* Rises as log2 does; the real table comes from Python. */
+static const int64_t *rising_table(void)
+{
+    static int64_t table[(1 << MAX_PRECISION) + 2];
+    if (!table[2])
+        for (int64_t number = 2, bits = 0; number < (1 << MAX_PRECISION) + 2; number++) {
+            bits += number >> (bits + 1) ? 1 : 0;
+            table[number] = (bits << 16) + ((number - ((int64_t)1 << bits)) << 16 >> bits);
+        }
+    return table;
+}
+
 int fuzz_fit(const uint8_t *data, size_t size)
 {
-    static int64_t log2_table[(1 << MAX_PRECISION) + 2];
     reader input = {data, size};
     int64_t counts[256];
     uint16_t frequency[256];
-    if (!log2_table[2]) /* any rising table will do here; the real one comes from Python */
-        for (int64_t number = 2, bits = 0; number < (1 << MAX_PRECISION) + 2; number++) {
-            bits += number >> (bits + 1) ? 1 : 0;
-            log2_table[number] = (bits << 16) + ((number - ((int64_t)1 << bits)) << 16 >> bits);
-        }
     for (int symbol = 0; symbol < 256; symbol++)
         counts[symbol] =
             (int64_t)(take(&input, 1) % 3 ? take(&input, 4) : 0) - (take(&input, 1) == 255);
-    int precision = rans_fit(counts, log2_table, frequency);
+    int precision = rans_fit(counts, rising_table(), frequency);
     if (precision) {
         uint32_t total = 0;
         for (int symbol = 0; symbol < 256; symbol++) {
@@ -271,6 +277,115 @@ int fuzz_run(const uint8_t *data, size_t size)
     free(col_scales);
     free(scales);
     free(records);
+    return 0;
+}
+
+#define FUZZED_CHUNKS 6
+
+/* What was packed has checksums that fit, and coded chunks decode to their symbols. */
+static void check_packed(const packing *job, size_t slots_bytes)
+{
+    uint8_t *symbols = malloc(job->symbols_bytes + 1);
+    rans_table *table = malloc(sizeof *table);
+    const uint8_t *slot = job->slots, *at = job->symbols;
+    require(symbols && table);
+    require(slots_fill_exactly(job->records, job->chunks, slots_bytes));
+    for (size_t chunk = 0; chunk < job->chunks; chunk++) {
+        const uint8_t *record = record_of(job->records, chunk);
+        size_t stored_bytes = load32(record), raw_bytes = (size_t)job->raw_bytes[chunk],
+               place = chunk % job->places;
+        require(slot_is_sound(slot, record));
+        if (record[4] == CODEC_RAW)
+            require(stored_bytes == raw_bytes && !memcmp(slot, at, raw_bytes));
+        if (record[4] == CODEC_RANS) {
+            require(!rans_parse_table(job->tables + RANS_MOST_TABLE_BYTES * place,
+                                      job->table_bytes[place], table));
+            require(!rans_decode(slot, stored_bytes, table, symbols, raw_bytes));
+            require(!memcmp(symbols, at, raw_bytes));
+        }
+        slot += slot_bytes(stored_bytes);
+        at += raw_bytes;
+    }
+    free(symbols);
+    free(table);
+}
+
+int fuzz_pack(const uint8_t *data, size_t size)
+{
+    reader input = {data, size};
+    int64_t raw_bytes[FUZZED_CHUNKS];
+    uint8_t *frames[FUZZED_CHUNKS];
+    size_t frame_bytes[FUZZED_CHUNKS], room = 0, sum = 0, longest = 0;
+    packing job;
+    memset(&job, 0, sizeof job);
+    job.chunks = take(&input, 1) % (FUZZED_CHUNKS + 1);
+    job.places = take(&input, 1) % 4;
+    job.codec = (int)take(&input, 1) % 4;
+    int odd = (int)take(&input, 1);
+    for (size_t chunk = 0; chunk < job.chunks; chunk++) {
+        raw_bytes[chunk] = (int64_t)take(&input, 2) % 2000 - (odd == 1);
+        sum += raw_bytes[chunk] > 0 ? (size_t)raw_bytes[chunk] : 0;
+        room += slot_bytes(raw_bytes[chunk] > 0 ? (size_t)raw_bytes[chunk] : 0);
+        longest = (size_t)raw_bytes[chunk] > longest && raw_bytes[chunk] > 0
+                      ? (size_t)raw_bytes[chunk]
+                      : longest;
+        frame_bytes[chunk] = take(&input, 1) % 4 ? take(&input, 2) % 2000 : 0;
+        frames[chunk] = frame_bytes[chunk] ? take_copy(&input, frame_bytes[chunk]) : NULL;
+    }
+    job.raw_bytes = raw_bytes;
+    job.frames = (const uint8_t *const *)frames;
+    job.frame_bytes = frame_bytes;
+    job.symbols_bytes = sum + (odd == 2) - (odd == 3 && sum);
+    uint8_t *symbols = take_copy(&input, job.symbols_bytes), low_bits[FUZZED_CHUNKS] = {0, 5};
+    job.symbols = symbols;
+    job.low_bits = odd & 16 ? low_bits : NULL;
+    job.log2_table = rising_table();
+    job.fitted = calloc(job.places + 1, sizeof *job.fitted);
+    job.tables = malloc((job.places + 1) * RANS_MOST_TABLE_BYTES);
+    job.table_bytes = calloc(job.places + 1, sizeof *job.table_bytes);
+    job.scratch_bytes = rans_encode_bound(longest) - (odd == 4);
+    job.scratch = malloc(job.scratch_bytes);
+    job.slots_bytes = room - (odd == 5 && room);
+    job.slots = malloc(job.slots_bytes ? job.slots_bytes : 1);
+    job.records = malloc(job.chunks * RECORD_BYTES + 1);
+    job.counts = malloc(job.chunks * 256 * sizeof *job.counts + 1);
+    require(job.fitted && job.tables && job.table_bytes && job.scratch && job.slots &&
+            job.records && job.counts);
+    int64_t slots_bytes = pack_chunks(&job);
+    if (slots_bytes >= 0)
+        check_packed(&job, (size_t)slots_bytes);
+    for (size_t chunk = 0; chunk < job.chunks; chunk++)
+        free(frames[chunk]);
+    free(symbols);
+    free(job.fitted);
+    free(job.tables);
+    free(job.table_bytes);
+    free(job.scratch);
+    free(job.slots);
+    free(job.records);
+    free(job.counts);
+    return 0;
+}
+
+int fuzz_rows(const uint8_t *data, size_t size)
+{
+    static const int itemsizes[] = {[TO_BF16] = 2, [TO_F16] = 2, [TO_F32] = 4};
+    reader input = {data, size};
+    int type = (int)take(&input, 1) % 3, itemsize = itemsizes[type];
+    size_t rows = 1 + take(&input, 1) % 5, cols = take(&input, 1) % 64 ? 1 + take(&input, 1) : 4099;
+    uint8_t *words = take_copy(&input, rows * cols * (size_t)itemsize);
+    float *absmax = malloc(rows * sizeof *absmax), worst;
+    int8_t *codes = malloc(rows * cols);
+    uint8_t *symbols = malloc(rows * cols * (size_t)itemsize);
+    require(absmax && codes && symbols);
+    if (quantize_rows(words, type, rows, cols, absmax, codes, &worst) == ROWS_FINE)
+        require(worst >= 0 && !memchr(codes, -128, rows * cols));
+    split_tiles(words, itemsize, (int)take(&input, 1) % 2, rows * cols, 1 + take(&input, 2),
+                symbols);
+    free(words);
+    free(absmax);
+    free(codes);
+    free(symbols);
     return 0;
 }
 

@@ -11,5 +11,7 @@ int fuzz_encode(const uint8_t *data, size_t size);
 int fuzz_fit(const uint8_t *data, size_t size);
 int fuzz_check(const uint8_t *data, size_t size);
 int fuzz_run(const uint8_t *data, size_t size);
+int fuzz_pack(const uint8_t *data, size_t size);
+int fuzz_rows(const uint8_t *data, size_t size);
 
 #endif

@@ -13,9 +13,12 @@ import pytest
 
 from codecllm.converter import convert
 from codecllm.converter import options as converter_options
+from codecllm.converter.encode.buffers import Buffers
 from codecllm.converter.options import ConvertOptions
+from codecllm.converter.write import tensor_writer
 from codecllm.converter.write.digests import OrderedDigest
 from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 from tests.sources import bf16, write_source
 
@@ -44,6 +47,29 @@ def test_bytes_do_not_depend_on_the_workers(source, tmp_path, codec):
         written.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert written[0] == written[1] == written[2]
     assert sum(name.endswith(".safetensors") for name in written[0]) > 2
+
+
+@pytest.mark.parametrize("counted", [1, 2, 3, 4])
+def test_entropies_do_not_depend_on_when_they_are_computed(source, tmp_path, monkeypatch, counted):
+    """`big.weight` has three blocks: the last batch is empty, full, or in between."""
+    manifests = []
+    for blocks in (64, counted):
+        monkeypatch.setattr(tensor_writer, "_BLOCKS_COUNTED", blocks)
+        out = convert(source, tmp_path / str(blocks), non_finite="lossless").out
+        manifests.append((out / MANIFEST_NAME).read_bytes())
+    assert manifests[0] == manifests[1]
+
+
+def test_memory_is_used_again_and_never_twice_at_a_time():
+    buffers = Buffers()
+    taken = [buffers.take(size) for size in (1, 70_000, 70_001, 200_000)]
+    assert len({buffer.ctypes.data for buffer in taken}) == 4
+    assert [buffer.size for buffer in taken] == [1 << 16, 1 << 17, 1 << 17, 1 << 18]
+    for buffer in taken:
+        buffers.give(buffer)
+    again = [buffers.take(size) for size in (100_000, 131_072)]
+    assert {buffer.ctypes.data for buffer in again} == {b.ctypes.data for b in taken[1:3]}
+    assert buffers.take(100_000).ctypes.data not in {buffer.ctypes.data for buffer in taken}
 
 
 @pytest.mark.parametrize("calls", [1, 4, 12])

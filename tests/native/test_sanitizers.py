@@ -26,6 +26,7 @@ CORE = (
     "kernels_avx2",
     "kernels_avx512",
     "kernels_portable",
+    "pack",
     "rans",
     "run",
     "xxh3",
