@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import gc
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from codecllm.calibrator.activations import mean_squared_inputs
+from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts
+from codecllm.calibrator.devices import CPU, device_of, free_memory, repeatable
 from codecllm.calibrator.gradients import squared_gradients
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.names import by_source
@@ -26,7 +29,8 @@ from codecllm.calibrator.text import (
     record,
 )
 from codecllm.converter.rate.allocation import Sensitivity
-from codecllm.converter.rate.products import InputProducts
+from codecllm.converter.rate.feedback import Feedback
+from codecllm.converter.rate.products import Sums
 from codecllm.converter.rate.stages import now_and_then
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import (
@@ -35,7 +39,6 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     one_line,
 )
-from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.plain import load_offloaded, load_plain
 from codecllm.loader.hf.quiet import silenced, without_progress_bars
@@ -46,6 +49,9 @@ _ROOM = 1.6
 It holds the weights, the gradient of the largest parameter, and activations.
 """
 
+
+_WORK = 4 << 30
+"""Memory of a device that sums of products leave: activations, and the factors of large layers."""
 
 _FEW = 16
 """Sequences of a calibration by activations.
@@ -63,12 +69,22 @@ class Calibrated:
         record: the text, as the manifest records it.
         notes: sentences for the user.
         products: sums of products of layers' inputs, if they were asked for.
+        device: what refines codes.
     """
 
     statistics: dict[str, Sensitivity]
     record: Calibration
     notes: list[str] = field(default_factory=list)
-    products: InputProducts | None = None
+    products: Sums | None = None
+    device: torch.device = CPU
+
+    def feedback(self) -> Feedback | None:
+        """Returns what refines codes by the products, which it takes over for good."""
+        if self.products is None:
+            return None
+        if self.device == CPU:
+            return Feedback(self.products)
+        return DeviceFeedback(self.products, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +96,7 @@ class _Task:
         kind: the kind of text, as for `calibrate`.
         refined: names of tensors whose inputs are counted in pairs.
         shapes: shapes of the source's tensors by name.
+        device: where the model is to run.
         tell: called with a sentence when a stage begins.
     """
 
@@ -87,6 +104,7 @@ class _Task:
     kind: str
     refined: Collection[str]
     shapes: dict[str, tuple[int, ...]]
+    device: torch.device
     tell: Callable[[str], None]
 
 
@@ -96,6 +114,7 @@ def calibrate(
     on_stage: Callable[[str], None] | None = None,
     *,
     refined: Collection[str] = (),
+    device: str = "cpu",
 ) -> Calibrated:
     """Runs the source model on a short text and learns where quantization hurts.
 
@@ -108,26 +127,23 @@ def calibrate(
         on_stage: called with a sentence when a stage begins.
         refined: names of tensors; of those that are weights of linear layers the inputs are to be
             known in pairs, from text four times as long.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`: where the model runs and codes are refined. Its
+            figures are those of the CPU but for the rounding of sums.
 
     Raises:
-        UnsupportedEnvironmentError: transformers cannot load or run the model.
+        UnsupportedEnvironmentError: transformers cannot load or run the model, or there is no such
+            device.
         UsageError: the text file is of no use.
         SourceError, FormatError: the source cannot be read.
         OSError: there is no room for temporary files.
     """
     folder = source.repository
-    elements = source.elements
-    size = source.tensor_bytes
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    task = _Task(folder, kind, refined, shapes, on_stage or (lambda text: None))
+    target = device_of(device)
+    task = _Task(folder, kind, refined, shapes, target, on_stage or (lambda text: None))
     try:
-        with without_progress_bars(), silenced():
-            # Squares of gradients need float32; the dtype of the files is second best.
-            if 4 * elements * _ROOM <= available_memory():
-                return _with_gradients(load_plain(folder, torch.float32), task)
-            if size * _ROOM <= available_memory():
-                return _with_gradients(load_plain(folder), task)
-            return _layer_by_layer(task)
+        with without_progress_bars(), silenced(), repeatable(target):
+            return _in_memory(source, task) or _layer_by_layer(task)
     except Exception as exc:  # a model class may raise any type when it is run on plain tokens
         # A config of another model is a model that cannot run; other errors of ours say enough.
         if isinstance(exc, CodecLLMError) and not isinstance(exc, ModelMismatchError):
@@ -141,10 +157,29 @@ def calibrate(
         ) from exc
 
 
-def _with_gradients(model: Any, task: _Task) -> Calibrated:
-    # The whole backward pass must fit: half of it on the GPU would be slower than none.
-    if torch.cuda.is_available() and _weight_bytes(model) * _ROOM <= torch.cuda.mem_get_info()[0]:
-        model = model.to("cuda")
+def _in_memory(source: SourceModel, task: _Task) -> Calibrated | None:
+    """Calibrates with gradients where the whole model fits: on the device, or on the CPU."""
+    notes: list[str] = []
+    for place in dict.fromkeys((task.device, CPU)):
+        if place != task.device:
+            notes.append(f"the model does not fit into the memory of {task.device}: it runs on cpu")
+        # Squares of gradients need float32; the dtype of the files is second best.
+        for dtype, size in (
+            (torch.float32, 4 * source.elements),
+            ("auto", source.tensor_bytes),
+        ):
+            if size * _ROOM <= free_memory(place):
+                options = {} if place == CPU else {"device_map": {"": place}}
+                model = load_plain(task.folder, dtype, **options)
+                calibration = _with_gradients(model, task, place)
+                del model
+                # A model is full of reference cycles: without this call it would stay in memory.
+                gc.collect()
+                return replace(calibration, notes=[*notes, *calibration.notes])
+    return None
+
+
+def _with_gradients(model: Any, task: _Task, place: torch.device) -> Calibrated:
     model.eval()
     tokens = None
     kind = task.kind
@@ -172,10 +207,24 @@ def _with_gradients(model: Any, task: _Task) -> Calibrated:
     if task.refined:
         tell(f"calibrating: pairs of inputs on {tokens.numel():,} tokens")
         advance = now_and_then(tell, "calibrating: {} of {} sequences")
-        products = input_products(model, tokens, task.shapes, task.refined, advance)
+        room = _room_for_sums(place, task)
+        products = input_products(model, tokens, task.shapes, task.refined, advance, room)
     return Calibrated(
-        by_source(model, sums, source_names), record(_kind(kind), tokens), notes, products
+        by_source(model, sums, source_names),
+        record(_kind(kind), tokens),
+        notes,
+        products,
+        task.device,
     )
+
+
+def _room_for_sums(device: torch.device, task: _Task) -> Sums | None:
+    """Returns room on the device, if it is enough for all sums; None is a file."""
+    if device == CPU:
+        return None
+    widths = [task.shapes[name][-1] for name in task.refined]
+    needed = sum(4 * width**2 for width in widths) + 24 * max(widths, default=0) ** 2
+    return DeviceProducts(device) if needed + _WORK <= free_memory(device) else None
 
 
 def _layer_by_layer(task: _Task) -> Calibrated:
@@ -191,7 +240,7 @@ def _layer_by_layer(task: _Task) -> Calibrated:
         notes.append("no refinement, which needs the whole model in memory")
     task.tell(f"calibrating: {', '.join(notes)}")
     with tempfile.TemporaryDirectory(prefix="codecllm-") as offload:
-        model = load_offloaded(task.folder, Path(offload), int(available_memory() / _ROOM)).eval()
+        model = load_offloaded(task.folder, Path(offload), int(free_memory(CPU) / _ROOM)).eval()
         tokens = mixed_text(model, task.folder) if kind == "text" else None
         if tokens is None:
             if kind == "text":
@@ -218,7 +267,3 @@ def _kind(kind: str) -> str:
 
 def _writes(model: Any) -> bool:
     return not model.config.is_encoder_decoder and bool(getattr(model, "can_generate", bool)())
-
-
-def _weight_bytes(model: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -47,8 +47,8 @@ def squared_gradients(
         on_sequence: called with the sequences done and all of them.
 
     Returns:
-        For each parameter of rank 2 or more that gradients reach, in float32 on the CPU: rows, of
-        its shape without the last dimension; and columns, of its shape without the last but one.
+        For each parameter of rank 2 or more that gradients reach, in float32, where it lies: rows,
+        of its shape without the last dimension; and columns, of its shape without the last but one.
     """
     sums: Sums = {}
     for parameter in model.parameters():
@@ -166,7 +166,6 @@ def _whole_collector(name: str, sums: Sums) -> Callable[[torch.Tensor], None]:
 
 
 def _add(sums: Sums, name: str, rows: torch.Tensor, cols: torch.Tensor) -> None:
-    rows, cols = rows.cpu(), cols.cpu()
     if name in sums:
         rows, cols = rows + sums[name][0], cols + sums[name][1]
     sums[name] = rows, cols

@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from codecllm.calibrator.gradients import run
 from codecllm.calibrator.names import known_name
-from codecllm.converter.rate.products import InputProducts
+from codecllm.converter.rate.products import InputProducts, Sums
 
 _TOGETHER = 4
 """Sequences that run at once."""
@@ -24,7 +23,8 @@ def input_products(
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Collection[str],
     on_sequence: Callable[[int, int], None] | None = None,
-) -> InputProducts:
+    sums: Sums | None = None,
+) -> Sums:
     """Runs a model forward over all sequences.
 
     Args:
@@ -33,6 +33,7 @@ def input_products(
         shapes: of all tensors of the source, by name.
         wanted: names of the weights whose inputs are added up.
         on_sequence: called with the sequences done and all of them.
+        sums: receives the sums, empty; None keeps them in a temporary file.
 
     Returns:
         Sums for the weights of plain nn.Linear layers that the source has under their own names and
@@ -41,7 +42,7 @@ def input_products(
     Raises:
         OSError: the disk that holds temporary files is full.
     """
-    watch = _Watch()
+    watch = _Watch(InputProducts() if sums is None else sums)
     hooks = [
         layer.register_forward_pre_hook(watch.hook(name))
         for name, layer in _layers(model, shapes).items()
@@ -85,8 +86,8 @@ class _Watch:
     input. That must hold in every call: a layer for which it does not is dropped.
     """
 
-    def __init__(self) -> None:
-        self._products = InputProducts()
+    def __init__(self, sums: Sums) -> None:
+        self._products = sums
         self._calls: Counter[int] = Counter()
         self._followed: Counter[str] = Counter()
         self._follows: dict[str, bool] = {}
@@ -101,15 +102,15 @@ class _Watch:
         """Ends a pass: no tensor of the next one is one of this."""
         self._last = None
 
-    def finish(self) -> InputProducts:
+    def finish(self) -> Sums:
         """Returns the sums."""
         products = self._products
         for name in products.names():
             number = products.number(name)
-            diagonal = products.matrix(number).diagonal()
+            diagonal = torch.as_tensor(products.matrix(number)).diagonal()
             is_complete = not self._follows[name] or self._followed[name] == self._calls[number]
             # Infinite inputs make useless sums, and inputs of zeros a singular matrix.
-            if not (is_complete and np.isfinite(diagonal).all() and diagonal.any()):
+            if not (is_complete and diagonal.isfinite().all() and diagonal.any()):
                 products.drop(name)
         return products
 
@@ -131,10 +132,9 @@ class _Watch:
         self._last_number = number
 
     def _add(self, number: int, inputs: torch.Tensor) -> None:
-        # The sums stay on the CPU: those of all layers together may exceed a GPU.
-        total = torch.from_numpy(self._products.matrix(number))
+        total = torch.as_tensor(self._products.matrix(number))
         if inputs.device == total.device:
             total.addmm_(inputs.T, inputs)
-        else:
-            total.add_((inputs.T @ inputs).cpu())
+        else:  # the sums of all layers together exceed the device
+            total.add_((inputs.T @ inputs).to(total.device))
         self._products.count(number, len(inputs))

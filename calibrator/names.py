@@ -76,4 +76,4 @@ def known_name(name: str, known: set[str]) -> str | None:
 
 
 def _array(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return values.numpy().astype(np.float32)
+    return values.cpu().numpy().astype(np.float32)

@@ -31,7 +31,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 from codecllm.hub import ModelFiles, resolve
-from codecllm.quality import choose_params
+from codecllm.quality import choose_params, on_known_device
 
 if TYPE_CHECKING:
     from codecllm.verifier.baseline.baseline import BaselineOutcome
@@ -73,6 +73,7 @@ def convert(
     workers: int | None = None,
     force: bool = False,
     with_code: bool = False,
+    device: str = "cpu",
     baseline: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -112,6 +113,8 @@ def convert(
         force: replace a container that is in the way.
         with_code: copy the repository's Python files (`auto_map`). They run only where a loading
             caller passes `trust_remote_code=True`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`: where the model runs that a rate is chosen by,
+            and where its codes are refined. Another device may give other bytes.
         baseline: True records in any case, False never, None where the source fits in memory and it
             takes under 10 minutes.
         revision: branch, tag or commit of a Hub id; the commit it leads to is recorded.
@@ -136,6 +139,7 @@ def convert(
         workers=workers,
         force=force,
         with_code=with_code,
+        device=device,
     )
     access = HubAccess(revision, token, cache_dir)
     return run_conversion(
@@ -172,6 +176,7 @@ def run_conversion(
     on_stage: Callable[[str], None] | None = None,
 ) -> Converted:
     """Converts as `convert` does, with packed options."""
+    options = on_known_device(options)
     files = _resolve_source(model, access)
     # Parameters and temporary files are released before the baseline loads models.
     report = _convert_source(files, out, options, progress, on_stage)
@@ -199,6 +204,7 @@ def predict(
     on_stage: Callable[[str], None] | None = None,
 ) -> Estimate:
     """Predicts the sizes that a conversion would give; nothing is written. Errors as `convert`."""
+    options = on_known_device(options)
     files = _resolve_source(model, access)
     with open_source(files.folder, options) as source:
         return estimate_model(source, options, choose_params(source, options, on_stage))

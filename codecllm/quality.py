@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from codecllm.converter.options import ConvertOptions, Rate
 from codecllm.converter.plan.choice import NO_CHOICE, ParamsChoice
 from codecllm.converter.plan.conversion_plan import plan_conversion
-from codecllm.converter.rate.feedback import Feedback
 from codecllm.converter.rate.search import fit
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
@@ -46,19 +45,33 @@ def choose_params(
     if rate is None:
         return NO_CHOICE
     refined_names = quantized_tensors(model, options) if rate.refine else frozenset()
-    calibration, notes = _calibrate(model, rate, refined_names, on_stage)
+    calibration, notes = _calibrate(model, rate, refined_names, options.device, on_stage)
     if on_stage is not None:
         on_stage("choosing steps: a sample of every tensor is quantized and packed")
     if calibration is None:
         fitted_params = fit(model, options, {})
         recorded_rate = replace(rate, calibrate="none")
         return ParamsChoice(fitted_params, recorded_rate, None, [*notes, *fitted_params.notes])
-    feedback = None if calibration.products is None else Feedback(calibration.products)
-    fitted_params = fit(model, options, calibration.statistics, feedback, on_stage)
+    fitted_params = fit(model, options, calibration.statistics, calibration.feedback(), on_stage)
     recorded_rate = replace(rate, calibrate=_recorded_kind(rate))
     return ParamsChoice(
         fitted_params, recorded_rate, calibration.record, [*notes, *fitted_params.notes]
     )
+
+
+def on_known_device(options: ConvertOptions) -> ConvertOptions:
+    """Returns the options with the name of one device of this machine, in place of `auto`.
+
+    Raises:
+        UnsupportedEnvironmentError: there is no such device.
+    """
+    if options.device == "cpu":
+        return options
+    try:
+        from codecllm.calibrator.devices import device_of
+    except ImportError as exc:
+        raise UnsupportedEnvironmentError(f"another device than cpu needs torch ({exc})") from exc
+    return replace(options, device=str(device_of(options.device)))
 
 
 def quantized_tensors(model: SourceModel, options: ConvertOptions) -> frozenset[str]:
@@ -79,7 +92,11 @@ def _kind(rate: Rate) -> str:
 
 
 def _calibrate(
-    model: SourceModel, rate: Rate, refined: Collection[str], on_stage: OnStage | None
+    model: SourceModel,
+    rate: Rate,
+    refined: Collection[str],
+    device: str,
+    on_stage: OnStage | None,
 ) -> tuple[Calibrated | None, list[str]]:
     """Runs the calibration; returns its result or None, and sentences for the user."""
     if rate.calibrate == "none":
@@ -90,17 +107,21 @@ def _calibrate(
             "no such calibration", got=kind, expected=f"{', '.join(_TEXTS)}, none or a text file"
         )
     try:
-        calibration = _run_calibration(model, kind, refined, on_stage)
+        calibration = _run_calibration(model, kind, refined, device, on_stage)
     except UnsupportedEnvironmentError as exc:
         # A calibration that the user asked for must not be skipped silently.
-        if rate.calibrate is not None or refined:
+        if rate.calibrate is not None or refined or device != "cpu":
             raise
         return None, [f"not calibrated, steps follow from the weights alone: {exc}"]
     return calibration, calibration.notes
 
 
 def _run_calibration(
-    model: SourceModel, kind: str, refined: Collection[str], on_stage: OnStage | None
+    model: SourceModel,
+    kind: str,
+    refined: Collection[str],
+    device: str,
+    on_stage: OnStage | None,
 ) -> Calibrated:
     try:
         # Imported late: it needs torch, and a conversion without a rate does not.
@@ -109,4 +130,4 @@ def _run_calibration(
         raise UnsupportedEnvironmentError(
             f"calibration needs torch and transformers ({exc})"
         ) from exc
-    return calibrate(model, kind, on_stage, refined=refined)
+    return calibrate(model, kind, on_stage, refined=refined, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,8 @@ class ConvertOptions:
         force: replace a container that is in the way.
         with_code: copy the repository's Python files (`auto_map`). They run only where a loading
             caller passes `trust_remote_code=True`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`: where the model runs that a rate is chosen by,
+            and where its codes are refined. Another device may give other bytes.
 
     Raises:
         UsageError: a value is out of range, or a rate is asked of scheme `lossless`.
@@ -155,6 +158,7 @@ class ConvertOptions:
     workers: int | None = None
     force: bool = False
     with_code: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -164,6 +168,8 @@ class ConvertOptions:
                 raise UsageError(
                     f"no such {name}", got=repr(getattr(self, name)), expected=expected
                 )
+        if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is None:
+            raise UsageError("no such device", got=self.device, expected="auto, cpu, cuda, cuda:N")
         if not MIN_CHUNK_KIB <= self.chunk_kib <= MAX_CHUNK_KIB:
             raise UsageError(
                 "chunk_kib is out of range",

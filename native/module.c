@@ -187,18 +187,7 @@ static PyObject *py_use(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* Changes with the functions below and what they take; formats/codecs/native.py has it too. */
-#define INTERFACE 2
-
-static PyObject *py_interface(PyObject *self, PyObject *args)
-{
-    (void)self;
-    (void)args;
-    return PyLong_FromLong(INTERFACE);
-}
-
 static PyMethodDef methods[] = {
-    {"interface", py_interface, METH_NOARGS, "interface() -> number of this set of functions"},
     {"xxh3", py_xxh3, METH_O, "xxh3(data) -> int: XXH3-64 of data whose size is a multiple of 16"},
     {"check_slots", py_check_slots, METH_VARARGS,
      "check_slots(slots, records, raw_bytes) -> int: first wrong chunk, or -1"},

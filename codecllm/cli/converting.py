@@ -30,6 +30,7 @@ def convert(
     quality: options.Quality = None,
     calibrate: options.Calibrate = None,
     refine: options.Refine = False,
+    device: options.Device = "cpu",
     include: options.Include = None,
     exclude: options.Exclude = None,
     non_finite: options.NonFinite = "error",
@@ -80,6 +81,7 @@ def convert(
         workers=workers,
         force=force,
         with_code=with_code,
+        device=device,
     )
     access, silent = api.HubAccess(revision), quiet or as_json
     if dry_run:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from codecllm.converter.encode.quantize import as_float32, round_toward_zero
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
-from codecllm.converter.rate.products import InputProducts
+from codecllm.converter.rate.products import Sums
 from codecllm.formats.manifest.records import FEEDBACK, FEEDBACK_DEADZONE
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
 
@@ -139,13 +140,13 @@ def refined_codes(
 class Feedback:
     """Refines the codes of tensors whose inputs are known. May be used by several threads."""
 
-    def __init__(self, products: InputProducts) -> None:
+    def __init__(self, products: Sums) -> None:
         """Takes over the sums, for good.
 
-        Each is replaced by its factor, in the file, when that is needed first.
+        Each is replaced by its factor, where it lies, when that is needed first.
         """
         self._products = products
-        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._orders: dict[int, Any] = {}
         self._lock = threading.Lock()
 
     def __contains__(self, name: object) -> bool:
@@ -173,6 +174,23 @@ class Feedback:
                 self._orders[number] = new_factor.order
         return Factor(self._orders[number], matrix)
 
+    def group_rows(self, cols: int) -> int:
+        """Returns how many rows of `cols` weights are quantized at a time."""
+        return max(1, min(_GROUP_ROWS, _GROUP_ELEMENTS // cols))
+
+    def quantize(self, plan: TensorPlan, params: QuantParams, start: int, stop: int) -> Any:
+        """Returns the codes of rows [start, stop): what `taken` makes int16 arrays of."""
+        source, cols = plan.source, plan.matrix[1]
+        words = source.read_elements(start * cols, stop * cols).reshape(stop - start, cols)
+        weights = as_float32(words, source.dtype.name, np.empty(words.shape, np.float32))
+        scales = params.row_scale[start:stop], params.col_scale
+        return refined_codes(weights, scales, self.factor(source.name), params.deadzone)
+
+    def taken(self, codes: Any, rows: slice) -> NDArray[np.int16]:
+        """Returns some rows of what `quantize` gave, int16 [rows, cols]."""
+        result: NDArray[np.int16] = codes[rows]
+        return result
+
 
 @dataclass(slots=True, eq=False)
 class _Group:
@@ -180,7 +198,7 @@ class _Group:
 
     waiting: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    codes: NDArray[np.int16] | None = None
+    codes: Any = None
 
 
 class _Codes:
@@ -192,9 +210,8 @@ class _Codes:
     """
 
     def __init__(self, feedback: Feedback, plan: TensorPlan, params: QuantParams) -> None:
-        self._feedback, self._plan = feedback, plan
-        self._scales, self._deadzone = (params.row_scale, params.col_scale), params.deadzone
-        self._rows = max(1, min(_GROUP_ROWS, _GROUP_ELEMENTS // plan.matrix[1]))
+        self._feedback, self._plan, self._params = feedback, plan, params
+        self._rows = feedback.group_rows(plan.matrix[1])
         self._groups: dict[int, _Group] = {}
         self._lock = threading.Lock()
 
@@ -204,12 +221,11 @@ class _Codes:
             start = number * self._rows
             stop = min(start + self._rows, self._plan.matrix[0])
             rows_here = slice(max(first, start) - start, min(last, stop) - start)
-            parts.append(
-                self._group(number, start, stop, rows_here.stop - rows_here.start)[rows_here]
-            )
+            codes = self._group(number, start, stop, rows_here.stop - rows_here.start)
+            parts.append(self._feedback.taken(codes, rows_here))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _group(self, number: int, start: int, stop: int, taken_rows: int) -> NDArray[np.int16]:
+    def _group(self, number: int, start: int, stop: int, taken_rows: int) -> Any:
         with self._lock:
             group = self._groups.setdefault(number, _Group(stop - start))
             group.waiting -= taken_rows
@@ -218,14 +234,5 @@ class _Codes:
         # The first thread quantizes the group; others that need its rows wait here.
         with group.lock:
             if group.codes is None:
-                group.codes = self._quantize(start, stop)
+                group.codes = self._feedback.quantize(self._plan, self._params, start, stop)
         return group.codes
-
-    def _quantize(self, start: int, stop: int) -> NDArray[np.int16]:
-        source, cols = self._plan.source, self._plan.matrix[1]
-        words = source.read_elements(start * cols, stop * cols).reshape(stop - start, cols)
-        weights = as_float32(words, source.dtype.name, np.empty(words.shape, np.float32))
-        factor = self._feedback.factor(source.name)
-        return refined_codes(
-            weights, (self._scales[0][start:stop], self._scales[1]), factor, self._deadzone
-        )

@@ -6,8 +6,10 @@ import mmap
 import os
 import tempfile
 import weakref
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,28 +17,19 @@ from numpy.typing import NDArray
 
 @dataclass(slots=True)
 class _Sum:
-    """Where a sum lies, of how many inputs, and how many tokens it has seen."""
+    """Of how many inputs a sum is, and how many tokens it has seen."""
 
-    offset: int
     cols: int
     tokens: int = 0
 
 
-class InputProducts:
-    """Sums of X^T X by the names of tensors; tensors of layers with the same inputs share one.
+class Sums(ABC):
+    """Sums of X^T X by the names of tensors; tensors of layers with the same inputs share one."""
 
-    The file has no name: its room is free again once this object is gone or the process ends,
-    however it ends. It is made where `tempfile` makes files (TMPDIR), 4 bytes for every product.
-    """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        """Makes the file, empty, in `folder` or where the system keeps temporary files."""
-        self._file, path = tempfile.mkstemp(prefix="codecllm-", dir=folder)
-        os.unlink(path)
-        self._close = weakref.finalize(self, os.close, self._file)
+    def __init__(self) -> None:
+        """Makes the collection, empty."""
         self._sums: list[_Sum] = []
         self._number: dict[str, int] = {}
-        self._end = 0
 
     def __contains__(self, name: object) -> bool:
         """Whether the inputs of a tensor's layer are known."""
@@ -50,21 +43,10 @@ class InputProducts:
         """Makes room for a sum over `cols` inputs, all zero, and returns its number.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, where the sums lie in a file.
         """
-        # A mapping has to begin at a multiple of the granularity.
-        size = -(-4 * cols * cols // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        try:
-            # Takes the room now: on a full disk a write into a mapped hole would end in SIGBUS.
-            os.posix_fallocate(self._file, self._end, size)
-        except OSError as exc:
-            text = (
-                f"no room for the sums of products of inputs, {self._end + size:,} bytes and "
-                f"more ({exc.strerror})"
-            )
-            raise OSError(exc.errno, text, tempfile.gettempdir()) from exc
-        self._sums.append(_Sum(self._end, cols))
-        self._end += size
+        self._make_room(cols)
+        self._sums.append(_Sum(cols))
         return len(self._sums) - 1
 
     def assign(self, name: str, number: int) -> None:
@@ -91,11 +73,51 @@ class InputProducts:
         """Returns how many tokens a sum has seen."""
         return self._sums[number].tokens
 
+    @abstractmethod
+    def matrix(self, number: int) -> Any:
+        """Returns a sum, float32 [cols, cols], that is changed in place."""
+
+    @abstractmethod
+    def _make_room(self, cols: int) -> None:
+        """Makes room for the next sum."""
+
+
+class InputProducts(Sums):
+    """Sums in a file.
+
+    The file has no name: its room is free again once this object is gone or the process ends,
+    however it ends. It is made where `tempfile` makes files (TMPDIR), 4 bytes for every product.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        """Makes the file, empty, in `folder` or where the system keeps temporary files."""
+        super().__init__()
+        self._file, path = tempfile.mkstemp(prefix="codecllm-", dir=folder)
+        os.unlink(path)
+        self._close = weakref.finalize(self, os.close, self._file)
+        self._offsets: list[int] = []
+        self._end = 0
+
+    def _make_room(self, cols: int) -> None:
+        # A mapping has to begin at a multiple of the granularity.
+        size = -(-4 * cols * cols // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        try:
+            # Takes the room now: on a full disk a write into a mapped hole would end in SIGBUS.
+            os.posix_fallocate(self._file, self._end, size)
+        except OSError as exc:
+            text = (
+                f"no room for the sums of products of inputs, {self._end + size:,} bytes and "
+                f"more ({exc.strerror})"
+            )
+            raise OSError(exc.errno, text, tempfile.gettempdir()) from exc
+        self._offsets.append(self._end)
+        self._end += size
+
     def matrix(self, number: int) -> NDArray[np.float32]:
         """Returns a sum, float32 [cols, cols]: a view of the file, which is changed with it."""
-        total = self._sums[number]
-        mapping = mmap.mmap(self._file, 4 * total.cols**2, offset=total.offset)
-        return np.frombuffer(mapping, np.float32).reshape(total.cols, total.cols)
+        cols = self._sums[number].cols
+        mapping = mmap.mmap(self._file, 4 * cols**2, offset=self._offsets[number])
+        return np.frombuffer(mapping, np.float32).reshape(cols, cols)
 
     def close(self) -> None:
         """Gives the room back; nothing else may be called afterwards."""

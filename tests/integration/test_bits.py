@@ -227,7 +227,7 @@ def test_two_calibrations_are_alike(source):
 
 def test_a_model_larger_than_memory_is_watched_layer_by_layer_from_disk(monkeypatch, source):
     size = sum(path.stat().st_size for path in source("moe").glob("*.safetensors"))
-    monkeypatch.setattr(calibration, "available_memory", lambda: size)
+    monkeypatch.setattr(calibration, "free_memory", lambda device: size)
     told = []
     found = calibrate(source("moe"), "self", told.append)
     assert "layer by layer from disk" in told[0] and found.record.kind == "random"

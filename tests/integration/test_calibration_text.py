@@ -111,7 +111,7 @@ def test_without_a_tokenizer_of_use_the_model_writes_its_text(folder, monkeypatc
     # Ids that the model does not have are of no use either.
     _with_tokenizer(folder, starts=False, words={**MANY_WORDS, "the": model.config.vocab_size})
     assert mixed_text(model, folder) is None
-    monkeypatch.setattr(calibration, "available_memory", lambda: 1000)
+    monkeypatch.setattr(calibration, "free_memory", lambda device: 1000)
     with SourceModel(folder) as source:
         found = calibrate(source, "text")
     assert found.record.tokens == 16 * 62
@@ -120,7 +120,7 @@ def test_without_a_tokenizer_of_use_the_model_writes_its_text(folder, monkeypatc
 
 def test_a_model_larger_than_memory_reads_the_text_of_codecllm(folder, monkeypatch):
     _with_tokenizer(folder, starts=False, words=MANY_WORDS)
-    monkeypatch.setattr(calibration, "available_memory", lambda: 1000)
+    monkeypatch.setattr(calibration, "free_memory", lambda device: 1000)
     with SourceModel(folder) as source:
         found = calibrate(source, "text")
     assert found.record == record("text", mixed_text(load_plain(folder), folder)[:16])

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import codecllm
 from codecllm import api
-from codecllm.calibrator import calibrate, calibration
+from codecllm.calibrator import calibrate, calibration, devices
+from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts
+from codecllm.calibrator.devices import CPU
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.text import own_text
 from codecllm.cli import checking, converting, reading  # noqa: F401 - they register commands
@@ -227,11 +229,67 @@ def test_a_config_of_a_larger_model_is_refused_before_its_weights_are_made_up(tm
 
 def test_a_model_larger_than_memory_is_not_refined_and_that_is_said(source, monkeypatch):
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    monkeypatch.setattr(calibration, "available_memory", lambda: size)
+    monkeypatch.setattr(calibration, "free_memory", lambda device: size)
     with SourceModel(source) as opened:
         found = calibrate(opened, "random", refined={"model.layers.0.mlp.up_proj.weight"})
     assert found.products is None
     assert any("no refinement" in note for note in found.notes)
+
+
+OTHER = torch.device("cpu", 0)
+"""Stands in for another device: the same memory under another name."""
+
+
+@pytest.fixture
+def other_device(monkeypatch):
+    """Has the calibration take `OTHER` for a CUDA device that this machine need not have."""
+    monkeypatch.setattr(devices, "device_of", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(calibration, "device_of", lambda name: CPU if name == "cpu" else OTHER)
+
+
+def test_a_device_gives_the_rate_and_the_figures_of_the_cpu(tmp_path, source, other_device):
+    asked = {"bits": 4, "refine": True, "include": MATRICES, "baseline": False}
+    reports = {
+        device: api.convert(source, tmp_path / device, device=device, **asked).report
+        for device in ("cpu", "cuda")
+    }
+    assert [report.quantized_bits_per_weight for report in reports.values()] == pytest.approx(
+        [4, 4], rel=0.005
+    )
+    manifests = [report.manifest for report in reports.values()]
+    assert manifests[0].calibration == manifests[1].calibration
+    assert [record.rounding for record in manifests[0].tensors if record.scheme == "int8"] == [
+        record.rounding for record in manifests[1].tensors if record.scheme == "int8"
+    ]
+
+
+@pytest.mark.parametrize("room", ["for all", "for no sums", "for no model"])
+def test_sums_lie_on_the_device_where_they_fit(source, monkeypatch, other_device, room):
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    free = {"for all": 1 << 40, "for no sums": 4 * size, "for no model": 0}[room]
+    monkeypatch.setattr(
+        calibration, "free_memory", lambda device: free if device is OTHER else 1 << 40
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    with SourceModel(source) as opened:
+        found = calibrate(opened, "random", refined={name}, device="cuda")
+    assert isinstance(found.products, DeviceProducts) == (room == "for all")
+    assert name in found.feedback() and isinstance(found.feedback(), DeviceFeedback)
+    assert any("does not fit" in note for note in found.notes) == (room == "for no model")
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "cuda", "auto"])
+def test_a_device_that_is_not_here_is_refused(tmp_path, source, device):
+    asked = {"bits": 5, "include": MATRICES, "baseline": False, "device": device}
+    if device == "auto":
+        report = api.convert(source, tmp_path / "out", **asked).report
+        assert report.quantized_bits_per_weight == pytest.approx(5, rel=0.005)
+        return
+    with pytest.raises(UnsupportedEnvironmentError, match="no such device here") as caught:
+        api.convert(source, tmp_path / "out", **asked)
+    assert device in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="no such device"):
+        api.convert(source, tmp_path / "out", **{**asked, "device": "tpu"})
 
 
 def test_the_command_line_refines(tmp_path, source):

@@ -25,6 +25,7 @@ MIN_SETUPTOOLS = 77
 FOLDERS = ("calibrator", "converter", "formats", "hub", "loader", "serving", "verifier")
 DATA = {
     "codecllm/calibrator/mixed_text.txt",
+    "codecllm/calibrator/rounding.cu",
     "codecllm/loader/kernels/rans.cu",
     "codecllm/py.typed",
     "codecllm/verifier/diagnosis/report/chart.jinja",

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,17 +72,6 @@ def test_a_symbol_whose_frequency_is_one_gives_nothing_more():
     counts = np.ones(256, np.int64)
     counts[:2] = 1 << 20
     assert fit_frequencies(counts, 8).tolist() == [1] * 256
-
-
-@pytest.mark.parametrize("stale", [{}, {"interface": lambda: native._INTERFACE - 1}])
-def test_a_core_of_other_sources_is_not_used(monkeypatch, stale):
-    """A checkout that moved on without a new build."""
-    monkeypatch.setattr(native, "_SETTING", "")
-    module = SimpleNamespace(**stale)
-    monkeypatch.setitem(sys.modules, "codecllm._native", module)
-    monkeypatch.setattr(codecllm, "_native", module, raising=False)
-    with pytest.warns(RuntimeWarning, match="built from other sources"):
-        assert native._load() is None
 
 
 def test_the_core_is_named_or_why_there_is_none(monkeypatch):

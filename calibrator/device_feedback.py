@@ -1,0 +1,111 @@
+"""Error feedback whose sums, factors and rounding are on a device."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from codecllm.calibrator.rounding import DeviceFactor, codes_on_device, factor_on_device
+from codecllm.converter.plan.params import QuantParams
+from codecllm.converter.plan.tensor_plan import TensorPlan
+from codecllm.converter.rate.feedback import Feedback, shrinkage
+from codecllm.converter.rate.products import Sums
+
+_GROUP_ROWS, _GROUP_ELEMENTS = 16384, 1 << 26
+"""Rows and weights that are quantized at once: one row costs the columns' time, as many do."""
+
+_PIECE = 1 << 23
+"""Elements that are read at a time: the host holds no more of a tensor."""
+
+_WORDS: dict[str, tuple[type, torch.dtype]] = {
+    "BF16": (np.int16, torch.bfloat16),
+    "F16": (np.int16, torch.float16),
+    "F32": (np.int32, torch.float32),
+}
+
+
+class DeviceProducts(Sums):
+    """Sums of X^T X in a device's memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Makes the collection, empty."""
+        super().__init__()
+        self.device = device
+        self._matrices: list[torch.Tensor] = []
+
+    def matrix(self, number: int) -> torch.Tensor:
+        """Returns a sum, float32 [cols, cols]."""
+        return self._matrices[number]
+
+    def _make_room(self, cols: int) -> None:
+        # A sum that is made inside inference mode could not become a factor outside.
+        with torch.inference_mode(False):
+            self._matrices.append(torch.zeros((cols, cols), device=self.device))
+
+
+class DeviceFeedback(Feedback):
+    """Refines codes on a device. May be used by several threads; one at a time has the device."""
+
+    def __init__(self, products: Sums, device: torch.device) -> None:
+        """Takes over the sums, for good; they may lie in a file or on the device."""
+        super().__init__(products)
+        self._device = device
+        self._turn = threading.RLock()
+        self._last: tuple[int, DeviceFactor] | None = None
+
+    def group_rows(self, cols: int) -> int:
+        """As `Feedback.group_rows`."""
+        return max(1, min(_GROUP_ROWS, _GROUP_ELEMENTS // cols))
+
+    def quantize(self, plan: TensorPlan, params: QuantParams, start: int, stop: int) -> Any:
+        """Returns the codes of rows [start, stop), int16 on the device."""
+        with self._turn:
+            weights = self._read(plan, start, stop)
+            col_scale = None if params.col_scale is None else self._moved(params.col_scale)
+            scales = self._moved(params.row_scale[start:stop]), col_scale
+            return codes_on_device(weights, scales, self._factor(plan.source.name), params.deadzone)
+
+    def taken(self, codes: Any, rows: slice) -> NDArray[np.int16]:
+        """Returns some rows of the codes, int16 [rows, cols]."""
+        with self._turn:
+            result: NDArray[np.int16] = codes[rows].cpu().numpy()
+        return result
+
+    def _factor(self, name: str) -> DeviceFactor:
+        """Returns the factor of a tensor's inputs; the first call puts it in place of the sum."""
+        number = self._products.number(name)
+        # Layers with the same inputs follow one another: what came from a file is kept for them.
+        if self._last is not None and self._last[0] == number:
+            return self._last[1]
+        held = torch.as_tensor(self._products.matrix(number))
+        if number in self._orders:
+            factor = DeviceFactor(self._orders[number], held.to(self._device))
+        else:
+            self._last = None
+            factor = factor_on_device(
+                held.to(self._device), shrinkage(self._products.tokens(number))
+            )
+            held.copy_(factor.ratios)
+            self._orders[number] = factor.order
+            factor = DeviceFactor(factor.order, held.to(self._device))
+        self._last = number, factor
+        return factor
+
+    def _read(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
+        """Returns rows [start, stop) of a tensor, float32 [stop - start, cols]."""
+        source, cols = plan.source, plan.matrix[1]
+        word, dtype = _WORDS[source.dtype.name]
+        weights = torch.empty((stop - start) * cols, device=self._device)
+        for first in range(0, weights.numel(), _PIECE):
+            last = min(first + _PIECE, weights.numel())
+            words = source.read_elements(start * cols + first, start * cols + last)
+            piece = torch.from_numpy(words.view(word)).to(self._device)
+            weights[first:last] = piece.view(dtype)
+        return weights.reshape(stop - start, cols)
+
+    def _moved(self, values: NDArray[np.float32]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

@@ -1,0 +1,173 @@
+"""Rounding with error feedback on a device: the columns of `converter.rate.feedback`, in torch.
+
+A panel of 64 columns is rounded column by column; its errors enter all later panels by one matrix
+product. On a GPU one kernel rounds a panel: a thread for each row, whose columns wait for one
+another but not for other rows. Elsewhere, and as the reference of its bits, torch's elementwise
+operations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from codecllm.converter.rate.feedback import RIDGE
+from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
+from codecllm.loader.kernels.nvrtc import Kernel
+
+PANEL = 64
+"""Columns of a panel; rounding.cu keeps so many errors of a row."""
+
+_THREADS = 64
+_SOURCE = Path(__file__).with_name("rounding.cu")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceFactor:
+    """As `converter.rate.feedback.Factor`, on a device.
+
+    Attributes:
+        order: int64 [cols].
+        ratios: float32 [cols, cols]; elements on and above the diagonal are undefined.
+    """
+
+    order: torch.Tensor
+    ratios: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Panel:
+    """Some columns to be rounded, one after another; all tensors lie on one device.
+
+    Attributes:
+        weights: float32 [columns, rows], in order.
+        shifted: the same with the errors of earlier panels added; may be overwritten.
+        row_scale: float32 [rows].
+        col_scale: float32 [columns].
+        ratios: float32 [columns, columns], a view of the factor's.
+        deadzone: float32 [1].
+        errors: float32 [columns, rows], receives the errors.
+        codes: int16 [columns, rows], receives the codes.
+    """
+
+    weights: torch.Tensor
+    shifted: torch.Tensor
+    row_scale: torch.Tensor
+    col_scale: torch.Tensor
+    ratios: torch.Tensor
+    deadzone: torch.Tensor
+    errors: torch.Tensor
+    codes: torch.Tensor
+
+
+def factor_on_device(products: torch.Tensor, shrunk: float) -> DeviceFactor:
+    """Factors X^T X where it lies; see `converter.rate.feedback.factor_of`."""
+    diagonal = products.diagonal().double()
+    order = torch.sort(diagonal, descending=True, stable=True).indices
+    backward = order.flip(0)
+    matrix = products[backward][:, backward].double()
+    matrix *= 1 - shrunk
+    matrix.diagonal().copy_(diagonal[backward] + RIDGE * diagonal.mean())
+    lower = torch.linalg.cholesky(matrix)
+    del matrix
+    lower /= lower.diagonal().clone()
+    return DeviceFactor(order, lower.flip(0, 1).t().float().contiguous())
+
+
+def codes_on_device(
+    weights: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor | None],
+    factor: DeviceFactor,
+    deadzone: float = 0.0,
+    round_panel: Callable[[Panel], None] | None = None,
+) -> torch.Tensor:
+    """Quantizes rows with error feedback.
+
+    Args:
+        weights: float32 [rows, cols], finite.
+        scales: float32 [rows], and factors of the columns, float32 [cols], or None.
+        factor: of the inputs.
+        deadzone: as in `QuantParams`.
+        round_panel: rounds a panel; None takes the fastest way of the device.
+
+    Returns:
+        int16 [rows, cols], the codes, on the device of the weights.
+    """
+    rows, cols = weights.shape
+    device, order = weights.device, factor.order
+    run = round_panel or (round_by_kernel if device.type == "cuda" else round_by_columns)
+    ones = torch.ones(cols, device=device)
+    col_scale = ones if scales[1] is None else scales[1].index_select(0, order)
+    by_column = weights.index_select(1, order).t().contiguous()
+    errors = torch.empty_like(by_column)
+    codes = torch.empty((cols, rows), dtype=torch.int16, device=device)
+    dead = torch.full((1,), deadzone, device=device)
+    for first in range(0, cols, PANEL):
+        part = slice(first, min(first + PANEL, cols))
+        own_weights, ratios = by_column[part], factor.ratios[part]
+        shifted = (
+            torch.addmm(own_weights, ratios[:, :first], errors[:first])
+            if first
+            else own_weights.clone()
+        )
+        run(
+            Panel(
+                own_weights,
+                shifted,
+                scales[0],
+                col_scale[part],
+                ratios[:, part],
+                dead,
+                errors[part],
+                codes[part],
+            )
+        )
+    return codes.t().index_select(1, torch.argsort(order))
+
+
+def round_by_columns(panel: Panel) -> None:
+    """Rounds a panel by operations on its columns."""
+    for col in range(len(panel.weights)):
+        step = panel.row_scale * panel.col_scale[col]
+        quotient = panel.shifted[col] / step
+        quotient -= torch.copysign(panel.deadzone, quotient)
+        code = quotient.round_().clamp_(MIN_WIDE_CODE, MAX_WIDE_CODE)
+        panel.codes[col] = code
+        error = panel.weights[col] - code * step
+        panel.errors[col] = error
+        panel.shifted[col + 1 :] += panel.ratios[col + 1 :, col, None] * error
+
+
+def round_by_kernel(panel: Panel) -> None:
+    """Rounds a panel by one launch of the kernel.
+
+    Raises:
+        UnsupportedEnvironmentError: it cannot be compiled here.
+    """
+    columns, rows = panel.weights.shape
+    kernel = _kernel(panel.weights.device)
+    arguments: list[torch.Tensor | int] = [
+        panel.weights,
+        panel.shifted,
+        panel.row_scale,
+        panel.col_scale,
+        panel.ratios,
+        panel.deadzone,
+        panel.errors,
+        panel.codes,
+        rows,
+        columns,
+        panel.ratios.stride(0),
+        MIN_WIDE_CODE,
+        MAX_WIDE_CODE,
+    ]
+    kernel.launch(-(-rows // _THREADS), _THREADS, 0, arguments)
+
+
+@cache
+def _kernel(device: torch.device) -> Kernel:
+    return Kernel(_SOURCE.read_text(), "round_panel", device)
