@@ -171,9 +171,9 @@ def _add(sums: Sums, name: str, rows: torch.Tensor, cols: torch.Tensor) -> None:
     sums[name] = rows, cols
 
 
-def run(model: Any, ids: torch.Tensor) -> Any:
-    """Returns the output of a model for int64 [sequences, length] tokens."""
-    arguments = {"input_ids": ids}
+def run(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+    """Returns the output of a model for int64 [sequences, length] tokens, and more arguments."""
+    arguments = {"input_ids": ids, **options}
     if model.config.is_encoder_decoder:
         arguments["decoder_input_ids"] = ids
     return model(**arguments)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from codecllm.converter.rate.products import InputProducts, Sums
 
 _TOGETHER = 4
 """Sequences that run at once."""
+
+_PARTS = 6
+"""Parts of a sum's columns: only products on and below the diagonal's blocks are added up."""
 
 
 def input_products(
@@ -43,15 +47,13 @@ def input_products(
         OSError: the disk that holds temporary files is full.
     """
     watch = _Watch(InputProducts() if sums is None else sums)
-    hooks = [
-        layer.register_forward_pre_hook(watch.hook(name))
-        for name, layer in _layers(model, shapes).items()
-        if name in wanted
-    ]
+    layers = {name: layer for name, layer in _layers(model, shapes).items() if name in wanted}
+    hooks = [layer.register_forward_pre_hook(watch.hook(name)) for name, layer in layers.items()]
+    options = _without_logits(model, layers.values())
     try:
         with torch.inference_mode():
             for first in range(0, len(tokens), _TOGETHER):
-                run(model, tokens[first : first + _TOGETHER].to(model.device))
+                run(model, tokens[first : first + _TOGETHER].to(model.device), **options)
                 watch.forget()
                 if on_sequence is not None:
                     on_sequence(min(first + _TOGETHER, len(tokens)), len(tokens))
@@ -77,6 +79,19 @@ def _layers(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.L
             if target is not None and tuple(shapes[target]) == tuple(module.weight.shape):
                 layers[target] = module
     return layers
+
+
+def _without_logits(model: Any, layers: Iterable[nn.Module]) -> dict[str, int]:
+    """Returns arguments with which a model need not compute logits, if nothing sees its head."""
+    if "logits_to_keep" not in signature(model.forward).parameters:
+        return {}
+    head = model.get_output_embeddings()
+    return {} if any(layer is head for layer in layers) else {"logits_to_keep": 1}
+
+
+def _blocks(cols: int) -> list[slice]:
+    step = max(1, -(-cols // _PARTS))
+    return [slice(start, min(start + step, cols)) for start in range(0, cols, step)]
 
 
 class _Watch:
@@ -107,7 +122,10 @@ class _Watch:
         products = self._products
         for name in products.names():
             number = products.number(name)
-            diagonal = torch.as_tensor(products.matrix(number)).diagonal()
+            total = torch.as_tensor(products.matrix(number))
+            for block in _blocks(len(total)):
+                total[block, block.stop :] = total[block.stop :, block].T
+            diagonal = total.diagonal()
             is_complete = not self._follows[name] or self._followed[name] == self._calls[number]
             # Infinite inputs make useless sums, and inputs of zeros a singular matrix.
             if not (is_complete and diagonal.isfinite().all() and diagonal.any()):
@@ -134,7 +152,8 @@ class _Watch:
     def _add(self, number: int, inputs: torch.Tensor) -> None:
         total = torch.as_tensor(self._products.matrix(number))
         if inputs.device == total.device:
-            total.addmm_(inputs.T, inputs)
+            for block in _blocks(len(total)):
+                total[block.start :, block].addmm_(inputs[:, block.start :].T, inputs[:, block])
         else:  # the sums of all layers together exceed the device
             total.add_((inputs.T @ inputs).to(total.device))
         self._products.count(number, len(inputs))

@@ -47,11 +47,19 @@ def own_text(model: Any, length: int = LENGTH, *, keep_start: bool = False) -> t
             past = getattr(output, "past_key_values", None)
             if past is None:
                 return None
-            chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
-            next_tokens = torch.multinomial(chances, 1, generator=generator)
+            next_tokens = drawn(output.logits[:, -1].cpu(), generator)
             tokens.append(next_tokens)
             current = next_tokens.to(model.device)
     return torch.cat(tokens, 1)
+
+
+def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws a token for each row of logits, float [sequences, vocabulary]: int64 [sequences, 1]."""
+    # One random number a token: torch.multinomial draws one for every word of the vocabulary.
+    shares = torch.softmax(logits.double(), -1).cumsum(-1)
+    numbers = torch.rand((len(shares), 1), dtype=torch.float64, generator=generator)
+    drawn_tokens = torch.searchsorted(shares, numbers * shares[:, -1:], right=True)
+    return drawn_tokens.clamp_max(shares.shape[-1] - 1)
 
 
 def random_text(model: Any, length: int = LENGTH) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import codecllm
 from codecllm import api
-from codecllm.calibrator import calibrate, calibration, devices
+from codecllm.calibrator import calibrate, calibration, devices, text
 from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts
 from codecllm.calibrator.devices import CPU
 from codecllm.calibrator.inputs import input_products
@@ -113,6 +114,31 @@ def test_the_text_begins_as_it_does_without_refinement(model):
     text = own_text(model, 70)
     assert text.shape == (64, 70)
     assert torch.equal(text[:, :64], own_text(model))
+
+
+def test_tokens_are_drawn_as_often_as_the_model_expects_them():
+    shares = torch.tensor([0.0, 0.3, 0.0, 0.6, 0.1, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn_tokens = text.drawn(shares.log().expand(20000, -1), generator)
+    assert drawn_tokens.shape == (20000, 1)
+    counts = torch.bincount(drawn_tokens.flatten(), minlength=6) / 20000
+    assert torch.allclose(counts, shares, atol=0.012)
+    assert counts[0] == counts[2] == counts[5] == 0
+
+
+def test_no_logits_are_computed_unless_the_head_is_refined(model):
+    tokens, widths = torch.arange(8 * 20).reshape(8, 20) % 512, []
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda _, inputs: widths.append(inputs[0].shape[1])
+    )
+    names = {"model.layers.0.mlp.up_proj.weight"}
+    apart = copy.deepcopy(model)
+    apart.lm_head.weight = torch.nn.Parameter(apart.lm_head.weight.detach().clone())
+    sums = input_products(model, tokens, _shapes(model), names)
+    hook.remove()
+    assert widths == [1, 1] and sums.tokens(0) == 160
+    both = input_products(apart, tokens, _shapes(apart), {"lm_head.weight", *names})
+    assert both.tokens(both.number("lm_head.weight")) == 160
 
 
 def test_sums_are_those_of_what_enters_the_layers_and_layers_with_the_same_inputs_share_them(model):
