@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.measure.synthetic import layered_model
 from codecllm.converter import convert
-from codecllm.converter.encode.blocks import Block, blocks_of
+from codecllm.converter.encode.blocks import Block, runs_of
 from codecllm.converter.encode.encoding import encode_block
 from codecllm.converter.options import ConvertOptions
 from codecllm.converter.plan.policy import plan_tensor
@@ -117,7 +117,7 @@ def convert_floor(source: Path, scratch: Path, scheme: str, codec: str, workers:
 
 def _blocks(plans: list[TensorPlan]) -> Iterator[tuple[int, TensorPlan, Block]]:
     for number, plan in enumerate(plans):
-        for block in blocks_of(plan):
+        for block in runs_of(plan):
             yield number, plan, block
 
 

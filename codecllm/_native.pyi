@@ -8,6 +8,7 @@ from typing import Any
 
 Buffer = Any
 
+def interface() -> int: ...
 def xxh3(data: Buffer, /) -> int: ...
 def check_slots(slots: Buffer, records: Buffer, raw_bytes: Buffer, /) -> int: ...
 def rans_decode(
@@ -20,12 +21,18 @@ def split_tiles(
     elements: Buffer, itemsize: int, rotate: bool, tile: int, symbols: Buffer, /
 ) -> None: ...
 def quantize_rows(
-    words: Buffer, type: int, absmax: Buffer, codes: Buffer, /
+    descriptor: int,
+    offset: int,
+    type: int,
+    absmax: Buffer,
+    codes: Buffer,
+    scratch: Buffer,
+    /,
 ) -> tuple[int, float]: ...
 def pack_chunks(
     symbols: Buffer,
     raw_bytes: Buffer,
-    places: int,
+    groups: tuple[int, int],
     codec: int,
     low_bits: Buffer | None,
     frames: list[Buffer | None] | None,

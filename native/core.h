@@ -266,13 +266,16 @@ typedef struct {
     size_t symbols_bytes;
     const int64_t *raw_bytes;
     size_t chunks;
-    size_t places;           /* chunk i shares a table with all chunks of place i % places */
+    /* Chunks form groups of `group`, the last may have fewer; within a group those of the same
+     * place, i % places, share a table. */
+    size_t places, group;
     const uint8_t *low_bits; /* of each chunk's record, or NULL: 0 */
     int codec;
     /* CODEC_ZSTD: the frame of each chunk, NULL for one that is to stay raw. */
     const uint8_t *const *frames;
     const size_t *frame_bytes;
-    /* CODEC_RANS: log2_table as for rans_fit; places of each; room for the longest chunk. */
+    /* CODEC_RANS: log2_table as for rans_fit; tables_of(job) of each; room for the longest chunk.
+     */
     const int64_t *log2_table;
     rans_fitted *fitted;
     uint8_t *tables; /* RANS_MOST_TABLE_BYTES each */
@@ -286,13 +289,16 @@ typedef struct {
     uint32_t *counts;   /* 256 of each chunk; of CODEC_ZSTD and many symbols those of every 17th */
 } packing;
 
+/* Number of tables: those of the places of each group. */
+size_t tables_of(const packing *job);
+
 /* Packs the chunks of a block; returns the bytes of the slots, -1 where the sizes do not fit. */
 int64_t pack_chunks(const packing *job);
 
 /* Counts every stride-th of some symbols, at most 2^32. */
 void count_symbols(const uint8_t *symbols, size_t size, size_t stride, uint32_t counts[256]);
 
-enum { ROWS_FINE, ROWS_NOT_FINITE, ROWS_TINY };
+enum { ROWS_FINE, ROWS_NOT_FINITE, ROWS_TINY, ROWS_NOT_READ };
 
 /* Quantizes rows of `type` (TO_BF16, TO_F16, TO_F32) to int8 by one scale each, as
  * formats/schemes/int8.py does. Where a row is not finite, or its scale would be subnormal, codes

@@ -187,7 +187,18 @@ static PyObject *py_use(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* Changes with the functions below and what they take; formats/codecs/native.py has it too. */
+#define INTERFACE 3
+
+static PyObject *py_interface(PyObject *self, PyObject *args)
+{
+    (void)self;
+    (void)args;
+    return PyLong_FromLong(INTERFACE);
+}
+
 static PyMethodDef methods[] = {
+    {"interface", py_interface, METH_NOARGS, "interface() -> number of this set of functions"},
     {"xxh3", py_xxh3, METH_O, "xxh3(data) -> int: XXH3-64 of data whose size is a multiple of 16"},
     {"check_slots", py_check_slots, METH_VARARGS,
      "check_slots(slots, records, raw_bytes) -> int: first wrong chunk, or -1"},
@@ -203,7 +214,7 @@ static PyMethodDef methods[] = {
     {"quantize", py_quantize, METH_VARARGS,
      "quantize(words, itemsize, scales, by_column, codes) -> float"},
     {"quantize_rows", py_quantize_rows, METH_VARARGS,
-     "quantize_rows(words, type, absmax, codes) -> (state, worst error)"},
+     "quantize_rows(descriptor, offset, type, absmax, codes, scratch) -> (state, worst error)"},
     {"split_tiles", py_split_tiles, METH_VARARGS,
      "split_tiles(elements, itemsize, rotate, tile, symbols)"},
     {"pack_chunks", py_pack_chunks, METH_VARARGS,

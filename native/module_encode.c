@@ -1,6 +1,9 @@
 /* The functions of the module that the converter calls. */
 #include "module.h"
 
+#include <sys/types.h>
+#include <unistd.h>
+
 PyObject *py_split_tiles(PyObject *self, PyObject *args)
 {
     Py_buffer elements, symbols;
@@ -24,28 +27,71 @@ PyObject *py_split_tiles(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* Reads `size` bytes at an offset; 0 where the file ends before or cannot be read: the caller reads
+ * again in Python, which says why. */
+static int read_exactly(int descriptor, uint8_t *to, size_t size, off_t offset)
+{
+    while (size > 0) {
+        ssize_t count = pread(descriptor, to, size, offset);
+        if (count <= 0)
+            return 0;
+        to += count;
+        offset += count;
+        size -= (size_t)count;
+    }
+    return 1;
+}
+
+/* Reads and quantizes rows, as many at a time as the scratch memory holds: they stay in the cache.
+ */
+static int quantize_file(int descriptor, off_t offset, int type, size_t rows, size_t cols,
+                         float *absmax, int8_t *codes, const Py_buffer *scratch, float *worst)
+{
+    size_t row_bytes = cols * (type == TO_F32 ? 4 : 2), step = (size_t)scratch->len / row_bytes;
+    int state = ROWS_FINE;
+    *worst = 0;
+    for (size_t row = 0, count; row < rows; row += count) {
+        float error;
+        count = rows - row < step ? rows - row : step;
+        if (!read_exactly(descriptor, scratch->buf, count * row_bytes, offset))
+            return ROWS_NOT_READ;
+        offset += (off_t)(count * row_bytes);
+        int found = quantize_rows(scratch->buf, type, count, cols, absmax + row, codes + row * cols,
+                                  &error);
+        if (found == ROWS_NOT_FINITE)
+            return found;
+        state = found == ROWS_TINY ? found : state;
+        *worst = error > *worst ? error : *worst;
+    }
+    return state;
+}
+
 PyObject *py_quantize_rows(PyObject *self, PyObject *args)
 {
-    Py_buffer words, absmax, codes;
-    int type, fits, state = 0;
+    Py_buffer absmax, codes, scratch;
+    long long offset;
+    int descriptor, type, fits, state = 0;
     float worst = 0;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*iw*w*", &words, &type, &absmax, &codes))
+    if (!PyArg_ParseTuple(args, "iLiw*w*w*", &descriptor, &offset, &type, &absmax, &codes,
+                          &scratch))
         return NULL;
-    int itemsize = type == TO_F32 ? 4 : 2;
-    fits = (type == TO_BF16 || type == TO_F16 || type == TO_F32) && is_aligned(&words, itemsize) &&
-           is_aligned(&absmax, 4) && codes.len == words.len / itemsize && absmax.len > 0;
+    size_t itemsize = type == TO_F32 ? 4 : 2;
+    fits = (type == TO_BF16 || type == TO_F16 || type == TO_F32) && offset >= 0 &&
+           is_aligned(&absmax, 4) && (uintptr_t)scratch.buf % 4 == 0 && absmax.len > 0;
     size_t rows = fits ? (size_t)absmax.len / 4 : 1, count = fits ? (size_t)codes.len : 0;
-    fits = fits && count && count % rows == 0;
+    fits = fits && count && count % rows == 0 && count / rows <= (size_t)scratch.len / itemsize &&
+           count <= (size_t)(INT64_MAX - offset) / itemsize;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS state =
-            quantize_rows(words.buf, type, rows, count / rows, absmax.buf, codes.buf, &worst);
+            quantize_file(descriptor, (off_t)offset, type, rows, count / rows, absmax.buf,
+                          codes.buf, &scratch, &worst);
         Py_END_ALLOW_THREADS
     }
-    PyBuffer_Release(&words);
     PyBuffer_Release(&absmax);
     PyBuffer_Release(&codes);
-    return fits ? Py_BuildValue("if", state, worst) : refuse("codes or rows do not fit the words");
+    PyBuffer_Release(&scratch);
+    return fits ? Py_BuildValue("if", state, worst) : refuse("codes or rows do not fit the memory");
 }
 
 PyObject *py_row_largest(PyObject *self, PyObject *args)

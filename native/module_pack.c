@@ -32,13 +32,13 @@ static int sides_of(packing *job, const Py_buffer views[VIEWS])
                : -1;
 }
 
-static PyObject *tables_of(const packing *job, size_t places)
+static PyObject *list_tables(const packing *job, size_t count)
 {
-    PyObject *tables = PyList_New((Py_ssize_t)places);
-    for (size_t place = 0; tables && place < places; place++) {
+    PyObject *tables = PyList_New((Py_ssize_t)count);
+    for (size_t number = 0; tables && number < count; number++) {
         PyObject *table = PyBytes_FromStringAndSize(
-            (const char *)job->tables + RANS_MOST_TABLE_BYTES * place, job->table_bytes[place]);
-        if (!table || PyList_SetItem(tables, (Py_ssize_t)place, table)) {
+            (const char *)job->tables + RANS_MOST_TABLE_BYTES * number, job->table_bytes[number]);
+        if (!table || PyList_SetItem(tables, (Py_ssize_t)number, table)) {
             Py_DECREF(tables);
             return NULL;
         }
@@ -83,19 +83,19 @@ static int take_frames(PyObject *list, packing *job, frame_views *memory)
 static PyObject *pack_with(packing *job, PyObject *list)
 {
     frame_views memory = {0};
-    size_t places = job->codec == CODEC_RANS ? job->places : 0;
+    size_t count = job->codec == CODEC_RANS ? tables_of(job) : 0;
     int64_t size = -2;
     PyObject *tables = NULL;
-    job->fitted = PyMem_Calloc(places + 1, sizeof *job->fitted);
-    job->tables = PyMem_Calloc(places + 1, RANS_MOST_TABLE_BYTES);
-    job->table_bytes = PyMem_Calloc(places + 1, sizeof *job->table_bytes);
+    job->fitted = PyMem_Calloc(count + 1, sizeof *job->fitted);
+    job->tables = PyMem_Calloc(count + 1, RANS_MOST_TABLE_BYTES);
+    job->table_bytes = PyMem_Calloc(count + 1, sizeof *job->table_bytes);
     if (!job->fitted || !job->tables || !job->table_bytes) {
         PyErr_NoMemory();
     } else if (job->codec != CODEC_ZSTD || !take_frames(list, job, &memory)) {
         Py_BEGIN_ALLOW_THREADS size = pack_chunks(job);
         Py_END_ALLOW_THREADS if (size == -1)
             refuse("the sizes of a block of chunks do not fit each other");
-        else tables = tables_of(job, places);
+        else tables = list_tables(job, count);
     }
     while (memory.taken > 0)
         release(&memory.views[--memory.taken]);
@@ -113,13 +113,13 @@ PyObject *py_pack_chunks(PyObject *self, PyObject *args)
     PyObject *objects[VIEWS], *list, *result = NULL;
     Py_buffer views[VIEWS];
     packing job;
-    Py_ssize_t places;
+    Py_ssize_t places, group;
     int taken = 0;
     (void)self;
     memset(&job, 0, sizeof job);
-    if (!PyArg_ParseTuple(args, "OOniOOO(OOO)O", &objects[SYMBOLS], &objects[RAW_BYTES], &places,
-                          &job.codec, &objects[LOW_BITS], &list, &objects[LOG2], &objects[SLOTS],
-                          &objects[RECORDS], &objects[COUNTS], &objects[SCRATCH]))
+    if (!PyArg_ParseTuple(args, "OO(nn)iOOO(OOO)O", &objects[SYMBOLS], &objects[RAW_BYTES], &places,
+                          &group, &job.codec, &objects[LOW_BITS], &list, &objects[LOG2],
+                          &objects[SLOTS], &objects[RECORDS], &objects[COUNTS], &objects[SCRATCH]))
         return NULL;
     for (taken = 0; taken < VIEWS; taken++)
         if (view_of(objects[taken], &views[taken], WRITABLE[taken]))
@@ -127,7 +127,8 @@ PyObject *py_pack_chunks(PyObject *self, PyObject *args)
     if (taken == VIEWS) {
         size_t chunks = (size_t)views[RAW_BYTES].len / 8;
         job.places = places > 0 && (size_t)places <= chunks ? (size_t)places : 0;
-        if (!job.places || sides_of(&job, views))
+        job.group = group > 0 && (size_t)group <= chunks ? (size_t)group : chunks;
+        if (!job.places || group < 1 || group % places || sides_of(&job, views))
             refuse("the sizes of a block of chunks do not fit each other");
         else
             result = pack_with(&job, list);

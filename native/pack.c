@@ -60,16 +60,29 @@ static int64_t expected_bytes(const uint32_t counts[256], const rans_fitted *tab
     return STATE_BYTES + ((cost >> COST_BITS) + 7) / 8;
 }
 
-/* Fits the tables of all places; -1 where the counts forbid it. */
+size_t tables_of(const packing *job)
+{
+    return (job->chunks + job->group - 1) / job->group * job->places;
+}
+
+static size_t table_of(const packing *job, size_t chunk)
+{
+    return chunk / job->group * job->places + chunk % job->places;
+}
+
+/* Fits all tables; -1 where the counts forbid it. */
 static int fit_tables(const packing *job)
 {
-    for (size_t place = 0; place < job->places; place++) {
+    for (size_t number = 0; number < tables_of(job); number++) {
         int64_t sum[256] = {0};
-        for (size_t chunk = place; chunk < job->chunks; chunk += job->places)
+        rans_fitted *table = &job->fitted[number];
+        size_t begin = number / job->places * job->group, end = begin + job->group;
+        end = end < job->chunks ? end : job->chunks;
+        for (size_t chunk = begin + number % job->places; chunk < end; chunk += job->places)
             for (int symbol = 0; symbol < 256; symbol++)
                 sum[symbol] += job->counts[256 * chunk + (size_t)symbol];
-        job->fitted[place].precision = rans_fit(sum, job->log2_table, job->fitted[place].frequency);
-        if (!job->fitted[place].precision)
+        table->precision = rans_fit(sum, job->log2_table, table->frequency);
+        if (!table->precision)
             return -1;
     }
     return 0;
@@ -80,15 +93,15 @@ static int fit_tables(const packing *job)
 static int64_t code_chunk(const packing *job, size_t chunk, const uint8_t *symbols,
                           rans_coder *coder, size_t *prepared)
 {
-    size_t raw_bytes = (size_t)job->raw_bytes[chunk], place = chunk % job->places;
-    const rans_fitted *table = &job->fitted[place];
+    size_t raw_bytes = (size_t)job->raw_bytes[chunk], number = table_of(job, chunk);
+    const rans_fitted *table = &job->fitted[number];
     /* Decided by the expected size: a chunk that would stay raw is never coded. */
     if (!shrinks((size_t)expected_bytes(job->counts + 256 * chunk, table, job->log2_table),
                  raw_bytes))
         return 0;
-    if (*prepared != place && rans_build_coder(table->frequency, table->precision, coder))
+    if (*prepared != number && rans_build_coder(table->frequency, table->precision, coder))
         return -1;
-    *prepared = place;
+    *prepared = number;
     size_t size = rans_encode(symbols, raw_bytes, coder, job->scratch);
     return size ? (int64_t)size : -1;
 }
@@ -112,7 +125,8 @@ static uint8_t *put_slot(uint8_t *slot, uint8_t *record, const uint8_t *bytes, s
 static int sizes_fit(const packing *job)
 {
     size_t sum = 0, room = 0, longest = 0;
-    if (!job->chunks || job->chunks > INT_MAX || !job->places || job->chunks % job->places)
+    if (!job->chunks || job->chunks > INT_MAX || !job->places || job->chunks % job->places ||
+        !job->group || job->group % job->places)
         return 0;
     for (size_t chunk = 0; chunk < job->chunks; chunk++) {
         int64_t size = job->raw_bytes[chunk];
@@ -144,11 +158,11 @@ int64_t pack_chunks(const packing *job)
     if (job->codec == CODEC_RANS) {
         if (fit_tables(job))
             return -1;
-        memset(job->table_bytes, 0, job->places * sizeof *job->table_bytes);
+        memset(job->table_bytes, 0, tables_of(job) * sizeof *job->table_bytes);
     }
     symbols = job->symbols;
     for (size_t chunk = 0; chunk < job->chunks; symbols += job->raw_bytes[chunk++]) {
-        size_t raw_bytes = (size_t)job->raw_bytes[chunk], place = chunk % job->places;
+        size_t raw_bytes = (size_t)job->raw_bytes[chunk], number = table_of(job, chunk);
         uint8_t *record = job->records + RECORD_BYTES * chunk;
         int low_bits = job->low_bits ? job->low_bits[chunk] : 0;
         const uint8_t *stored = NULL;
@@ -167,9 +181,9 @@ int64_t pack_chunks(const packing *job)
             continue;
         }
         slot = put_slot(slot, record, stored, (size_t)size, job->codec, low_bits);
-        if (job->codec == CODEC_RANS && !job->table_bytes[place])
-            job->table_bytes[place] = (uint16_t)pack_table(
-                &job->fitted[place], job->tables + RANS_MOST_TABLE_BYTES * place);
+        if (job->codec == CODEC_RANS && !job->table_bytes[number])
+            job->table_bytes[number] = (uint16_t)pack_table(
+                &job->fitted[number], job->tables + RANS_MOST_TABLE_BYTES * number);
     }
     return slot - job->slots;
 }

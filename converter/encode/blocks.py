@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.formats.tiling import Grid
 
-# Enough work to outweigh the hand-over to a thread, and small buffers: 4 MiB as float32.
 BLOCK_ELEMENTS = 1 << 20
+"""About the elements of a block, over which `rans` tables are fitted."""
+
+# Decoded bytes of a run: each is handed from thread to thread once, and few are in memory.
+_RUN_BYTES = 4 << 20
 ONE_PASS_COLUMNS = 1 << 22
 """Longest row whose scale is found while it is in memory; a longer one is read twice."""
 
@@ -57,6 +61,25 @@ def blocks_of(plan: TensorPlan) -> Iterator[Block]:
         yield Block(first, last, row, 0, count, grid.cols)
 
 
+def runs_of(plan: TensorPlan) -> Iterator[Block]:
+    """Joins the blocks of a tensor to runs of whole rows: what a worker encodes at a time.
+
+    A tensor under given steps keeps its blocks: whether its codes are wide is decided in each.
+    """
+    grid = plan.grid
+    tile_rows, tile_cols = block_extent(grid)
+    rows = tile_rows * grid.tile_rows
+    itemsize = 1 if plan.scheme == "int8" else plan.source.dtype.itemsize
+    block_bytes = itemsize * rows * grid.cols
+    step = max(1, _RUN_BYTES // max(1, block_bytes))
+    if plan.params is not None or tile_cols < grid.across:
+        step = 1
+    blocks = blocks_of(plan)
+    while run := list(islice(blocks, step)):
+        count = sum(block.rows for block in run)
+        yield replace(run[0], last=run[-1].last, rows=count)
+
+
 def block_extent(grid: Grid) -> tuple[int, int]:
     """Returns the tiles of a block: one above the other, and side by side."""
     # Only rows that are too long for one pass are cut: a block of whole rows is contiguous in the
@@ -64,6 +87,12 @@ def block_extent(grid: Grid) -> tuple[int, int]:
     if grid.across > 1 and grid.cols > ONE_PASS_COLUMNS:
         return 1, min(grid.across, max(1, BLOCK_ELEMENTS // grid.tile_cols))
     return max(1, BLOCK_ELEMENTS // max(grid.cols, 1) // grid.tile_rows), max(1, grid.across)
+
+
+def group_tiles(plan: TensorPlan) -> int:
+    """Returns the tiles of a tensor without given steps that share a `rans` table."""
+    down, across = block_extent(plan.grid)
+    return down * across
 
 
 def group_extent(plan: TensorPlan) -> tuple[int, int]:

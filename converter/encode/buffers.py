@@ -7,7 +7,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-_LEAST_BYTES = 1 << 16
+_LEAST_BYTES = (1 << 16) - 1
 _KEPT_BYTES = 8 << 20
 
 
@@ -24,7 +24,7 @@ class Buffers:
     def take(self, size: int) -> NDArray[np.uint8]:
         """Returns a uint8 buffer of `size` bytes or more, with any contents."""
         # Of few sizes, so that they fit again. Pages that nothing writes to take no memory.
-        capacity = max(_LEAST_BYTES, 1 << max(size - 1, 0).bit_length())
+        capacity = 1 << max(size - 1, _LEAST_BYTES).bit_length()
         try:
             return self._free[capacity].pop()
         except (KeyError, IndexError):

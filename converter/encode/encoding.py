@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from codecllm.converter.encode.blocks import Block, tile_sizes
+from codecllm.converter.encode.blocks import Block, group_tiles, tile_sizes
 from codecllm.converter.encode.buffers import Buffers, Scratch
 from codecllm.converter.encode.packing import EncodedBlock, pack_chunks
 from codecllm.converter.encode.planes import split_tiles
@@ -18,8 +18,8 @@ from codecllm.converter.encode.quantize import (
     column_absmax,
     count_non_finite,
     quantize_block,
-    quantize_rows,
     quantize_steps,
+    quantize_stored_rows,
     row_absmax,
 )
 from codecllm.converter.encode.wide_codes import choose_low_bits, halves
@@ -35,6 +35,7 @@ from codecllm.formats.schemes.int8 import (
 from codecllm.formats.tiling import Grid
 
 _SCRATCH = Scratch()
+_CACHED_BYTES = 1 << 18  # of rows that are read and quantized at a time
 
 
 def _read_block(plan: TensorPlan, block: Block, buffer: NDArray[np.uint8] | None = None) -> Words:
@@ -71,7 +72,7 @@ def encode_block(
     scales: NDArray[np.float32] | None,
     buffers: Buffers | None = None,
 ) -> EncodedBlock:
-    """Reads, transforms and packs one block.
+    """Reads, transforms and packs one block, or a run of blocks.
 
     Args:
         plan: the tensor's plan, `lossless` or `int8`.
@@ -83,10 +84,9 @@ def encode_block(
     buffers = buffers or Buffers()
     if plan.scheme == "lossless":
         return _encode_lossless(plan, block, buffers)
-    words = _read_block(plan, block)
     if plan.params is not None:
-        return _encode_with_params(plan, plan.params, block, words, buffers)
-    return _encode_int8(plan, block, words, scales, buffers)
+        return _encode_with_params(plan, plan.params, block, buffers)
+    return _encode_int8(plan, block, scales, buffers)
 
 
 def _encode_lossless(plan: TensorPlan, block: Block, buffers: Buffers) -> EncodedBlock:
@@ -102,42 +102,49 @@ def _encode_lossless(plan: TensorPlan, block: Block, buffers: Buffers) -> Encode
         [size for size in sizes for _ in range(dtype.planes)],
         plan.codec,
         places=dtype.planes,
+        group=group_tiles(plan) * dtype.planes,
         buffers=buffers,
     )
     return EncodedBlock(chunks, memory[: flat.nbytes], memory)
 
 
 def _encode_int8(
-    plan: TensorPlan,
-    block: Block,
-    words: Words,
-    scales: NDArray[np.float32] | None,
-    buffers: Buffers,
+    plan: TensorPlan, block: Block, scales: NDArray[np.float32] | None, buffers: Buffers
 ) -> EncodedBlock:
-    dtype = plan.source.dtype.name
+    source = plan.source
     absmax = None
-    memory = buffers.take(words.size)
-    flat = memory[: words.size]
-    codes = flat.view(np.int8).reshape(words.shape)
+    memory = buffers.take(block.rows * block.cols)
+    flat = memory[: block.rows * block.cols]
+    codes = flat.view(np.int8).reshape(block.rows, block.cols)
     if scales is None:
-        absmax, worst, problem = quantize_rows(words, dtype, codes)
+        first = block.row * plan.grid.cols + block.col
+        row_bytes = block.cols * source.dtype.itemsize
+        absmax, worst, problem = quantize_stored_rows(
+            source, first, codes, _SCRATCH.reserve("rows", max(_CACHED_BYTES, row_bytes))
+        )
         # The writer decides: not this block alone but the whole tensor changes its scheme.
         if problem is not None:
             return EncodedBlock(None, problem=problem)
-    elif plan.kind == "column":
-        factors = scales[None, block.col : block.col + block.cols]
-        worst = quantize_block(words, dtype, factors, codes)
     else:
         factors = scales[block.row : block.row + block.rows, None]
-        worst = quantize_block(words, dtype, factors, codes)
-    chunks = pack_chunks(flat, tile_sizes(plan.grid, block), plan.codec, buffers=buffers)
+        if plan.kind == "column":
+            factors = scales[None, block.col : block.col + block.cols]
+        worst = quantize_block(_read_block(plan, block), source.dtype.name, factors, codes)
+    chunks = pack_chunks(
+        flat,
+        tile_sizes(plan.grid, block),
+        plan.codec,
+        group=group_tiles(plan),
+        buffers=buffers,
+    )
     return EncodedBlock(chunks, flat, memory, absmax, worst)
 
 
 def _encode_with_params(
-    plan: TensorPlan, params: QuantParams, block: Block, words: Words, buffers: Buffers
+    plan: TensorPlan, params: QuantParams, block: Block, buffers: Buffers
 ) -> EncodedBlock:
     """Quantizes a block under given steps and packs it tile by tile, like columns together."""
+    words = _read_block(plan, block)
     factors = None if params.col_scale is None else params.col_scale[None, :]
     rows = (
         params.row_scale[None, :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ class PackedChunks:
         counts: [chunks, 256]: how often each symbol occurs in each chunk (codec `rans`), or in the
             sample of it (`sample_counts`).
         raw_bytes: int64 [chunks]: symbols of each.
-        tables: packed frequency tables (codec `rans`), one for each place; empty where no chunk
-            uses it.
+        tables: packed frequency tables (codec `rans`), one for each place of each group; empty
+            where no chunk uses it.
     """
 
     slots: NDArray[np.uint8]
@@ -84,6 +85,7 @@ def pack_chunks(
     codec: CodecName,
     *,
     places: int = 1,
+    group: int | None = None,
     low_bits: Sequence[int] = (),
     buffers: Buffers | None = None,
 ) -> PackedChunks:
@@ -93,8 +95,9 @@ def pack_chunks(
         symbols: uint8 [n], contiguous: those of one chunk behind those of the other.
         raw_bytes: symbols of each chunk, 1 or more.
         codec: `zstd` or `rans`; a chunk that it does not shrink is stored `raw`.
-        places: chunks of a tile or, under given steps, of a row of tiles. Those at the same place
-            share a frequency table (codec `rans`).
+        places: chunks of a tile or, under given steps, of a row of tiles.
+        group: chunks of a group, a multiple of `places`, the last may have fewer; None puts all
+            into one. Chunks at the same place of a group share a frequency table (codec `rans`).
         low_bits: of each tile, where codes are wide: chunks are the low and the high plane by
             turns.
         buffers: has the memory for the slots; None takes new memory.
@@ -103,7 +106,7 @@ def pack_chunks(
     sizes = np.array(raw_bytes, np.int64)
     frames = _frames(symbols, raw_bytes, bits_of_chunks) if codec == _ZSTD.name else None
     if native.core is None:
-        return _pack_plainly(symbols, sizes, frames, places, bits_of_chunks)
+        return _pack_plainly(symbols, sizes, frames, (places, group or len(sizes)), bits_of_chunks)
     memory = (buffers or Buffers()).take(int(slot_bytes(sizes).sum()))
     records = np.empty(len(sizes), RECORD)
     counts = np.empty((len(sizes), 256), np.uint32)
@@ -111,7 +114,7 @@ def pack_chunks(
     size, tables = native.core.pack_chunks(
         symbols,
         sizes,
-        places,
+        (places, group or len(sizes)),
         CODEC_IDS[codec],
         bytes(bits_of_chunks) if low_bits else None,
         frames,
@@ -141,13 +144,13 @@ def _pack_plainly(
     symbols: NDArray[np.uint8],
     raw_bytes: NDArray[np.int64],
     frames: list[Any] | None,
-    places: int,
+    groups: tuple[int, int],
     low_bits: list[int],
 ) -> PackedChunks:
     """As `pack_chunks`, without the native core; `frames` are None for codec `rans`."""
     parts = _parts(symbols, raw_bytes.tolist())
     if frames is None:
-        counts, stored_chunks, tables = _code_with_rans(parts, places)
+        counts, stored_chunks, tables = _code_with_rans(parts, *groups)
     else:
         counts, stored_chunks, tables = np.array(list(map(sample_counts, parts))), frames, []
     slots, fields = [], []
@@ -161,10 +164,15 @@ def _pack_plainly(
         slots.append(slot)
     records = np.array(fields, RECORD)
     if tables:
-        is_used = (records["codec"].reshape(-1, places) == RANS_ID).any(axis=0)
-        tables = [table if use else b"" for table, use in zip(tables, is_used, strict=True)]
+        coded_chunks = np.flatnonzero(records["codec"] == RANS_ID).tolist()
+        used = {_table_of(chunk, *groups) for chunk in coded_chunks}
+        tables = [table if number in used else b"" for number, table in enumerate(tables)]
     all_slots = np.frombuffer(b"".join(slots), np.uint8)
     return PackedChunks(all_slots, None, records, counts, raw_bytes, tables)
+
+
+def _table_of(chunk: int, places: int, group: int) -> int:
+    return chunk // group * places + chunk % places
 
 
 def _shrinks(stored_bytes: int, raw_bytes: int) -> bool:
@@ -172,24 +180,24 @@ def _shrinks(stored_bytes: int, raw_bytes: int) -> bool:
 
 
 def _code_with_rans(
-    parts: list[NDArray[np.uint8]], places: int
+    parts: list[NDArray[np.uint8]], places: int, group: int
 ) -> tuple[NDArray[np.int64], list[bytes | None], list[bytes]]:
     """Returns counts of the chunks, coded bytes (None where they would not pay), and tables."""
-    counts = np.array(list(map(symbol_counts, parts)), np.int64)
-    tables = [fit_table(total) for total in counts.reshape(-1, places, 256).sum(axis=0)]
+    chunk_counts = list(map(symbol_counts, parts))
+    counts = np.array(chunk_counts, np.int64)
+    numbers = [_table_of(chunk, places, group) for chunk in range(len(parts))]
+    totals = np.zeros((max(numbers) + 1, 256), np.int64)
+    np.add.at(totals, numbers, counts)
+    tables = list(map(fit_table, totals))
+    fitted_tables = [tables[number] for number in numbers]
     # Decided by expected sizes: a chunk that would stay raw is never coded.
     worth = [
-        _shrinks(coded_bytes(tables[chunk % places], chunk_counts), part.size)
-        for chunk, (part, chunk_counts) in enumerate(zip(parts, counts, strict=True))
+        _shrinks(coded_bytes(table, symbols), part.size)
+        for table, symbols, part in zip(fitted_tables, counts, parts, strict=True)
     ]
-    coded_chunks = iter(
-        rans.encode_chunks(
-            [
-                rans.Uncoded(part, tables[chunk % places])
-                for chunk, (part, pays) in enumerate(zip(parts, worth, strict=True))
-                if pays
-            ]
-        )
-    )
+    worth_parts = compress(parts, worth)
+    worth_tables = compress(fitted_tables, worth)
+    plain_chunks = list(map(rans.Uncoded, worth_parts, worth_tables))
+    coded_chunks = iter(rans.encode_chunks(plain_chunks))
     stored_chunks = [next(coded_chunks) if pays else None for pays in worth]
     return counts, stored_chunks, list(map(pack_table, tables))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import native
 from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE, MIN_WIDE_CODE, channel_scales
 
@@ -23,6 +24,7 @@ _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 _TYPES = {"BF16": 0, "F16": 1, "F32": 2}  # and results, of the native core's quantize_rows
 _PROBLEMS = (None, "non_finite", "tiny_scale")
+_NOT_READ = 3
 
 Words = NDArray[np.unsignedinteger]
 
@@ -102,15 +104,44 @@ def quantize_rows(
         else is valid: a weight is not finite (`non_finite`), or a scale would be subnormal
         (`tiny_scale`).
     """
-    if native.core is not None and words.size:
-        absmax = np.empty(len(words), np.float32)
-        state, worst = native.core.quantize_rows(words, _TYPES[dtype], absmax, codes)
-        return absmax, worst, _PROBLEMS[state]
     rows = row_absmax(words, dtype)
     if not rows.finite or rows.tiny:
         return rows.absmax, 0.0, "tiny_scale" if rows.finite else "non_finite"
     worst = quantize_block(words, dtype, channel_scales(rows.absmax)[:, None], codes)
     return rows.absmax, worst, None
+
+
+def quantize_stored_rows(
+    source: SourceTensor, first: int, codes: NDArray[np.int8], memory: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], float, str | None]:
+    """Reads rows and does `quantize_rows`, by one call of the native core.
+
+    Args:
+        source: a tensor of type BF16, F16 or F32.
+        first: its first element.
+        codes: int8 [rows, cols], receives the codes; one or more.
+        memory: uint8, a row's bytes or more: what it holds is read at a time.
+
+    Raises:
+        TruncatedError, OSError: the rows cannot be read.
+    """
+    itemsize = source.dtype.itemsize
+    if native.core is not None:
+        absmax = np.empty(len(codes), np.float32)
+        with source.file.opened() as descriptor:
+            state, worst = native.core.quantize_rows(
+                descriptor,
+                source.entry.start + first * itemsize,
+                _TYPES[source.dtype.name],
+                absmax,
+                codes,
+                memory,
+            )
+        if state != _NOT_READ:
+            return absmax, worst, _PROBLEMS[state]
+    # Without the core, or to say why it could not read.
+    words = source.read_elements(first, first + codes.size).reshape(codes.shape)
+    return quantize_rows(words, source.dtype.name, codes)
 
 
 def column_absmax(words: Words, dtype: str) -> RowScales:

@@ -15,6 +15,7 @@ from codecllm.converter.source.side_files import (
     pack_index,
     write_listed,
 )
+from codecllm.converter.write.backlog import Backlog
 from codecllm.converter.write.journal import FinishedShard, Journal
 from codecllm.converter.write.manifest import Conversion, build_manifest
 from codecllm.converter.write.tensor_writer import StoredRecord, TensorWriter
@@ -24,6 +25,8 @@ from codecllm.formats.manifest.manifest import INDEX_NAME, Manifest, shard_name
 from codecllm.formats.manifest.records import FileRecord, ShardRecord
 from codecllm.formats.shards.shard_writer import ShardWriter
 from codecllm.formats.shards.side_tensors import side_names
+
+_BACKLOG_BYTES = 12 << 20  # that are being hashed or written, for each worker
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a tensor's name, the source bytes done and the source bytes in all."""
@@ -65,7 +68,7 @@ def write_container(
                 for plan in plans
             ],
             window=2 * threads + 2,
-            backlog=6 * threads,
+            backlog=Backlog(threads * _BACKLOG_BYTES),
             non_finite=conversion.options.non_finite,
             on_bytes=on_bytes,
             params=conversion.choice.provider,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 from codecllm.converter.encode.blocks import (
     ONE_PASS_COLUMNS,
     Block,
-    blocks_of,
     group_extent,
     needs_scale_pass,
+    runs_of,
 )
 from codecllm.converter.encode.buffers import Buffers
 from codecllm.converter.encode.encoding import count_block, encode_block, scan_block
@@ -29,6 +28,7 @@ from codecllm.converter.encode.quantize import has_tiny_scale
 from codecllm.converter.options import NonFinite
 from codecllm.converter.plan.policy import plan_lossless
 from codecllm.converter.plan.tensor_plan import ParamsProvider, TensorPlan, check_params
+from codecllm.converter.write.backlog import Backlog
 from codecllm.converter.write.digests import OrderedDigest
 from codecllm.converter.write.records import EncodedTensor, coded_record, raw_record
 from codecllm.formats.checksums import xxh3_hex, xxh3_stream
@@ -89,8 +89,8 @@ class TensorWriter:
     """Encodes planned tensors on an executor and appends them to shards.
 
     Blocks of the next tensors, also of the next shards, are encoded while earlier ones are hashed
-    and written, each in other threads. Memory: `window` encoded blocks, and `backlog` of them that
-    are being hashed or written.
+    and written, each in other threads. Memory: `window` encoded blocks, and the `backlog` of what
+    is being hashed or written.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TensorWriter:
         plans: Iterable[TensorPlan],
         *,
         window: int,
-        backlog: int,
+        backlog: Backlog,
         non_finite: NonFinite,
         on_bytes: Callable[[str, int], None],
         params: ParamsProvider | None = None,
@@ -110,7 +110,7 @@ class TensorWriter:
             executor: encodes and hashes blocks.
             plans: all tensors of all shards, in order.
             window: blocks being encoded, or encoded and not yet taken.
-            backlog: blocks that are being hashed or written.
+            backlog: bounds the bytes that are being hashed or written.
             non_finite: the treatment of int8 tensors with NaN or infinite weights.
             on_bytes: called with a tensor's name and the source bytes just done.
             params: chooses the parameters of int8 tensors; called once for each, in the order in
@@ -122,7 +122,7 @@ class TensorWriter:
         self._on_bytes = on_bytes
         self._params = params
         self._jobs: dict[str, _Job] = {}
-        self._backlog = threading.Semaphore(2 * backlog)  # a block is hashed, and it is written
+        self._backlog = backlog
         # Generators: a tensor is scanned when its turn is near, not at the start.
         coded_jobs = (self._job(plan) for plan in plans if plan.scheme != "raw")
         work = ((job, block) for job in coded_jobs if job.problem is None for block in job.blocks)
@@ -189,7 +189,7 @@ class TensorWriter:
             )
         if other_plan.scheme == "raw":
             return self._write_raw(other_plan, shard, number)
-        job = _Job(other_plan, list(blocks_of(other_plan)))
+        job = _Job(other_plan, list(runs_of(other_plan)))
         encoded_blocks = ordered(
             self._executor, self._encode, ((job, block) for block in job.blocks), self._window
         )
@@ -205,7 +205,7 @@ class TensorWriter:
         if name not in self._jobs:
             plan = self._with_params(plan)
             self._jobs[name] = (
-                self._scan(plan) if needs_scale_pass(plan) else _Job(plan, list(blocks_of(plan)))
+                self._scan(plan) if needs_scale_pass(plan) else _Job(plan, list(runs_of(plan)))
             )
         return self._jobs[name]
 
@@ -220,7 +220,7 @@ class TensorWriter:
         return replace(plan, params=params, wide=params.wide)
 
     def _scan(self, plan: TensorPlan) -> _Job:
-        blocks = list(blocks_of(plan))
+        blocks = list(runs_of(plan))
         absmax = np.zeros(plan.channels, np.float32)
         for block, block_scales in zip(
             blocks,
@@ -259,16 +259,15 @@ class TensorWriter:
         self, digested: _Lent, stored: _Lent, digest: OrderedDigest, shard: ShardWriter
     ) -> None:
         """Hands a block to the threads that hash and write; waits while the backlog is full."""
-        # One permit for the write and one for the digest: both keep the block in memory.
-        for _ in range(2):
-            self._backlog.acquire()
-        shard.write(stored[0], done=partial(self._done, stored[1]))
-        digest.update(digested[0], done=partial(self._done, digested[1]))
+        sizes = memoryview(stored[0]).nbytes, memoryview(digested[0]).nbytes
+        self._backlog.add(sum(sizes))
+        shard.write(stored[0], done=partial(self._done, sizes[0], stored[1]))
+        digest.update(digested[0], done=partial(self._done, sizes[1], digested[1]))
 
-    def _done(self, memory: NDArray[np.uint8] | None) -> None:
+    def _done(self, size: int, memory: NDArray[np.uint8] | None) -> None:
         if memory is not None:
             self._buffers.give(memory)
-        self._backlog.release()
+        self._backlog.done(size)
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> Future[StoredRecord]:
         source = plan.source
@@ -281,7 +280,7 @@ class TensorWriter:
         return digest.finish(partial(raw_record, plan, number))
 
     def _non_finite_error(self, plan: TensorPlan) -> NonFiniteWeightError:
-        blocks = list(blocks_of(plan))
+        blocks = list(runs_of(plan))
         counts = np.zeros(plan.grid.rows, np.int64)
         for block, row_counts in zip(
             blocks,

@@ -45,7 +45,11 @@ def entropy_bits(symbols: NDArray[np.uint8]) -> float:
 
 def counted_entropy_bits(counts: NDArray[np.int64]) -> float:
     """Returns `entropy_bits` of symbols that occur int64 [kinds] `counts` times."""
-    return _total_bits(counts[counts > 0], int(counts.sum()))
+    total = int(counts.sum())
+    counts = counts[counts > 0]
+    if not total:
+        return 0.0
+    return max(0.0, float(total * math.log2(total) - (counts * np.log2(counts)).sum()))
 
 
 def sample_counts(symbols: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -73,10 +77,12 @@ def entropies_by_counts(counts: NDArray[Any], sizes: NDArray[np.int64]) -> NDArr
     numbers = counts.astype(np.float64)
     totals = numbers.sum(axis=1)
     some = np.maximum(totals, 1)
-    bits = some * np.log2(some) - (numbers * np.log2(np.maximum(numbers, 1))).sum(axis=1)
+    logarithms = np.log2(np.maximum(numbers, 1))
+    bits = some * np.log2(some) - (numbers * logarithms).sum(axis=1)
     # The correction of Miller for a sample, less that for the whole; none where all are counted.
     kinds = np.count_nonzero(counts, axis=1)
-    bias = (kinds - 1) / (2 * math.log(2)) * (1 / some - 1 / np.maximum(sizes, 1))
+    shares = 1 / some - 1 / np.maximum(sizes, 1)
+    bias = (kinds - 1) / (2 * math.log(2)) * shares
     sampled = totals < sizes
     estimates = np.minimum(8.0, bits / some + bias) * sizes
     entropies: NDArray[np.float64] = np.maximum(0.0, np.where(sampled, estimates, bits))
@@ -105,14 +111,3 @@ def prefix_code_bits(counts: NDArray[np.int64]) -> int:
         bits += pair
         heapq.heappush(heap, pair)
     return bits
-
-
-def counts_entropy_bits(counts: NDArray[np.int64]) -> float:
-    """Returns `n * H` in bits of symbols of the given counts, n being their sum."""
-    return _total_bits(counts[counts > 0], int(counts.sum()))
-
-
-def _total_bits(counts: NDArray[np.int64], total: int) -> float:
-    if total == 0:
-        return 0.0
-    return max(0.0, float(total * math.log2(total) - (counts * np.log2(counts)).sum()))

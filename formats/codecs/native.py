@@ -8,9 +8,12 @@ the first import.
 from __future__ import annotations
 
 import os
+import warnings
 from types import ModuleType
 
 _SETTING = os.environ.get("CODECLLM_NATIVE", "")
+_INTERFACE = 3
+"""Of the core's functions; native/module.c has the same number."""
 HOW_TO_GET = (
     "install a wheel of codecllm for this platform, or install from source where a C compiler is"
 )
@@ -24,9 +27,25 @@ def _load() -> ModuleType | None:
     except ImportError:
         # A platform without a wheel: numpy gives the same bits.
         return None
+    if not _is_current(_native):
+        warnings.warn(
+            "codecllm._native was built from other sources than this codecllm, and numpy does its "
+            "work, slower: run setup.py build_ext --inplace",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
     if _SETTING:
         _native.use(_SETTING)
     return _native
+
+
+def _is_current(module: ModuleType) -> bool:
+    """Whether a built core has the functions that these sources call."""
+    interface = getattr(module, "interface", None)
+    if interface is None:
+        return False
+    return bool(interface() == _INTERFACE)
 
 
 core = _load()

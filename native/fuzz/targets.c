@@ -293,13 +293,13 @@ static void check_packed(const packing *job, size_t slots_bytes)
     for (size_t chunk = 0; chunk < job->chunks; chunk++) {
         const uint8_t *record = record_of(job->records, chunk);
         size_t stored_bytes = load32(record), raw_bytes = (size_t)job->raw_bytes[chunk],
-               place = chunk % job->places;
+               number = chunk / job->group * job->places + chunk % job->places;
         require(slot_is_sound(slot, record));
         if (record[4] == CODEC_RAW)
             require(stored_bytes == raw_bytes && !memcmp(slot, at, raw_bytes));
         if (record[4] == CODEC_RANS) {
-            require(!rans_parse_table(job->tables + RANS_MOST_TABLE_BYTES * place,
-                                      job->table_bytes[place], table));
+            require(!rans_parse_table(job->tables + RANS_MOST_TABLE_BYTES * number,
+                                      job->table_bytes[number], table));
             require(!rans_decode(slot, stored_bytes, table, symbols, raw_bytes));
             require(!memcmp(symbols, at, raw_bytes));
         }
@@ -320,6 +320,7 @@ int fuzz_pack(const uint8_t *data, size_t size)
     memset(&job, 0, sizeof job);
     job.chunks = take(&input, 1) % (FUZZED_CHUNKS + 1);
     job.places = take(&input, 1) % 4;
+    job.group = take(&input, 1) % 9;
     job.codec = (int)take(&input, 1) % 4;
     int odd = (int)take(&input, 1);
     for (size_t chunk = 0; chunk < job.chunks; chunk++) {
@@ -340,9 +341,10 @@ int fuzz_pack(const uint8_t *data, size_t size)
     job.symbols = symbols;
     job.low_bits = odd & 16 ? low_bits : NULL;
     job.log2_table = rising_table();
-    job.fitted = calloc(job.places + 1, sizeof *job.fitted);
-    job.tables = malloc((job.places + 1) * RANS_MOST_TABLE_BYTES);
-    job.table_bytes = calloc(job.places + 1, sizeof *job.table_bytes);
+    size_t tables = job.group ? tables_of(&job) : 0;
+    job.fitted = calloc(tables + 1, sizeof *job.fitted);
+    job.tables = malloc((tables + 1) * RANS_MOST_TABLE_BYTES);
+    job.table_bytes = calloc(tables + 1, sizeof *job.table_bytes);
     job.scratch_bytes = rans_encode_bound(longest) - (odd == 4);
     job.scratch = malloc(job.scratch_bytes);
     job.slots_bytes = room - (odd == 5 && room);

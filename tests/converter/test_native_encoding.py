@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 from codecllm.converter import convert
 from codecllm.converter.encode.packing import pack_chunks
 from codecllm.converter.encode.planes import split_tiles
-from codecllm.converter.encode.quantize import quantize_block, quantize_rows, row_absmax
+from codecllm.converter.encode.quantize import quantize_block, quantize_stored_rows, row_absmax
+from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import native
 from codecllm.formats.codecs.entropy import entropies_by_counts
 from codecllm.formats.codecs.rans_fit import LOG2
 from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import TruncatedError
+from codecllm.formats.files import SafeFile
 from codecllm.formats.schemes.float_bits import bits_from_float32
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.schemes.lossless import split_planes
+from codecllm.formats.shards.safetensors_header import TensorEntry
 from tests.sources import bf16, write_source
 
 pytestmark = pytest.mark.skipif(native.core is None, reason=f"native core: {native.describe()}")
@@ -71,17 +77,22 @@ def test_codes_and_errors(monkeypatch, kernels, shape, dtype, by_column):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 9000)])
-def test_rows_in_one_call(monkeypatch, kernels, shape, dtype):
+def test_rows_in_one_call(monkeypatch, kernels, tmp_path, shape, dtype):
+    """Rows are read in one piece, in pieces of some rows, and in pieces of one."""
     for seed in range(3):
         words = _words(shape, dtype, seed)
 
-        def work(words=words):
+        def work(words=words, pieces=(1, 3, 2000)):
+            source = _stored(tmp_path, words, dtype)
             codes = np.empty(words.shape, np.int8)
-            absmax, worst, problem = quantize_rows(words, dtype, codes)
+            memory = np.empty(words.nbytes // shape[0] * max(1, shape[0] // pieces[0]), np.uint8)
+            absmax, worst, problem = quantize_stored_rows(source, 0, codes, memory)
+            source.file.close()
             return problem or (absmax.tobytes(), worst, codes.tobytes())
 
-        fast, plain = _both(monkeypatch, work)
-        assert fast == plain and not isinstance(fast, str)
+        for pieces in (1, 3, 2000):
+            fast, plain = _both(monkeypatch, lambda p=pieces: work(pieces=(p,)))
+            assert fast == plain and not isinstance(fast, str)
         words[-1] = 0
         words[-1, shape[1] // 2] = 1
         if dtype != "F16":  # none of its scales is subnormal
@@ -92,10 +103,39 @@ def test_rows_in_one_call(monkeypatch, kernels, shape, dtype):
         assert _both(monkeypatch, work) == ("non_finite", "non_finite")
 
 
+def _stored(folder, words, dtype):
+    (folder / "words").write_bytes(b"head" + words.tobytes())
+    entry = TensorEntry("w", DTYPES[dtype], words.shape, 4, 4 + words.nbytes)
+    return SourceTensor(entry, SafeFile(folder, "words"))
+
+
+def test_rows_that_are_not_there_are_an_error(monkeypatch, tmp_path):
+    source = _stored(tmp_path, np.zeros((9, 16), np.uint16), "BF16")
+    codes, memory = np.empty((9, 16), np.int8), np.empty(64, np.uint8)
+    os.truncate(tmp_path / "words", 4 + 8 * 32 + 31)
+    with pytest.raises(TruncatedError, match="file ends early"):
+        quantize_stored_rows(source, 0, codes, memory)
+    source.file.close()
+    quantize = native.core.quantize_rows
+    for arguments in (
+        (0, -1, 0, np.empty(9, np.float32), codes, memory),
+        (0, 0, 3, np.empty(9, np.float32), codes, memory),
+        (0, 0, -1, np.empty(9, np.float32), codes, memory),
+        (0, 0, 0, np.empty(7, np.float32), codes, memory),
+        (0, 0, 0, np.empty(0, np.float32), codes, memory),
+        (0, 0, 0, np.empty(9, np.float32), codes[:0], memory),
+        (0, 0, 0, np.empty(9, np.float32), codes, memory[:31]),
+        (0, 0, 2, np.empty(9, np.float32), codes, memory[:63]),
+        (0, (1 << 63) - 200, 0, np.empty(9, np.float32), codes, memory),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            quantize(*arguments)
+
+
 @pytest.mark.parametrize("codec", ["zstd", "rans"])
-@pytest.mark.parametrize("places", [1, 2, 3])
+@pytest.mark.parametrize(("places", "group"), [(1, 1), (1, 5), (2, 2), (2, 4), (3, None)])
 @pytest.mark.parametrize("wide", [False, True])
-def test_packing(monkeypatch, kernels, codec, places, wide):
+def test_packing(monkeypatch, kernels, codec, places, group, wide):
     """Chunks that shrink, that do not, that are constant, and those of one symbol."""
     rng = np.random.default_rng(places)
     kinds = [
@@ -110,7 +150,7 @@ def test_packing(monkeypatch, kernels, codec, places, wide):
 
         def work(parts=parts, sizes=sizes, low_bits=low_bits):
             packed = pack_chunks(
-                np.concatenate(parts), sizes, codec, places=places, low_bits=low_bits
+                np.concatenate(parts), sizes, codec, places=places, group=group, low_bits=low_bits
             )
             entropies = entropies_by_counts(packed.counts, packed.raw_bytes)
             slots, records = packed.slots.tobytes(), packed.records.tobytes()
@@ -141,7 +181,7 @@ def test_sizes_that_do_not_fit_are_refused():
             native.core.pack_chunks(
                 symbols,
                 np.array(sizes, np.int64),
-                places,
+                (places, max(2, len(sizes))),
                 codec,
                 None,
                 [None] * len(sizes),
@@ -154,18 +194,23 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_buffers_of_wrong_types_are_refused():
     symbols, sizes = np.zeros(40, np.uint8), np.array([40], np.int64)
     out = np.empty(48, np.uint8), np.empty(16, np.uint8), np.empty(256, np.uint32)
-    pack = native.core.pack_chunks
-    assert pack(symbols, sizes, 1, 1, None, [None], None, out, None) == (48, [])
+    pack, one, wrong = native.core.pack_chunks, (1, 1), (out[0], out[1], out[1])
+    assert pack(symbols, sizes, one, 1, None, [None], None, out, None) == (48, [])
     for arguments, error in (
-        ((symbols, sizes, 1, 1, None, [], None, out, None), ValueError),
-        ((symbols, sizes, 1, 1, None, (None,), None, out, None), ValueError),
-        ((symbols, sizes, 1, 1, None, ["text"], None, out, None), TypeError),
-        ((symbols, sizes, 1, 1, b"\0\0", [None], None, out, None), ValueError),
-        ((symbols, sizes, 1, 2, None, None, None, out, symbols), ValueError),
-        ((symbols, sizes, 1, 2, None, None, LOG2[:-1], out, symbols), ValueError),
-        ((symbols, sizes, 1, 1, None, [None], None, (out[0], out[1], out[1]), None), ValueError),
-        ((symbols, sizes, 1, 1, None, [None], None, (None, out[1], out[2]), None), ValueError),
-        ((symbols, sizes, 1, 1, None, [None], None, (b"", out[1], out[2]), None), BufferError),
+        ((symbols, sizes, one, 1, None, [], None, out, None), ValueError),
+        ((symbols, sizes, (1, 0), 1, None, [None], None, out, None), ValueError),
+        ((symbols, sizes, (2, 3), 1, None, [None], None, out, None), ValueError),
+        ((symbols, sizes, one, 1, None, (None,), None, out, None), ValueError),
+        ((symbols, sizes, one, 1, None, ["text"], None, out, None), TypeError),
+        ((symbols, sizes, one, 1, b"\0\0", [None], None, out, None), ValueError),
+        ((symbols, sizes, one, 2, None, None, None, out, symbols), ValueError),
+        ((symbols, sizes, one, 2, None, None, LOG2[:-1], out, symbols), ValueError),
+        (
+            (symbols, sizes, one, 1, None, [None], None, wrong, None),
+            ValueError,
+        ),
+        ((symbols, sizes, one, 1, None, [None], None, (None, out[1], out[2]), None), ValueError),
+        ((symbols, sizes, one, 1, None, [None], None, (b"", out[1], out[2]), None), BufferError),
     ):
         with pytest.raises(error):
             pack(*arguments)

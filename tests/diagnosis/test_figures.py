@@ -14,7 +14,7 @@ import zstandard
 from safetensors.torch import load_file
 
 from codecllm.converter import convert
-from codecllm.formats.codecs.entropy import counts_entropy_bits, prefix_code_bits
+from codecllm.formats.codecs.entropy import counted_entropy_bits, prefix_code_bits
 from codecllm.formats.container import Container
 from codecllm.formats.reference import read_codes
 from codecllm.loader import from_pretrained
@@ -124,8 +124,8 @@ def test_prefix_codes():
             heapq.heappush(heap, (a + b, left + right))
         bits = sum(count * length for count, length in zip(counts, lengths, strict=True))
         assert prefix_code_bits(np.array(counts)) == bits
-        assert counts_entropy_bits(np.array(counts)) <= bits + 1e-9
-        assert bits < counts_entropy_bits(np.array(counts)) + sum(counts)
+        assert counted_entropy_bits(np.array(counts)) <= bits + 1e-9
+        assert bits < counted_entropy_bits(np.array(counts)) + sum(counts)
     assert prefix_code_bits(np.zeros(3, np.int64)) == 0
 
 

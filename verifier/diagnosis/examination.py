@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, CODECS, RANS_ID, rans
-from codecllm.formats.codecs.entropy import counts_entropy_bits, prefix_code_bits
+from codecllm.formats.codecs.entropy import counted_entropy_bits, prefix_code_bits
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
@@ -89,7 +89,7 @@ class Choice:
     def add_chunk(self, symbols: NDArray[np.uint8], stored_bytes: int) -> None:
         """Counts the symbols of a chunk, flat, and their sizes."""
         counts = np.bincount(symbols, minlength=256)
-        self.entropy_bits += counts_entropy_bits(counts)
+        self.entropy_bits += counted_entropy_bits(counts)
         self.prefix_bits += prefix_code_bits(counts)
         self.stored_bytes += stored_bytes
 

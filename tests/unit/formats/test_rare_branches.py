@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import zstandard
 import codecllm
 from codecllm.formats import files, limits, machine, stored_tensor
 from codecllm.formats.codecs import native, zstd
-from codecllm.formats.codecs.entropy import counts_entropy_bits, symbol_counts
+from codecllm.formats.codecs.entropy import counted_entropy_bits, symbol_counts
 from codecllm.formats.codecs.rans_fit import fit_frequencies
 from codecllm.formats.codecs.rans_groups import pack_group_tables, parse_group_tables
 from codecllm.formats.codecs.zstd import ZstdCodec
@@ -65,13 +66,24 @@ def test_symbols_are_counted_alike(path):
     for stride in (1, 3):
         counts = np.bincount(symbols[::stride], minlength=256)
         assert symbol_counts(symbols, stride).tolist() == counts.tolist()
-    assert counts_entropy_bits(np.array([4, 0, 4, 8])) == pytest.approx(24)
+    assert counted_entropy_bits(np.array([4, 0, 4, 8])) == pytest.approx(24)
 
 
 def test_a_symbol_whose_frequency_is_one_gives_nothing_more():
     counts = np.ones(256, np.int64)
     counts[:2] = 1 << 20
     assert fit_frequencies(counts, 8).tolist() == [1] * 256
+
+
+@pytest.mark.parametrize("stale", [{}, {"interface": lambda: native._INTERFACE - 1}])
+def test_a_core_of_other_sources_is_not_used(monkeypatch, stale):
+    """A checkout that moved on without a new build."""
+    monkeypatch.setattr(native, "_SETTING", "")
+    module = SimpleNamespace(**stale)
+    monkeypatch.setitem(sys.modules, "codecllm._native", module)
+    monkeypatch.setattr(codecllm, "_native", module, raising=False)
+    with pytest.warns(RuntimeWarning, match="built from other sources"):
+        assert native._load() is None
 
 
 def test_the_core_is_named_or_why_there_is_none(monkeypatch):
