@@ -14,10 +14,10 @@ import torch
 
 from codecllm.calibrator.activations import mean_squared_inputs
 from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts
-from codecllm.calibrator.devices import CPU, device_of, free_memory, repeatable
 from codecllm.calibrator.gradients import squared_gradients
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.names import by_source
+from codecllm.calibrator.repeatable import repeatable
 from codecllm.calibrator.text import (
     LENGTH,
     REFINED_LENGTH,
@@ -42,6 +42,7 @@ from codecllm.formats.errors import (
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.plain import load_offloaded, load_plain
 from codecllm.loader.hf.quiet import silenced, without_progress_bars
+from codecllm.loader.places import CPU, device_of, free_memory
 
 _ROOM = 1.6
 """Memory of a backward pass, as a multiple of the weights' size.

@@ -61,13 +61,26 @@ class DeviceFeedback(Feedback):
         """As `Feedback.group_rows`."""
         return max(1, min(_GROUP_ROWS, _GROUP_ELEMENTS // cols))
 
-    def quantize(self, plan: TensorPlan, params: QuantParams, start: int, stop: int) -> Any:
+    def quantize(
+        self,
+        plan: TensorPlan,
+        params: QuantParams,
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
         """Returns the codes of rows [start, stop), int16 on the device."""
         with self._turn:
-            weights = self._read(plan, start, stop)
-            col_scale = None if params.col_scale is None else self._moved(params.col_scale)
-            scales = self._moved(params.row_scale[start:stop]), col_scale
-            return codes_on_device(weights, scales, self._factor(plan.source.name), params.deadzone)
+            row_scale = self._moved(params.row_scale[start:stop])
+            col_scale = None
+            if params.col_scale is not None:
+                col_scale = self._moved(params.col_scale)
+            factor = self._factor(plan.source.name)
+            return codes_on_device(
+                self._read(plan, start, stop),
+                (row_scale, col_scale),
+                factor,
+                params.deadzone,
+            )
 
     def taken(self, codes: Any, rows: slice) -> NDArray[np.int16]:
         """Returns some rows of the codes, int16 [rows, cols]."""
@@ -81,31 +94,34 @@ class DeviceFeedback(Feedback):
         # Layers with the same inputs follow one another: what came from a file is kept for them.
         if self._last is not None and self._last[0] == number:
             return self._last[1]
-        held = torch.as_tensor(self._products.matrix(number))
-        if number in self._orders:
-            factor = DeviceFactor(self._orders[number], held.to(self._device))
-        else:
-            self._last = None
-            factor = factor_on_device(
-                held.to(self._device), shrinkage(self._products.tokens(number))
-            )
-            held.copy_(factor.ratios)
+        self._last = None
+        place = torch.as_tensor(self._products.matrix(number))
+        matrix = place.to(self._device)
+        if number not in self._orders:
+            shrunk = shrinkage(self._products.tokens(number))
+            factor = factor_on_device(matrix, shrunk)
+            matrix.copy_(factor.ratios)
+            if matrix is not place:
+                place.copy_(matrix)
             self._orders[number] = factor.order
-            factor = DeviceFactor(factor.order, held.to(self._device))
+        factor = DeviceFactor(self._orders[number], matrix)
         self._last = number, factor
         return factor
 
     def _read(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
         """Returns rows [start, stop) of a tensor, float32 [stop - start, cols]."""
-        source, cols = plan.source, plan.matrix[1]
+        source = plan.source
+        cols = plan.matrix[1]
         word, dtype = _WORDS[source.dtype.name]
-        weights = torch.empty((stop - start) * cols, device=self._device)
-        for first in range(0, weights.numel(), _PIECE):
-            last = min(first + _PIECE, weights.numel())
-            words = source.read_elements(start * cols + first, start * cols + last)
-            piece = torch.from_numpy(words.view(word)).to(self._device)
-            weights[first:last] = piece.view(dtype)
-        return weights.reshape(stop - start, cols)
+        base = start * cols
+        size = stop * cols - base
+        weights = torch.empty(size, device=self._device)
+        for first in range(0, size, _PIECE):
+            last = min(first + _PIECE, size)
+            words = source.read_elements(base + first, base + last)
+            piece = torch.from_numpy(words.view(word))
+            weights[first:last] = piece.to(self._device).view(dtype)
+        return weights.reshape(-1, cols)
 
     def _moved(self, values: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

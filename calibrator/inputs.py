@@ -90,8 +90,9 @@ def _without_logits(model: Any, layers: Iterable[nn.Module]) -> dict[str, int]:
 
 
 def _blocks(cols: int) -> list[slice]:
-    step = max(1, -(-cols // _PARTS))
-    return [slice(start, min(start + step, cols)) for start in range(0, cols, step)]
+    step = -(-cols // _PARTS)
+    starts = range(0, cols, step)
+    return [slice(start, min(start + step, cols)) for start in starts]
 
 
 class _Watch:
@@ -124,11 +125,14 @@ class _Watch:
             number = products.number(name)
             total = torch.as_tensor(products.matrix(number))
             for block in _blocks(len(total)):
-                total[block, block.stop :] = total[block.stop :, block].T
+                below = total[block.stop :, block]
+                total[block, block.stop :] = below.T
             diagonal = total.diagonal()
-            is_complete = not self._follows[name] or self._followed[name] == self._calls[number]
             # Infinite inputs make useless sums, and inputs of zeros a singular matrix.
-            if not (is_complete and diagonal.isfinite().all() and diagonal.any()):
+            usable = bool(diagonal.isfinite().all() and diagonal.any())
+            if self._follows[name] and self._followed[name] != self._calls[number]:
+                usable = False
+            if not usable:
                 products.drop(name)
         return products
 
@@ -153,7 +157,9 @@ class _Watch:
         total = torch.as_tensor(self._products.matrix(number))
         if inputs.device == total.device:
             for block in _blocks(len(total)):
-                total[block.start :, block].addmm_(inputs[:, block.start :].T, inputs[:, block])
+                part = total[block.start :, block]
+                left = inputs[:, block.start :].T
+                part.addmm_(left, inputs[:, block])
         else:  # the sums of all layers together exceed the device
             total.add_((inputs.T @ inputs).to(total.device))
         self._products.count(number, len(inputs))

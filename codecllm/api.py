@@ -114,7 +114,8 @@ def convert(
         with_code: copy the repository's Python files (`auto_map`). They run only where a loading
             caller passes `trust_remote_code=True`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`: where the model runs that a rate is chosen by,
-            and where its codes are refined. Another device may give other bytes.
+            where its codes are refined, and where the baseline runs. Another device may give other
+            bytes.
         baseline: True records in any case, False never, None where the source fits in memory and it
             takes under 10 minutes.
         revision: branch, tag or commit of a Hub id; the commit it leads to is recorded.
@@ -188,7 +189,11 @@ def run_conversion(
         # transformers loads the folder of the main module, which need not be the root.
         main_folder = files.folder / read_modules(files.folder).main
         outcome = record_baseline(
-            report.out, main_folder, required=baseline is True, on_stage=on_stage
+            report.out,
+            main_folder,
+            required=baseline is True,
+            device=options.device,
+            on_stage=on_stage,
         )
     # Read again: the baseline has changed the manifest.
     with Container(report.out) as container:

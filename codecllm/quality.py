@@ -68,7 +68,7 @@ def on_known_device(options: ConvertOptions) -> ConvertOptions:
     if options.device == "cpu":
         return options
     try:
-        from codecllm.calibrator.devices import device_of
+        from codecllm.loader.places import device_of
     except ImportError as exc:
         raise UnsupportedEnvironmentError(f"another device than cpu needs torch ({exc})") from exc
     return replace(options, device=str(device_of(options.device)))

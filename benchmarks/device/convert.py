@@ -28,9 +28,9 @@ import torch
 
 from benchmarks.measure.memory import anonymous_mib
 from codecllm import api
-from codecllm.calibrator.devices import device_of
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.places import device_of
 
 FULL = {
     "hidden_size": 4096,

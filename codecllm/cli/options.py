@@ -89,7 +89,8 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="auto|cpu|cuda|cuda:N",
-        help="Where the model runs while sensitivities are measured, and where codes are refined: "
+        help="Where the model runs while sensitivities are measured and the baseline is recorded, "
+        "and where codes are refined: "
         "minutes instead of hours for billions of weights. Sums are rounded otherwise on another "
         "device, so the bytes may differ from those of the CPU.",
         rich_help_panel=RATE_PANEL,

@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 
 import codecllm
 from codecllm import api
-from codecllm.calibrator import calibrate, calibration, devices, text
+from codecllm.calibrator import calibrate, calibration, text
 from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts
-from codecllm.calibrator.devices import CPU
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.text import own_text
 from codecllm.cli import checking, converting, reading  # noqa: F401 - they register commands
 from codecllm.cli.app import app
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
-from codecllm.loader import pretrained
+from codecllm.loader import places, pretrained
 from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.places import CPU
 from tests.integration import tiny_models
 
 MATRICES = ("*_proj.weight", "*embed_tokens*")
@@ -269,16 +269,19 @@ OTHER = torch.device("cpu", 0)
 @pytest.fixture
 def other_device(monkeypatch):
     """Has the calibration take `OTHER` for a CUDA device that this machine need not have."""
-    monkeypatch.setattr(devices, "device_of", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(calibration, "device_of", lambda name: CPU if name == "cpu" else OTHER)
+    found = {"cpu": CPU, "cuda": torch.device("cuda", 0), "cuda:0": OTHER}
+    monkeypatch.setattr(places, "device_of", found.__getitem__)
+    monkeypatch.setattr(calibration, "device_of", {**found, "cuda": OTHER}.__getitem__)
 
 
 def test_a_device_gives_the_rate_and_the_figures_of_the_cpu(tmp_path, source, other_device):
-    asked = {"bits": 4, "refine": True, "include": MATRICES, "baseline": False}
-    reports = {
-        device: api.convert(source, tmp_path / device, device=device, **asked).report
+    asked = {"bits": 4, "refine": True, "include": MATRICES, "baseline": True}
+    done = {
+        device: api.convert(source, tmp_path / device, device=device, **asked)
         for device in ("cpu", "cuda")
     }
+    assert [converted.baseline.kind for converted in done.values()] == ["greedy", "greedy"]
+    reports = {device: converted.report for device, converted in done.items()}
     assert [report.quantized_bits_per_weight for report in reports.values()] == pytest.approx(
         [4, 4], rel=0.005
     )

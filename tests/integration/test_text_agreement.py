@@ -107,7 +107,7 @@ def test_a_text_that_takes_too_long_is_left_out_and_said(source, tmp_path, monke
     out = tmp_path / "c"
     size = codecllm.convert(source, out, baseline=False).report.manifest.source.tensor_bytes
     # Fast enough for the prompts alone: 160 passes of the weights, not 232.
-    monkeypatch.setattr(baseline, "_BYTES_PER_SECOND", size * 200 / baseline.MAX_SECONDS)
+    monkeypatch.setattr(baseline, "_BYTES_PER_SECOND", {"cpu": size * 200 / baseline.MAX_SECONDS})
     outcome = record_baseline(out, source)
     assert outcome.kind == "greedy"
     assert "text" not in _agreement(out)

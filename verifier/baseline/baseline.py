@@ -16,19 +16,22 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     one_line,
 )
-from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
 from codecllm.verifier.baseline.record import Agreement, Baseline, pack_baseline, parse_baseline
 from codecllm.verifier.side_file import attach
 
 if TYPE_CHECKING:
+    import torch
+
     from codecllm.verifier.report import Stage
 
 MAX_SECONDS = 600
 """A baseline that is not asked for is recorded only if it takes less."""
 
-_BYTES_PER_SECOND = 4e9
-"""Weights that the memory of two cores delivers to a model that generates: a cautious guess."""
+_BYTES_PER_SECOND = {"cpu": 4e9, "cuda": 1e11}
+"""Weights that the memory of two cores, or of a GPU, delivers to a model that generates: cautious
+guesses.
+"""
 
 # For source and converted model: 32 steps of the batch, and passes over all its tokens, which cost
 # as much again and more.
@@ -81,6 +84,7 @@ def record_baseline(
     source_folder: str | Path,
     *,
     required: bool = False,
+    device: str = "cpu",
     on_stage: Callable[[str], None] | None = None,
 ) -> BaselineOutcome:
     """Runs source and container on the fixed prompts and adds `baseline.json` to the container.
@@ -92,6 +96,8 @@ def record_baseline(
         out: a finished container.
         source_folder: the folder it was made from.
         required: record at any cost of time or memory, and raise where it is impossible.
+        device: `cpu` or `cuda:N`: where both models run. The record names it, and elsewhere it is
+            compared as another environment's.
         on_stage: called with a sentence when a stage begins.
 
     Raises:
@@ -103,14 +109,19 @@ def record_baseline(
     tell = on_stage or (lambda text: None)
     with Container(out) as container:
         manifest = container.manifest
-        reason = _obstacle(container, required)
+        # Imported late: a verification that runs no model needs no torch.
+        from codecllm.loader.places import device_of
+
+        place = device_of(device)
+        reason = _obstacle(container, required, place)
         if reason is not None:
             outcome = BaselineOutcome("none", reason)
             baseline = Baseline(format="codecllm-baseline", version=1, kind="none", reason=reason)
         else:
             try:
-                text = _text_wanted(manifest, required)
-                baseline = _run_both(Path(source_folder), Path(out), manifest, text, tell)
+                text = _text_wanted(manifest, required, place)
+                folders = Path(source_folder), Path(out)
+                baseline = _run_both(folders, manifest, text, place, tell)
             except (BaselineError, MemoryError):
                 raise
             except Exception as exc:
@@ -192,27 +203,31 @@ def describe_agreement(agreement: dict[str, Any]) -> str:
 
 
 def _run_both(
-    source: Path,
-    out: Path,
+    folders: tuple[Path, Path],
     manifest: Manifest,
     text: bool | str,
+    place: torch.device,
     tell: Callable[[str], None],
 ) -> Baseline:
     from codecllm.loader import from_pretrained
     from codecllm.loader.hf.plain import load_plain
     from codecllm.loader.hf.quiet import without_progress_bars
+    from codecllm.loader.places import CPU
     from codecllm.verifier.baseline.runs import combine, run_converted, run_source
 
+    source, out = folders
     inputs = "8 prompts and a text" if text is True else "8 prompts"
+    options: dict[str, Any] = {} if place == CPU else {"device_map": {"": place}}
     with without_progress_bars():
         tell(f"baseline: running the source on {inputs}")
-        model = load_plain(source)
+        model = load_plain(source, **options)
         source_run = run_source(model, source, text)
         # A model is full of reference cycles. Without this call both would be in memory at once.
         del model
         gc.collect()
         tell(f"baseline: running the converted model on {inputs}")
-        converted_run = run_converted(from_pretrained(out, resident="dense"), source_run)
+        converted = from_pretrained(out, resident="dense", **options)
+        converted_run = run_converted(converted, source_run)
     baseline = combine(source_run, converted_run)
     agreement = baseline.agreement or Agreement()
     lossless = manifest.options.scheme == "lossless"
@@ -255,34 +270,36 @@ def _asked_bits(manifest: Manifest) -> float | None:
     return None
 
 
-def _obstacle(container: Container, required: bool) -> str | None:
+def _obstacle(container: Container, required: bool, place: torch.device) -> str | None:
     """Returns why a baseline cannot, or without being asked for should not, be recorded."""
     if container.manifest.file("config.json") is None:
         return "the source has no config.json"
     if required:
         return None
+    from codecllm.loader.places import free_memory
+
     size = container.manifest.source.tensor_bytes
-    available = available_memory()
+    available = free_memory(place)
     if size * MEMORY_FACTOR > available:
         return (
             f"the model needs {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory "
-            "are free (--baseline insists)"
+            f"are free on {place} (--baseline insists)"
         )
-    return _too_slow(size * _FORWARDS)
+    return _too_slow(size * _FORWARDS, place)
 
 
-def _text_wanted(manifest: Manifest, required: bool) -> bool | str:
+def _text_wanted(manifest: Manifest, required: bool, place: torch.device) -> bool | str:
     """Returns whether both models are compared on the text, or why they are not."""
     # A lossless container has its source's logits, which the prompts show.
     if manifest.options.scheme == "lossless":
         return False
-    slow = _too_slow(manifest.source.tensor_bytes * (_FORWARDS + _TEXT_FORWARDS))
+    slow = _too_slow(manifest.source.tensor_bytes * (_FORWARDS + _TEXT_FORWARDS), place)
     return True if required or slow is None else slow
 
 
-def _too_slow(read_bytes: int) -> str | None:
+def _too_slow(read_bytes: int, place: torch.device) -> str | None:
     """Returns a sentence where reading so many bytes takes too long for what nobody asked for."""
-    seconds = read_bytes / _BYTES_PER_SECOND
+    seconds = read_bytes / _BYTES_PER_SECOND[place.type]
     if seconds > MAX_SECONDS:
         return f"it would take about {seconds / 60:.0f} minutes (--baseline insists)"
     return None

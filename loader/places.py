@@ -1,0 +1,41 @@
+"""Devices by the names that users give them, and their memory."""
+
+from __future__ import annotations
+
+import torch
+
+from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.formats.machine import available_memory
+
+CPU = torch.device("cpu")
+
+
+def device_of(name: str) -> torch.device:
+    """Returns a device by the name that a user gives: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    `auto` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        UnsupportedEnvironmentError: this machine has no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    device = torch.device(name)
+    if device.type == "cpu":
+        return CPU
+    number = device.index or 0
+    if number >= count:
+        raise UnsupportedEnvironmentError(
+            "no such device here", got=name, expected=f"one of {count} CUDA devices, or cpu"
+        )
+    return torch.device(device.type, number)
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that can be allocated on a device."""
+    if device.type == "cpu":
+        return available_memory()
+    # Memory that torch keeps for itself is free too.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
