@@ -15,7 +15,7 @@ from codecllm.converter.plan.conversion_plan import planned_entries
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.source import SourceModel
-from codecllm.converter.write.container_writer import shard_metadata
+from codecllm.converter.write.lanes import shard_metadata
 from codecllm.converter.write.manifest import Conversion, build_manifest
 from codecllm.converter.write.records import EncodedTensor, coded_record, raw_record
 from codecllm.converter.write.tensor_writer import StoredRecord

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from codecllm.converter.encode.buffers import keep_freed_memory
-from codecllm.converter.plan.conversion_plan import planned_entries
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.side_files import (
     copy_side_files,
@@ -15,18 +13,13 @@ from codecllm.converter.source.side_files import (
     pack_index,
     write_listed,
 )
-from codecllm.converter.write.backlog import Backlog
-from codecllm.converter.write.journal import FinishedShard, Journal
+from codecllm.converter.write.journal import Journal
+from codecllm.converter.write.lanes import ShardJob, ShardLanes
 from codecllm.converter.write.manifest import Conversion, build_manifest
-from codecllm.converter.write.tensor_writer import StoredRecord, TensorWriter
-from codecllm.formats.checksums import sha256_of_descriptor, xxh3_hex
-from codecllm.formats.files import SafeFile
+from codecllm.converter.write.tensor_writer import StoredRecord
 from codecllm.formats.manifest.manifest import INDEX_NAME, Manifest, shard_name
 from codecllm.formats.manifest.records import FileRecord, ShardRecord
-from codecllm.formats.shards.shard_writer import ShardWriter
 from codecllm.formats.shards.side_tensors import side_names
-
-_BACKLOG_BYTES = 12 << 20  # that are being hashed or written, for each worker
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a tensor's name, the source bytes done and the source bytes in all."""
@@ -56,104 +49,31 @@ def write_container(
         if on_progress is not None:
             on_progress(name, done_bytes, total)
 
-    threads = conversion.options.threads
     keep_freed_memory()
-    with _Threads(threads) as pools:
-        writer = TensorWriter(
-            pools.workers,
-            [
-                plan
-                for name, plans in _names_of_shards(conversion)
-                if name not in journal.finished
-                for plan in plans
-            ],
-            window=2 * threads + 2,
-            backlog=Backlog(threads * _BACKLOG_BYTES),
-            non_finite=conversion.options.non_finite,
-            on_bytes=on_bytes,
-            params=conversion.choice.provider,
-        )
-        for name, plans in _names_of_shards(conversion):
+    names = _names_of_shards(conversion)
+    jobs = [
+        ShardJob(number, name, plans)
+        for number, (name, plans) in enumerate(names)
+        if name not in journal.finished
+    ]
+    with ShardLanes(conversion, folder, journal, len(jobs)) as lanes:
+        for name, plans in names:
             if name in journal.finished:
                 on_bytes(name, sum(plan.source.entry.bytes for plan in plans))
-        records, shards = _write_shards(conversion, writer, pools, folder, journal)
-    files = _write_side_files(conversion, records, shards, folder)
-    return build_manifest(conversion, records, shards, files)
-
-
-class _Threads:
-    """Threads of a conversion: many encode and hash, one writes, two wait for the disk."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = ThreadPoolExecutor(workers, thread_name_prefix="codecllm-encode")
-        self.write = ThreadPoolExecutor(1, thread_name_prefix="codecllm-write")
-        # fsync may take seconds: no worker has to wait for the disk.
-        self.sync = ThreadPoolExecutor(1, thread_name_prefix="codecllm-sync")
-        self.journal = ThreadPoolExecutor(1, thread_name_prefix="codecllm-journal")
-        self.opened: list[ShardWriter] = []
-
-    def __enter__(self) -> _Threads:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for pool in (self.write, self.sync, self.workers, self.journal):
-            pool.shutdown(wait=True, cancel_futures=True)
-        # All threads have ended: none can write into a closed descriptor.
-        for shard in self.opened:
-            shard.abort()  # of no effect where it is finished
-
-
-def shard_metadata(version: str) -> dict[str, str]:
-    """Returns the strings that the header of a shard holds."""
-    return {"format": "pt", "codecllm.format_version": version}
+        lanes.write(jobs, on_bytes)
+        shards = [
+            journal.finished.get(name) or lanes.finished[number].result()
+            for number, (name, _) in enumerate(names)
+        ]
+    records = [record for shard in shards for record in shard.tensors]
+    shard_records = [shard.record for shard in shards]
+    files = _write_side_files(conversion, records, shard_records, folder)
+    return build_manifest(conversion, records, shard_records, files)
 
 
 def _names_of_shards(conversion: Conversion) -> list[tuple[str, list[TensorPlan]]]:
     shards = conversion.plan.shards
     return [(shard_name(number, len(shards)), plans) for number, plans in enumerate(shards, 1)]
-
-
-def _write_shards(
-    conversion: Conversion, writer: TensorWriter, pools: _Threads, folder: Path, journal: Journal
-) -> tuple[list[StoredRecord], list[ShardRecord]]:
-    """Writes the shards; earlier ones are hashed and synchronized meanwhile."""
-    finished_shards: list[Future[FinishedShard]] = []
-    metadata = shard_metadata(conversion.plan.format_version)
-    for number, (name, plans) in enumerate(_names_of_shards(conversion)):
-        earlier = journal.finished.get(name)
-        if earlier is not None:
-            known_shard: Future[FinishedShard] = Future()
-            known_shard.set_result(earlier)
-            finished_shards.append(known_shard)
-            continue
-        shard = ShardWriter(folder / name, planned_entries(plans), metadata, pools.write)
-        pools.opened.append(shard)
-        records = list(writer.write_all(plans, shard, number))
-        record = pools.workers.submit(_finish_shard, shard, pools.sync)
-        finished_shards.append(pools.journal.submit(_note, journal, record, records))
-    shards = [future.result() for future in finished_shards]
-    return [record for shard in shards for record in shard.tensors], [
-        shard.record for shard in shards
-    ]
-
-
-def _note(
-    journal: Journal, record: Future[ShardRecord], tensors: list[Future[StoredRecord]]
-) -> FinishedShard:
-    """Notes in the journal that a shard is whole and on the disk."""
-    shard = FinishedShard(record.result(), [tensor.result() for tensor in tensors])
-    journal.add(shard)
-    return shard
-
-
-def _finish_shard(shard: ShardWriter, sync: ThreadPoolExecutor) -> ShardRecord:
-    head, size = shard.complete()
-    # The disk works while the file is hashed from the page cache.
-    sync_result = sync.submit(shard.sync)
-    with SafeFile(shard.path.parent, shard.path.name) as file:
-        digest = sha256_of_descriptor(file.descriptor)[0]
-    sync_result.result()
-    return ShardRecord(name=shard.path.name, bytes=size, sha256=digest, header_xxh3=xxh3_hex(head))
 
 
 def _write_side_files(

@@ -100,6 +100,7 @@ class TensorWriter:
         *,
         window: int,
         backlog: Backlog,
+        buffers: Buffers,
         non_finite: NonFinite,
         on_bytes: Callable[[str, int], None],
         params: ParamsProvider | None = None,
@@ -111,6 +112,7 @@ class TensorWriter:
             plans: all tensors of all shards, in order.
             window: blocks being encoded, or encoded and not yet taken.
             backlog: bounds the bytes that are being hashed or written.
+            buffers: have the memory for blocks.
             non_finite: the treatment of int8 tensors with NaN or infinite weights.
             on_bytes: called with a tensor's name and the source bytes just done.
             params: chooses the parameters of int8 tensors; called once for each, in the order in
@@ -126,7 +128,7 @@ class TensorWriter:
         # Generators: a tensor is scanned when its turn is near, not at the start.
         coded_jobs = (self._job(plan) for plan in plans if plan.scheme != "raw")
         work = ((job, block) for job in coded_jobs if job.problem is None for block in job.blocks)
-        self._buffers = Buffers()
+        self._buffers = buffers
         self._results = ordered(executor, self._encode, work, window)
 
     def write_all(

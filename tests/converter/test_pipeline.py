@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from codecllm.converter import options as converter_options
 from codecllm.converter.encode.buffers import Buffers
 from codecllm.converter.options import ConvertOptions
 from codecllm.converter.write import tensor_writer
+from codecllm.converter.write.backlog import Backlog
 from codecllm.converter.write.digests import OrderedDigest
 from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 from tests.sources import bf16, write_source
@@ -40,7 +43,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("codec", ["zstd", "rans"])
 def test_bytes_do_not_depend_on_the_workers(source, tmp_path, codec):
     written = []
-    for workers in (1, 2, 7):
+    for workers in (1, 2, 16):  # the last in four lanes
         out = tmp_path / f"{workers}"
         options = {"codec": codec, "non_finite": "lossless", "max_shard_bytes": 900_000}
         convert(source, out, workers=workers, **options)
@@ -60,6 +63,71 @@ def test_entropies_do_not_depend_on_when_they_are_computed(source, tmp_path, mon
     assert manifests[0] == manifests[1]
 
 
+@pytest.fixture(scope="module")
+def faulty_source(tmp_path_factory):
+    """Six shards of 200 kB, of which those of tensors 2, 3 and 5 cannot be int8."""
+    rng = np.random.default_rng(10)
+    tensors = {f"t.{n}.weight": ("BF16", bf16(rng.standard_normal((400, 512)))) for n in range(6)}
+    for number in (2, 3, 5):
+        tensors[f"t.{number}.weight"][1][0, 0] = 0x7F80
+    return write_source(tmp_path_factory.mktemp("source") / "faulty", tensors, {})
+
+
+def test_of_several_shards_that_fail_the_first_is_named(faulty_source, tmp_path):
+    for workers in (1, 8, 16, 16, 16):
+        with pytest.raises(NonFiniteWeightError) as caught:
+            convert(faulty_source, tmp_path / "out", workers=workers, max_shard_bytes=250_000)
+        assert caught.value.tensor == "t.2.weight"
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("calls", [1, 5])
+@pytest.mark.parametrize("workers", [1, 16])
+def test_an_interruption_ends_all_threads(source, tmp_path, workers, calls):
+    before, seen = threading.active_count(), []
+
+    def interrupt(*event):
+        seen.append(event)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            source,
+            tmp_path / "out",
+            workers=workers,
+            non_finite="lossless",
+            max_shard_bytes=900_000,
+            progress=interrupt,
+        )
+    assert threading.active_count() == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backlog_waits_for_room_and_ends_when_it_is_closed():
+    backlog, added = Backlog(10), []
+    backlog.add(50)  # more than there is room for, alone
+
+    def work():
+        for size in (6, 4, 1):
+            backlog.add(size)
+            added.append(size)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        with pytest.raises(FutureTimeout):
+            future.result(0.05)
+        assert added == []
+        backlog.done(50)
+        with pytest.raises(FutureTimeout):
+            future.result(0.05)
+        assert added == [6, 4]
+        backlog.close()
+        with pytest.raises(CancelledError):
+            future.result(5)
+    assert added == [6, 4]
+
+
 def test_memory_is_used_again_and_never_twice_at_a_time():
     buffers = Buffers()
     taken = [buffers.take(size) for size in (1, 70_000, 70_001, 200_000)]
@@ -73,7 +141,8 @@ def test_memory_is_used_again_and_never_twice_at_a_time():
 
 
 @pytest.mark.parametrize("calls", [1, 4, 12])
-def test_a_full_disk_ends_the_conversion(source, tmp_path, monkeypatch, calls):
+@pytest.mark.parametrize("workers", [3, 16])
+def test_a_full_disk_ends_the_conversion(source, tmp_path, monkeypatch, workers, calls):
     write, lock, count = os.pwritev, threading.Lock(), 0
 
     def fill(*arguments):
@@ -85,8 +154,9 @@ def test_a_full_disk_ends_the_conversion(source, tmp_path, monkeypatch, calls):
         return write(*arguments)
 
     monkeypatch.setattr(os, "pwritev", fill)
+    options = {"non_finite": "lossless", "max_shard_bytes": 900_000}
     with pytest.raises(OSError, match="no space"):
-        convert(source, tmp_path / "out", non_finite="lossless", max_shard_bytes=900_000, workers=3)
+        convert(source, tmp_path / "out", workers=workers, **options)
     assert not (tmp_path / "out").exists()
 
 

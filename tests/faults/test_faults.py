@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
-from codecllm.converter.write import container_writer
+from codecllm.converter.write import lanes
 from codecllm.converter.write.journal import Journal
 from codecllm.converter.write.staging import STAGING_NAME, Staging
 from codecllm.formats.container import Container
@@ -108,7 +108,7 @@ def _killed(source, out, shards=1):
 
     child = os.fork()
     if child == 0:
-        real, container_writer.ShardWriter = container_writer.ShardWriter, stop
+        real, lanes.ShardWriter = lanes.ShardWriter, stop
         with contextlib.suppress(BaseException):
             convert(source, out, **OPTIONS | {"workers": 1})
         os._exit(1)

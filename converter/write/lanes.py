@@ -1,0 +1,195 @@
+"""Writes the shards of a container: each in one lane, and several lanes side by side.
+
+The system writes one file at a time, and a digest is the work of one thread: with one lane neither
+would keep up with many workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from codecllm.converter.encode.buffers import Buffers
+from codecllm.converter.plan.conversion_plan import planned_entries
+from codecllm.converter.plan.tensor_plan import TensorPlan
+from codecllm.converter.write.backlog import Backlog
+from codecllm.converter.write.journal import FinishedShard, Journal
+from codecllm.converter.write.manifest import Conversion
+from codecllm.converter.write.tensor_writer import StoredRecord, TensorWriter
+from codecllm.formats.checksums import sha256_of_descriptor, xxh3_hex
+from codecllm.formats.files import SafeFile
+from codecllm.formats.manifest.records import ShardRecord
+from codecllm.formats.shards.shard_writer import ShardWriter
+
+_BACKLOG_BYTES = 12 << 20  # that are being hashed or written, for each worker
+_WORKERS_OF_A_LANE = 4
+_MOST_LANES = 4
+
+OnBytes = Callable[[str, int], None]
+"""Called with a tensor's name and the source bytes that were done."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """A shard to write: its number among all, its name, and its tensors in order."""
+
+    number: int
+    name: str
+    plans: list[TensorPlan]
+
+
+class _OvertakenError(Exception):
+    """A shard with a smaller number failed: that error is the one to raise."""
+
+
+class ShardLanes:
+    """The threads of a conversion; leaving the `with` block ends them.
+
+    Attributes:
+        finished: of each shard, by number: its record and those of its tensors.
+    """
+
+    def __init__(self, conversion: Conversion, folder: Path, journal: Journal, shards: int) -> None:
+        """Starts no thread yet; `shards` are to be written."""
+        workers = conversion.options.threads
+        # Parameters are chosen tensor by tensor, in the order of the model.
+        choosing = conversion.choice.provider is not None
+        self.count = 1 if choosing else _lanes(workers, shards)
+        self.finished: dict[int, Future[FinishedShard]] = {}
+        self._conversion, self._folder, self._journal = conversion, folder, journal
+        self._buffers = Buffers()
+        self._backlog = Backlog(workers * _BACKLOG_BYTES)
+        self._window = (2 * workers if self.count == 1 else workers) + 2
+        self._failed: dict[int, BaseException] = {}
+        self._opened: list[ShardWriter] = []
+        self._promised: list[Future[StoredRecord]] = []
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="codecllm-encode")
+        self._lanes = ThreadPoolExecutor(self.count, thread_name_prefix="codecllm-lane")
+        # One thread each: a rollback writes again where earlier parts may still be under way.
+        self._writers = [
+            ThreadPoolExecutor(1, thread_name_prefix="codecllm-write") for _ in range(self.count)
+        ]
+        # fsync may take seconds: no worker has to wait for the disk.
+        self._sync = ThreadPoolExecutor(1, thread_name_prefix="codecllm-sync")
+        self._notes = ThreadPoolExecutor(1, thread_name_prefix="codecllm-journal")
+
+    def __enter__(self) -> ShardLanes:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._backlog.close()
+        for pool in (*self._writers, self._sync, self._workers, self._lanes):
+            pool.shutdown(wait=True, cancel_futures=True)
+        # A digest whose parts were not hashed any more never ends: the journal must not wait.
+        for record in self._promised:
+            record.cancel()
+        self._notes.shutdown(wait=True, cancel_futures=True)
+        # All threads have ended: none can write into a closed descriptor.
+        for shard in self._opened:
+            shard.abort()  # of no effect where it is finished
+
+    def write(self, jobs: list[ShardJob], on_bytes: OnBytes) -> None:
+        """Writes the shards; `finished` then has a future of each.
+
+        Args:
+            jobs: the shards, by their numbers.
+            on_bytes: called in the calling thread.
+
+        Raises:
+            NonFiniteWeightError, OSError, FormatError: as of `TensorWriter.write_all`; of several
+                shards that fail, the error of the first.
+        """
+        if self.count == 1:
+            self._run_lane(jobs, 0, on_bytes)
+            return
+        events: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
+
+        def lane(number: int) -> None:
+            try:
+                own_jobs = jobs[number :: self.count]
+                self._run_lane(own_jobs, number, lambda *event: events.put(event))
+            finally:
+                events.put(None)
+
+        lanes = [self._lanes.submit(lane, number) for number in range(self.count)]
+        running = self.count
+        while running:
+            event = events.get()
+            if event is None:
+                running -= 1
+            else:
+                on_bytes(*event)
+        if self._failed:
+            raise self._failed[min(self._failed)]
+        for one in lanes:
+            one.result()
+
+    def _run_lane(self, jobs: list[ShardJob], lane: int, on_bytes: OnBytes) -> None:
+        number = 0
+
+        def checked(name: str, count: int) -> None:
+            if self._failed and min(self._failed) < number:
+                raise _OvertakenError
+            on_bytes(name, count)
+
+        writer = TensorWriter(
+            self._workers,
+            (plan for job in jobs for plan in job.plans),
+            window=self._window,
+            backlog=self._backlog,
+            buffers=self._buffers,
+            non_finite=self._conversion.options.non_finite,
+            on_bytes=checked,
+            params=self._conversion.choice.provider,
+        )
+        for job in jobs:
+            number = job.number
+            try:
+                self._write_shard(job, writer, self._writers[lane])
+            except _OvertakenError:
+                return
+            except BaseException as exc:
+                self._failed[number] = exc
+                raise
+
+    def _write_shard(self, job: ShardJob, writer: TensorWriter, pool: ThreadPoolExecutor) -> None:
+        """Writes a shard; it is hashed, synchronized and noted in the journal later."""
+        metadata = shard_metadata(self._conversion.plan.format_version)
+        path = self._folder / job.name
+        shard = ShardWriter(path, planned_entries(job.plans), metadata, pool)
+        self._opened.append(shard)
+        records = list(writer.write_all(job.plans, shard, job.number))
+        self._promised += records
+        record = self._workers.submit(_finish_shard, shard, self._sync)
+        self.finished[job.number] = self._notes.submit(_note, self._journal, record, records)
+
+
+def shard_metadata(version: str) -> dict[str, str]:
+    """Returns the strings that the header of a shard holds."""
+    return {"format": "pt", "codecllm.format_version": version}
+
+
+def _lanes(workers: int, shards: int) -> int:
+    return max(1, min(_MOST_LANES, workers // _WORKERS_OF_A_LANE, shards))
+
+
+def _note(
+    journal: Journal, record: Future[ShardRecord], tensors: list[Future[StoredRecord]]
+) -> FinishedShard:
+    """Notes in the journal that a shard is whole and on the disk."""
+    shard = FinishedShard(record.result(), [tensor.result() for tensor in tensors])
+    journal.add(shard)
+    return shard
+
+
+def _finish_shard(shard: ShardWriter, sync: ThreadPoolExecutor) -> ShardRecord:
+    head, size = shard.complete()
+    # The disk works while the file is hashed from the page cache.
+    sync_result = sync.submit(shard.sync)
+    with SafeFile(shard.path.parent, shard.path.name) as file:
+        digest = sha256_of_descriptor(file.descriptor)[0]
+    sync_result.result()
+    return ShardRecord(name=shard.path.name, bytes=size, sha256=digest, header_xxh3=xxh3_hex(head))
