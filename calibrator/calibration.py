@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from codecllm.calibrator.activations import mean_squared_inputs
-from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts
+from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts, StagedProducts
 from codecllm.calibrator.gradients import squared_gradients
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.names import by_source
@@ -220,12 +220,13 @@ def _with_gradients(model: Any, task: _Task, place: torch.device) -> Calibrated:
 
 
 def _room_for_sums(device: torch.device, task: _Task) -> Sums | None:
-    """Returns room on the device, if it is enough for all sums; None is a file."""
+    """Returns room on the device, or in a file where not all sums fit; None is a file."""
     if device == CPU:
         return None
     widths = [task.shapes[name][-1] for name in task.refined]
     needed = sum(4 * width**2 for width in widths) + 24 * max(widths, default=0) ** 2
-    return DeviceProducts(device) if needed + _WORK <= free_memory(device) else None
+    room = free_memory(device) - _WORK
+    return DeviceProducts(device) if needed <= room else StagedProducts(device, room)
 
 
 def _layer_by_layer(task: _Task) -> Calibrated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from codecllm.calibrator.rounding import DeviceFactor, codes_on_device, factor_o
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.rate.feedback import Feedback, shrinkage
-from codecllm.converter.rate.products import Sums
+from codecllm.converter.rate.products import InputProducts, Sums
 
 _GROUP_ROWS, _GROUP_ELEMENTS = 16384, 1 << 26
 """Rows and weights that are quantized at once: one row costs the columns' time, as many do."""
@@ -45,6 +46,42 @@ class DeviceProducts(Sums):
         # A sum that is made inside inference mode could not become a factor outside.
         with torch.inference_mode(False):
             self._matrices.append(torch.zeros((cols, cols), device=self.device))
+
+
+class StagedProducts(InputProducts):
+    """Sums in a file, of which those that are being added up lie in a device's memory."""
+
+    def __init__(self, device: torch.device, room: int, folder: Path | None = None) -> None:
+        """Makes the collection, empty, its file in `folder` or where temporary files are.
+
+        Args:
+            device: that of the model.
+            room: bytes of the device's memory for sums.
+            folder: of the file.
+        """
+        super().__init__(folder)
+        self.room = room
+        self._device = device
+        self._staged: dict[int, torch.Tensor] = {}
+
+    def settle(self) -> None:
+        """Moves all sums into the file."""
+        for number, total in self._staged.items():
+            torch.from_numpy(super().matrix(number)).copy_(total)
+        self._staged.clear()
+
+    def matrix(self, number: int) -> Any:
+        """Returns a sum, float32 [cols, cols]: on the device until it is settled."""
+        if number in self._staged:
+            return self._staged[number]
+        return super().matrix(number)
+
+    def _make_room(self, cols: int) -> None:
+        super()._make_room(cols)
+        # A sum that is made inside inference mode could not be changed outside.
+        with torch.inference_mode(False):
+            total = torch.zeros((cols, cols), device=self._device)
+        self._staged[len(self._sums)] = total
 
 
 class DeviceFeedback(Feedback):

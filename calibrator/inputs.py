@@ -36,8 +36,9 @@ def input_products(
         tokens: int64 [sequences, length].
         shapes: of all tensors of the source, by name.
         wanted: names of the weights whose inputs are added up.
-        on_sequence: called with the sequences done and all of them.
-        sums: receives the sums, empty; None keeps them in a temporary file.
+        on_sequence: called with the sequences done and all of them, over all runs.
+        sums: receives the sums, empty, on the device of the model; None keeps them in a temporary
+            file. Where they have not all room at once, the model runs several times.
 
     Returns:
         Sums for the weights of plain nn.Linear layers that the source has under their own names and
@@ -46,21 +47,44 @@ def input_products(
     Raises:
         OSError: the disk that holds temporary files is full.
     """
-    watch = _Watch(InputProducts() if sums is None else sums)
+    sums = InputProducts() if sums is None else sums
     layers = {name: layer for name, layer in _layers(model, shapes).items() if name in wanted}
-    hooks = [layer.register_forward_pre_hook(watch.hook(name)) for name, layer in layers.items()]
-    options = _without_logits(model, layers.values())
-    try:
-        with torch.inference_mode():
-            for first in range(0, len(tokens), _TOGETHER):
-                run(model, tokens[first : first + _TOGETHER].to(model.device), **options)
-                watch.forget()
-                if on_sequence is not None:
-                    on_sequence(min(first + _TOGETHER, len(tokens)), len(tokens))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return watch.finish()
+    parts = _parts(layers, sums.room)
+    done, total = 0, len(parts) * len(tokens)
+    for part in parts:
+        watch = _Watch(sums)
+        hooks = [layer.register_forward_pre_hook(watch.hook(name)) for name, layer in part.items()]
+        options = _without_logits(model, part.values())
+        try:
+            with torch.inference_mode():
+                for ids in tokens.split(_TOGETHER):
+                    run(model, ids.to(model.device), **options)
+                    watch.forget()
+                    done += len(ids)
+                    if on_sequence is not None:
+                        on_sequence(done, total)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        watch.finish()
+        sums.settle()
+    return sums
+
+
+def _parts(layers: dict[str, nn.Linear], room: int | None) -> list[dict[str, nn.Linear]]:
+    """Returns the layers in parts whose sums have room at the same time, even if none is shared."""
+    if room is None:
+        return [layers]
+    parts: list[dict[str, nn.Linear]] = [{}]
+    used_bytes = 0
+    for name, layer in layers.items():
+        size = 4 * layer.in_features**2
+        if parts[-1] and used_bytes + size > room:
+            parts.append({})
+            used_bytes = 0
+        parts[-1][name] = layer
+        used_bytes += size
+    return parts
 
 
 def _layers(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Linear]:
@@ -118,10 +142,10 @@ class _Watch:
         """Ends a pass: no tensor of the next one is one of this."""
         self._last = None
 
-    def finish(self) -> Sums:
-        """Returns the sums."""
+    def finish(self) -> None:
+        """Completes the sums of the layers that were seen, and drops those of no use."""
         products = self._products
-        for name in products.names():
+        for name in self._follows:
             number = products.number(name)
             total = torch.as_tensor(products.matrix(number))
             for block in _blocks(len(total)):
@@ -134,7 +158,6 @@ class _Watch:
                 usable = False
             if not usable:
                 products.drop(name)
-        return products
 
     def _see(self, name: str, values: torch.Tensor) -> None:
         # Layers such as query, key and value share one input: one sum serves all of them.
@@ -155,11 +178,8 @@ class _Watch:
 
     def _add(self, number: int, inputs: torch.Tensor) -> None:
         total = torch.as_tensor(self._products.matrix(number))
-        if inputs.device == total.device:
-            for block in _blocks(len(total)):
-                part = total[block.start :, block]
-                left = inputs[:, block.start :].T
-                part.addmm_(left, inputs[:, block])
-        else:  # the sums of all layers together exceed the device
-            total.add_((inputs.T @ inputs).to(total.device))
+        for block in _blocks(len(total)):
+            part = total[block.start :, block]
+            left = inputs[:, block.start :].T
+            part.addmm_(left, inputs[:, block])
         self._products.count(number, len(inputs))

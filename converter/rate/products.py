@@ -24,7 +24,13 @@ class _Sum:
 
 
 class Sums(ABC):
-    """Sums of X^T X by the names of tensors; tensors of layers with the same inputs share one."""
+    """Sums of X^T X by the names of tensors; tensors of layers with the same inputs share one.
+
+    Attributes:
+        room: bytes that sums may take while they are added up; None is any number.
+    """
+
+    room: int | None = None
 
     def __init__(self) -> None:
         """Makes the collection, empty."""
@@ -72,6 +78,9 @@ class Sums(ABC):
     def tokens(self, number: int) -> int:
         """Returns how many tokens a sum has seen."""
         return self._sums[number].tokens
+
+    def settle(self) -> None:  # noqa: B027 - most sums stay where they are
+        """Ends the time in which the sums that there are so far are added up."""
 
     @abstractmethod
     def matrix(self, number: int) -> Any:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import codecllm
 from codecllm import api
 from codecllm.calibrator import calibrate, calibration, text
-from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts
+from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts, StagedProducts
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.text import own_text
 from codecllm.cli import checking, converting, reading  # noqa: F401 - they register commands
@@ -35,6 +35,10 @@ SIZES = {
     "intermediate_size": 256,
     "max_position_embeddings": 80,
 }
+
+
+OTHER = torch.device("cpu", 0)
+"""Stands in for another device: the same memory under another name."""
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,22 @@ def test_sums_are_those_of_what_enters_the_layers_and_layers_with_the_same_input
     assert [len(some) for some in shared] == [1, 1] and len(set(numbers.values())) == 4
 
 
+@pytest.mark.parametrize(("room", "passes"), [(0, 14), (4 * 3 * 128**2, 6), (1 << 30, 1)])
+def test_sums_without_room_for_all_are_added_up_in_several_runs(tmp_path, model, room, passes):
+    tokens, told = torch.arange(7 * 20).reshape(7, 20) % 512, []
+    names = {name for name in _shapes(model) if name.endswith("proj.weight")}
+    once = input_products(model, tokens, _shapes(model), names)
+    staged = StagedProducts(OTHER, room, tmp_path)
+    got = input_products(model, tokens, _shapes(model), names, lambda *d: told.append(d), staged)
+    assert got is staged and not staged._staged
+    assert set(got.names()) == set(once.names()) == names
+    assert told[-1] == (7 * passes, 7 * passes) and len(told) == 2 * passes
+    for name in names:
+        numbers = once.number(name), got.number(name)
+        assert got.tokens(numbers[1]) == once.tokens(numbers[0]) == 140
+        assert np.array_equal(got.matrix(numbers[1]), once.matrix(numbers[0]))
+
+
 class Branching(torch.nn.Module):
     """Two layers with equal inputs for short sequences only, and one layer apart."""
 
@@ -260,10 +280,6 @@ def test_a_model_larger_than_memory_is_not_refined_and_that_is_said(source, monk
         found = calibrate(opened, "random", refined={"model.layers.0.mlp.up_proj.weight"})
     assert found.products is None
     assert any("no refinement" in note for note in found.notes)
-
-
-OTHER = torch.device("cpu", 0)
-"""Stands in for another device: the same memory under another name."""
 
 
 @pytest.fixture
