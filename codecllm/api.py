@@ -65,6 +65,7 @@ def convert(
     quality: Quality | None = None,
     calibrate: str | Path | None = None,
     refine: bool = False,
+    column_scales: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     non_finite: NonFinite = "error",
@@ -103,6 +104,9 @@ def convert(
             here.
         refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and
             a conversion that takes longer. Needs a rate and a calibration.
+        column_scales: whether columns may get scales where a rate is asked for. False is for
+            `export(format="compressed-tensors")`, which cannot hold them; it costs quality
+            (docs/bits.md).
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win over `include`.
         non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such
@@ -131,7 +135,7 @@ def convert(
     options = ConvertOptions(
         scheme=scheme,
         codec=codec,
-        rate=requested_rate(bits, ratio, quality, calibrate, refine),
+        rate=requested_rate(bits, ratio, quality, calibrate, refine, column_scales),
         include=include,
         exclude=exclude,
         non_finite=non_finite,

@@ -49,6 +49,8 @@ class Rate:
             package), `self` (the model writes it), `random` (random tokens), `none`, or a text
             file. None is `self`, or `none` where the model cannot run here.
         refine: whether codes of linear layers are chosen with error feedback. Needs a calibration.
+        column_scales: whether columns may get scales beside those of rows. Without them the
+            container can be exported packed (docs/exports.md), at a higher KL.
 
     Raises:
         UsageError: the fields contradict each other, or one is out of range.
@@ -59,6 +61,7 @@ class Rate:
     quality: Quality | None = None
     calibrate: str | Path | None = None
     refine: bool = False
+    column_scales: bool = True
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -99,14 +102,22 @@ def requested_rate(
     quality: Quality | None = None,
     calibrate: str | Path | None = None,
     refine: bool = False,
+    column_scales: bool = True,
 ) -> Rate | None:
     """Returns the rate that these fields of `Rate` describe, or None where none is asked for.
 
     Raises:
-        UsageError: `calibrate` or `refine` stands without a rate, or see `Rate`.
+        UsageError: `calibrate`, `refine` or `column_scales` stands without a rate, or see `Rate`.
     """
     if bits is not None or ratio is not None or quality is not None:
-        return Rate(bits=bits, ratio=ratio, quality=quality, calibrate=calibrate, refine=refine)
+        return Rate(
+            bits=bits,
+            ratio=ratio,
+            quality=quality,
+            calibrate=calibrate,
+            refine=refine,
+            column_scales=column_scales,
+        )
     if calibrate is not None:
         raise UsageError(
             "calibrate needs bits, ratio or quality: plain int8 takes its steps from the largest "
@@ -114,6 +125,10 @@ def requested_rate(
         )
     if refine:
         raise UsageError("refine needs bits, ratio or quality: plain int8 rounds to nearest")
+    if not column_scales:
+        raise UsageError(
+            "no column scales: that needs bits, ratio or quality, plain int8 has none in any case"
+        )
     return None
 
 

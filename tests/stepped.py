@@ -83,11 +83,13 @@ def fitted(
         on_stage: called with a sentence when a stage begins.
         fields: further fields of `ConvertOptions`.
     """
-    options = ConvertOptions(rate=Rate(bits=bits), **fields)  # type: ignore[arg-type]
+    rate = Rate(bits=bits, column_scales=column_scales)
+    options = ConvertOptions(rate=rate, **fields)  # type: ignore[arg-type]
     with SourceModel(folder) as model:
         return fit(model, options, statistics or {}, feedback, on_stage)
 
 
+    column_scales: bool = True,
 def mixed(plan: TensorPlan) -> QuantParams:
     """Returns steps for a tiny llama: a wide tensor, a refined one, one without columns, others."""
     name = plan.source.name
@@ -98,6 +100,7 @@ def mixed(plan: TensorPlan) -> QuantParams:
     steps = make_steps(
         plan, 0.1, short="self_attn" not in name, tile=(24, 20) if "down" in name else None
     )
+        column_scales: as in `Rate`.
     if name == "model.layers.0.mlp.up_proj.weight":
         codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
         codes[::2, ::3] += 1

@@ -31,6 +31,7 @@ def convert(
     calibrate: options.Calibrate = None,
     refine: options.Refine = False,
     device: options.Device = "cpu",
+    column_scales: options.ColumnScales = True,
     include: options.Include = None,
     exclude: options.Exclude = None,
     non_finite: options.NonFinite = "error",
@@ -72,7 +73,7 @@ def convert(
     convert_options = ConvertOptions(
         scheme=scheme,
         codec=codec,
-        rate=requested_rate(bits, ratio, quality, calibrate, refine),
+        rate=requested_rate(bits, ratio, quality, calibrate, refine, column_scales),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         non_finite=non_finite,

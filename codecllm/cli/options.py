@@ -108,6 +108,15 @@ Refine = Annotated[
         rich_help_panel=RATE_PANEL,
     ),
 ]
+ColumnScales = Annotated[
+    bool,
+    typer.Option(
+        "--column-scales/--no-column-scales",
+        help="Without scales of columns the container can be exported packed (compressed-tensors), "
+        "at a higher KL: docs/bits.md has the price.",
+        rich_help_panel=RATE_PANEL,
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(help="Quantize tensors matching this glob too. May be repeated."),

@@ -12,7 +12,8 @@ equal bits (docs/bits.md) is the geometric mean of the two:
 where rms[r] is the root mean square of the row's weights, rows and cols have geometric mean 1, and
 `level` is the tensor's mean log step of F^-1/2. So the mean log step of a tensor lies halfway
 between what gradients ask for and what its weights ask for: gradients alone serve some models well
-and others badly. One number k sets the rate of the whole model.
+and others badly. One number k sets the rate of the whole model. Where columns may have no scales,
+F[r, c] is taken as its mean over the row.
 """
 
 from __future__ import annotations
@@ -86,16 +87,28 @@ class Factors:
         return bool((self.cols != 1).any())
 
 
-def factors_of(sensitivity: Sensitivity | None, rows: int, cols: int) -> Factors:
+def factors_of(
+    sensitivity: Sensitivity | None, rows: int, cols: int, *, column_scales: bool = True
+) -> Factors:
     """Returns the relative steps of a matrix of `rows` x `cols` weights.
 
     Without a sensitivity every row's is its rms.
+
+    Args:
+        sensitivity: of the matrix, or None.
+        rows: of the matrix.
+        cols: of the matrix.
+        column_scales: whether columns may have factors.
     """
     # Statistics of another shape belong to another layout: then the weights alone decide.
     if sensitivity is None or not _usable(sensitivity.cols, cols):
         return Factors(np.ones(rows), np.ones(cols), 1.0, False, 1.0)
     col_sums = _damped(sensitivity.cols, COLUMN_DAMPING)
-    col_factors = _normalised(col_sums**-0.5)
+    if column_scales:
+        col_factors = _normalised(col_sums**-0.5)
+    else:
+        # The harm of a step that a whole row shares is that of its mean sensitivity.
+        col_sums, col_factors = np.full(cols, col_sums.mean()), np.ones(cols)
     if sensitivity.rows is None or not _usable(sensitivity.rows, rows):
         return Factors(np.ones(rows), col_factors, 1.0, False, 1.0)
     row_sums = _damped(sensitivity.rows, ROW_DAMPING)

@@ -95,7 +95,9 @@ class Sampled:
         return QuantParams(rows, cols, None if cols is None else self.groups)
 
 
-def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
+def sample(
+    plan: TensorPlan, sensitivity: Sensitivity | None, *, column_scales: bool = True
+) -> Sampled | None:
     """Reads a tensor once, finds its relative steps and picks blocks of it.
 
     None where a weight is not finite.
@@ -103,17 +105,16 @@ def sample(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
     Args:
         plan: of scheme `int8`.
         sensitivity: from a calibration, or None.
+        column_scales: whether columns may have factors.
     """
-    return (
-        _sample_columns(plan, sensitivity)
-        if plan.kind == "column"
-        else _sample_rows(plan, sensitivity)
-    )
-
-
-def _sample_rows(plan: TensorPlan, sensitivity: Sensitivity | None) -> Sampled | None:
+    if plan.kind == "column":
+        return _sample_columns(plan, sensitivity)
     rows, cols = plan.matrix
-    factors = factors_of(sensitivity, rows, cols)
+    return _sample_rows(plan, factors_of(sensitivity, rows, cols, column_scales=column_scales))
+
+
+def _sample_rows(plan: TensorPlan, factors: Factors) -> Sampled | None:
+    rows, cols = plan.matrix
     # Column factors are stored as BF16, and the samples have to see the stored values.
     factors = replace(
         factors, cols=nearest_bf16(factors.cols.astype(np.float32)).astype(np.float64)

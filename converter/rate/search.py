@@ -92,7 +92,7 @@ def fit(
         raise UsageError("the options ask for no rate")
     plan = plan_conversion(model, options, accepts_params=True)
     with ThreadPoolExecutor(options.threads) as executor:
-        tensors = _sample_all(plan.tensors, statistics, executor)
+        tensors = _sample_all(plan.tensors, statistics, rate.column_scales, executor)
         if not tensors:
             raise UsageError(
                 "no tensor of this model is quantized: there is no rate to choose",
@@ -128,7 +128,7 @@ def fit(
 
 
 def _sample_all(
-    plans: Sequence[TensorPlan], statistics: Statistics, executor: Executor
+    plans: Sequence[TensorPlan], statistics: Statistics, column_scales: bool, executor: Executor
 ) -> dict[str, Sampled]:
     """Returns the tensors that get parameters, by name.
 
@@ -138,7 +138,8 @@ def _sample_all(
         plan for plan in plans if plan.accepts_params and plan.matrix[1] <= ONE_PASS_COLUMNS
     ]
     tensor_samples = executor.map(
-        lambda plan: sample(plan, statistics.get(plan.source.name)), eligible
+        lambda plan: sample(plan, statistics.get(plan.source.name), column_scales=column_scales),
+        eligible,
     )
     return {tensor.plan.source.name: tensor for tensor in tensor_samples if tensor is not None}
 

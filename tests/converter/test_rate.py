@@ -58,6 +58,38 @@ def test_a_tensors_steps_are_the_mean_of_what_its_gradients_and_its_weights_ask_
     assert np.allclose(row_steps(one, 4 * rms, 4 * size) / row_steps(one, rms, size), 4**0.5)
 
 
+def test_without_factors_of_columns_a_row_has_their_mean_sensitivity():
+    rows, even = np.array([1.0, 16.0, 81.0]), np.full(4, 2.5)
+    uneven = np.array([1.0, 1.0, 1.0, 7.0])
+    one, other = (
+        factors_of(Sensitivity(cols, rows), 3, 4, column_scales=False) for cols in (even, uneven)
+    )
+    assert not one.by_column
+    assert not other.by_column
+    assert other.level == pytest.approx(one.level)
+    assert np.array_equal(one.rows, other.rows)
+    with_columns = factors_of(Sensitivity(uneven, rows), 3, 4)
+    assert with_columns.by_column
+    assert with_columns.level > one.level
+    inputs_alone = factors_of(Sensitivity(uneven), 3, 4, column_scales=False)
+    assert not inputs_alone.by_column
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+def test_the_rate_is_hit_without_scales_of_columns(tmp_path, made, bits):
+    folder = made(w=_gaussian(1024, 1024))
+    seen = {"w": Sensitivity(np.exp(_gaussian(1, 1024, 1)[0]), np.exp(_gaussian(1, 1024, 2)[0]))}
+    for column_scales in (True, False):
+        steps = fitted(folder, bits, seen, column_scales=column_scales)
+        out = tmp_path / str(column_scales)
+        report = convert(folder, out, choice=ParamsChoice(steps, Rate(bits=bits)))
+        assert report.quantized_bits_per_weight == pytest.approx(bits, rel=0.005)
+        (record,) = report.manifest.tensors
+        assert (record.xxh3.col_scale is not None) == column_scales
+        assert ("col_scale" in report.manifest.required_features) == column_scales
+        assert record.scale_dtype == "BF16"
+
+
 @pytest.mark.parametrize("bits", [2.0, 3.1, 5.0, 7.5])
 def test_the_rate_is_hit(tmp_path, made, bits):
     folder = made(a=_gaussian(1500, 700), b=_gaussian(300, 900, 1) * np.exp(_gaussian(1, 900, 2)))

@@ -305,6 +305,7 @@ def test_what_cannot_run_is_converted_uncalibrated_with_a_line_that_says_so(
         ({"bits": 5, "ratio": 3}, "exclude one another"),
         ({"bits": 5, "calibrate": "no-such-file"}, "no such calibration"),
         ({"calibrate": "self"}, "calibrate needs bits"),
+        ({"column_scales": False}, "no column scales: that needs bits"),
         ({"quality": "best"}, "no such quality"),
         ({"ratio": 40, "calibrate": "none"}, "out of reach"),
     ],
