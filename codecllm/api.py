@@ -259,6 +259,7 @@ def export(
     out: str | Path,
     *,
     format: ExportFormat = "safetensors",
+    width: int | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     workers: int | None = None,
     revision: str | None = None,
@@ -272,8 +273,10 @@ def export(
         container: folder or Hub id.
         out: folder to make.
         format: `safetensors`: a plain model in the source's dtypes. `compressed-tensors`: int8
-            weights of linear modules stay int8, in that library's `pack-quantized` layout;
-            everything else is plain. `gguf`: refused, with the reason.
+            weights of linear modules keep codes and scales, in that library's `pack-quantized`
+            layout; everything else is plain. `gguf`: refused, with the reason.
+        width: bits of a packed code, 2 to 8, for `compressed-tensors`; None takes the fewest that
+            hold all codes.
         max_shard_bytes: no weight file is longer, unless one tensor is.
         workers: decoding threads; None takes one per core.
         revision: branch, tag or commit of a Hub id.
@@ -289,13 +292,15 @@ def export(
         raise UsageError(
             "no such format", got=repr(format), expected=", ".join(get_args(ExportFormat))
         )
+    if width is not None and format != "compressed-tensors":
+        raise UsageError("width goes with format 'compressed-tensors'", got=repr(format))
     folder = resolve(container, revision=revision, token=token, cache_dir=cache_dir).folder
     layout = None
     with Container(folder) as opened_container:
         if format == "gguf":
             gguf.refuse(opened_container)
         if format == "compressed-tensors":
-            layout = _compressed_tensors_layout(opened_container)
+            layout = _packed_layout(opened_container, width, workers)
     return export_folder(
         folder,
         out,
@@ -306,12 +311,12 @@ def export(
     )
 
 
-def _compressed_tensors_layout(container: Container) -> PackedLayout:
+def _packed_layout(container: Container, width: int | None, workers: int | None) -> PackedLayout:
     """Returns the layout; the model class is asked only where there are int8 tensors to pack."""
     manifest = container.manifest
-    config = manifest.file("config.json")
-    if config is None or manifest.options.scheme != "int8":
-        return plan_layout(manifest, ())
-    from codecllm.loader.hf.plain import linear_modules
+    modules: list[str] = []
+    if manifest.file("config.json") is not None and manifest.options.scheme == "int8":
+        from codecllm.loader.hf.plain import linear_modules
 
-    return plan_layout(manifest, linear_modules(container))
+        modules = linear_modules(container)
+    return plan_layout(container, modules, width=width, workers=workers)

@@ -65,12 +65,30 @@ def provider(factor: float = 0.1, **fields: object) -> Callable[[TensorPlan], Qu
     return lambda plan: make_steps(plan, factor, **fields)  # type: ignore[arg-type]
 
 
+def row_steps(
+    largest: int, kept: Callable[[np.ndarray], np.ndarray] = np.copy
+) -> Callable[[TensorPlan], QuantParams]:
+    """Returns a provider of steps of rows alone, whose largest code is at most `largest`.
+
+    Args:
+        largest: the code.
+        kept: rounds the steps, upwards.
+    """
+
+    def choose(plan: TensorPlan) -> QuantParams:
+        farthest = np.abs(weights_of(plan)).max(axis=1)
+        return QuantParams(kept((farthest / largest).astype(np.float32)))
+
+    return choose
+
+
 def fitted(
     folder: Path,
     bits: float,
     statistics: Statistics | None = None,
     feedback: Feedback | None = None,
     on_stage: Callable[[str], None] | None = None,
+    column_scales: bool = True,
     **fields: object,
 ) -> FittedParams:
     """Returns parameters for a rate.
@@ -81,6 +99,7 @@ def fitted(
         statistics: sensitivities by tensor name.
         feedback: refines codes, or None.
         on_stage: called with a sentence when a stage begins.
+        column_scales: as in `Rate`.
         fields: further fields of `ConvertOptions`.
     """
     rate = Rate(bits=bits, column_scales=column_scales)
@@ -89,7 +108,6 @@ def fitted(
         return fit(model, options, statistics or {}, feedback, on_stage)
 
 
-    column_scales: bool = True,
 def mixed(plan: TensorPlan) -> QuantParams:
     """Returns steps for a tiny llama: a wide tensor, a refined one, one without columns, others."""
     name = plan.source.name
@@ -100,7 +118,6 @@ def mixed(plan: TensorPlan) -> QuantParams:
     steps = make_steps(
         plan, 0.1, short="self_attn" not in name, tile=(24, 20) if "down" in name else None
     )
-        column_scales: as in `Rate`.
     if name == "model.layers.0.mlp.up_proj.weight":
         codes = quantize(weights_of(plan), step_sizes(steps.row_scale, steps.col_scale), wide=True)
         codes[::2, ::3] += 1

@@ -122,11 +122,19 @@ def export(
     format: Annotated[
         options.FormatName,
         typer.Option(
-            help="safetensors: a plain model in the source's dtypes. compressed-tensors: int8 "
-            "weights stay int8 "
-            "(pack-quantized). gguf: refused, Q8_0 cannot hold the scales."
+            help="safetensors: a plain model in the source's dtypes. compressed-tensors: linear "
+            "layers keep codes and scales (pack-quantized). gguf: refused, Q8_0 cannot hold the "
+            "scales."
         ),
     ] = "safetensors",
+    width: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=8,
+            help="Bits of a code, for compressed-tensors. Default: the fewest that hold all codes.",
+        ),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="No weight file is longer.")] = "5GB",
     revision: Revision = None,
     workers: Workers = None,
@@ -137,9 +145,10 @@ def export(
 
     By default plain safetensors, bit-identical from lossless, dequantized from int8.
 
-    With [bold]--format compressed-tensors[/bold] the int8 weights of linear layers keep codes and
-    scales, in the layout that transformers (with compressed-tensors installed) and vLLM know;
-    embeddings and all else are written plainly.
+    With [bold]--format compressed-tensors[/bold] linear layers keep codes of 2 to 8 bits and one
+    scale per output channel, in the layout that transformers (with compressed-tensors installed)
+    and vLLM know; embeddings and all else are written plainly. Scales of columns do not fit: make
+    containers with --bits by [bold]convert --no-column-scales[/bold] for it.
 
     Example: [bold]codecllm export out/ packed/ --format compressed-tensors[/bold]
     """
@@ -150,6 +159,7 @@ def export(
             container,
             out,
             format=format,
+            width=width,
             revision=revision,
             workers=workers,
             max_shard_bytes=parse_size(max_shard_size),
@@ -160,9 +170,12 @@ def export(
             "out": str(report.out),
             "shards": report.shards,
             "tensor_bytes": report.tensor_bytes,
+            "notes": list(report.notes),
         }
         typer.echo(json.dumps(facts))
     else:
+        for note in report.notes:
+            stdout.print(note, markup=False)
         stdout.print(
             f"wrote {report.tensor_bytes:,} bytes of tensors in {len(report.shards)} files to "
             f"{report.out}",

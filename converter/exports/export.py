@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from codecllm.converter.exports.compressed_tensors import (
     PACKED,
     PACKED_SCALE,
     PACKED_SHAPE,
+    PLAIN,
     PackedLayout,
-    pack_codes,
-    packed_columns,
 )
+from codecllm.converter.exports.packed_words import pack_codes, packed_columns
 from codecllm.converter.options import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
 from codecllm.converter.source.side_files import pack_index, write_listed
 from codecllm.converter.write.staging import Staging
@@ -44,11 +44,19 @@ from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """The result of an export: the folder, its weight files, and the bytes of all tensors."""
+    """The result of an export.
+
+    Attributes:
+        out: the folder.
+        shards: its weight files.
+        tensor_bytes: bytes of all tensors.
+        notes: sentences for the user.
+    """
 
     out: Path
     shards: list[str]
     tensor_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -65,7 +73,7 @@ def export(
     Args:
         container: the container's folder.
         out: folder to make; absent or empty.
-        layout: tensors to write as packed int8 (`compressed_tensors.plan_layout`); None writes all
+        layout: tensors to write as packed codes (`compressed_tensors.plan_layout`); None writes all
             of them plainly.
         max_shard_bytes: no weight file is longer, unless one tensor is.
         workers: decoding threads; None takes one per core, or more where the codec gains by it.
@@ -78,7 +86,7 @@ def export(
     """
     options = ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes)
     with Container(container) as source_container, Staging(out, force=False) as staging:
-        packed_names = layout.packed if layout is not None else frozenset()
+        layout = layout or PLAIN
         records_by_shard = _place(source_container.manifest.tensors, max_shard_bytes)
         names = (
             ["model.safetensors"]
@@ -86,7 +94,7 @@ def export(
             else [shard_name(n + 1, len(records_by_shard)) for n in range(len(records_by_shard))]
         )
         sizes = {
-            record.name: _written_bytes(record, packed_names)
+            record.name: _written_bytes(record, layout)
             for record in source_container.manifest.tensors
         }
         done_bytes, total = 0, sum(sizes.values())
@@ -99,17 +107,17 @@ def export(
                     source_container,
                     staging.folder / name,
                     records,
-                    packed_names,
+                    layout,
                 ):
                     done_bytes += count
                     if progress is not None:
                         progress(tensor, done_bytes, total)
         if len(records_by_shard) > 1:
-            _write_index(staging.folder, names, records_by_shard, total, packed_names)
+            _write_index(staging.folder, names, records_by_shard, total, layout)
         _write_side_files(source_container, staging.folder, layout)
         # Without config.json a folder is no model: a kill leaves no half of one.
         staging.commit_plain(last="config.json")
-    return ExportReport(Path(out), names, total)
+    return ExportReport(Path(out), names, total, layout.notes)
 
 
 def _place(records: list[TensorRecord], max_shard_bytes: int) -> list[list[TensorRecord]]:
@@ -126,19 +134,19 @@ def _place(records: list[TensorRecord], max_shard_bytes: int) -> list[list[Tenso
     return shards
 
 
-def _written_bytes(record: TensorRecord, packed: Collection[str]) -> int:
-    return sum(tensor.max_bytes for tensor in _planned(record, packed))
+def _written_bytes(record: TensorRecord, layout: PackedLayout) -> int:
+    return sum(tensor.max_bytes for tensor in _planned(record, layout))
 
 
-def _planned(record: TensorRecord, packed: Collection[str]) -> list[PlannedTensor]:
+def _planned(record: TensorRecord, layout: PackedLayout) -> list[PlannedTensor]:
     """Returns the tensors that are written for one of the container, with their exact sizes."""
-    if record.name not in packed:
+    if record.name not in layout.packed:
         return [
             PlannedTensor(
                 record.name, DTYPES[record.dtype], tuple(record.shape), record.source_bytes
             )
         ]
-    rows, words = record.shape[0], packed_columns(record.shape[1])
+    rows, words = record.shape[0], packed_columns(record.shape[1], layout.width)
     module = record.name.removesuffix("weight")
     return [
         PlannedTensor(module + PACKED, DTYPES["I32"], (rows, words), 4 * rows * words),
@@ -153,18 +161,18 @@ def _write_shard(
     container: Container,
     path: Path,
     records: list[TensorRecord],
-    packed: Collection[str],
+    layout: PackedLayout,
 ) -> Iterator[tuple[str, int]]:
     """Writes a shard; yields the name of each tensor with the bytes that were written for it."""
     shard = ShardWriter(
         path,
-        [tensor for record in records for tensor in _planned(record, packed)],
+        [tensor for record in records for tensor in _planned(record, layout)],
         {"format": "pt"},
     )
     try:
         for record in records:
-            write = _write_packed if record.name in packed else _write_plain
-            for size in write(executor, window, container, shard, record):
+            write = _write_packed if record.name in layout.packed else _write_plain
+            for size in write(executor, window, container, shard, record, layout):
                 yield record.name, size
         shard.finish()
     except BaseException:
@@ -178,7 +186,9 @@ def _write_plain(
     container: Container,
     shard: ShardWriter,
     record: TensorRecord,
+    layout: PackedLayout,
 ) -> Iterator[int]:
+    del layout
     digest = hashlib.sha256()
     for part in _parts(executor, window, container, record.name):
         digest.update(part)
@@ -194,6 +204,7 @@ def _write_packed(
     container: Container,
     shard: ShardWriter,
     record: TensorRecord,
+    layout: PackedLayout,
 ) -> Iterator[int]:
     """Writes codes as packed words, then scales and shape.
 
@@ -205,10 +216,10 @@ def _write_packed(
     for codes in _codes(executor, window, tensor):
         # The digest covers codes, not words: they are hashed before they are packed.
         digest.update(codes.tobytes())
-        words = pack_codes(codes)
+        words = pack_codes(codes, layout.width)
         shard.write(words)
         yield words.nbytes
-    codes_entry, scale, shape = _planned(record, {record.name})
+    codes_entry, scale, shape = _planned(record, layout)
     shard.end_tensor(codes_entry.name, "I32", codes_entry.max_shape)
     scales = tensor.scales.astype("<f4").tobytes()
     digest.update(scales)
@@ -266,19 +277,19 @@ def _write_index(
     names: list[str],
     placed: list[list[TensorRecord]],
     total: int,
-    packed: Collection[str],
+    layout: PackedLayout,
 ) -> None:
     weight_map = {
         tensor.name: name
         for name, records in zip(names, placed, strict=True)
         for record in records
-        for tensor in _planned(record, packed)
+        for tensor in _planned(record, layout)
     }
     parameters = sum(record.elements for records in placed for record in records)
     write_listed(folder, INDEX_NAME, pack_index(weight_map, total, parameters))
 
 
-def _write_side_files(container: Container, folder: Path, layout: PackedLayout | None) -> None:
+def _write_side_files(container: Container, folder: Path, layout: PackedLayout) -> None:
     for record in container.manifest.files:
         # The index is written anew, and the baseline belongs to the container.
         if record.name in (INDEX_NAME, BASELINE_NAME):
@@ -291,7 +302,7 @@ def _write_side_files(container: Container, folder: Path, layout: PackedLayout |
             block = config.pop("quantization_config", None)
             if isinstance(block, dict) and ORIGINAL_KEY in block:
                 config["quantization_config"] = block[ORIGINAL_KEY]
-            if layout is not None:
+            if layout.packed:
                 config["quantization_config"] = layout.quantization_config
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         write_listed(folder, record.name, data)

@@ -9,7 +9,7 @@ import pytest
 
 WITH_EXAMPLES = [
     "codecllm.cli.options",
-    "codecllm.converter.exports.compressed_tensors",
+    "codecllm.converter.exports.packed_words",
     "codecllm.converter.options",
     "codecllm.converter.plan.params",
     "codecllm.converter.plan.policy",

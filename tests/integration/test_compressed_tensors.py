@@ -10,12 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import codecllm
+from codecllm import api
 from codecllm.api import export
-from codecllm.converter import convert
+from codecllm.converter import ParamsChoice, convert
+from codecllm.converter.plan.params import next_bf16
 from codecllm.formats.errors import NotAContainerError, UsageError
 from tests.integration import tiny_models
+from tests.stepped import row_steps
 
 TOKENS = torch.arange(1, 33)[None]
+NOT = ("*norm*", "*mlp.gate.*")
 
 
 @pytest.fixture
@@ -96,6 +100,51 @@ def test_kept_packed_it_is_ours_where_the_dtype_holds_the_scales(package, tmp_pa
     rounded = logits(load(tmp_path / "packed", torch.bfloat16))
     ours = logits(codecllm.from_pretrained(tmp_path / "out", dtype=torch.bfloat16))
     torch.testing.assert_close(rounded, ours, rtol=2**-7, atol=2**-7 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("width", range(2, 9))
+def test_codes_of_every_width(package, tiny, tmp_path, name, width):
+    """Steps of type BF16, as `--bits` makes them, are kept by packed models too."""
+    from transformers import CompressedTensorsConfig
+
+    choice = ParamsChoice(row_steps((1 << (width - 1)) - 1, next_bf16))
+    convert(tiny(name), tmp_path / "out", include=("*.weight",), exclude=NOT, choice=choice)
+    report = export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors")
+    assert report.notes[0].endswith(f"have {width} bits a code")
+    ours = codecllm.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    weights = ours.state_dict()
+    config = CompressedTensorsConfig(dequantize=True)
+    theirs = load(tmp_path / "packed", torch.bfloat16, quantization_config=config)
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value.to(torch.bfloat16), weights[key]), key
+    if name == "qwen3":
+        packed = load(tmp_path / "packed", torch.bfloat16)
+        assert packed.model.layers[0].mlp.up_proj.weight_packed.dtype == torch.int32
+        assert torch.equal(logits(packed), logits(ours))
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_a_container_with_a_rate(package, tiny, tmp_path, refine):
+    """Calibrated steps without scales of columns: the packed model is the container's, exactly."""
+    api.convert(
+        tiny("qwen3"),
+        tmp_path / "out",
+        bits=4,
+        include=("*_proj.weight",),
+        refine=refine,
+        column_scales=False,
+        baseline=False,
+    )
+    export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors")
+    packed = load(tmp_path / "packed", torch.bfloat16)
+    ours = codecllm.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.equal(logits(packed), logits(ours))
+
+
+def test_a_width_for_another_format(container, tmp_path):
+    with pytest.raises(UsageError, match="width goes with format 'compressed-tensors'"):
+        export(container("llama", "int8"), tmp_path / "plain", width=4)
 
 
 def test_without_linear_int8_weights_there_is_nothing_to_export(container, tmp_path):
