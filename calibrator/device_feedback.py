@@ -117,6 +117,7 @@ class DeviceFeedback(Feedback):
                 (row_scale, col_scale),
                 factor,
                 params.deadzone,
+                limits=params.limits,
             )
 
     def taken(self, codes: Any, rows: slice) -> NDArray[np.int16]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from codecllm.converter.plan.params import WIDE_CODES
 from codecllm.converter.rate.feedback import RIDGE
-from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
 from codecllm.loader.kernels.nvrtc import Kernel
 
 PANEL = 64
@@ -52,6 +52,7 @@ class Panel:
         deadzone: float32 [1].
         errors: float32 [columns, rows], receives the errors.
         codes: int16 [columns, rows], receives the codes.
+        limits: the smallest and the largest of them.
     """
 
     weights: torch.Tensor
@@ -62,6 +63,7 @@ class Panel:
     deadzone: torch.Tensor
     errors: torch.Tensor
     codes: torch.Tensor
+    limits: tuple[int, int] = WIDE_CODES
 
 
 def factor_on_device(products: torch.Tensor, shrunk: float) -> DeviceFactor:
@@ -84,6 +86,7 @@ def codes_on_device(
     factor: DeviceFactor,
     deadzone: float = 0.0,
     round_panel: Callable[[Panel], None] | None = None,
+    limits: tuple[int, int] = WIDE_CODES,
 ) -> torch.Tensor:
     """Quantizes rows with error feedback.
 
@@ -93,6 +96,7 @@ def codes_on_device(
         factor: of the inputs.
         deadzone: as in `QuantParams`.
         round_panel: rounds a panel; None takes the fastest way of the device.
+        limits: as in `QuantParams`.
 
     Returns:
         int16 [rows, cols], the codes, on the device of the weights.
@@ -124,6 +128,7 @@ def codes_on_device(
                 dead,
                 errors[part],
                 codes[part],
+                limits,
             )
         )
     return codes.t().index_select(1, torch.argsort(order))
@@ -135,7 +140,7 @@ def round_by_columns(panel: Panel) -> None:
         step = panel.row_scale * panel.col_scale[col]
         quotient = panel.shifted[col] / step
         quotient -= torch.copysign(panel.deadzone, quotient)
-        code = quotient.round_().clamp_(MIN_WIDE_CODE, MAX_WIDE_CODE)
+        code = quotient.round_().clamp_(*panel.limits)
         panel.codes[col] = code
         error = panel.weights[col] - code * step
         panel.errors[col] = error
@@ -162,8 +167,7 @@ def round_by_kernel(panel: Panel) -> None:
         rows,
         columns,
         panel.ratios.stride(0),
-        MIN_WIDE_CODE,
-        MAX_WIDE_CODE,
+        *panel.limits,
     ]
     kernel.launch(-(-rows // _THREADS), _THREADS, 0, arguments)
 

@@ -104,9 +104,9 @@ def convert(
             here.
         refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and
             a conversion that takes longer. Needs a rate and a calibration.
-        column_scales: whether columns may get scales where a rate is asked for. False is for
-            `export(format="compressed-tensors")`, which cannot hold them; it costs quality
-            (docs/bits.md).
+        column_scales: whether columns may get scales, and codes more than 8 bits, where a rate is
+            asked for. False is for `export(format="compressed-tensors")`, which cannot hold them;
+            it costs quality (docs/bits.md).
         include: glob patterns of tensor names to quantize beside the default choice.
         exclude: glob patterns of tensor names not to quantize; they win over `include`.
         non_finite: `error` stops at NaN or infinite weights under int8, `lossless` keeps such

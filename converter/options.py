@@ -49,8 +49,9 @@ class Rate:
             package), `self` (the model writes it), `random` (random tokens), `none`, or a text
             file. None is `self`, or `none` where the model cannot run here.
         refine: whether codes of linear layers are chosen with error feedback. Needs a calibration.
-        column_scales: whether columns may get scales beside those of rows. Without them the
-            container can be exported packed (docs/exports.md), at a higher KL.
+        column_scales: whether columns may get scales beside those of rows, and codes more than 8
+            bits. Without both the container can be exported packed (docs/exports.md), at a higher
+            KL.
 
     Raises:
         UsageError: the fields contradict each other, or one is out of range.

@@ -112,8 +112,8 @@ ColumnScales = Annotated[
     bool,
     typer.Option(
         "--column-scales/--no-column-scales",
-        help="Without scales of columns the container can be exported packed (compressed-tensors), "
-        "at a higher KL: docs/bits.md has the price.",
+        help="Without scales of columns, and codes beyond 8 bits, the container can be exported "
+        "packed (compressed-tensors), at a higher KL: docs/bits.md has the price.",
         rich_help_panel=RATE_PANEL,
     ),
 ]

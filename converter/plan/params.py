@@ -15,6 +15,7 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.manifest.records import DEADZONE, NEAREST
 from codecllm.formats.schemes.columns import order_of
 from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
+from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS, Grid, default_grid
 
 COLUMN_GROUPS = 8
@@ -26,6 +27,9 @@ too much.
 """
 
 _MIN_COLUMNS = 32
+
+WIDE_CODES, NARROW_CODES = (MIN_WIDE_CODE, MAX_WIDE_CODE), (-127, 127)
+"""The smallest and the largest code of two planes, and of one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +58,7 @@ class QuantParams:
         refined: the name of the method behind `codes`; None where there are none.
         wide: whether codes beyond 127 are to be expected. It only spares a second look at tensors
             of several blocks.
+        limits: the smallest and the largest code that a method behind `codes` may choose.
     """
 
     row_scale: NDArray[np.float32]
@@ -64,6 +69,7 @@ class QuantParams:
     codes: Callable[[int, int], NDArray[np.int16]] | None = None
     refined: str | None = None
     wide: bool = False
+    limits: tuple[int, int] = WIDE_CODES
 
     @property
     def rounding(self) -> str:

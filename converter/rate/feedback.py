@@ -24,11 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.encode.quantize import as_float32, round_toward_zero
-from codecllm.converter.plan.params import QuantParams
+from codecllm.converter.plan.params import WIDE_CODES, QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.rate.products import Sums
 from codecllm.formats.manifest.records import FEEDBACK, FEEDBACK_DEADZONE
-from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_WIDE_CODE
 
 RIDGE = 0.01
 """Share of the mean diagonal that is added to it."""
@@ -90,6 +89,7 @@ def refined_codes(
     scales: tuple[NDArray[np.float32], NDArray[np.float32] | None],
     factor: Factor,
     deadzone: float = 0.0,
+    limits: tuple[int, int] = WIDE_CODES,
 ) -> NDArray[np.int16]:
     """Quantizes rows with error feedback; they do not depend on one another.
 
@@ -98,6 +98,7 @@ def refined_codes(
         scales: float32 [rows], and factors of the columns, float32 [cols], or None.
         factor: of the inputs.
         deadzone: as in `QuantParams`.
+        limits: the smallest and the largest code that there may be.
 
     Returns:
         int16 [rows, cols], the codes.
@@ -125,10 +126,9 @@ def refined_codes(
                 round_toward_zero(quotient, deadzone, rounded_codes)
             else:
                 np.rint(quotient, out=rounded_codes)
-            np.maximum(
-                rounded_codes, MIN_WIDE_CODE, out=rounded_codes
-            )  # a code that has no more room feeds its whole error on
-            np.minimum(rounded_codes, MAX_WIDE_CODE, out=rounded_codes)
+            # A code that has no more room feeds its whole error on.
+            np.maximum(rounded_codes, limits[0], out=rounded_codes)
+            np.minimum(rounded_codes, limits[1], out=rounded_codes)
             codes[col] = rounded_codes
             np.multiply(rounded_codes, step, out=rounded_codes)
             np.subtract(weights_by_column[col], rounded_codes, out=errors[col])
@@ -184,7 +184,8 @@ class Feedback:
         words = source.read_elements(start * cols, stop * cols).reshape(stop - start, cols)
         weights = as_float32(words, source.dtype.name, np.empty(words.shape, np.float32))
         scales = params.row_scale[start:stop], params.col_scale
-        return refined_codes(weights, scales, self.factor(source.name), params.deadzone)
+        factor = self.factor(source.name)
+        return refined_codes(weights, scales, factor, params.deadzone, params.limits)
 
     def taken(self, codes: Any, rows: slice) -> NDArray[np.int16]:
         """Returns some rows of what `quantize` gave, int16 [rows, cols]."""

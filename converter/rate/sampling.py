@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from codecllm.converter.encode.blocks import blocks_of
 from codecllm.converter.encode.quantize import as_float32
 from codecllm.converter.plan.params import (
+    NARROW_CODES,
+    WIDE_CODES,
     QuantParams,
     column_tiles,
     like_columns,
@@ -41,6 +43,7 @@ class Sampled:
         rms: float64 [channels]: root mean squares of the weights.
         relative: float64 [channels], steps at k = 1.
         largest: float64 [channels]: largest |weight / column factor|.
+        narrow: whether no code may have more than 8 bits.
     """
 
     plan: TensorPlan
@@ -51,6 +54,7 @@ class Sampled:
     rms: Floats
     relative: Floats
     largest: Floats
+    narrow: bool = False
 
     @property
     def spread(self) -> float:
@@ -66,11 +70,15 @@ class Sampled:
         """Returns the steps of the tensor at k = `scale`, with a deadzone.
 
         A channel's step is made larger where a weight would otherwise lie too many steps from zero
-        for the format.
+        for the format, or for 8 bits.
         """
-        params = self._params(scale * self.relative, self.largest / _LARGEST_CODE)
+        largest_code = NARROW_CODES[1] if self.narrow else _LARGEST_CODE
+        params = self._params(scale * self.relative, self.largest / largest_code)
         return replace(
-            params, wide=bool((self.largest > 128.0 * params.row_scale).any()), deadzone=deadzone
+            params,
+            wide=bool((self.largest > 128.0 * params.row_scale).any()),
+            deadzone=deadzone,
+            limits=NARROW_CODES if self.narrow else WIDE_CODES,
         )
 
     def beyond_sample(self, params: QuantParams) -> float:
@@ -105,12 +113,14 @@ def sample(
     Args:
         plan: of scheme `int8`.
         sensitivity: from a calibration, or None.
-        column_scales: whether columns may have factors.
+        column_scales: whether columns may have factors, and codes more than 8 bits.
     """
     if plan.kind == "column":
-        return _sample_columns(plan, sensitivity)
-    rows, cols = plan.matrix
-    return _sample_rows(plan, factors_of(sensitivity, rows, cols, column_scales=column_scales))
+        sampled = _sample_columns(plan, sensitivity)
+    else:
+        factors = factors_of(sensitivity, *plan.matrix, column_scales=column_scales)
+        sampled = _sample_rows(plan, factors)
+    return None if sampled is None else replace(sampled, narrow=not column_scales)
 
 
 def _sample_rows(plan: TensorPlan, factors: Factors) -> Sampled | None:

@@ -12,8 +12,15 @@ import pytest
 
 from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert
 from codecllm.converter.plan.conversion_plan import plan_conversion
+from codecllm.converter.plan.params import NARROW_CODES
 from codecllm.converter.rate import feedback
-from codecllm.converter.rate.feedback import RIDGE, Feedback, factor_of, refined_codes, shrinkage
+from codecllm.converter.rate.feedback import (
+    RIDGE,
+    Feedback,
+    factor_of,
+    refined_codes,
+    shrinkage,
+)
 from codecllm.converter.rate.products import InputProducts
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
@@ -108,8 +115,10 @@ def test_the_fewer_tokens_the_less_is_made_of_pairs():
 def test_a_code_without_room_stays_in_range_and_feeds_its_error_on():
     weights = np.array([[1e6, 0.0]], np.float32)
     products = np.array([[2.0, 1.0], [1.0, 1.0]])
-    codes = refined_codes(weights, (np.ones(1, np.float32), None), factor_of(products, 0.2))
+    steps, factor = (np.ones(1, np.float32), None), factor_of(products, 0.2)
+    codes = refined_codes(weights, steps, factor)
     assert codes[0, 0] == MAX_WIDE_CODE == codes[0, 1]
+    assert refined_codes(weights, steps, factor, limits=NARROW_CODES)[0, 0] == 127
 
 
 @pytest.fixture

@@ -90,6 +90,21 @@ def test_the_rate_is_hit_without_scales_of_columns(tmp_path, made, bits):
         assert record.scale_dtype == "BF16"
 
 
+def test_without_scales_of_columns_codes_keep_to_eight_bits(tmp_path, made):
+    shape = (600, 512)
+    weights = _gaussian(*shape)
+    weights[3, 5] = 40
+    folder = made(w=weights)
+    steps = fitted(folder, 5, column_scales=False)
+    report = convert(folder, tmp_path / "out", choice=ParamsChoice(steps, Rate(bits=5)))
+    assert report.quantized_bits_per_weight == pytest.approx(5, rel=0.005)
+    assert not report.manifest.tensors[0].wide
+    with Container(tmp_path / "out") as container:
+        assert _floats(container, "w").reshape(shape)[3, 5] == pytest.approx(40, rel=0.005)
+    report = convert(folder, tmp_path / "wide", choice=ParamsChoice(fitted(folder, 5)))
+    assert report.manifest.tensors[0].wide
+
+
 @pytest.mark.parametrize("bits", [2.0, 3.1, 5.0, 7.5])
 def test_the_rate_is_hit(tmp_path, made, bits):
     folder = made(a=_gaussian(1500, 700), b=_gaussian(300, 900, 1) * np.exp(_gaussian(1, 900, 2)))

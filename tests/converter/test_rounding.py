@@ -24,6 +24,7 @@ from codecllm.calibrator.rounding import (
 )
 from codecllm.converter import ConvertOptions
 from codecllm.converter.plan.conversion_plan import plan_conversion
+from codecllm.converter.plan.params import NARROW_CODES
 from codecllm.converter.rate.feedback import Feedback, factor_of, refined_codes
 from codecllm.converter.rate.products import InputProducts
 from codecllm.converter.source.source import SourceModel
@@ -163,8 +164,11 @@ def test_a_code_without_room_stays_in_range_and_feeds_its_error_on(round_panel):
         np.array([[2.0, 1.0], [1.0, 1.0]], np.float32),
         np.ones(1, np.float32),
     )
-    codes = codes_on_device(weights, (ones, None), factor_on_device(products, 0.2), 0, round_panel)
+    factor = factor_on_device(products, 0.2)
+    codes = codes_on_device(weights, (ones, None), factor, 0, round_panel)
     assert codes.tolist() == [[MAX_WIDE_CODE, MAX_WIDE_CODE]]
+    codes = codes_on_device(weights, (ones, None), factor, 0, round_panel, NARROW_CODES)
+    assert codes.tolist() == [[127, 127]]
 
 
 def test_a_factor_is_that_of_numpy():

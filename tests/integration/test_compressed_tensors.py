@@ -136,7 +136,8 @@ def test_a_container_with_a_rate(package, tiny, tmp_path, refine):
         column_scales=False,
         baseline=False,
     )
-    export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors")
+    report = export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors")
+    assert report.notes[0].startswith("14 of 14 tensors")
     packed = load(tmp_path / "packed", torch.bfloat16)
     ours = codecllm.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert torch.equal(logits(packed), logits(ours))
