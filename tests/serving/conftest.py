@@ -9,10 +9,12 @@ import pytest
 
 from codecllm import api
 from codecllm.converter import ParamsChoice, convert
+from codecllm.converter.plan.params import QuantParams
+from codecllm.converter.plan.tensor_plan import TensorPlan
 from demo import models
 from tests.serving import served_models
 from tests.serving.engine import Engine, running
-from tests.stepped import mixed
+from tests.stepped import make_steps, mixed, row_steps
 
 Made = Callable[[str, str], tuple[Path, Path]]
 ALL = {"include": ("*.weight",), "exclude": ("*norm*",)}
@@ -23,9 +25,26 @@ SCHEMES: dict[str, Callable[[Path, Path], object]] = {
     "int8": lambda source, out: convert(source, out),
     "bits5": lambda source, out: api.convert(source, out, bits=5, calibrate="none", baseline=False),
     "all_int8": lambda source, out: convert(source, out, **ALL),
+    # Largest codes 7 and 15: exports of 4 and 5 bits.
+    "codes4": lambda source, out: convert(source, out, choice=ParamsChoice(row_steps(7)), **ALL),
+    "codes5": lambda source, out: convert(source, out, choice=ParamsChoice(row_steps(15)), **ALL),
     # Scales of columns, and codes of 16 bits.
     "mixed": lambda source, out: convert(source, out, choice=ParamsChoice(mixed), **ALL),
+    "some_experts": lambda source, out: convert(
+        source, out, include=("*.weight",), exclude=("*norm*", "*experts.7.up*")
+    ),
+    "mixed_experts": lambda source, out: convert(
+        source, out, choice=ParamsChoice(_mixed_experts), **ALL
+    ),
 }
+
+
+def _mixed_experts(plan: TensorPlan) -> QuantParams:
+    """Returns steps for experts: some codes are beyond 8 bits, of one matrix many of them."""
+    name = plan.source.name
+    wide = {"experts.3.up": 0.02, "experts.5.down": 0.012}
+    factor = next((value for part, value in wide.items() if part in name), 0.1)
+    return make_steps(plan, factor, columns="gate_proj" not in name)
 
 
 @pytest.fixture(scope="session")
