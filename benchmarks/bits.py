@@ -1,8 +1,8 @@
 """`python -m benchmarks.bits`: KL divergence by bits per weight, of a SmolLM2 with noise.
 
 The model is calibrated once, converted at every rate, and each container is evaluated on two texts:
-the built-in one, and `second_text.txt`. Kinds of calibration beside `self` show the value of the
-statistics; `none` takes steps from the weights alone; `inputs`, which no conversion offers,
+the built-in one, and `second_text.txt`. Kinds of calibration beside the default show the value of
+the statistics; `none` takes steps from the weights alone; `inputs`, which no conversion offers,
 multiplies these by the mean squares of the layers' inputs^-1/2, known from 128 tokens of the
 model's own. Synthetic: `demo.models.smollm2_realistic` adds noise to 4-bit weights.
 """
@@ -45,7 +45,7 @@ from codecllm.formats.schemes.int8 import join_codes
 from codecllm.formats.shards.side_tensors import scale_bytes
 from codecllm.formats.stored_tensor import StoredTensor, sound
 from codecllm.loader.hf.plain import load_plain
-from codecllm.quality import quantized_tensors
+from codecllm.quality import DEFAULT_CALIBRATION, quantized_tensors
 from codecllm.verifier.evaluation import Score, evaluate
 from demo import models
 
@@ -162,7 +162,7 @@ def main(
     ] = None,
     kinds: Annotated[
         list[str] | None,
-        typer.Option("--calibrate", help="self, random, none, inputs; may be repeated."),
+        typer.Option("--calibrate", help="text, self, random, none, inputs; may be repeated."),
     ] = None,
     layers: Annotated[
         bool, typer.Option(help="Quantize the linear layers only, not the embeddings.")
@@ -186,7 +186,7 @@ def main(
         folder = keep or Path(temporary)
         if int8:
             containers.append(Made(convert(source, folder / "int8", **options), "", 0.0))
-        for kind in kinds or ["self"]:
+        for kind in kinds or [DEFAULT_CALIBRATION]:
             with SourceModel(source) as source_model:
                 names = quantized_tensors(source_model, ConvertOptions(**options)) if refine else ()
             calibration = _calibrated(source, kind, names)

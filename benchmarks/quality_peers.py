@@ -29,13 +29,13 @@ from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert_model
 from codecllm.converter.rate.feedback import Feedback
 from codecllm.converter.rate.search import fit
 from codecllm.converter.source.source import SourceModel
-from codecllm.quality import quantized_tensors
+from codecllm.quality import DEFAULT_CALIBRATION, quantized_tensors
 from demo.models import smollm2_gguf, smollm2_realistic
 
 ROOT = Path("benchmarks/out/quality")
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
 BITS = (2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
-SELF, REFINED, SAME_TEXT = "ours-self", "ours-refined", "ours-text"
+DEFAULT, REFINED, SAME_TEXT = "ours-default", "ours-refined", "ours-text"
 """Prefixes of our containers' names: default, `--refine`, calibrated on the imatrix text."""
 
 CALIBRATION = (8, 128)
@@ -183,7 +183,7 @@ def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
     options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
     own_run = same = feedback = None
     candidates = []
-    for title, bits in product((SELF, REFINED, SAME_TEXT), BITS):
+    for title, bits in product((DEFAULT, REFINED, SAME_TEXT), BITS):
         candidates.append(out := ROOT / f"{title}-{bits:g}")
         if (out / "codecllm.json").exists():
             continue
@@ -192,7 +192,9 @@ def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
                 calibration_run = same = same or calibrate(source, str(calibration))
             else:
                 names = quantized_tensors(source, ConvertOptions(**options))
-                calibration_run = own_run = own_run or calibrate(source, "self", refined=names)
+                calibration_run = own_run = own_run or calibrate(
+                    source, DEFAULT_CALIBRATION, refined=names
+                )
             refine = title == REFINED
             if refine:
                 feedback = feedback or Feedback(calibration_run.products)
@@ -220,7 +222,7 @@ def table(evaluation: dict[str, Any]) -> list[Row]:
             for s in containers
             if Path(s["name"]).name.startswith(title)
         )
-        for title in (SELF, REFINED, SAME_TEXT)
+        for title in (DEFAULT, REFINED, SAME_TEXT)
     }
     rows = []
     for score in scores:
@@ -234,7 +236,7 @@ def table(evaluation: dict[str, Any]) -> list[Row]:
                 score["top1"],
             )
             goal = None if with_importance else _GOALS.get(name.removesuffix("-joined"), _GOAL)
-            ours = _bits_at(curves[SAME_TEXT if with_importance else SELF], score["mean_kl"])
+            ours = _bits_at(curves[SAME_TEXT if with_importance else DEFAULT], score["mean_kl"])
             refined_bits = None if with_importance else _bits_at(curves[REFINED], score["mean_kl"])
             rows.append(Row(name, *figures, ours, refined_bits, goal))
     return rows

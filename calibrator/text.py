@@ -23,6 +23,9 @@ REFINED_LENGTH = 256
 
 SEED = 0
 
+_FEWEST_KINDS = 64
+"""Different tokens in the text of codecllm; even single bytes have more."""
+
 
 def own_text(model: Any, length: int = LENGTH, *, keep_start: bool = False) -> torch.Tensor | None:
     """Samples sequences from a causal language model, at temperature 1, from its start token.
@@ -96,8 +99,8 @@ def mixed_text(model: Any, folder: Path, length: int = LENGTH) -> torch.Tensor |
     which takes their beginnings.
 
     Returns:
-        None where the model's tokenizer is missing, makes too few tokens of it, or makes tokens
-        that the model does not have.
+        None where the model's tokenizer is missing, makes too few tokens of it or hardly any that
+        differ, or makes tokens that the model does not have.
     """
     text = files("codecllm.calibrator").joinpath("mixed_text.txt").read_text(encoding="utf-8")
     try:
@@ -105,7 +108,9 @@ def mixed_text(model: Any, folder: Path, length: int = LENGTH) -> torch.Tensor |
     except UsageError:
         return None
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
-    return pieces[:, :length] if int(pieces.max()) < vocabulary else None
+    # For a folder without tokenizer transformers may make one up, which knows no words.
+    is_text = pieces.unique().numel() >= _FEWEST_KINDS and int(pieces.max()) < vocabulary
+    return pieces[:, :length] if is_text else None
 
 
 def _pieces(text: str, folder: Path, length: int) -> torch.Tensor:
@@ -153,7 +158,7 @@ def record(kind: str, tokens: torch.Tensor) -> Calibration:
     return Calibration(
         kind=kind,
         tokens=tokens.numel(),
-        seed=None if kind == "file" else SEED,
+        seed=SEED if kind in ("self", "random") else None,
         sha256=sha256_hex(data),
     )
 

@@ -100,7 +100,7 @@ def convert(
             `codecllm.converter.options.QUALITIES`.
         calibrate: text from which the sensitivities come, where a rate is asked for: `text` (of
             several kinds, part of the package), `self` (the model writes it), `random` (random
-            tokens), `none`, or a text file. None is `self`, or `none` where the model cannot run
+            tokens), `none`, or a text file. None is `text`, or `none` where the model cannot run
             here.
         refine: choose codes of linear layers with error feedback: fewer bits at equal quality, and
             a conversion that takes longer. Needs a rate and a calibration.

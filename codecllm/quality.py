@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OnStage = Callable[[str], None]
 
-DEFAULT_CALIBRATION = "self"
+DEFAULT_CALIBRATION = "text"
 _TEXTS = ("text", "self", "random")
 
 

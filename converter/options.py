@@ -47,7 +47,7 @@ class Rate:
         quality: `high`, `balanced` or `small`: names for bits, see `QUALITIES`.
         calibrate: text from which sensitivities are learned: `text` (of several kinds, part of the
             package), `self` (the model writes it), `random` (random tokens), `none`, or a text
-            file. None is `self`, or `none` where the model cannot run here.
+            file. None is `text`, or `none` where the model cannot run here.
         refine: whether codes of linear layers are chosen with error feedback. Needs a calibration.
         column_scales: whether columns may get scales beside those of rows, and codes more than 8
             bits. Without both the container can be exported packed (docs/exports.md), at a higher

@@ -40,7 +40,7 @@ from codecllm.converter.rate.feedback import Feedback
 from codecllm.converter.rate.products import InputProducts
 from codecllm.converter.source.source import SourceModel
 from codecllm.loader.hf.plain import load_plain
-from codecllm.quality import quantized_tensors
+from codecllm.quality import DEFAULT_CALIBRATION, quantized_tensors
 
 START = "self-after-start"
 """The model's own text with the start token that it was written after, whatever its tokenizer does.
@@ -150,7 +150,7 @@ def main(
 ) -> None:
     """Tries every combination."""
     trials = Trials(models.folder_of(model), tokens, all_matrices=all_matrices)
-    for text, sequences in product(texts or ["self"], sequence_counts or [SEQUENCES]):
+    for text, sequences in product(texts or [DEFAULT_CALIBRATION], sequence_counts or [SEQUENCES]):
         calibration_text.SEQUENCES = sequences
         seen = calibrated(trials, text, refine=refine)
         feedback = None if seen.products is None else Feedback(seen.products)

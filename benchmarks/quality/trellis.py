@@ -28,6 +28,7 @@ from codecllm.converter.rate.feedback import Feedback, refined_codes
 from codecllm.converter.rate.fitted import FittedParams
 from codecllm.converter.rate.search import deadzone_at, fit
 from codecllm.converter.source.source import SourceModel
+from codecllm.quality import DEFAULT_CALIBRATION
 
 _SAMPLES, _GROUPS, _TABLE_ENTRY_BITS = 1 << 19, 8, 12
 _GAUSSIAN_BITS = 2.05
@@ -121,7 +122,9 @@ def main(
         list[float] | None, typer.Option("--bits", help="Bits per weight; may be repeated.")
     ] = None,
     refine: Annotated[bool, typer.Option(help="With feedback.")] = False,
-    text: Annotated[str, typer.Option("--calibrate", help="As for the ablation.")] = "self",
+    text: Annotated[str, typer.Option("--calibrate", help="As for the ablation.")] = (
+        DEFAULT_CALIBRATION
+    ),
     length: Annotated[
         int, typer.Option(help="Tokens of each of 64 sequences for feedback.")
     ] = REFINED_LENGTH,

@@ -80,7 +80,7 @@ Calibrate = Annotated[
     typer.Option(
         metavar="text|self|random|none|FILE",
         help="The text on which sensitivities are measured: a short one of several kinds that "
-        "codecllm brings along, one that the model writes itself (default), random tokens, none, "
+        "codecllm brings along (default), one that the model writes itself, random tokens, none, "
         "or the start of a text file.",
         rich_help_panel=RATE_PANEL,
     ),

@@ -85,7 +85,7 @@ def test_a_container_has_the_bits_that_were_asked_for_and_names_its_text(
     assert done.report.quantized_bits_per_weight == pytest.approx(5, rel=0.005)
     manifest = done.report.manifest
     assert manifest.options.bits == 5
-    assert (manifest.options.calibrate, manifest.calibration.kind) == ("self", kind)
+    assert (manifest.options.calibrate, manifest.calibration.kind) == ("text", kind)
     assert manifest.calibration.tokens == 64 * (62 if kind == "random" else 61)
     assert codecllm.verify(tmp_path / "out", source=source(name), baseline=False).ok
 
