@@ -74,12 +74,14 @@ class CodedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the handlers of `operations.py`, for all other functions the function itself."""
-        direct = (*args, *(kwargs or {}).values())
-        for argument in direct:
-            if isinstance(argument, CodedWeight) and argument._cell.dense is not None:
-                settle(argument)
         handler = ABOVE_AUTOGRAD.get(func)
-        if handler is not None and any(isinstance(argument, CodedWeight) for argument in direct):
+        is_direct = False
+        for argument in (*args, *(kwargs or {}).values()):
+            if isinstance(argument, CodedWeight):
+                if argument._cell.dense is not None:
+                    settle(argument)  # mostly no CodedWeight any more
+                is_direct = is_direct or isinstance(argument, CodedWeight)
+        if handler is not None and is_direct:
             return handler(func, *args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

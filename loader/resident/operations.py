@@ -38,11 +38,16 @@ def _usual(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _linear(
     func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Any:
-    form = weight.matrix if isinstance(weight, CodedWeight) and weight.dim() == 2 else None
-    if form is None or isinstance(input, CodedWeight) or isinstance(bias, CodedWeight):
+    if not isinstance(weight, CodedWeight):
+        return _usual(func, input, weight, bias)
+    form = weight.matrix
+    if form is None or len(form.shape) != 2:
+        return _usual(func, input, weight, bias)
+    if isinstance(input, CodedWeight) or isinstance(bias, CodedWeight):
         return _usual(func, input, weight, bias)
     refuse_graphs(form)
-    inputs, values_dtype = input, weight.dtype
+    # The weight itself would be asked by way of `__torch_function__`, some microseconds each time.
+    inputs, values_dtype = input, weight._cell.dtype
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         inputs = input.to(torch.get_autocast_dtype(kind))
