@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from codecllm.loader.packed import matrix, product
+from codecllm.loader.packed import kernels, matrix, product
 
 SIZES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096))
 TOKENS = (1, 2, 8, 16, 32, 64)
@@ -164,7 +164,7 @@ def _all_shapes(calls: list[Callable[[], object]], tokens: int) -> str:
     figures = []
     tiles = min(t for t in SHAPES if 8 * t >= tokens)
     for row_tiles, row_warps, col_warps, splits in SHAPES[tiles]:
-        shape = product.Shape(row_tiles, tiles, row_warps, col_warps, splits)
+        shape = kernels.Shape(row_tiles, tiles, row_warps, col_warps, splits)
         product.choose_shape = lambda *_, s=shape: s  # type: ignore[assignment]
         figures.append(f"{row_tiles}/{row_warps}/{col_warps}/{splits}={time_us(calls):.1f}")
     product.choose_shape = choose_shape

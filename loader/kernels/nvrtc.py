@@ -19,6 +19,8 @@ import torch
 from codecllm.formats.errors import UnsupportedEnvironmentError
 
 _SUCCESS = 0
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
 
 class Kernel:
@@ -41,7 +43,7 @@ class Kernel:
                     ctypes.byref(self._function), module, name.encode()
                 )
             )
-        self._device = device
+        self._device, self._shared = device, 0
 
     def launch(
         self, blocks: int, threads: int, shared: int, arguments: Sequence[torch.Tensor | int]
@@ -51,7 +53,7 @@ class Kernel:
         Args:
             blocks: number of blocks.
             threads: threads of each.
-            shared: bytes of dynamic shared memory of each, at most 48 KiB.
+            shared: bytes of dynamic shared memory of each.
             arguments: tensors give their addresses, integers are 32-bit.
         """
         values = [_c_value(value) for value in arguments]
@@ -61,6 +63,7 @@ class Kernel:
         with torch.cuda.device(self._device):
             stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
             self._own_context()
+            self._allow(shared)
             _check_driver(
                 self._driver.cuLaunchKernel(
                     self._function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None
@@ -75,7 +78,15 @@ class Kernel:
         arguments: Sequence[torch.Tensor | int],
     ) -> Launch:
         """Returns a launch whose arguments are converted once; see `launch` for them."""
+        self._allow(shared)
         return Launch(self._driver, self._function, blocks, threads, shared, arguments)
+
+    def _allow(self, shared: int) -> None:
+        """Lets a block have this dynamic shared memory: unasked it has 48 KiB of both kinds."""
+        if shared > self._shared:
+            most = _MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check_driver(self._driver.cuFuncSetAttribute(self._function, most, shared))
+            self._shared = shared
 
     def _own_context(self) -> None:
         """Makes the context of the device current in a thread that has none."""

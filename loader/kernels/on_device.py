@@ -22,3 +22,12 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
         return nullcontext()
     context: AbstractContextManager[object] = module.device(device)
     return context
+
+
+def current_stream(device: torch.device) -> int:
+    """Returns the handle of the calling thread's current stream of a CUDA device.
+
+    The object that torch's public function makes costs 2 us, as much as a launch.
+    """
+    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return handle

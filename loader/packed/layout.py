@@ -3,7 +3,7 @@
 Two kinds of matrices are packed:
 
 - `int`: codes of 2 to 8 bits, offset by 2^(bits - 1). A code beyond the range is an exception.
-- `bf16`: a byte of sign and mantissa, and 4 bits of exponent relative to a base, 12 bits in all. A
+- `bf16`: a float of 12 bits: sign, 4 bits of exponent relative to a base, 7 bits of mantissa. A
   weight other than zero whose exponent lies outside base + 1 ... base + 15 is an exception.
 
 The planes hold zero in the place of an exception. Exceptions are sorted by row and column.
@@ -11,12 +11,18 @@ The planes hold zero in the place of an exception. Exceptions are sorted by row 
 A tile is cut for the matrix unit `mma.m16n8k16`: 4 steps of 16 columns, 32 lanes, and in each step
 8 values a lane, two to a register. Lane 4 g + t, step s, register r = 2 j + i, half h holds the
 value of row 8 i + g and column 16 t + 4 s + 2 j + h of the tile. A plane of `width` bits puts the 8
-values of a step into 8 * width bits; fields lie so that one shift and one mask give both halves of
-a register.
+values of a step into 8 * width bits.
+
+Fields lie so that masks do most of the work. A 16-bit float whose low byte is u and whose other
+bits are zero has the value u times the smallest subnormal number: a field that is masked where it
+lies in that byte is a number already, and one exact multiplication moves it to its place. Fields
+of the high byte need one shift before. The 4-bit plane of kind `bf16` holds the upper bits of the
+exponent and, 4 places higher than their next, the sign: a rotation brings both to their places.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,16 +43,34 @@ Values = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Adjacent bits of a plane.
+
+    Attributes:
+        width: their number.
+        low: place of the lowest of them in the plane's field.
+        away: where they begin in a word, relative to the place of the field; beyond the last bit of
+            the word they go on with the first.
+    """
+
+    width: int
+    low: int = 0
+    away: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Plane:
-    """Consecutive bits of every value of a tile.
+    """Some bits of every value of a tile.
 
     Attributes:
         width: bits of each value: 1, 2, 4 or 8.
         low: place of the lowest of them in the value.
+        parts: where the bits of a field lie.
     """
 
     width: int
     low: int
+    parts: tuple[Part, ...]
 
     @property
     def words(self) -> int:
@@ -56,7 +80,7 @@ class Plane:
     def place(self, step: int, register: int, half: int) -> tuple[int, int]:
         """Returns the word of the lane and the bit at which a value's field begins.
 
-        >>> Plane(4, 0).place(step=2, register=1, half=1)
+        >>> planes_of(4)[0].place(step=2, register=1, half=1)
         (2, 20)
         """
         if self.width == 8:
@@ -74,17 +98,18 @@ class Plane:
 def planes_of(bits: int) -> tuple[Plane, ...]:
     """Returns the planes of a layout of `bits` bits a value, in their order within a tile.
 
+    The widest comes first, and holds the upper bits of the codes.
+
     >>> [(plane.width, plane.low) for plane in planes_of(7)]
-    [(4, 0), (2, 4), (1, 6)]
+    [(4, 3), (2, 1), (1, 0)]
     """
     if bits == BF16_BITS:
-        widths: tuple[int, ...] = (8, 4)
-    elif bits == 8:
-        widths = (4, 4)
-    else:
-        widths = tuple(width for width in (4, 2, 1) if bits & width)
-    lows = np.cumsum([0, *widths])[:-1]
-    return tuple(Plane(width, int(low)) for width, low in zip(widths, lows, strict=True))
+        return Plane(8, 0, (Part(8),)), Plane(4, 8, (Part(3), Part(1, low=3, away=7)))
+    planes = []
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            planes.append(Plane(width, bits & (width - 1), (Part(width),)))
+    return tuple(planes)
 
 
 def tile_words(bits: int) -> int:
@@ -104,10 +129,9 @@ def pack_values(values: Values, bits: int) -> Words:
     """
     row_tiles, col_tiles = values.shape[0] // TILE_ROWS, values.shape[1] // TILE_COLS
     words = np.zeros((row_tiles, col_tiles, tile_words(bits)), np.uint32)
-    for index, (row, col) in _fields(bits):
-        field, word, bit = index
-        value = values[row::TILE_ROWS, col::TILE_COLS] >> field.low
-        words[:, :, word] |= (value & ((1 << field.width) - 1)) << bit
+    for width, low, word, bit, row, col in _fields(bits):
+        value = values[row::TILE_ROWS, col::TILE_COLS] >> low
+        words[:, :, word] |= (value & ((1 << width) - 1)) << bit
     return words
 
 
@@ -115,33 +139,37 @@ def unpack_values(words: Words, bits: int) -> Values:
     """Returns the values of `pack_values`: uint32 [rows, cols]."""
     shape = (words.shape[0] * TILE_ROWS, words.shape[1] * TILE_COLS)
     values = np.zeros(shape, np.uint32)
-    for index, (row, col) in _fields(bits):
-        field, word, bit = index
-        value = (words[:, :, word] >> bit) & ((1 << field.width) - 1)
-        values[row::TILE_ROWS, col::TILE_COLS] |= value << field.low
+    for width, low, word, bit, row, col in _fields(bits):
+        value = (words[:, :, word] >> bit) & ((1 << width) - 1)
+        values[row::TILE_ROWS, col::TILE_COLS] |= value << low
     return values
 
 
-def _fields(bits: int) -> list[tuple[tuple[Plane, int, int], tuple[int, int]]]:
-    """Returns plane, word and bit of each field of a tile, and row and column of its value."""
+def _fields(bits: int) -> list[tuple[int, int, int, int, int, int]]:
+    """Returns the adjacent bits of each value of a tile.
+
+    Each has a width, the place of the lowest bit in the value, word and bit of the tile where they
+    begin, and row and column of the value.
+    """
     fields = []
     start = 0
+    lanes_and_places = list(itertools.product(range(LANES), range(STEPS), range(REGISTERS), (0, 1)))
     for plane in planes_of(bits):
-        for lane in range(LANES):
+        for lane, step, register, half in lanes_and_places:
             group, quarter = divmod(lane, 4)
-            for step in range(STEPS):
-                for register in range(REGISTERS):
-                    for half in range(2):
-                        word, bit = plane.place(step, register, half)
-                        row = 8 * (register % 2) + group
-                        col = 16 * quarter + 4 * step + 2 * (register // 2) + half
-                        fields.append(((plane, start + plane.offset(word, lane), bit), (row, col)))
+            word, bit = plane.place(step, register, half)
+            row = 8 * (register % 2) + group
+            col = 16 * quarter + 4 * step + 2 * (register // 2) + half
+            for part in plane.parts:
+                low, first = plane.low + part.low, (bit + part.away) % 32
+                place = start + plane.offset(word, lane)
+                fields.append((part.width, low, place, first, row, col))
         start += plane.words * LANES
     return fields
 
 
 def split_bf16(weights: npt.NDArray[np.uint16], base: int) -> tuple[Values, npt.NDArray[np.bool_]]:
-    """Splits bf16 patterns into values of 12 bits: sign and mantissa, then 4 bits of exponent.
+    """Splits bf16 patterns into floats of 12 bits: mantissa, 4 bits of exponent, sign.
 
     Args:
         weights: uint16 patterns, any shape.
@@ -153,17 +181,18 @@ def split_bf16(weights: npt.NDArray[np.uint16], base: int) -> tuple[Values, npt.
     exponent = (weights >> 7 & 0xFF).astype(np.int32) - base
     is_zero = (weights & 0x7FFF) == 0
     fits = is_zero | ((exponent >= 1) & (exponent <= BF16_EXPONENTS))
-    sign_mantissa = (weights >> 8 & 0x80) | (weights & 0x7F)
     field = np.where(is_zero, 0, exponent) & 0xF
-    values = np.where(fits, sign_mantissa | field << 8, 0)
+    values = np.where(
+        fits, (weights & 0x7F) | field << 7 | (weights >> 15).astype(np.int32) << 11, 0
+    )
     return values.astype(np.uint32), ~fits
 
 
 def join_bf16(values: Values, base: int) -> npt.NDArray[np.uint16]:
     """Returns the bf16 patterns of `split_bf16`; exceptions become zero."""
-    field = values >> 8
+    field = values >> 7 & 0xF
     exponent = np.where(field == 0, 0, field + base)
-    pattern = (values & 0x80) << 8 | exponent << 7 | (values & 0x7F)
+    pattern = values >> 11 << 15 | exponent << 7 | (values & 0x7F)
     return np.asarray(pattern, np.uint16)
 
 
@@ -173,9 +202,34 @@ def best_int_bits(codes: npt.NDArray[np.int32]) -> int:
     Args:
         codes: integers of any shape, not empty.
     """
-    cost = {}
+    outside = {}
     for bits in INT_BITS:
         half = 1 << (bits - 1)
-        outside = np.count_nonzero((codes < -half) | (codes >= half))
-        cost[bits] = bits * codes.size + 32 * outside
-    return min(cost, key=lambda bits: cost[bits])
+        outside[bits] = int(np.count_nonzero((codes < -half) | (codes >= half)))
+    return best_bits(outside, codes.size)
+
+
+def best_bits(outside: dict[int, int], size: int) -> int:
+    """Returns the number of bits with the fewest bytes.
+
+    Args:
+        outside: bits of the layout -> codes beyond them.
+        size: number of codes.
+
+    >>> best_bits({3: 100, 4: 1}, 1000)
+    4
+    """
+    return min(outside, key=lambda bits: bits * size + 32 * outside[bits])
+
+
+def best_base(counts: list[int]) -> int:
+    """Returns the base exponent with the fewest exceptions.
+
+    Args:
+        counts: [256]: the weights other than zero, by exponent.
+
+    >>> best_base([0] * 110 + [5] * 15 + [0] * 131)
+    109
+    """
+    # The factor 2^base of the kernel is a bfloat16, so the base is at most 127.
+    return max(range(128), key=lambda base: sum(counts[base + 1 : base + 1 + BF16_EXPONENTS]))

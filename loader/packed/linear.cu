@@ -1,11 +1,13 @@
 // Products with packed weights, and unpacking (layout.py defines the layout). A block multiplies ROW_TILES * ROW_WARPS tiles of 16
-// rows; COL_WARPS warps share the columns of each. A warp widens a tile's values in registers, exactly, and gives them to the matrix
-// units, which sum in float32. Partial sums are added in the order of the warps, so a result does not depend on timing.
+// rows; COL_WARPS warps share the columns of each. Packed words come through a ring of STAGES buffers in shared memory, filled by
+// asynchronous copies, so that STAGES - 1 tiles of a warp are on their way while it multiplies one. A warp widens a tile's values in
+// registers, exactly, and gives them to the matrix units, which sum in float32. Partial sums are added in the order of the warps,
+// so a result does not depend on timing.
 //
 // Compiled at run time by NVRTC, and for the tests by a C++ compiler (block.hpp emulates a block). Macros that the caller defines:
 //   BITS         2 to 8: codes;  12: bf16 weights
 //   IS_HALF      inputs and outputs are float16, otherwise bfloat16
-//   ROW_TILES, TOKEN_TILES (of 8 tokens), ROW_WARPS, COL_WARPS
+//   ROW_TILES, TOKEN_TILES (of 8 tokens), ROW_WARPS, COL_WARPS, STAGES
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -16,13 +18,16 @@ typedef long long i64;
 #define WARPS (ROW_WARPS * COL_WARPS)
 #define THREADS (32 * WARPS)
 #define ROWS (16 * ROW_TILES * ROW_WARPS)
-#define SHARE (THREADS / ROWS)          // threads that share the exceptions of a row
-
-#if BITS < 8
-#define WIDTH4 (BITS & 4)
+#define TILE_BYTES (128 * BITS)
+#define STAGE_WEIGHTS (WARPS * ROW_TILES * TILE_BYTES)
+#if TOKEN_TILES > 1
+#define STAGE_INPUTS (1024 * COL_WARPS * TOKEN_TILES)
 #else
-#define WIDTH4 4
+#define STAGE_INPUTS 0      // a single tile of tokens is read through the first-level cache, which all blocks of a multiprocessor share
 #endif
+#define STAGE_BYTES (STAGE_WEIGHTS + STAGE_INPUTS)
+#define SHARE (THREADS / ROWS)      // threads that share the exceptions of a row
+#define HELD 4                      // exceptions that a thread loads before it needs them
 
 // Where the planes of a lane begin among its words of a tile.
 #define PLANE8 0
@@ -31,18 +36,25 @@ typedef long long i64;
 #else
 #define PLANE4 0
 #endif
-#define PLANE2 WIDTH4
-#define PLANE1 (WIDTH4 + (BITS & 2))
+#define PLANE2 (BITS & 4)
+#define PLANE1 (BITS & 6)
 
+// A field at bit `place` of a 16-bit float whose other bits are zero is worth field * 2^(place - TINY), place + width <= 8. In the
+// units 2^-UNITS a code has a factor for each plane that a 16-bit float can express.
 #if IS_HALF
-#define MAGIC 0x64006400u    // 1024: the last 10 bits are units
-#define OFFSET 1024
-#define ONE 0x3C003C00u
+#define TINY 24
+#define LARGEST 15
+#define EXPONENT_AT 10
+#define ONE_EXPONENT 15
 #else
-#define MAGIC 0x43004300u    // 128: the last 7 bits are units
-#define OFFSET 128
-#define ONE 0x3F803F80u
+#define TINY 133
+#define LARGEST 127
+#define EXPONENT_AT 7
+#define ONE_EXPONENT 127
 #endif
+#define UNITS (TINY - LARGEST + (BITS == 3 ? 1 : BITS > 4 && BITS < 8 ? BITS & 3 : 0))    // and the first bit of the upper plane
+#define POWER(exponent) (0x00010001u * ((u32)((exponent) + ONE_EXPONENT) << EXPONENT_AT))     // 2^exponent, twice
+#define MINUS 0x80008000u
 
 #ifndef EMULATED
 static __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
@@ -92,6 +104,17 @@ static __device__ __forceinline__ float from_half(u16 bits) {
     return result;
 }
 static __device__ __forceinline__ void stop() { asm("trap;"); }
+
+extern __shared__ uint4 stage_memory[];   // STAGES * STAGE_BYTES
+
+// Begins a copy of 16 bytes to shared memory; `present` false: of zeros.
+static __device__ __forceinline__ void copy16(uint4* to, const void* from, bool present) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+        :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(present ? 16 : 0) : "memory");
+}
+// Ends a group of copies. `wait_for_groups` waits for all but the last STAGES - 2 groups of this thread.
+static __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+static __device__ __forceinline__ void wait_for_groups() { asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory"); }
 #endif
 
 static __device__ __forceinline__ float from_16_bits(u16 bits) {
@@ -110,7 +133,7 @@ static __device__ __forceinline__ float exception_value(u32 entry) {
 #endif
 }
 
-// Loads a lane's words of a tile.
+// Loads a lane's words of a tile from global memory.
 static __device__ __forceinline__ void load_tile(u32* words, const u32* tile, int lane) {
 #if BITS == 12
     load4(words, tile + 4 * lane);
@@ -120,7 +143,7 @@ static __device__ __forceinline__ void load_tile(u32* words, const u32* tile, in
     load4(words, tile + 4 * lane);
     load4(words + 4, tile + 128 + 4 * lane);
 #else
-#if WIDTH4
+#if BITS & 4
     load4(words, tile + 4 * lane);
 #endif
 #if BITS & 2
@@ -132,56 +155,80 @@ static __device__ __forceinline__ void load_tile(u32* words, const u32* tile, in
 #endif
 }
 
-static __device__ __forceinline__ u32 shifted(u32 word, int right) {
-    return right >= 0 ? word >> right : word << -right;
+static __device__ __forceinline__ void take4(u32* words, const u32* place) {
+    const uint4 four = *(const uint4*)place;
+    words[0] = four.x;
+    words[1] = four.y;
+    words[2] = four.z;
+    words[3] = four.w;
 }
 
-// Returns two weights as 16-bit floats: register `r` of `step`. Codes are exact, bf16 weights are the very weights.
+// Loads a lane's words of a tile from shared memory.
+static __device__ __forceinline__ void take_tile(u32* words, const u32* tile, int lane) {
+#if BITS == 12 || BITS == 8
+#pragma unroll
+    for (int k = 0; k < BITS / 4; ++k) take4(words + 4 * k, tile + 128 * k + 4 * lane);
+#else
+#if BITS & 4
+    take4(words, tile + 4 * lane);
+#endif
+#if BITS & 2
+    const uint2 two = *(const uint2*)(tile + 32 * PLANE2 + 2 * lane);
+    words[PLANE2] = two.x;
+    words[PLANE2 + 1] = two.y;
+#endif
+#if BITS & 1
+    words[PLANE1] = tile[32 * PLANE1 + lane];
+#endif
+#endif
+}
+
+// Adds to two numbers, in units 2^-UNITS, the fields of `width` bits that lie at bit `place` of the halves of a word; `low` is
+// their place in a code.
+static __device__ __forceinline__ u32 add_fields(u32 sums, u32 word, int place, int width, int low) {
+    const u32 mask = ((1u << width) - 1) << place % 8;
+    const u32 fields = (place < 8 ? word : word >> 8) & (mask | mask << 16);
+    return fma_pair(fields, POWER(TINY - UNITS + low - place % 8), sums);
+}
+
+// Returns two weights as 16-bit floats: register `r` of `step`. Codes in units 2^-UNITS, exactly; bf16 weights are the very weights.
 // `factor` is 2^base twice, for bf16 weights.
 static __device__ __forceinline__ u32 widen(const u32* words, int step, int r, u32 factor) {
 #if BITS == 12
-    u32 pair = words[PLANE8 + 2 * step + r / 2] >> 8 * (r & 1);
-    u32 small = (pair & 0x007F007Fu) | (pair & 0x00800080u) << 8 | (shifted(words[PLANE4 + step], 4 * r - 7) & 0x07800780u);
-    return fma_pair(small, factor, 0x80008000u);
-#elif BITS == 8
-    u32 low = words[step] >> 4 * r & 0x000F000Fu, high = words[4 + step] >> 4 * r & 0x000F000Fu;
-#if IS_HALF
-    return fma_pair(low | high << 4 | MAGIC, ONE, 0xE480E480u);          // -(1024 + 128)
+    const u32 upper = words[PLANE4 + step];
+    const u32 placed = r == 0 ? upper << 8 : r == 1 ? upper << 4 : r == 2 ? upper : __funnelshift_r(upper, upper, 4);
+    const u32 small = __byte_perm(words[PLANE8 + 2 * step + r / 2], placed & 0x87008700u, r & 1 ? 0x7351 : 0x7250);
+    return fma_pair(small, factor, MINUS);
 #else
-    high = fma_pair(high | MAGIC, ONE, 0xC308C308u);                     // -(128 + 8)
-    low = fma_pair(low | MAGIC, ONE, 0xC300C300u);                       // -128
-    return fma_pair(high, 0x41804180u, low);                             // 16 high + low
+    u32 codes = POWER(BITS - 1 - UNITS) | MINUS;     // -2^(BITS - 1)
+#if BITS == 8
+    codes = add_fields(codes, words[2 * step + r / 2], 8 * (r & 1), 8, 0);
 #endif
-#else
-    u32 code = MAGIC;
-#if WIDTH4
-    code |= words[step] >> 4 * r & 0x000F000Fu;
+#if BITS & 4
+    codes = add_fields(codes, words[PLANE4 + step], 4 * r, 4, BITS & 3);
 #endif
 #if BITS & 2
-    code |= (words[PLANE2 + step / 2] >> (8 * (step & 1) + 2 * r) & 0x00030003u) << WIDTH4;
+    codes = add_fields(codes, words[PLANE2 + step / 2], 8 * (step & 1) + 2 * r, 2, BITS & 1);
 #endif
 #if BITS & 1
-    code |= (words[PLANE1] >> (4 * step + r) & 0x00010001u) << (WIDTH4 + (BITS & 2));
+    codes = add_fields(codes, words[PLANE1], 4 * step + r, 1, 0);
 #endif
-#if IS_HALF
-    const u32 zero = 0xE400u + (1 << BITS - 1);      // -(1024 + 2^(BITS - 1))
-#else
-    const u32 zero = 0xC300u + (1 << BITS - 1);      // -(128 + 2^(BITS - 1))
-#endif
-    return fma_pair(code, ONE, zero << 16 | zero);
+    return codes;
 #endif
 }
 
+#define ONE_OF_UNITS ((float)(1 << UNITS))
+
 // Computes out[token, row] = (sum over columns of inputs[token, column] * weight[row, column]) * scale[row] + bias[row].
 //
-// packed: [row tiles, column tiles, 32 * BITS] words.  inputs, 16-byte aligned, cols a multiple of 16: [tokens, cols] for one tile
-// of tokens; for more as `prepare_inputs` lays them out, so that a warp reads 512 adjacent bytes.
+// packed: [row tiles, column tiles, 32 * BITS] words.  inputs: [tokens, cols], 16-byte aligned, cols a multiple of 16.
+// by_column: [cols, 8 * TOKEN_TILES], the same, read where there are exceptions and TOKEN_TILES > 1.
 // split_sums: float32 [gridDim.y, tokens, rows] where blocks share the columns of a row; `finish_splits` adds them up. Else 0.
-// by_column: the inputs as [cols, 8 * TOKEN_TILES], read where there are exceptions; for one token in one tile the inputs.
 // exceptions of row r: entries first[r] ... first[r + 1] - 1, column | value << 16; first == 0: none.  scale, bias: may be 0.
+// col_scale: of one token, which is multiplied by it and rounded once, into cols more 16-bit numbers of shared memory. Else 0.
 extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
     const u32* packed, const u16* inputs, const u16* by_column, const int* first, const u32* entries, const float* scale,
-    const u16* bias, u16* out, float* split_sums, int tokens, int rows, int cols, u32 factor) {
+    const float* col_scale, const u16* bias, u16* out, float* split_sums, int tokens, int rows, int cols, u32 factor) {
     __shared__ float partial[COL_WARPS][8][ROWS];
     __shared__ float extra[8][ROWS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -190,7 +237,54 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
     const int all_tiles = (cols + 63) / 64, row_tiles = (rows + 15) / 16;
     const int share_tiles = (all_tiles + gridDim.y - 1) / gridDim.y, first_col_tile = blockIdx.y * share_tiles;
     const int tiles = first_col_tile + share_tiles < all_tiles ? first_col_tile + share_tiles : all_tiles;
+    const int steps = tiles > first_col_tile ? (tiles - first_col_tile + COL_WARPS - 1) / COL_WARPS : 0;
     const int first_row = blockIdx.x * ROWS, first_tile = blockIdx.x * (ROWS / 16) + row_warp * ROW_TILES;
+
+    // Where the thread's next copies come from and go to.
+    const uint4* weights_from[ROW_TILES];
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+        const int tile = first_tile + i < row_tiles ? first_tile + i : row_tiles - 1;
+        weights_from[i] = (const uint4*)(packed + ((i64)tile * all_tiles + first_col_tile + col_warp) * 32 * BITS) + lane;
+    }
+    int to_fetch = 0, fetch_at = 0, read_at = 0;
+
+    // Begins the copies of a step: a column tile for each of COL_WARPS warps. Each warp copies its own weights. Lane 4 g + t of pair p
+    // multiplies columns 16 t + 8 p ... 16 t + 8 p + 7 of token g. Adjacent threads copy adjacent inputs; the exclusive or spreads
+    // them over the banks of shared memory. Tokens beyond the last are not copied: each token has sums of its own.
+    const auto fetch = [&]() {
+        if (to_fetch < steps) {
+            uint4* stage = stage_memory + fetch_at;
+            const int step_tile = first_col_tile + to_fetch * COL_WARPS;
+            if (step_tile + col_warp < tiles) {
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; ++i)
+#pragma unroll
+                    for (int k = 0; k < (BITS + 3) / 4; ++k)
+                        if (32 * k + 32 <= TILE_BYTES / 16 || 32 * k + lane < TILE_BYTES / 16)
+                            copy16(stage + (warp * ROW_TILES + i) * (TILE_BYTES / 16) + 32 * k + lane, weights_from[i] + 32 * k, true);
+            }
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; ++i) weights_from[i] += COL_WARPS * (TILE_BYTES / 16);
+#if TOKEN_TILES > 1
+#pragma unroll
+            for (int n = 0; n < (STAGE_INPUTS / 16 + THREADS - 1) / THREADS; ++n) {
+                const int piece = n * THREADS + threadIdx.x, pair = piece & 1, lane_of = piece >> 1 & 31, tile_of = piece >> 6;
+                const int token = 8 * (tile_of % TOKEN_TILES) + (lane_of >> 2);
+                const int column = 64 * (step_tile + tile_of / TOKEN_TILES) + 16 * (lane_of & 3) + 8 * pair;
+                if (piece < STAGE_INPUTS / 16 && token < tokens)
+                    copy16(
+                        stage + STAGE_WEIGHTS / 16 + 64 * tile_of + 32 * pair + (lane_of ^ 4 * pair),
+                        column < cols ? inputs + (i64)token * cols + column : inputs, column < cols);
+            }
+#endif
+            ++to_fetch;
+            fetch_at = fetch_at == (STAGES - 1) * (STAGE_BYTES / 16) ? 0 : fetch_at + STAGE_BYTES / 16;
+        }
+        end_group();
+    };
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) fetch();
 
     float sums[ROW_TILES][TOKEN_TILES][4];
 #pragma unroll
@@ -200,64 +294,95 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
 #pragma unroll
             for (int k = 0; k < 4; ++k) sums[i][j][k] = 0.0f;
 
-    const u32* start[ROW_TILES];
+    // Exceptions are loaded while the first tiles are on their way, and used at the end.
+    const int own = threadIdx.x / SHARE, stride = SHARE * gridDim.y;
+    int entry = 0, last_entry = 0;
+    if (first != 0 && first_row + own < rows) {
+        entry = first[first_row + own] + blockIdx.y * SHARE + threadIdx.x % SHARE;
+        last_entry = first[first_row + own + 1];
+    }
+    u32 found[HELD];
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i) {
-        int tile = first_tile + i < row_tiles ? first_tile + i : row_tiles - 1;
-        start[i] = packed + (i64)tile * all_tiles * 32 * BITS;
-    }
-    u32 next[ROW_TILES][BITS];
-    if (first_col_tile + col_warp < tiles) {
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; ++i)
-            load_tile(next[i], start[i] + (i64)(first_col_tile + col_warp) * 32 * BITS, lane);
-    }
-    // Asked for early: the exceptions are read at the end.
-    const int own = threadIdx.x / SHARE, part = threadIdx.x % SHARE;
-    int begin = 0, end = 0;
-    if (first != 0 && blockIdx.y == 0 && first_row + own < rows) {
-        begin = first[first_row + own];
-        end = first[first_row + own + 1];
-    }
+    for (int k = 0; k < HELD; ++k) found[k] = entry + k * stride < last_entry ? entries[entry + k * stride] : 0;
 
-    for (int tile = first_col_tile + col_warp; tile < tiles; tile += COL_WARPS) {
-        u32 words[ROW_TILES][BITS];
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; ++i)
-#pragma unroll
-            for (int k = 0; k < BITS; ++k) words[i][k] = next[i][k];
-        if (tile + COL_WARPS < tiles) {
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; ++i) load_tile(next[i], start[i] + (i64)(tile + COL_WARPS) * 32 * BITS, lane);
-        }
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            uint4 vectors[TOKEN_TILES];
-#pragma unroll
-            for (int j = 0; j < TOKEN_TILES; ++j) {
 #if TOKEN_TILES == 1
-                const int column = 64 * tile + 16 * quarter;
-                vectors[j] = uint4{0, 0, 0, 0};
-                if (group < tokens && column < cols) vectors[j] = ((const uint4*)(inputs + (i64)group * cols + column))[pair];
-#else
-                vectors[j] = ((const uint4*)inputs)[((tile * TOKEN_TILES + j) * 2 + pair) * 32 + lane];
+    // Read from global or from shared memory.
+    const u16* source = inputs;
+    u16 found_inputs[HELD];
+    if (col_scale != 0) {
+        u16* scaled = (u16*)(stage_memory + STAGES * (STAGE_BYTES / 16));
+        for (int column = threadIdx.x; column < cols; column += THREADS)
+            scaled[column] = to_16_bits(from_16_bits(inputs[column]) * col_scale[column]);
+        __syncthreads();
+        source = scaled;
+    }
 #endif
-            }
+
+#if TOKEN_TILES == 1
+    uint4 next[2] = {uint4{0, 0, 0, 0}, uint4{0, 0, 0, 0}};
+    const auto load_inputs = [&](int tile) {
+        const int column = 64 * tile + 16 * quarter;
+        if (column >= cols) {
+            next[0] = next[1] = uint4{0, 0, 0, 0};
+        } else if (group < tokens) {
+            const uint4* place = (const uint4*)(source + (i64)group * cols + column);
+            next[0] = place[0];
+            next[1] = place[1];
+        }
+    };
+    load_inputs(first_col_tile + col_warp);
+#endif
+
+    for (int step = 0; step < steps; ++step) {
+        const int tile = first_col_tile + step * COL_WARPS + col_warp;
+#if TOKEN_TILES == 1
+        const uint4 own_inputs[2] = {next[0], next[1]};
+        if (step + 1 < steps) load_inputs(tile + COL_WARPS);
+        if (first != 0 && step == 0) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int k = 0; k < HELD; ++k) found_inputs[k] = source[found[k] & 0xFFFF];
+        }
+#endif
+        wait_for_groups();
+        // Behind the copies of others, and before the buffer that was read in the last step is filled again.
+        if (TOKEN_TILES == 1)
+            __syncwarp();
+        else
+            __syncthreads();
+        fetch();
+        if (tile < tiles) {
+            const uint4* stage = stage_memory + read_at;
+            u32 words[ROW_TILES][BITS];
 #pragma unroll
-                for (int i = 0; i < ROW_TILES; ++i) {
-                    u32 weights[4];
+            for (int i = 0; i < ROW_TILES; ++i)
+                take_tile(words[i], (const u32*)(stage + (warp * ROW_TILES + i) * (TILE_BYTES / 16)), lane);
 #pragma unroll
-                    for (int r = 0; r < 4; ++r) weights[r] = widen(words[i], 2 * pair + half, r, factor);
+            for (int pair = 0; pair < 2; ++pair) {
+                uint4 vectors[TOKEN_TILES];
+#if TOKEN_TILES == 1
+                vectors[0] = own_inputs[pair];
+#else
 #pragma unroll
-                    for (int j = 0; j < TOKEN_TILES; ++j)
-                        multiply(sums[i][j], weights, half ? vectors[j].z : vectors[j].x, half ? vectors[j].w : vectors[j].y);
+                for (int j = 0; j < TOKEN_TILES; ++j)
+                    vectors[j] = stage[STAGE_WEIGHTS / 16 + 64 * (col_warp * TOKEN_TILES + j) + 32 * pair + (lane ^ 4 * pair)];
+#endif
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int i = 0; i < ROW_TILES; ++i) {
+                        u32 weights[4];
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) weights[r] = widen(words[i], 2 * pair + half, r, factor);
+#pragma unroll
+                        for (int j = 0; j < TOKEN_TILES; ++j)
+                            multiply(
+                                sums[i][j], weights, half ? vectors[j].z : vectors[j].x, half ? vectors[j].w : vectors[j].y);
+                    }
                 }
             }
         }
+        read_at = read_at == (STAGES - 1) * (STAGE_BYTES / 16) ? 0 : read_at + STAGE_BYTES / 16;
     }
-
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
         if (8 * j >= tokens) break;
@@ -271,25 +396,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
             float values[8];
 #pragma unroll
             for (int k = 0; k < 8; ++k) values[k] = 0.0f;
-            for (int entry = begin + part; entry < end; entry += SHARE) {
-                const u32 found = entries[entry];
-                const float value = exception_value(found);
-                const i64 place = found & 0xFFFF;
-                if (TOKEN_TILES == 1 && tokens == 1) {
-                    values[0] += value * from_16_bits(by_column[place]);
-                    continue;
-                }
-                const uint4 eight = *(const uint4*)(by_column + place * 8 * TOKEN_TILES + 8 * j);
+            const auto add = [&](u32 exception) {
+                const float value = exception_value(exception);
+                const i64 column = exception & 0xFFFF;
+#if TOKEN_TILES == 1
+#pragma unroll
+                for (int k = 0; k < 8; ++k)
+                    if (k < tokens) values[k] += value * from_16_bits(source[(i64)k * cols + column]);
+#else
+                const uint4 eight = *(const uint4*)(by_column + column * 8 * TOKEN_TILES + 8 * j);
                 const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
                 for (int k = 0; k < 8; ++k) values[k] += value * from_16_bits((u16)(pairs[k / 2] >> 16 * (k & 1)));
+#endif
+            };
+#pragma unroll
+            for (int k = 0; k < HELD; ++k) {
+                if (entry + k * stride >= last_entry) break;
+#if TOKEN_TILES == 1
+                if (tokens == 1 && steps > 0) {
+                    values[0] += exception_value(found[k]) * from_16_bits(found_inputs[k]);
+                    continue;
+                }
+#endif
+                add(found[k]);
             }
+            for (int further = entry + HELD * stride; further < last_entry; further += stride) add(entries[further]);
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
                 if (8 * j + k >= tokens) break;
 #pragma unroll
                 for (int away = SHARE / 2; away > 0; away /= 2) values[k] += __shfl_xor_sync(EVERY, values[k], away);
-                if (part == 0) extra[k][own] = values[k];
+                if (threadIdx.x % SHARE == 0) extra[k][own] = values[k];
             }
         }
         __syncthreads();
@@ -297,9 +435,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
         for (int index = threadIdx.x; index < count * ROWS; index += THREADS) {
             const int token = index / ROWS, local = index % ROWS, row = first_row + local;
             if (row >= rows) continue;
-            float value = first != 0 ? extra[token][local] : 0.0f;
+            float value = 0.0f;
 #pragma unroll
             for (int i = 0; i < COL_WARPS; ++i) value += partial[i][token][local];
+#if BITS != 12
+            value *= ONE_OF_UNITS;
+#endif
+            if (first != 0) value += extra[token][local];
             if (split_sums != 0) {
                 split_sums[((i64)blockIdx.y * tokens + 8 * j + token) * rows + row] = value;
                 continue;
@@ -334,8 +476,8 @@ static __device__ __forceinline__ void write_sixteen(
         u32 pair = widen(words, k / 2, 2 * (k & 1) + half, factor);
 #if BITS != 12
         float low = from_16_bits((u16)pair), high = from_16_bits((u16)(pair >> 16));
-        low *= col_scale ? step * col_scale[column + 2 * k] : step;
-        high *= col_scale ? step * col_scale[column + 2 * k + 1] : step;
+        low = low * ONE_OF_UNITS * (col_scale ? step * col_scale[column + 2 * k] : step);
+        high = high * ONE_OF_UNITS * (col_scale ? step * col_scale[column + 2 * k + 1] : step);
         pair = to_16_bits(low) | (u32)to_16_bits(high) << 16;
 #endif
         pairs[k] = pair;
@@ -407,25 +549,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_gather(
     write_exceptions(first, entries, (int)row, threadIdx.x, THREADS, step, col_scale, place);
 }
 
-// Writes inputs * col_scale, rounded once (without col_scale: the inputs), for `packed_linear`, and where by_column != 0 the same as
-// [cols, 8 * token_tiles]. One tile of tokens stays [tokens, cols]. More are cut into [column tiles, token_tiles, 2, lanes, 8]:
-// lane 4 g + t of pair p has columns 16 t + 8 p ... 16 t + 8 p + 7 of token g. Tokens and columns beyond the last are zero there.
+// Writes inputs * col_scale, rounded once, as [tokens, cols] and, where by_column != 0, as [cols, 8 * token_tiles] with zeros for the
+// tokens beyond the last.  col_scale == 0: the inputs themselves, and scaled is not written.
 extern "C" __global__ void __launch_bounds__(256) prepare_inputs(
-    const u16* inputs, const float* col_scale, u16* prepared, u16* by_column, int tokens, int cols, int token_tiles) {
-    const int width = 8 * token_tiles, padded = (cols + 63) / 64 * 64;
-    for (int index = blockIdx.x * 256 + threadIdx.x; index < width * padded; index += gridDim.x * 256) {
-        const int token = index / padded, column = index % padded;
-        u16 value = 0;
-        if (token < tokens && column < cols) {
-            value = inputs[(i64)token * cols + column];
-            if (col_scale != 0) value = to_16_bits(from_16_bits(value) * col_scale[column]);
+    const u16* inputs, const float* col_scale, u16* scaled, u16* by_column, int tokens, int cols, int token_tiles) {
+    for (int index = blockIdx.x * 256 + threadIdx.x; index < token_tiles * cols; index += gridDim.x * 256) {
+        const int tile = index / cols, column = index % cols;
+        u32 values[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const i64 place = (i64)(8 * tile + k) * cols + column;
+            values[k] = 8 * tile + k < tokens ? inputs[place] : 0;
+            if (col_scale == 0 || 8 * tile + k >= tokens) continue;
+            values[k] = to_16_bits(from_16_bits((u16)values[k]) * col_scale[column]);
+            scaled[place] = (u16)values[k];
         }
-        if (by_column != 0 && column < cols) by_column[(i64)column * width + token] = value;
-        if (token_tiles == 1) {
-            if (token < tokens && column < cols) prepared[(i64)token * cols + column] = value;
-        } else {
-            const int lane = 4 * (token % 8) + column % 64 / 16;
-            prepared[((((i64)column / 64 * token_tiles + token / 8) * 2 + column % 16 / 8) * 32 + lane) * 8 + column % 8] = value;
-        }
+        if (by_column != 0)
+            ((uint4*)by_column)[(i64)column * token_tiles + tile] = uint4{
+                values[0] | values[1] << 16, values[2] | values[3] << 16, values[4] | values[5] << 16, values[6] | values[7] << 16};
     }
 }

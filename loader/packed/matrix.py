@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-from codecllm.loader.packed import pack
+from codecllm.loader.packed import on_gpu, pack
 from codecllm.loader.packed.layout import BF16_BITS, TILE_COLS, TILE_ROWS
 
 MAX_COLS = 1 << 16
@@ -96,6 +96,9 @@ def pack_bf16(weights: torch.Tensor) -> PackedMatrix | None:
         ValueError: the size has no packed form (`can_pack`).
     """
     rows, cols = _size(weights)
+    if on_gpu.packs(weights):
+        base = on_gpu.choose_bf16_base(weights)
+        return _packed_on_gpu(weights, BF16_BITS, base, None, None)
     base = pack.choose_bf16_base(weights)
     words = _new_words(weights, BF16_BITS)
     exceptions = _Exceptions(weights)
@@ -126,6 +129,8 @@ def pack_codes(
         ValueError: the size has no packed form (`can_pack`).
     """
     rows, cols = _size(codes)
+    if on_gpu.packs(codes):
+        return _packed_on_gpu(codes, on_gpu.choose_int_bits(codes), 0, scale, col_scale)
     bits = pack.choose_int_bits(codes)
     half = 1 << (bits - 1)
     words = _new_words(codes, bits)
@@ -137,6 +142,24 @@ def pack_codes(
         _store(words, start, torch.where(outside, 0, wide) + half, bits, fill=half)
     first, entries, longest = exceptions.finish()
     return PackedMatrix(rows, cols, bits, 0, words, first, entries, scale, col_scale, longest)
+
+
+def _packed_on_gpu(
+    matrix: torch.Tensor,
+    bits: int,
+    base: int,
+    scale: torch.Tensor | None,
+    col_scale: torch.Tensor | None,
+) -> PackedMatrix | None:
+    first: torch.Tensor | None
+    first, exceptions, longest = on_gpu.count_exceptions(matrix, bits, base)
+    if exceptions > MAX_EXCEPTION_SHARE * matrix.numel():
+        return None
+    if not exceptions:
+        first = None
+    words, entries = on_gpu.pack_rows(matrix, bits, base, first, exceptions)
+    rows, cols = matrix.shape
+    return PackedMatrix(rows, cols, bits, base, words, first, entries, scale, col_scale, longest)
 
 
 def unpack_codes(matrix: PackedMatrix) -> torch.Tensor:

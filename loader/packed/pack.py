@@ -10,6 +10,9 @@ from codecllm.loader.packed.layout import (
     LANES,
     TILE_COLS,
     TILE_ROWS,
+    Plane,
+    best_base,
+    best_bits,
     planes_of,
     tile_words,
 )
@@ -51,13 +54,11 @@ def _by_register(values: torch.Tensor) -> torch.Tensor:
 def _pack_block(registers: torch.Tensor, bits: int, out: torch.Tensor) -> None:
     start = 0
     for plane in planes_of(bits):
-        fields = (registers >> plane.low) & ((1 << plane.width) - 1)
-        places = [
-            [[plane.place(step, register, half) for half in range(2)] for register in range(4)]
-            for step in range(4)
-        ]
-        bit = torch.tensor([[[b for _, b in pair] for pair in step] for step in places])
-        shifted = fields << bit.to(fields.device)
+        first = _first_bits(plane).to(registers.device)
+        shifted = torch.zeros_like(registers)
+        for part in plane.parts:
+            fields = (registers >> (plane.low + part.low)) & ((1 << part.width) - 1)
+            shifted |= fields << (first + part.away) % 32
         if plane.width == 8:
             lane_words = shifted.unflatten(4, (2, 2)).sum((5, 6)).flatten(3, 4)
         else:
@@ -68,6 +69,15 @@ def _pack_block(registers: torch.Tensor, bits: int, out: torch.Tensor) -> None:
         size = plane.words * LANES
         out[:, :, start : start + size] = ordered.to(torch.int32)
         start += size
+
+
+def _first_bits(plane: Plane) -> torch.Tensor:
+    """Returns int64 [step, register, half]: the bit of a word at which a field begins."""
+    places = [
+        [[plane.place(step, register, half)[1] for half in range(2)] for register in range(4)]
+        for step in range(4)
+    ]
+    return torch.tensor(places)
 
 
 def unpack_values(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -85,8 +95,10 @@ def unpack_values(words: torch.Tensor, bits: int) -> torch.Tensor:
             for register in range(4):
                 for half in range(2):
                     word, bit = plane.place(step, register, half)
-                    field = (lane_words[..., word] >> bit) & ((1 << plane.width) - 1)
-                    registers[..., step, register, half] |= field << plane.low
+                    for part in plane.parts:
+                        field = lane_words[..., word] >> (bit + part.away) % 32
+                        field &= (1 << part.width) - 1
+                        registers[..., step, register, half] |= field << (plane.low + part.low)
         start += size
     parts = registers.view(row_tiles, col_tiles, 8, 4, 4, 2, 2, 2)
     # row tile, column tile, g, t, s, j, i, h -> row tile, i, g, column tile, t, s, j, h
@@ -106,11 +118,7 @@ def choose_bf16_base(weights: torch.Tensor) -> int:
         bits = block.to(torch.int32)
         exponents = (bits >> 7 & 0xFF)[(bits & 0x7FFF) != 0]
         counts += torch.bincount(exponents, minlength=256)
-    # The factor 2^base of the kernel is a bfloat16, so the base is at most 127.
-    totals = torch.cumsum(torch.nn.functional.pad(counts, (1, 0)), 0)
-    bases = torch.arange(0, 128, device=weights.device)
-    covered = totals[bases + 1 + BF16_EXPONENTS] - totals[bases + 1]
-    return int(covered.argmax())
+    return best_base(counts.tolist())
 
 
 def split_bf16(weights: torch.Tensor, base: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,15 +128,15 @@ def split_bf16(weights: torch.Tensor, base: int) -> tuple[torch.Tensor, torch.Te
     is_zero = (bits & 0x7FFF) == 0
     fits = is_zero | ((exponent >= 1) & (exponent <= BF16_EXPONENTS))
     field = torch.where(is_zero, 0, exponent) & 0xF
-    values = (bits >> 8 & 0x80) | (bits & 0x7F) | field << 8
+    values = (bits & 0x7F) | field << 7 | bits >> 15 << 11
     return torch.where(fits, values, 0), ~fits
 
 
 def join_bf16(values: torch.Tensor, base: int) -> torch.Tensor:
     """Returns bfloat16 weights; exceptions become zero."""
-    field = values >> 8
+    field = values >> 7 & 0xF
     exponent = torch.where(field == 0, 0, field + base)
-    pattern = (values & 0x80) << 8 | exponent << 7 | (values & 0x7F)
+    pattern = values >> 11 << 15 | exponent << 7 | (values & 0x7F)
     return pattern.to(torch.int16).view(torch.bfloat16)
 
 
@@ -141,5 +149,4 @@ def choose_int_bits(codes: torch.Tensor) -> int:
         for bits in INT_BITS:
             counts[bits] += (magnitude >= (1 << (bits - 1))).sum()
     outside = counts.tolist()
-    cost = {bits: bits * codes.numel() + 32 * outside[bits] for bits in INT_BITS}
-    return min(cost, key=lambda bits: cost[bits])
+    return best_bits({bits: outside[bits] for bits in INT_BITS}, codes.numel())

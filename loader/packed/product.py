@@ -10,83 +10,79 @@ cuBLAS, with the bits of a dense layer.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch.nn import functional
 
-from codecllm.formats.errors import UnsupportedEnvironmentError
-from codecllm.loader.kernels.nvrtc import Kernel, Launch
-from codecllm.loader.kernels.on_device import on_device_of
-from codecllm.loader.packed.layout import BF16_BITS, TILE_COLS, TILE_ROWS
+from codecllm.loader.kernels.nvrtc import Launch
+from codecllm.loader.kernels.on_device import current_stream, on_device_of
+from codecllm.loader.packed.kernels import (
+    UNPACK_SHAPE,
+    Shape,
+    has_kernels,
+    kernel_of,
+    shared_memory,
+)
+from codecllm.loader.packed.layout import TILE_ROWS
 from codecllm.loader.packed.matrix import PackedMatrix, dequantize, gather
 
 MAX_TOKENS = 64
 """Most inputs of `linear.cu`; the table in docs/gpu.md shows the crossing."""
 
+MAX_SCALED_COLS = 1 << 14
+"""Most columns whose scales every block of `linear.cu` applies itself."""
+
 SCRATCH_ELEMENTS = 1 << 26
 """Most weights unpacked at once (128 MiB of 16 bits); a larger matrix is cut into row blocks."""
 
-_SOURCE = Path(__file__).with_name("linear.cu")
-_UNPACK_WARPS = 8
 _BF16_ONE = 127
 """Exponent of 1 in bfloat16."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Setting of `packed_linear`.
-
-    Attributes:
-        row_tiles: tiles of 16 rows that a warp multiplies.
-        token_tiles: tiles of 8 inputs.
-        row_warps: warps of a block with different rows.
-        col_warps: warps of a block that share the columns of the same rows.
-        splits: blocks that share the columns of the same rows; another kernel adds their sums.
-    """
-
-    row_tiles: int
-    token_tiles: int
-    row_warps: int
-    col_warps: int
-    splits: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Returns the rows of a block."""
-        return TILE_ROWS * self.row_tiles * self.row_warps
-
-    @property
-    def threads(self) -> int:
-        """Returns the threads of a block."""
-        return 32 * self.row_warps * self.col_warps
-
-
-def choose_shape(tokens: int, rows: int, cols: int, bits: int) -> Shape:
+@cache
+def choose_shape(tokens: int, rows: int, cols: int, bits: int, shared: int) -> Shape:
     """Returns the shape that `packed_linear` uses: the fastest one of an H200.
 
     `benchmarks/device/packed.py` measures them.
 
     Few rows or many columns need more warps for the same rows, so that enough of them read memory
     at the same time.
+
+    Args:
+        tokens: number of inputs.
+        rows: rows of the matrix.
+        cols: its columns.
+        bits: bits of a weight in the layout.
+        shared: bytes of shared memory that a block may have.
     """
-    is_tall, is_wide = rows >= 8192, cols >= 8192
+    return _fastest(tokens, rows, cols, bits).within(bits, shared)
+
+
+def _fastest(tokens: int, rows: int, cols: int, bits: int) -> Shape:
+    is_tall, is_short, is_wide = rows >= 8192, rows < 4096, cols >= 8192
     if tokens <= 8:
-        if not is_tall or is_wide:
-            return Shape(1, 1, 1, 16)
-        return Shape(1, 1, 1, 4 if bits == BF16_BITS else 8)
+        if is_tall:
+            return Shape(2, 1, 2, 4, stages=3) if bits <= 8 else Shape(1, 1, 1, 4, stages=3)
+        if is_short:
+            return Shape(1, 1, 1, 16, stages=3)
+        return Shape(2, 1, 1, 16, stages=3) if bits <= 8 else Shape(1, 1, 1, 8, stages=3)
     if tokens <= 16:
-        return Shape(2, 2, 2, 4) if is_tall else Shape(1, 2, 1, 16)
+        if is_tall:
+            return Shape(2, 2, 8, 1, splits=4, stages=3)
+        if is_short:
+            return Shape(2, 2, 2, 4, splits=4, stages=3)
+        return Shape(2, 2, 4, 4 if is_wide or bits < 8 else 2, splits=4)
     if tokens <= 32:
         if is_tall:
-            return Shape(2, 4, 4, 4) if bits > 5 else Shape(2, 4, 2, 4)
-        return Shape(2, 4, 4, 4, splits=4) if is_wide else Shape(1, 4, 1, 8)
+            return Shape(2, 4, 8, 1, splits=4)
+        if is_short:
+            return Shape(1, 4, 4, 2, splits=4)
+        return Shape(2, 4, 4, 2, splits=4) if is_wide else Shape(1, 4, 8, 2, splits=4, stages=3)
     if is_tall:
-        return Shape(2, 8, 4, 2)
-    return Shape(2, 8, 2, 4, splits=2) if is_wide else Shape(1, 8, 1, 8)
+        return Shape(2, 8, 8, 1, splits=2)
+    return Shape(1 if is_short else 2, 8, 4, 2, splits=4, stages=3)
 
 
 def fuses(matrix: PackedMatrix, inputs: torch.Tensor) -> bool:
@@ -107,7 +103,8 @@ class PackedProduct:
     def __init__(self, matrix: PackedMatrix) -> None:
         """Keeps the matrix."""
         self.matrix = matrix
-        self._launches: dict[tuple[str, Shape, bool, bool], Launch] = {}
+        self._plans: dict[tuple[int, torch.dtype, bool], _Plan] = {}
+        self._launches: dict[tuple[str, Shape, bool, bool, bool], Launch] = {}
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns `inputs @ weight.T + bias`.
@@ -163,7 +160,7 @@ class PackedProduct:
         """Returns rows of the weights from `start`, a multiple of 16, to `stop`."""
         matrix = self.matrix
         out = torch.empty(stop - start, matrix.cols, dtype=dtype, device=matrix.words.device)
-        shape = Shape(1, 1, 1, _UNPACK_WARPS)
+        shape = UNPACK_SHAPE
         is_half = dtype == torch.float16
         kernel = kernel_of("packed_unpack", matrix.bits, is_half, shape, matrix.words.device)
         first = None if matrix.first is None else matrix.first[start:]
@@ -177,7 +174,7 @@ class PackedProduct:
             _factor(matrix),
         ]
         blocks = -(-(stop - start) // TILE_ROWS)
-        kernel.launch(blocks, 32 * _UNPACK_WARPS, 0, arguments)
+        kernel.launch(blocks, UNPACK_SHAPE.threads, 0, arguments)
         return out
 
     def _by_scratch(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -195,138 +192,142 @@ class PackedProduct:
         return torch.cat(parts, dim=-1)
 
     def _fused(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        matrix = self.matrix
-        flat = inputs.reshape(-1, matrix.cols)
-        if not flat.is_contiguous() or flat.data_ptr() % 16:
-            flat = flat.clone(memory_format=torch.contiguous_format)
-        tokens = flat.shape[0]
-        out = flat.new_empty(tokens, matrix.rows)
-        shape = choose_shape(tokens, matrix.rows, matrix.cols, matrix.bits)
-        sums = _NULL
-        if shape.splits > 1:
-            sums = out.new_empty(shape.splits, tokens, matrix.rows, dtype=torch.float32)
+        rows, cols = self.matrix.rows, self.matrix.cols
+        tokens = inputs.numel() // cols
+        flat = inputs
+        if not inputs.is_contiguous() or inputs.data_ptr() % 16:
+            flat = inputs.clone(memory_format=torch.contiguous_format)
+        out = inputs.new_empty(*inputs.shape[:-1], rows)
+        key = (tokens, inputs.dtype, bias is None)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(tokens, flat, bias, out)
+        splits = plan.shape.splits
         with on_device_of(flat):
-            stream = _stream(flat.device)
-            prepared, by_column = self._prepared(flat, shape.token_tiles, stream)
-            launch = self._launch(shape, flat, bias, out, sums)
-            changes = [(1, prepared.data_ptr()), (2, by_column.data_ptr())]
-            changes += [(7, out.data_ptr()), (9, tokens)]
+            stream = current_stream(flat.device)
+            by_column = sums = _NULL
+            if plan.prepares:
+                flat, by_column = self._prepared(flat, tokens, plan, stream)
+            changes = [(1, flat.data_ptr()), (8, out.data_ptr()), (10, tokens)]
+            if plan.prepares:
+                changes.append((2, by_column.data_ptr()))
             if bias is not None:
-                changes.append((6, bias.data_ptr()))
-            if shape.splits > 1:
-                changes.append((8, sums.data_ptr()))
-            launch.run(stream, changes)
-            if shape.splits > 1:
+                changes.append((7, bias.data_ptr()))
+            if splits > 1:
+                sums = inputs.new_empty(splits, tokens, rows, dtype=torch.float32)
+                changes.append((9, sums.data_ptr()))
+            plan.launch.run(stream, changes)
+            if splits > 1:
                 self._finish(sums, bias, out, stream)
-        return out.view(*inputs.shape[:-1], matrix.rows)
+        return out
 
-    def _launch(
-        self,
-        shape: Shape,
-        inputs: torch.Tensor,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        sums: torch.Tensor,
-    ) -> Launch:
+    def _plan(
+        self, tokens: int, inputs: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> _Plan:
+        matrix, shared = self.matrix, shared_memory(inputs.device)
+        # Every block scales one token in its shared memory: a kernel of its own takes longer.
+        scales = matrix.col_scale is not None and tokens == 1 and matrix.cols <= MAX_SCALED_COLS
+        room = 2 * matrix.cols if scales else 0
+        shape = choose_shape(tokens, matrix.rows, matrix.cols, matrix.bits, shared - room)
+        has_columns = matrix.first is not None and shape.token_tiles > 1
+        prepares = has_columns or (matrix.col_scale is not None and not scales)
         is_half = inputs.dtype == torch.float16
-        key = ("linear", shape, is_half, bias is not None)
+        key = ("linear", shape, is_half, bias is not None, scales)
         launch = self._launches.get(key)
         if launch is None:
-            matrix = self.matrix
             kernel = kernel_of("packed_linear", matrix.bits, is_half, shape, inputs.device)
             blocks = (-(-matrix.rows // shape.rows), shape.splits)
-            optional = _optional(matrix.first, matrix.entries, matrix.scale, bias)
-            sizes = [inputs.shape[0], matrix.rows, matrix.cols, _factor(matrix)]
+            col_scale = matrix.col_scale if scales else None
+            sizes = [tokens, matrix.rows, matrix.cols, _factor(matrix)]
             arguments: list[torch.Tensor | int] = [
                 matrix.words,
                 inputs,
                 inputs,
-                *optional,
+                *_optional(matrix.first, matrix.entries, matrix.scale, col_scale, bias),
                 out,
-                sums,
+                _NULL,
                 *sizes,
             ]
-            launch = kernel.prepare(blocks, shape.threads, 0, arguments)
+            launch = kernel.prepare(
+                blocks, shape.threads, shape.shared(matrix.bits) + room, arguments
+            )
             self._launches[key] = launch
-        return launch
+        return _Plan(shape, launch, prepares, has_columns)
 
     def _prepared(
-        self, flat: torch.Tensor, token_tiles: int, stream: int
+        self, flat: torch.Tensor, tokens: int, plan: _Plan, stream: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the inputs, scaled and laid out for `packed_linear`, and the same by column."""
-        matrix = self.matrix
-        tokens = flat.shape[0]
-        needs_columns = matrix.first is not None and max(tokens, token_tiles) > 1
-        if matrix.col_scale is None and not needs_columns and token_tiles == 1:
-            return flat, flat
-        padded = -(-matrix.cols // TILE_COLS) * TILE_COLS
-        if token_tiles == 1:
-            prepared = torch.empty_like(flat)
-        else:
-            prepared = flat.new_empty(8 * token_tiles, padded)
-        by_column = flat.new_empty(matrix.cols, 8 * token_tiles) if needs_columns else prepared
-        key = (
-            "prepare",
-            replace(_PREPARE, token_tiles=token_tiles),
-            flat.dtype == torch.float16,
-            needs_columns,
-        )
+        """Returns inputs [tokens, cols] times the scales of columns, and the same by column."""
+        matrix, token_tiles = self.matrix, plan.shape.token_tiles
+        scaled = flat if matrix.col_scale is None else torch.empty_like(flat)
+        by_column = _NULL
+        if plan.has_columns:
+            by_column = flat.new_empty(matrix.cols, 8 * token_tiles)
+        shape = replace(_SMALL, token_tiles=token_tiles)
+        key = ("prepare", shape, flat.dtype == torch.float16, False, False)
         launch = self._launches.get(key)
         if launch is None:
-            kernel = kernel_of("prepare_inputs", 8, key[2], _PREPARE, flat.device)
-            col_scale, columns = _optional(matrix.col_scale, by_column if needs_columns else None)
+            kernel = kernel_of("prepare_inputs", 8, key[2], _SMALL, flat.device)
             arguments: list[torch.Tensor | int] = [
                 flat,
-                col_scale,
-                prepared,
-                columns,
+                *_optional(matrix.col_scale),
+                scaled,
+                by_column,
                 tokens,
                 matrix.cols,
                 token_tiles,
             ]
-            blocks = min(-(-8 * token_tiles * padded // 1024), 512)
+            blocks = min(-(-token_tiles * matrix.cols // 256), 512)
             launch = kernel.prepare((blocks, 1), 256, 0, arguments)
             self._launches[key] = launch
-        changes = [(0, flat.data_ptr()), (2, prepared.data_ptr()), (4, tokens)]
-        if needs_columns:
+        changes = [(0, flat.data_ptr()), (2, scaled.data_ptr()), (4, tokens)]
+        if plan.has_columns:
             changes.append((3, by_column.data_ptr()))
         launch.run(stream, changes)
-        return prepared, by_column
+        return scaled, by_column
 
     def _finish(
         self, sums: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, stream: int
     ) -> None:
         """Adds up the sums of blocks that share columns."""
         matrix = self.matrix
-        key = (
-            "finish",
-            replace(_PREPARE, splits=len(sums)),
-            out.dtype == torch.float16,
-            bias is not None,
-        )
+        splits, tokens, rows = sums.shape
+        is_half = out.dtype == torch.float16
+        key = ("finish", replace(_SMALL, splits=splits), is_half, bias is not None, False)
         launch = self._launches.get(key)
         if launch is None:
-            kernel = kernel_of("finish_splits", 8, key[2], _PREPARE, out.device)
-            optional = _optional(matrix.scale, bias)
-            arguments: list[torch.Tensor | int] = [
-                sums,
-                *optional,
-                out,
-                len(sums),
-                len(out),
-                matrix.rows,
-            ]
-            blocks = min(-(-MAX_TOKENS * matrix.rows // 1024), 512)
+            kernel = kernel_of("finish_splits", 8, is_half, _SMALL, out.device)
+            scales = _optional(matrix.scale, bias)
+            arguments: list[torch.Tensor | int] = [sums, *scales, out, splits, tokens, rows]
+            blocks = min(-(-MAX_TOKENS * rows // 1024), 512)
             launch = kernel.prepare((blocks, 1), 256, 0, arguments)
             self._launches[key] = launch
-        changes = [(0, sums.data_ptr()), (3, out.data_ptr()), (5, len(out))]
+        changes = [(0, sums.data_ptr()), (3, out.data_ptr()), (5, tokens)]
         if bias is not None:
             changes.append((2, bias.data_ptr()))
         launch.run(stream, changes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a number of inputs is multiplied.
+
+    Attributes:
+        shape: setting of the kernel.
+        launch: of the kernel.
+        prepares: whether another kernel prepares the inputs.
+        has_columns: whether the inputs are needed by column too.
+    """
+
+    shape: Shape
+    launch: Launch
+    prepares: bool
+    has_columns: bool
+
+
 _GATHER = Shape(1, 1, 1, 4)
-_PREPARE = Shape(1, 1, 1, 8)
+_SMALL = Shape(1, 1, 1, 8)
+"""For kernels that do not depend on a shape."""
 
 
 def _optional(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
@@ -341,51 +342,3 @@ def _factor(matrix: PackedMatrix) -> int:
     """Returns 2^base as two bfloat16 in one word."""
     exponent = (matrix.base + _BF16_ONE) << 7 if matrix.is_bf16 else 0
     return exponent << 16 | exponent
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-@cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels compile for a device: they need NVRTC and matrix units for bfloat16."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        kernel_of("packed_unpack", 8, False, Shape(1, 1, 1, _UNPACK_WARPS), device)
-    except UnsupportedEnvironmentError:
-        return False
-    return True
-
-
-_compiling = threading.Lock()
-
-
-def kernel_of(name: str, bits: int, is_half: bool, shape: Shape, device: torch.device) -> Kernel:
-    """Returns a compiled kernel of `linear.cu`; a process compiles each setting once (0.3 s).
-
-    Raises:
-        UnsupportedEnvironmentError: it cannot be compiled here.
-    """
-    with _compiling:
-        return _kernel_of(name, bits, is_half, shape, device)
-
-
-@cache
-def _kernel_of(name: str, bits: int, is_half: bool, shape: Shape, device: torch.device) -> Kernel:
-    return Kernel(source_of(bits, is_half, shape), name, device)
-
-
-def source_of(bits: int, is_half: bool, shape: Shape) -> str:
-    """Returns the source of the kernels for a setting."""
-    macros = {
-        "BITS": bits,
-        "IS_HALF": int(is_half),
-        "ROW_TILES": shape.row_tiles,
-        "TOKEN_TILES": shape.token_tiles,
-        "ROW_WARPS": shape.row_warps,
-        "COL_WARPS": shape.col_warps,
-    }
-    lines = [f"#define {name} {value}" for name, value in macros.items()]
-    return "\n".join([*lines, _SOURCE.read_text(encoding="utf-8")])

@@ -1,7 +1,10 @@
-// Runs linear.cu on a CPU: each thread of a block is a coroutine that runs until it meets its warp or its block.
+// Runs linear.cu and pack.cu on a CPU: each thread of a block is a coroutine that runs until it meets its warp or its block.
 // Put before the kernel's source. Threads of a warp that meet at different operations end the program.
 
 #define EMULATED
+#ifndef STAGES
+#define STAGES 2
+#endif
 
 #include <ucontext.h>
 
@@ -10,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -17,8 +21,11 @@
 #define __launch_bounds__(threads)
 #define __shared__ static
 
-struct uint4 {
+struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
 };
 struct Place {
     unsigned x, y;
@@ -29,9 +36,10 @@ Place threadIdx, blockIdx, gridDim;
 namespace block {
 
 const int MOST = 512;
-enum Meeting { ENDED, WARP_SHUFFLE, WARP_PRODUCT, BLOCK };
+enum Meeting { ENDED, WARP, WARP_PRODUCT, BLOCK };
 
 struct Slot {
+    int number;
     float value;
     unsigned weights[4], low, high;
 };
@@ -41,6 +49,22 @@ char stacks[MOST][1 << 16];
 Meeting waits[MOST];
 int parity[MOST];
 Slot slots[2][MOST];
+
+struct Copy {
+    uint4* to;
+    const void* from;
+    bool present;
+    int group;
+};
+std::vector<Copy> copies[MOST];
+int groups[MOST];
+
+void finish(const Copy& copy) {
+    if (copy.present)
+        std::memcpy(copy.to, copy.from, 16);
+    else
+        std::memset(copy.to, 0, 16);
+}
 
 void meet(Meeting kind) {
     int thread = threadIdx.x;
@@ -61,7 +85,8 @@ void run(int threads, void (*body)()) {
         contexts[thread].uc_stack.ss_size = sizeof stacks[thread];
         contexts[thread].uc_link = &scheduler;
         makecontext(&contexts[thread], body, 0);
-        parity[thread] = 0;
+        parity[thread] = groups[thread] = 0;
+        copies[thread].clear();
         resume(thread);
     }
     for (bool alive = true; alive;) {
@@ -73,7 +98,7 @@ void run(int threads, void (*body)()) {
                     std::fprintf(stderr, "threads of a warp meet at different operations\n");
                     std::abort();
                 }
-            if (waits[first] == WARP_SHUFFLE || waits[first] == WARP_PRODUCT) {
+            if (waits[first] == WARP || waits[first] == WARP_PRODUCT) {
                 for (int lane = 0; lane < 32; ++lane) resume(first + lane);
                 all_at_barrier = false;
             }
@@ -95,11 +120,60 @@ static float __uint_as_float(unsigned bits) {
 
 static void __syncthreads() { block::meet(block::BLOCK); }
 
+// The value of lane `from` of those `width` that the caller is among; its own where there is none.
+static int shuffled(int value, int from, int width) {
+    int thread = threadIdx.x, turn = block::parity[thread] ^= 1;
+    block::slots[turn][thread].number = value;
+    block::meet(block::WARP);
+    int group = thread / width * width;
+    return from < 0 || from >= width ? value : block::slots[turn][group + from].number;
+}
+static int __shfl_sync(unsigned, int value, int from, int width) { return shuffled(value, from, width); }
+static int __shfl_up_sync(unsigned, int value, int away, int width) { return shuffled(value, (int)threadIdx.x % width - away, width); }
+static int __shfl_xor_sync(unsigned, int value, int mask) { return shuffled(value, (int)threadIdx.x % 32 ^ mask, 32); }
+static unsigned __funnelshift_r(unsigned low, unsigned high, int shift) {
+    return (unsigned)(((unsigned long long)high << 32 | low) >> shift);
+}
+static unsigned __byte_perm(unsigned low, unsigned high, unsigned select) {
+    unsigned long long both = (unsigned long long)high << 32 | low;
+    unsigned result = 0;
+    for (int k = 0; k < 4; ++k) result |= (unsigned)(both >> 8 * (select >> 4 * k & 7) & 255) << 8 * k;
+    return result;
+}
 static float __shfl_xor_sync(unsigned, float value, int mask) {
     int thread = threadIdx.x, turn = block::parity[thread] ^= 1;
     block::slots[turn][thread].value = value;
-    block::meet(block::WARP_SHUFFLE);
+    block::meet(block::WARP);
     return block::slots[turn][thread ^ mask].value;
+}
+static int __popc(unsigned value) { return __builtin_popcount(value); }
+template <typename T>
+static void atomicAdd(T* place, T value) { *place += value; }
+
+static void __syncwarp() { block::meet(block::WARP); }
+
+static uint4 stage_memory[1 << 14];
+
+// Odd blocks copy at once, even ones as late as the program allows: both may happen on a device.
+static void copy16(uint4* to, const void* from, bool present) {
+    int thread = threadIdx.x;
+    if ((uintptr_t)from % 16 && present) std::abort();
+    block::Copy copy{to, from, present, block::groups[thread]};
+    if (blockIdx.x & 1)
+        block::finish(copy);
+    else
+        block::copies[thread].push_back(copy);
+}
+static void end_group() { ++block::groups[threadIdx.x]; }
+static void wait_for_groups() {
+    int thread = threadIdx.x, done = block::groups[thread] - (STAGES - 2);
+    std::vector<block::Copy> later;
+    for (const block::Copy& copy : block::copies[thread])
+        if (copy.group < done)
+            block::finish(copy);
+        else
+            later.push_back(copy);
+    block::copies[thread] = later;
 }
 
 static double widened(unsigned pair, int half) {

@@ -1,4 +1,4 @@
-"""linear.cu on a CPU: a C++ compiler, and coroutines (block.hpp) as the threads of a block."""
+"""linear.cu and pack.cu on a CPU: a C++ compiler; coroutines (block.hpp) as threads of a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from codecllm.loader.packed import product
+from codecllm.loader.packed import kernels
 
 HERE = Path(__file__).parent
 
@@ -49,7 +49,7 @@ class EmulatedKernel:
     def prepare(
         self, blocks: tuple[int, int], threads: int, shared: int, arguments: list[Any]
     ) -> EmulatedLaunch:
-        assert shared <= 48 << 10
+        assert shared <= kernels.LEAST_SHARED
         return EmulatedLaunch(self._function, blocks, threads, arguments)
 
     def launch(self, blocks: int, threads: int, shared: int, arguments: list[Any]) -> None:
@@ -58,29 +58,38 @@ class EmulatedKernel:
 
 @cache
 def emulated_kernel(
-    name: str, bits: int, is_half: bool, shape: product.Shape, device: torch.device
+    name: str, bits: int, is_half: bool, shape: kernels.Shape, device: torch.device
 ) -> EmulatedKernel:
-    """Compiles the kernels of a setting once; skips where there is no C++ compiler."""
-    library = _library(bits, is_half, shape)
+    """Stands in for `kernels.kernel_of`; compiles a setting once."""
+    library = _library(kernels.source_of(bits, is_half, shape), "linear_main.hpp")
     return EmulatedKernel(getattr(library, f"launch_{name}"))
 
 
 @cache
-def _library(bits: int, is_half: bool, shape: product.Shape) -> ctypes.CDLL:
+def emulated_packing_kernel(
+    name: str, bits: int, source_bytes: int, device: torch.device
+) -> EmulatedKernel:
+    """Stands in for `kernels.packing_kernel_of`."""
+    library = _library(kernels.packing_source_of(bits, source_bytes), "pack_main.hpp")
+    return EmulatedKernel(getattr(library, f"launch_{name}"))
+
+
+@cache
+def _library(source: str, main: str) -> ctypes.CDLL:
+    """Compiles a source; skips where there is no C++ compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("needs g++ to run linear.cu on a CPU")
-    source = product.source_of(bits, is_half, shape)
-    macros, _, kernels = source.partition("// Products")
-    parts = [macros, f'#include "{HERE}/block.hpp"\n', kernels]
-    parts += [f'\n#include "{HERE}/block_main.hpp"\n']
-    kernels_file = "".join([parts[0], parts[1], "// Products", *parts[2:]])
+        pytest.skip("needs g++ to run kernels on a CPU")
+    # The macros of the setting come first: block.hpp needs them too.
+    macros, comment, kernel_source = source.partition("//")
+    parts = [macros, f'#include "{HERE}/block.hpp"\n', comment, kernel_source]
+    parts += [f'\n#include "{HERE}/{main}"\n']
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "linear.so"
+        target = Path(folder) / "kernels.so"
         command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-x", "c++", "-o"]
         process = subprocess.run(
             [*command, str(target), "-"],
-            input=kernels_file,
+            input="".join(parts),
             capture_output=True,
             text=True,
             check=False,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from codecllm.loader.packed import layout, matrix, pack, product
+from codecllm.loader.packed import kernels, layout, matrix, on_gpu, pack, product
 from tests.loader import block_emulation
 
 ALL_BITS = [*layout.INT_BITS, layout.BF16_BITS]
@@ -109,12 +109,57 @@ def test_codes_give_the_bits_of_dense_loading(spread, with_columns):
 def emulated(monkeypatch):
     monkeypatch.setattr(product, "kernel_of", block_emulation.emulated_kernel)
     monkeypatch.setattr(product, "fuses", lambda matrix, inputs: True)
-    monkeypatch.setattr(product, "_stream", lambda device: 0)
+    monkeypatch.setattr(product, "current_stream", lambda device: 0)
     monkeypatch.setattr(product, "on_device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(product.PackedProduct, "_has_unpack", lambda self, dtype: True)
 
 
-SHAPES = [product.Shape(1, 1, 1, 2), product.Shape(2, 2, 2, 2, splits=3)]
+@pytest.fixture
+def packing(monkeypatch):
+    monkeypatch.setattr(on_gpu, "packing_kernel_of", block_emulation.emulated_packing_kernel)
+
+
+def _same(packed, other):
+    assert packed.tensors().keys() == other.tensors().keys()
+    for name, tensor in packed.tensors().items():
+        assert tensor.dtype == other.tensors()[name].dtype
+        assert (tensor == other.tensors()[name]).all(), name
+    assert (packed.bits, packed.base, packed.longest) == (other.bits, other.base, other.longest)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(16, 64), (37, 80), (40, 1104)])
+def test_the_kernels_pack_bf16_as_the_reference(packing, monkeypatch, rows, cols):
+    weights = _weights(rows, cols)
+    weights.view(-1)[5::97] = 3e38
+    weights.view(-1)[rows * cols // 2 :][:4] = torch.tensor([float("nan"), float("inf"), 1e-40, 0])
+    expected = matrix.pack_bf16(weights)
+    monkeypatch.setattr(on_gpu, "packs", lambda matrix: True)
+    _same(matrix.pack_bf16(weights), expected)
+    assert expected.first is not None
+
+
+@pytest.mark.parametrize("bits", layout.INT_BITS)
+@pytest.mark.parametrize(("dtype", "cols"), [(torch.int8, 80), (torch.int16, 1104)])
+def test_the_kernels_pack_codes_as_the_reference(packing, monkeypatch, bits, dtype, cols):
+    codes, scale, col_scale = _codes(37, cols, 2.0 ** (bits - 2.6), seed=bits)
+    if dtype == torch.int8:
+        codes = codes.clamp(-128, 127)
+    expected = matrix.pack_codes(codes, scale, col_scale)
+    monkeypatch.setattr(on_gpu, "packs", lambda matrix: True)
+    _same(matrix.pack_codes(codes.to(dtype), scale, col_scale), expected)
+
+
+def test_the_kernels_refuse_many_exceptions(packing, monkeypatch):
+    monkeypatch.setattr(on_gpu, "packs", lambda matrix: True)
+    assert matrix.pack_bf16(torch.logspace(-30, 30, 1024).bfloat16().view(16, 64)) is None
+
+
+SHAPES = [
+    kernels.Shape(1, 1, 1, 1, stages=3),
+    kernels.Shape(2, 2, 2, 1, stages=2),
+    kernels.Shape(2, 2, 2, 2, splits=3),
+]
+"""With rings that are filled once, and several times."""
 
 
 def _expected(inputs, weights, bias):
@@ -147,7 +192,7 @@ def test_products_with_codes(emulated, monkeypatch, bits, dtype, tokens, shape):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_products_with_bf16_weights(emulated, monkeypatch, tokens, shape):
     if tokens > 8 * shape.token_tiles:
-        shape = product.Shape(1, 2, 1, 2)
+        shape = kernels.Shape(1, 2, 1, 2)
     monkeypatch.setattr(product, "choose_shape", lambda *_: shape)
     weights = _weights(50, 208)
     weights[3, 7], weights[49, 207], weights[0, 0] = 1e-30, 2e10, -1e-39
@@ -192,8 +237,12 @@ def test_a_large_matrix_is_multiplied_in_blocks_of_rows(emulated, monkeypatch):
 def test_the_chosen_shape_fits_a_block_and_the_tokens(tokens):
     sizes = [(rows, cols) for rows in (16, 4096, 128256) for cols in (64, 4096, 14336)]
     for (rows, cols), bits in itertools.product(sizes, ALL_BITS):
-        shape = product.choose_shape(tokens, rows, cols, bits)
+        shape = product.choose_shape(tokens, rows, cols, bits, kernels.LEAST_SHARED)
         assert 8 * shape.token_tiles >= tokens
-        assert 4 * 8 * shape.rows * (shape.col_warps + 1) <= 48 << 10
-        assert shape.threads <= 1024
+        static = 4 * 8 * shape.rows * (shape.col_warps + 1)
+        assert static <= 48 << 10
+        assert shape.shared(bits) + static <= kernels.LEAST_SHARED
+        assert shape.threads % shape.rows == 0 or shape.rows % shape.threads == 0
         assert shape.threads >= shape.rows
+        assert shape.threads <= 1024
+        assert shape.stages >= 2

@@ -18,8 +18,8 @@ static struct {
 } call;
 
 static void linear_body() {
-    packed_linear(call.packed, call.inputs, call.by_column, call.first, call.entries, call.scale, call.bias, call.out,
-                  call.split_sums, call.tokens, call.rows, call.cols, call.factor);
+    packed_linear(call.packed, call.inputs, call.by_column, call.first, call.entries, call.scale, call.col_scale, call.bias,
+                  call.out, call.split_sums, call.tokens, call.rows, call.cols, call.factor);
 }
 static void unpack_body() {
     packed_unpack(call.packed, call.first, call.entries, call.scale, call.col_scale, call.out, call.rows, call.cols, call.factor);
@@ -43,11 +43,11 @@ static void run_all(int blocks, int layers, int threads, void (*body)()) {
 }
 
 extern "C" void launch_packed_linear(int blocks, int layers, int threads, const u32* packed, const u16* inputs, u16* by_column,
-                                     const int* first, const u32* entries, const float* scale, const u16* bias, u16* out,
-                                     float* split_sums, int tokens, int rows, int cols, u32 factor) {
+                                     const int* first, const u32* entries, const float* scale, const float* col_scale,
+                                     const u16* bias, u16* out, float* split_sums, int tokens, int rows, int cols, u32 factor) {
     call = {};
     call.packed = packed, call.inputs = inputs, call.by_column = by_column, call.first = first, call.entries = entries;
-    call.scale = scale, call.bias = bias, call.out = out, call.split_sums = split_sums;
+    call.scale = scale, call.col_scale = col_scale, call.bias = bias, call.out = out, call.split_sums = split_sums;
     call.tokens = tokens, call.rows = rows, call.cols = cols, call.factor = factor;
     run_all(blocks, layers, threads, linear_body);
 }
@@ -67,10 +67,10 @@ extern "C" void launch_packed_gather(int blocks, int layers, int threads, const 
     call.col_scale = col_scale, call.out = out, call.rows = rows, call.cols = cols, call.factor = factor;
     run_all(blocks, layers, threads, gather_body);
 }
-extern "C" void launch_prepare_inputs(int blocks, int layers, int threads, const u16* inputs, const float* col_scale,
-                                      u16* prepared, u16* by_column, int tokens, int cols, int token_tiles) {
+extern "C" void launch_prepare_inputs(int blocks, int layers, int threads, const u16* inputs, const float* col_scale, u16* scaled,
+                                      u16* by_column, int tokens, int cols, int token_tiles) {
     call = {};
-    call.inputs = inputs, call.col_scale = col_scale, call.out = prepared, call.by_column = by_column;
+    call.inputs = inputs, call.col_scale = col_scale, call.out = scaled, call.by_column = by_column;
     call.tokens = tokens, call.cols = cols, call.rows = token_tiles;
     run_all(blocks, layers, threads, prepare_body);
 }
