@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from codecllm.formats.errors import ChecksumError
 
-_READ_BYTES = 1 << 20
+_READ_BYTES = 4 << 20
 _KEEPS_LOCK_BYTES = 1 << 16  # xxhash lets go of the lock beyond
 
 

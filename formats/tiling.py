@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from codecllm.formats.errors import LayoutError
@@ -88,6 +89,7 @@ class Grid:
         return self.across <= 1 or self.tile_rows == 1
 
 
+@lru_cache(maxsize=256)  # a model has many tensors of few shapes
 def default_grid(rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS) -> Grid:
     """Returns the grid that a writer takes by default.
 
@@ -116,6 +118,7 @@ def last_axis_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
+@lru_cache(maxsize=256)
 def channel_matrix(shape: tuple[int, ...], axis: int, kind: ChannelKind) -> tuple[int, int]:
     """Returns the matrix [rows, cols] of scheme `int8`, in the source's memory order.
 

@@ -107,7 +107,7 @@ def pack_chunks(
     frames = _frames(symbols, raw_bytes, bits_of_chunks) if codec == _ZSTD.name else None
     if native.core is None:
         return _pack_plainly(symbols, sizes, frames, (places, group or len(sizes)), bits_of_chunks)
-    memory = (buffers or Buffers()).take(int(slot_bytes(sizes).sum()))
+    memory = (buffers or Buffers()).take(sum(map(slot_bytes, raw_bytes)))
     records = np.empty(len(sizes), RECORD)
     counts = np.empty((len(sizes), 256), np.uint32)
     is_rans = frames is None
