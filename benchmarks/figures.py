@@ -47,7 +47,7 @@ def main() -> None:
     """Draws all charts."""
     folder = DOCS / "figures"
     bits = _table(DOCS / "bits.md", "| | bits per weight | size |")
-    rates = [row for row in bits if "--bits" in row[0]]
+    rates = [row for row in bits if "--bits" in row[0] and "--refine" not in row[0]]
     plain = [row for row in bits if "int8" in row[0]]
     _draw(
         folder / "bits.svg",
