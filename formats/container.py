@@ -31,6 +31,7 @@ from codecllm.formats.manifest.records import (
     FileRecord,
     Int8Tensor,
     RawTensor,
+    StoredRecord,
 )
 from codecllm.formats.open_files import OpenFiles
 from codecllm.formats.schemes.columns import Columns, make_columns
@@ -209,12 +210,11 @@ class Container:
                 self._shards[number] = self._open_shard(number)
             return self._shards[number]
 
-    def tensor(self, name: str) -> PlainTensor | StoredTensor:
-        """Returns a tensor, ready to be read; an alias leads to its target.
+    def stored_record(self, name: str) -> StoredRecord:
+        """Returns the record of a tensor, or of its target if it is an alias.
 
         Raises:
             SchemaError: there is no tensor of that name.
-            FormatError: its shard or side data are damaged.
         """
         record = self.records.get(name)
         if isinstance(record, AliasTensor):
@@ -223,6 +223,16 @@ class Container:
         if record is None:
             raise SchemaError("no such tensor", file=MANIFEST_NAME, tensor=name)
         assert not isinstance(record, AliasTensor)
+        return record
+
+    def tensor(self, name: str) -> PlainTensor | StoredTensor:
+        """Returns a tensor, ready to be read; an alias leads to its target.
+
+        Raises:
+            SchemaError: there is no tensor of that name.
+            FormatError: its shard or side data are damaged.
+        """
+        record = self.stored_record(name)
         file, header = self.shard(record.shard)
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):

@@ -18,11 +18,15 @@ from codecllm.converter.source.source import SourceModel
 from codecllm.converter.write.lanes import shard_metadata
 from codecllm.converter.write.manifest import Conversion, build_manifest
 from codecllm.converter.write.records import EncodedTensor, coded_record, raw_record
-from codecllm.converter.write.tensor_writer import StoredRecord
 from codecllm.formats.codecs import CODEC_IDS
 from codecllm.formats.limits import SLOT_ALIGNMENT
 from codecllm.formats.manifest.manifest import INDEX_NAME, pack_manifest, record_bytes, shard_name
-from codecllm.formats.manifest.records import FileRecord, ShardRecord, SideChecksums
+from codecllm.formats.manifest.records import (
+    FileRecord,
+    ShardRecord,
+    SideChecksums,
+    StoredRecord,
+)
 from codecllm.formats.shards.chunk_table import HEADER, RECORD
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES
 from codecllm.formats.shards.shard_writer import reserved_header_bytes

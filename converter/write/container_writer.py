@@ -16,9 +16,8 @@ from codecllm.converter.source.side_files import (
 from codecllm.converter.write.journal import Journal
 from codecllm.converter.write.lanes import ShardJob, ShardLanes
 from codecllm.converter.write.manifest import Conversion, build_manifest
-from codecllm.converter.write.tensor_writer import StoredRecord
 from codecllm.formats.manifest.manifest import INDEX_NAME, Manifest, shard_name
-from codecllm.formats.manifest.records import FileRecord, ShardRecord
+from codecllm.formats.manifest.records import FileRecord, ShardRecord, StoredRecord
 from codecllm.formats.shards.side_tensors import side_names
 
 OnProgress = Callable[[str, int, int], None]

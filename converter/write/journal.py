@@ -14,11 +14,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from codecllm.converter.write.tensor_writer import StoredRecord
 from codecllm.formats.checksums import sha256_of_descriptor, xxh3_hex
 from codecllm.formats.errors import FormatError
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest.records import ShardRecord
+from codecllm.formats.manifest.records import ShardRecord, StoredRecord
 
 _TENSORS: TypeAdapter[list[StoredRecord]] = TypeAdapter(
     list[Annotated[StoredRecord, Field(discriminator="scheme")]]

@@ -18,10 +18,10 @@ from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.write.backlog import Backlog
 from codecllm.converter.write.journal import FinishedShard, Journal
 from codecllm.converter.write.manifest import Conversion
-from codecllm.converter.write.tensor_writer import StoredRecord, TensorWriter
+from codecllm.converter.write.tensor_writer import TensorWriter
 from codecllm.formats.checksums import sha256_of_descriptor, xxh3_hex
 from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest.records import ShardRecord
+from codecllm.formats.manifest.records import ShardRecord, StoredRecord
 from codecllm.formats.shards.shard_writer import ShardWriter
 
 _BACKLOG_BYTES = 12 << 20  # that are being hashed or written, for each worker

@@ -12,7 +12,6 @@ from codecllm.converter.options import ConvertOptions, Origin
 from codecllm.converter.plan.choice import ParamsChoice
 from codecllm.converter.plan.conversion_plan import ConversionPlan
 from codecllm.converter.source.source import SourceModel
-from codecllm.converter.write.tensor_writer import StoredRecord
 from codecllm.formats import WRITER_VERSION
 from codecllm.formats.manifest.manifest import Manifest, features_of, source_features
 from codecllm.formats.manifest.records import (
@@ -21,6 +20,7 @@ from codecllm.formats.manifest.records import (
     Options,
     ShardRecord,
     Source,
+    StoredRecord,
     TensorRecord,
 )
 

@@ -36,7 +36,7 @@ from codecllm.formats.codecs.entropy import entropies_by_counts
 from codecllm.formats.codecs.rans_groups import pack_group_tables, tile_groups
 from codecllm.formats.errors import NonFiniteWeightError
 from codecllm.formats.limits import SLOT_ALIGNMENT
-from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTensor, SideChecksums
+from codecllm.formats.manifest.records import SideChecksums, StoredRecord
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.shards.chunk_table import pack_chunk_table
 from codecllm.formats.shards.shard_writer import ShardWriter
@@ -44,7 +44,6 @@ from codecllm.formats.shards.side_tensors import CHUNKS, SHAPE, SIDE_TENSORS, TA
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-StoredRecord = RawTensor | LosslessTensor | Int8Tensor
 _Lent = tuple[Any, NDArray[np.uint8] | None]  # bytes, and the buffer to give back behind them
 
 _RAW_STEP = 4 << 20

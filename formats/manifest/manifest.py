@@ -32,12 +32,12 @@ from codecllm.formats.manifest.records import (
     CodedTensor,
     FileRecord,
     Int8Tensor,
-    LosslessTensor,
     Options,
     RawTensor,
     Record,
     ShardRecord,
     Source,
+    StoredRecord,
     TensorRecord,
 )
 from codecllm.formats.shards.safetensors_header import check_name, check_shape
@@ -95,9 +95,9 @@ class Manifest(Record):
     tensors: Annotated[list[TensorRecord], Field(max_length=limits.TENSORS)]
 
     @cached_property
-    def stored_in(self) -> list[list[RawTensor | LosslessTensor | Int8Tensor]]:
+    def stored_in(self) -> list[list[StoredRecord]]:
         """The records of the tensors that each shard holds, by its number."""
-        by_shard: list[list[RawTensor | LosslessTensor | Int8Tensor]] = [[] for _ in self.shards]
+        by_shard: list[list[StoredRecord]] = [[] for _ in self.shards]
         for record in self.tensors:
             if not isinstance(record, AliasTensor):
                 by_shard[record.shard].append(record)

@@ -172,6 +172,8 @@ TensorRecord = Annotated[
     RawTensor | LosslessTensor | Int8Tensor | AliasTensor, Field(discriminator="scheme")
 ]
 CodedTensor = LosslessTensor | Int8Tensor
+StoredRecord = RawTensor | LosslessTensor | Int8Tensor
+"""A record of a tensor that has bytes of its own: no alias."""
 
 
 class Source(Record):

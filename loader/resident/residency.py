@@ -16,7 +16,6 @@ from transformers import Conv1D
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, UsageError
 from codecllm.formats.manifest.records import (
-    AliasTensor,
     CodedTensor,
     Int8Tensor,
     RawTensor,
@@ -74,7 +73,7 @@ class Residency(ABC):
         """
         records: dict[str, CodedTensor] = {}
         for name in container.records:
-            record = stored_record(container, name)
+            record = container.stored_record(name)
             if not isinstance(record, RawTensor) and self.can_take(record):
                 records[name] = record
         if not records:
@@ -270,17 +269,6 @@ class ResidentCompressed(Residency):
             reading.get()
         self._meter.add(record.name, record.source_bytes)
         return self._matrices[record.name]
-
-
-def stored_record(container: Container, name: str) -> RawTensor | CodedTensor:
-    """Returns the record of a tensor that has bytes of its own.
-
-    It is the target of an alias, or the tensor itself.
-    """
-    record = container.records[name]
-    target = container.records[record.alias_of] if isinstance(record, AliasTensor) else record
-    assert not isinstance(target, AliasTensor)
-    return target
 
 
 def is_by_rows(record: CodedTensor) -> bool:

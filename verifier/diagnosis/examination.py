@@ -35,7 +35,6 @@ from codecllm.verifier.diagnosis.parts import (
     decoded_parts,
     read_tile,
     read_weights,
-    stored_record,
 )
 
 Place = tuple[int, int]
@@ -150,7 +149,7 @@ class Examination:
 
 def examine(container: Container, name: str, source: SourceTensor) -> Examination:
     """Examines one tensor; damage becomes `faults`."""
-    record = stored_record(container, name)
+    record = container.stored_record(name)
     result = Examination(name, record, record.elements)
     try:
         if (record.dtype, tuple(record.shape)) != (source.dtype.name, source.shape):

@@ -9,22 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecllm.converter.source.tensors import SourceTensor
-from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, FormatError
-from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, LosslessTensor, RawTensor
 from codecllm.formats.reference import join_chunks
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import join_codes
 from codecllm.formats.stored_tensor import StoredTensor, tile_steps
 from codecllm.formats.tiling import Grid, Tile
-
-
-def stored_record(container: Container, name: str) -> RawTensor | LosslessTensor | Int8Tensor:
-    """Returns the record of a tensor, or of its target if it is an alias."""
-    record = container.records[name]
-    target = container.records[record.alias_of] if isinstance(record, AliasTensor) else record
-    assert not isinstance(target, AliasTensor)
-    return target
 
 
 def read_tile(source: SourceTensor, grid: Grid, tile: Tile) -> NDArray[np.unsignedinteger]:

@@ -24,7 +24,6 @@ from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.codes.rows import head_size
 from codecllm.verifier.diagnosis.model.reference_model import codes_and_scales, source_tensor
 from codecllm.verifier.diagnosis.model.weight_autopsy import Suspect, explain_weight, same_bits
-from codecllm.verifier.diagnosis.parts import stored_record
 from codecllm.verifier.report import Stage
 
 
@@ -131,7 +130,7 @@ def _expected_modules(
     tied_names = {name: members for members in groups.values() for name in members}
     expected: set[str] = set()
     for name, tensor in names.items():
-        record = stored_record(against.container, tensor)
+        record = against.container.stored_record(tensor)
         # Kernels for coded weights read rows; every other tensor is decoded at load.
         if isinstance(record, RawTensor) or not is_by_rows(record):
             continue

@@ -33,7 +33,6 @@ from codecllm.verifier.diagnosis.parts import (
     asked_steps,
     decoded_parts,
     read_weights,
-    stored_record,
 )
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -52,7 +51,7 @@ def reference_tensors(container: Container, dtype: torch.dtype) -> dict[str, tor
         FormatError: a tensor is damaged.
     """
     return {
-        name: reference_tensor(container, stored_record(container, name).name, dtype)
+        name: reference_tensor(container, container.stored_record(name).name, dtype)
         for name in container.records
     }
 
@@ -69,7 +68,7 @@ def requantized_tensors(
     """
     tensors: dict[str, torch.Tensor] = {}
     for name in container.records:
-        record = stored_record(container, name)
+        record = container.stored_record(name)
         one = examined[name]
         tensor = source.tensors[name]
         if isinstance(record, Int8Tensor) and one.scales is not None and not one.not_finite:
