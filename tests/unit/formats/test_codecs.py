@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from codecllm.formats import limits
-from codecllm.formats.codecs import CODEC_IDS, CODECS
+from codecllm.formats.codecs import CODEC_IDS, CODECS, zstd
 from codecllm.formats.errors import DecodeError
 
 ZSTD, RAW = CODECS[CODEC_IDS["zstd"]], CODECS[CODEC_IDS["raw"]]
@@ -168,3 +168,27 @@ def test_codecs_are_shared_between_threads():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_few_frames_are_decoded_as_many_are(monkeypatch):
+    """One by one and by one call: whole frames, a wrong size, a damaged frame."""
+    rng = np.random.default_rng(8)
+    parts = [rng.normal(120, 2, size).astype(np.uint8).tobytes() for size in (900, 1, 3000)]
+    frames = [ZSTD.encode(part) for part in parts]
+    ends = np.cumsum([len(frame) for frame in frames]).tolist()
+    spans = [(end - len(frame), len(frame)) for end, frame in zip(ends, frames, strict=True)]
+    sizes = [len(part) for part in parts]
+    whole, damaged = b"".join(frames), bytearray(b"".join(frames))
+    damaged[spans[0][0] + 30] ^= 0xFF
+    cases = [(whole, sizes), (whole, [900, 2, 3000]), (bytes(damaged), sizes)]
+
+    def outcomes():
+        for data, raw_bytes in cases:
+            found = ZSTD.decompress_together(memoryview(data), spans, raw_bytes)
+            yield found if found is None else [bytes(symbols) for symbols in found]
+
+    many = list(outcomes())
+    monkeypatch.setattr(zstd, "_FEW_FRAMES", 9)
+    assert many == list(outcomes())
+    assert many[0] == parts
+    assert many[1] is None
