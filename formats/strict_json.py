@@ -12,12 +12,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 from codecllm.formats import limits
 from codecllm.formats.errors import LimitError, SchemaError
 
 _SPACE = re.compile(rb"[ \t\n\r]*")
+_CERTAIN_DIGITS = len(str(limits.INTEGER))  # an integer of fewer digits is never too large
 _FIRST_WINDOW = 2048  # most values are shorter; only longer ones pay for a longer window
 
 
@@ -114,8 +116,8 @@ class JsonWalker:
             what: as in `members`.
         """
         earlier_keys: set[str] = set()
-        for _ in self._elements("{", "}", most, what):
-            if self._peek() != '"':
+        for _ in self._elements(b"{", b"}", most, what):
+            if self._peek() != b'"':
                 raise self._not_json("a key in double quotes is missing")
             match = pattern.match(self._data, self.position) if pattern is not None else None
             if match is not None:
@@ -129,7 +131,7 @@ class JsonWalker:
                 )
             earlier_keys.add(key)
             if match is None:
-                self._expect(":")
+                self._expect(b":")
             yield key, match
 
     def items(
@@ -139,12 +141,12 @@ class JsonWalker:
 
         At most `most`, each of at most `max_bytes`.
         """
-        for _ in self._elements("[", "]", most, what):
+        for _ in self._elements(b"[", b"]", most, what):
             yield self.value(max_bytes)
 
     def value(self, max_bytes: int) -> Any:
         """Decodes the value at the position, which takes at most `max_bytes` bytes."""
-        self._skip_space()
+        self._peek()
         for size in (min(_FIRST_WINDOW, max_bytes), max_bytes):
             window = self._data[self.position : self.position + size]
             whole = self.position + size >= len(self._data)
@@ -166,8 +168,8 @@ class JsonWalker:
             expected=f"at most {max_bytes} bytes",
         )
 
-    def stands_at(self, character: str) -> bool:
-        """Whether the value at the position begins with `character`."""
+    def stands_at(self, character: bytes) -> bool:
+        """Whether the value at the position begins with an ASCII character."""
         return self._peek() == character
 
     def end(self) -> None:
@@ -190,7 +192,7 @@ class JsonWalker:
         self.position += size
         return value
 
-    def _elements(self, opening: str, closing: str, most: int, what: str) -> Iterator[int]:
+    def _elements(self, opening: bytes, closing: bytes, most: int, what: str) -> Iterator[int]:
         """Yields numbers of elements; the caller takes each, commas and brackets are taken here."""
         self._expect(opening)
         self._depth -= 1
@@ -207,28 +209,26 @@ class JsonWalker:
                 )
             yield number
             number += 1
-            if self._peek() != ",":
+            if self._peek() != b",":
                 break
             self.position += 1
         self._expect(closing)
         self._depth += 1
 
-    def _skip_space(self) -> None:
+    def _peek(self) -> bytes:
+        """Moves to the next byte that is no space and returns it, nothing at the end."""
+        byte = self._data[self.position : self.position + 1]
         # Most texts have no space between their parts, and a match costs as much as a short value.
-        if self._data[self.position : self.position + 1] > b" ":
-            return
+        if byte > b" ":
+            return byte
         match = _SPACE.match(self._data, self.position)
         assert match is not None
         self.position = match.end()
+        return self._data[self.position : self.position + 1]
 
-    def _peek(self) -> str:
-        """Returns the next character that is no space, or an empty string at the end."""
-        self._skip_space()
-        return self._data[self.position : self.position + 1].decode("latin-1")
-
-    def _expect(self, character: str) -> None:
+    def _expect(self, character: bytes) -> None:
         if self._peek() != character:
-            raise self._not_json(f"Expecting {character!r}")
+            raise self._not_json(f"Expecting {character.decode()!r}")
         self.position += 1
 
     def _not_json(self, problem: str, ahead: int = 0) -> SchemaError:
@@ -244,14 +244,14 @@ class JsonWalker:
 
 def _strict_decoder(file: str) -> json.JSONDecoder:
     return json.JSONDecoder(
-        object_pairs_hook=lambda pairs: _unique(pairs, file),
-        parse_constant=lambda name: _refuse_constant(name, file),
-        parse_int=lambda digits: _bounded_int(digits, file),
-        parse_float=lambda digits: _finite_float(digits, file),
+        object_pairs_hook=partial(_unique, file),
+        parse_constant=partial(_refuse_constant, file),
+        parse_int=partial(_bounded_int, file),
+        parse_float=partial(_finite_float, file),
     )
 
 
-def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
+def _unique(file: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         ((key, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -259,11 +259,13 @@ def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
     return result
 
 
-def _refuse_constant(name: str, file: str) -> NoReturn:
+def _refuse_constant(file: str, name: str) -> NoReturn:
     raise SchemaError(f"{name} is not a JSON number", file=file)
 
 
-def _bounded_int(digits: str, file: str) -> int:
+def _bounded_int(file: str, digits: str) -> int:
+    if len(digits) < _CERTAIN_DIGITS:
+        return int(digits)
     # Long digits are refused before `int`, whose time grows with their square.
     if len(digits) > 17 or abs(value := int(digits)) > limits.INTEGER:
         raise LimitError(
@@ -272,7 +274,7 @@ def _bounded_int(digits: str, file: str) -> int:
     return value
 
 
-def _finite_float(digits: str, file: str) -> float:
+def _finite_float(file: str, digits: str) -> float:
     value = float(digits)
     if value in (float("inf"), float("-inf")):
         raise SchemaError("number is not finite", file=file, got=digits[:40])

@@ -89,6 +89,10 @@ class Grid:
         return self.across <= 1 or self.tile_rows == 1
 
 
+kept_grid = lru_cache(maxsize=256)(Grid)
+"""Returns a grid, the same one for the same numbers: a model has many tensors of few shapes."""
+
+
 @lru_cache(maxsize=256)  # a model has many tensors of few shapes
 def default_grid(rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS) -> Grid:
     """Returns the grid that a writer takes by default.

@@ -35,6 +35,7 @@ from codecllm.formats.strict_json import JsonWalker
 
 _SEAL = re.compile(rb'"manifest_sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = len('"manifest_sha256":"') + 64 + len('"}\n')
+_SCHEMES = frozenset({*SCHEMES, "alias"})
 _HEAD = ("format", "format_version", "required_features")
 # Name of a list -> the schema of its records, and the most records that it may have.
 _LISTS: dict[str, tuple[TypeAdapter[Any], int]] = {
@@ -124,12 +125,19 @@ def _records(walker: JsonWalker, key: str) -> Iterator[Record]:
             raise _first_error(exc, f"{key}.{number}") from exc
 
 
+def _holds_null(value: Any) -> bool:
+    """Whether a value, or one of an object in it, is null."""
+    return value is None or (type(value) is dict and any(map(_holds_null, value.values())))
+
+
 def _refuse_null(value: Any, place: str) -> None:
     """Refuses null, which the schema would take for an optional key that is absent.
 
     Raises:
         SchemaError: the value, or one of an object in it, is null.
     """
+    if not _holds_null(value):
+        return
     if value is None:
         raise SchemaError(f"field {place} is null", file=MANIFEST_NAME)
     if isinstance(value, dict):
@@ -179,7 +187,7 @@ def _check_known(record: Any) -> None:
         return
     tensor = str(record.get("name"))
     scheme = record.get("scheme")
-    if isinstance(scheme, str) and scheme not in (*SCHEMES, "alias"):
+    if isinstance(scheme, str) and scheme not in _SCHEMES:
         raise UnsupportedVersionError(
             f"unknown scheme {ascii(scheme)[:80]}", file=MANIFEST_NAME, tensor=tensor
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -77,6 +78,14 @@ class SideChecksums(Record):
     col_scale: Xxh3 | None = None
     col_group: Xxh3 | None = None
     tables: Xxh3 | None = None
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the side tensors that there are."""
+        return tuple([key for key in _SIDE_KEYS if getattr(self, key) is not None])
+
+
+_SIDE_KEYS = tuple(SideChecksums.model_fields)
 
 
 class _Tensor(Record):

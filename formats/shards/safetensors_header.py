@@ -11,12 +11,14 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from codecllm.formats import limits
 from codecllm.formats.checksums import check_xxh3
 from codecllm.formats.dtypes import DTYPES, DType
 from codecllm.formats.errors import (
+    FormatError,
     LayoutError,
     LimitError,
     NotAContainerError,
@@ -42,8 +44,7 @@ It reads a header of a hundred thousand tensors in a third of the time.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a safetensors file.
 
     Attributes:
@@ -151,7 +152,8 @@ def parse_header(
     walker = JsonWalker(raw, file=file, begin=PREFIX_BYTES)
     for name, match in walker.members_like(_ENTRY, limits.TENSORS, "tensors"):
         if match is not None:
-            entries.append(_parse_entry(name, _fields(match), base, file))
+            entry = _plain_entry(name, match, base)
+            entries.append(entry or _parse_entry(name, _fields(match), base, file))
         elif name == "__metadata__":
             metadata = _read_metadata(walker, file)
         else:
@@ -161,6 +163,31 @@ def parse_header(
     entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_coverage(entries, base, file_bytes, file)
     return ShardHeader({entry.name: entry for entry in entries}, metadata, raw)
+
+
+def _plain_entry(name: str, match: re.Match[bytes], base: int) -> TensorEntry | None:
+    """Returns what `_parse_entry` makes of an entry that `_ENTRY` matches, or None for its error.
+
+    The pattern has checked the name, and that numbers are whole and not negative.
+    """
+    _, dtype_text, dims, start_text, end_text = match.groups()
+    kind = _plain_type(dtype_text, dims)
+    start, end = int(start_text), int(end_text)
+    if kind is None or end - start != kind[2]:
+        return None
+    return TensorEntry(name, kind[0], kind[1], base + start, base + end)
+
+
+@lru_cache(maxsize=1 << 10)  # a model has many tensors of few shapes
+def _plain_type(dtype_text: bytes, dims: bytes) -> tuple[DType, tuple[int, ...], int] | None:
+    """Returns dtype, shape and bytes of an entry; None where `_parse_entry` has an error for it."""
+    dtype = DTYPES.get(dtype_text.decode("ascii"))
+    try:
+        shape = check_shape([int(dim) for dim in dims.split(b",") if dim], "", "")
+    except FormatError:
+        return None
+    size_bits = math.prod(shape) * dtype.bits if dtype is not None else 1
+    return (dtype, shape, size_bits // 8) if dtype is not None and not size_bits % 8 else None
 
 
 def _fields(match: re.Match[bytes]) -> dict[str, Any]:
@@ -174,11 +201,11 @@ def _fields(match: re.Match[bytes]) -> dict[str, Any]:
 
 def _read_metadata(walker: JsonWalker, file: str) -> dict[str, str]:
     problem = SchemaError("__metadata__ is not an object of strings", file=file)
-    if not walker.stands_at("{"):
+    if not walker.stands_at(b"{"):
         raise problem
     metadata = {}
     for key in walker.members(limits.METADATA, "keys of __metadata__"):
-        if not walker.stands_at('"'):
+        if not walker.stands_at(b'"'):
             raise problem
         metadata[key] = walker.value(limits.HEADER_BYTES)
     return metadata

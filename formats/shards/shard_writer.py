@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,6 @@ def reserved_header_bytes(planned: list[PlannedTensor], metadata: dict[str, str]
     # An offset never has more digits than the sum of the bounds before it, so each entry is no
     # longer than in this header.
     return (
-        len(pack_header([replace(entry, start=entry.end) for entry in worst], metadata))
+        len(pack_header([entry._replace(start=entry.end) for entry in worst], metadata))
         - PREFIX_BYTES
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from codecllm.formats.codecs import rans
@@ -192,7 +193,7 @@ class StoredSide:
 def layout_of(record: CodedTensor) -> CodedLayout:
     """Returns the facts of a manifest record on which its side tensors depend."""
     shape = tuple(record.shape)
-    coded_by_rans = any(plane.codec == rans.NAME for plane in record.planes)
+    coded_by_rans = _uses_rans(record)
     if not isinstance(record, Int8Tensor):
         return CodedLayout(
             int8=False,
@@ -213,6 +214,10 @@ def layout_of(record: CodedTensor) -> CodedLayout:
         rans=coded_by_rans,
         tables_bytes=record.tables_bytes,
     )
+
+
+def _uses_rans(record: CodedTensor) -> bool:
+    return rans.NAME in [plane.codec for plane in record.planes]
 
 
 def side_tensors(record: TensorRecord) -> list[StoredSide]:
@@ -236,9 +241,12 @@ def side_names(record: TensorRecord) -> list[str]:
     """Returns the names under which a tensor's side tensors are stored."""
     if isinstance(record, RawTensor | AliasTensor):
         return []
-    return [
-        side.name_for(record.name) for side in SIDE_TENSORS if side.checksum(record) is not None
-    ]
+    return [record.name + suffix for suffix in _suffixes(record.xxh3.keys)]
+
+
+@lru_cache(maxsize=64)
+def _suffixes(stored_keys: tuple[str, ...]) -> list[str]:
+    return [side.suffix for side in SIDE_TENSORS if side.key in stored_keys]
 
 
 def misplaced_side(record: CodedTensor) -> SideTensor | None:
@@ -246,12 +254,23 @@ def misplaced_side(record: CodedTensor) -> SideTensor | None:
 
     None if all is right.
     """
-    layout = layout_of(record)
+    kind = record.channel_kind if isinstance(record, Int8Tensor) else None
+    return _misplaced(kind, _uses_rans(record), record.xxh3.keys)
+
+
+@lru_cache(maxsize=64)  # a model has many tensors of few layouts
+def _misplaced(
+    kind: ChannelKind | None, uses_rans: bool, stored_keys: tuple[str, ...]
+) -> SideTensor | None:
+    """As `misplaced_side`, by the facts on which presence depends; `kind` is None for lossless."""
+    layout = CodedLayout(
+        int8=kind is not None, rank=0, columns=0, kind=kind or "row", rans=uses_rans
+    )
     for side in SIDE_TENSORS:
-        is_stored = side.checksum(record) is not None
+        is_stored = side.key in stored_keys
         presence = side.presence(layout)
         # Without its partner a side tensor has no meaning.
-        if side.needs is not None and getattr(record.xxh3, side.needs) is None:
+        if side.needs is not None and side.needs not in stored_keys:
             presence = "never"
         if presence != "optional" and is_stored != (presence == "always"):
             return side

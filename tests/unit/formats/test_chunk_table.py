@@ -7,11 +7,13 @@ import pytest
 
 from codecllm.formats import limits
 from codecllm.formats.errors import (
+    FormatError,
     LayoutError,
     LimitError,
     SchemaError,
     UnsupportedVersionError,
 )
+from codecllm.formats.shards import chunk_table
 from codecllm.formats.shards.chunk_table import (
     RECORD,
     pack_chunk_table,
@@ -168,3 +170,34 @@ def test_stored_bytes_up_to_the_limit():
 def test_a_table_without_chunks():
     table = _parse(_table(Grid(0, 6, 2, 6), 3, []), 0)
     assert (table.chunks, table.offsets.tolist()) == ([], [0])
+
+
+def _verdict(data, payload_bytes):
+    try:
+        table = parse_chunk_table(data, payload_bytes=payload_bytes, file="f", tensor="t")
+    except FormatError as exc:
+        return str(exc)
+    arrays = table.records.tobytes(), table.offsets.tolist(), table.raw_bytes.tolist()
+    return table.grid, table.planes, arrays, table.chunks
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_short_tables_are_judged_as_long_ones_are(monkeypatch, planes):
+    """Looked at one by one, and by numpy: whole tables, and each byte of them changed."""
+    grid = Grid(4, 5, 2, 5)
+    chunks = len(grid) * planes
+    whole = _table(grid, planes, [10, 3, 8, 1][:chunks])
+    payload_bytes = 16 * chunks
+    changed = [whole]
+    for place in range(len(whole)):
+        for bits in (1, 0x80, 0xFF):
+            data = bytearray(whole)
+            data[place] ^= bits
+            changed.append(bytes(data))
+    cases = [(data, size) for data in changed for size in (payload_bytes, payload_bytes + 16)]
+    found = [_verdict(*case) for case in cases]
+    monkeypatch.setattr(chunk_table, "FEW_CHUNKS", -1)
+    assert found == [_verdict(*case) for case in cases]
+    kinds = [isinstance(verdict, tuple) for verdict in found]
+    assert kinds.count(True) > 10 * chunks
+    assert kinds.count(False) > 10 * chunks
