@@ -225,15 +225,41 @@ class Container:
         assert not isinstance(record, AliasTensor)
         return record
 
-    def tensor(self, name: str) -> PlainTensor | StoredTensor:
+    def span(self, name: str) -> tuple[int, int]:
+        """Returns where the bytes of a tensor and its side tensors begin and end in their shard.
+
+        Raises:
+            SchemaError: there is no tensor of that name.
+            FormatError: the shard is damaged.
+        """
+        record = self.stored_record(name)
+        _, header = self.shard(record.shard)
+        entries = [header.tensors[part] for part in (record.name, *side_names(record))]
+        return min(entry.start for entry in entries), max(entry.end for entry in entries)
+
+    def excerpt(self, shard: int, begin: int, end: int) -> Excerpt:
+        """Reads bytes [begin, end) of shard `shard`, from 0; they are not checked.
+
+        Raises:
+            FormatError: the shard is damaged, or ends before.
+        """
+        file, _ = self.shard(shard)
+        return Excerpt(file.name, begin, file.read(begin, end - begin))
+
+    def tensor(self, name: str, excerpt: Excerpt | None = None) -> PlainTensor | StoredTensor:
         """Returns a tensor, ready to be read; an alias leads to its target.
+
+        Args:
+            name: its name.
+            excerpt: bytes of the shard that hold the tensor's `span`; None reads the shard.
 
         Raises:
             SchemaError: there is no tensor of that name.
             FormatError: its shard or side data are damaged.
         """
         record = self.stored_record(name)
-        file, header = self.shard(record.shard)
+        opened, header = self.shard(record.shard)
+        file = opened if excerpt is None else excerpt
         entry = header.tensors[record.name]
         if isinstance(record, RawTensor):
             return PlainTensor(record, file, entry.start)
@@ -305,7 +331,11 @@ class Container:
         return data
 
     def _read_tables(
-        self, file: SafeFile, header: ShardHeader, record: CodedTensor, chunks: ChunkTable
+        self,
+        file: SafeFile | Excerpt,
+        header: ShardHeader,
+        record: CodedTensor,
+        chunks: ChunkTable,
     ) -> GroupTables | None:
         if record.xxh3.tables is None:
             return None
@@ -340,11 +370,13 @@ class Container:
         return scales, columns
 
 
-def _read_together(file: SafeFile, entries: list[TensorEntry]) -> SafeFile | Excerpt:
+def _read_together(file: SafeFile | Excerpt, entries: list[TensorEntry]) -> SafeFile | Excerpt:
     """Returns a reader of the bytes of some entries.
 
     They are read by one call where they are small and lie together.
     """
+    if isinstance(file, Excerpt):
+        return file
     begin, end = min(entry.start for entry in entries), max(entry.end for entry in entries)
     if end - begin > min(_SIDES_TOGETHER_BYTES, 2 * sum(entry.bytes for entry in entries)):
         return file

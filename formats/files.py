@@ -166,6 +166,10 @@ class Excerpt:
             raise ValueError(f"{self.name}: [{offset}, {offset + length}) was not read")
         return self.data[at : at + length]
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fills `target` (bytes, writable) from `offset`; it must lie inside the excerpt."""
+        target[:] = self.read(offset, len(target))
+
 
 def is_plain_name(name: str) -> bool:
     """Whether `name` is a file name, or one inside one subfolder, of portable ASCII characters."""

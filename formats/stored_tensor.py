@@ -21,7 +21,7 @@ from codecllm.formats.errors import (
     SchemaError,
     TruncatedError,
 )
-from codecllm.formats.files import SafeFile
+from codecllm.formats.files import Excerpt, SafeFile
 from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, RawTensor
 from codecllm.formats.schemes.columns import Columns
 from codecllm.formats.schemes.int8 import check_codes, step_sizes
@@ -44,7 +44,9 @@ def sound(decoded: Decoded) -> NDArray[np.uint8]:
 class ReadsAt(Protocol):
     """The source of a tensor's bytes: an open file, or memory."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name, for errors."""
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` from `offset`."""
@@ -55,7 +57,7 @@ class PlainTensor:
     """A tensor stored plainly: its record and where its bytes lie."""
 
     record: RawTensor
-    file: SafeFile
+    file: SafeFile | Excerpt
     offset: int
 
     def read(self) -> bytearray:

@@ -22,20 +22,24 @@ class Announcer:
 
     def announce(self, source: PlainTensor | StoredTensor) -> None:
         """Announces a tensor that is read now, and the bytes that follow it in its file."""
-        size = _stored_bytes(source)
-        if not (size and isinstance(source.file, SafeFile) and hasattr(os, "posix_fadvise")):
+        if isinstance(source.file, SafeFile):
+            self.announce_bytes(source.file, source.offset, source.offset + _stored_bytes(source))
+
+    def announce_bytes(self, file: SafeFile, offset: int, behind: int) -> None:
+        """Announces bytes [offset, behind) of a file, which are read now, and those that follow."""
+        if behind == offset or not hasattr(os, "posix_fadvise"):
             return
-        name = source.file.name
-        needed_end = source.offset + size + ANNOUNCED_BYTES // 2
+        name = file.name
+        needed_end = behind + ANNOUNCED_BYTES // 2
         begin, end = self._windows.get(name, (0, 0))
-        if not begin <= source.offset <= end:
+        if not begin <= offset <= end:
             # A jump: bytes between the windows are not wanted.
-            begin = end = source.offset
+            begin = end = offset
         # In steps of half a window at least: a call for each tensor would cost more than it gains.
         upto = end if end >= needed_end else needed_end + ANNOUNCED_BYTES // 2
         self._windows[name] = begin, upto
         if upto > end:
-            with source.file.opened() as descriptor:
+            with file.opened() as descriptor:
                 os.posix_fadvise(descriptor, end, upto - end, os.POSIX_FADV_WILLNEED)
 
 

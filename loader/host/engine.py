@@ -21,9 +21,11 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
+from codecllm.formats.errors import FormatError
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.loader.engine import Part, Request
 from codecllm.loader.host.announce import Announcer
+from codecllm.loader.host.blocks import SMALL_BYTES, Block, SmallTensors
 from codecllm.loader.host.decode import Workspace
 from codecllm.loader.host.filling import PendingTensor, plan_tensor
 from codecllm.loader.host.memory import Allocate, SlabMemory
@@ -65,10 +67,11 @@ class HostEngine:
         self._announcer = Announcer()
         self._error: BaseException | None = None
         self._promises: dict[Request, Promise[torch.Tensor]] = {}
-        self._in_flight: set[_InFlight] = set()
-        self._jobs: deque[tuple[_InFlight, Job]] = deque()
+        self._in_flight: set[Promise[torch.Tensor]] = set()
+        self._jobs: deque[Job] = deque()
         # Only the coordinator uses these.
         self._waiting: OrderedDict[Request, None] = OrderedDict()
+        self._small = SmallTensors(container)
         self._untaken: dict[Request, int] = {}
         self._untaken_bytes = 0
         self._prefetched: dict[tuple[str, Part], Request] = {}
@@ -121,13 +124,16 @@ class HostEngine:
         self._error = self._error or error
         for promise in list(self._promises.copy().values()):
             promise.fail(self._error)
-        for pending in list(self._in_flight.copy()):
-            pending.promise.fail(self._error)
+        for promise in list(self._in_flight.copy()):
+            promise.fail(self._error)
 
     def _on_prefetch(self, requests: list[Request]) -> None:
         for request in requests:
             self._waiting[request] = None
             self._prefetched[request.name, request.part] = request
+            size = self._size(request)
+            if size < SMALL_BYTES and request.out is None:
+                self._small.add(request, size)
         self._start_waiting()
 
     def _on_take(self, request: Request) -> None:
@@ -158,10 +164,32 @@ class HostEngine:
             size = self._size(request)
             if self._untaken and self._untaken_bytes + size > self._budget:
                 return
-            del self._waiting[request]
-            self._untaken[request] = size
-            self._untaken_bytes += size
-            self._start(request, self._promises[request], first=False)
+            if size < SMALL_BYTES and request.out is None:
+                self._start_block(request)
+            else:
+                self._start(request, self._count(request), first=False)
+
+    def _count(self, request: Request) -> Promise[torch.Tensor]:
+        """Moves a tensor that waits into the budget; returns its promise."""
+        del self._waiting[request]
+        size = self._size(request)
+        self._untaken[request] = size
+        self._untaken_bytes += size
+        return self._promises[request]
+
+    def _start_block(self, request: Request) -> None:
+        """Queues the job of a small tensor and of those beside it that wait too."""
+        try:
+            block = self._small.block(request)
+            file, _ = self._container.shard(block.shard)
+            self._announcer.announce_bytes(file, block.begin, block.end)
+        except FormatError as exc:
+            self._count(request).fail(exc)
+            return
+        promises = {one: self._count(one) for one in block.requests if one in self._waiting}
+        self._in_flight.update(promises.values())
+        self._jobs.append(partial(self._run_block, block, promises))
+        self._workers.submit(self._run_next)
 
     def _size(self, request: Request) -> int:
         """Returns about how many bytes a tensor takes."""
@@ -186,8 +214,8 @@ class HostEngine:
             promise.give(plan.tensor)
             return
         pending = _InFlight(plan, promise)
-        self._in_flight.add(pending)
-        jobs = [(pending, job) for job in plan.jobs]
+        self._in_flight.add(promise)
+        jobs = [partial(self._run_part, pending, job) for job in plan.jobs]
         if first:
             self._jobs.extendleft(reversed(jobs))
         else:
@@ -197,7 +225,29 @@ class HostEngine:
 
     def _run_next(self, workspace: Workspace) -> None:
         """Runs the first job of the queue, in a worker."""
-        pending, job = self._jobs.popleft()
+        self._jobs.popleft()(workspace)
+
+    def _run_block(
+        self,
+        block: Block,
+        promises: dict[Request, Promise[torch.Tensor]],
+        workspace: Workspace,
+    ) -> None:
+        """Reads small tensors that lie together, and completes one after the other."""
+        excerpt = block.read(self._container)
+        for request, promise in promises.items():
+            if not promise.done:
+                try:
+                    plan = plan_tensor(self._container.tensor(request.name, excerpt), request)
+                    for job in plan.jobs:
+                        job(workspace)
+                    promise.give(plan.tensor)
+                except BaseException as exc:
+                    promise.fail(exc)
+            self._in_flight.discard(promise)
+
+    def _run_part(self, pending: _InFlight, job: Job, workspace: Workspace) -> None:
+        """Runs one job of a tensor."""
         if not pending.promise.done:
             try:
                 job(workspace)
@@ -205,7 +255,7 @@ class HostEngine:
                 pending.promise.fail(exc)
         if pending.job_ended():
             pending.promise.give(pending.tensor)
-            self._in_flight.discard(pending)
+            self._in_flight.discard(pending.promise)
 
 
 class _InFlight:

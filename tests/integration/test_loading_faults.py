@@ -83,12 +83,12 @@ def _changing(folder, change, at, monkeypatch):
     counter = [0]
     lock = threading.Lock()
 
-    def tensor(self, name):
+    def tensor(self, name, excerpt=None):
         with lock:
             counter[0] += 1
             if counter[0] == at:
                 _change_shards(folder, change)
-        return original(self, name)
+        return original(self, name, excerpt)
 
     monkeypatch.setattr(Container, "tensor", tensor)
     return counter

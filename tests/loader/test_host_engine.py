@@ -21,7 +21,7 @@ from codecllm.loader.host import engine as engine_module
 from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.host.filling import PendingTensor
 
-SIZE = 1000
+SIZE = 100_000  # not small: no tensor waits for those beside it
 LARGE = "100"
 
 
