@@ -48,7 +48,7 @@ from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.formats.tile_run import decode_run
 from codecllm.loader.stream import stream_tensors
 
-SHARD_BYTES = 500_000_000
+SHARD_BYTES = 250_000_000
 """Bytes of a shard: the sha256 of one file is one thread's work, several run side by side."""
 
 RUN_SYMBOLS = 1 << 20

@@ -41,6 +41,17 @@ class ShardJob:
     plans: list[TensorPlan]
 
 
+@dataclass(frozen=True, slots=True)
+class _ClosedShard:
+    """A shard with all its bytes, and the futures of its sha256 and of its way to the disk."""
+
+    name: str
+    size: int
+    header_xxh3: str
+    sha256: Future[str]
+    synced: Future[None]
+
+
 class _OvertakenError(Exception):
     """A shard with a smaller number failed: that error is the one to raise."""
 
@@ -163,8 +174,19 @@ class ShardLanes:
         self._opened.append(shard)
         records = list(writer.write_all(job.plans, shard, job.number))
         self._promised += records
-        record = self._workers.submit(_finish_shard, shard, self._sync)
-        self.finished[job.number] = self._notes.submit(_note, self._journal, record, records)
+        closed = pool.submit(self._close_shard, shard)  # behind all parts of the shard
+        self.finished[job.number] = self._notes.submit(_note, self._journal, closed, records)
+
+    def _close_shard(self, shard: ShardWriter) -> _ClosedShard:
+        head, size = shard.complete()
+        # The disk works while the file is hashed from the page cache.
+        return _ClosedShard(
+            shard.path.name,
+            size,
+            xxh3_hex(head),
+            self._workers.submit(_sha256_of, shard.path),
+            self._sync.submit(shard.sync),
+        )
 
 
 def shard_metadata(version: str) -> dict[str, str]:
@@ -177,19 +199,22 @@ def _lanes(workers: int, shards: int) -> int:
 
 
 def _note(
-    journal: Journal, record: Future[ShardRecord], tensors: list[Future[StoredRecord]]
+    journal: Journal, closed: Future[_ClosedShard], tensors: list[Future[StoredRecord]]
 ) -> FinishedShard:
     """Notes in the journal that a shard is whole and on the disk."""
-    shard = FinishedShard(record.result(), [tensor.result() for tensor in tensors])
-    journal.add(shard)
-    return shard
+    shard = closed.result()
+    record = ShardRecord(
+        name=shard.name,
+        bytes=shard.size,
+        sha256=shard.sha256.result(),
+        header_xxh3=shard.header_xxh3,
+    )
+    shard.synced.result()
+    finished_shard = FinishedShard(record, [tensor.result() for tensor in tensors])
+    journal.add(finished_shard)
+    return finished_shard
 
 
-def _finish_shard(shard: ShardWriter, sync: ThreadPoolExecutor) -> ShardRecord:
-    head, size = shard.complete()
-    # The disk works while the file is hashed from the page cache.
-    sync_result = sync.submit(shard.sync)
-    with SafeFile(shard.path.parent, shard.path.name) as file:
-        digest = sha256_of_descriptor(file.descriptor)[0]
-    sync_result.result()
-    return ShardRecord(name=shard.path.name, bytes=size, sha256=digest, header_xxh3=xxh3_hex(head))
+def _sha256_of(path: Path) -> str:
+    with SafeFile(path.parent, path.name) as file:
+        return sha256_of_descriptor(file.descriptor)[0]
