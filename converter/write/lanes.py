@@ -7,7 +7,7 @@ would keep up with many workers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +27,7 @@ from codecllm.formats.shards.shard_writer import ShardWriter
 _BACKLOG_BYTES = 12 << 20  # that are being hashed or written, for each worker
 _WORKERS_OF_A_LANE = 4
 _MOST_LANES = 4
+_PROGRESS_SECONDS = 0.05
 
 OnBytes = Callable[[str, int], None]
 """Called with a tensor's name and the source bytes that were done."""
@@ -116,27 +117,26 @@ class ShardLanes:
         if self.count == 1:
             self._run_lane(jobs, 0, on_bytes)
             return
-        events: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
-
-        def lane(number: int) -> None:
-            try:
-                own_jobs = jobs[number :: self.count]
-                self._run_lane(own_jobs, number, lambda *event: events.put(event))
-            finally:
-                events.put(None)
-
-        lanes = [self._lanes.submit(lane, number) for number in range(self.count)]
-        running = self.count
-        while running:
-            event = events.get()
-            if event is None:
-                running -= 1
-            else:
-                on_bytes(*event)
+        events: SimpleQueue[tuple[str, int]] = SimpleQueue()
+        pending = {
+            self._lanes.submit(
+                self._run_lane,
+                jobs[lane :: self.count],
+                lane,
+                lambda *event: events.put(event),
+            )
+            for lane in range(self.count)
+        }
+        lanes = list(pending)
+        while pending:
+            # Not woken for each run: the workers need the interpreter.
+            _, pending = wait(pending, timeout=_PROGRESS_SECONDS)
+            while not events.empty():
+                on_bytes(*events.get())
         if self._failed:
             raise self._failed[min(self._failed)]
-        for one in lanes:
-            one.result()
+        for lane in lanes:
+            lane.result()
 
     def _run_lane(self, jobs: list[ShardJob], lane: int, on_bytes: OnBytes) -> None:
         number = 0

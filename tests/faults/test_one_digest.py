@@ -65,7 +65,7 @@ def usual(source, tmp_path_factory):
     return _convert(source, tmp_path_factory.mktemp("usual"))
 
 
-@pytest.mark.parametrize("workers", [1, 7])
+@pytest.mark.parametrize("workers", [1, 7, 16])
 def test_workers(source, usual, tmp_path, workers):
     assert _convert(source, tmp_path, workers)["digests"] == usual["digests"]
 
