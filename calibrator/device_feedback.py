@@ -15,6 +15,7 @@ from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.rate.feedback import Feedback, shrinkage
 from codecllm.converter.rate.products import InputProducts, Sums
+from codecllm.formats.errors import UnsupportedEnvironmentError, one_line
 
 _GROUP_ROWS, _GROUP_ELEMENTS = 16384, 1 << 26
 """Rows and weights that are quantized at once: one row costs the columns' time, as many do."""
@@ -105,26 +106,46 @@ class DeviceFeedback(Feedback):
         start: int,
         stop: int,
     ) -> torch.Tensor:
-        """Returns the codes of rows [start, stop), int16 on the device."""
-        with self._turn:
-            row_scale = self._moved(params.row_scale[start:stop])
-            col_scale = None
-            if params.col_scale is not None:
-                col_scale = self._moved(params.col_scale)
-            factor = self._factor(plan.source.name)
-            return codes_on_device(
-                self._read(plan, start, stop),
-                (row_scale, col_scale),
-                factor,
-                params.deadzone,
-                limits=params.limits,
-            )
+        """Returns the codes of rows [start, stop), int16 on the device.
+
+        Raises:
+            UnsupportedEnvironmentError: the device has too little memory.
+        """
+        try:
+            with self._turn:
+                return self._quantize(plan, params, start, stop)
+        except torch.OutOfMemoryError as exc:
+            raise UnsupportedEnvironmentError(
+                "the device has too little memory to refine codes; --device cpu needs none of it",
+                tensor=plan.source.name,
+                got=one_line(exc),
+            ) from exc
 
     def taken(self, codes: Any, rows: slice) -> NDArray[np.int16]:
         """Returns some rows of the codes, int16 [rows, cols]."""
         with self._turn:
             result: NDArray[np.int16] = codes[rows].cpu().numpy()
         return result
+
+    def _quantize(
+        self,
+        plan: TensorPlan,
+        params: QuantParams,
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
+        row_scale = self._moved(params.row_scale[start:stop])
+        col_scale = None
+        if params.col_scale is not None:
+            col_scale = self._moved(params.col_scale)
+        factor = self._factor(plan.source.name)
+        return codes_on_device(
+            self._read(plan, start, stop),
+            (row_scale, col_scale),
+            factor,
+            params.deadzone,
+            limits=params.limits,
+        )
 
     def _factor(self, name: str) -> DeviceFactor:
         """Returns the factor of a tensor's inputs; the first call puts it in place of the sum."""

@@ -17,6 +17,7 @@ import torch
 
 from codecllm.converter.plan.params import WIDE_CODES
 from codecllm.converter.rate.feedback import RIDGE
+from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.loader.kernels.nvrtc import Kernel
 
 PANEL = 64
@@ -103,7 +104,7 @@ def codes_on_device(
     """
     rows, cols = weights.shape
     device, order = weights.device, factor.order
-    run = round_panel or (round_by_kernel if device.type == "cuda" else round_by_columns)
+    run = round_panel or _fastest(device)
     ones = torch.ones(cols, device=device)
     col_scale = ones if scales[1] is None else scales[1].index_select(0, order)
     by_column = weights.index_select(1, order).t().contiguous()
@@ -170,6 +171,18 @@ def round_by_kernel(panel: Panel) -> None:
         *panel.limits,
     ]
     kernel.launch(-(-rows // _THREADS), _THREADS, 0, arguments)
+
+
+@cache
+def _fastest(device: torch.device) -> Callable[[Panel], None]:
+    """Returns the fastest way to round a panel on a device; all give the same bits."""
+    if device.type != "cuda":
+        return round_by_columns
+    try:
+        _kernel(device)
+    except UnsupportedEnvironmentError:  # without NVRTC it takes minutes more
+        return round_by_columns
+    return round_by_kernel
 
 
 @cache

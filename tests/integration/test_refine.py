@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import codecllm
 from codecllm import api
-from codecllm.calibrator import calibrate, calibration, text
+from codecllm.calibrator import calibrate, calibration, device_feedback, text
 from codecllm.calibrator.device_feedback import DeviceFeedback, DeviceProducts, StagedProducts
 from codecllm.calibrator.inputs import input_products
 from codecllm.calibrator.text import own_text
@@ -194,6 +194,17 @@ def test_sums_without_room_for_all_are_added_up_in_several_runs(tmp_path, model,
         numbers = once.number(name), got.number(name)
         assert got.tokens(numbers[1]) == once.tokens(numbers[0]) == 140
         assert np.array_equal(got.matrix(numbers[1]), once.matrix(numbers[0]))
+
+
+def test_a_device_without_memory_is_one_error(tmp_path, source, other_device, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("tried to allocate 64 MiB")
+
+    monkeypatch.setattr(device_feedback, "codes_on_device", full)
+    with pytest.raises(UnsupportedEnvironmentError, match="too little memory to refine") as caught:
+        api.convert(source, tmp_path / "out", device="cuda", **REFINED)
+    assert caught.value.tensor == "model.layers.0.mlp.down_proj.weight"
+    assert "64 MiB" in str(caught.value) and not (tmp_path / "out").exists()
 
 
 class Branching(torch.nn.Module):
