@@ -23,6 +23,7 @@ from codecllm.formats.shards.shard_writer import PlannedTensor
 
 # Room in a shard's header for one tensor, where shards are cut.
 _ENTRY_BYTES = 512
+_SHARDS, _LEAST_SHARD_BYTES = 16, 500_000_000  # a smaller shard is hashed in half a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,11 @@ def _unmatched(option: str, patterns: Sequence[str], model: SourceModel) -> list
 def _place(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
     """Cuts the tensors into shards by upper bounds of their sizes.
 
-    Names must be known before anything is written.
+    Names must be known before anything is written. A large model has 16 shards or more: the sha256
+    of a file is the work of one thread, and begins when its last byte is written.
     """
+    total = sum(plan.max_stored_bytes + _ENTRY_BYTES for plan in plans)
+    max_shard_bytes = min(max_shard_bytes, max(_LEAST_SHARD_BYTES, total // _SHARDS))
     shards: list[list[TensorPlan]] = [[]]
     shard_bytes = 0
     for plan in plans:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from codecllm.converter import ConvertOptions, convert, estimate
+from codecllm.converter.plan.conversion_plan import _place
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
@@ -64,6 +66,19 @@ def test_identical_bits_of_another_type_or_shape_are_not_aliases(tmp_path):
         write_source(tmp_path / "source", tensors), tmp_path / "out", scheme="lossless"
     )
     assert [record.scheme for record in report.manifest.tensors].count("alias") == 0
+
+
+def test_a_large_model_has_many_shards():
+    def sizes(count, tensor, most=5_000_000_000):
+        plans = [SimpleNamespace(max_stored_bytes=tensor) for _ in range(count)]
+        return [len(shard) for shard in _place(plans, most)]
+
+    assert sizes(4, 120_000_000) == [4]
+    assert sizes(9, 120_000_000) == [4, 4, 1]  # not longer than 500 MB
+    assert sizes(400, 100_000_000) == [25] * 16
+    assert set(sizes(400, 100_000_000, 1_000_000_000)[:-1]) == {9}
+    assert set(sizes(1600, 100_000_000)[:-1]) == {49}
+    assert sizes(2, 900_000_000) == [1, 1]
 
 
 def test_max_shard_bytes(tmp_path):
