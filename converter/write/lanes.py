@@ -79,6 +79,10 @@ class ShardLanes:
         self._opened: list[ShardWriter] = []
         self._promised: list[Future[StoredRecord]] = []
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="codecllm-encode")
+        # Behind the runs that wait to be encoded, digests would keep what they hash in memory, and
+        # so they would behind whole files.
+        self._hashers = ThreadPoolExecutor(max(1, workers // 2), thread_name_prefix="codecllm-hash")
+        self._files = ThreadPoolExecutor(self.count, thread_name_prefix="codecllm-file")
         self._lanes = ThreadPoolExecutor(self.count, thread_name_prefix="codecllm-lane")
         # One thread each: a rollback writes again where earlier parts may still be under way.
         self._writers = [
@@ -93,7 +97,8 @@ class ShardLanes:
 
     def __exit__(self, *exc: object) -> None:
         self._backlog.close()
-        for pool in (*self._writers, self._sync, self._workers, self._lanes):
+        pools = [*self._writers, self._sync, self._workers, self._hashers, self._files, self._lanes]
+        for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
         # A digest whose parts were not hashed any more never ends: the journal must not wait.
         for record in self._promised:
@@ -149,6 +154,7 @@ class ShardLanes:
         writer = TensorWriter(
             self._workers,
             (plan for job in jobs for plan in job.plans),
+            hashers=self._hashers,
             window=self._window,
             backlog=self._backlog,
             buffers=self._buffers,
@@ -184,7 +190,7 @@ class ShardLanes:
             shard.path.name,
             size,
             xxh3_hex(head),
-            self._workers.submit(_sha256_of, shard.path),
+            self._files.submit(_sha256_of, shard.path),
             self._sync.submit(shard.sync),
         )
 

@@ -97,6 +97,7 @@ class TensorWriter:
         executor: Executor,
         plans: Iterable[TensorPlan],
         *,
+        hashers: Executor,
         window: int,
         backlog: Backlog,
         buffers: Buffers,
@@ -107,8 +108,9 @@ class TensorWriter:
         """Prepares writing; nothing is read yet.
 
         Args:
-            executor: encodes and hashes blocks.
+            executor: encodes blocks.
             plans: all tensors of all shards, in order.
+            hashers: computes digests.
             window: blocks being encoded, or encoded and not yet taken.
             backlog: bounds the bytes that are being hashed or written.
             buffers: have the memory for blocks.
@@ -118,6 +120,7 @@ class TensorWriter:
                 which they are written.
         """
         self._executor = executor
+        self._hashers = hashers
         self._window = window
         self._non_finite = non_finite
         self._on_bytes = on_bytes
@@ -242,7 +245,7 @@ class TensorWriter:
     ) -> Future[StoredRecord]:
         plan = job.plan
         totals = _Gathered(plan)
-        digest = OrderedDigest(self._executor, hashlib.sha256())
+        digest = OrderedDigest(self._hashers, hashlib.sha256())
         for block, part in zip(job.blocks, encoded, strict=True):
             if part.problem is not None:
                 raise _CannotQuantizeError(part.problem)
@@ -272,7 +275,7 @@ class TensorWriter:
 
     def _write_raw(self, plan: TensorPlan, shard: ShardWriter, number: int) -> Future[StoredRecord]:
         source = plan.source
-        digest = OrderedDigest(self._executor, hashlib.sha256(), xxh3_stream())
+        digest = OrderedDigest(self._hashers, hashlib.sha256(), xxh3_stream())
         for start in range(0, source.entry.bytes, _RAW_STEP):
             data = source.read_bytes(start, min(start + _RAW_STEP, source.entry.bytes))
             self._hash_and_write((data, None), (data, None), digest, shard)
