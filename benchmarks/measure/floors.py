@@ -19,14 +19,14 @@ from codecllm.converter.encode.quantize import quantize_block, row_absmax
 from codecllm.converter.source.source import SourceModel
 from codecllm.converter.source.tensors import SourceTensor
 from codecllm.formats.checksums import sha256_of_descriptor
-from codecllm.formats.codecs import CODEC_IDS, CODECS
+from codecllm.formats.codecs import CODECS
+from codecllm.formats.codecs.zstd import ZstdCodec
 from codecllm.formats.container import Container
 from codecllm.formats.files import SafeFile
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.int8 import channel_scales
 from codecllm.formats.stored_tensor import StoredTensor, scales_for_tile
 
-_ZSTD = CODECS[CODEC_IDS["zstd"]]
 _TILE = 1 << 17
 _BLOCK = 1 << 20
 _RUN = 8
@@ -94,11 +94,10 @@ def _encode_rows(tensor: SourceTensor, row: int, rows: int) -> list[Any]:
     quantize_block(words, "BF16", channel_scales(row_absmax(words, "BF16").absmax)[:, None], codes)
     symbols = codes.reshape(-1).view(np.uint8)
     hashlib.sha256(symbols)
-    frames = []
-    for start in range(0, symbols.size, _TILE):
-        frame = _ZSTD.encode(symbols[start : start + _TILE])
+    sizes = [min(_TILE, symbols.size - start) for start in range(0, symbols.size, _TILE)]
+    frames = ZstdCodec().encode_together(symbols, sizes)
+    for frame in frames:
         xxhash.xxh3_64_intdigest(frame)
-        frames.append(frame)
     return frames
 
 

@@ -89,9 +89,9 @@ def block_extent(grid: Grid) -> tuple[int, int]:
     return max(1, BLOCK_ELEMENTS // max(grid.cols, 1) // grid.tile_rows), max(1, grid.across)
 
 
-def group_tiles(plan: TensorPlan) -> int:
+def group_tiles(grid: Grid) -> int:
     """Returns the tiles of a tensor without given steps that share a `rans` table."""
-    down, across = block_extent(plan.grid)
+    down, across = block_extent(grid)
     return down * across
 
 

@@ -90,19 +90,19 @@ def encode_block(
 
 
 def _encode_lossless(plan: TensorPlan, block: Block, buffers: Buffers) -> EncodedBlock:
-    dtype = plan.source.dtype
+    dtype, grid = plan.source.dtype, plan.grid
     count = block.rows * block.cols
     # The digest keeps the memory that is read into.
     memory = buffers.take(count * dtype.itemsize)
     flat = _read_block(plan, block, memory).reshape(-1)
-    sizes = tile_sizes(plan.grid, block)
+    sizes = tile_sizes(grid, block)
     symbols = split_tiles(flat, dtype, sizes[0], _SCRATCH.reserve("symbols", flat.nbytes))
     chunks = pack_chunks(
         symbols,
         [size for size in sizes for _ in range(dtype.planes)],
         plan.codec,
         places=dtype.planes,
-        group=group_tiles(plan) * dtype.planes,
+        group=group_tiles(grid) * dtype.planes,
         buffers=buffers,
     )
     return EncodedBlock(chunks, memory[: flat.nbytes], memory)
@@ -111,13 +111,13 @@ def _encode_lossless(plan: TensorPlan, block: Block, buffers: Buffers) -> Encode
 def _encode_int8(
     plan: TensorPlan, block: Block, scales: NDArray[np.float32] | None, buffers: Buffers
 ) -> EncodedBlock:
-    source = plan.source
+    source, grid = plan.source, plan.grid
     absmax = None
     memory = buffers.take(block.rows * block.cols)
     flat = memory[: block.rows * block.cols]
     codes = flat.view(np.int8).reshape(block.rows, block.cols)
     if scales is None:
-        first = block.row * plan.grid.cols + block.col
+        first = block.row * grid.cols + block.col
         row_bytes = block.cols * source.dtype.itemsize
         absmax, worst, problem = quantize_stored_rows(
             source, first, codes, _SCRATCH.reserve("rows", max(_CACHED_BYTES, row_bytes))
@@ -132,9 +132,9 @@ def _encode_int8(
         worst = quantize_block(_read_block(plan, block), source.dtype.name, factors, codes)
     chunks = pack_chunks(
         flat,
-        tile_sizes(plan.grid, block),
+        tile_sizes(grid, block),
         plan.codec,
-        group=group_tiles(plan),
+        group=group_tiles(grid),
         buffers=buffers,
     )
     return EncodedBlock(chunks, flat, memory, absmax, worst)
