@@ -62,14 +62,12 @@ def main() -> None:
     page = DOCS / "quality-peers.md"
     ours = _points(_table(page, "| container | bits |"), 1, 2)
     peers = _points(_table(page, "| peer | bits | KL | ours, bits | saved | `--refine` |"), 1, 2)
-    imatrix_points = _points(
-        _table(page, "| peer | bits | KL | ours, bits | saved | KL, 2nd"), 1, 2
-    )
+    imatrix_points = _points(_table(page, "| peer | bits | KL | same text, bits | saved |"), 1, 2)
     imatrix_points = [Point(p.name.removesuffix("-imatrix"), p.bits, p.kl) for p in imatrix_points]
     gguf = [peer for peer in peers if re.match(r"I?Q\d", peer.name)]
     other = [peer for peer in peers if peer not in gguf]
     lines = [
-        Series("codecllm", _named(ours, "ours-self"), "#3366cc", "o", line=True, named=False),
+        Series("codecllm", _named(ours, "ours-default"), "#3366cc", "o", line=True, named=False),
         Series("codecllm --refine", _named(ours, "ours-ref"), "#1a8f5a", "o", True, named=False),
     ]
     axis = "bits per weight of the linear layers, everything counted"
