@@ -170,14 +170,22 @@ def _in_memory(source: SourceModel, task: _Task) -> Calibrated | None:
             ("auto", source.tensor_bytes),
         ):
             if size * _ROOM <= free_memory(place):
-                options = {} if place == CPU else {"device_map": {"": place}}
-                model = load_plain(task.folder, dtype, **options)
+                model = _loaded(task.folder, dtype, place)
                 calibration = _with_gradients(model, task, place)
                 del model
                 # A model is full of reference cycles: without this call it would stay in memory.
                 gc.collect()
                 return replace(calibration, notes=[*notes, *calibration.notes])
     return None
+
+
+def _loaded(folder: Path, dtype: torch.dtype | str, place: torch.device) -> Any:
+    if place == CPU:
+        return load_plain(folder, dtype)
+    # torch would convert a tensor on the CPU before it moves it: twice its bytes there and on the
+    # way.
+    model = load_plain(folder, device_map={"": place})
+    return model.float() if dtype == torch.float32 else model
 
 
 def _with_gradients(model: Any, task: _Task, place: torch.device) -> Calibrated:
