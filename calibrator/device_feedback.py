@@ -167,7 +167,12 @@ class DeviceFeedback(Feedback):
         self._last = number, factor
         return factor
 
-    def _read(self, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
+    def _read(
+        self,
+        plan: TensorPlan,
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
         """Returns rows [start, stop) of a tensor, float32 [stop - start, cols]."""
         source = plan.source
         cols = plan.matrix[1]

@@ -131,7 +131,11 @@ def _layers_in_use(
 def _token_collector(
     name: str, sums: Sums
 ) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-    def watch(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def watch(
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
         # The first layer: nothing before it needs a gradient, but its output does.
         if not output.requires_grad:
             output = output.detach().requires_grad_(True).clone()
@@ -165,13 +169,22 @@ def _whole_collector(name: str, sums: Sums) -> Callable[[torch.Tensor], None]:
     return collect
 
 
-def _add(sums: Sums, name: str, rows: torch.Tensor, cols: torch.Tensor) -> None:
+def _add(
+    sums: Sums,
+    name: str,
+    rows: torch.Tensor,
+    cols: torch.Tensor,
+) -> None:
     if name in sums:
         rows, cols = rows + sums[name][0], cols + sums[name][1]
     sums[name] = rows, cols
 
 
-def run(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+def run(
+    model: Any,
+    ids: torch.Tensor,
+    **options: Any,
+) -> Any:
     """Returns the output of a model for int64 [sequences, length] tokens, and more arguments."""
     arguments = {"input_ids": ids, **options}
     if model.config.is_encoder_decoder:
@@ -195,7 +208,10 @@ def _projected(output: Any, generator: torch.Generator) -> torch.Tensor:
     return projection
 
 
-def _signs(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _signs(
+    values: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """Returns random signs of the shape of `values`, the same on every device."""
     # They are drawn on the CPU: each device has random numbers of its own.
     bits = torch.randint(2, values.shape, generator=generator, dtype=torch.int8)

@@ -67,7 +67,10 @@ class Panel:
     limits: tuple[int, int] = WIDE_CODES
 
 
-def factor_on_device(products: torch.Tensor, shrunk: float) -> DeviceFactor:
+def factor_on_device(
+    products: torch.Tensor,
+    shrunk: float,
+) -> DeviceFactor:
     """Factors X^T X where it lies; see `converter.rate.feedback.factor_of`."""
     diagonal = products.diagonal().double()
     order = torch.sort(diagonal, descending=True, stable=True).indices

@@ -56,7 +56,10 @@ def own_text(model: Any, length: int = LENGTH, *, keep_start: bool = False) -> t
     return torch.cat(tokens, 1)
 
 
-def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def drawn(
+    logits: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """Draws a token for each row of logits, float [sequences, vocabulary]: int64 [sequences, 1]."""
     # One random number a token: torch.multinomial draws one for every word of the vocabulary.
     shares = torch.softmax(logits.double(), -1).cumsum(-1)
