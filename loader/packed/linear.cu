@@ -26,7 +26,7 @@ typedef long long i64;
 #define STAGE_INPUTS 0      // a single tile of tokens is read through the first-level cache, which all blocks of a multiprocessor share
 #endif
 #define STAGE_BYTES (STAGE_WEIGHTS + STAGE_INPUTS)
-#define SHARE (THREADS / ROWS)      // threads that share the exceptions of a row
+#define SHARE (THREADS / ROWS)      // threads that share the exceptions of a row, for one tile of tokens
 #define HELD 4                      // exceptions that a thread loads before it needs them
 
 // Where the planes of a lane begin among its words of a tile.
@@ -219,6 +219,80 @@ static __device__ __forceinline__ u32 widen(const u32* words, int step, int r, u
 
 #define ONE_OF_UNITS ((float)(1 << UNITS))
 
+#if TOKEN_TILES > 1
+// Sixteen exceptions of a tile of 16 rows are the columns of a tile of weights, with zeros in all rows but their own. A code beyond
+// 8 bits is the sum of two that the matrix units hold exactly. An infinite or NaN input of an exception reaches all 16 rows.
+struct Sixteen {
+    int start, end;         // entries start ... start + 15 below end
+    int low[2], high[2];    // entries of row `group` and of row 8 + `group`
+    u32 found[4];           // those of columns 2 quarter, 2 quarter + 1, and 8 columns further
+
+    // top: first row of the tile.  share: the first sixteen that is taken.
+    __device__ __forceinline__ void find(const int* first, int top, int rows, int share) {
+        const int group = (threadIdx.x & 31) >> 2;
+        start = first[top] + 16 * share;
+        end = first[top + 16 < rows ? top + 16 : rows];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = top + group + 8 * half;
+            low[half] = first[row < rows ? row : rows];
+            high[half] = first[row < rows ? row + 1 : rows];
+        }
+    }
+    __device__ __forceinline__ int slot(int k) const { return start + 2 * (threadIdx.x & 3) + (k & 1) + 8 * (k >> 1); }
+    __device__ __forceinline__ void load(const u32* entries) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) found[k] = slot(k) < end ? entries[slot(k)] : 0;
+    }
+    // by_column: see packed_linear.
+    __device__ __forceinline__ void add(float (*sums)[4], const u16* by_column) const {
+        const int group = (threadIdx.x & 31) >> 2;
+        const u16* places[4];
+        u32 values[4], rests[4], weights[4];
+        bool has_rest = false;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            places[k] = by_column + (i64)(found[k] & 0xFFFF) * 8 * TOKEN_TILES + group;
+#if BITS == 12
+            values[k] = found[k] >> 16;
+#else
+            const int code = (int)found[k] >> 16, small = ((code + 128) & 255) - 128;
+            values[k] = to_16_bits((float)small * (1.0f / ONE_OF_UNITS));
+            rests[k] = to_16_bits((float)(code - small) * (1.0f / ONE_OF_UNITS));
+            has_rest |= code != small;
+#endif
+        }
+        u32 inputs[TOKEN_TILES][2];
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                inputs[j][half] = places[2 * half][8 * j] | (u32)places[2 * half + 1][8 * j] << 16;
+        spread(weights, values);
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; ++j) multiply(sums[j], weights, inputs[j][0], inputs[j][1]);
+#if BITS != 12
+        if (!__any_sync(EVERY, has_rest)) return;
+        spread(weights, rests);
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; ++j) multiply(sums[j], weights, inputs[j][0], inputs[j][1]);
+#endif
+    }
+    // Puts values into the registers of a tile of weights.
+    __device__ __forceinline__ void spread(u32* weights, const u32* values) const {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            weights[r] = 0;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int at = slot(2 * (r >> 1) + k);
+                weights[r] |= at >= low[r & 1] && at < high[r & 1] ? values[2 * (r >> 1) + k] << 16 * k : 0u;
+            }
+        }
+    }
+};
+#endif
+
 // Computes out[token, row] = (sum over columns of inputs[token, column] * weight[row, column]) * scale[row] + bias[row].
 //
 // packed: [row tiles, column tiles, 32 * BITS] words.  inputs: [tokens, cols], 16-byte aligned, cols a multiple of 16.
@@ -230,7 +304,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
     const u32* packed, const u16* inputs, const u16* by_column, const int* first, const u32* entries, const float* scale,
     const float* col_scale, const u16* bias, u16* out, float* split_sums, int tokens, int rows, int cols, u32 factor) {
     __shared__ float partial[COL_WARPS][8][ROWS];
+#if TOKEN_TILES == 1
     __shared__ float extra[8][ROWS];
+#endif
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int row_warp = warp % ROW_WARPS, col_warp = warp / ROW_WARPS;
     const int group = lane >> 2, quarter = lane & 3;
@@ -295,6 +371,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
             for (int k = 0; k < 4; ++k) sums[i][j][k] = 0.0f;
 
     // Exceptions are loaded while the first tiles are on their way, and used at the end.
+#if TOKEN_TILES > 1
+    Sixteen exceptions[ROW_TILES];
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+        const int top = 16 * (first_tile + i);
+        exceptions[i].start = exceptions[i].end = 0;
+        if (first != 0 && top < rows) exceptions[i].find(first, top, rows, blockIdx.y * COL_WARPS + col_warp);
+    }
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i)
+        if (first != 0) exceptions[i].load(entries);
+#else
     const int own = threadIdx.x / SHARE, stride = SHARE * gridDim.y;
     int entry = 0, last_entry = 0;
     if (first != 0 && first_row + own < rows) {
@@ -304,11 +392,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
     u32 found[HELD];
 #pragma unroll
     for (int k = 0; k < HELD; ++k) found[k] = entry + k * stride < last_entry ? entries[entry + k * stride] : 0;
+    u16 found_inputs[HELD];
+#endif
 
 #if TOKEN_TILES == 1
     // Read from global or from shared memory.
     const u16* source = inputs;
-    u16 found_inputs[HELD];
     if (col_scale != 0) {
         u16* scaled = (u16*)(stage_memory + STAGES * (STAGE_BYTES / 16));
         for (int column = threadIdx.x; column < cols; column += THREADS)
@@ -338,7 +427,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
 #if TOKEN_TILES == 1
         const uint4 own_inputs[2] = {next[0], next[1]};
         if (step + 1 < steps) load_inputs(tile + COL_WARPS);
-        if (first != 0 && step == 0) {
+        if (first != 0 && step == 1) {
 #pragma unroll
             for (int k = 0; k < HELD; ++k) found_inputs[k] = source[found[k] & 0xFFFF];
         }
@@ -383,6 +472,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
         }
         read_at = read_at == (STAGES - 1) * (STAGE_BYTES / 16) ? 0 : read_at + STAGE_BYTES / 16;
     }
+#if TOKEN_TILES > 1
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+        Sixteen& sixteen = exceptions[i];
+        while (sixteen.start < sixteen.end) {
+            sixteen.add(sums[i], by_column);
+            sixteen.start += 16 * gridDim.y * COL_WARPS;
+            sixteen.load(entries);
+        }
+    }
+#endif
+
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; ++j) {
         if (8 * j >= tokens) break;
@@ -392,44 +493,42 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
 #pragma unroll
             for (int k = 0; k < 4; ++k)
                 partial[col_warp][2 * quarter + (k & 1)][16 * (row_warp * ROW_TILES + i) + group + 8 * (k >> 1)] = sums[i][j][k];
+#if TOKEN_TILES == 1
         if (first != 0) {
             float values[8];
 #pragma unroll
             for (int k = 0; k < 8; ++k) values[k] = 0.0f;
-            const auto add = [&](u32 exception) {
-                const float value = exception_value(exception);
-                const i64 column = exception & 0xFFFF;
-#if TOKEN_TILES == 1
+            if (tokens == 1 && steps > 1) {
 #pragma unroll
-                for (int k = 0; k < 8; ++k)
-                    if (k < tokens) values[k] += value * from_16_bits(source[(i64)k * cols + column]);
-#else
-                const uint4 eight = *(const uint4*)(by_column + column * 8 * TOKEN_TILES + 8 * j);
-                const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-                for (int k = 0; k < 8; ++k) values[k] += value * from_16_bits((u16)(pairs[k / 2] >> 16 * (k & 1)));
-#endif
-            };
-#pragma unroll
-            for (int k = 0; k < HELD; ++k) {
-                if (entry + k * stride >= last_entry) break;
-#if TOKEN_TILES == 1
-                if (tokens == 1 && steps > 0) {
-                    values[0] += exception_value(found[k]) * from_16_bits(found_inputs[k]);
-                    continue;
-                }
-#endif
-                add(found[k]);
+                for (int k = 0; k < HELD; ++k)
+                    if (entry + k * stride < last_entry) values[0] += exception_value(found[k]) * from_16_bits(found_inputs[k]);
+                entry += HELD * stride;
             }
-            for (int further = entry + HELD * stride; further < last_entry; further += stride) add(entries[further]);
+            for (; entry < last_entry; entry += HELD * stride) {
+                u16 read[HELD][8];
+#pragma unroll
+                for (int k = 0; k < HELD; ++k) {
+                    found[k] = entry + k * stride < last_entry ? entries[entry + k * stride] : 0;
+#pragma unroll
+                    for (int token = 0; token < 8; ++token)
+                        if (token < tokens) read[k][token] = source[(i64)token * cols + (found[k] & 0xFFFF)];
+                }
+#pragma unroll
+                for (int k = 0; k < HELD; ++k)
+#pragma unroll
+                    for (int token = 0; token < 8; ++token)
+                        if (token < tokens && entry + k * stride < last_entry)
+                            values[token] += exception_value(found[k]) * from_16_bits(read[k][token]);
+            }
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
-                if (8 * j + k >= tokens) break;
+                if (k >= tokens) break;
 #pragma unroll
                 for (int away = SHARE / 2; away > 0; away /= 2) values[k] += __shfl_xor_sync(EVERY, values[k], away);
                 if (threadIdx.x % SHARE == 0) extra[k][own] = values[k];
             }
         }
+#endif
         __syncthreads();
         const int count = tokens - 8 * j < 8 ? tokens - 8 * j : 8;
         for (int index = threadIdx.x; index < count * ROWS; index += THREADS) {
@@ -441,7 +540,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
 #if BITS != 12
             value *= ONE_OF_UNITS;
 #endif
+#if TOKEN_TILES == 1
             if (first != 0) value += extra[token][local];
+#endif
             if (split_sums != 0) {
                 split_sums[((i64)blockIdx.y * tokens + 8 * j + token) * rows + row] = value;
                 continue;

@@ -81,7 +81,7 @@ def _fastest(tokens: int, rows: int, cols: int, bits: int) -> Shape:
             return Shape(1, 4, 4, 2, splits=4)
         return Shape(2, 4, 4, 2, splits=4) if is_wide else Shape(1, 4, 8, 2, splits=4, stages=3)
     if is_tall:
-        return Shape(2, 8, 8, 1, splits=2)
+        return Shape(2, 8, 8, 1, splits=4 if bits <= 8 else 2, stages=3)
     return Shape(1 if is_short else 2, 8, 4, 2, splits=4, stages=3)
 
 

@@ -146,6 +146,14 @@ static float __shfl_xor_sync(unsigned, float value, int mask) {
     block::meet(block::WARP);
     return block::slots[turn][thread ^ mask].value;
 }
+static bool __any_sync(unsigned, bool vote) {
+    int thread = threadIdx.x, turn = block::parity[thread] ^= 1;
+    block::slots[turn][thread].number = vote;
+    block::meet(block::WARP);
+    bool any = false;
+    for (int lane = 0; lane < 32; ++lane) any |= block::slots[turn][(thread & ~31) + lane].number != 0;
+    return any;
+}
 static int __popc(unsigned value) { return __builtin_popcount(value); }
 template <typename T>
 static void atomicAdd(T* place, T value) { *place += value; }
