@@ -11,6 +11,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,36 +21,19 @@ from codecllm.loader.packed import kernels, matrix, product
 
 SIZES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096))
 TOKENS = (1, 2, 8, 16, 32, 64)
-BITS = {3: 1.4, 4: 2.6, 5: 5.2, 6: 10.0, 8: 31.0, 12: 0.0}
+BITS = {3: 1.4, 4: 2.6, 5: 5.2, 6: 10.0, 7: 20.0, 8: 31.0, 12: 0.0}
 """Bits of the layout -> spread of Gaussian codes for which they are chosen."""
 
 BYTES = 400 << 20
 """Weights of a graph: several times the second-level cache."""
 
-SHAPES = {
-    1: [(1, 1, 4, 1), (1, 1, 8, 1), (1, 1, 16, 1), (2, 1, 8, 1), (1, 4, 4, 4)],
-    2: [(1, 1, 8, 1), (1, 1, 16, 1), (2, 2, 4, 1), (1, 2, 8, 1), (2, 2, 4, 2), (2, 4, 2, 4)],
-    4: [
-        (1, 1, 8, 1),
-        (1, 2, 8, 1),
-        (2, 2, 4, 1),
-        (2, 4, 4, 1),
-        (2, 2, 4, 2),
-        (2, 4, 2, 4),
-        (2, 4, 4, 4),
-    ],
-    8: [
-        (1, 1, 8, 1),
-        (1, 2, 8, 1),
-        (2, 2, 4, 1),
-        (2, 4, 2, 1),
-        (2, 4, 2, 2),
-        (2, 4, 2, 4),
-        (2, 2, 4, 2),
-        (2, 2, 2, 4),
-    ],
+TRIED = {
+    1: [(1, 1, 4, 1, 3), (1, 1, 8, 1, 3), (1, 1, 16, 1, 3), (2, 1, 16, 1, 3), (2, 2, 4, 1, 3)],
+    2: [(2, 2, 2, 4, 4), (2, 4, 2, 4, 4), (2, 4, 4, 4, 4), (2, 8, 1, 4, 3), (2, 8, 2, 2, 3)],
+    4: [(1, 4, 2, 4, 4), (1, 8, 2, 4, 3), (2, 4, 2, 4, 4), (2, 8, 1, 4, 4), (2, 8, 2, 2, 3)],
+    8: [(1, 4, 2, 4, 3), (1, 8, 2, 4, 3), (2, 4, 2, 4, 3), (2, 8, 1, 2, 4), (2, 8, 1, 4, 3)],
 }
-"""Token tiles -> shapes to try."""
+"""Tiles of 8 tokens -> row tiles, row warps, column warps, splits and stages to try."""
 
 
 def time_us(calls: list[Callable[[], object]]) -> float:
@@ -121,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all-shapes", action="store_true", help="time every shape of the kernel")
     arguments = parser.parse_args()
+    compile_all()
     for bits in BITS:
         print(f"check {bits} bits: {check(make(bits, 1008, 2064)):.2e}", flush=True)
     for rows, cols in SIZES:
@@ -150,7 +136,7 @@ def _time_size(rows: int, cols: int, all_shapes: bool) -> None:
             time = time_us(calls)
             line += f"  {tokens}: {time:.1f} ({reference / time:.2f})"
             if all_shapes and tokens in (1, 16, 32, 64):
-                line += _all_shapes(calls, tokens)
+                line += _all_shapes(products, tokens)
         host = host_us(partial(products[0].linear, _inputs(1, cols), None))
         print(f"{line}; host {host:.1f} us", flush=True)
 
@@ -159,16 +145,41 @@ def _inputs(tokens: int, cols: int) -> torch.Tensor:
     return torch.randn(tokens, cols, device="cuda").bfloat16()
 
 
-def _all_shapes(calls: list[Callable[[], object]], tokens: int) -> str:
+def _all_shapes(products: list[product.PackedProduct], tokens: int) -> str:
     choose_shape = product.choose_shape
+    shared = kernels.shared_memory(torch.device("cuda", torch.cuda.current_device()))
+    bits, cols = products[0].matrix.bits, products[0].matrix.cols
+    tiles = min(t for t in TRIED if 8 * t >= tokens)
     figures = []
-    tiles = min(t for t in SHAPES if 8 * t >= tokens)
-    for row_tiles, row_warps, col_warps, splits in SHAPES[tiles]:
-        shape = kernels.Shape(row_tiles, tiles, row_warps, col_warps, splits)
-        product.choose_shape = lambda *_, s=shape: s  # type: ignore[assignment]
-        figures.append(f"{row_tiles}/{row_warps}/{col_warps}/{splits}={time_us(calls):.1f}")
+    for row_tiles, row_warps, col_warps, splits, stages in TRIED[tiles]:
+        shape = kernels.Shape(row_tiles, tiles, row_warps, col_warps, splits, stages)
+        fitting = shape.within(bits, shared)
+        product.choose_shape = lambda *_, s=fitting: s  # type: ignore[assignment]
+        fresh = [product.PackedProduct(one.matrix) for one in products]
+        time = time_us([partial(one.linear, _inputs(tokens, cols), None) for one in fresh])
+        figures.append(f"{row_tiles}/{row_warps}/{col_warps}/{splits}/{stages}={time:.1f}")
     product.choose_shape = choose_shape
     return " [" + " ".join(figures) + "]"
+
+
+def compile_all() -> None:
+    """Compiles the kernels of all sizes side by side: a second each otherwise."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.zeros(1, device=device)
+    shared = kernels.shared_memory(device)
+    settings = {
+        (bits, replace(product.choose_shape(tokens, rows, cols, bits, shared), splits=1))
+        for bits in BITS
+        for tokens in TOKENS
+        for rows, cols in SIZES
+    }
+    with ThreadPoolExecutor() as pool:
+        wanted = [
+            pool.submit(kernels.kernel_of, "packed_linear", bits, False, shape, device)
+            for bits, shape in settings
+        ]
+        for job in wanted:
+            job.result()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def has_kernels(device: torch.device) -> bool:
     return True
 
 
-_compiling = threading.Lock()
+_compiling: dict[tuple[str, str, torch.device], threading.Lock] = {}
 
 
 def kernel_of(name: str, bits: int, is_half: bool, shape: Shape, device: torch.device) -> Kernel:
@@ -122,7 +122,7 @@ def packing_kernel_of(name: str, bits: int, source_bytes: int, device: torch.dev
 
 
 def _kernel_of(name: str, source: str, device: torch.device) -> Kernel:
-    with _compiling:
+    with _compiling.setdefault((name, source, device), threading.Lock()):
         return _compiled(name, source, device)
 
 

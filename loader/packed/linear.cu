@@ -405,9 +405,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
         __syncthreads();
         source = scaled;
     }
-#endif
 
-#if TOKEN_TILES == 1
     uint4 next[2] = {uint4{0, 0, 0, 0}, uint4{0, 0, 0, 0}};
     const auto load_inputs = [&](int tile) {
         const int column = 64 * tile + 16 * quarter;
