@@ -1,12 +1,12 @@
 """Times tokens of a whole model on a GPU, for each residency and several batches.
 
-    python -m benchmarks.device.batches                  # an 8B-shaped Llama of 6 layers, two minutes
-    python -m benchmarks.device.batches --experts        # Qwen3-MoE: 128 experts, 8 of them routed
+    python -m benchmarks.device.batches              # an 8B-shaped Llama of 6 layers, two minutes
+    python -m benchmarks.device.batches --experts    # Qwen3-MoE: 128 experts, 8 of them routed
 
-Weights are random. A line has the seconds of a load (files in the page cache), memory after it, and
-milliseconds of a token for 1, 16 and 64 sequences, in a CUDA graph and launch by launch (eager), and
-of a prompt of 2,048 tokens. `without products` is the same model with linear layers that compute
-nothing: no residency can be faster.
+Weights are random. A line has the seconds of a load (files in the page cache), memory after it,
+milliseconds of a token for 1, 16 and 64 sequences, in a CUDA graph and launch by launch (eager),
+and those of a prompt of 2,048 tokens. `without products` is the same model with linear layers that
+compute nothing: no residency can be faster.
 """
 
 from __future__ import annotations

@@ -60,7 +60,12 @@ def count_exceptions(matrix: torch.Tensor, bits: int, base: int) -> tuple[torch.
     rows, cols = matrix.shape
     counts = torch.empty(rows, dtype=torch.int32, device=matrix.device)
     kernel = packing_kernel_of("count_exceptions", bits, matrix.element_size(), matrix.device)
-    kernel.launch(-(-rows // TILE_ROWS), _THREADS, 0, [matrix, counts, rows, cols, base])
+    kernel.launch(
+        -(-rows // TILE_ROWS),
+        _THREADS,
+        0,
+        [matrix, counts, rows, cols, base],
+    )
     first = functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     total, longest = torch.stack((first[-1], counts.max())).tolist()
     return first, total, longest
@@ -87,6 +92,14 @@ def pack_rows(
     entries = words.new_empty(exceptions)
     kernel = packing_kernel_of("pack_rows", bits, matrix.element_size(), matrix.device)
     # A tensor without elements has the address 0.
-    arguments = [matrix, words.new_empty(0) if first is None else first, words, entries]
-    kernel.launch(tiles[0], _THREADS, 0, [*arguments, rows, cols, base])
+    arguments = [
+        matrix,
+        words.new_empty(0) if first is None else first,
+        words,
+        entries,
+        rows,
+        cols,
+        base,
+    ]
+    kernel.launch(tiles[0], _THREADS, 0, arguments)
     return words, None if first is None else entries

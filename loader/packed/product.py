@@ -208,7 +208,11 @@ class PackedProduct:
             by_column = sums = _NULL
             if plan.prepares:
                 flat, by_column = self._prepared(flat, tokens, plan, stream)
-            changes = [(1, flat.data_ptr()), (8, out.data_ptr()), (10, tokens)]
+            changes = [
+                (1, flat.data_ptr()),
+                (8, out.data_ptr()),
+                (10, tokens),
+            ]
             if plan.prepares:
                 changes.append((2, by_column.data_ptr()))
             if bias is not None:
@@ -238,7 +242,6 @@ class PackedProduct:
             kernel = kernel_of("packed_linear", matrix.bits, is_half, shape, inputs.device)
             blocks = (-(-matrix.rows // shape.rows), shape.splits)
             col_scale = matrix.col_scale if scales else None
-            sizes = [tokens, matrix.rows, matrix.cols, _factor(matrix)]
             arguments: list[torch.Tensor | int] = [
                 matrix.words,
                 inputs,
@@ -246,7 +249,10 @@ class PackedProduct:
                 *_optional(matrix.first, matrix.entries, matrix.scale, col_scale, bias),
                 out,
                 _NULL,
-                *sizes,
+                tokens,
+                matrix.rows,
+                matrix.cols,
+                _factor(matrix),
             ]
             launch = kernel.prepare(
                 blocks, shape.threads, shape.shared(matrix.bits) + room, arguments
@@ -280,7 +286,11 @@ class PackedProduct:
             blocks = min(-(-token_tiles * matrix.cols // 256), 512)
             launch = kernel.prepare((blocks, 1), 256, 0, arguments)
             self._launches[key] = launch
-        changes = [(0, flat.data_ptr()), (2, scaled.data_ptr()), (4, tokens)]
+        changes = [
+            (0, flat.data_ptr()),
+            (2, scaled.data_ptr()),
+            (4, tokens),
+        ]
         if plan.has_columns:
             changes.append((3, by_column.data_ptr()))
         launch.run(stream, changes)
@@ -298,11 +308,22 @@ class PackedProduct:
         if launch is None:
             kernel = kernel_of("finish_splits", 8, is_half, _SMALL, out.device)
             scales = _optional(matrix.scale, bias)
-            arguments: list[torch.Tensor | int] = [sums, *scales, out, splits, tokens, rows]
+            arguments: list[torch.Tensor | int] = [
+                sums,
+                *scales,
+                out,
+                splits,
+                tokens,
+                rows,
+            ]
             blocks = min(-(-MAX_TOKENS * rows // 1024), 512)
             launch = kernel.prepare((blocks, 1), 256, 0, arguments)
             self._launches[key] = launch
-        changes = [(0, sums.data_ptr()), (3, out.data_ptr()), (5, tokens)]
+        changes = [
+            (0, sums.data_ptr()),
+            (3, out.data_ptr()),
+            (5, tokens),
+        ]
         if bias is not None:
             changes.append((2, bias.data_ptr()))
         launch.run(stream, changes)
