@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,19 @@ class Load:
         except BaseException:
             self._stack.close()
             raise
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The JSON object of the container's config.json, or None where it has none.
+
+        Raises:
+            FormatError: the file differs from the manifest, or is no such object.
+        """
+        record = self.container.manifest.file(CONFIG_NAME)
+        if record is None:
+            return None
+        data = self.container.read_side_file(record)
+        return parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
 
     @property
     def is_dense(self) -> bool:
@@ -234,10 +248,7 @@ class Load:
         if spreads(options.device_map):
             return Chosen("dense", "the device map may spread the model over several places")
         device = sole_device(options.device_map, 0)
-        record = self.container.manifest.file(CONFIG_NAME)
-        data = self.container.read_side_file(record) if record is not None else b"{}"
-        config = parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
-        chosen = choose_resident(self.container, config, options.dtype, device)
+        chosen = choose_resident(self.container, self.config or {}, options.dtype, device)
         level = logging.INFO if chosen.resident == "dense" else logging.WARNING
         _LOG.log(level, "resident=%r: %s", chosen.resident, chosen.reason)
         return chosen

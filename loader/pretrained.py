@@ -18,17 +18,13 @@ from codecllm.formats.errors import (
     UsageError,
     machine_error,
 )
-from codecllm.formats.manifest.manifest import INDEX_NAME
 from codecllm.formats.manifest.unlisted import refuse_unlisted
-from codecllm.formats.strict_json import parse_json_object
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_size
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.placement import refuse_without_device
 from codecllm.loader.hf import placement, quantizer
 from codecllm.loader.hf.folder import (
-    CONFIG_BYTES,
-    CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     describe,
     read_config,
@@ -179,13 +175,15 @@ def _checked_and_built(
     run_code: bool,
     hf_kwargs: dict[str, Any],
 ) -> Any:
-    auto_map = _check_side_files(load.container)
+    auto_map = _check_config(load)
     if run_code:
         check_code(load.container, auto_map)
     try:
         # transformers sees the listed files, with the weights of `load`.
         choice = for_model_with_code if run_code else for_model
         with listed_files(load.container, choice) as folder:
+            if load.container.manifest.file(GENERATION_CONFIG_NAME) is not None:
+                read_generation_config(folder)  # its error would be a warning later
             return _build(folder, load, auto_class, dtype, device_map, run_code, hf_kwargs)
     except UnsupportedEnvironmentError as exc:
         if run_code:
@@ -216,34 +214,26 @@ def _torch_dtype(dtype: Any) -> torch.dtype | None:
     return value if isinstance(value, torch.dtype) else None
 
 
-def _check_side_files(container: Container) -> dict[str, Any] | None:
-    """Compares the side files that a load reads with the manifest, and tries to read them.
+def _check_config(load: Load) -> dict[str, Any] | None:
+    """Reads the config, and compares its size and the shards' sizes with the manifest.
 
     Returns:
         The config's `auto_map`, or None.
 
     Raises:
-        FormatError: one differs from the manifest, or transformers cannot read it.
+        FormatError: the config or a shard differs from the manifest.
         ModelMismatchError: the config describes far more layers than the container can fill.
     """
-    record = container.manifest.file(CONFIG_NAME)
-    if record is None:
+    container, document = load.container, load.config
+    if document is None:
         raise NotAContainerError(
             "container has no config.json: no model can be built from it",
             file=str(container.folder),
         )
-    data = container.read_side_file(record)
-    document = parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
     # Before transformers builds anything: a hostile config would cost minutes and gigabytes.
     check_config_size(document, len(container.records))
     for shard in container.manifest.shards:
         container.check_presence(shard)
-    record = container.manifest.file(INDEX_NAME)
-    if record is not None:
-        container.read_side_file(record)  # transformers finds the shards by it
-    record = container.manifest.file(GENERATION_CONFIG_NAME)
-    if record is not None:
-        read_generation_config(container)
     auto_map = document.get("auto_map")
     return auto_map if isinstance(auto_map, dict) else None
 
