@@ -92,7 +92,7 @@ def pack_rows(
     entries = words.new_empty(exceptions)
     kernel = packing_kernel_of("pack_rows", bits, matrix.element_size(), matrix.device)
     # A tensor without elements has the address 0.
-    arguments = [
+    arguments: list[torch.Tensor | int] = [
         matrix,
         words.new_empty(0) if first is None else first,
         words,

@@ -10,6 +10,7 @@ more. `python -m benchmarks.int8_matmul` compares them with a dense layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -73,19 +74,52 @@ def exact(
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `int8_product`: dequantizes, then multiplies as a linear layer of the dense model."""
-    rows, cols = codes.shape
+
+    def weights(block: slice) -> torch.Tensor:
+        return dequantize_rows(codes[block], scale[block], inputs.dtype, col_scale)
+
+    return product_by_blocks(inputs, bias, codes.shape, weights)
+
+
+def product_by_blocks(
+    inputs: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: torch.Size,
+    weights: Callable[[slice], torch.Tensor],
+) -> torch.Tensor:
+    """Returns `inputs @ all weights.T + bias`, [..., rows], with a part of the weights at a time.
+
+    Args:
+        inputs: float [..., cols].
+        bias: [rows] or None.
+        shape: rows and columns of all weights.
+        weights: rows of a block -> their weights, of the dtype of `inputs`.
+    """
+    rows, cols = shape
     step = max(1, SCRATCH_ELEMENTS // max(1, cols))
     if rows <= step:
-        return functional.linear(
-            inputs, dequantize_rows(codes, scale, inputs.dtype, col_scale), bias
-        )
+        return functional.linear(inputs, weights(slice(0, rows)), bias)
     step = max(64, step // 64 * 64)
     parts = []
     for first in range(0, rows, step):
-        block = slice(first, first + step)
-        weight = dequantize_rows(codes[block], scale[block], inputs.dtype, col_scale)
-        parts.append(functional.linear(inputs, weight, None if bias is None else bias[block]))
+        block = slice(first, min(first + step, rows))
+        block_bias = None if bias is None else bias[block]
+        parts.append(functional.linear(inputs, weights(block), block_bias))
     return torch.cat(parts, dim=-1)
+
+
+def transposed_product_by_blocks(
+    grad: torch.Tensor, shape: torch.Size, weights: Callable[[slice], torch.Tensor]
+) -> torch.Tensor:
+    """Returns `grad @ all weights`, [..., cols], for `grad` [..., rows]; as above."""
+    rows, cols = shape
+    step = max(1, SCRATCH_ELEMENTS // max(1, cols))
+    result = None
+    for first in range(0, rows, step):
+        block = slice(first, min(first + step, rows))
+        part = grad[..., block] @ weights(block)
+        result = part if result is None else result.add_(part)
+    return grad.new_zeros(*grad.shape[:-1], cols) if result is None else result
 
 
 def packed(
@@ -189,15 +223,11 @@ def transposed_product(
     col_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns `grad @ dequantized(codes, scale)`, [..., in], for `grad` [..., out]."""
-    rows, cols = codes.shape
-    step = max(1, SCRATCH_ELEMENTS // max(1, cols))
-    result = None
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
-        weight = dequantize_rows(codes[block], scale[block], grad.dtype, col_scale)
-        part = grad[..., block] @ weight
-        result = part if result is None else result.add_(part)
-    return grad.new_zeros(*grad.shape[:-1], cols) if result is None else result
+
+    def weights(block: slice) -> torch.Tensor:
+        return dequantize_rows(codes[block], scale[block], grad.dtype, col_scale)
+
+    return transposed_product_by_blocks(grad, codes.shape, weights)
 
 
 def _product(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from codecllm.loader.resident.escapes import Escapes
 from codecllm.loader.resident.int8_matmul import (
     DEQUANTIZE_ELEMENTS,
-    SCRATCH_ELEMENTS,
     can_fuse,
     can_pack,
     dequantize_rows,
     int8_product,
+    product_by_blocks,
     transposed_product,
+    transposed_product_by_blocks,
 )
 
 
@@ -65,19 +65,20 @@ class ScaledCodes:
             return int8_product(inputs, self.codes, self.scale, bias, self.col_scale)
         if can_fuse(inputs, self.codes) or can_pack(inputs, self.codes):
             return self._product_of_codes(inputs, bias)
-        return self._product_of_weights(inputs, bias)
+        return product_by_blocks(
+            inputs,
+            bias,
+            self.codes.shape,
+            lambda block: self._dense(block.start, block.stop, inputs.dtype),
+        )
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         """Returns `grad @ weights`, [..., cols], for `grad` [..., rows]."""
         if self.escapes is None:
             return transposed_product(grad, self.codes, self.scale, self.col_scale)
-        rows, cols = self.codes.shape
-        step = max(1, SCRATCH_ELEMENTS // max(1, cols))
-        result = grad.new_zeros(*grad.shape[:-1], cols)
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            result += grad[..., first:last] @ self._dense(first, last, grad.dtype)
-        return result
+        return transposed_product_by_blocks(
+            grad, self.codes.shape, lambda block: self._dense(block.start, block.stop, grad.dtype)
+        )
 
     def _product_of_codes(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert self.escapes is not None
@@ -88,18 +89,6 @@ class ScaledCodes:
         rest = self.escapes.product(flat).mul_(self.scale).view(near.shape)
         whole = near.to(torch.float32).add_(rest)
         return (whole if bias is None else whole.add_(bias)).to(inputs.dtype)
-
-    def _product_of_weights(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows, cols = self.codes.shape
-        step = max(64, SCRATCH_ELEMENTS // max(1, cols) // 64 * 64)
-        parts = []
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            weight = self._dense(first, last, inputs.dtype)
-            parts.append(
-                functional.linear(inputs, weight, None if bias is None else bias[first:last])
-            )
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def _dense(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         if self.escapes is None:
