@@ -39,12 +39,14 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 
 def _generate(model: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     wanted = SamplingParams(
         temperature=0, max_tokens=job["tokens"], prompt_logprobs=3, ignore_eos=True
     )
     prompts = [_with_image(prompt) for prompt in job["prompts"]]
-    outputs = model.generate(prompts, wanted, use_tqdm=False)
+    adapter = LoRARequest("adapter", 1, job["adapter"]) if job["adapter"] else None
+    outputs = model.generate(prompts, wanted, use_tqdm=False, lora_request=adapter)
     return [
         {
             "text": output.outputs[0].text,

@@ -98,7 +98,12 @@ class Engine:
         self._known: dict[str, Any] = {}
 
     def ask(
-        self, model: Path | str, prompts: list[Any] = PROMPTS, tokens: int = 16, **options: Any
+        self,
+        model: Path | str,
+        prompts: list[Any] = PROMPTS,
+        tokens: int = 16,
+        adapter: Path | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Loads a model and continues prompts greedily.
 
@@ -106,6 +111,7 @@ class Engine:
             model: its folder, or its name on the Hub.
             prompts: texts, some with a picture, or for a model without a tokenizer lists of ids.
             tokens: new tokens of each.
+            adapter: folder of a LoRA adapter to run with.
             options: more arguments of `LLM`.
 
         Returns:
@@ -115,7 +121,8 @@ class Engine:
         has_text = isinstance(prompts[0], str) or "prompt" in prompts[0]
         tiny = {} if has_text else TINY
         merged = {**OPTIONS, **tiny, **options, "model": str(model)}
-        job = {"options": merged, "prompts": prompts, "tokens": tokens}
+        path = None if adapter is None else str(adapter)
+        job = {"options": merged, "prompts": prompts, "tokens": tokens, "adapter": path}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
