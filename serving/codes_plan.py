@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
@@ -91,6 +91,29 @@ class CodesPlan:
             if all(record is not None and record.shape[1] == columns for record in records):
                 return self._keep(prefix, [name for name in names if name is not None])
         return None
+
+    def experts(
+        self, prefix: str, members: Mapping[str, tuple[int, int]], count: int, here: Iterable[int]
+    ) -> CodedLayer | None:
+        """Returns how a layer of experts is filled; None: dense, since not all have codes.
+
+        Args:
+            prefix: the engine's name of the layer; experts of the checkpoint are numbered below it.
+            members: last parts of the names of the matrices of an expert, and their shapes.
+            count: of all experts.
+            here: numbers of those that this rank holds.
+        """
+        names, local, parts = [], set(here), 0
+        for number in range(count):
+            for member, shape in members.items():
+                name = self._by_engine_name.get(f"{prefix}.{number}.{member}{_WEIGHT}")
+                record = self._records.get(name or "")
+                if name is None or record is None or tuple(record.shape) != shape:
+                    return None
+                names.append(name)
+                if number in local:
+                    parts += 2 + (record.xxh3.col_scale is not None)
+        return replace(self._keep(prefix, names), parts=parts)
 
     def embedding(self, prefix: str, shape: tuple[int, int]) -> CodedLayer | None:
         """Returns how an embedding [shape] is filled, or None: dense.

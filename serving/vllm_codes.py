@@ -19,9 +19,10 @@ from codecllm.serving.coded_matrix import Matrix, coded_product, coded_rows, mak
 from codecllm.serving.codes_plan import CodedLayer
 from codecllm.serving.unfilled import COUNTED
 
-Loader = Callable[..., None]
+Loader = Callable[..., bool | None]
 _SHARDS = {"q": 0, "k": 1, "v": 2}
-_STATE = "codecllm"
+STATE = "codecllm"
+"""Attribute of a layer with codes: its `Filling`."""
 
 
 @dataclass(slots=True)
@@ -35,12 +36,14 @@ class Filling:
         params_dtype: dtype of the layer's weights, were they dense.
         taken: how many tensors have come.
         matrices: the result; a layer whose output is one product has one.
+        complete: makes it, once all tensors have come.
     """
 
     coded: CodedLayer
     sizes: list[int]
     dtype: torch.dtype
     params_dtype: torch.dtype
+    complete: Callable[[Any, Filling], None]
     taken: int = 0
     matrices: list[Matrix] = field(default_factory=list)
 
@@ -52,7 +55,7 @@ def check_filled(layers: list[torch.nn.Module]) -> None:
         ModelMismatchError: codes were handed over that the layer never got.
     """
     for layer in layers:
-        filling: Filling | None = getattr(layer, _STATE, None)  # a tied head may have none
+        filling: Filling | None = getattr(layer, STATE, None)  # a tied head may have none
         if filling is not None and not filling.matrices:
             raise ModelMismatchError(
                 "the layer did not get all of its codes and scales",
@@ -83,11 +86,10 @@ class CodesMethod:
         del input_size, output_size
         cols, sizes = input_size_per_partition, list(output_partition_sizes)
         dtype = torch.int16 if self._coded.wide else torch.int8
-        filling = Filling(self._coded, sizes, dtype, params_dtype)
-        setattr(layer, _STATE, filling)
-        load = _counted(layer, extra.pop("weight_loader"))
+        setattr(layer, STATE, Filling(self._coded, sizes, dtype, params_dtype, _complete))
+        load = counted(layer, extra.pop("weight_loader"))
         weight, scale = vllm_names.matrix_parameters(
-            _unborn((sum(sizes), cols), dtype),
+            unborn((sum(sizes), cols), dtype),
             torch.ones(sum(sizes), dtype=torch.float32),
             load,
             is_linear=isinstance(layer, vllm_names.LinearBase),
@@ -98,7 +100,7 @@ class CodesMethod:
             columns = torch.nn.Parameter(
                 torch.ones(len(sizes), cols, dtype=torch.float32), requires_grad=False
             )
-            columns.weight_loader = _counted(  # type: ignore[attr-defined]
+            columns.weight_loader = counted(  # type: ignore[attr-defined]
                 layer, functools.partial(_load_columns, layer)
             )
             layer.register_parameter("weight_col_scale", columns)
@@ -110,7 +112,7 @@ class CodesMethod:
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns `x @ weight.T + bias`."""
-        filling: Filling = getattr(layer, _STATE)
+        filling: Filling = getattr(layer, STATE)
         matrices = filling.matrices
         if len(matrices) == 1:
             return coded_product(x, bias, matrices[0])
@@ -131,7 +133,7 @@ class EmbeddingCodes(CodesMethod, vllm_names.QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         """Returns rows of the weight for token ids."""
-        filling: Filling = getattr(layer, _STATE)
+        filling: Filling = getattr(layer, STATE)
         return coded_rows(input_, filling.params_dtype, filling.matrices[0])
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
@@ -141,41 +143,45 @@ class EmbeddingCodes(CodesMethod, vllm_names.QuantizeMethodBase):
             layer._parameters.pop(name, None)
             if hasattr(embed_tokens, name):
                 setattr(layer, name, getattr(embed_tokens, name))
-        if hasattr(embed_tokens, _STATE):
-            setattr(layer, _STATE, getattr(embed_tokens, _STATE))
+        if hasattr(embed_tokens, STATE):
+            setattr(layer, STATE, getattr(embed_tokens, STATE))
         else:
-            delattr(layer, _STATE)
+            delattr(layer, STATE)
         return layer
 
 
-def _unborn(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def unborn(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Returns a tensor of a shape with the memory of one element."""
     return torch.zeros((), dtype=dtype).expand(*shape)
 
 
-def _counted(layer: Any, load: Loader) -> Loader:
+def counted(layer: Any, load: Loader) -> Loader:
     """Wraps a parameter's loader: the first part makes memory, the last one completes the layer."""
 
-    def counted(param: torch.nn.Parameter, loaded: torch.Tensor, *place: Any, **named: Any) -> None:
-        filling: Filling = getattr(layer, _STATE)
-        weight = layer.weight
+    def counting(
+        param: torch.nn.Parameter, loaded_weight: torch.Tensor, *place: Any, **named: Any
+    ) -> bool | None:
+        filling: Filling = getattr(layer, STATE)
         if filling.matrices:
             raise ModelMismatchError("weights came twice", tensor=filling.coded.name)
-        if param.dtype.is_floating_point != loaded.dtype.is_floating_point:
+        if param.dtype.is_floating_point != loaded_weight.dtype.is_floating_point:
             raise ModelMismatchError(
                 "got other parts than the layer was made for",
                 tensor=filling.coded.name,
-                got=loaded.dtype,
+                got=loaded_weight.dtype,
                 expected=param.dtype,
             )
         if not filling.taken:
-            weight.data = torch.empty(weight.shape, dtype=filling.dtype, device=weight.device)
-        load(param, loaded, *place, **named)
+            for codes in layer.parameters(recurse=False):
+                if codes.dtype == filling.dtype:
+                    codes.data = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+        done = load(param, loaded_weight, *place, **named)
         filling.taken += 1
         if filling.taken == filling.coded.parts:
-            _complete(layer, filling)
+            filling.complete(layer, filling)
+        return done
 
-    return counted
+    return counting
 
 
 def _load_columns(
@@ -204,4 +210,4 @@ def _complete(layer: Any, filling: Filling) -> None:
     ]
     if filling.dtype != torch.int8:
         # The matrices have memory of their own; the parameter stays for those who ask its shape.
-        layer.weight.data = _unborn(layer.weight.shape, torch.int8).to(layer.weight.device)
+        layer.weight.data = unborn(layer.weight.shape, torch.int8).to(layer.weight.device)

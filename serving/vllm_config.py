@@ -16,6 +16,7 @@ from codecllm.serving.vllm_names import (
     ParallelLMHead,
     QuantizationConfig,
     QuantizeMethodBase,
+    RoutedExperts,
     UnquantizedLinearMethod,
     VocabParallelEmbedding,
 )
@@ -112,6 +113,11 @@ class CodecLLMConfig(QuantizationConfig):
             find = plan.head if isinstance(layer, ParallelLMHead) else plan.embedding
             matrix = find(prefix, (layer.org_vocab_size, layer.embedding_dim))
             return None if matrix is None else EmbeddingCodes(matrix)
+        if isinstance(layer, RoutedExperts):
+            from codecllm.serving.vllm_experts import ExpertCodes, plan_experts
+
+            experts = plan_experts(plan, layer, prefix)
+            return None if experts is None else ExpertCodes(experts, layer.moe_config)
         return None
 
 

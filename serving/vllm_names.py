@@ -15,6 +15,13 @@ from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEMethodBase,
+    FusedMoeWeightScaleSupported,
+    MoEActivation,
+    RoutedExperts,
+    apply_moe_activation,
+)
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -39,9 +46,11 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+from vllm.platforms import current_platform
 
 __all__ = [
     "DefaultModelLoader",
+    "FusedMoEMethodBase",
     "LinearBase",
     "LinearMethodBase",
     "LoadConfig",
@@ -49,6 +58,7 @@ __all__ = [
     "ParallelLMHead",
     "QuantizationConfig",
     "QuantizeMethodBase",
+    "RoutedExperts",
     "UnquantizedLinearMethod",
     "VllmConfig",
     "VocabParallelEmbedding",
@@ -121,7 +131,7 @@ def secondary_weights(
 
 
 def matrix_parameters(
-    weight: torch.Tensor, scale: torch.Tensor, load: Callable[..., None], *, is_linear: bool
+    weight: torch.Tensor, scale: torch.Tensor, load: Callable[..., Any], *, is_linear: bool
 ) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """Returns the parameters of a matrix that vLLM's loaders fuse, cut by ranks and pad.
 
@@ -140,6 +150,52 @@ def matrix_parameters(
     for parameter in plain:
         parameter.output_dim, parameter.weight_loader = 0, load  # type: ignore[attr-defined]
     return plain[0], plain[1]
+
+
+PER_CHANNEL = FusedMoeWeightScaleSupported.CHANNEL.value
+"""Kind of scales of experts, for vLLM's loader of them."""
+
+_ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
+
+
+def is_plain_experts(layer: RoutedExperts) -> bool:
+    """Whether a layer of experts is what `vllm_experts` computes, and is on a CPU.
+
+    Each expert is `down(act(gate) * up)`, without biases and limits; experts are not doubled or
+    moved while the engine runs, tokens are not sent between ranks, and adapters change no expert.
+    """
+    config = layer.moe_config
+    parallel = config.moe_parallel_config
+    limits = (config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta)
+    return bool(
+        current_platform.is_cpu()
+        and config.is_act_and_mul
+        and config.activation in _ACTIVATIONS
+        and not config.has_bias
+        and all(limit is None for limit in limits)
+        and config.num_experts == config.num_logical_experts
+        and not (parallel.enable_eplb or parallel.dp_size > 1 or config.is_lora_enabled)
+        and not layer.apply_router_weight_on_input
+    )
+
+
+def local_number(layer: RoutedExperts, number: int) -> int:
+    """Returns the place of an expert on this rank; -1: another one holds it (private method)."""
+    return int(layer._map_global_expert_id_to_local_expert_id(number))
+
+
+def local_experts(layer: RoutedExperts) -> list[int]:
+    """Returns the numbers of the experts that this rank holds."""
+    return [
+        number for number in range(layer.global_num_experts) if local_number(layer, number) >= 0
+    ]
+
+
+def activate(activation: MoEActivation, both: torch.Tensor) -> torch.Tensor:
+    """Returns `act(gate) * up`, [tokens, n], for gates and ups [tokens, 2 n]."""
+    result = both.new_empty(len(both), both.shape[1] // 2)
+    apply_moe_activation(activation, result, both)
+    return result
 
 
 def prepare_cpu(device: torch.device) -> None:

@@ -110,3 +110,32 @@ def test_a_container_without_codes(tmp_path):
     convert(source, tmp_path / "c", scheme="lossless")
     with Container(tmp_path / "c") as container, pytest.raises(UsageError, match="no codes"):
         CodesPlan(container)
+
+
+EXPERTS = "model.layers.1.mlp.experts"
+MEMBERS = {"gate_proj": (64, 128), "up_proj": (64, 128), "down_proj": (128, 64)}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "count", "here", "parts"),
+    [
+        ((), 8, range(8), 48),
+        ((), 8, (2, 5), 12),  # the others are on another rank
+        (("*layers.1.*experts.7.up*",), 8, range(8), None),
+        (("*layers.0.*",), 8, range(8), 48),
+        ((), 9, range(9), None),
+    ],
+)
+def test_experts_keep_codes_together(tmp_path, exclude, count, here, parts):
+    source = served_models.make("qwen3_moe", tmp_path / "s")
+    convert(source, tmp_path / "c", include=("*.weight",), exclude=("*norm*", *exclude))
+    with Container(tmp_path / "c") as container:
+        plan = CodesPlan(container)
+    got = plan.experts(EXPERTS, MEMBERS, count, here)
+    if parts is None:
+        assert (got, plan.names) == (None, set())
+        return
+    assert got == CodedLayer(EXPERTS, parts, wide=False, has_columns=False)
+    # Those of other ranks are handed over as codes too, and left out there.
+    assert len(plan.names) == 3 * count
+    assert plan.experts(EXPERTS, {**MEMBERS, "up_proj": (64, 64)}, count, here) is None

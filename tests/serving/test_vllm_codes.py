@@ -58,6 +58,25 @@ def test_in_float32_products_are_those_of_dense_weights(engine, made):
     assert distance(served, engine.outputs(container, IDS, **options)) < 1e-4
 
 
+@pytest.mark.parametrize("scheme", ["all_int8", "mixed_experts"])
+def test_experts(engine, made, scheme):
+    container, _ = made("qwen3_moe", scheme)
+    answer = engine.ask(container, IDS, dtype="float32", **CODES)
+    assert "outputs" in answer, answer
+    assert distance(answer["outputs"], engine.outputs(container, IDS, dtype="float32")) < 1e-4
+    kinds = {name.rpartition(".")[2]: kind for name, kind in answer["dtypes"].items()}
+    assert kinds["w13_weight"] == kinds["w2_weight"] == "torch.int8"
+    assert ("w2_weight_col_scale" in kinds) == (scheme == "mixed_experts")
+
+
+def test_experts_that_are_not_all_codes(engine, made):
+    container, _ = made("qwen3_moe", "some_experts")
+    answer = engine.ask(container, IDS, **CODES)
+    _closely(answer["outputs"], engine.outputs(container, IDS), 0.25)
+    kinds = {name.rpartition(".")[2]: kind for name, kind in answer["dtypes"].items()}
+    assert kinds["w13_weight"] == "torch.bfloat16"
+
+
 def test_compiled(engine, made):
     """The same folder, dense and with codes: compiled code of one is no code for the other."""
     container, _ = made("llama", "mixed")

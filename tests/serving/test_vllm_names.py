@@ -71,6 +71,19 @@ assert loader.counter_before_loading_weights == 0
 assert "additional_config" in names.VllmConfig.__dataclass_fields__
 assert not names.is_elsewhere(loader, "model.layers.0.mlp.experts.3.up_proj.weight")
 assert names.QuantizationConfig.online_quantization_config is None
+methods = names.FusedMoEMethodBase
+assert parameters(methods.create_weights)[1:6] == [
+    "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype"
+]
+assert parameters(methods.apply)[1:] == [
+    "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"
+]
+experts = names.RoutedExperts
+assert parameters(experts._map_global_expert_id_to_local_expert_id) == ["self", "expert_id"]
+assert parameters(experts.weight_loader)[1:] == [
+    "param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success"
+]
+assert isinstance(experts.expert_map, property)
 loader.local_expert_ids = {0, 1}
 assert names.is_elsewhere(loader, "model.layers.0.mlp.experts.3.up_proj.weight")
 assert not names.is_elsewhere(loader, "model.layers.0.mlp.experts.1.up_proj.weight")

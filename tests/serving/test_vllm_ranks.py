@@ -29,10 +29,19 @@ def test_two_ranks_serve_a_container_as_its_plain_form(two_ranks, made, name):
     assert served == two_ranks.outputs(plain, IDS, **RANKS)
 
 
-def test_two_ranks_with_codes(two_ranks, engine, made):
-    container, _ = made("llama", "mixed")
-    served = two_ranks.outputs(container, IDS, **RANKS, **CODES)
-    assert distance(served, engine.outputs(container, IDS)) < 0.25
+@pytest.mark.parametrize(
+    ("name", "scheme", "options"),
+    [
+        ("llama", "mixed", {}),
+        ("qwen3_moe", "mixed_experts", {}),
+        ("qwen3_moe", "mixed_experts", {"enable_expert_parallel": True}),
+    ],
+    ids=["llama", "experts_cut", "experts_shared_out"],
+)
+def test_two_ranks_with_codes(two_ranks, engine, made, name, scheme, options):
+    container, _ = made(name, scheme)
+    served = two_ranks.outputs(container, IDS, dtype="float32", **RANKS, **CODES, **options)
+    assert distance(served, engine.outputs(container, IDS, dtype="float32")) < 1e-3
 
 
 def test_a_damaged_chunk_ends_every_rank(two_ranks, made, tmp_path):
