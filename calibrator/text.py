@@ -129,7 +129,8 @@ def _pieces(text: str, folder: Path, length: int) -> torch.Tensor:
     # Each of the many tokenizer classes of transformers raises errors of its own.
     except Exception as exc:
         raise UsageError(f"no usable tokenizer for a calibration text ({one_line(exc)})") from exc
-    text_ids, piece = ids[len(start) :], length - len(start)
+    text_ids = ids[len(start) :]
+    piece = length - len(start)
     # Sequences of one length need no padding, which would count as text.
     count = min(SEQUENCES, len(text_ids) // piece)
     if count < 1:

@@ -111,7 +111,8 @@ def push(
             sent.
         HubError: the Hub cannot be reached, or refuses.
     """
-    folder, tell = Path(container), on_stage or (lambda text: None)
+    folder = Path(container)
+    tell = on_stage or (lambda text: None)
     if create_pr and revision is not None:
         raise UsageError(
             "a pull request is made against main: revision and create_pr exclude each other",

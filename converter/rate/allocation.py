@@ -108,7 +108,8 @@ def factors_of(
         col_factors = _normalised(col_sums**-0.5)
     else:
         # The harm of a step that a whole row shares is that of its mean sensitivity.
-        col_sums, col_factors = np.full(cols, col_sums.mean()), np.ones(cols)
+        col_sums = np.full(cols, col_sums.mean())
+        col_factors = np.ones(cols)
     if sensitivity.rows is None or not _usable(sensitivity.rows, rows):
         return Factors(np.ones(rows), col_factors, 1.0, False, 1.0)
     row_sums = _damped(sensitivity.rows, ROW_DAMPING)

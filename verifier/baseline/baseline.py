@@ -262,7 +262,8 @@ def _refuse_below_floor(agreement: Agreement, manifest: Manifest) -> None:
 
 def _asked_bits(manifest: Manifest) -> float | None:
     """Returns the bits per weight that the writer was asked for, by a rate or a ratio, or None."""
-    options, elements = manifest.options, sum(record.elements for record in manifest.tensors)
+    options = manifest.options
+    elements = sum(record.elements for record in manifest.tensors)
     if options.bits is not None:
         return options.bits
     if options.ratio is not None and elements:

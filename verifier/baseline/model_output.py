@@ -89,13 +89,15 @@ class PromptCoder:
 
         tokens = self.encode(text)
         start = start_of(self._tokenizer, tokens)
-        ids, piece = tokens[len(start) :], length - len(start)
+        ids = tokens[len(start) :]
+        piece = length - len(start)
         if piece < 2 or len(ids) < count * piece:
             return []
-        return [
-            start + ids[first : first + piece]
-            for first in (number * (len(ids) - piece) // (count - 1) for number in range(count))
-        ]
+        windows = list[list[int]]()
+        for number in range(count):
+            first = number * (len(ids) - piece) // (count - 1)
+            windows.append(start + ids[first : first + piece])
+        return windows
 
     def decode(self, tokens: list[int]) -> str:
         """Returns the text of tokens, or an empty string without a tokenizer."""
@@ -259,8 +261,10 @@ def forced_logits(model: Any, tokens: list[int], steps: int) -> torch.Tensor:
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    own_config, ids = model.generation_config, torch.tensor([tokens], device=model.device)
-    count, start = steps + 1, ids[:, :-steps]
+    own_config = model.generation_config
+    ids = torch.tensor([tokens], device=model.device)
+    count = steps + 1
+    start = ids[:, :-steps]
     next_tokens = [*tokens[len(tokens) - steps :], tokens[-1]]
     plain = GenerationConfig(
         max_new_tokens=count,
@@ -340,7 +344,8 @@ def mean_kl(base: torch.Tensor, other: torch.Tensor) -> float:
     if not base.shape[0]:
         return 0.0
     # float64: the divergence is a small sum of a hundred thousand terms of both signs.
-    p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
+    p = torch.log_softmax(base.double(), -1)
+    q = torch.log_softmax(other.double(), -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 

@@ -154,7 +154,9 @@ def run_converted(model: Any, source: SourceRun) -> ConvertedRun:
 
 def _run_converted(model: Any, source: SourceRun) -> ConvertedRun:
     # The record is of the converted model: a later check runs that one, and not the source.
-    where, prompts, batched = output.environment(model), source.prompts, source.batched
+    where = output.environment(model)
+    prompts = source.prompts
+    batched = source.batched
     if not source.greedy:
         return ConvertedRun(where, [], output.all_first_outputs(model, prompts, batched), [])
     tokens = output.all_greedy_tokens(model, prompts, batched)
@@ -190,7 +192,8 @@ def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
                 text=prompt.text, tokens=prompt.tokens, source=sides[0], converted=sides[1], top=top
             )
         )
-    base, other = torch.cat(source.values), torch.cat(converted.along_source)
+    base = torch.cat(source.values)
+    other = torch.cat(converted.along_source)
     same = [a == b for a, b in zip(source.tokens, converted.tokens, strict=True)]
     agreement = Agreement(
         top1=output.top1_agreement(base, other),
@@ -307,7 +310,8 @@ def _compare_along_record(model: Any, baseline: Baseline, stage: Stage) -> None:
         hits += int((logits.argmax(-1) == torch.tensor(want, dtype=torch.long)).sum())
         positions += len(want)
         divergence += float(output.recorded_kl(prompt.top, logits).sum())
-    top1, kl = hits / max(1, positions), divergence / max(1, positions)
+    top1 = hits / max(1, positions)
+    kl = divergence / max(1, positions)
     stage.facts |= {"top1": top1, "mean_kl": kl, "positions": positions}
     if top1 < MIN_TOP1 or not kl <= MAX_KL:
         raise BaselineError(
@@ -326,7 +330,8 @@ def _compare_along_record(model: Any, baseline: Baseline, stage: Stage) -> None:
 
 
 def _combine_hidden(source: SourceRun, converted: ConvertedRun) -> Baseline:
-    prompts, cosine = [], 1.0
+    prompts = []
+    cosine = 1.0
     for prompt, base, other in zip(source.prompts, source.values, converted.values, strict=True):
         sides = (output.sampled(base), output.sampled(other))
         prompts.append(

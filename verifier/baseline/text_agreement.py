@@ -20,7 +20,8 @@ from codecllm.verifier.baseline.model_output import PromptCoder
 from codecllm.verifier.baseline.record import TextAgreement
 from codecllm.verifier.evaluation import sample_text
 
-WINDOWS, WINDOW_TOKENS = 4, 128
+WINDOWS = 4
+WINDOW_TOKENS = 128
 
 _ROWS = 16
 """Positions whose distributions are compared at once, in float64."""
@@ -72,15 +73,20 @@ def compare_on_text(model: Any, source: TextRun) -> TextAgreement:
     logits = _logits(model, source.ids)
     if not bool(logits.isfinite().all()):
         raise BaselineError("logits of the converted model are not finite", file=BASELINE_NAME)
-    kl_sum, same, positions = 0.0, 0, 0
-    bases, others = source.logits.flatten(0, 1), logits.flatten(0, 1)
+    kl_sum = 0.0
+    same = 0
+    bases = source.logits.flatten(0, 1)
+    others = logits.flatten(0, 1)
     for row in range(0, len(bases), _ROWS):
-        base, other = bases[row : row + _ROWS], others[row : row + _ROWS]
+        block = slice(row, row + _ROWS)
+        base = bases[block]
+        other = others[block]
         # float64: the divergence is a small sum of a hundred thousand terms of both signs.
-        p, q = torch.log_softmax(base.double(), -1), torch.log_softmax(other.double(), -1)
+        p = torch.log_softmax(base.double(), -1)
+        q = torch.log_softmax(other.double(), -1)
         kl_sum += float((p.exp() * (p - q)).sum())
         same += int((base.argmax(-1) == other.argmax(-1)).sum())
-        positions += len(base)
+    positions = len(bases)
     digest = hashlib.sha256(source.ids.numpy().astype("<i8").tobytes()).hexdigest()
     return TextAgreement(
         windows=len(source.ids),

@@ -77,7 +77,8 @@ class Base:
                 window is only seen, not predicted.
             start: the start token that every window gets, or nothing.
         """
-        given, text = list(start), tokens[len(start) :]
+        given = list(start)
+        text = tokens[len(given) :]
         piece = window - len(given)
         parts = [given + text[first : first + piece] for first in range(0, len(text), piece)]
         # A window shorter than two tokens predicts nothing.
