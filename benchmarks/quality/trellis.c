@@ -83,3 +83,16 @@ int trellis_panel(float *targets, const float *weights, const float *ratios, flo
   free(x), free(best), free(from);
   return done;
 }
+
+/* Gives symbols m of rows x cols their last bits, as a decoder would: n = 2 m + last bit. `state`
+   has the state of each column, 0 before the first row. */
+void trellis_last_bits(const int8_t *restrict m, int8_t *restrict n, uint8_t *restrict state,
+                       long rows, long cols) {
+  for (long row = 0; row < rows; row++)
+    for (long col = 0; col < cols; col++) {
+      uint8_t s = state[col], code = (uint8_t)(2 * (uint8_t)m[row * cols + col] + (s & 1));
+      uint8_t branch = ((code >> 1) ^ (s >> 1) ^ (s >> 2)) & 1;
+      state[col] = (uint8_t)((2 * s + branch) & 7);
+      n[row * cols + col] = (int8_t)code;
+    }
+}

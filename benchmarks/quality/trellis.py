@@ -9,6 +9,7 @@ No container is written. A C compiler must be there; `trellis.c` explains the tr
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.quality import models
 from benchmarks.quality.ablation import calibrated
-from benchmarks.quality.trellis_path import matrix_codes, path, price_of
+from benchmarks.quality.trellis_path import matrix_codes, path, price_of, with_last_bits
 from benchmarks.quality.trials import Trials, steps_and_codes, weights_of
 from codecllm.calibrator.text import REFINED_LENGTH
 from codecllm.converter.plan.conversion_plan import plan_conversion
@@ -32,6 +33,7 @@ from codecllm.quality import DEFAULT_CALIBRATION
 
 _SAMPLES, _GROUPS, _TABLE_ENTRY_BITS = 1 << 19, 8, 12
 _GAUSSIAN_BITS = 2.05
+_DECODED_COLS = 1024
 
 
 def entropy_bits(
@@ -70,6 +72,16 @@ def gaussian(rate: float) -> tuple[float, float]:
             step *= 2.0 ** (bits - rate)
         gaps.append(bits + 0.5 * np.log2(error))
     return gaps[0], gaps[1]
+
+
+def decoding() -> float:
+    """Returns the ns that the last bit of a symbol takes a decoder, and checks its codes."""
+    values = np.random.default_rng(0).standard_normal(_SAMPLES).astype(np.float32) * 3
+    codes = path(values, float(price_of(9.0)))[0].astype(np.int8)
+    assert (with_last_bits((codes >> 1)[:, None])[:, 0] == codes).all()
+    symbols = (codes >> 1).reshape(-1, _DECODED_COLS)
+    seconds = min(timeit.repeat(lambda: with_last_bits(symbols), number=1, repeat=40))
+    return 1e9 * seconds / symbols.size
 
 
 def quantized(
@@ -135,6 +147,7 @@ def main(
     for rate in rates or [2.0, 2.5, 3.0, 4.0]:
         plain, trellis = gaussian(rate)
         console.print(f"Gaussian, {rate:g} bits: plain {plain:.3f}, trellis {trellis:.3f}")
+    console.print(f"last bits at decode: {decoding():.2f} ns a symbol")
     if model == "none":
         return
     torch.manual_seed(0)

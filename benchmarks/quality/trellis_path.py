@@ -60,6 +60,17 @@ def path(
     return codes, coset, float(cost)
 
 
+def with_last_bits(symbols: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Returns the codes of symbols, both [rows, cols], whose paths run down the columns."""
+    rows, cols = symbols.shape
+    symbols = np.ascontiguousarray(symbols)
+    codes = np.empty_like(symbols)
+    state = np.zeros(cols, np.uint8)
+    sizes = (ctypes.c_long(rows), ctypes.c_long(cols))
+    _library().trellis_last_bits(*map(_pointer, (symbols, codes, state)), *sizes)
+    return codes
+
+
 def matrix_codes(
     weights: NDArray[np.float32],
     steps: tuple[NDArray[np.float32], NDArray[np.float32]],
