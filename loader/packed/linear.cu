@@ -27,7 +27,7 @@ typedef long long i64;
 #endif
 #define STAGE_BYTES (STAGE_WEIGHTS + STAGE_INPUTS)
 #define SHARE (THREADS / ROWS)      // threads that share the exceptions of a row, for one tile of tokens
-#define HELD 4                      // exceptions that a thread loads before it needs them
+#define HELD 2                      // exceptions that a thread loads before it needs them
 
 // Where the planes of a lane begin among its words of a tile.
 #define PLANE8 0
@@ -492,38 +492,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) packed_linear(
             for (int k = 0; k < 4; ++k)
                 partial[col_warp][2 * quarter + (k & 1)][16 * (row_warp * ROW_TILES + i) + group + 8 * (k >> 1)] = sums[i][j][k];
 #if TOKEN_TILES == 1
+        // Rolled up: this is run once, and a device that comes from another kernel has to fetch every instruction of it.
         if (first != 0) {
-            float values[8];
+#pragma unroll 1
+            for (int token = 0; token < tokens; token += 4) {
+                const u16* place = source + (i64)token * cols;
+                float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                int at = entry;
+                if (tokens == 1 && steps > 1) {
 #pragma unroll
-            for (int k = 0; k < 8; ++k) values[k] = 0.0f;
-            if (tokens == 1 && steps > 1) {
+                    for (int k = 0; k < HELD; ++k, at += stride)
+                        if (at < last_entry) values[0] += exception_value(found[k]) * from_16_bits(found_inputs[k]);
+                }
+#pragma unroll 1
+                for (; at < last_entry; at += stride) {
+                    const u32 exception = entries[at];
 #pragma unroll
-                for (int k = 0; k < HELD; ++k)
-                    if (entry + k * stride < last_entry) values[0] += exception_value(found[k]) * from_16_bits(found_inputs[k]);
-                entry += HELD * stride;
-            }
-            for (; entry < last_entry; entry += HELD * stride) {
-                u16 read[HELD][8];
-#pragma unroll
-                for (int k = 0; k < HELD; ++k) {
-                    found[k] = entry + k * stride < last_entry ? entries[entry + k * stride] : 0;
-#pragma unroll
-                    for (int token = 0; token < 8; ++token)
-                        if (token < tokens) read[k][token] = source[(i64)token * cols + (found[k] & 0xFFFF)];
+                    for (int k = 0; k < 4; ++k)
+                        if (token + k < tokens)
+                            values[k] += exception_value(exception) * from_16_bits(place[(i64)k * cols + (exception & 0xFFFF)]);
                 }
 #pragma unroll
-                for (int k = 0; k < HELD; ++k)
-#pragma unroll
-                    for (int token = 0; token < 8; ++token)
-                        if (token < tokens && entry + k * stride < last_entry)
-                            values[token] += exception_value(found[k]) * from_16_bits(read[k][token]);
-            }
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                if (k >= tokens) break;
-#pragma unroll
-                for (int away = SHARE / 2; away > 0; away /= 2) values[k] += __shfl_xor_sync(EVERY, values[k], away);
-                if (threadIdx.x % SHARE == 0) extra[k][own] = values[k];
+                for (int k = 0; k < 4; ++k) {
+                    if (token + k >= tokens) break;
+#pragma unroll 1
+                    for (int away = SHARE / 2; away > 0; away /= 2) values[k] += __shfl_xor_sync(EVERY, values[k], away);
+                    if (threadIdx.x % SHARE == 0) extra[token + k][own] = values[k];
+                }
             }
         }
 #endif
