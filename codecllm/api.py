@@ -113,7 +113,7 @@ def convert(
             tensors as they are.
         chunk_kib: most KiB of symbols in a chunk, 4 to 1024.
         max_shard_bytes: no shard is longer, unless one tensor is.
-        workers: encoding threads; None takes one per core, at most 8. Never changes a byte.
+        workers: encoding threads; None takes one per core, at most 16. Never changes a byte.
         force: replace a container that is in the way.
         with_code: copy the repository's Python files (`auto_map`). They run only where a loading
             caller passes `trust_remote_code=True`.

@@ -28,7 +28,7 @@ Revision = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        help="Threads. Default: one per core, at most 8 to convert. Never changes a byte.", min=1
+        help="Threads. Default: one per core, at most 16 to convert. Never changes a byte.", min=1
     ),
 ]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to make.")]
