@@ -52,7 +52,8 @@ typedef long long i64;
 #define EXPONENT_AT 7
 #define ONE_EXPONENT 127
 #endif
-#define UNITS (TINY - LARGEST + (BITS == 3 ? 1 : BITS > 4 && BITS < 8 ? BITS & 3 : 0))    // and the first bit of the upper plane
+// The last term is where the upper plane of a code begins.
+#define UNITS (TINY - LARGEST + (BITS == 3 ? 1 : BITS > 4 && BITS < 8 ? BITS & 3 : 0))
 #define POWER(exponent) (0x00010001u * ((u32)((exponent) + ONE_EXPONENT) << EXPONENT_AT))     // 2^exponent, twice
 #define MINUS 0x80008000u
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from codecllm.loader import from_pretrained
+from codecllm.loader.kernels.on_device import current_stream
 from codecllm.loader.packed import layout, matrix, pack, product
 from codecllm.loader.packed.form import PackedForm
 from codecllm.loader.resident.coded_weight import CodedWeight
@@ -80,3 +81,10 @@ def test_a_cuda_graph_replays_products(monkeypatch):
     inputs.copy_(torch.randn_like(inputs))
     graph.replay()
     assert torch.equal(out, packed.linear(inputs, None))
+
+
+def test_the_handle_of_a_stream_is_torchs(gpu):
+    side = torch.cuda.Stream(gpu)
+    with torch.cuda.stream(side):
+        assert current_stream(gpu) == side.cuda_stream
+    assert current_stream(gpu) == torch.cuda.current_stream(gpu).cuda_stream
