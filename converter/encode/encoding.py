@@ -25,6 +25,7 @@ from codecllm.converter.encode.quantize import (
 from codecllm.converter.encode.wide_codes import choose_low_bits, halves
 from codecllm.converter.plan.params import QuantParams
 from codecllm.converter.plan.tensor_plan import TensorPlan
+from codecllm.formats.dtypes import DType
 from codecllm.formats.errors import UsageError
 from codecllm.formats.schemes.int8 import (
     MAX_CODE,
@@ -96,7 +97,7 @@ def _encode_lossless(plan: TensorPlan, block: Block, buffers: Buffers) -> Encode
     memory = buffers.take(count * dtype.itemsize)
     flat = _read_block(plan, block, memory).reshape(-1)
     sizes = tile_sizes(grid, block)
-    symbols = split_tiles(flat, dtype, sizes[0], _SCRATCH.reserve("symbols", flat.nbytes))
+    symbols = _split_block(flat, dtype, sizes[0], block)
     chunks = pack_chunks(
         symbols,
         [size for size in sizes for _ in range(dtype.planes)],
@@ -106,6 +107,25 @@ def _encode_lossless(plan: TensorPlan, block: Block, buffers: Buffers) -> Encode
         buffers=buffers,
     )
     return EncodedBlock(chunks, memory[: flat.nbytes], memory)
+
+
+def _split_block(
+    flat: NDArray[np.unsignedinteger], dtype: DType, tile: int, block: Block
+) -> NDArray[np.uint8]:
+    """Splits the tiles of a block into planes.
+
+    The last tile of a long row is smaller, and another row may follow it: then each row is split
+    for itself.
+    """
+    symbols = _SCRATCH.reserve("symbols", flat.nbytes)[: flat.nbytes]
+    if tile >= block.cols:
+        return split_tiles(flat, dtype, tile, symbols)
+    if dtype.bits == 8:
+        return flat.view(np.uint8)
+    rows = flat.reshape(block.rows, block.cols)
+    for row, place in zip(rows, symbols.reshape(block.rows, -1), strict=True):
+        split_tiles(row, dtype, tile, place)
+    return symbols
 
 
 def _encode_int8(
