@@ -126,7 +126,7 @@ def quantize_stored_rows(
         TruncatedError, OSError: the rows cannot be read.
     """
     itemsize = source.dtype.itemsize
-    if native.core is not None:
+    if native.core is not None and source.is_stored:
         absmax = np.empty(len(codes), np.float32)
         with source.file.opened() as descriptor:
             state, worst = native.core.quantize_rows(
@@ -139,7 +139,7 @@ def quantize_stored_rows(
             )
         if state != _NOT_READ:
             return absmax, worst, _PROBLEMS[state]
-    # Without the core, or to say why it could not read.
+    # Without the core, where elements are computed, or to say why it could not read.
     words = source.read_elements(first, first + codes.size).reshape(codes.shape)
     return quantize_rows(words, source.dtype.name, codes)
 

@@ -48,6 +48,11 @@ class ScaledTensor(SourceTensor):
     scales: NDArray[np.float32]
     block: tuple[int, int]
 
+    @property
+    def is_stored(self) -> bool:
+        """See `SourceTensor.is_stored`: elements are computed."""
+        return False
+
     def read_elements(
         self, first: int, last: int, buffer: NDArray[np.uint8] | None = None
     ) -> NDArray[np.unsignedinteger]:
@@ -88,6 +93,11 @@ class Mxfp4Tensor(SourceTensor):
 
     blocks: SourceTensor
     exponents: SourceTensor
+
+    @property
+    def is_stored(self) -> bool:
+        """See `SourceTensor.is_stored`: elements are computed."""
+        return False
 
     def read_elements(
         self, first: int, last: int, buffer: NDArray[np.uint8] | None = None

@@ -28,6 +28,11 @@ class SourceTensor:
     file: SafeFile
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the file holds the very elements, from `entry.start` on."""
+        return True
+
+    @property
     def name(self) -> str:
         """The tensor's name."""
         return self.entry.name
