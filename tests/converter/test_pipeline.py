@@ -222,7 +222,7 @@ def test_digests_run_side_by_side_and_in_order():
 
 
 def test_threads_are_the_cores_up_to_the_useful_ones_unless_asked_for(monkeypatch):
-    for cores, expected in ((1, 1), (2, 2), (8, 8), (64, 8)):
+    for cores, expected in ((1, 1), (2, 2), (16, 16), (64, 16)):
         monkeypatch.setattr(converter_options, "cores", lambda cores=cores: cores)
         assert ConvertOptions().threads == expected
         assert ConvertOptions(workers=16).threads == 16
