@@ -104,11 +104,11 @@ def sign(
     password: options.KeyPassword = None,
     as_json: Json = False,
 ) -> None:
-    """Sign a container, so that others can verify who published it.
+    r"""Sign a container, so that others can verify who published it.
 
     The signature is a file of its own, beside the folder or at [bold]--signature[/bold]: a Sigstore
     bundle with the sha256 of every file. Structure and checksums are verified first. Needs
-    codecllm[sign].
+    codecllm\[sign].
 
     Example: [bold]codecllm sign out/ --private-key key.pem[/bold]
     """
@@ -220,7 +220,7 @@ def evaluate(
     ] = "float32",
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw KL against bits (png, svg or pdf; needs codecllm[plot])."),
+        typer.Option(help=r"Draw KL against bits (png, svg or pdf; needs codecllm\[plot])."),
     ] = None,
     workers: Workers = None,
     as_json: Json = False,

@@ -95,6 +95,11 @@ def test_help_teaches(command):
     assert len(done.stdout.splitlines()) > 10
 
 
+@pytest.mark.parametrize(("command", "extra"), [("eval", "plot"), ("sign", "sign")])
+def test_help_names_the_extra_that_a_command_needs(command, extra):
+    assert f"codecllm[{extra}]" in run(command, "--help").stdout
+
+
 def test_root_help_lists_the_commands_and_exit_codes():
     done = run("--help")
     assert all(command in done.stdout for command in COMMANDS)
