@@ -56,9 +56,9 @@ def convert(
 
     Plain int8 takes about 7 bits a weight. [bold]--bits 5[/bold] (or --ratio, or --quality) makes
     steps wider until the container has that rate, and spends the bits where the model is sensitive:
-    it writes a short text, and the gradients on it decide how fine each row, column and tensor is.
-    No data of yours is needed. [bold]--refine[/bold] gets more out of the same bits, for a
-    conversion that takes minutes longer.
+    its gradients on a short text decide how fine each row, column and tensor is. No data of yours
+    is needed. [bold]--refine[/bold] gets more out of the same bits, for a conversion that takes
+    longer; of large models [bold]--device cuda[/bold] makes it minutes.
 
     Example: [bold]codecllm convert HuggingFaceTB/SmolLM2-135M-Instruct out/ --bits 5[/bold]
     """
