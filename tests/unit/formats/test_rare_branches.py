@@ -88,6 +88,7 @@ def test_a_core_of_other_sources_is_not_used(monkeypatch, stale):
 
 def test_the_core_is_named_or_why_there_is_none(monkeypatch):
     monkeypatch.setattr(native, "core", None)
+    monkeypatch.setattr(native, "_SETTING", "")
     assert native.describe().startswith("not built")
     monkeypatch.setattr(native, "_SETTING", "0")
     assert native.describe() == "turned off by CODECLLM_NATIVE=0"
