@@ -153,7 +153,8 @@ def _packed_on_gpu(
 ) -> PackedMatrix | None:
     first: torch.Tensor | None
     first, exceptions, longest = on_gpu.count_exceptions(matrix, bits, base)
-    if exceptions > MAX_EXCEPTION_SHARE * matrix.numel():
+    # Codes take less memory than dense weights with any number of exceptions.
+    if bits == BF16_BITS and exceptions > MAX_EXCEPTION_SHARE * matrix.numel():
         return None
     if not exceptions:
         first = None
