@@ -27,15 +27,13 @@ from codecllm.loader.packed.kernels import (
 )
 from codecllm.loader.packed.layout import TILE_ROWS
 from codecllm.loader.packed.matrix import PackedMatrix, dequantize, gather
+from codecllm.loader.resident.int8_matmul import product_by_blocks
 
 MAX_TOKENS = 64
 """Most inputs of `linear.cu`; the table in docs/gpu.md shows the crossing."""
 
 MAX_SCALED_COLS = 1 << 14
 """Most columns whose scales every block of `linear.cu` applies itself."""
-
-SCRATCH_ELEMENTS = 1 << 26
-"""Most weights unpacked at once (128 MiB of 16 bits); a larger matrix is cut into row blocks."""
 
 _BF16_ONE = 127
 """Exponent of 1 in bfloat16."""
@@ -160,9 +158,8 @@ class PackedProduct:
         """Returns rows of the weights from `start`, a multiple of 16, to `stop`."""
         matrix = self.matrix
         out = torch.empty(stop - start, matrix.cols, dtype=dtype, device=matrix.words.device)
-        shape = UNPACK_SHAPE
         is_half = dtype == torch.float16
-        kernel = kernel_of("packed_unpack", matrix.bits, is_half, shape, matrix.words.device)
+        kernel = kernel_of("packed_unpack", matrix.bits, is_half, UNPACK_SHAPE, matrix.words.device)
         first = None if matrix.first is None else matrix.first[start:]
         scale = None if matrix.scale is None else matrix.scale[start:]
         arguments: list[torch.Tensor | int] = [
@@ -179,17 +176,15 @@ class PackedProduct:
 
     def _by_scratch(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiplies unpacked weights, in blocks of rows where the matrix is large."""
-        matrix = self.matrix
-        step = max(TILE_ROWS, SCRATCH_ELEMENTS // matrix.cols // TILE_ROWS * TILE_ROWS)
-        if matrix.rows <= step or not self._has_unpack(inputs.dtype):
-            return functional.linear(inputs, self.dense(inputs.dtype), bias)
-        parts = []
-        for start in range(0, matrix.rows, step):
-            stop = min(start + step, matrix.rows)
-            weight = self._unpacked(inputs.dtype, start, stop)
-            block_bias = None if bias is None else bias[start:stop]
-            parts.append(functional.linear(inputs, weight, block_bias))
-        return torch.cat(parts, dim=-1)
+        matrix, dtype = self.matrix, inputs.dtype
+        if not self._has_unpack(dtype):
+            return functional.linear(inputs, self.dense(dtype), bias)
+        return product_by_blocks(
+            inputs,
+            bias,
+            torch.Size((matrix.rows, matrix.cols)),
+            lambda block: self._unpacked(dtype, block.start, block.stop),
+        )
 
     def _fused(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows, cols = self.matrix.rows, self.matrix.cols

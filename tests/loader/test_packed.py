@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from codecllm.loader.packed import kernels, layout, matrix, on_gpu, pack, product
+from codecllm.loader.resident import int8_matmul
 from tests.loader import block_emulation
 
 ALL_BITS = [*layout.INT_BITS, layout.BF16_BITS]
@@ -224,7 +225,7 @@ def test_unpacking_gives_the_bits_of_dense_loading(emulated, monkeypatch, bits):
 
 def test_a_large_matrix_is_multiplied_in_blocks_of_rows(emulated, monkeypatch):
     monkeypatch.setattr(product, "fuses", lambda matrix, inputs: False)
-    monkeypatch.setattr(product, "SCRATCH_ELEMENTS", 32 * 208)
+    monkeypatch.setattr(int8_matmul, "SCRATCH_ELEMENTS", 32 * 208)
     codes, scale, col_scale = _codes(70, 208, 10)
     packed = matrix.pack_codes(codes, scale, col_scale)
     inputs, bias = torch.randn(3, 208).bfloat16(), torch.randn(70).bfloat16()
