@@ -117,11 +117,9 @@ def _split_block(
     The last tile of a long row is smaller, and another row may follow it: then each row is split
     for itself.
     """
-    symbols = _SCRATCH.reserve("symbols", flat.nbytes)[: flat.nbytes]
-    if tile >= block.cols:
+    symbols = _SCRATCH.reserve("symbols", flat.nbytes)
+    if tile >= block.cols or dtype.bits == 8:  # a byte is its own plane
         return split_tiles(flat, dtype, tile, symbols)
-    if dtype.bits == 8:
-        return flat.view(np.uint8)
     rows = flat.reshape(block.rows, block.cols)
     for row, place in zip(rows, symbols.reshape(block.rows, -1), strict=True):
         split_tiles(row, dtype, tile, place)
