@@ -88,19 +88,6 @@ def make_containers(folder: Path, names: list[str]) -> None:
             raise RuntimeError(f"{name}: {text}")
 
 
-def _step(model: Any, batch: int) -> tuple[Callable[[], None], torch.Tensor]:
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=512)
-    token = torch.ones(batch, 1, dtype=torch.int64, device="cuda")
-
-    def step() -> None:
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        token.copy_(logits[:, -1:].argmax(-1))
-
-    return step, token
-
-
 def _milliseconds(run: Callable[[], object], count: int, tries: int = 4) -> float:
     times = []
     for _ in range(tries):
@@ -118,14 +105,14 @@ def measure(model: Any, *, graphs_only: bool = False) -> tuple[str, list[int]]:
     """Returns the columns of a line, and the first greedy tokens."""
     columns, tokens = [], []
     for batch in BATCHES:
-        step, token = _step(model, batch)
+        step, token = models.token_step(model, batch)
         for _ in range(4):
             step()
             if batch == 1:
                 tokens.append(int(token[0, 0]))
         eager = 0.0 if graphs_only else _milliseconds(step, 20)
         try:
-            graph = models._graphed(_MACHINE, step)
+            graph = models.graphed(step)
             in_graph = f"{_milliseconds(graph, 20):7.3f}"
         except Exception as exc:  # a library's own layers may refuse to be recorded
             in_graph = f" cannot ({type(exc).__name__})"
@@ -182,19 +169,19 @@ def main() -> None:
         if options.experts:
             moe_source(folder / "source")
         else:
-            models.LAYERS = options.layers
-            models._write_source(_MACHINE, folder / "source")
+            models.write_source(_MACHINE, folder / "source", options.layers)
         torch.cuda.empty_cache()
         cases = CASES if not options.experts else (("int8", "packed"), ("int8", "int8"))
         make_containers(folder, sorted({name for name, _ in cases}))
         head = " |".join(f"{f'b{batch} graph':>10} eager" for batch in BATCHES)
         print(f"{'residency':20} load s    MiB |{head} | prefill  first tokens", flush=True)
-        plain = partial(models._plain, _MACHINE, folder / "source")
+        plain = partial(models.load_source, _MACHINE, folder / "source")
         with _without_products():
             _line("without products", plain, graphs_only=True)
         _line("bf16", plain)
         for name, resident in cases:
-            _line(f"{name}, {resident}", partial(models._ours, _MACHINE, folder / name, resident))
+            load = partial(models.load_container, _MACHINE, folder / name, resident)
+            _line(f"{name}, {resident}", load)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import llama
+from benchmarks.device.llama import matrix_shapes, norm_names, write_config
 from benchmarks.measure.memory import anonymous_mib
 from codecllm import api
 from codecllm.formats.errors import BaselineError
@@ -35,13 +37,7 @@ from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.places import device_of
 from codecllm.verifier import record_baseline
 
-FULL = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
+FULL = llama.FULL | {"vocab_size": 128256}
 SMALL = {
     "hidden_size": 512,
     "intermediate_size": 1792,
@@ -141,31 +137,8 @@ def write_model(folder: Path, sizes: dict[str, int], layers: int, device: torch.
     layers there are.
     """
     folder.mkdir(parents=True)
-    hidden, inner, words = (
-        sizes[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    narrow = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
-    matrices = {"model.embed_tokens": (words, hidden)}
-    for layer in range(layers):
-        matrices |= {
-            f"model.layers.{layer}.self_attn.q_proj": (hidden, hidden),
-            f"model.layers.{layer}.self_attn.k_proj": (narrow, hidden),
-            f"model.layers.{layer}.self_attn.v_proj": (narrow, hidden),
-            f"model.layers.{layer}.self_attn.o_proj": (hidden, hidden),
-            f"model.layers.{layer}.mlp.gate_proj": (inner, hidden),
-            f"model.layers.{layer}.mlp.up_proj": (inner, hidden),
-            f"model.layers.{layer}.mlp.down_proj": (hidden, inner),
-        }
-    matrices["lm_head"] = (words, hidden)
-    norms = [
-        f"model.layers.{layer}.{name}_layernorm"
-        for layer in range(layers)
-        for name in ("input", "post_attention")
-    ]
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{name}.weight": shape for name, shape in matrices.items()
-    }
-    shapes |= {f"{name}.weight": (hidden,) for name in (*norms, "model.norm")}
+    shapes: dict[str, tuple[int, ...]] = {**matrix_shapes(sizes, layers)}
+    shapes |= dict.fromkeys(norm_names(layers), (sizes["hidden_size"],))
     with open(folder / "model.safetensors", "wb") as file:
         header, position = {}, 0
         for name, shape in shapes.items():
@@ -183,20 +156,7 @@ def write_model(folder: Path, sizes: dict[str, int], layers: int, device: torch.
         for name, shape in shapes.items():
             for part in _random(name, shape, layers, generator):
                 file.write(part.to(torch.bfloat16).cpu().view(torch.int16).numpy())
-    config = {
-        **sizes,
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": layers,
-        "dtype": "bfloat16",
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(folder, sizes, layers)
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 

@@ -8,7 +8,6 @@ eight, but for the parts that do not depend on the number of layers.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.device.llama import FULL, matrix_shapes, norm_names, write_config
 from benchmarks.device.machine import Machine, Row
 from codecllm.converter import convert
 from codecllm.formats.container import Container
@@ -31,12 +31,6 @@ from codecllm.loader import from_pretrained
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.host.workers import Job, WorkerThreads
 
-FULL = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 640,
@@ -83,7 +77,8 @@ def made_models(machine: Machine) -> Made:
     """Makes a source and its containers once, in a folder that is deleted at exit."""
     scratch = TemporaryDirectory(prefix="codecllm-gpu-")
     folder = Path(scratch.name)
-    source, weights = _write_source(machine, folder / "source")
+    source = folder / "source"
+    weights = write_source(machine, source)
     containers = {kind: folder / "-".join(map(str, kind)) for kind in KINDS}
     with ProcessPoolExecutor(len(KINDS), multiprocessing.get_context("spawn")) as pool:
         jobs = {kind: pool.submit(_convert, source, out, kind) for kind, out in containers.items()}
@@ -97,60 +92,20 @@ def _convert(source: Path, out: Path, kind: tuple[str, str, int]) -> float:
     return time.perf_counter() - start
 
 
-def _write_source(machine: Machine, folder: Path) -> tuple[Path, int]:
-    """Writes N(0, 0.02) weights whose rows differ in size; returns folder and number of weights."""
+def write_source(machine: Machine, folder: Path, layers: int = LAYERS) -> int:
+    """Writes N(0, 0.02) weights whose rows differ in size; returns the number of weights."""
     folder.mkdir()
-    sizes, vocabulary = (SMALL, 512) if machine.small else (FULL, VOCABULARY)
-    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    narrow = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
-    parts = {
-        "q": (hidden, hidden),
-        "k": (narrow, hidden),
-        "v": (narrow, hidden),
-        "o": (hidden, hidden),
-    }
-    shapes = {f"self_attn.{name}_proj": shape for name, shape in parts.items()}
-    shapes |= {
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    matrices = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
-    for layer in range(LAYERS):
-        matrices |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
-    norms = [
-        f"model.layers.{n}.{name}_layernorm"
-        for n in range(LAYERS)
-        for name in ("input", "post_attention")
-    ]
+    sizes = SMALL | {"vocab_size": 512} if machine.small else FULL | {"vocab_size": VOCABULARY}
     tensors = {
-        f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16)
-        for name in (*norms, "model.norm")
+        name: torch.ones(sizes["hidden_size"], dtype=torch.bfloat16) for name in norm_names(layers)
     }
+    matrices = matrix_shapes(sizes, layers)
     for name, shape in matrices.items():
         scale = 0.02 * torch.exp(0.3 * torch.randn(shape[0], 1, device=machine.device))
-        tensors[f"{name}.weight"] = (
-            (torch.randn(shape, device=machine.device) * scale).to(torch.bfloat16).cpu()
-        )
+        tensors[name] = (torch.randn(shape, device=machine.device) * scale).to(torch.bfloat16).cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        **sizes,
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": LAYERS,
-        "dtype": "bfloat16",
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder, sum(rows * cols for rows, cols in matrices.values())
+    write_config(folder, sizes, layers)
+    return sum(rows * cols for rows, cols in matrices.values())
 
 
 def _seconds(machine: Machine, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -187,7 +142,8 @@ def _read_chunks(tensor: StoredTensor, first: int, last: int, _workspace: object
         tensor.stored_chunk(chunk, slots, first)
 
 
-def _plain(machine: Machine, source: Path) -> Any:
+def load_source(machine: Machine, source: Path) -> Any:
+    """Loads the source as transformers does, in bf16."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
@@ -204,7 +160,7 @@ def _copy_seconds(machine: Machine, size: int) -> float:
 def loading(machine: Machine) -> Iterator[Row]:
     """Seconds to load, warm cache, beside plain transformers and a bare read and copy."""
     models = made_models(machine)
-    plain = min(_seconds(machine, lambda: _plain(machine, models.source))[0] for _ in range(3))
+    plain = min(_seconds(machine, lambda: load_source(machine, models.source))[0] for _ in range(3))
     note = f"{models.weights / 1e9:.2f}e9 weights; {plain * WHOLE:.2f} s for 8B at this rate"
     yield Row("load, plain transformers, bf16", plain, "s", note)
     size = sum(path.stat().st_size for path in models.source.glob("*.safetensors"))
@@ -245,7 +201,7 @@ def _load_row(
 ) -> Row:
     try:
         seconds = min(
-            _seconds(machine, partial(_ours, machine, folder, resident, decoder))[0]
+            _seconds(machine, partial(load_container, machine, folder, resident, decoder))[0]
             for _ in range(3)
         )
     except Exception as exc:
@@ -256,7 +212,8 @@ def _load_row(
     return Row(f"load {resident}, {what}, decoder {decoder}", seconds, "s", note)
 
 
-def _ours(machine: Machine, folder: Path, resident: str, decoder: str = "auto") -> Any:
+def load_container(machine: Machine, folder: Path, resident: str, decoder: str = "auto") -> Any:
+    """Loads a container onto the device."""
     placing = {} if machine.rehearses else {"device_map": "cuda"}
     return from_pretrained(
         folder,
@@ -283,7 +240,7 @@ def generating(machine: Machine) -> Iterator[Row]:
     for kind, resident in cases:
         what = f"{resident}, {_named(kind)}"
         try:
-            model = _ours(machine, models.containers[kind], resident)
+            model = load_container(machine, models.containers[kind], resident)
             seconds, how, greedy_tokens = _token_seconds(machine, model)
         except Exception as exc:
             yield Row(f"token, {what}", False, note=f"failed: {exc!r}"[:300])
@@ -304,18 +261,27 @@ def _held(machine: Machine) -> int:
     return 0 if machine.rehearses else torch.cuda.memory_allocated()
 
 
-def _token_seconds(machine: Machine, model: Any) -> tuple[float, str, list[int]]:
-    """Returns seconds per greedy token, how they were taken, and the tokens."""
+def token_step(model: Any, batch: int = 1) -> tuple[Callable[[], None], torch.Tensor]:
+    """Returns a call that adds a greedy token to each sequence, and the tokens, int64 [batch, 1].
+
+    A CUDA graph can hold the call: the cache has a fixed size.
+    """
     from transformers import StaticCache
 
-    samples = _SAMPLES if not machine.small else 2
     cache = StaticCache(config=model.config, max_cache_len=512)
-    token = torch.tensor([[1]], device=machine.device)
+    token = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
 
     def step() -> None:
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
         token.copy_(logits[:, -1:].argmax(-1))
 
+    return step, token
+
+
+def _token_seconds(machine: Machine, model: Any) -> tuple[float, str, list[int]]:
+    """Returns seconds per greedy token, how they were taken, and the tokens."""
+    samples = _SAMPLES if not machine.small else 2
+    step, token = token_step(model)
     with torch.inference_mode():
         tokens = []
         for _ in range(8 if not machine.small else 3):
@@ -324,13 +290,14 @@ def _token_seconds(machine: Machine, model: Any) -> tuple[float, str, list[int]]
         run, how = step, "launch by launch"
         if not machine.rehearses:
             with suppress(Exception):
-                run, how = _graphed(machine, step), "CUDA graph"
+                run, how = graphed(step), "CUDA graph"
         run()
         seconds, _ = _seconds(machine, lambda: [run() for _ in range(samples)])
     return seconds / samples, how, tokens
 
 
-def _graphed(machine: Machine, step: Callable[[], None]) -> Callable[[], None]:
+def graphed(step: Callable[[], None]) -> Callable[[], object]:
+    """Returns a call that replays `step` from a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
