@@ -5,22 +5,23 @@
 
 The table has seconds and peak memory of each stage: of the host RssAnon above its value at the
 start (imports, and CUDA's context where the device is one, come before), of the device what torch
-has allocated. `--check` converts a small model on the CPU and twice on the device instead: both
-rates have to be within 0.02 bit, both divergences from the source within a tenth, and both runs on
-the device equal byte for byte. Random weights come without a tokenizer, so the model writes the
-text itself; one with a tokenizer reads that of the package, which takes no time.
+has allocated. Below it stands the peak of the whole process: its resident memory, pages of mapped
+files and CUDA's context among it, and what torch has reserved of the device. `--check` converts a
+small model on the CPU and twice on the device instead: both rates have to be within 0.02 bit, both
+divergences from the source within a tenth, and both runs on the device equal byte for byte. The
+model has a tokenizer, so it is calibrated on the text of the package; with `--calibrate self` it
+writes the text itself, which takes longer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import struct
+import resource
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from typing import Any
 import torch
 
 from benchmarks.device import llama
-from benchmarks.device.llama import matrix_shapes, norm_names, write_config
+from benchmarks.device.random_llama import write_model
 from benchmarks.measure.memory import anonymous_mib
 from codecllm import api
 from codecllm.formats.errors import BaselineError
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.places import device_of
+from codecllm.quality import DEFAULT_CALIBRATION
 from codecllm.verifier import record_baseline
 
 FULL = llama.FULL | {"vocab_size": 128256}
@@ -83,6 +85,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         """Begins with the stage `load`."""
         self.stages: list[Stage] = []
+        self.reserved_mib = 0.0
         self._device = device
         self._base = anonymous_mib()
         self._done = threading.Event()
@@ -122,58 +125,15 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             stage.device_mib = torch.cuda.max_memory_allocated(self._device) / 2**20
+            reserved = torch.cuda.max_memory_reserved(self._device) / 2**20
+            self.reserved_mib = max(self.reserved_mib, reserved)
         stage.seconds = time.perf_counter() - self._began
+        print(f"    {stage.seconds:.1f} s", file=sys.stderr, flush=True)
 
     def _sample(self) -> None:
         while not self._done.wait(_INTERVAL_S):
             stage = self.stages[-1]
             stage.host_mib = max(stage.host_mib, anonymous_mib() - self._base)
-
-
-def write_model(folder: Path, sizes: dict[str, int], layers: int, device: torch.device) -> int:
-    """Writes a Llama with random bf16 weights, tensor by tensor; returns the number of weights.
-
-    Rows of a matrix differ in size; matrices that add to the residual stream are smaller, the more
-    layers there are.
-    """
-    folder.mkdir(parents=True)
-    shapes: dict[str, tuple[int, ...]] = {**matrix_shapes(sizes, layers)}
-    shapes |= dict.fromkeys(norm_names(layers), (sizes["hidden_size"],))
-    with open(folder / "model.safetensors", "wb") as file:
-        header, position = {}, 0
-        for name, shape in shapes.items():
-            size = 2 * torch.Size(shape).numel()
-            header[name] = {
-                "dtype": "BF16",
-                "shape": list(shape),
-                "data_offsets": [position, position + size],
-            }
-            position += size
-        text = json.dumps(header).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        generator = torch.Generator(device).manual_seed(0)
-        for name, shape in shapes.items():
-            for part in _random(name, shape, layers, generator):
-                file.write(part.to(torch.bfloat16).cpu().view(torch.int16).numpy())
-    write_config(folder, sizes, layers)
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
-
-
-def _random(
-    name: str, shape: tuple[int, ...], layers: int, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
-    device = generator.device
-    if len(shape) == 1:
-        yield torch.ones(shape, device=device)
-        return
-    spread = (
-        0.02 / (2 * layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-    )
-    for first in range(0, shape[0], 8192):
-        rows = min(8192, shape[0] - first)
-        sizes = spread * torch.exp(0.3 * torch.randn(rows, 1, generator=generator, device=device))
-        yield sizes * torch.randn(rows, shape[1], generator=generator, device=device)
 
 
 def measure(source: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -187,6 +147,7 @@ def measure(source: Path, out: Path, options: argparse.Namespace) -> dict[str, A
         source,
         out,
         bits=options.bits,
+        calibrate=options.calibrate,
         refine=options.refine,
         codec=options.codec,
         workers=options.workers,
@@ -198,11 +159,14 @@ def measure(source: Path, out: Path, options: argparse.Namespace) -> dict[str, A
     )
     baseline = _baseline(source, out, str(device), meter) if options.baseline else None
     seconds = time.perf_counter() - began
+    stages = [asdict(stage) for stage in meter.finish()]
     return {
         "device": str(device),
         "bits": converted.report.quantized_bits_per_weight,
         "seconds": seconds,
-        "stages": [asdict(stage) for stage in meter.finish()],
+        "stages": stages,
+        "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "reserved_mib": meter.reserved_mib,
         "warnings": converted.report.warnings,
         "baseline": baseline,
     }
@@ -231,7 +195,11 @@ def table(run: dict[str, Any]) -> str:
             f"| {stage['name']} | {stage['seconds']:.1f} | {stage['host_mib']:,.0f} "
             f"| {stage['device_mib']:,.0f} |"
         )
-    return "\n".join([f"{run['device']}: {run['bits']:.4f} bits a weight", "", *lines])
+    peak = (
+        f"peak of the process: {run['resident_mib']:,.0f} MiB resident, "
+        f"{run['reserved_mib']:,.0f} MiB reserved on the device"
+    )
+    return "\n".join([f"{run['device']}: {run['bits']:.4f} bits a weight", "", *lines, "", peak])
 
 
 def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -277,8 +245,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--vocab", type=int, help="words of the vocabulary (default: 128256)")
     parser.add_argument("--small", action="store_true", help="narrow layers, for a rehearsal")
     parser.add_argument("--bits", type=float, default=4.0)
+    parser.add_argument("--calibrate", default=DEFAULT_CALIBRATION)
     parser.add_argument("--refine", action="store_true")
     parser.add_argument("--codec", default="zstd")
     parser.add_argument("--workers", type=int)
@@ -296,6 +266,8 @@ def main() -> int:
             right = all(result[key] for key in result if key.startswith("same"))
         else:
             sizes, device = SMALL if options.small else FULL, device_of(options.device)
+            if options.vocab is not None:
+                sizes = sizes | {"vocab_size": options.vocab}
             began = time.perf_counter()
             weights = write_model(folder / "source", sizes, options.layers, device)
             print(f"{weights:,} weights written in {time.perf_counter() - began:.1f} s", flush=True)
