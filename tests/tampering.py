@@ -36,12 +36,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def reseal(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     """Edits the manifest and gives it a fitting seal, as an attacker or a broken writer would."""
     document = read_manifest(folder)
-    document.pop("manifest_sha256")
     edit(document)
+    (folder / MANIFEST_NAME).write_bytes(sealed(document))
+
+
+def sealed(document: dict[str, Any]) -> bytes:
+    """Returns the file of a manifest's JSON values, whose seal is removed and made anew."""
+    document.pop("manifest_sha256", None)
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)[:-1].encode() + b",\n"
-    (folder / MANIFEST_NAME).write_bytes(
-        text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode()
-    )
+    return text + f'"manifest_sha256":"{sha256_hex(text)}"}}\n'.encode()
 
 
 def replace_listed(folder: Path, name: str, data: bytes) -> None:

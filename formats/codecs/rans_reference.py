@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
+
 from codecllm.formats.codecs.rans_table import FrequencyTable
 from codecllm.formats.errors import DecodeError
 
@@ -35,7 +37,7 @@ def decode(stored: bytes, raw_bytes: int, table: FrequencyTable) -> bytes:
         table.frequencies.tolist(),
         table.starts.tolist(),
     )
-    symbol_of_slot = [symbol for symbol in range(256) for _ in range(frequencies[symbol])]
+    symbol_of_slot = np.repeat(np.arange(256), table.frequencies).tolist()
     symbols, position = bytearray(), 0
     for index in range(raw_bytes):
         lane = index % LANES

@@ -38,6 +38,9 @@ def seeds() -> dict[str, list[bytes]]:
     table = fit_table(np.bincount(symbols, minlength=256))
     packed = pack_table(table)
     coded = rans_reference.encode(symbols.tobytes(), table)
+    few = b"\0\0\1\2" * 12
+    small = fit_table(np.bincount(np.frombuffer(few, np.uint8), minlength=256))
+    small_table, small_coded = pack_table(small), rans_reference.encode(few, small)
     sizes = len(symbols).to_bytes(2, "little"), len(packed).to_bytes(2, "little")
     frame = ZSTD.encode(symbols.tobytes())
     payload = len(tensors["q"][2]).to_bytes(4, "little")
@@ -53,8 +56,13 @@ def seeds() -> dict[str, list[bytes]]:
             b"".join((*sizes, packed, coded)),
             b"".join((*sizes, packed, coded[:-2])),
             b"".join((*sizes, packed, bytes(len(coded)))),
+            bytes([len(few), 0, len(small_table), 0]) + small_table + small_coded,
         ],
-        "container": [bytes(8), bytes(range(64)), b"\1\0\0\xff\2\x10\0\0\4\x20\0\7"],
+        "container": [
+            bytes(9),
+            *(bytes([number]) + bytes(range(3, 67)) for number in range(4)),
+            b"\1\1\0\0\xff\2\x10\0\0\4\x20\0\7",
+        ],
         "source": [whole_source, whole_source[:200], b"\2\0{}" + weights[:600]],
         "config": [settings, b'{"num_hidden_layers":1e9}', deep, b'{"a_layers":[[9999999999]]}'],
     }

@@ -140,7 +140,7 @@ def rewrite_shard(folder: Path, edit: Callable[[Tensors], None], *, fix_sides: b
     head = pack_header(entries, metadata)
     put_shard(folder, head, b"".join(bytes(data) for _, _, data in tensors.values()))
     if fix_sides:
-        tampering.reseal(folder, lambda document: _fix_sides(document, tensors))
+        tampering.reseal(folder, lambda document: fix_sides_of(document, tensors))
 
 
 def put_shard(folder: Path, head: bytes, body: bytes) -> None:
@@ -177,7 +177,8 @@ def fix_chunks(tensors: Tensors, name: str) -> None:
     table[32:] = records.tobytes()
 
 
-def _fix_sides(document: dict[str, Any], tensors: Tensors) -> None:
+def fix_sides_of(document: dict[str, Any], tensors: Tensors) -> None:
+    """Lets the checksums of side tensors and plain tensors in a manifest's JSON fit `tensors`."""
     for record in document["tensors"]:
         if record["scheme"] in ("int8", "lossless"):
             for side in record["xxh3"]:
