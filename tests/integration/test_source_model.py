@@ -16,8 +16,8 @@ import codecllm
 from codecllm.converter import convert
 from codecllm.formats.errors import BaselineError
 from codecllm.verifier import Verdict, verify
+from codecllm.verifier.baseline.floor import below_floor
 from codecllm.verifier.baseline.record import Agreement
-from codecllm.verifier.baseline.runs import below_floor
 from codecllm.verifier.load_report import record_load_report
 from tests import tampering
 from tests.integration import tiny_models
@@ -210,6 +210,23 @@ def test_a_conversion_that_ruins_the_model_is_an_error(tmp_path):
     with pytest.raises(BaselineError, match=r"codecllm diagnose"):
         codecllm.convert(source, tmp_path / "out", include=("*",), baseline=True)
     shutil.rmtree(tmp_path / "out")
+
+
+def test_random_weights_have_likeliest_tokens_by_chance(tmp_path):
+    """Neither a conversion nor a verification of them ends for tokens that change places."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 2048, "num_hidden_layers": 6, "tie_word_embeddings": False}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**tiny_models.GROUPED, **sizes}))
+    source = tiny_models.save(tmp_path / "source", model)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] *= 4
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    converted = codecllm.convert(source, tmp_path / "out", bits=4, calibrate="none")
+    figures = converted.baseline.agreement
+    # Of a model that prefers tokens this would be too far from the source.
+    assert below_floor(Agreement(**figures), 4.0) is not None
+    assert below_floor(Agreement(**figures), 4.0, certainty=0.3) is not None
+    assert verify(tmp_path / "out").ok
 
 
 def test_a_recorded_baseline_below_the_floor_is_not_verified(tmp_path, tiny):

@@ -178,7 +178,7 @@ def check_baseline(container: Container, stage: Stage, *, required: bool, worker
         model = load_opened(container, workers)
     compare_with_record(model, baseline, stage)
     if baseline.agreement is not None:
-        _refuse_below_floor(baseline.agreement, container.manifest)
+        _refuse_below_floor(baseline, container.manifest)
         agreement = baseline.agreement.model_dump(exclude_none=True)
         stage.facts["agreement_with_source"] = agreement
         stage.summary += f"; against the source: {describe_agreement(agreement)}"
@@ -238,19 +238,20 @@ def _run_both(
             "the lossless container gives another output than its source",
             got=agreement.model_dump(),
         )
-    _refuse_below_floor(agreement, manifest)
+    _refuse_below_floor(baseline, manifest)
     return baseline
 
 
-def _refuse_below_floor(agreement: Agreement, manifest: Manifest) -> None:
+def _refuse_below_floor(baseline: Baseline, manifest: Manifest) -> None:
     """Refuses a baseline that is too far from the source to be the loss of the quantization.
 
     Raises:
-        BaselineError: it is; see `runs.below_floor`.
+        BaselineError: it is; see `floor.below_floor`.
     """
-    from codecllm.verifier.baseline.runs import below_floor
+    from codecllm.verifier.baseline.floor import below_floor, certainty_of
 
-    fault = below_floor(agreement, _asked_bits(manifest))
+    agreement = baseline.agreement or Agreement()
+    fault = below_floor(agreement, _asked_bits(manifest), certainty_of(baseline))
     if fault is not None:
         raise BaselineError(
             "the converted model is far from its source; a tensor may be quantized that must not "

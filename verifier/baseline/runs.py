@@ -38,16 +38,6 @@ HIDDEN_TOLERANCE = 0.02
 """Largest difference of a hidden value in another environment, relative to the root mean square."""
 
 
-HIGH_RATE, LOW_RATE = 6.0, 4.0
-"""Bits per weight from which the floor is that of 8 bits, and below which there is none."""
-
-FLOOR = (0.1, 0.9, 0.9)
-FLOOR_OF_LOW_RATES = (0.5, 0.75, 0.75)
-"""Mean KL in nats, top-1 agreement and cosine; see `below_floor`."""
-
-MIN_TOP1_OF_ALL = 0.5
-
-
 @dataclass(frozen=True, slots=True)
 class SourceRun:
     """The source's side: per prompt its greedy tokens and their logits, or its first output.
@@ -77,39 +67,6 @@ class ConvertedRun:
     values: list[torch.Tensor]
     along_source: list[torch.Tensor]
     text: TextAgreement | None = None
-
-
-def below_floor(agreement: Agreement, bits: float | None) -> str | None:
-    """Returns the figures of an agreement that is too low for a sound conversion, or None.
-
-    Converted without a rate, or at 6 bits a weight and more: a mean divergence above 0.1 nats with
-    a top-1 agreement below 90 %, a top-1 agreement below 50 % with a divergence above 1e-3 nats
-    (below that the source itself prefers no token), or a cosine below 0.9. From 4 to 6 bits: 0.5
-    nats with 75 %, and 0.75. Fewer bits have no floor: the caller accepted their loss.
-
-    Args:
-        agreement: converted model against source.
-        bits: bits per weight that were asked for; None: 8, by the largest weight of each channel.
-    """
-    if bits is not None and bits < LOW_RATE:
-        return None
-    far_kl, low_top1, low_cosine = (
-        FLOOR if bits is None or bits >= HIGH_RATE else FLOOR_OF_LOW_RATES
-    )
-    # `not x >= y` and `not x <= y`: a NaN of a broken model must fail, and all its comparisons are
-    # false.
-    if agreement.cosine is not None and not agreement.cosine >= low_cosine:
-        return f"smallest cosine {agreement.cosine:.4f}, expected at least {low_cosine}"
-    if agreement.top1 is None or agreement.mean_kl is None:
-        return None
-    far = not agreement.mean_kl <= far_kl and agreement.top1 < low_top1
-    other = agreement.top1 < MIN_TOP1_OF_ALL and not agreement.mean_kl <= MAX_KL
-    if far or other:
-        return (
-            f"top-1 {agreement.top1:.1%} and mean KL {agreement.mean_kl:.3f} nats, "
-            f"expected at least {low_top1:.0%} or at most {far_kl} nats"
-        )
-    return None
 
 
 def run_source(model: Any, folder: Path, text: bool | str = False) -> SourceRun:
