@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from codecllm.verifier.diagnosis.model.text import (
     ModelOutputs,
     compare_text,
     kl_per_position,
+    negative_log_likelihood,
 )
 from codecllm.verifier.report import Stage
 
@@ -78,3 +82,33 @@ def test_divergence_by_hand():
     expected = 0.5 * (torch.log(p / q)).sum()
     assert kl_per_position(p.log(), q.log()).item() == pytest.approx(float(expected), rel=1e-6)
     assert kl_per_position(p.log(), torch.tensor([[0.0, float("inf")]])).isnan().all()
+
+
+class Counting:
+    """A model of 16 equally likely tokens and windows of 4, which keeps what it was given."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=4))
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, use_cache):
+        self.seen.append(input_ids[0].tolist())
+        return SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 16))
+
+
+@pytest.mark.parametrize(
+    ("start", "windows", "predicted"),
+    [
+        # Behind the start token every token of the text is predicted, the last one too.
+        ([1], [[1, 5, 6, 7], [1, 8, 9, 10], [1, 11]], 7),
+        # Without one the first token of each window is only seen.
+        ([], [[5, 6, 7, 8], [9, 10, 11]], 5),
+    ],
+)
+def test_windows_of_the_perplexity_begin_with_the_start_token(start, windows, predicted):
+    model = Counting()
+    values = negative_log_likelihood(model, [5, 6, 7, 8, 9, 10, 11], start)
+    assert model.seen == windows
+    assert values == pytest.approx([math.log(16)] * predicted)

@@ -74,6 +74,14 @@ class PromptCoder:
             return []
         return tokens if not self._vocabulary or max(tokens, default=0) < self._vocabulary else []
 
+    def encode_apart(self, text: str) -> tuple[list[int], list[int]]:
+        """Returns the start token that the tokenizer gives a text, or nothing, and the others."""
+        from codecllm.loader.hf.folder import start_of
+
+        tokens = self.encode(text)
+        start = start_of(self._tokenizer, tokens)
+        return start, tokens[len(start) :]
+
     def windows(self, text: str, count: int, length: int) -> list[list[int]]:
         """Returns pieces of a text, evenly spread, each behind the tokenizer's start token.
 
@@ -85,11 +93,7 @@ class PromptCoder:
         Returns:
             None of them without a tokenizer, outside the vocabulary, or where the text is shorter.
         """
-        from codecllm.loader.hf.folder import start_of
-
-        tokens = self.encode(text)
-        start = start_of(self._tokenizer, tokens)
-        ids = tokens[len(start) :]
+        start, ids = self.encode_apart(text)
         piece = length - len(start)
         if piece < 2 or len(ids) < count * piece:
             return []

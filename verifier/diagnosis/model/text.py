@@ -64,10 +64,14 @@ class ModelOutputs:
 
 @dataclass(frozen=True, slots=True)
 class EvalInputs:
-    """Inputs of both models: prompts and text as tokens of the source's tokenizer."""
+    """Inputs of both models: prompts and text as tokens of the source's tokenizer.
+
+    `start` is the start token that the tokenizer gives a text, or empty; `text` is without it.
+    """
 
     prompts: list[output.PromptTokens]
     text: list[int]
+    start: Sequence[int] = ()
 
 
 def make_inputs(
@@ -80,8 +84,8 @@ def make_inputs(
         prompts: None takes the fixed ones of the baseline.
         text: None takes the built-in one.
     """
-    tokens = coder.encode(SAMPLE_TEXT if text is None else text)
-    return EvalInputs(coder.prompts(prompts or None), tokens[:PERPLEXITY_TOKENS])
+    start, tokens = coder.encode_apart(SAMPLE_TEXT if text is None else text)
+    return EvalInputs(coder.prompts(prompts or None), tokens[:PERPLEXITY_TOKENS], start)
 
 
 def evaluate_outputs(
@@ -112,22 +116,32 @@ def _evaluate_outputs(model: Any, inputs: EvalInputs, along: ModelOutputs | None
     outputs.logits = output.all_logits(model, prompts, texts, together)
     # An encoder and decoder gives no likelihood for a text without a source text.
     if not model.config.is_encoder_decoder:
-        outputs.nll = negative_log_likelihood(model, inputs.text)
+        outputs.nll = negative_log_likelihood(model, inputs.text, inputs.start)
     return outputs
 
 
-def negative_log_likelihood(model: Any, tokens: list[int]) -> list[float]:
+def negative_log_likelihood(
+    model: Any, tokens: list[int], start: Sequence[int] = ()
+) -> list[float]:
     """Returns the negative log-likelihood in nats of tokens.
 
-    They are read in windows that fit the model; the first token of each window is left out.
+    They are read in windows that fit the model, each behind the start token: a model that was
+    trained so is distorted without. The first token of each window, the start token where there is
+    one, is left out.
+
+    Args:
+        model: causal language model.
+        tokens: the text, without start token.
+        start: the start token, or nothing.
     """
     longest = int(
         getattr(model.config.get_text_config(), "max_position_embeddings", 0) or WINDOW_TOKENS
     )
-    window = min(WINDOW_TOKENS, longest)
+    given = list(start)
+    piece = min(WINDOW_TOKENS, longest) - len(given)
     values = list[float]()
-    for first in range(0, len(tokens) - 1, window):
-        part = torch.tensor([tokens[first : first + window]], device=model.device)
+    for first in range(0, len(tokens) if piece > 0 else 0, max(1, piece)):
+        part = torch.tensor([given + tokens[first : first + piece]], device=model.device)
         # A single token predicts nothing.
         if part.shape[1] < 2:
             break
