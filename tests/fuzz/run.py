@@ -23,7 +23,8 @@ def main() -> None:
     inputs = Path(os.environ.get("CODECLLM_FUZZ_INPUTS") or Path("build") / "fuzz-python" / name)
     inputs.mkdir(parents=True, exist_ok=True)
     corpus = Path(__file__).parent / "corpus" / name
-    TARGETS[name](b"")  # its imports and first files are not part of an execution's time
+    with atheris.instrument_imports(include=["codecllm"]):
+        TARGETS[name](b"")  # its imports and first files are not part of an execution's time
     atheris.Setup([sys.argv[0], *options, str(inputs), str(corpus)], TARGETS[name])
     atheris.Fuzz()
 
