@@ -5,13 +5,13 @@
     python -m benchmarks.scaling --work convert --codecs zstd --repeat 1
 
 The floor of a conversion is a bare loop in as many threads: read, quantize or split, pack, sha256
-of the digest's bytes, xxh3 of every slot, write, and sha256 of the files, which must begin once
-the last byte is there. The floor of a load reads every run of tiles, checks, decodes and places it.
-Both use the kernels of the program, which work without the interpreter's lock; nothing is planned,
-ordered or reported, and digests are not bound to the order of a tensor's runs.
+of the digest's bytes, xxh3 of every slot, write, and sha256 of each shard, by the thread that wrote
+its last byte. The floor of a load reads every run of tiles, checks, decodes and places it. Both use
+the kernels of the program, which work without the interpreter's lock; nothing is ordered or
+reported, and digests are not bound to the order of a tensor's runs.
 
-CPU is the processor time of a conversion, in seconds a GB of source: where it grows with the
-workers, they share cores or wait for each other.
+CPU is the processor time in seconds a GB of source, of the program and of its floor: where both
+grow with the workers, these share cores; where the program's grows alone, they wait for each other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from codecllm.converter.encode.blocks import Block, runs_of
 from codecllm.converter.encode.buffers import Buffers
 from codecllm.converter.encode.encoding import encode_block
 from codecllm.converter.options import ConvertOptions
-from codecllm.converter.plan.policy import plan_tensor
+from codecllm.converter.plan.conversion_plan import plan_conversion
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.checksums import sha256_of_descriptor
@@ -58,7 +58,7 @@ RUN_SYMBOLS = 1 << 20
 class Row:
     """One measurement: GB of bf16 source a second, the best of the repetitions.
 
-    And the least processor time, in seconds a GB.
+    And the least processor time, in seconds a GB, of the program and of its floor.
     """
 
     scheme: str
@@ -68,6 +68,7 @@ class Row:
     speed: float
     floor: float
     cpu: float
+    floor_cpu: float
 
 
 def run_in_threads(workers: int, items: Iterable[Any], work: Callable[[Any], None]) -> None:
@@ -94,45 +95,57 @@ def run_in_threads(workers: int, items: Iterable[Any], work: Callable[[Any], Non
         raise failures[0]
 
 
+class _FloorShard:
+    """A file of a floor: blocks are written in any order, the last one's thread hashes it."""
+
+    def __init__(self, path: Path, plans: list[TensorPlan]) -> None:
+        self.items = [(self, plan, block) for plan in plans for block in runs_of(plan)]
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self._lock = threading.Lock()
+        self._end, self._left = 0, len(self.items)
+
+    def write(self, data: Any) -> None:
+        """Writes a block behind those that others write meanwhile."""
+        with self._lock:
+            offset = self._end
+            self._end += len(data)
+        os.pwrite(self._descriptor, data, offset)
+        with self._lock:
+            self._left -= 1
+            is_last = self._left == 0
+        if is_last:
+            sha256_of_descriptor(self._descriptor)
+            os.close(self._descriptor)
+
+
 def convert_floor(source: Path, scratch: Path, scheme: str, codec: str, workers: int) -> float:
     """Returns the seconds of the bare loop of a conversion."""
-    lock, files, positions, buffers = threading.Lock(), [], [], Buffers()
+    buffers = Buffers()
     start = time.perf_counter()
+    options = ConvertOptions(
+        scheme=scheme,  # type: ignore[arg-type]
+        codec=codec,  # type: ignore[arg-type]
+        max_shard_bytes=SHARD_BYTES,
+    )
     with SourceModel(source) as model:
-        options = ConvertOptions(scheme=scheme, codec=codec)  # type: ignore[arg-type]
-        plans = [plan_tensor(tensor, options, "llama") for tensor in model.tensors.values()]
-        size = sum(plan.source.entry.bytes for plan in plans)
-        count = max(1, size // 2 // SHARD_BYTES)
-        for number in range(count):
-            files.append(os.open(scratch / f"floor-{number}", os.O_RDWR | os.O_CREAT | os.O_TRUNC))
-            positions.append(0)
+        shards = [
+            _FloorShard(scratch / f"floor-{number}", plans)
+            for number, plans in enumerate(plan_conversion(model, options).shards)
+        ]
 
-        def one(item: tuple[int, TensorPlan, Block]) -> None:
-            number, plan, block = item
+        def one(item: tuple[_FloorShard, TensorPlan, Block]) -> None:
+            shard, plan, block = item
             encoded_block = encode_block(plan, block, None, buffers)
             hashlib.sha256(encoded_block.digested)
             assert encoded_block.chunks is not None
             assert encoded_block.memory is not None
-            slots = encoded_block.chunks.slots
-            with lock:
-                offset = positions[number % count]
-                positions[number % count] += slots.size
-            os.pwrite(files[number % count], slots, offset)
+            shard.write(encoded_block.chunks.slots)
             buffers.give(encoded_block.memory)
             if encoded_block.chunks.memory is not None:
                 buffers.give(encoded_block.chunks.memory)
 
-        run_in_threads(workers, _blocks(plans), one)
-        run_in_threads(workers, files, sha256_of_descriptor)
-    for descriptor in files:
-        os.close(descriptor)
+        run_in_threads(workers, (item for shard in shards for item in shard.items), one)
     return time.perf_counter() - start
-
-
-def _blocks(plans: list[TensorPlan]) -> Iterator[tuple[int, TensorPlan, Block]]:
-    for number, plan in enumerate(plans):
-        for block in runs_of(plan):
-            yield number, plan, block
 
 
 def load_floor(folder: Path, workers: int) -> float:
@@ -221,7 +234,7 @@ def measure(
                         _once(kind, source, scratch, out, scheme, codec, count)
                         for _ in range(repeat)
                     ]
-                    seconds, cpu, floor = map(min, zip(*best, strict=True))
+                    seconds, cpu, floor, floor_cpu = map(min, zip(*best, strict=True))
                     yield Row(
                         scheme,
                         codec,
@@ -230,18 +243,20 @@ def measure(
                         gigabytes / seconds,
                         gigabytes / floor,
                         cpu / gigabytes,
+                        floor_cpu / gigabytes,
                     )
             shutil.rmtree(out, ignore_errors=True)
 
 
 def _once(
     kind: str, source: Path, scratch: Path, out: Path, scheme: str, codec: str, workers: int
-) -> tuple[float, float, float]:
-    """Returns seconds and processor time of a conversion or a load, and seconds of its floor."""
+) -> tuple[float, float, float, float]:
+    """Returns seconds and processor time of a conversion or a load, and those of its floor."""
     if kind == "load":
-        return *_timed(lambda: load_seconds(out, workers)), load_floor(out, workers)
+        done = _timed(lambda: load_seconds(out, workers))
+        return *done, *_timed(lambda: load_floor(out, workers))
     done = _timed(lambda: convert_seconds(source, out, scheme, codec, workers))
-    return *done, convert_floor(source, scratch, scheme, codec, workers)
+    return *done, *_timed(lambda: convert_floor(source, scratch, scheme, codec, workers))
 
 
 def print_row(row: Row) -> None:
@@ -249,7 +264,7 @@ def print_row(row: Row) -> None:
     share = row.speed / row.floor
     print(
         f"{row.work:8} {row.scheme:9} {row.codec:5} {row.workers:8} {row.speed:8.2f} "
-        f"{row.floor:8.2f} {share:8.2f} {row.cpu:8.2f}",
+        f"{row.floor:8.2f} {share:8.2f} {row.cpu:8.2f} {row.floor_cpu:8.2f}",
         flush=True,
     )
 
@@ -306,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
         workers = [int(count) for count in options.workers.split(",")]
     source = layered_model(options.hidden, options.layers)
     print(f"{cores()} cores, {native.describe()}, source {source}")
-    print("work     scheme    codec  workers     GB/s    floor    share CPU s/GB")
+    print("work     scheme    codec  workers     GB/s    floor    share CPU s/GB    floor")
     rows = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for row in measure(
