@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-vllm unit test-oldest matrix coverage lint metrics docs bench fuzz fuzz-python clean
+.PHONY: help setup demo test test-gpu test-vllm test-eval unit test-oldest matrix coverage lint metrics docs bench fuzz fuzz-python clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,15 @@ test-vllm: ## Run the tests of vLLM's plug-in on the CPU, in an environment of t
 	@test -e $(VLLM)/.ready || $(PYTHON) -m tests.serving.environment $(VLLM)
 	@touch $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/serving
+
+TASKS := .venv-eval
+
+test-eval: ## Run the tests of tasks through lm-evaluation-harness, in an environment of their own (made once).
+	@test -x $(TASKS)/bin/python || $(PYTHON) -m venv $(TASKS)
+	@test -e $(TASKS)/.ready || $(TASKS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	@test -e $(TASKS)/.ready || $(TASKS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval,test]'
+	@touch $(TASKS)/.ready
+	$(TASKS)/bin/python -m pytest tests/tasks
 
 unit: $(READY) ## Run the tests that need neither torch nor a model (under a minute).
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/malformed tests/golden tests/property
@@ -112,4 +121,4 @@ fuzz-python: $(READY) ## Run the fuzz targets of the Python readers, FUZZ_SECOND
 	done
 
 clean: ## Remove the environment and what the targets made.
-	rm -rf $(VENV) $(VLLM) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .coverage* .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(TASKS) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .coverage* .mypy_cache .ruff_cache .hypothesis

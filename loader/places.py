@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.formats.machine import available_memory
 
 CPU = torch.device("cpu")
@@ -16,12 +16,18 @@ def device_of(name: str) -> torch.device:
     `auto` is the first CUDA device, or the CPU where there is none.
 
     Raises:
+        UsageError: it is no name of a device.
         UnsupportedEnvironmentError: this machine has no such device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise UsageError(
+            "no such kind of device", got=repr(name), expected="auto, cpu, cuda or cuda:N"
+        ) from exc
     if device.type == "cpu":
         return CPU
     number = device.index or 0

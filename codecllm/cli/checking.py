@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -13,7 +13,7 @@ from codecllm.cli import options
 from codecllm.cli.app import app
 from codecllm.cli.console import progress_bar, stdout
 from codecllm.cli.options import Json, Quiet, Revision, Workers, read_text
-from codecllm.cli.output import print_doctor, print_evaluation
+from codecllm.cli.output import print_doctor, print_evaluation, print_tasks
 from codecllm.formats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -207,17 +207,34 @@ def evaluate(
         ),
     ],
     candidates: Annotated[
-        list[str], typer.Argument(help="Containers, folders, Hub ids or GGUF files.")
-    ],
+        list[str] | None, typer.Argument(help="Containers, folders, Hub ids or GGUF files.")
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(help="Text to read. Default: a built-in one of some 2,000 tokens."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="How much of the text at most.", min=2)] = 2048,
     window: Annotated[int, typer.Option(help="Tokens that a model sees at once.", min=2)] = 512,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.yaml[,...]",
+            help="Tasks of lm-evaluation-harness in place of a text, by name or as YAML files "
+            r"(needs codecllm\[eval]). A file may run code that it names.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="With --tasks: examples of each task at most.", min=1)
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="With --tasks: sequences that a model reads at once.", min=1)
+    ] = 8,
     dtype: Annotated[
         options.EvalDtypeName, typer.Option(help="In which all models compute.")
     ] = "float32",
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where all models run.")
+    ] = "cpu",
     plot: Annotated[
         Path | None,
         typer.Option(help=r"Draw KL against bits (png, svg or pdf; needs codecllm\[plot])."),
@@ -228,7 +245,8 @@ def evaluate(
 ) -> None:
     """Measure how far models are from their base.
 
-    KL divergence per token, top-1 agreement, perplexity, beside their bits.
+    KL divergence per token, top-1 agreement, perplexity, beside their bits. With --tasks: accuracy
+    and its standard error, and the share of answers that are the base's.
 
     All compute in the same dtype, so that only their weights differ. Bits count all stored for
     weights, headers too.
@@ -238,6 +256,32 @@ def evaluate(
     """
     import torch
 
+    others: list[str | Path] = list(candidates or ())
+    models: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "workers": workers}
+    silent = quiet or as_json
+    if tasks is not None:
+        if text is not None or plot is not None:
+            raise UsageError("--tasks takes no --text and draws no --plot")
+        from codecllm.verifier.evaluation.tasks import evaluate_tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        with progress_bar("evaluating", not silent, unit="models") as advance:
+            answers = evaluate_tasks(
+                base,
+                others,
+                names,
+                limit=limit,
+                batch_size=batch_size,
+                progress=advance,
+                **models,
+            )
+        if as_json:
+            typer.echo(json.dumps(answers.to_dict()))
+        else:
+            print_tasks(answers)
+        return
+    if limit is not None:
+        raise UsageError("--limit is of --tasks; --tokens limits a text")
     from codecllm.verifier.evaluation import evaluate as run
     from codecllm.verifier.evaluation.plot import check_plot, draw
 
@@ -245,16 +289,15 @@ def evaluate(
         # Before the evaluation: without matplotlib its result would be lost.
         check_plot(plot)
     content = None if text is None else read_text(text)
-    with progress_bar("evaluating", not (quiet or as_json), unit="tokens") as advance:
+    with progress_bar("evaluating", not silent, unit="tokens") as advance:
         result = run(
             base,
-            list(candidates),
+            others,
             text=content,
             max_tokens=tokens,
             window=window,
-            dtype=getattr(torch, dtype),
-            workers=workers,
             progress=advance,
+            **models,
         )
     if plot is not None:
         draw(result, plot)

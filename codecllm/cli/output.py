@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from codecllm.doctor import DoctorReport
     from codecllm.publishing import PushReport
     from codecllm.verifier.evaluation.evaluate import Evaluation
+    from codecllm.verifier.evaluation.tasks import TaskEvaluation
 
 MAX_NAMES = 6
 """Most names of files that a line of text holds."""
@@ -163,6 +164,30 @@ def print_evaluation(result: Evaluation) -> None:
         f"\nbase {result.base}: {result.base_bits_per_weight:.3f} bits per weight, perplexity "
         f"{result.base_perplexity:.3f}; "
         f"{result.tokens} tokens, computed in {result.dtype}; KL in nats per token",
+        markup=False,
+    )
+
+
+def print_tasks(result: TaskEvaluation) -> None:
+    """Prints one row per task, metric and model; the base comes first."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    words = ("task", "metric", "model")
+    for column in (*words, "bits/weight", "value", "std. error", "same answers", "examples"):
+        table.add_column(column, justify="left" if column in words else "right")
+    for score in result.scores:
+        error, same = (
+            "" if value is None else form.format(value)
+            for form, value in (("{:.4f}", score.stderr), ("{:.1%}", score.agreement))
+        )
+        names = map(escape, (score.task, score.metric, score.model))
+        bits, value = f"{score.bits_per_weight:.3f}", f"{score.value:.4f}"
+        table.add_row(*names, bits, value, error, same, str(score.examples))
+    stdout.print(table)
+    stdout.print(
+        f"\nsame answers as {result.base}, right or wrong; computed in {result.dtype} on "
+        f"{result.device}",
         markup=False,
     )
 

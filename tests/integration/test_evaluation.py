@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner
 
 from codecllm.cli.checking import app
 from codecllm.converter import convert
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
+    CodecLLMError,
     ModelMismatchError,
     SourceError,
     UnsupportedEnvironmentError,
@@ -25,7 +28,7 @@ from codecllm.formats.errors import (
 from codecllm.formats.shards.side_tensors import side_names
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
-from codecllm.verifier.evaluation import evaluate, sample_text
+from codecllm.verifier.evaluation import evaluate, evaluate_tasks, sample_text
 from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
 from codecllm.verifier.evaluation.plot import check_plot
@@ -274,3 +277,28 @@ def test_a_base_that_does_more_than_its_head_runs_whole_each_time(base, converte
     first, second = reading.compare(other), reading.compare(other)
     assert first.kl == second.kl
     assert first.base_nll == second.base_nll
+
+
+# --- Tasks; tests/tasks has those that need the harness
+
+
+def test_tasks_without_the_extra_are_one_error(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UnsupportedEnvironmentError, match=r"pip install 'codecllm\[eval\]'"):
+        evaluate_tasks(base, [], ["hellaswag"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "hellaswag", "--plot", "a.svg"], "--tasks takes no --text"),
+        (["--limit", "3"], "--limit is of --tasks"),
+        (["--tasks", " , "], "no task was given"),
+        (["--device", "nowhere"], "no such kind of device"),
+        (["--device", "cuda:99"], "no such device here"),
+    ],
+)
+def test_options_that_do_not_fit_are_errors(base, arguments, message):
+    result = CliRunner().invoke(app, ["eval", str(base), str(base), *arguments])
+    assert isinstance(result.exception, CodecLLMError)
+    assert message in str(result.exception)

@@ -24,6 +24,7 @@ from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_gguf, load_plain
 from codecllm.loader.hf.quiet import without_progress_bars
+from codecllm.loader.places import CPU
 
 Kind = Literal["container", "folder", "dequantized", "gguf"]
 
@@ -79,21 +80,24 @@ class Candidate:
     kind: Kind
     path: Path
 
-    def load(self, dtype: torch.dtype, workers: int | None = None) -> Any:
-        """Loads the model on the CPU with its weights in `dtype`.
+    def load(
+        self, dtype: torch.dtype, workers: int | None = None, place: torch.device = CPU
+    ) -> Any:
+        """Loads the model on a device with its weights in `dtype`.
 
         Raises:
             CodecLLMError: it cannot be loaded.
         """
+        options: dict[str, Any] = {} if place == CPU else {"device_map": {"": place}}
         if self.kind == "container":
             return from_pretrained(
-                self.path, dtype=dtype, resident="dense", workers=workers, progress=False
+                self.path, dtype=dtype, resident="dense", workers=workers, progress=False, **options
             )
         try:
             with without_progress_bars():
                 if self.kind == "gguf":
-                    return load_gguf(self.path, dtype)
-                return load_plain(self.path, dtype)
+                    return load_gguf(self.path, dtype).to(place)
+                return load_plain(self.path, dtype, **options)
         except Exception as exc:  # transformers raises whatever its many readers happen to raise
             raise UnsupportedEnvironmentError(
                 f"transformers cannot load it ({type(exc).__name__}: {exc})", file=self.name

@@ -83,7 +83,11 @@ class Base:
         parts = [given + text[first : first + piece] for first in range(0, len(text), piece)]
         # A window shorter than two tokens predicts nothing.
         self._model = model
-        self._windows = [torch.tensor([part]) for part in parts if len(part) > 1]
+        self._windows = [
+            torch.tensor([part], device=next(model.parameters()).device)
+            for part in parts
+            if len(part) > 1
+        ]
         self._entering: list[torch.Tensor] = []  # per window: float [1, tokens, hidden]
 
     def compare(
@@ -92,7 +96,7 @@ class Base:
         """Runs another model of the same vocabulary on the text.
 
         Args:
-            other: causal language model.
+            other: causal language model on the same device.
             on_window: called with the tokens done and all of them.
 
         Raises:

@@ -14,6 +14,7 @@ import torch
 from codecllm.formats.errors import SchemaError, UsageError
 from codecllm.loader.hf.folder import read_gguf_tokenizer, read_tokenizer, start_of
 from codecllm.loader.hf.quiet import silenced
+from codecllm.loader.places import device_of
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
 
@@ -90,6 +91,7 @@ def evaluate(
     max_tokens: int = 2048,
     window: int = 512,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     workers: int | None = None,
     progress: OnToken | None = None,
 ) -> Evaluation:
@@ -106,6 +108,7 @@ def evaluate(
         max_tokens: how much of the text at most.
         window: tokens that a model sees at once.
         dtype: dtype of weights and arithmetic.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`: where all models run.
         workers: decoding threads.
         progress: called along the way.
 
@@ -117,17 +120,18 @@ def evaluate(
         raise UsageError("no candidate was given")
     if window < 2 or max_tokens < 2:
         raise UsageError("window and number of tokens must be 2 or more")
+    place = device_of(device)
     models = [find_candidate(candidate) for candidate in candidates]
     reference = find_candidate(base)
     # The base is loaded first: without its tokenizer no candidate needs to be.
-    model = reference.load(dtype, workers)
+    model = reference.load(dtype, workers, place)
     tokens, start = _tokens(reference, model, sample_text() if text is None else text)
     reading = Base(model, tokens[:max_tokens], min(window, _longest(model)), start)
     scores: list[Score] = []
     base_perplexity = math.nan
     token_count = 0
     for candidate in models:
-        other = candidate.load(dtype, workers)
+        other = candidate.load(dtype, workers, place)
         divergence = reading.compare(other, _reporter(progress, candidate.name))
         # The next candidate needs the memory: at most two models are loaded.
         del other
@@ -150,15 +154,24 @@ def evaluate(
     )
 
 
-def _tokens(reference: Candidate, model: Any, text: str) -> tuple[list[int], list[int]]:
-    """Returns the tokens of a text, and the start token that they begin with, or nothing."""
+def tokenizer_of(reference: Candidate, model: Any) -> Any:
+    """Returns the tokenizer of a base model.
+
+    Raises:
+        UsageError: it is no causal language model, or has no tokenizer of use.
+    """
     if model.config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
         raise UsageError(f"{type(model).__name__} is no causal language model", file=reference.name)
     try:
         read = read_gguf_tokenizer if reference.kind == "gguf" else read_tokenizer
-        tokenizer = read(reference.path)
+        return read(reference.path)
     except SchemaError as exc:
         raise UsageError(f"the base has no usable tokenizer ({exc})", file=reference.name) from exc
+
+
+def _tokens(reference: Candidate, model: Any, text: str) -> tuple[list[int], list[int]]:
+    """Returns the tokens of a text, and the start token that they begin with, or nothing."""
+    tokenizer = tokenizer_of(reference, model)
     with silenced():  # longer than the model's context: the text is read in windows
         tokens: list[int] = tokenizer(text)["input_ids"]
     if len(tokens) < 2:
