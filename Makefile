@@ -91,7 +91,7 @@ bench: $(READY) ## Measure convert and load against their floors, and peak memor
 	$(BIN)/python -m benchmarks.run
 
 FUZZ_RUNS ?= 10000000
-CORE      := $(addprefix native/,check.c dispatch.c kernels_avx2.c kernels_avx512.c kernels_portable.c pack.c rans.c run.c xxh3.c)
+CORE      := $(addprefix native/,check.c dispatch.c kernels_avx2.c kernels_avx512.c kernels_neon.c kernels_portable.c pack.c rans.c run.c xxh3.c)
 SANITIZED := -std=gnu11 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Inative -DPIECE=48 -DCOUNTED_EXACTLY=200
 # Tracing each comparison took nine tenths of the time of loops over symbols, which compare nothing
 # that an input would have to hit.

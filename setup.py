@@ -12,6 +12,7 @@ SOURCES = (
     "dispatch",
     "kernels_avx2",
     "kernels_avx512",
+    "kernels_neon",
     "kernels_portable",
     "module",
     "module_encode",

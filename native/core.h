@@ -200,11 +200,12 @@ typedef struct {
 extern const kernel_set kernels_portable;
 extern const kernel_set kernels_avx2;
 extern const kernel_set kernels_avx512;
+extern const kernel_set kernels_neon;
 
 /* The set in use: the best that this machine has, until kernels_use names another one. */
 const kernel_set *kernels(void);
-/* Number and sets that this machine can run, the best first. `portable` is one of them everywhere;
- * on AArch64 the compiler makes NEON of it. */
+/* Number and sets that this machine can run, the best first. `portable` is one of them everywhere.
+ */
 size_t kernels_supported(const kernel_set *sets[3]);
 int kernels_use(const char *name);
 

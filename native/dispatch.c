@@ -16,6 +16,8 @@ size_t kernels_supported(const kernel_set *sets[3])
         sets[count++] = &kernels_avx512;
     if (avx2)
         sets[count++] = &kernels_avx2;
+#elif defined(__aarch64__)
+    sets[count++] = &kernels_neon;
 #endif
     sets[count++] = &kernels_portable;
     return count;

@@ -27,6 +27,7 @@ CORE = (
     "dispatch",
     "kernels_avx2",
     "kernels_avx512",
+    "kernels_neon",
     "kernels_portable",
     "pack",
     "rans",
