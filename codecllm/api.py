@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from codecllm.converter.source.modules import read_modules
 from codecllm.converter.write.container_writer import OnProgress
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import BaselineError, UsageError
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 from codecllm.hub import ModelFiles, resolve
 from codecllm.quality import choose_params, on_known_device
@@ -44,8 +45,8 @@ class Converted:
     """A finished conversion.
 
     Attributes:
-        report: of the conversion, as it was before the baseline.
-        manifest_sha256: sha256 of the manifest as it is now: the value to pin.
+        report: of the conversion.
+        manifest_sha256: sha256 of the manifest, baseline included: the value to pin.
         baseline: the recorded baseline, or None where none was asked for.
     """
 
@@ -183,26 +184,63 @@ def run_conversion(
     """Converts as `convert` does, with packed options."""
     options = on_known_device(options)
     files = _resolve_source(model, access)
-    # Parameters and temporary files are released before the baseline loads models.
-    report = _convert_source(files, out, options, progress, on_stage)
-    # Imported late: the baseline needs torch, the conversion does not.
-    from codecllm.verifier import record_baseline
+    completion = _Completion(files.folder, options.device, baseline, on_stage)
+    report = _convert_source(files, out, options, completion, progress, on_stage)
+    if completion.failure is not None:
+        completion.failure.add_note(f"the container in {out} is complete, without a baseline")
+        raise completion.failure
+    return Converted(report, report.manifest_sha256, completion.outcome)
 
-    outcome = None
-    if baseline is not False:
+
+class _Completion:
+    """Adds load report and baseline to a container before it is moved into place.
+
+    Attributes:
+        outcome: of recording the baseline, or None.
+        failure: why a baseline that was begun is not there, or None.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        device: str,
+        baseline: bool | None,
+        on_stage: Callable[[str], None] | None,
+    ) -> None:
+        self.outcome: BaselineOutcome | None = None
+        self.failure: BaseException | None = None
+        self._source = source
+        self._device = device
+        self._baseline = baseline
+        self._on_stage = on_stage
+
+    def __call__(self, folder: Path) -> str | None:
+        # Imported late: they may need torch, which a prediction does not.
+        from codecllm.verifier import record_baseline
+        from codecllm.verifier.load_report import record_load_report
+
+        note = record_load_report(folder)
+        if self._baseline is False:
+            return note
+        # What was chosen hangs in cycles of the conversion's threads: both models need the memory.
+        gc.collect()
         # transformers loads the folder of the main module, which need not be the root.
-        main_folder = files.folder / read_modules(files.folder).main
-        outcome = record_baseline(
-            report.out,
-            main_folder,
-            required=baseline is True,
-            device=options.device,
-            on_stage=on_stage,
-        )
-    # Read again: the baseline has changed the manifest.
-    with Container(report.out) as container:
-        manifest_sha256 = container.manifest_sha256
-    return Converted(report, manifest_sha256, outcome)
+        main_folder = self._source / read_modules(self._source).main
+        try:
+            self.outcome = record_baseline(
+                folder,
+                main_folder,
+                required=self._baseline is True,
+                device=self._device,
+                on_stage=self._on_stage,
+            )
+        except BaseException as exc:
+            # The container is whole without it, and `codecllm diagnose` needs one to find the
+            # cause. A signal too ends what takes minutes; to convert may have taken hours.
+            if isinstance(exc, Exception) and not isinstance(exc, (BaselineError, MemoryError)):
+                raise
+            self.failure = exc
+        return note
 
 
 def predict(
@@ -233,24 +271,20 @@ def _convert_source(
     files: ModelFiles,
     out: str | Path,
     options: ConvertOptions,
+    completion: _Completion,
     progress: OnProgress | None,
     on_stage: Callable[[str], None] | None,
 ) -> ConversionReport:
-    """Converts; chosen parameters, and a refinement's temporary file, are gone when it returns."""
-    # Imported here: a prediction needs nothing of the verifier.
-    from codecllm.verifier.load_report import record_load_report
-
     with open_source(files.folder, options) as source:
-        choice = choose_params(source, options, on_stage)
-        origin = Origin(files.repo, files.commit)
         return convert_model(
             source,
             out,
             options,
-            choice=choice,
-            origin=origin,
+            # Held by no name here: it is released before the completion loads models.
+            choice=choose_params(source, options, on_stage),
+            origin=Origin(files.repo, files.commit),
             progress=progress,
-            complete=record_load_report,
+            complete=completion,
         )
 
 

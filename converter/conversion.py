@@ -141,12 +141,14 @@ def convert_model(
         model.check_unchanged()
         data = pack_manifest(manifest)
         staging.seal(data)
-        notes = []
+        notes = [*plan.warnings, *choice.notes]
+        # A refinement's products may take gigabytes, and `complete` may load models.
+        del choice, conversion
         if complete is not None:
             began = time.monotonic()
             note = complete(staging.folder)
             start_time += time.monotonic() - began  # no part of the conversion
-            notes = [note] if note is not None else []
+            notes += [note] if note is not None else []
             data = (staging.folder / MANIFEST_NAME).read_bytes()
             manifest = parse_manifest(data)
         staging.commit()
@@ -158,7 +160,7 @@ def convert_model(
         seconds=time.monotonic() - start_time,
         taken=model.describe_taken(),
         left=model.side_files.left,
-        warnings=[*plan.warnings, *choice.notes, *notes],
+        warnings=notes,
     )
 
 

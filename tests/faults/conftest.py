@@ -9,13 +9,22 @@ import pytest
 
 from codecllm.formats.container import Container
 from codecllm.formats.reference import tensor_digest
-from tests.faults.shim import OWN_FILES, Server, command, compile_shim, files_of
+from codecllm.verifier.baseline.record import parse_baseline
+from tests.faults.shim import (
+    OWN_FILES,
+    Server,
+    command,
+    command_with_baseline,
+    compile_shim,
+    files_of,
+)
 from tests.sources import bf16, write_source
 
-# Its class has other tensors than the source: the container gets a load report too.
+# A model that runs in milliseconds, for a baseline. Its class has not all tensors of the source:
+# the container gets a load report too.
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1,
-    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64,
+    "architectures": ["LlamaModel"], "model_type": "llama", "num_hidden_layers": 0,
+    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 40,
 }  # fmt: skip
 
 
@@ -31,7 +40,11 @@ def server(tmp_path_factory):
 def source(tmp_path_factory):
     """Two shards and, as sentence-transformers have it, a side file in a subfolder."""
     rng = np.random.default_rng(0)
-    tensors = {f"t{i}": ("BF16", bf16(rng.standard_normal((60, 64)))) for i in range(2)}
+    tensors = {
+        "embed_tokens.weight": ("BF16", bf16(rng.standard_normal((40, 64)))),
+        "norm.weight": ("BF16", bf16(np.ones(64))),
+        "unexpected": ("BF16", bf16(rng.standard_normal((60, 64)))),
+    }
     base = tmp_path_factory.mktemp("source") / "model"
     folder = write_source(base, tensors, CONFIG)
     (folder / "1_Pooling").mkdir()
@@ -51,6 +64,18 @@ def undisturbed(server, source, tmp_path_factory):
         for name, record in container.records.items():
             assert tensor_digest(container, name) == record.digest
     return files_of(base / "out"), done.count
+
+
+@pytest.fixture(scope="session")
+def with_baseline(server, source, undisturbed, tmp_path_factory):
+    """The bytes of a conversion with a baseline, and its operations."""
+    base = tmp_path_factory.mktemp("baseline")
+    done = server.run(command_with_baseline(source, base / "out"), base)
+    assert done.code == 0, done.text
+    files = files_of(base / "out")
+    assert parse_baseline(files["baseline.json"]).kind == "hidden"
+    assert files["codecllm.json"] != undisturbed[0]["codecllm.json"]
+    return files, done.count
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,13 @@ OWN_FILES = {"README.md": b"a card", "notes.txt": b"of the user"}
 
 
 def command(source: Path, out: Path, *more: str) -> list[Any]:
-    """Returns the command line of a conversion into two shards."""
-    options = ["--no-baseline", "--scheme", "lossless", "--max-shard-size", "7KB", "--workers", "1"]
+    """Returns the command line of a conversion into two shards, without a baseline."""
+    return [*command_with_baseline(source, out), "--no-baseline", *more]
+
+
+def command_with_baseline(source: Path, out: Path, *more: str) -> list[Any]:
+    """Returns the command line of a conversion into two shards that records a baseline."""
+    options = ["--scheme", "lossless", "--max-shard-size", "7KB", "--workers", "1"]
     return ["convert", source, out, *options, *more]
 
 

@@ -7,7 +7,14 @@ import shutil
 import pytest
 
 from codecllm.converter.write.staging import STAGING_NAME
-from tests.faults.shim import ALL_FAULTS, FAULTS, OWN_FILES, command, files_of
+from tests.faults.shim import (
+    ALL_FAULTS,
+    FAULTS,
+    OWN_FILES,
+    command,
+    command_with_baseline,
+    files_of,
+)
 
 STOPPED = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGINT twice": 130}
 pytestmark = pytest.mark.timeout(3600 if ALL_FAULTS else 300)
@@ -38,9 +45,10 @@ def _check_message(done, fault, whole):
         assert done.code == 4, done.text
 
 
-def _check_new(server, source, expected, base, fault, at):
+def _check_new(server, source, expected, base, fault, at, make_command=command):
     out = base / "deep" / "out"
-    done = server.run(command(source, out), base, fault, at)
+    convert = make_command(source, out)
+    done = server.run(convert, base, fault, at)
     found = _placed(out)
     whole = found == expected
     if done.code == 0:
@@ -57,11 +65,11 @@ def _check_new(server, source, expected, base, fault, at):
     elif not whole:
         assert "codecllm.json" not in found, (fault, at)
     if whole:
-        refused = server.run(command(source, out), base)
+        refused = server.run(convert, base)
         assert refused.code == 2, refused.text
         assert files_of(out) == expected, (fault, at)
     else:
-        again = server.run(command(source, out), base)
+        again = server.run(convert, base)
         assert again.code == 0, (fault, at, again.text)
         assert files_of(out) == expected, (fault, at)
 
@@ -93,6 +101,20 @@ def test_a_new_container_is_whole_or_not_there(server, source, undisturbed, tmp_
         base.mkdir()
         _check_new(server, source, expected, base, fault, at)
         shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "short", "kill", *STOPPED, "dead"])
+def test_a_new_container_has_its_baseline_or_is_not_there(
+    server, source, with_baseline, tmp_path, fault
+):
+    """Faults from the middle on: before the baseline the operations are those of the test above."""
+    expected, operations = with_baseline
+    for at in _steps(fault, operations):
+        if at > operations // 2:
+            base = tmp_path / str(at)
+            base.mkdir()
+            _check_new(server, source, expected, base, fault, at, command_with_baseline)
+            shutil.rmtree(base)
 
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "kill", "SIGTERM", "SIGINT twice", "dead"])

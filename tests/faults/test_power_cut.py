@@ -13,7 +13,13 @@ import pytest
 from codecllm.converter.write.staging import STAGING_NAME
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from tests.faults.disk import Disk, flat, read_log, read_tree, ways, write_tree
-from tests.faults.shim import ALL_FAULTS, OWN_FILES, command, files_of
+from tests.faults.shim import (
+    ALL_FAULTS,
+    OWN_FILES,
+    command,
+    command_with_baseline,
+    files_of,
+)
 
 pytestmark = pytest.mark.timeout(3600 if ALL_FAULTS else 300)
 RANDOM_WAYS = 20 if ALL_FAULTS else 6
@@ -87,13 +93,17 @@ def test_the_log_holds_every_operation(server, source, tmp_path):
     assert disk.surviving(lambda node: 1) == read_tree(base)
 
 
-def test_a_new_container_after_a_power_cut(server, source, undisturbed, tmp_path):
-    expected, _ = undisturbed
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_new_container_after_a_power_cut(
+    server, source, undisturbed, with_baseline, tmp_path, baseline
+):
+    expected, _ = with_baseline if baseline else undisturbed
     base = tmp_path / "base"
     base.mkdir()
-    convert = command(source, base / "deep" / "out")
+    make_command = command_with_baseline if baseline else command
+    convert = make_command(source, base / "deep" / "out")
     _, disk, lines = _logged(server, convert, base, tmp_path)
-    again = _Again(server, base, 16)
+    again = _Again(server, base, 20 if baseline else 16)
     cuts = 0
     for number, way, tree in _left_by_cuts(disk, lines):
         cuts += 1

@@ -93,7 +93,7 @@ def record_baseline(
     that lists it replaces the old one in one step.
 
     Args:
-        out: a finished container.
+        out: a whole container, finished or staged.
         source_folder: the folder it was made from.
         required: record at any cost of time or memory, and raise where it is impossible.
         device: `cpu` or `cuda:N`: where both models run. The record names it, and elsewhere it is

@@ -1,0 +1,89 @@
+"""A conversion puts container and baseline into place together; a failed baseline costs neither."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+
+import codecllm
+from codecllm.converter import ParamsChoice
+from codecllm.converter.options import Rate
+from codecllm.converter.write.staging import STAGING_NAME
+from codecllm.formats.container import Container
+from codecllm.formats.errors import BaselineError
+from codecllm.verifier import verify
+from codecllm.verifier.baseline import baseline as recording
+from tests.stepped import make_steps
+
+
+def _files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_folder_is_no_container_until_the_baseline_is_recorded(tmp_path, tiny, monkeypatch):
+    out, seen = tmp_path / "out", []
+    real = recording._run_both
+
+    def run_both(folders, *rest):
+        seen.append((_files(out), Container(folders[1]).manifest.file("baseline.json")))
+        return real(folders, *rest)
+
+    monkeypatch.setattr(recording, "_run_both", run_both)
+    done = codecllm.convert(tiny("llama"), out)
+    assert seen == [({STAGING_NAME}, None)]
+    assert done.baseline is not None and done.baseline.kind == "greedy"
+    with Container(out) as container:
+        assert container.manifest.file("baseline.json") is not None
+        assert container.manifest_sha256 == done.manifest_sha256 == done.report.manifest_sha256
+        assert container.stored_bytes == done.report.stored_bytes
+    assert verify(out, require_baseline=True).exit_code == 0
+
+
+class _StopError(BaseException):
+    """A signal, as the command line raises it."""
+
+
+@pytest.mark.parametrize("error", [BaselineError("far off"), MemoryError(), _StopError()])
+def test_a_container_whose_baseline_fails_is_whole_without_one(tmp_path, tiny, monkeypatch, error):
+    def run_both(*arguments):
+        raise error
+
+    monkeypatch.setattr(recording, "_run_both", run_both)
+    with pytest.raises(type(error)) as raised:
+        codecllm.convert(tiny("llama"), tmp_path / "out")
+    (note,) = raised.value.__notes__
+    assert "is complete, without a baseline" in note
+    assert not _files(tmp_path / "out") & {STAGING_NAME, "baseline.json"}
+    assert verify(tmp_path / "out").exit_code == 0
+
+
+def test_a_failure_to_write_the_baseline_leaves_nothing(tmp_path, tiny, monkeypatch):
+    def attach(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recording, "attach", attach)
+    with pytest.raises(OSError, match="No space"):
+        codecllm.convert(tiny("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_chosen_parameters_are_gone_when_the_models_are_loaded(tmp_path, tiny, monkeypatch):
+    references, alive = [], []
+
+    def choose(source, options, on_stage):
+        def provide(plan):
+            return make_steps(plan, 0.01)
+
+        references.append(weakref.ref(provide))
+        return ParamsChoice(provide, Rate(bits=8.0, calibrate="none"))
+
+    def run_both(*arguments):
+        alive.extend(reference() for reference in references)
+        raise BaselineError("not run")
+
+    monkeypatch.setattr("codecllm.api.choose_params", choose)
+    monkeypatch.setattr(recording, "_run_both", run_both)
+    with pytest.raises(BaselineError, match="not run"):
+        codecllm.convert(tiny("llama"), tmp_path / "out", bits=8.0)
+    assert alive == [None]
