@@ -61,9 +61,10 @@ class Harness:
         for path in files:
             if not path.is_file():
                 raise UsageError("no such task file", got=str(path))
-        with _quiet():
-            from lm_eval.tasks import TaskManager
+        # Imports stay outside of `_quiet`: handlers of messages keep the stream of their making.
+        from lm_eval.tasks import TaskManager
 
+        with _quiet():
             # The index of thousands of tasks takes seconds, and files need none.
             self._manager = TaskManager(include_defaults=len(files) < len(tasks))
         specs: list[str | dict[str, Any]] = []
@@ -98,10 +99,10 @@ class Harness:
         Raises:
             UnsupportedEnvironmentError: a task failed.
         """
-        with _quiet():
-            from lm_eval.evaluator import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
 
+        with _quiet():
             try:
                 found = simple_evaluate(
                     HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
