@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from codecllm.formats.errors import UsageError
+from codecllm.serving.loading import NAME
 from codecllm.serving.vllm_names import (
-    NAME,
     LinearBase,
     ParallelLMHead,
     QuantizationConfig,

@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from codecllm.formats.errors import ModelMismatchError, UsageError
-from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.serving import vllm_names
+from codecllm.serving.loading import (
+    NAME,
+    check_side_files,
+    find_folder,
+    refuse_original,
+    shown_tensors,
+    split_options,
+)
 from codecllm.serving.unfilled import mark_unfilled, refuse_unfilled
 from codecllm.serving.vllm_config import Building, building
-from codecllm.serving.vllm_names import NAME, DefaultModelLoader, LoadConfig, ModelConfig
+from codecllm.serving.vllm_names import DefaultModelLoader, LoadConfig, ModelConfig
 
 if TYPE_CHECKING:
     from codecllm.formats.container import Container
@@ -26,24 +31,6 @@ if TYPE_CHECKING:
 
 # vLLM shows the log of names below its own.
 _LOG = vllm_names.init_logger(f"vllm.{NAME}")
-
-RESIDENT = ("dense", "int8")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """Our keys of `--model-loader-extra-config`.
-
-    Attributes:
-        resident: `dense`: weights in the model's dtype. `int8`: codes and scales of int8 tensors
-            stay, 8 bits a weight.
-        workers: decoding threads of each rank; None takes one per core.
-        manifest_sha256: accept only the container with this manifest (64 hex digits).
-    """
-
-    resident: str = "dense"
-    workers: int | None = None
-    manifest_sha256: str | None = None
 
 
 class CodecLLMLoader(DefaultModelLoader):
@@ -55,7 +42,7 @@ class CodecLLMLoader(DefaultModelLoader):
         Raises:
             UsageError: one of them has a wrong type.
         """
-        self.options, others = _split(load_config.model_loader_extra_config)
+        self.options, others = split_options(load_config.model_loader_extra_config)
         # vLLM's class knows its own load formats only.
         super().__init__(
             vllm_names.replace(
@@ -89,7 +76,7 @@ class CodecLLMLoader(DefaultModelLoader):
         _refuse_other_quantization(vllm_config, model_config)
         begin = time.perf_counter()
         with self._open(model_config) as container:
-            _check_side_files(container)
+            check_side_files(container)
             self._sha256 = sha256 = container.manifest_sha256
             plan = self._plan(container)
         _LOG.info("Opened the container in %.2f seconds", time.perf_counter() - begin)
@@ -144,16 +131,9 @@ class CodecLLMLoader(DefaultModelLoader):
                 skips=lambda name: vllm_names.is_elsewhere(self, name),
                 as_codes=self._as_codes(),
             )
-            bar = tqdm(
-                total=len(container.records),
-                desc="Loading codecllm container",
-                unit=" tensors",
-                disable=not vllm_names.enable_tqdm(self.load_config.use_tqdm_on_load),
-            )
-            with closing(self._checkpoint.tensors()) as tensors, bar:
-                for name, tensor in tensors:
-                    yield name, tensor
-                    bar.update(name in container.records)
+            quiet = not vllm_names.enable_tqdm(self.load_config.use_tqdm_on_load)
+            with closing(shown_tensors(container, self._checkpoint, quiet=quiet)) as tensors:
+                yield from tensors
         yield from vllm_names.secondary_weights(self, model)
 
     def _plan(self, container: Container) -> CodesPlan | None:
@@ -183,19 +163,12 @@ class CodecLLMLoader(DefaultModelLoader):
         return Container(self._folder(model_config), expected_manifest_sha256=expected)
 
     def _folder(self, model_config: ModelConfig) -> Path:
-        from codecllm.hub import resolve
-
-        folder = Path(model_config.model)
-        # Also offline: there vLLM has put the cache's folder in place of a name.
-        if folder.exists():
-            return folder
-        return resolve(
+        return find_folder(
             model_config.model,
             revision=model_config.revision,
             token=model_config.hf_token,
             cache_dir=self.load_config.download_dir,
-            kind="model",
-        ).folder
+        )
 
 
 def _is_container(model_config: ModelConfig) -> bool:
@@ -219,52 +192,16 @@ def _told(model: Any) -> Iterator[list[Any]]:
         del model.load_weights
 
 
-def _split(extra: Any) -> tuple[LoadOptions, Any]:
-    """Returns our options and the rest of the extra config."""
-    if not isinstance(extra, dict):
-        return LoadOptions(), extra
-    names = {field.name for field in fields(LoadOptions)}
-    options = LoadOptions(**{key: value for key, value in extra.items() if key in names})
-    if options.resident not in RESIDENT:
-        raise UsageError(
-            "resident", got=repr(options.resident), expected=" or ".join(map(repr, RESIDENT))
-        )
-    if not isinstance(options.workers, int | None) or isinstance(options.workers, bool):
-        raise UsageError("workers must be a number", got=repr(options.workers))
-    if not isinstance(options.manifest_sha256, str | None):
-        raise UsageError("manifest_sha256 must be text", got=repr(options.manifest_sha256))
-    return options, {key: value for key, value in extra.items() if key not in names}
-
-
 def _refuse_other_quantization(vllm_config: Any, model_config: ModelConfig) -> None:
     """Refuses weights in another library's quantization, and vLLM's own on top of ours.
 
     Raises:
         UsageError: the container holds such weights, or `--quantization-config` was given.
     """
-    block = getattr(model_config.hf_config, "quantization_config", None) or {}
-    original = block.get(ORIGINAL_KEY)
-    if original is not None:
-        raise UsageError(
-            "vLLM cannot take weights in another library's quantization from a container: "
-            "`codecllm export` writes the checkpoint that it reads",
-            got=original.get("quant_method"),
-        )
+    refuse_original(getattr(model_config.hf_config, "quantization_config", None), "vLLM")
     # The config of a draft model may be that of its target, which has none any more.
     if getattr(vllm_config.quant_config, "online_quantization_config", None) is not None:
         raise UsageError(
             "--quantization-config does not go with a codecllm container: `codecllm export` writes "
             "a plain checkpoint that vLLM can quantize"
         )
-
-
-def _check_side_files(container: Container) -> None:
-    """Compares the listed side files that are here (configs, tokenizer) with their sha256.
-
-    Raises:
-        FormatError: one of them differs.
-    """
-    for record in container.manifest.files:
-        # Of a Hub repository vLLM has fetched what it reads.
-        if (container.folder / record.name).exists():
-            container.check_file(record)

@@ -48,6 +48,8 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.platforms import current_platform
 
+from codecllm.serving.loading import NAME
+
 __all__ = [
     "DefaultModelLoader",
     "FusedMoEMethodBase",
@@ -67,9 +69,6 @@ __all__ = [
     "register_weight_loader_v2_supported_method",
     "replace",
 ]
-
-NAME = "codecllm"
-"""Of the quantization method and of the load format."""
 
 _MARK = "_codecllm_original"
 

@@ -1,0 +1,136 @@
+"""What engines' model loaders share: our options, where a container lies, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from codecllm.formats.errors import UsageError
+from codecllm.formats.manifest.manifest import ORIGINAL_KEY
+
+if TYPE_CHECKING:
+    import torch
+
+    from codecllm.formats.container import Container
+    from codecllm.serving.checkpoint import Checkpoint
+
+NAME = "codecllm"
+"""Of the quantization method in config.json, of plug-ins and of vLLM's load format."""
+
+RESIDENT = ("dense", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Our keys of `--model-loader-extra-config`.
+
+    Attributes:
+        resident: `dense`: weights in the model's dtype. `int8`: codes and scales of int8 tensors
+            stay, 8 bits a weight.
+        workers: decoding threads of each rank; None takes one per core.
+        manifest_sha256: accept only the container with this manifest (64 hex digits).
+    """
+
+    resident: str = "dense"
+    workers: int | None = None
+    manifest_sha256: str | None = None
+
+
+def split_options(extra: Any) -> tuple[LoadOptions, Any]:
+    """Returns our options and the rest of an engine's extra config.
+
+    Raises:
+        UsageError: one of ours has a wrong type or value.
+    """
+    if not isinstance(extra, dict):
+        return LoadOptions(), extra
+    names = {field.name for field in fields(LoadOptions)}
+    options = LoadOptions(**{key: value for key, value in extra.items() if key in names})
+    if options.resident not in RESIDENT:
+        raise UsageError(
+            "resident", got=repr(options.resident), expected=" or ".join(map(repr, RESIDENT))
+        )
+    if not isinstance(options.workers, int | None) or isinstance(options.workers, bool):
+        raise UsageError("workers must be a number", got=repr(options.workers))
+    if not isinstance(options.manifest_sha256, str | None):
+        raise UsageError("manifest_sha256 must be text", got=repr(options.manifest_sha256))
+    return options, {key: value for key, value in extra.items() if key not in names}
+
+
+def find_folder(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> Path:
+    """Returns the folder of a container, fetched where `model` names a Hub repository.
+
+    Raises:
+        UsageError, HubError, FormatError: as `codecllm.hub.resolve`.
+    """
+    from codecllm.hub import resolve
+
+    folder = Path(model)
+    # With a revision, too: offline an engine puts the cache's folder in place of a name.
+    if folder.exists():
+        return folder
+    return resolve(model, revision=revision, token=token, cache_dir=cache_dir, kind="model").folder
+
+
+def refuse_original(block: Mapping[str, Any] | None, engine: str) -> None:
+    """Refuses weights in another library's quantization.
+
+    Args:
+        block: `quantization_config` of config.json.
+        engine: its name, for the message.
+
+    Raises:
+        UsageError: the container holds such weights.
+    """
+    original = (block or {}).get(ORIGINAL_KEY)
+    if original is not None:
+        raise UsageError(
+            f"{engine} cannot take weights in another library's quantization from a container: "
+            "`codecllm export` writes the checkpoint that it reads",
+            got=original.get("quant_method"),
+        )
+
+
+def check_side_files(container: Container) -> None:
+    """Compares the listed side files that are here (configs, tokenizer) with their sha256.
+
+    Raises:
+        FormatError: one of them differs.
+    """
+    for record in container.manifest.files:
+        # Of a Hub repository an engine has fetched what it reads.
+        if (container.folder / record.name).exists():
+            container.check_file(record)
+
+
+def shown_tensors(
+    container: Container, checkpoint: Checkpoint, *, quiet: bool
+) -> Generator[tuple[str, torch.Tensor]]:
+    """Yields names and tensors of a checkpoint, behind a progress bar.
+
+    Args:
+        container: that of the checkpoint.
+        checkpoint: see `Checkpoint.tensors`.
+        quiet: show no bar.
+    """
+    bar = tqdm(
+        total=len(container.records),
+        desc="Loading codecllm container",
+        unit=" tensors",
+        disable=quiet,
+    )
+    with closing(checkpoint.tensors()) as tensors, bar:
+        for name, tensor in tensors:
+            yield name, tensor
+            bar.update(name in container.records)
