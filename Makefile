@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-vllm test-eval unit test-oldest matrix coverage lint metrics docs bench fuzz fuzz-python clean
+.PHONY: help setup demo test test-gpu test-vllm test-sglang test-eval unit test-oldest matrix coverage lint metrics docs bench fuzz fuzz-python clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,13 @@ test-vllm: ## Run the tests of vLLM's plug-in on the CPU, in an environment of t
 	@test -e $(VLLM)/.ready || $(PYTHON) -m tests.serving.environment $(VLLM)
 	@touch $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/serving
+
+SGLANG := .venv-sglang
+
+test-sglang: ## Run the tests of SGLang's plug-in on the CPU, in an environment of their own (7 GB, made once).
+	@test -e $(SGLANG)/.ready || $(PYTHON) -m tests.serving.sglang_environment $(SGLANG)
+	@touch $(SGLANG)/.ready
+	$(SGLANG)/bin/python -m pytest tests/serving/test_sglang.py tests/serving/test_sglang_names.py
 
 TASKS := .venv-eval
 
@@ -121,4 +128,4 @@ fuzz-python: $(READY) ## Run the fuzz targets of the Python readers, FUZZ_SECOND
 	done
 
 clean: ## Remove the environment and what the targets made.
-	rm -rf $(VENV) $(VLLM) $(TASKS) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .coverage* .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(SGLANG) $(TASKS) .matrix build codecllm/_native*.so demo/out benchmarks/out *.egg-info .pytest_cache .coverage* .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import subprocess
 import sys
@@ -14,25 +13,13 @@ from packaging.requirements import Requirement
 from codecllm.serving import vllm_plugin
 from tests.serving.engine import ONE_PROCESS, ROOT, variables, why_not
 from tests.serving.environment import VERSION
+from tests.serving.module_imports import files_that_import
 
 needs_vllm = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 def test_one_file_names_vllm():
-    for path in sorted((ROOT / "serving").glob("*.py")):
-        modules = [
-            name
-            for node in ast.walk(ast.parse(path.read_text()))
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-        ]
-        names_vllm = any(name.split(".")[0] == "vllm" for name in modules)
-        assert names_vllm == (path.name == "vllm_names.py"), path
+    assert files_that_import("vllm") == ["vllm_names.py"]
 
 
 def _run(code, tmp_path):
