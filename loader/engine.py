@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from codecllm.loader.promise import Promise
+from codecllm.loader.promise import Awaited
 
 Part = Literal["weight", "codes", "payload"]
 """Part of a stored tensor: its elements; its codes, int8, or int16 where they are wide; its chunks
@@ -49,11 +49,12 @@ class Engine(Protocol):
     def prefetch(self, requests: Iterable[Request]) -> None:
         """Starts to read tensors that will be taken; the order should be that of the takes."""
 
-    def take(self, request: Request) -> Promise[torch.Tensor]:
+    def take(self, request: Request) -> Awaited[torch.Tensor]:
         """Returns the promise of a tensor, complete and checked.
 
-        The engine keeps no reference to the tensor. The promise fails with the tensor's FormatError
-        where it is damaged, and with RuntimeError where the engine is closed first.
+        The engine keeps no reference to the tensor; to a small one of the CPU until those beside it
+        are taken. The promise fails with the tensor's FormatError where it is damaged, and with
+        RuntimeError where the engine is closed first.
         """
 
     def close(self) -> None:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Awaited(Protocol[T_co]):
+    """A value that another thread will give."""
+
+    def error(self) -> BaseException | None:
+        """Waits for the value or the error; returns the error, or None where there is none."""
+
+    def get(self) -> T_co:
+        """Waits for the value and returns it, or raises the error. May be called again."""
 
 
 class Promise(Generic[T]):

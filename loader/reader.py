@@ -15,7 +15,7 @@ from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.engine import Engine, Request
 from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.progress import Meter
-from codecllm.loader.promise import Promise
+from codecllm.loader.promise import Awaited
 from codecllm.loader.torch_tensors import torch_dtype
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ class TensorReader:
             self.first_error = self.first_error or exc
             raise
 
-    def keep(self, name: str, out: torch.Tensor) -> Promise[torch.Tensor]:
+    def keep(self, name: str, out: torch.Tensor) -> Awaited[torch.Tensor]:
         """Reads the payload of a tensor, checked, into memory of the CPU: uint8 [payload bytes]."""
         return self._host.take(Request(name, "payload", out=out))
 

@@ -163,6 +163,47 @@ def parse_group_tables(data: bytes, *, chunks: ChunkTable, file: str, tensor: st
     return tables
 
 
+def join_group_tables(parts: list[bytes], chunks: ChunkTable) -> GroupTables:
+    """Validates the `X_tables` of tensors of one tile each, by few calls.
+
+    Args:
+        parts: the bytes of each, one or more.
+        chunks: the joined table of their chunks (`chunk_table.join_chunk_tables`).
+
+    Raises:
+        FormatError: `parse_group_tables` refuses one of them. It does not say which.
+    """
+    planes = chunks.planes
+    begin = HEADER.itemsize + planes * SIZE.itemsize
+    if any(not begin <= len(part) <= max_tables_bytes(planes) for part in parts):
+        raise LayoutError("rans tables have a wrong size")
+    heads = np.frombuffer(b"".join([part[:begin] for part in parts]), np.uint8)
+    heads = heads.reshape(len(parts), begin)
+    header = np.ascontiguousarray(heads[:, : HEADER.itemsize]).reshape(-1).view(HEADER)
+    sizes = np.ascontiguousarray(heads[:, HEADER.itemsize :]).reshape(-1).view(SIZE)
+    table_sizes = sizes.astype(np.int64)
+    is_sound = (
+        (header["magic"] == MAGIC)
+        & (header["version"] == TABLES_VERSION)
+        & (header["reserved"] == 0)
+        & (header["planes"] == planes)
+        & (header["group_rows"] > 0)
+        & (header["group_cols"] > 0)
+    )
+    needs_table = chunks.records["codec"] == RANS_ID
+    ends = table_sizes.reshape(-1, planes).sum(axis=1) + begin
+    if (
+        not is_sound.all()
+        or ((table_sizes > 0) != needs_table).any()
+        or ends.tolist() != list(map(len, parts))
+    ):
+        raise LayoutError("rans tables do not fit the chunks")
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(table_sizes)])
+    # Each tensor is one tile, which is a group of its own.
+    groups = tile_groups(chunks.grid, 1, 1)
+    return GroupTables(groups, planes, offsets, b"".join([part[begin:] for part in parts]))
+
+
 def _check_needed(
     tables: GroupTables, sizes: NDArray[np.int64], chunks: ChunkTable, where: dict[str, Any]
 ) -> None:

@@ -227,6 +227,50 @@ def parse_chunk_table(data: bytes, *, payload_bytes: int, file: str, tensor: str
     return ChunkTable(grid, planes, records, offsets, raw_bytes)
 
 
+def join_chunk_tables(parts: list[bytes], grid: Grid, payload_bytes: list[int]) -> ChunkTable:
+    """Validates the tables of tensors that are alike and have one tile, by few calls.
+
+    Args:
+        parts: the bytes of each table, one or more.
+        grid: what the manifest says of each.
+        payload_bytes: size of the payload of each.
+
+    Returns:
+        The table of the tensors one above the other as one matrix; the payload of each follows the
+        one before.
+
+    Raises:
+        FormatError: `parse_chunk_table` refuses one of them, or has another grid; or they have
+            different planes. It does not say which.
+    """
+    size = len(parts[0])
+    planes = (size - HEADER.itemsize) // RECORD.itemsize
+    symbols = grid.rows * grid.cols
+    # Sizes first: parts of other sizes would join to other tables.
+    if (
+        not 1 <= planes <= limits.PLANES
+        or not 0 < symbols <= limits.CHUNK_RAW_BYTES
+        or any(len(part) != HEADER.itemsize + planes * RECORD.itemsize for part in parts)
+    ):
+        raise LayoutError("chunk tables differ in size")
+    extent = grid.rows, grid.cols, grid.tile_rows, grid.tile_cols
+    head = _HEADER_FIELDS.pack(MAGIC, TABLE_VERSION, planes, 0, *extent)
+    if not all(part.startswith(head) for part in parts):
+        raise LayoutError("chunk table and manifest disagree")
+    tables = np.frombuffer(b"".join(parts), np.uint8).reshape(len(parts), size)
+    records = np.ascontiguousarray(tables[:, HEADER.itemsize :]).reshape(-1).view(RECORD)
+    raw_bytes = np.full(len(records), symbols, np.int64)
+    stored_sizes = records["stored_bytes"].astype(np.int64)
+    _check_records(records, stored_sizes, raw_bytes, limits.max_stored_bytes(raw_bytes), {})
+    slots = slot_bytes(stored_sizes)
+    if slots.reshape(-1, planes).sum(axis=1).tolist() != payload_bytes:
+        raise LayoutError("chunks do not add up to the payload")
+    offsets = np.zeros(len(records) + 1, np.int64)
+    np.add.accumulate(slots, out=offsets[1:])
+    joined_grid = Grid(len(parts) * grid.rows, grid.cols, grid.rows, grid.cols)
+    return ChunkTable(joined_grid, planes, records, offsets, raw_bytes)
+
+
 def _sound_chunks(
     data: bytes, raw_bytes: NDArray[np.int64], most: NDArray[np.int64]
 ) -> list[Chunk] | None:

@@ -6,7 +6,8 @@
 
 Only the coordinator's thread touches the order and the budget, so they need no lock. No tensor is
 handed from worker to worker: under the interpreter's lock each hand-over costs as much as decoding
-some kilobytes.
+some kilobytes. For the same reason small tensors go from thread to thread in blocks: a caller finds
+the block of a tensor in a table, and sends one message when the last tensor of it is taken.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import FormatError
+from codecllm.formats.machine import without_garbage_collection
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.loader.engine import Part, Request
+from codecllm.loader.host.alike import decode_alike
 from codecllm.loader.host.announce import Announcer
 from codecllm.loader.host.blocks import SMALL_BYTES, Block, SmallTensors
 from codecllm.loader.host.decode import Workspace
 from codecllm.loader.host.filling import PendingTensor, plan_tensor
 from codecllm.loader.host.memory import Allocate, SlabMemory
+from codecllm.loader.host.together import Together
 from codecllm.loader.host.workers import Job, WorkerThreads
-from codecllm.loader.promise import Promise
+from codecllm.loader.promise import Awaited, Promise
 
 BUDGET_BYTES = 256 << 20
 """Upper bound on bytes decoded or in flight but not yet taken; one larger tensor is allowed."""
@@ -67,10 +72,12 @@ class HostEngine:
         self._announcer = Announcer()
         self._error: BaseException | None = None
         self._promises: dict[Request, Promise[torch.Tensor]] = {}
-        self._in_flight: set[Promise[torch.Tensor]] = set()
+        # Small tensors that were begun, until the last of their block is taken. Callers only look.
+        self._blocks: dict[Request, Together] = {}
+        self._in_flight: set[Promise[Any] | Together] = set()
         self._jobs: deque[Job] = deque()
         # Only the coordinator uses these.
-        self._waiting: OrderedDict[Request, None] = OrderedDict()
+        self._waiting: OrderedDict[Request, int] = OrderedDict()
         self._small = SmallTensors(container)
         self._untaken: dict[Request, int] = {}
         self._untaken_bytes = 0
@@ -78,13 +85,9 @@ class HostEngine:
 
     def prefetch(self, requests: Iterable[Request]) -> None:
         """See `engine.Engine`; as many tensors are decoded ahead as the budget allows."""
-        new = {request: Promise[torch.Tensor]() for request in requests}
-        for request in new.keys() & self._promises.keys():
-            del new[request]
-        self._promises.update(new)
-        self._post(self._on_prefetch, list(new))
+        self._post(self._on_prefetch, list(requests))
 
-    def take(self, request: Request) -> Promise[torch.Tensor]:
+    def take(self, request: Request) -> Awaited[torch.Tensor]:
         """See `engine.Engine`; a tensor that was not begun goes first.
 
         Raises:
@@ -92,6 +95,14 @@ class HostEngine:
         """
         if self._process != os.getpid():
             raise RuntimeError("a load cannot go on in a forked process")
+        block = self._blocks.get(request)
+        if block is not None:
+            taken = block.take(request)
+            if block.is_taken:
+                self._post(self._on_block_taken, block)
+            if self._error is not None:
+                block.fail(self._error)
+            return taken
         # The coordinator removes the promise: a caller that Ctrl-C interrupts here and that asks
         # again gets the same one.
         promise = self._promises.setdefault(request, Promise())
@@ -124,21 +135,31 @@ class HostEngine:
         self._error = self._error or error
         for promise in list(self._promises.copy().values()):
             promise.fail(self._error)
-        for promise in list(self._in_flight.copy()):
-            promise.fail(self._error)
+        for begun in list(self._in_flight.copy()):
+            begun.fail(self._error)
 
     def _on_prefetch(self, requests: list[Request]) -> None:
+        with without_garbage_collection():  # reading the headers of shards makes many objects
+            self._add(requests)
+            self._start_waiting()
+
+    def _add(self, requests: list[Request]) -> None:
         for request in requests:
-            self._waiting[request] = None
+            if request in self._waiting or request in self._untaken or request in self._blocks:
+                continue
+            size = self._waiting[request] = self._size(request)
             self._prefetched[request.name, request.part] = request
-            size = self._size(request)
             if size < SMALL_BYTES and request.out is None:
                 self._small.add(request, size)
-        self._start_waiting()
 
     def _on_take(self, request: Request) -> None:
         promise = self._promises.pop(request, None)
         if promise is None:  # another thread took it at the same moment: both have its promise
+            return
+        block = self._blocks.get(request)
+        if block is not None:  # it was begun after the caller had looked for it
+            block.take_as(request, promise)
+            self._release(block)
             return
         expected = self._prefetched.pop((request.name, request.part), None)
         is_started = expected is not None and self._forget(expected)
@@ -152,17 +173,34 @@ class HostEngine:
 
     def _forget(self, request: Request) -> bool:
         """Takes a prefetched tensor out of the order and the budget; whether it was started."""
+        block = self._blocks.get(request)
+        if block is not None:
+            block.drop(request)
+            self._release(block)
+            return True
         self._waiting.pop(request, None)
         size = self._untaken.pop(request, None)
         self._untaken_bytes -= size or 0
         return size is not None
 
+    def _on_block_taken(self, block: Together) -> None:
+        self._release(block)
+        self._start_waiting()
+
+    def _release(self, block: Together) -> None:
+        """Lets go of a block whose last tensor was taken; once more changes nothing."""
+        if not block.is_taken or self._blocks.get(block.requests[0]) is not block:
+            return
+        for request in block.requests:
+            del self._blocks[request]
+        self._untaken_bytes -= block.size
+
     def _start_waiting(self) -> None:
         """Starts prefetched tensors in their order while the budget lasts."""
         while self._waiting:
-            request = next(iter(self._waiting))
-            size = self._size(request)
-            if self._untaken and self._untaken_bytes + size > self._budget:
+            request, size = next(iter(self._waiting.items()))
+            has_untaken = self._untaken or self._blocks
+            if has_untaken and self._untaken_bytes + size > self._budget:
                 return
             if size < SMALL_BYTES and request.out is None:
                 self._start_block(request)
@@ -171,11 +209,10 @@ class HostEngine:
 
     def _count(self, request: Request) -> Promise[torch.Tensor]:
         """Moves a tensor that waits into the budget; returns its promise."""
-        del self._waiting[request]
-        size = self._size(request)
+        size = self._waiting.pop(request)
         self._untaken[request] = size
         self._untaken_bytes += size
-        return self._promises[request]
+        return self._promises.setdefault(request, Promise())
 
     def _start_block(self, request: Request) -> None:
         """Queues the job of a small tensor and of those beside it that wait too."""
@@ -186,9 +223,12 @@ class HostEngine:
         except FormatError as exc:
             self._count(request).fail(exc)
             return
-        promises = {one: self._count(one) for one in block.requests if one in self._waiting}
-        self._in_flight.update(promises.values())
-        self._jobs.append(partial(self._run_block, block, promises))
+        requests = [one for one in block.requests if one in self._waiting]
+        begun = Together(requests, sum(self._waiting.pop(one) for one in requests))
+        self._in_flight.add(begun)
+        self._blocks.update(dict.fromkeys(requests, begun))
+        self._untaken_bytes += begun.size
+        self._jobs.append(partial(self._run_block, block, begun))
         self._workers.submit(self._run_next)
 
     def _size(self, request: Request) -> int:
@@ -227,24 +267,33 @@ class HostEngine:
         """Runs the first job of the queue, in a worker."""
         self._jobs.popleft()(workspace)
 
-    def _run_block(
-        self,
-        block: Block,
-        promises: dict[Request, Promise[torch.Tensor]],
-        workspace: Workspace,
-    ) -> None:
-        """Reads small tensors that lie together, and completes one after the other."""
+    def _run_block(self, block: Block, begun: Together, workspace: Workspace) -> None:
+        """Reads and decodes small tensors that lie together."""
+        if not begun.done:
+            try:
+                begun.give(self._decoded(block, begun.requests, workspace))
+            except BaseException as exc:  # no tensor is to blame
+                begun.fail(exc)
+        self._in_flight.discard(begun)
+
+    def _decoded(
+        self, block: Block, requests: list[Request], workspace: Workspace
+    ) -> dict[Request, torch.Tensor | BaseException]:
+        """Returns tensors of a block, or the error of each."""
+        outcomes: dict[Request, torch.Tensor | BaseException] = {}
         excerpt = block.read(self._container)
-        for request, promise in promises.items():
-            if not promise.done:
+        if excerpt is not None:
+            outcomes.update(decode_alike(self._container, block.shard, excerpt, requests))
+        for request in requests:
+            if request not in outcomes:
                 try:
                     plan = plan_tensor(self._container.tensor(request.name, excerpt), request)
                     for job in plan.jobs:
                         job(workspace)
-                    promise.give(plan.tensor)
-                except BaseException as exc:
-                    promise.fail(exc)
-            self._in_flight.discard(promise)
+                    outcomes[request] = plan.tensor
+                except Exception as exc:
+                    outcomes[request] = exc
+        return outcomes
 
     def _run_part(self, pending: _InFlight, job: Job, workspace: Workspace) -> None:
         """Runs one job of a tensor."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from codecllm.formats.checksums import check_xxh3
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import TruncatedError
-from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.manifest.records import CodedTensor, Int8Tensor
 from codecllm.formats.schemes.lossless import word_dtype
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.formats.tile_run import CODES, WIDE_CODES
@@ -91,11 +91,7 @@ def _plan_weight(
     tensor = tensor_over(memory, tuple(record.shape), dtype)
     if isinstance(source, PlainTensor):
         return PendingTensor(tensor, [partial(_read_plain, source, memory, tensor, stored_dtype)])
-    # Other dtypes than these three are cast by torch from float32, which holds every product.
-    target = record.dtype
-    if isinstance(record, Int8Tensor):
-        name = DTYPE_NAMES.get(dtype, "")
-        target = name if name in _INT8_TARGETS else "F32"
+    target = decoded_dtype(source.record, dtype)
     if TORCH_DTYPES[target] == dtype:
         return PendingTensor(tensor, _coded_jobs(source, memory, dtype, target))
     matrix = tensor.view(source.table.grid.rows, source.table.grid.cols)
@@ -103,6 +99,17 @@ def _plan_weight(
         partial(_decode_and_cast, source, tiles, matrix, target) for tiles in plan_jobs(source)
     ]
     return PendingTensor(tensor, jobs)
+
+
+def decoded_dtype(record: CodedTensor, dtype: torch.dtype | None) -> str:
+    """Returns the dtype to which a tensor is decoded before torch casts it to `dtype`, if needed.
+
+    Other dtypes than three of an `int8` tensor are cast from float32, which holds every product.
+    """
+    if not isinstance(record, Int8Tensor):
+        return record.dtype
+    name = DTYPE_NAMES.get(dtype or TORCH_DTYPES[record.dtype], "")
+    return name if name in _INT8_TARGETS else "F32"
 
 
 def _plan_payload(

@@ -28,7 +28,7 @@ from codecllm.loader.engine import Request
 from codecllm.loader.hf.experts import loops_over_experts, use_loop
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter
-from codecllm.loader.promise import Promise
+from codecllm.loader.promise import Awaited
 from codecllm.loader.reader import CPU, TensorReader
 from codecllm.loader.resident.coded_weight import (
     CodedWeight,
@@ -233,7 +233,7 @@ class ResidentCompressed(Residency):
         self._meter = meter
         self._engine = engine
         self._matrices: dict[str, CodedMatrix] = {}
-        self._reading: dict[str, Promise[torch.Tensor]] = {}
+        self._reading: dict[str, Awaited[torch.Tensor]] = {}
         self._device = DeviceDecoder(engine.streams, engine.codecs) if engine is not None else None
 
     def can_take(self, record: CodedTensor) -> bool:

@@ -63,7 +63,7 @@ def test_a_shard_that_changes_during_a_load(container, tmp_path, change, residen
     right = container("llama", "int8")
     expected = from_pretrained(right, resident=resident)(IDS).logits
     outcomes = []
-    for at in (1, 4, 9):
+    for at in (1, 4, 8):  # tensors that are alike are not read one by one
         folder = copy_of(right, tmp_path / f"{at}")
         counter = _changing(folder, change, at, monkeypatch)
         try:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+import weakref
 from contextlib import closing
 
 import numpy as np
@@ -15,6 +19,7 @@ from codecllm.formats.files import Excerpt
 from codecllm.formats.manifest.records import CodedTensor, RawTensor
 from codecllm.loader.engine import Request
 from codecllm.loader.host import blocks
+from codecllm.loader.host import engine as engine_module
 from codecllm.loader.host.blocks import SmallTensors
 from codecllm.loader.host.engine import HostEngine
 from tests.sources import bf16, write_source
@@ -39,13 +44,17 @@ def folder(tmp_path_factory, request):
     return out
 
 
-def _taken(container, **options):
+def _requests(container, dtype=torch.bfloat16):
+    return [Request(name, "weight", dtype) for name in container.records]
+
+
+def _taken(container, order=lambda requests: requests, **options):
     """Returns every tensor, or its error, from a new engine."""
-    requests = [Request(name, "weight", torch.bfloat16) for name in container.records]
+    requests = _requests(container)
     outcomes = {}
     with closing(HostEngine(container, 2, **options)) as engine:
         engine.prefetch(requests)
-        for request in requests:
+        for request in order(requests):
             promise = engine.take(request)
             error = promise.error()
             outcomes[request.name] = promise.get() if error is None else error
@@ -60,6 +69,99 @@ def test_tensors_of_a_block_have_the_bits_of_single_ones(folder, monkeypatch, bu
         alone = _taken(container, budget=budget)
     assert together.keys() == alone.keys()
     assert all(torch.equal(together[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("budget", [1, 20_000, 200_000])
+def test_tensors_are_taken_in_any_order(folder, budget):
+    with Container(folder) as container:
+        expected = _taken(container)
+        rng = random.Random(3)
+        for _ in range(4):
+            taken = _taken(container, lambda all_: rng.sample(all_, len(all_)), budget=budget)
+            assert all(torch.equal(taken[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_block_is_let_go_of_with_the_last_of_its_tensors(folder):
+    with Container(folder) as container, closing(HostEngine(container, 1)) as engine:
+        requests = _requests(container)
+        engine.prefetch(requests)
+        tensors = [weakref.ref(engine.take(request).get()) for request in requests[:-5]]
+        # The others are taken as another dtype, or not at all as far as the engine knows.
+        for request in _requests(container, torch.float32)[-5:]:
+            engine.take(request).get()
+        end = time.monotonic() + 20
+        while any(tensor() is not None for tensor in tensors) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not any(tensor() is not None for tensor in tensors)
+
+
+def test_budget_is_given_back_by_tensors_taken_as_another_dtype(folder, monkeypatch):
+    begun = []
+    original = engine_module.Together
+
+    def together(requests, size):
+        begun.append(size)
+        return original(requests, size)
+
+    monkeypatch.setattr(engine_module, "Together", together)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    with Container(folder) as container, closing(HostEngine(container, 1, budget=1)) as engine:
+        engine.prefetch(_requests(container))
+        for request in _requests(container, torch.float32):
+            engine.take(request).get()
+        assert len(begun) > 4
+
+
+def test_threads_take_one_tensor_of_a_block_at_once(folder):
+    with Container(folder) as container:
+        expected = _taken(container)
+        for _ in range(10):
+            with closing(HostEngine(container, 2, budget=20_000)) as engine:
+                requests, outcomes = _requests(container), []
+                engine.prefetch(requests)
+                barrier = threading.Barrier(3)
+
+                def take(engine=engine, requests=requests, outcomes=outcomes, barrier=barrier):
+                    barrier.wait(20)
+                    for request in requests:
+                        outcomes.append((request.name, engine.take(request).get()))
+
+                threads = [threading.Thread(target=take) for _ in range(3)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(20)
+                assert len(outcomes) == 3 * len(requests)
+                assert all(torch.equal(tensor, expected[name]) for name, tensor in outcomes)
+
+
+def test_an_error_that_no_tensor_is_to_blame_for_fails_the_block(folder, monkeypatch):
+    monkeypatch.setattr(engine_module, "decode_alike", lambda *_: 1 / 0)
+    with Container(folder) as container:
+        outcomes = _taken(container)
+    assert isinstance(outcomes.pop(LARGE), torch.Tensor)
+    assert {type(outcome) for outcome in outcomes.values()} == {ZeroDivisionError}
+
+
+def test_closing_fails_blocks_that_are_not_complete(folder, monkeypatch):
+    gate = threading.Event()
+    read = blocks.Block.read
+    monkeypatch.setattr(blocks.Block, "read", lambda *place: gate.wait(20) and read(*place))
+    with Container(folder) as container:
+        engine = HostEngine(container, 1)
+        requests = [request for request in _requests(container) if request.name != LARGE]
+        engine.prefetch(requests)
+        taken = [engine.take(request) for request in requests]
+        closing_thread = threading.Thread(target=engine.close)
+        closing_thread.start()
+        errors = [one.error() for one in taken]
+        gate.set()
+        closing_thread.join(20)
+        assert not closing_thread.is_alive()
+        assert [error for error in errors if "has ended" not in str(error)] == []
+        for request in requests:  # a block may have been completed after it was asked for
+            error = engine.take(request).error()
+            assert error is None or "has ended" in str(error)
 
 
 def test_tensors_are_read_together(folder, monkeypatch):
