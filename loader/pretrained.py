@@ -122,6 +122,8 @@ def from_pretrained(
         UnsupportedEnvironmentError: this transformers or torch lacks the class or a dtype.
         HubError: the repository cannot be reached, found or read.
         UsageError: the arguments contradict each other or the container.
+        MemoryError, torch.OutOfMemoryError: memory of the host or of the device ran out. What the
+            load had taken is free again once the error is dropped.
     """
     _check_arguments(resident, decoder, dtype, hf_kwargs)
     refuse_without_device(decoder, resident, device_map)

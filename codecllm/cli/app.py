@@ -14,8 +14,8 @@ app = typer.Typer(
     # `process.main` prints one line; typer would print a box before it.
     pretty_exceptions_enable=False,
     help="Model weights, entropy-coded: convert once, verify anywhere, load into transformers.",
-    epilog="Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported, 4 files or network, "
-    "5 unsafe.",
+    epilog="Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported, 4 files, network "
+    "or memory, 5 unsafe.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -15,7 +15,7 @@ import typer
 
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr
-from codecllm.formats.errors import CodecLLMError, one_line
+from codecllm.formats.errors import CodecLLMError, machine_error, one_line
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -49,6 +49,9 @@ def main() -> None:
         if stop is not None:
             _fail(_stopped(stop), 128 + stop.number)
         reason = one_line(exc, 300)
+        # torch's error of a device without memory is no MemoryError.
+        if machine_error(exc) is not None:
+            _fail(f"{type(exc).__name__}: {reason}{_notes(exc)}", 4, exc)
         _fail(
             f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from codecllm.cli.options import parse_size
@@ -340,3 +341,16 @@ def test_what_nobody_foresaw_is_one_line_too(container, run_here, monkeypatch, c
     monkeypatch.setattr("codecllm.info.describe", surprise)
     assert run_here("info", container) == 1
     assert "unexpected ZeroDivisionError: surprise of two lines" in capsys.readouterr().err
+
+
+def test_a_device_without_memory_is_a_fault_of_the_machine(
+    container, run_here, monkeypatch, capsys
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr("codecllm.info.describe", full)
+    assert run_here("info", container) == 4
+    text = capsys.readouterr().err
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in text
+    assert "unexpected" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import partial
 
 import pytest
@@ -65,6 +66,43 @@ def test_a_damaged_chunk_ends_the_load_with_its_name(container, device, tmp_path
     tampering.flip_bit(path, byte + 9)
     with pytest.raises(ChecksumError, match=name):
         from_pretrained(folder)
+
+
+def _without_memory(patch, at):
+    """Lets the n-th allocation of the device engine fail; returns the list of those that came."""
+    real, allocations = torch.empty, []
+
+    def empty(*shape, **options):
+        caller = sys._getframe(1).f_globals["__name__"]
+        if caller.startswith("codecllm.loader.device."):
+            allocations.append(shape)
+            if len(allocations) == at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*shape, **options)
+
+    patch.setattr(torch, "empty", empty)
+    return allocations
+
+
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_a_device_without_memory_ends_the_load_wherever_it_is(container, device, scheme):
+    folder = container("llama", scheme)
+    expected = _without_device(folder).state_dict()
+    failed = []
+    for at in (1, 2, 3, 5, 8, 13, 21, 10_000):
+        with pytest.MonkeyPatch.context() as patch:
+            allocations = _without_memory(patch, at)
+            try:
+                model = from_pretrained(folder)
+            except torch.OutOfMemoryError:
+                failed.append(at)
+                continue
+            assert len(allocations) < at
+        # Nothing of the loads that failed is left in it.
+        ours = model.state_dict()
+        assert all(same_bits(expected[key], ours[key]) for key in expected)
+    assert len(failed) >= 4
+    assert 10_000 not in failed
 
 
 def test_a_decoder_asked_for_by_name_must_work(container):
