@@ -35,6 +35,10 @@ class Buffers:
         # Both calls are atomic under the interpreter's lock.
         self._free.setdefault(buffer.size, []).append(buffer)
 
+    def clear(self) -> None:
+        """Frees the buffers that nobody has taken."""
+        self._free.clear()
+
 
 def keep_freed_memory() -> None:
     """Lets the allocator keep what a block frees, where that is glibc; of no effect elsewhere.

@@ -107,6 +107,8 @@ class ShardLanes:
         # All threads have ended: none can write into a closed descriptor.
         for shard in self._opened:
             shard.abort()  # of no effect where it is finished
+        # Writers refer to themselves: without this their buffers would live until a collection.
+        self._buffers.clear()
 
     def write(self, jobs: list[ShardJob], on_bytes: OnBytes) -> None:
         """Writes the shards; `finished` then has a future of each.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 import threading
+import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
@@ -138,6 +140,26 @@ def test_memory_is_used_again_and_never_twice_at_a_time():
     again = [buffers.take(size) for size in (100_000, 131_072)]
     assert {buffer.ctypes.data for buffer in again} == {b.ctypes.data for b in taken[1:3]}
     assert buffers.take(100_000).ctypes.data not in {buffer.ctypes.data for buffer in taken}
+
+
+@pytest.mark.parametrize("workers", [1, 16])
+def test_no_buffer_waits_for_the_garbage_collector(source, tmp_path, monkeypatch, workers):
+    take, taken = Buffers.take, []
+
+    def noted(self, size):
+        buffer = take(self, size)
+        taken.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(Buffers, "take", noted)
+    gc.disable()
+    try:
+        convert(source, tmp_path / "out", workers=workers, non_finite="lossless")
+        alive = [buffer() for buffer in taken if buffer() is not None]
+    finally:
+        gc.enable()
+    assert taken
+    assert alive == []
 
 
 @pytest.mark.parametrize("calls", [1, 4, 12])
