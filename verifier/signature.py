@@ -7,6 +7,7 @@ services rewrite, are left out.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,40 +86,99 @@ def sign(
     return path
 
 
-def key_verifier(public_key: str | Path) -> Any:
-    """Returns the library's check of signatures by one key, for `check_signature`.
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Who must have signed: the owner of a key, or an identity of Sigstore.
 
-    Args:
-        public_key: PEM file of the public key.
-
-    Raises:
-        UsageError: the file holds no public key of an elliptic curve.
-        UnsupportedEnvironmentError: `model-signing` is not installed.
-        OSError: reading failed.
+    Attributes:
+        public_key: PEM file of a public key.
+        identity: what a certificate names: a mail address, or the URI of a workflow.
+        issuer: URL of the OpenID Connect issuer that vouched for the identity.
+        trust_config: file of Sigstore's trust configuration, with its certificate authorities and
+            logs; None fetches that of Sigstore's public servers.
     """
-    config = _library().verifying.Config()
-    try:
-        return config.use_elliptic_key_verifier(public_key=public_key)
-    except OSError:
-        raise
-    except Exception as exc:  # cryptography raises many types
-        raise _not_a_key("public", public_key, exc) from exc
+
+    public_key: str | Path | None = None
+    identity: str | None = None
+    issuer: str | None = None
+    trust_config: str | Path | None = None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a key or an identity, as `check_signature` needs it.
+
+        Raises:
+            UsageError: there is a part of one, or both.
+        """
+        if (self.identity is None) != (self.issuer is None):
+            raise UsageError("an identity goes with its issuer")
+        if self.identity is None and self.trust_config is not None:
+            raise UsageError("a trust configuration goes with an identity")
+        if self.identity is not None and self.public_key is not None:
+            raise UsageError("a signature is by a key or by an identity, not by both")
+        return self.identity is not None or self.public_key is not None
+
+    def verifier(self) -> Any:
+        """Returns the library's check of signatures by this signer, for `check_signature`.
+
+        Raises:
+            UsageError: the file holds no public key of an elliptic curve, or no trust
+                configuration.
+            UnsupportedEnvironmentError: `model-signing` is not installed, or Sigstore's servers
+                cannot be reached.
+            OSError: reading failed.
+        """
+        config = _library().verifying.Config()
+        if self.public_key is not None:
+            try:
+                return config.use_elliptic_key_verifier(public_key=self.public_key)
+            except OSError:
+                raise
+            except Exception as exc:  # cryptography raises many types
+                raise _not_a_key("public", self.public_key, exc) from exc
+        path = None if self.trust_config is None else Path(self.trust_config)
+        try:
+            return config.use_sigstore_verifier(
+                identity=self.identity, oidc_issuer=self.issuer, trust_config=path
+            )
+        except OSError:
+            raise
+        except Exception as exc:  # of a parser, of cryptography, or of a client of the network
+            reason = one_line(exc) or type(exc).__name__
+            if path is not None:
+                raise UsageError(
+                    f"not a trust configuration of Sigstore: {reason}", file=str(path)
+                ) from exc
+            raise UnsupportedEnvironmentError(
+                f"the trust configuration of Sigstore cannot be fetched (a file can be given): "
+                f"{reason}"
+            ) from exc
+
+    def __str__(self) -> str:
+        return "this key" if self.identity is None else f"{self.identity} ({self.issuer})"
 
 
 def check_signature(
-    folder: Path, signature: str | Path, verifier: Any, stage: Stage, *, from_hub: bool
+    folder: Path,
+    signature: str | Path,
+    signer: Signer,
+    verifier: Any,
+    stage: Stage,
+    *,
+    from_hub: bool,
 ) -> None:
-    """Checks that a signature is by a key, and of every file of a container's folder.
+    """Checks that a signature is by a signer, and of every file of a container's folder.
 
     Args:
         folder: the container's folder.
         signature: the signature's file.
-        verifier: of `key_verifier`.
+        signer: who must have signed.
+        verifier: the signer's.
         stage: receives the summary.
         from_hub: whether the folder is one of a Hub cache: its files are then links.
 
     Raises:
-        SignatureError: it is not by this key, or a file differs, is missing, or was added.
+        SignatureError: it is not by this signer, or a file differs, is missing, or was added.
         OSError: reading failed.
     """
     path = Path(signature)
@@ -134,7 +194,7 @@ def check_signature(
         raise SignatureError(
             f"the signature does not hold: {one_line(exc) or type(exc).__name__}", file=str(path)
         ) from exc
-    stage.summary = "every file is as it was signed with this key"
+    stage.summary = f"every file is as it was signed by {signer}"
 
 
 def _library() -> Any:

@@ -14,7 +14,7 @@ from codecllm.formats.machine import cores
 from codecllm.hub import resolve
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.report import Report, Stage, Verdict
-from codecllm.verifier.signature import check_signature, key_verifier
+from codecllm.verifier.signature import Signer, check_signature
 
 Level = Literal["structure", "checksums", "full"]
 LEVELS: tuple[Level, ...] = ("structure", "checksums", "full")
@@ -31,6 +31,9 @@ def verify(
     expected_manifest_sha256: str | None = None,
     signature: str | Path | None = None,
     public_key: str | Path | None = None,
+    identity: str | None = None,
+    issuer: str | None = None,
+    trust_config: str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -54,8 +57,12 @@ def verify(
         expected_manifest_sha256: fail for any other manifest, and for an unlisted file that a class
             of transformers might read.
         signature: file that `codecllm sign` wrote: every file must be as it was signed, and no
-            other file be there but README.md and .gitattributes. Needs `public_key`.
+            other file be there but README.md and .gitattributes. Needs `public_key`, or `identity`
+            and `issuer`; see `signature.Signer`.
         public_key: PEM file of the signer's public key.
+        identity: of the signer, in a certificate of Sigstore.
+        issuer: URL of the issuer that vouched for the identity.
+        trust_config: file of Sigstore's trust configuration, so that no server is asked.
         revision: branch, tag or commit of a Hub id.
         token: Hub token.
         cache_dir: Hub cache.
@@ -69,12 +76,15 @@ def verify(
         HubError: a repository cannot be reached, found or read.
         SourceError: `source` is not a model.
         UnsupportedEnvironmentError: a signature is given, and `model-signing` is not installed.
-        OSError: signature or key cannot be read.
+        OSError: signature, key or trust configuration cannot be read.
     """
-    if (signature is None) != (public_key is None):
-        raise UsageError("a signature is checked with a public key, and a key with a signature")
+    signer = Signer(public_key, identity, issuer, trust_config)
+    if (signature is not None) != signer.is_given:
+        raise UsageError(
+            "a signature is checked with a public key or an identity, and these with a signature"
+        )
     # Before any download: a key that cannot be read is no finding about the container.
-    verifier = None if public_key is None else key_verifier(public_key)
+    verifier = signer.verifier() if signer.is_given else None
     if level not in LEVELS:
         raise UsageError("no such level", got=repr(level), expected=", ".join(LEVELS))
     if level != "full" and (source is not None or require_baseline):
@@ -88,7 +98,7 @@ def verify(
     if signature is not None:
         from_hub = files.commit is not None
         with _stage(report, "signature") as stage:
-            check_signature(files.folder, signature, verifier, stage, from_hub=from_hub)
+            check_signature(files.folder, signature, signer, verifier, stage, from_hub=from_hub)
     with (
         _stage(report, "structure") as stage,
         Container(files.folder, expected_manifest_sha256=expected_digest) as container,

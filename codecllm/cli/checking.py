@@ -32,6 +32,9 @@ def verify(
     manifest_sha256: options.ManifestSha256 = None,
     signature: options.Signature = None,
     public_key: options.PublicKey = None,
+    identity: options.Identity = None,
+    issuer: options.Issuer = None,
+    trust_config: options.TrustConfig = None,
     diagnose: options.Diagnose = False,
     html: options.HtmlReport = None,
     first_layers: options.FirstLayers = None,
@@ -55,10 +58,11 @@ def verify(
     from codecllm.verifier import verify as run
 
     if diagnose:
-        if level != "full" or require_baseline or not baseline or signature or public_key:
+        signing = (signature, public_key, identity, issuer, trust_config)
+        if level != "full" or require_baseline or not baseline or any(signing):
             raise UsageError(
                 "--diagnose runs its own stages: it takes no --level, --require-baseline, "
-                "--no-baseline, --signature or --public-key"
+                "--no-baseline, --signature, or signer"
             )
         report = _diagnose(
             out,
@@ -90,6 +94,9 @@ def verify(
             expected_manifest_sha256=manifest_sha256,
             signature=signature,
             public_key=public_key,
+            identity=identity,
+            issuer=issuer,
+            trust_config=trust_config,
             revision=revision,
             progress=advance,
         )

@@ -191,6 +191,22 @@ Signature = Annotated[
 PublicKey = Annotated[
     Path | None, typer.Option(help="Public key of the signer (PEM); goes with --signature.")
 ]
+Identity = Annotated[
+    str | None,
+    typer.Option(
+        help="Signer in a certificate of Sigstore, such as a mail address; goes with --signature "
+        "and --issuer."
+    ),
+]
+Issuer = Annotated[
+    str | None, typer.Option(help="URL of the issuer that vouched for --identity.", metavar="URL")
+]
+TrustConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="Sigstore's trust configuration as a file. Default: fetched from its servers."
+    ),
+]
 PrivateKey = Annotated[
     Path, typer.Option(help="Key to sign with: PEM, elliptic curve P-256, P-384 or P-521.")
 ]

@@ -19,6 +19,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.verifier import Verdict, verify
 from codecllm.verifier.signature import sign
+from tests.security.keys import write_keys
 from tests.sources import bf16, write_source
 from tests.tampering import flip_bit
 
@@ -36,26 +37,10 @@ def signed(tmp_path_factory):
     (source / "tokenizer_config.json").write_text("{}")
     convert(source, base / "out", scheme="lossless")
     (base / "out" / "README.md").write_text("a card")
-    _write_keys(base, "key")
-    _write_keys(base, "other")
+    write_keys(base, "key")
+    write_keys(base, "other")
     sign(base / "out", base / "key.pem")
     return base
-
-
-def _write_keys(folder, name, password=None):
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    encryption = (
-        serialization.BestAvailableEncryption(password)
-        if password
-        else serialization.NoEncryption()
-    )
-    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    (folder / f"{name}.pem").write_bytes(key.private_bytes(pem, pkcs8, encryption))
-    info = serialization.PublicFormat.SubjectPublicKeyInfo
-    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(pem, info))
 
 
 @pytest.fixture
@@ -170,7 +155,7 @@ def test_links_count_as_files_only_in_a_hub_cache(copy):
 
 
 def test_an_encrypted_key_needs_its_password(copy):
-    _write_keys(copy, "locked", b"secret")
+    write_keys(copy, "locked", b"secret")
     for password in (None, "wrong"):
         with pytest.raises(UsageError, match="password"):
             sign(copy / "out", copy / "locked.pem", copy / "locked.sig", password=password)
