@@ -60,3 +60,15 @@ class Cell:
         """Takes over the values of another cell of the same dtype."""
         assert other.form is not None
         self.form, self.dense, self._copy = other.form.moved(self.device), None, None
+
+
+def has_history(tensor: torch.Tensor) -> bool:
+    """Whether gradients flow through it to other tensors, or its own were seen or are watched.
+
+    A view counts: a later write to it has to reach the tensor that it is a view of.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor._is_view() or not tensor.is_leaf:
+            return True
+        hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
+        return bool(hooks) or tensor.grad is not None

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from codecllm.loader.resident.cell import Cell
+from codecllm.loader.resident.cell import Cell, has_history
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.handlers import ABOVE_AUTOGRAD, BELOW_AUTOGRAD
 
@@ -154,11 +154,15 @@ class CodedWeight(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Returns a weight of its own that shares the form until one of the two is written to."""
+        with torch._C.DisableTorchFunctionSubclass():
+            is_leaf, trains = self.is_leaf, self.requires_grad
+        if not is_leaf:
+            super().__deepcopy__(memo)  # torch refuses it
         if id(self) not in memo:
             twin = plain_copy(self) if self.form is None else _copied(self)
             if isinstance(self, nn.Parameter) and not isinstance(twin, nn.Parameter):
-                twin = nn.Parameter(twin, requires_grad=self.requires_grad)
-            memo[id(self)] = twin
+                twin = nn.Parameter(twin, requires_grad=False)
+            memo[id(self)] = twin.requires_grad_(trains)
         copied: torch.Tensor = memo[id(self)]
         return copied
 
@@ -230,8 +234,11 @@ def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool
     Returns whether that was possible.
 
     It cannot while other code holds the memory behind the object (a compiled function, a graph of
-    autograd): then it stays a `CodedWeight` whose operations all run on the dense memory.
+    autograd), nor where autograd knows more of the object than a new one could tell: then it stays
+    a `CodedWeight` whose operations all run on the dense memory.
     """
+    if has_history(weight):
+        return False
     if replacement is None:
         with torch.no_grad():
             replacement = cut(weight._cell.become_dense(), weight._views)
@@ -240,6 +247,8 @@ def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool
         other: torch.Tensor = replacement.detach()
         if is_param:
             other = nn.Parameter(other, requires_grad=weight.requires_grad)
+        elif weight.requires_grad:
+            other.requires_grad_()
         extras = {key: value for key, value in weight.__dict__.items() if key not in _OWN}
         try:
             torch.utils.swap_tensors(weight, other)
