@@ -133,7 +133,8 @@ def packed(
     flat = inputs.reshape(-1, inputs.shape[-1])
     if col_scale is not None:
         flat = (flat * col_scale).to(inputs.dtype)
-    sums = torch._weight_int8pack_mm(flat, codes, _ones(codes.shape[0]))
+    # `reshape` keeps the strides of a transposed matrix, which the kernel refuses.
+    sums = torch._weight_int8pack_mm(flat.contiguous(), codes, _ones(codes.shape[0]))
     if bias is None:
         scaled = sums.mul_(scale)  # the product is one of float32, rounded where it is stored
     else:

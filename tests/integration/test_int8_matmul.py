@@ -113,6 +113,40 @@ def test_inputs_of_any_rank():
     )
 
 
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "permuted": lambda t: t.view(1, 2, 3, 96).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "channels last": lambda t: t.view(2, 3, 96).transpose(0, 1).contiguous().transpose(0, 1),
+    "every second column": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+    "part of the columns": lambda t: torch.cat([t, t], 1)[:, 96:],
+    "every second row": lambda t: t.repeat_interleave(2, dim=0)[::2],
+    "expanded rows": lambda t: t[:1].expand(2, 5, 96),
+    "expanded columns": lambda t: t[:, :1].expand(-1, 96),
+    "one transposed row": lambda t: t.t().contiguous()[:, :1].t(),
+    "vector with strides": lambda t: t.t().contiguous()[:, 1],
+    "no rows": lambda t: t[:0],
+    "no batch": lambda t: t.new_empty(0, 3, 96),
+    "no tokens of many": lambda t: t.new_empty(3, 96, 0).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_any_strides(layout, dtype, by_column):
+    inputs, codes, scale, bias = _operands(48, 96, 6, dtype)
+    columns = torch.linspace(0.5, 2, 96) if by_column else None
+    strided = LAYOUTS[layout](inputs)
+    got = int8_matmul.int8_product(strided, codes, scale, bias, columns)
+    assert torch.equal(
+        got, int8_matmul.int8_product(strided.clone().contiguous(), codes, scale, bias, columns)
+    )
+    weight = int8_matmul.dequantize_rows(codes, scale, torch.float64, columns)
+    dense = functional.linear(strided.double(), weight, bias.double())
+    bound = 0.02 * functional.linear(strided.double().abs(), weight.abs()) + 0.02
+    assert got.shape == dense.shape and ((got.double() - dense).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("blocks", [1 << 26, 16 * 96])
 def test_gradients_are_those_of_a_linear_layer(monkeypatch, blocks):
     monkeypatch.setattr(int8_matmul, "SCRATCH_ELEMENTS", blocks)

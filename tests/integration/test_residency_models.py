@@ -292,3 +292,51 @@ def test_strided_inputs_give_the_bits_of_a_frozen_dense_layer(container):
     for name in ("up_proj", "gate_proj"):
         expected = dense.model.layers[0].mlp.get_submodule(name)(inputs)
         assert torch.equal(model.model.layers[0].mlp.get_submodule(name)(inputs), expected)
+
+
+def _detr():
+    backbone = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 16, 32, 64], depths=[1] * 4, out_features=["stage4"]
+    )
+    kinds = {key: value for key, value in SEQUENCE.items() if "layers" in key or "dim" in key}
+    config = transformers.DetrConfig(
+        d_model=64, num_queries=8, backbone_config=backbone, **kinds,
+        use_timm_backbone=False, use_pretrained_backbone=False,
+        encoder_attention_heads=4, decoder_attention_heads=4,
+    )  # fmt: skip
+    return transformers.DetrForObjectDetection(config)
+
+
+def _segformer():
+    config = transformers.SegformerConfig(
+        hidden_sizes=[32, 32, 64, 64], depths=[1] * 4, decoder_hidden_size=64
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def _recurrent_gemma():
+    config = transformers.RecurrentGemmaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        vocab_size=512, lru_width=64, block_types=["recurrent", "attention"],
+    )  # fmt: skip
+    return transformers.RecurrentGemmaForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [_detr, _segformer, _recurrent_gemma])
+def test_models_with_transposed_inputs(tmp_path, make):
+    torch.manual_seed(0)
+    source = make().to(torch.bfloat16)
+    source.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "c", scheme="int8", include=("*",))
+    pixels = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).bfloat16()
+    text = {"input_ids": torch.tensor([[1, 5, 9]]), "use_cache": False}
+    inputs = text if make is _recurrent_gemma else {"pixel_values": pixels}
+    outputs = {}
+    for resident in RESIDENTS:
+        model = from_pretrained(tmp_path / "c", auto_class=type(source), resident=resident)
+        with torch.no_grad():
+            outputs[resident] = model(**inputs).logits.float()
+        assert resident == "dense" or coded_weights(model)
+    assert torch.equal(outputs["compressed"], outputs["dense"])
+    difference = (outputs["int8"] - outputs["dense"]).abs().max()
+    assert difference <= 0.06 * outputs["dense"].abs().max()
