@@ -82,7 +82,7 @@ class ShardLanes:
         # Behind the runs that wait to be encoded, digests would keep what they hash in memory, and
         # so they would behind whole files.
         self._hashers = ThreadPoolExecutor(max(1, workers // 2), thread_name_prefix="codecllm-hash")
-        self._files = ThreadPoolExecutor(self.count, thread_name_prefix="codecllm-file")
+        self._files = ThreadPoolExecutor(max(1, workers // 2), thread_name_prefix="codecllm-file")
         self._lanes = ThreadPoolExecutor(self.count, thread_name_prefix="codecllm-lane")
         # One thread each: a rollback writes again where earlier parts may still be under way.
         self._writers = [
