@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import time
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+_LONGEST_WAIT_SECONDS = 0.1
 
 
 class Awaited(Protocol[T_co]):
@@ -53,13 +57,16 @@ class Promise(Generic[T]):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for the value or the error, at most `timeout` seconds; returns `done`."""
-        if not self._outcomes:
-            bell: SimpleQueue[None] = SimpleQueue()
-            self._bells.append(bell)
-            # Checked again: the outcome may have come before the bell could be seen.
-            if not self._outcomes:
-                with suppress(Empty):
-                    bell.get(timeout=timeout)
+        if self._outcomes:
+            return True
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        bell: SimpleQueue[None] = SimpleQueue()
+        self._bells.append(bell)
+        # Checked first: the outcome may have come before the bell could be seen.
+        while not self._outcomes and (left := end - time.monotonic()) > 0:
+            # Ctrl-C that comes as a wait in C begins does not end it: Python looks again soon.
+            with suppress(Empty):
+                bell.get(timeout=min(left, _LONGEST_WAIT_SECONDS))
         return bool(self._outcomes)
 
     def error(self) -> BaseException | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from queue import SimpleQueue
 
 import pytest
 
@@ -40,6 +41,30 @@ def test_all_threads_that_wait_get_the_value():
     for thread in threads:
         thread.join(20)
     assert values == [3] * 5
+
+
+def test_a_signal_that_does_not_end_the_wait_in_c_is_seen_soon(monkeypatch):
+    """As where it comes between Python's look for signals and the wait."""
+    waits = []
+
+    class Deaf(SimpleQueue):
+        def get(self, timeout):
+            waits.append(timeout)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            try:
+                return super().get(timeout=timeout)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+    monkeypatch.setattr("codecllm.loader.promise.SimpleQueue", Deaf)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Promise().wait(1000)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert waits == [0.1]
 
 
 def test_a_wait_may_have_a_limit():
