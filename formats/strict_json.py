@@ -135,13 +135,14 @@ class JsonWalker:
             yield key, match
 
     def items(
-        self, max_bytes: int, most: int = limits.FIELDS, what: str = "items"
+        self, max_bytes: int, most: int = limits.FIELDS, what: str = "items", taken: int = 0
     ) -> Iterator[Any]:
         """Yields the items of the list at the position.
 
-        At most `most`, each of at most `max_bytes`.
+        At most `most`, each of at most `max_bytes`. With `taken`, the caller has taken so many of
+        them already, and the position is behind the last of these.
         """
-        for _ in self._elements(b"[", b"]", most, what):
+        for _ in self._elements(b"[", b"]", most, what, taken):
             yield self.value(max_bytes)
 
     def value(self, max_bytes: int) -> Any:
@@ -192,13 +193,22 @@ class JsonWalker:
         self.position += size
         return value
 
-    def _elements(self, opening: bytes, closing: bytes, most: int, what: str) -> Iterator[int]:
+    def _elements(
+        self, opening: bytes, closing: bytes, most: int, what: str, taken: int = 0
+    ) -> Iterator[int]:
         """Yields numbers of elements; the caller takes each, commas and brackets are taken here."""
-        self._expect(opening)
+        if not taken:
+            self._expect(opening)
         self._depth -= 1
         if self._depth < 0:
             raise self._too_deep()
-        number = 0
+        number = taken
+        if taken and self._peek() == b",":
+            self.position += 1
+        elif taken:
+            self._expect(closing)
+            self._depth += 1
+            return
         while self._peek() != closing or number:
             if number >= most:
                 raise LimitError(

@@ -6,7 +6,6 @@ Each record is checked before the next one is decoded: the work is bounded by th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -29,6 +28,7 @@ from codecllm.formats.manifest.manifest import (
     MANIFEST_NAME,
     Manifest,
 )
+from codecllm.formats.manifest.quick_records import quick_records
 from codecllm.formats.manifest.records import FileRecord, Record, ShardRecord, TensorRecord
 from codecllm.formats.schemes import SCHEMES
 from codecllm.formats.strict_json import JsonWalker
@@ -89,7 +89,7 @@ def _read_fields(data: bytes) -> dict[str, Any]:
         begin = walker.position
         if key in _LISTS:
             if all(name in fields for name in _HEAD):
-                fields[key] = list(_records(walker, key))
+                fields[key] = _records(walker, key, data)
             else:
                 postponed_lists[key] = begin
                 for _ in walker.items(limits.RECORD_BYTES, _LISTS[key][1], key):
@@ -107,22 +107,30 @@ def _read_fields(data: bytes) -> dict[str, Any]:
     _check_head(fields)
     for key, begin in postponed_lists.items():
         inner = JsonWalker(data, file=MANIFEST_NAME, max_depth=limits.JSON_DEPTH - 1, begin=begin)
-        fields[key] = list(_records(inner, key))
+        fields[key] = _records(inner, key, data)
     for key in fields.keys() - _LISTS.keys() - {"source"}:
         _refuse_null(fields[key], key)
     return fields
 
 
-def _records(walker: JsonWalker, key: str) -> Iterator[Record]:
+def _records(walker: JsonWalker, key: str, data: bytes) -> list[Record]:
+    """Returns the records of the list at the position of the walker, each checked."""
     adapter, most = _LISTS[key]
-    for number, item in enumerate(walker.items(limits.RECORD_BYTES, most, key)):
+    records: list[Record] = []
+    if key == "tensors" and walker.stands_at(b"["):
+        records, behind = quick_records(data, walker.position, most)
+        walker.position = behind
+    taken = len(records)
+    rest = walker.items(limits.RECORD_BYTES, most, key, taken)
+    for number, item in enumerate(rest, taken):
         if key == "tensors":
             _check_known(item)
         _refuse_null(item, f"{key}.{number}")
         try:
-            yield adapter.validate_python(item)
+            records.append(adapter.validate_python(item))
         except ValidationError as exc:
             raise _first_error(exc, f"{key}.{number}") from exc
+    return records
 
 
 def _holds_null(value: Any) -> bool:

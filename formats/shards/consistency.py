@@ -24,11 +24,8 @@ from codecllm.formats.manifest.records import (
     RawTensor,
 )
 from codecllm.formats.shards.chunk_table import FEW_CHUNKS, HEADER, RECORD, ChunkTable
-from codecllm.formats.shards.safetensors_header import ShardHeader
-from codecllm.formats.shards.side_tensors import (
-    CHUNKS,
-    side_tensors,
-)
+from codecllm.formats.shards.safetensors_header import ShardHeader, TensorEntry
+from codecllm.formats.shards.side_tensors import CHUNKS, side_names, side_types
 from codecllm.formats.stored_tensor import tensor_matrix
 from codecllm.formats.tiling import kept_grid
 
@@ -45,40 +42,57 @@ def check_shard_header(manifest: Manifest, number: int, header: ShardHeader) -> 
     """
     file = manifest.shards[number].name
     check_xxh3(header.raw, manifest.shards[number].header_xxh3, file, None, 0)
-    stored_types = {
-        entry.name: (entry.dtype.name, list(entry.shape)) for entry in header.tensors.values()
-    }
-    expected: dict[str, tuple[str, list[int] | None]] = {}
+    stored = header.tensors
+    count = 0
     for record in manifest.stored_in[number]:
         if isinstance(record, RawTensor):
-            expected[record.name] = (record.dtype, record.shape)
+            _check_entry(stored, record.name, record.dtype, tuple(record.shape), file)
+            count += 1
             continue
         # Its length follows from the chunks, which are not read yet.
-        expected[record.name] = ("U8", None)
-        for side in side_tensors(record):
-            expected[side.name] = (side.dtype, None if side.length is None else [side.length])
-    for name, (dtype, shape) in expected.items():
-        if name not in stored_types:
-            raise LayoutError(
-                "shard lacks a tensor that the manifest places there", file=file, tensor=name
-            )
-        got_dtype, got_shape = stored_types[name]
-        if got_dtype != dtype or (got_shape != shape if shape is not None else len(got_shape) != 1):
-            got = f"{got_dtype} {got_shape}"
-            raise LayoutError(
-                "stored type differs from the manifest",
-                file=file,
-                tensor=name,
-                got=got,
-                expected=dtype,
-            )
-    for name in stored_types:
-        if name not in expected:
-            raise LayoutError(
-                "shard holds a tensor that the manifest does not place there",
-                file=file,
-                tensor=name,
-            )
+        _check_entry(stored, record.name, "U8", None, file)
+        types = side_types(record)
+        for suffix, dtype, shape in types:
+            _check_entry(stored, record.name + suffix, dtype, shape, file)
+        count += 1 + len(types)
+    # No name stands twice in a manifest, so a header with more entries has others.
+    if count != len(stored):
+        expected_names = {
+            name
+            for record in manifest.stored_in[number]
+            for name in (record.name, *side_names(record))
+        }
+        extra = next(name for name in stored if name not in expected_names)
+        raise LayoutError(
+            "shard holds a tensor that the manifest does not place there",
+            file=file,
+            tensor=extra,
+        )
+
+
+def _check_entry(
+    stored: dict[str, TensorEntry],
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...] | None,
+    file: str,
+) -> None:
+    """Compares the type of a stored tensor with the manifest; a shape of None is of rank 1."""
+    entry = stored.get(name)
+    if entry is None:
+        raise LayoutError(
+            "shard lacks a tensor that the manifest places there", file=file, tensor=name
+        )
+    if entry.dtype.name != dtype or (
+        entry.shape != shape if shape is not None else len(entry.shape) != 1
+    ):
+        raise LayoutError(
+            "stored type differs from the manifest",
+            file=file,
+            tensor=name,
+            got=f"{entry.dtype.name} {list(entry.shape)}",
+            expected=dtype,
+        )
 
 
 def check_expansion(manifest: Manifest, most: float | None = None) -> None:

@@ -246,6 +246,16 @@ def check_shape(shape: Any, file: str, tensor: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
+@lru_cache(maxsize=1 << 10)  # a model has many tensors of few shapes
+def has_sound_dims(shape: tuple[int, ...]) -> bool:
+    """Whether `check_shape` accepts a shape of integers."""
+    try:
+        check_shape(shape, "", "")
+    except FormatError:
+        return False
+    return True
+
+
 def _parse_entry(name: str, fields: Any, base: int, file: str) -> TensorEntry:
     check_name(name, file)
     if not isinstance(fields, dict) or set(fields) != _ENTRY_KEYS:

@@ -11,7 +11,7 @@ one more field of `SideChecksums`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -192,27 +192,37 @@ class StoredSide:
 
 def layout_of(record: CodedTensor) -> CodedLayout:
     """Returns the facts of a manifest record on which its side tensors depend."""
-    shape = tuple(record.shape)
-    coded_by_rans = _uses_rans(record)
+    return replace(
+        _layout(*_facts(record)), rans=_uses_rans(record), tables_bytes=record.tables_bytes
+    )
+
+
+def _facts(record: CodedTensor) -> tuple[tuple[int, ...], int | None, ChannelKind, str]:
+    """Returns shape, channel axis (None: lossless) and kind, and type of the scales."""
     if not isinstance(record, Int8Tensor):
-        return CodedLayout(
-            int8=False,
-            rank=len(shape),
-            columns=last_axis_matrix(shape)[1],
-            rans=coded_by_rans,
-            tables_bytes=record.tables_bytes,
-        )
-    rows, columns = channel_matrix(shape, record.channel_axis, record.channel_kind)
+        return tuple(record.shape), None, "row", "F32"
+    # Manifests name the type only where it is not F32.
+    scale_dtype = record.scale_dtype or "F32"
+    return tuple(record.shape), record.channel_axis, record.channel_kind, scale_dtype
+
+
+@lru_cache(maxsize=256)  # a model has many tensors of few layouts
+def _layout(
+    shape: tuple[int, ...], axis: int | None, kind: ChannelKind, scale_dtype: str
+) -> CodedLayout:
+    """Returns the facts that do not depend on the codec."""
+    rank = len(shape)
+    if axis is None:
+        return CodedLayout(int8=False, rank=rank, columns=last_axis_matrix(shape)[1])
+    rows, columns = channel_matrix(shape, axis, kind)
+    channels = rows if kind == "row" else columns
     return CodedLayout(
         int8=True,
-        rank=len(shape),
+        rank=rank,
         columns=columns,
-        channels=rows if record.channel_kind == "row" else columns,
-        kind=record.channel_kind,
-        # Manifests name the type only where it is not F32.
-        scale_dtype=record.scale_dtype or "F32",
-        rans=coded_by_rans,
-        tables_bytes=record.tables_bytes,
+        channels=channels,
+        kind=kind,
+        scale_dtype=scale_dtype,
     )
 
 
@@ -235,6 +245,37 @@ def side_tensors(record: TensorRecord) -> list[StoredSide]:
             name = side.name_for(record.name)
             sides.append(StoredSide(side, name, side.dtype(layout), side.length(layout), checksum))
     return sides
+
+
+def side_types(record: CodedTensor) -> list[tuple[str, str, tuple[int] | None]]:
+    """Returns suffix, element type and shape of each of a tensor's side tensors.
+
+    As `side_tensors` has them; the shape is None where only the tensor itself tells.
+    """
+    types = _types(record.xxh3.keys, *_facts(record))
+    if record.tables_bytes is None:
+        return types
+    return [
+        (suffix, dtype, (record.tables_bytes,) if suffix == TABLES.suffix else shape)
+        for suffix, dtype, shape in types
+    ]
+
+
+@lru_cache(maxsize=256)
+def _types(
+    stored_keys: tuple[str, ...],
+    shape: tuple[int, ...],
+    axis: int | None,
+    kind: ChannelKind,
+    scale_dtype: str,
+) -> list[tuple[str, str, tuple[int] | None]]:
+    layout = _layout(shape, axis, kind, scale_dtype)
+    types = []
+    for side in SIDE_TENSORS:
+        if side.key in stored_keys:
+            length = side.length(layout)
+            types.append((side.suffix, side.dtype(layout), None if length is None else (length,)))
+    return types
 
 
 def side_names(record: TensorRecord) -> list[str]:
