@@ -64,6 +64,7 @@ def convert(
     bits: float | None = None,
     ratio: float | None = None,
     quality: Quality | None = None,
+    code_bits: int | None = None,
     calibrate: str | Path | None = None,
     refine: bool = False,
     column_scales: bool = True,
@@ -99,6 +100,8 @@ def convert(
         ratio: source bytes / stored bytes.
         quality: `high`, `balanced` or `small`: names for bits, see
             `codecllm.converter.options.QUALITIES`.
+        code_bits: bits that hold every code of a linear layer, 2 to 8, in place of a rate: for
+            `export(format="compressed-tensors")` of that width (docs/exports.md).
         calibrate: text from which the sensitivities come, where a rate is asked for: `text` (of
             several kinds, part of the package), `self` (the model writes it), `random` (random
             tokens), `none`, or a text file. None is `text`, or `none` where the model cannot run
@@ -136,7 +139,7 @@ def convert(
     options = ConvertOptions(
         scheme=scheme,
         codec=codec,
-        rate=requested_rate(bits, ratio, quality, calibrate, refine, column_scales),
+        rate=requested_rate(bits, ratio, quality, code_bits, calibrate, refine, column_scales),
         include=include,
         exclude=exclude,
         non_finite=non_finite,

@@ -99,7 +99,7 @@ def _calibrate(
     on_stage: OnStage | None,
 ) -> tuple[Calibrated | None, list[str]]:
     """Runs the calibration; returns its result or None, and sentences for the user."""
-    if rate.calibrate == "none":
+    if rate.calibrate == "none" or (rate.code_bits is not None and not rate.refine):
         return None, []
     kind = _kind(rate)
     if kind not in _TEXTS and not Path(kind).is_file():

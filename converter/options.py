@@ -24,6 +24,9 @@ QUALITIES: dict[Quality, float] = {"high": 6.0, "balanced": 5.0, "small": 4.0}
 MIN_BITS, MAX_BITS = 2.0, 8.0
 """The rates that can be asked for, in bits per quantized weight."""
 
+MIN_CODE_BITS, MAX_CODE_BITS = 2, 8
+"""The widths of codes that can be asked for: those of packed exports."""
+
 # At 4 KiB a chunk's record and padding take 0.6 % of it; smaller chunks would waste more.
 MIN_CHUNK_KIB, MAX_CHUNK_KIB = 4, 1024
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -40,12 +43,15 @@ On 16 hardware threads 16 of them convert 2.7 to 3.0 GB of source a second, 8 of
 class Rate:
     """The rate that a conversion is to reach, and the way to choose its quantization parameters.
 
-    Exactly one of `bits`, `ratio` and `quality` is given.
+    Exactly one of `bits`, `ratio`, `quality` and `code_bits` is given.
 
     Attributes:
         bits: bits per quantized weight, everything counted, 2 to 8.
         ratio: source bytes / stored bytes, above 1.
         quality: `high`, `balanced` or `small`: names for bits, see `QUALITIES`.
+        code_bits: bits that hold every code of a linear layer, 2 to 8, for packed exports of that
+            width. Steps of rows are as fine as that allows, columns have none, and the rate is what
+            comes of it. Tables of embeddings, which such exports write plainly, keep 8 bits.
         calibrate: text from which sensitivities are learned: `text` (of several kinds, part of the
             package), `self` (the model writes it), `random` (random tokens), `none`, or a text
             file. None is `text`, or `none` where the model cannot run here.
@@ -61,17 +67,21 @@ class Rate:
     bits: float | None = None
     ratio: float | None = None
     quality: Quality | None = None
+    code_bits: int | None = None
     calibrate: str | Path | None = None
     refine: bool = False
     column_scales: bool = True
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        targets = (self.bits, self.ratio, self.quality)
+        targets = (self.bits, self.ratio, self.quality, self.code_bits)
         # No order of precedence: a second target is a mistake of the caller.
         if sum(target is not None for target in targets) != 1:
             got = f"bits {self.bits}, ratio {self.ratio}, quality {self.quality}"
-            raise UsageError("bits, ratio and quality exclude one another: give one", got=got)
+            raise UsageError(
+                "bits, ratio, quality and code_bits exclude one another: give one",
+                got=f"{got}, code_bits {self.code_bits}",
+            )
         if self.quality is not None and self.quality not in QUALITIES:
             raise UsageError(
                 "no such quality", got=repr(self.quality), expected=", ".join(QUALITIES)
@@ -80,6 +90,21 @@ class Rate:
             raise UsageError(
                 "bits per weight", got=self.bits, expected=f"{MIN_BITS:g} to {MAX_BITS:g}"
             )
+        if self.code_bits is not None:
+            if not MIN_CODE_BITS <= self.code_bits <= MAX_CODE_BITS:
+                raise UsageError(
+                    "bits of a code",
+                    got=self.code_bits,
+                    expected=f"{MIN_CODE_BITS} to {MAX_CODE_BITS}",
+                )
+            if self.calibrate not in (None, "none") and not self.refine:
+                raise UsageError(
+                    "code_bits takes steps from the largest weights: a calibration only refines",
+                    got=f"calibrate {self.calibrate}",
+                    expected="refine beside it",
+                )
+            if not self.column_scales:
+                raise UsageError("code_bits makes no scales of columns in any case")
         if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio > 1):
             raise UsageError("ratio", got=self.ratio, expected="more than 1")
         if self.refine and self.calibrate == "none":
@@ -97,11 +122,17 @@ class Rate:
         """
         return self.bits if self.quality is None else QUALITIES[self.quality]
 
+    @property
+    def has_columns(self) -> bool:
+        """Whether columns may get scales, and codes more than 8 bits."""
+        return self.column_scales and self.code_bits is None
+
 
 def requested_rate(
     bits: float | None = None,
     ratio: float | None = None,
     quality: Quality | None = None,
+    code_bits: int | None = None,
     calibrate: str | Path | None = None,
     refine: bool = False,
     column_scales: bool = True,
@@ -111,11 +142,12 @@ def requested_rate(
     Raises:
         UsageError: `calibrate`, `refine` or `column_scales` stands without a rate, or see `Rate`.
     """
-    if bits is not None or ratio is not None or quality is not None:
+    if any(target is not None for target in (bits, ratio, quality, code_bits)):
         return Rate(
             bits=bits,
             ratio=ratio,
             quality=quality,
+            code_bits=code_bits,
             calibrate=calibrate,
             refine=refine,
             column_scales=column_scales,
@@ -126,7 +158,9 @@ def requested_rate(
             "weights"
         )
     if refine:
-        raise UsageError("refine needs bits, ratio or quality: plain int8 rounds to nearest")
+        raise UsageError(
+            "refine needs bits, ratio, quality or code_bits: plain int8 rounds to nearest"
+        )
     if not column_scales:
         raise UsageError(
             "no column scales: that needs bits, ratio or quality, plain int8 has none in any case"

@@ -28,6 +28,7 @@ def convert(
     bits: options.Bits = None,
     ratio: options.Ratio = None,
     quality: options.Quality = None,
+    code_bits: options.CodeBits = None,
     calibrate: options.Calibrate = None,
     refine: options.Refine = False,
     device: options.Device = "cpu",
@@ -73,7 +74,7 @@ def convert(
     convert_options = ConvertOptions(
         scheme=scheme,
         codec=codec,
-        rate=requested_rate(bits, ratio, quality, calibrate, refine, column_scales),
+        rate=requested_rate(bits, ratio, quality, code_bits, calibrate, refine, column_scales),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         non_finite=non_finite,

@@ -75,6 +75,17 @@ Quality = Annotated[
         help="Instead of --bits: high is 6 bits, balanced 5, small 4.", rich_help_panel=RATE_PANEL
     ),
 ]
+CodeBits = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        max=8,
+        help="In place of a rate: bits that hold every code of a linear layer, for packed exports "
+        "(compressed-tensors) of that width. At equal size the KL is a multiple of that of --bits: "
+        "docs/exports.md.",
+        rich_help_panel=RATE_PANEL,
+    ),
+]
 Calibrate = Annotated[
     str | None,
     typer.Option(

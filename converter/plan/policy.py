@@ -39,6 +39,9 @@ KEPT_LOSSLESS = (
 )
 """Names that `int8` leaves `lossless` by default."""
 
+_EMBEDDINGS = ("*embed*", "*wte.weight", "shared.weight", "*.shared.weight")
+"""Tables of embeddings, of which packed exports make no layer."""
+
 # Models built of transformers' Conv1D; other models use the same names for nn.Linear.
 _CONV1D_MODELS = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gptsan"}
@@ -111,6 +114,15 @@ def channel_axis(name: str, shape: tuple[int, ...], model_type: str) -> tuple[in
     if len(shape) == 3 and "experts" in name:
         return 1, "row"
     return 0, "row"
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is a table of embeddings, by its name.
+
+    >>> is_embedding("model.embed_tokens.weight"), is_embedding("lm_head.weight")
+    (True, False)
+    """
+    return _matches(name, _EMBEDDINGS)
 
 
 def _can_be_coded(tensor: SourceTensor) -> bool:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from codecllm.converter.encode.blocks import blocks_of
 from codecllm.converter.encode.quantize import as_float32
 from codecllm.converter.plan.params import (
-    NARROW_CODES,
     WIDE_CODES,
     QuantParams,
     column_tiles,
@@ -43,7 +42,7 @@ class Sampled:
         rms: float64 [channels]: root mean squares of the weights.
         relative: float64 [channels], steps at k = 1.
         largest: float64 [channels]: largest |weight / column factor|.
-        narrow: whether no code may have more than 8 bits.
+        limits: the smallest and the largest code that there may be.
     """
 
     plan: TensorPlan
@@ -54,7 +53,7 @@ class Sampled:
     rms: Floats
     relative: Floats
     largest: Floats
-    narrow: bool = False
+    limits: tuple[int, int] = WIDE_CODES
 
     @property
     def spread(self) -> float:
@@ -70,15 +69,15 @@ class Sampled:
         """Returns the steps of the tensor at k = `scale`, with a deadzone.
 
         A channel's step is made larger where a weight would otherwise lie too many steps from zero
-        for the format, or for 8 bits.
+        for the limits. At k = 0 steps are as fine as these allow.
         """
-        largest_code = NARROW_CODES[1] if self.narrow else _LARGEST_CODE
+        largest_code = min(self.limits[1], _LARGEST_CODE)
         params = self._params(scale * self.relative, self.largest / largest_code)
         return replace(
             params,
             wide=bool((self.largest > 128.0 * params.row_scale).any()),
             deadzone=deadzone,
-            limits=NARROW_CODES if self.narrow else WIDE_CODES,
+            limits=self.limits,
         )
 
     def beyond_sample(self, params: QuantParams) -> float:
@@ -104,7 +103,11 @@ class Sampled:
 
 
 def sample(
-    plan: TensorPlan, sensitivity: Sensitivity | None, *, column_scales: bool = True
+    plan: TensorPlan,
+    sensitivity: Sensitivity | None,
+    *,
+    column_scales: bool = True,
+    limits: tuple[int, int] = WIDE_CODES,
 ) -> Sampled | None:
     """Reads a tensor once, finds its relative steps and picks blocks of it.
 
@@ -113,14 +116,15 @@ def sample(
     Args:
         plan: of scheme `int8`.
         sensitivity: from a calibration, or None.
-        column_scales: whether columns may have factors, and codes more than 8 bits.
+        column_scales: whether columns may have factors.
+        limits: the smallest and the largest code that there may be.
     """
     if plan.kind == "column":
         sampled = _sample_columns(plan, sensitivity)
     else:
         factors = factors_of(sensitivity, *plan.matrix, column_scales=column_scales)
         sampled = _sample_rows(plan, factors)
-    return None if sampled is None else replace(sampled, narrow=not column_scales)
+    return None if sampled is None else replace(sampled, limits=limits)
 
 
 def _sample_rows(plan: TensorPlan, factors: Factors) -> Sampled | None:

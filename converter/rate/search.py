@@ -19,6 +19,8 @@ from codecllm.converter.encode.blocks import ONE_PASS_COLUMNS
 from codecllm.converter.options import MAX_BITS, MIN_BITS, ConvertOptions, Origin, Rate
 from codecllm.converter.plan.choice import ParamsChoice
 from codecllm.converter.plan.conversion_plan import plan_conversion
+from codecllm.converter.plan.params import NARROW_CODES, WIDE_CODES
+from codecllm.converter.plan.policy import is_embedding
 from codecllm.converter.plan.tensor_plan import TensorPlan
 from codecllm.converter.rate.allocation import Statistics
 from codecllm.converter.rate.estimate import sampled_bytes
@@ -92,7 +94,7 @@ def fit(
         raise UsageError("the options ask for no rate")
     plan = plan_conversion(model, options, accepts_params=True)
     with ThreadPoolExecutor(options.threads) as executor:
-        tensors = _sample_all(plan.tensors, statistics, rate.column_scales, executor)
+        tensors = _sample_all(plan.tensors, statistics, rate, executor)
         if not tensors:
             raise UsageError(
                 "no tensor of this model is quantized: there is no rate to choose",
@@ -102,13 +104,15 @@ def fit(
         frame = frame_bytes(Conversion(model, plan, options, choice, Origin()), set(tensors))
         others = [other for other in plan.tensors if other.source.name not in tensors]
         target = rate.target_bits
-        if target is None:
-            assert rate.ratio is not None
+        if rate.ratio is not None:
             tensor_samples = list(tensors.values())
             target = _bits_for_ratio(
                 rate.ratio, model.tensor_bytes, others, tensor_samples, executor
             )
-        fitted_params = _search(tensors, target, 8 * frame, executor)
+        if target is None:
+            fitted_params = _finest(tensors, 8 * frame, executor)
+        else:
+            fitted_params = _search(tensors, target, 8 * frame, executor)
         fitted_params = replace(
             fitted_params, notes=[*_missing_notes(tensors, statistics), *fitted_params.notes]
         )
@@ -122,13 +126,15 @@ def fit(
         refined_params = replace(
             fitted_params, scaling=replace(fitted_params.scaling, feedback=feedback)
         )
+        if target is None:
+            return refined_params
         return _correct(
             refined_params, target, 8 * frame, executor, on_stage or (lambda text: None)
         )
 
 
 def _sample_all(
-    plans: Sequence[TensorPlan], statistics: Statistics, column_scales: bool, executor: Executor
+    plans: Sequence[TensorPlan], statistics: Statistics, rate: Rate, executor: Executor
 ) -> dict[str, Sampled]:
     """Returns the tensors that get parameters, by name.
 
@@ -137,11 +143,24 @@ def _sample_all(
     eligible = [
         plan for plan in plans if plan.accepts_params and plan.matrix[1] <= ONE_PASS_COLUMNS
     ]
-    tensor_samples = executor.map(
-        lambda plan: sample(plan, statistics.get(plan.source.name), column_scales=column_scales),
-        eligible,
-    )
+
+    def sample_one(plan: TensorPlan) -> Sampled | None:
+        name = plan.source.name
+        limits = _limits(rate, name)
+        return sample(plan, statistics.get(name), column_scales=rate.has_columns, limits=limits)
+
+    tensor_samples = executor.map(sample_one, eligible)
     return {tensor.plan.source.name: tensor for tensor in tensor_samples if tensor is not None}
+
+
+def _limits(rate: Rate, name: str) -> tuple[int, int]:
+    """Returns the smallest and the largest code that a tensor may have."""
+    if rate.has_columns:
+        return WIDE_CODES
+    if rate.code_bits is None or is_embedding(name):
+        return NARROW_CODES
+    largest = (1 << (rate.code_bits - 1)) - 1
+    return -largest, largest
 
 
 def _placeholder_choice(
@@ -214,6 +233,15 @@ def _search(
         notes.append(f"the nearest rate that was found is {best.bits:.3f} bits per weight")
     fitted_scaling = replace(scaling, scale=2.0**best.log_scale)
     return FittedParams(best.bits, notes, fitted_scaling, tensors, best.wide)
+
+
+def _finest(tensors: dict[str, Sampled], frame_bits: int, executor: Executor) -> FittedParams:
+    """Takes the finest steps with which every code is within its limits."""
+    tensor_samples = list(tensors.values())
+    scaling = Scaling(0.0, 1.0, 0.0)
+    bits, wide = measure(tensor_samples, scaling, executor)
+    rate = bits + frame_bits / weights_of(tensor_samples)
+    return FittedParams(rate, [], scaling, tensors, wide)
 
 
 def _correct(

@@ -14,7 +14,10 @@ from codecllm import api
 from codecllm.api import export
 from codecllm.converter import ParamsChoice, convert
 from codecllm.converter.plan.params import next_bf16
+from codecllm.formats.container import Container
 from codecllm.formats.errors import NotAContainerError, UsageError
+from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.reference import read_run_codes, runs
 from tests.integration import tiny_models
 from tests.stepped import row_steps
 
@@ -28,6 +31,11 @@ def package():
         "compressed_tensors",
         reason="the package compressed-tensors is not installed (extra 'test')",
     )
+
+
+def largest_code(tensor):
+    tiles = (codes for run in runs(tensor) for codes in read_run_codes(tensor, run))
+    return max(int(abs(codes).max()) for codes in tiles)
 
 
 def logits(model):
@@ -138,6 +146,33 @@ def test_a_container_with_a_rate(package, tiny, tmp_path, refine):
     )
     report = export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors")
     assert report.notes[0].startswith("14 of 14 tensors")
+    packed = load(tmp_path / "packed", torch.bfloat16)
+    ours = codecllm.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.equal(logits(packed), logits(ours))
+
+
+@pytest.mark.parametrize(("width", "refine"), [(2, False), (4, False), (4, True), (7, False)])
+def test_codes_of_a_width_that_is_asked_for(package, tiny, tmp_path, width, refine):
+    """`code_bits` gives every linear layer codes of that width; the embedding keeps 8 bits."""
+    api.convert(
+        tiny("qwen3"),
+        tmp_path / "out",
+        code_bits=width,
+        refine=refine,
+        include=("*.weight",),
+        exclude=NOT,
+        baseline=False,
+    )
+    report = export(tmp_path / "out", tmp_path / "packed", format="compressed-tensors", width=width)
+    assert report.notes[0].startswith("15 of 15 tensors")
+    with Container(tmp_path / "out") as container:
+        records = [one for one in container.records.values() if isinstance(one, Int8Tensor)]
+        largest = {one.name: largest_code(container.tensor(one.name)) for one in records}
+    embedding = largest.pop("model.embed_tokens.weight")
+    assert embedding == 127
+    assert set(largest.values()) == {(1 << (width - 1)) - 1}
+    roundings = {one.rounding for one in records if one.name in largest}
+    assert roundings == {"feedback" if refine else "nearest"}
     packed = load(tmp_path / "packed", torch.bfloat16)
     ours = codecllm.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert torch.equal(logits(packed), logits(ours))

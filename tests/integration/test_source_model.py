@@ -210,6 +210,11 @@ def test_a_conversion_that_ruins_the_model_is_an_error(tmp_path):
     with pytest.raises(BaselineError, match=r"codecllm diagnose"):
         codecllm.convert(source, tmp_path / "out", include=("*",), baseline=True)
     shutil.rmtree(tmp_path / "out")
+    # Codes of few bits have no such floor: the caller accepted their loss.
+    narrow = codecllm.convert(
+        source, tmp_path / "narrow", include=("*",), code_bits=4, baseline=True
+    )
+    assert narrow.baseline.agreement["top1"] < 0.5
 
 
 def test_random_weights_have_likeliest_tokens_by_chance(tmp_path):

@@ -14,7 +14,7 @@ from codecllm.converter.plan.tensor_plan import TensorPlan
 from demo import models
 from tests.serving import served_models
 from tests.serving.engine import Engine, running
-from tests.stepped import make_steps, mixed, row_steps
+from tests.stepped import make_steps, mixed
 
 Made = Callable[[str, str], tuple[Path, Path]]
 ALL = {"include": ("*.weight",), "exclude": ("*norm*",)}
@@ -25,9 +25,8 @@ SCHEMES: dict[str, Callable[[Path, Path], object]] = {
     "int8": lambda source, out: convert(source, out),
     "bits5": lambda source, out: api.convert(source, out, bits=5, calibrate="none", baseline=False),
     "all_int8": lambda source, out: convert(source, out, **ALL),
-    # Largest codes 7 and 15: exports of 4 and 5 bits.
-    "codes4": lambda source, out: convert(source, out, choice=ParamsChoice(row_steps(7)), **ALL),
-    "codes5": lambda source, out: convert(source, out, choice=ParamsChoice(row_steps(15)), **ALL),
+    "codes4": lambda source, out: api.convert(source, out, code_bits=4, baseline=False, **ALL),
+    "codes5": lambda source, out: api.convert(source, out, code_bits=5, baseline=False, **ALL),
     # Scales of columns, and codes of 16 bits.
     "mixed": lambda source, out: convert(source, out, choice=ParamsChoice(mixed), **ALL),
     "some_experts": lambda source, out: convert(

@@ -14,26 +14,23 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("name", "prompts", "few"),
-    [
-        ("llama", IDS, 16),
-        ("qwen2", IDS, 16),
-        pytest.param("smollm2", PROMPTS, 8, marks=pytest.mark.model),
-    ],
+    ("name", "prompts"),
+    [("llama", IDS), ("qwen2", IDS), pytest.param("smollm2", PROMPTS, marks=pytest.mark.model)],
 )
-def test_codes_of_four_bits_are_served_without_the_plug_in(
-    engine, made, tmp_path, name, prompts, few
-):
+def test_codes_of_four_bits_are_served_without_the_plug_in(engine, made, tmp_path, name, prompts):
     """By vLLM's kernel for a CPU: the dequantized model in vLLM, within the kernel's rounding."""
     container, plain = made(name, "codes4")
     report = api.export(container, tmp_path / "packed", format="compressed-tensors")
     assert "4 bits a code" in report.notes[0]
     served, expected = engine.outputs(tmp_path / "packed", prompts), engine.outputs(plain, prompts)
     print(f"{name}: largest difference {distance(served, expected):.3f}")
-    # Tokens may differ from the first near-tie on.
-    texts = [[one["ids"][:few] for one in outputs] for outputs in (served, expected)]
-    assert texts[0] == texts[1]
-    assert 0 < distance(served, expected) < 0.5
+    if name == "smollm2":
+        # Tokens may differ from the first near-tie on.
+        firsts = [[one["ids"][0] for one in outputs] for outputs in (served, expected)]
+        assert firsts[0] == firsts[1]
+        assert distance(served, expected) < 0.5
+    else:
+        assert served == expected
     assert "CPUWNA16LinearKernel for CompressedTensorsWNA16" in engine.log.read_text()
 
 

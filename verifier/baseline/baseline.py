@@ -17,6 +17,7 @@ from codecllm.formats.errors import (
     one_line,
 )
 from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
+from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.verifier.baseline.record import Agreement, Baseline, pack_baseline, parse_baseline
 from codecllm.verifier.side_file import attach
 
@@ -262,14 +263,26 @@ def _refuse_below_floor(baseline: Baseline, manifest: Manifest) -> None:
 
 
 def _asked_bits(manifest: Manifest) -> float | None:
-    """Returns the bits per weight that the writer was asked for, by a rate or a ratio, or None."""
+    """Returns the bits per weight that the writer was asked for, by a rate or a ratio, or None.
+
+    Steps that were chosen without a rate, for a width of codes or by a caller, count with the bits
+    that came of them.
+    """
     options = manifest.options
     elements = sum(record.elements for record in manifest.tensors)
     if options.bits is not None:
         return options.bits
     if options.ratio is not None and elements:
         return 8 * manifest.source.tensor_bytes / elements / options.ratio
-    return None
+    chosen = [
+        record
+        for record in manifest.tensors
+        if isinstance(record, Int8Tensor) and record.rounding is not None
+    ]
+    if not chosen:
+        return None
+    stored = sum(plane.stored_bytes for record in chosen for plane in record.planes)
+    return 8 * stored / sum(record.elements for record in chosen)
 
 
 def _obstacle(container: Container, required: bool, place: torch.device) -> str | None:
