@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,14 @@ def run(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def ask(
-    folder: Path, models: list[Path], prompts: list[Any] = IDS, **options: Any
+    folder: Path, models: Sequence[Path | str], prompts: list[Any] = IDS, **options: Any
 ) -> list[list[dict[str, Any]]]:
     """Continues prompts greedily; fails where the engine does not start.
 
     Args:
         folder: for the answers.
-        models: the first one is served; the weights of each other one then take its place.
+        models: folders, or names on the Hub; the first one is served, and the weights of each other
+            one then take its place.
         prompts: `prompt_token_ids` of each.
         options: more arguments of `sglang.Engine`.
 
@@ -81,13 +83,18 @@ def ask(
     """
     done = start(folder, models, prompts, **options)
     assert done.returncode == 0, done.stdout[-4000:]
+    return answers_in(folder)
+
+
+def answers_in(folder: Path) -> list[list[dict[str, Any]]]:
+    """Returns what an engine that has ended has left in `folder`; see `ask`."""
     answers: list[list[dict[str, Any]]] = json.loads((folder / "answers").read_text())
     return answers
 
 
 def start(
     folder: Path,
-    models: list[Path],
+    models: Sequence[Path | str],
     prompts: list[Any] = IDS,
     more: dict[str, str] | None = None,
     **options: Any,

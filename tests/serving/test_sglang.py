@@ -7,9 +7,11 @@ from safetensors.torch import load_file, save_file
 
 from codecllm.converter import convert
 from tests import tampering
+from tests.hub_server import HubServer
 from tests.serving import served_models
 from tests.serving.engine import IDS
-from tests.serving.sglang_engine import ask, start, why_not
+from tests.serving.pushing import ONLINE, REPO, push
+from tests.serving.sglang_engine import answers_in, ask, start, why_not
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -78,6 +80,17 @@ def test_weights_that_never_come(tmp_path, left_out, message):
     done = start(tmp_path, [tmp_path / "c"])
     assert done.returncode != 0
     assert message in done.stdout
+
+
+def test_a_name_on_the_hub_and_a_revision(made, tmp_path):
+    container, _ = made("llama", "all_int8")
+    with HubServer() as hub:
+        push(hub, container, tmp_path / "writer")
+        reader = hub.environment(token="hf_writer", cache=str(tmp_path / "reader"))
+        commit = hub.repos[REPO].refs["main"]
+        done = start(tmp_path, [REPO], more={**reader, **ONLINE}, revision=commit)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert answers_in(tmp_path) == ask(tmp_path, [container])
 
 
 def test_sglang_without_the_plug_in(made, tmp_path):

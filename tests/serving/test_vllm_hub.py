@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from tests.hub_server import HubServer
-from tests.serving.engine import IDS, ROOT, running, variables, why_not
+from tests.serving.engine import IDS, running, why_not
+from tests.serving.pushing import ONLINE, REPO, push
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
     pytest.mark.timeout(600),
 ]
-REPO = "user/tiny"
-ONLINE = {"HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture
@@ -24,23 +20,10 @@ def hub():
         yield server
 
 
-def _push(hub, folder, cache):
-    done = subprocess.run(
-        [sys.executable, "-m", "codecllm", "push", str(folder), REPO, "--level", "structure"],
-        env=variables(cache, hub.environment(token="hf_writer", cache=str(cache)), **ONLINE),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def test_a_name_and_a_revision_then_offline(hub, engine, made, tmp_path):
     container, _ = made("llama", "all_int8")
     expected = engine.outputs(container, IDS)
-    _push(hub, container, tmp_path / "writer")
+    push(hub, container, tmp_path / "writer")
     commit = hub.repos[REPO].refs["main"]
     reader = hub.environment(token="hf_writer", cache=str(tmp_path / "reader"))
     (tmp_path / "log").mkdir()
