@@ -48,9 +48,14 @@ def metered(progress: bool | OnProgress | None, total: int) -> Iterator[Meter]:
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TextColumn("{task.fields[name]}"),
+        # Names come from others: brackets in them are no markup, controls stand as escapes.
+        TextColumn("{task.fields[name]}", markup=False),
     )
     # On stderr, so that output of a program that loads a model stays clean.
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=total, name="")
-        yield Meter(total, lambda name, done, _: bar.update(task, completed=done, name=name))
+
+        def advance(name: str, done: int, _: int) -> None:
+            bar.update(task, completed=done, name=ascii(name)[1:-1])
+
+        yield Meter(total, advance)

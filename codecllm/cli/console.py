@@ -56,7 +56,8 @@ def progress_bar(verb: str, shown: bool, unit: str = "bytes") -> Iterator[Any]:
         BarColumn(),
         *counts,
         TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}"),
+        # A column parses markup, and makes its text without `render_str`.
+        TextColumn("{task.fields[tensor]}", markup=False),
     )
     # On stderr, and on a terminal only: stdout belongs to the result.
     with Progress(
@@ -65,9 +66,13 @@ def progress_bar(verb: str, shown: bool, unit: str = "bytes") -> Iterator[Any]:
         task = bar.add_task(verb, total=None, tensor="")
 
         def advance(name: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, tensor=name)
+            bar.update(task, completed=done, total=total, tensor=_on_one_line(name))
 
         yield advance
+
+
+def _on_one_line(name: str) -> str:
+    return visible(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def print_warnings(warnings: list[str]) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import sys
 
+import numpy as np
 import pytest
 from rich.markup import escape
 from rich.table import Table
@@ -11,6 +15,7 @@ from rich.table import Table
 from codecllm.cli.console import SafeConsole
 from codecllm.info import render
 from codecllm.text import in_markdown, visible
+from tests.sources import write_source
 
 HOSTILE = {
     "a color": "\x1b[31mred\x1b[0m",
@@ -74,3 +79,66 @@ def test_info_shows_the_names_of_tensors_as_they_are():
     assert visible(name) in shown
     assert "[b]r[/b]" in shown
     assert not {"\x1b", "\u202e", "\x9b"} & set(shown)
+
+
+def _on_a_terminal(*command):
+    """Returns the exit code of a process on a terminal of its own, and what it wrote there."""
+    pid, terminal = pty.fork()
+    if pid == 0:  # pragma: no cover
+        os.execve(command[0], command, os.environ | {"TERM": "xterm-256color", "COLUMNS": "300"})
+    written = b""
+    try:
+        while part := os.read(terminal, 65536):
+            written += part
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
+
+
+_NAMES = (
+    "[/x]",
+    "[red]A[/red]",
+    "[link=file:///etc/passwd]B",
+    "C\x9b31mD\u202eE\nF\tG\x1b[2J",
+    "\\[/y]",
+    "Z\\",
+)
+
+
+_BARS = """
+import sys
+from codecllm.cli.console import progress_bar
+from codecllm.loader.progress import metered
+from time import sleep
+
+names = sys.argv[1:]
+with progress_bar("verifying", True) as advance:
+    for done, name in enumerate(names, 1):
+        advance(name, done << 20, len(names) << 20)
+        sleep(0.25)  # longer than between two pictures of a bar
+with metered(True, len(names) << 20) as meter:
+    for name in names:
+        meter.add(name, 1 << 20)
+        sleep(0.25)
+"""
+
+
+def test_names_in_progress_bars_are_shown_and_not_obeyed():
+    code, shown = _on_a_terminal(sys.executable, "-c", _BARS, *_NAMES)
+    assert code == 0, shown[-2000:]
+    for name in _NAMES:
+        assert ascii(name)[1:-1].replace("\\\\", "\\") in shown.replace("\\\\", "\\")
+    assert not {"\x9b", "\u202e"} & set(shown)
+    assert "\x1b]8;" not in shown
+    assert "\x1b[2J" not in shown
+
+
+def test_a_conversion_on_a_terminal_takes_brackets_in_names(tmp_path):
+    # More than one picture of the bar needs some megabytes.
+    weights = np.random.default_rng(0).normal(0, 1, (1500, 2000)).astype(np.float32)
+    source = write_source(tmp_path / "src", dict.fromkeys(_NAMES[:3], ("F32", weights)))
+    convert = ("convert", str(source), str(tmp_path / "out"), "--scheme", "lossless")
+    code, shown = _on_a_terminal(sys.executable, "-m", "codecllm", *convert, "--no-baseline")
+    assert code == 0, shown[-2000:]
+    assert "\x1b]8;" not in shown
