@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ModelMismatchError, SchemaError, UsageError, one_line
+from codecllm.formats.errors import (
+    CodecLLMError,
+    ModelMismatchError,
+    SchemaError,
+    UsageError,
+    machine_error,
+    one_line,
+)
 from codecllm.hub import resolve
+
+_OWN_TOKENS = (
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+"""What a greedy continuation takes from a model's generation defaults, and nothing else."""
+
+_MOST_ENDS = 256  # a few models end a text at dozens of tokens
 
 
 def generate(
@@ -22,6 +40,9 @@ def generate(
 ) -> str:
     """Returns the prompt and its greedy continuation as text.
 
+    Of the model's generation defaults only the ids of its first and last tokens hold: beams,
+    penalties and the like belong to a caller who asks for them.
+
     Args:
         out: container folder or Hub id.
         prompt: text to continue.
@@ -33,8 +54,9 @@ def generate(
 
     Raises:
         UsageError: the model does not generate text, or the prompt has no tokens.
-        SchemaError: the container has no tokenizer, or none that transformers can read.
-        ModelMismatchError: the tokenizer is not the model's.
+        SchemaError: the container has no tokenizer, or none that transformers can read; a token id
+            of the generation defaults is none.
+        ModelMismatchError: the tokenizer is not the model's, or the model fails to continue.
         CodecLLMError: loading failed.
     """
     files = resolve(out, revision=revision)
@@ -70,11 +92,49 @@ def generate(
             got=largest,
             expected=f"below {rows}",
         )
-    with torch.inference_mode():
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+    plain = _greedy(model.generation_config, tokenizer, rows, max_new_tokens)
+    # `generate` fills unset values of its argument from the model's own config: both are replaced.
+    model.generation_config = plain
+    try:
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, generation_config=plain)
+    except CodecLLMError:
+        raise
+    except Exception as exc:  # models fail in any way, such as at a start token they lack
+        raise machine_error(exc) or ModelMismatchError(
+            f"the model cannot continue the prompt: {type(exc).__name__}: {one_line(exc)}",
+            file="config.json",
+        ) from exc
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def _greedy(own: Any, tokenizer: Any, rows: int, max_new_tokens: int) -> Any:
+    """Returns settings of a greedy continuation with the token ids of a model's own settings.
+
+    Raises:
+        SchemaError: an id is no number of 32 bits, or forces a token that the model does not have.
+    """
+    from transformers import GenerationConfig
+
+    ids = {key: getattr(own, key, None) for key in _OWN_TOKENS}
+    for key, value in ids.items():
+        several = value if isinstance(value, list) else [value]
+        fine = len(several) <= _MOST_ENDS and all(
+            token is None or (type(token) is int and abs(token) < 2**31) for token in several
+        )
+        # A forced token is an index of the scores; others are compared only, or embedded.
+        if fine and key.startswith("forced_"):
+            fine = all(token is None or 0 <= token < rows for token in several)
+        if not fine:
+            raise SchemaError(
+                f"{key} is no token id",
+                file="generation_config.json",
+                got=repr(value)[:80],
+                expected=f"one below {rows}",
+            )
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+        **ids,
+    )

@@ -5,29 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from codecllm.formats.errors import ModelMismatchError
+from codecllm.formats.container import Container
+from codecllm.formats.errors import LimitError, ModelMismatchError
 
-REPEATED = ("layer", "block", "expert", "depth", "stage", "codebook", "level")
+REPEATED = ("layer", "block", "expert", "depth", "stage", "codebook", "level", "pruned_heads")
 """Parts of the names of config keys that say how many modules of a kind are built."""
 
 ALWAYS_FINE = 4096
 """Counts up to here are never refused: layers may share their weights."""
 
+MOST_LABELS = 1 << 20
+"""More labels than this are refused, unless the config lists them."""
 
-def check_config_size(config: dict[str, Any], tensors: int) -> None:
-    """Refuses a config by which far more modules would be built than there are tensors.
+MOST_ITEMS = 1 << 17
+"""Items that one list or object of a config may have."""
+
+_LABELS = ("id2label", "label2id")
+
+
+def check_config_size(config: dict[str, Any], tensors: int, longest: int = 0) -> None:
+    """Refuses a config by which far more modules or labels would be built than there are tensors.
 
     Args:
         config: the JSON object of config.json.
         tensors: tensors in the container, aliases included.
+        longest: the largest dimension of a tensor: a head has a row for each label.
 
     Raises:
-        ModelMismatchError: a count is larger than 4,096 and than the number of tensors. It would
-            take minutes and gigabytes to build such a model, to fill none of it.
+        ModelMismatchError: a count of modules is larger than 4,096 and than the number of tensors,
+            or one of labels is larger than 4,096, than `longest`, and than the config's own list.
+            It would take minutes and gigabytes to build such a model, to fill none of it.
+        LimitError: a list or an object has more than 131,072 items.
     """
     limit = max(ALWAYS_FINE, tensors)
-    for key, value in _counts(config, ""):
-        if value > limit:
+    labels = max(ALWAYS_FINE, min(longest, MOST_LABELS))
+    for key, name, value, listed_labels in _counts(config, ""):
+        if name == "num_labels" and value > max(labels, listed_labels):
+            raise ModelMismatchError(
+                f"{key} is more than a tensor has rows, and than id2label has labels",
+                file="config.json",
+                got=value,
+                expected=f"at most {max(labels, listed_labels)}",
+            )
+        if _is_count(name) and value > limit:
             raise ModelMismatchError(
                 f"{key} describes more modules than the container has tensors",
                 file="config.json",
@@ -36,15 +56,34 @@ def check_config_size(config: dict[str, Any], tensors: int) -> None:
             )
 
 
-def _counts(value: Any, key: str) -> Iterator[tuple[str, int]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _counts(inner, f"{key}.{name}" if key else str(name))
+def longest_dimension(container: Container) -> int:
+    """Returns the largest dimension of a container's tensors, 0 where it has none."""
+    shapes = (getattr(record, "shape", ()) for record in container.records.values())
+    return max((size for shape in shapes for size in shape), default=0)
+
+
+def _counts(value: Any, key: str, listed_labels: int = 0) -> Iterator[tuple[str, str, int, int]]:
+    """Yields each number and each length: key, its last part, value, labels that stand beside."""
+    name = key.rpartition(".")[2].lower()
+    if isinstance(value, (dict, list)):
+        if len(value) > MOST_ITEMS:
+            raise LimitError(
+                f"{key or 'the config'} has too many items",
+                file="config.json",
+                got=len(value),
+                expected=f"at most {MOST_ITEMS}",
+            )
+        yield key, name, len(value), 0
+    if isinstance(value, dict) and name not in _LABELS:  # names of labels are no keys
+        names = value.get("id2label")
+        listed_labels = len(names) if isinstance(names, dict) else 0
+        for inner_name, inner in value.items():
+            yield from _counts(inner, f"{key}.{inner_name}" if key else inner_name, listed_labels)
     elif isinstance(value, list):
         for inner in value:
             yield from _counts(inner, key)
-    elif isinstance(value, int) and _is_count(key.rpartition(".")[2].lower()):
-        yield key, value
+    elif isinstance(value, int):
+        yield key, name, value, listed_labels
 
 
 def _is_count(name: str) -> bool:

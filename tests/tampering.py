@@ -58,6 +58,19 @@ def replace_listed(folder: Path, name: str, data: bytes) -> None:
     reseal(folder, edit)
 
 
+def add_listed(folder: Path, name: str, data: bytes) -> None:
+    """Adds a side file and its record."""
+
+    def edit(document: dict[str, Any]) -> None:
+        record = {"name": name, "bytes": len(data), "sha256": sha256_hex(data)}
+        document["files"] = sorted([*document["files"], record], key=lambda each: each["name"])
+
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    reseal(folder, edit)
+
+
 def payload_place(folder: Path, tensor: str, chunk: int = 0) -> tuple[Path, int]:
     """Returns the shard and the byte at which a chunk of a coded tensor begins."""
     from codecllm.formats.container import Container

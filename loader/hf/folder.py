@@ -28,6 +28,7 @@ from codecllm.loader.hf.listed import (
     for_tokenizer,
     listed_files,
 )
+from codecllm.loader.hf.side_limits import check_config_file, check_tokenizer_files
 
 CONFIG_NAME = "config.json"
 CONFIG_BYTES = 16 << 20
@@ -58,11 +59,14 @@ def read_config(
 
     Raises:
         UnsupportedEnvironmentError: this transformers cannot read it.
-        FormatError: a file of the container differs from the manifest.
+        ModelMismatchError: it asks for more modules or labels than any model has.
+        FormatError: a file of the container differs from the manifest, or the config is beyond a
+            limit.
     """
     from transformers import AutoConfig
 
     with listed_files(model, for_model_with_code if run_code else for_model) as folder:
+        check_config_file(folder)
         try:
             reader = config_class or AutoConfig
             return reader.from_pretrained(folder, trust_remote_code=run_code, **options)
@@ -77,9 +81,13 @@ def read_tokenizer(model: ModelFiles) -> Any:
 
     Raises:
         SchemaError: there is none, or transformers cannot read its files.
-        FormatError: a file of the container differs from the manifest.
+        ModelMismatchError: the config asks for more modules or labels than any model has.
+        FormatError: a file of the container differs from the manifest, or asks for more tokens than
+            any tokenizer has.
     """
     with listed_files(model, for_tokenizer) as folder:
+        check_config_file(folder)  # transformers reads it to find the tokenizer's class
+        check_tokenizer_files(folder)
         return _tokenizer_of(folder, {})
 
 
@@ -127,16 +135,24 @@ def describe(exc: BaseException) -> str:
 
 
 def _tokenizer_of(folder: Path, options: dict[str, str]) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
         # Never with code: a tokenizer is read for checks, for which no caller has allowed any.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as exc:
         name = _damaged_tokenizer_file(folder)
         raise machine_error(exc) or SchemaError(
             f"transformers cannot read the tokenizer: {describe(exc)}", file=name
         ) from exc
+    # Such as the pair of tokenizers of a RAG model, which has no end-of-text token of its own.
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise SchemaError(
+            "the class is not that of one tokenizer",
+            file="tokenizer_config.json",
+            got=type(tokenizer).__name__,
+        )
+    return tokenizer
 
 
 def _damaged_tokenizer_file(folder: Path) -> str | None:

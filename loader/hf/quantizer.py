@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from codecllm.formats.errors import NotAContainerError, UsageError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, ORIGINAL_KEY
 from codecllm.hub import resolve
-from codecllm.loader.config_size import check_config_size
+from codecllm.loader.config_size import check_config_size, longest_dimension
 from codecllm.loader.hf import hooks
 from codecllm.loader.load import Load, LoadOptions
 from codecllm.loader.resident.coded_weight import make_plain
@@ -112,7 +112,10 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             folder = _container_folder(checkpoint_files)
             self._load = Load(folder, LoadOptions(device_map=self._device_map))
             weakref.finalize(self, self._load.close)  # where the load fails midway
-            check_config_size(config.to_dict(), len(self._load.container.records))
+            container = self._load.container
+            check_config_size(
+                config.to_dict(), len(container.records), longest_dimension(container)
+            )
         return self._load.dtypes()
 
     def begin(self, dtype: torch.dtype) -> None:

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import codecllm
 from codecllm.cli import main
@@ -17,7 +16,6 @@ from codecllm.generation import generate
 from codecllm.loader.hf.folder import read_config, read_tokenizer
 from codecllm.verifier.baseline.model_output import PromptCoder
 from codecllm.verifier.evaluation.evaluate import evaluate
-from tests.integration import tiny_models
 from tests.tampering import copy_of, replace_listed
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -31,21 +29,6 @@ UNLISTED = {
     "additional_chat_templates/tool_use.jinja": "{{ 'another' }}",
     "vocab.json": {"w1": 3, "w2": 2, "w3": 1},
 }
-
-
-@pytest.fixture(scope="module")
-def container(tmp_path_factory):
-    """A container that lists config.json, tokenizer.json and tokenizer_config.json."""
-    base = tmp_path_factory.mktemp("unlisted")
-    source = tiny_models.llama(base / "source")
-    vocabulary = {f"w{number}": number for number in range(60)} | {"[UNK]": 60}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
-    tokenizer.save_pretrained(source)
-    (source / "generation_config.json").unlink(missing_ok=True)
-    codecllm.convert(source, base / "out")
-    return base / "out"
 
 
 @pytest.fixture

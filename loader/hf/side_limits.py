@@ -1,0 +1,96 @@
+"""Limits of small files by which transformers would build something far larger.
+
+A line of config.json or tokenizer_config.json can ask for 10^8 labels or tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from codecllm.formats.errors import LimitError
+from codecllm.loader.config_size import MOST_ITEMS, check_config_size
+
+MOST_MADE_TOKENS = 4096
+"""Tokens that a tokenizer's class may make by itself; T5 makes 100."""
+
+MOST_SPECIAL_TOKENS = 1 << 15
+"""Special tokens of one list: the time that transformers takes grows with their square."""
+
+MOST_TOKEN_ITEMS = 1 << 16
+"""Items of any other list or object of a tokenizer's settings."""
+
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_MADE_TOKENS = ("extra_ids", "num_madeup_words", "offset")
+_SPECIAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
+
+
+def check_config_file(folder: Path) -> None:
+    """Refuses a config.json that asks for more modules or labels than any model has.
+
+    A container's is compared with its tensors too, before its model is built (`config_size.py`).
+
+    Args:
+        folder: a model's. A config that is missing or no JSON object is left to transformers.
+
+    Raises:
+        ModelMismatchError: it asks for more than 131,072 of them.
+        LimitError: a list or an object has more than 131,072 items.
+    """
+    config = _read(folder / "config.json")
+    if isinstance(config, dict):
+        try:
+            check_config_size(config, MOST_ITEMS, MOST_ITEMS)
+        except RecursionError as exc:
+            raise LimitError("JSON is nested too deeply", file="config.json") from exc
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuses settings of a tokenizer that ask for more tokens than any tokenizer has.
+
+    Args:
+        folder: a model's. Files that are missing or no JSON are left to transformers.
+
+    Raises:
+        LimitError: a class would make more than 4,096 tokens by itself, or a list or an object has
+            more than 65,536 items (of special tokens 32,768).
+    """
+    for file in _SETTINGS:
+        for key, length, number in _sizes(_read(folder / file)):
+            most = MOST_SPECIAL_TOKENS if key in _SPECIAL_TOKENS else MOST_TOKEN_ITEMS
+            if length > most:
+                raise LimitError(
+                    f"{key or 'the file'} has too many items",
+                    file=file,
+                    got=length,
+                    expected=f"at most {most}",
+                )
+            if key in _MADE_TOKENS and number > MOST_MADE_TOKENS:
+                raise LimitError(
+                    f"{key} asks for too many tokens",
+                    file=file,
+                    got=str(number)[:40],
+                    expected=f"at most {MOST_MADE_TOKENS}",
+                )
+
+
+def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:
+    """Yields for each value its key, its length and its number; 0 for what it has not."""
+    stack = [("", value)]  # without recursion: a file may be nested deeply
+    while stack:
+        key, part = stack.pop()
+        if isinstance(part, (dict, list)):
+            yield key, len(part), 0
+            stack += part.items() if isinstance(part, dict) else ((key, item) for item in part)
+        elif isinstance(part, (int, float)):
+            yield key, 0, part
+
+
+def _read(path: Path) -> Any:
+    """Returns a file's JSON value; None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None

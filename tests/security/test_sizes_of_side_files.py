@@ -1,0 +1,182 @@
+"""Small side files that ask for something large: refused at once, or without effect."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from codecllm.formats.errors import LimitError, ModelMismatchError, SchemaError
+from codecllm.generation import _greedy, generate
+from codecllm.loader import from_pretrained
+from codecllm.loader.config_size import check_config_size
+from codecllm.loader.hf.folder import read_config, read_tokenizer
+from tests.tampering import add_listed, copy_of, replace_listed
+
+PROMPT = "w1 w2 w3"
+
+
+def _changed(container, folder, file, **changes):
+    """Returns a copy of a container, with values of one JSON file changed."""
+    copy_of(container, folder)
+    path = folder / file
+    listed = path.is_file()
+    document = json.loads(path.read_bytes()) if listed else {}
+    data = json.dumps(document | changes).encode()
+    (replace_listed if listed else add_listed)(folder, file, data)
+    return folder
+
+
+def _refusal(error, call, *arguments):
+    """Returns the text of an error that comes in a few seconds of this thread."""
+    began = time.thread_time()
+    with pytest.raises(error) as caught:
+        call(*arguments)
+    assert time.thread_time() - began < 5
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_labels": 10**8},
+        {"sub_config": {"num_labels": 10**12}},
+        {"pruned_heads": {str(number): [0] for number in range(100_000)}},
+        {"layer_types": ["full_attention"] * 100_000},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_config_asks_for_no_more_than_the_container_has(container, tmp_path, change):
+    folder = _changed(container, tmp_path / "c", "config.json", **change)
+    text = _refusal(ModelMismatchError, from_pretrained, folder)
+    assert text.startswith(f"config.json: {next(iter(change))}")
+    assert "expected at most 4096" in text
+
+
+@pytest.mark.parametrize("call", [read_config, read_tokenizer])
+def test_no_reader_of_a_model_makes_a_hundred_million_labels(container, tmp_path, call):
+    folder = _changed(container, tmp_path / "c", "config.json", num_labels=10**8)
+    assert "num_labels" in _refusal(ModelMismatchError, call, folder)
+    (folder / "codecllm.json").unlink()  # a plain model
+    assert "num_labels" in _refusal(ModelMismatchError, call, folder)
+
+
+def test_lists_of_a_config_have_a_limit():
+    assert "a.b has too many items" in _refusal(
+        LimitError, check_config_size, {"a": {"b": [0] * 200_000}}, 10
+    )
+
+
+def test_labels_of_real_heads_pass(container, tmp_path):
+    check_config_size({"num_labels": 21_841}, 10, longest=21_841)
+    names = {str(number): f"layer {number}" for number in range(21_841)}
+    numbers = {name: int(number) for number, name in names.items()}
+    check_config_size({"num_labels": 21_841, "id2label": names, "label2id": numbers}, 10)
+    with pytest.raises(ModelMismatchError, match="got 21842"):
+        check_config_size({"num_labels": 21_842, "id2label": names}, 10, longest=21_841)
+    folder = _changed(container, tmp_path / "c", "config.json", num_labels=1000)
+    assert from_pretrained(folder).config.num_labels == 1000
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 10**8}),
+        ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10**8}),
+        ("tokenizer_config.json", {"tokenizer_class": "PegasusTokenizer", "offset": 10**8}),
+        ("tokenizer_config.json", {"tokenizer_class": "XGLMTokenizer", "num_madeup_words": 10**8}),
+        ("tokenizer_config.json", {"extra_special_tokens": [f"<{n}>" for n in range(50_000)]}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<a>"] * 50_000}),
+        ("added_tokens.json", {f"<{number}>": number for number in range(70_000)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(reversed(value)),
+)
+def test_a_tokenizer_asks_for_no_more_tokens_than_any_has(container, tmp_path, file, change):
+    folder = _changed(container, tmp_path / "c", file, **change)
+    text = _refusal(LimitError, read_tokenizer, folder)
+    assert text.startswith(f"{file}: ")
+    assert "expected at most" in text
+
+
+def test_a_tokenizer_of_thousands_of_added_tokens_is_read(container, tmp_path):
+    names = [f"<image_{number}>" for number in range(3000)]
+    settings = {"content": "", "special": True, "normalized": False} | dict.fromkeys(
+        ("lstrip", "rstrip", "single_word"), False
+    )
+    added = {str(61 + n): settings | {"content": f"<audio_{n}>"} for n in range(3000)}
+    folder = _changed(
+        container,
+        tmp_path / "c",
+        "tokenizer_config.json",
+        extra_special_tokens=names,
+        added_tokens_decoder=added,
+    )
+    tokenizer = read_tokenizer(folder)
+    assert len({*tokenizer(" ".join(names))["input_ids"]}) == 3000
+
+
+GENERATION = {
+    "num_beams": {"num_beams": 10**6},
+    "num_return_sequences": {"num_return_sequences": 10**5, "num_beams": 10**5},
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola_layers": {"dola_layers": "high"},
+    "num_beam_groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    "constraints": {"constraints": [1]},
+    "force_words_ids": {"force_words_ids": [[1]], "num_beams": 2},
+    "quantized cache": {
+        "cache_implementation": "quantized", "cache_config": {"backend": "quanto"},
+    },
+    "stop_strings": {"stop_strings": ["a"]},
+    "max_time": {"max_time": "x"},
+    "prefill_chunk_size": {"prefill_chunk_size": -1},
+    "token_healing": {"token_healing": True},
+    "is_assistant": {"is_assistant": True, "num_assistant_tokens": 10**9},
+    "return_dict": {"return_dict_in_generate": True, "output_scores": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain_text(container):
+    """What the container says without generation defaults."""
+    return generate(container, PROMPT, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_generate_is_greedy_whatever_the_defaults_are(container, tmp_path, plain_text, name):
+    folder = _changed(container, tmp_path / "c", "generation_config.json", **GENERATION[name])
+    assert generate(folder, PROMPT, max_new_tokens=4) == plain_text
+
+
+def test_generate_keeps_the_token_ids_of_the_defaults():
+    own = GenerationConfig(eos_token_id=[5, 7], bos_token_id=1, num_beams=9, min_length=99)
+    plain = _greedy(own, SimpleNamespace(eos_token_id=3), 61, 4)
+    assert (plain.eos_token_id, plain.bos_token_id, plain.pad_token_id) == ([5, 7], 1, 3)
+    assert (plain.max_new_tokens, plain.do_sample) == (4, False)
+    assert plain.num_beams in (None, 1)
+    assert not plain.min_length
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token_id", ["a"]),
+        ("eos_token_id", list(range(1000))),
+        ("bos_token_id", 2**40),
+        ("forced_bos_token_id", 10**6),
+        ("decoder_start_token_id", {"a": 1}),
+    ],
+)
+def test_generate_refuses_what_is_no_token(container, tmp_path, key, value):
+    folder = _changed(container, tmp_path / "c", "generation_config.json", **{key: value})
+    with pytest.raises(SchemaError, match=rf"generation_config\.json: {key} is no token id"):
+        generate(folder, PROMPT, max_new_tokens=4)
+
+
+def test_a_pair_of_tokenizers_is_refused(container, tmp_path, monkeypatch):
+    pair = type("Pair", (), {})()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pair)
+    with pytest.raises(SchemaError, match=r"tokenizer_config\.json: .* not that of one tokenizer"):
+        read_tokenizer(container)
