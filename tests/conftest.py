@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import os
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -35,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     torch asks for the devices, and Triton for its interpreter, once in a process.
     """
+    _trace_bare_threads()
     if config.option.gpu:
         import torch
 
@@ -46,6 +52,23 @@ def pytest_configure(config: pytest.Config) -> None:
             "HIP_VISIBLE_DEVICES": "",
             "TRITON_INTERPRET": "1",
         }
+
+
+def _trace_bare_threads() -> None:
+    """Lets coverage, where it measures, see threads started past `threading`: the loader's are."""
+    trace = threading.gettrace()
+    if trace is None:
+        return
+    start = _thread.start_new_thread
+
+    def start_traced(function: Callable[..., object], *arguments: Any) -> int:
+        def traced(*args: Any, **kwargs: Any) -> None:
+            sys.settrace(trace)
+            function(*args, **kwargs)
+
+        return start(traced, *arguments)
+
+    _thread.start_new_thread = start_traced
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
