@@ -74,7 +74,9 @@ class ShardLanes:
         self._conversion, self._folder, self._journal = conversion, folder, journal
         self._buffers = Buffers()
         self._backlog = Backlog(workers * _BACKLOG_BYTES)
-        self._window = (2 * workers if self.count == 1 else workers) + 2
+        # For each lane. A lane alone is bound by its digest, which fewer workers can feed; blocks
+        # that wait take memory, and new pages take a sixth of the processor time of 16 workers.
+        self._window = 2 * workers // self.count + 2
         self._failed: dict[int, BaseException] = {}
         self._opened: list[ShardWriter] = []
         self._promised: list[Future[StoredRecord]] = []
