@@ -228,7 +228,7 @@ def write(weight: CodedWeight, reason: str) -> torch.Tensor:
     return cut(dense, weight._views)
 
 
-def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool:
+def settle(weight: torch.Tensor, replacement: torch.Tensor | None = None) -> bool:
     """Turns the object into a plain tensor over its dense memory, or over `replacement`.
 
     Returns whether that was possible.
@@ -240,6 +240,7 @@ def settle(weight: CodedWeight, replacement: torch.Tensor | None = None) -> bool
     if has_history(weight):
         return False
     if replacement is None:
+        assert isinstance(weight, CodedWeight)
         with torch.no_grad():
             replacement = cut(weight._cell.become_dense(), weight._views)
     is_param = isinstance(weight, nn.Parameter)

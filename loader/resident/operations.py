@@ -94,12 +94,18 @@ def _requires_grad_(func: Any, weight: CodedWeight, requires_grad: bool = True) 
     return _usual(func, weight, requires_grad)
 
 
-def _set_data(func: Any, weight: CodedWeight, value: torch.Tensor) -> None:
-    keeps_form = isinstance(value, CodedWeight) and value.form is not None
-    if not keeps_form:
-        write(weight, "was given other values")
-    replacement = value if keeps_form else read(value)
-    if settle(weight, replacement):
+def _set_data(func: Any, weight: torch.Tensor, value: torch.Tensor) -> None:
+    form = value.form if isinstance(value, CodedWeight) else None
+    if isinstance(weight, CodedWeight):
+        if form is None:
+            write(weight, "was given other values")
+    elif form is None:  # the weight was dense, and is plain since this call began
+        _usual(func, weight, read(value))
+        return
+    if settle(weight, read(value) if form is None else value):
+        return
+    if not isinstance(weight, CodedWeight):
+        _usual(func, weight, read(value))
         return
     facts = (value.shape, value.dtype, value.device)
     if weight._views or facts != (weight.shape, weight.dtype, weight.device):

@@ -164,6 +164,20 @@ def test_a_held_parameter_keeps_its_gradient(case):
     assert weight.grad is not None, "a second look"
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_data_with_a_graph_is_given_to_a_weight(case, dense):
+    delta = torch.linspace(-0.1, 0.1, ROWS * COLS).view(ROWS, COLS).requires_grad_()
+    results = []
+    for weight in (case.weight(), case.plain()):
+        if dense:
+            with torch.no_grad():
+                weight.mul_(2)
+        weight.data += delta
+        assert not weight.requires_grad
+        results.append(weight.detach() * 1)
+    assert torch.equal(*results)
+
+
 def test_a_deep_copy_of_a_leaf_is_trained_too(case):
     for make in (lambda weight: weight, lambda weight: weight.detach().clone()):
         weight = make(case.weight()).requires_grad_()
