@@ -68,6 +68,10 @@ class WeightSource(Protocol):
     def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
         """Returns an empty tensor for each tensor of the source, in its dtype."""
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model has its weights: what is loaded now is an adapter on top of it."""
+
     def begin(self, dtype: torch.dtype) -> None:
         """Receives the dtype that transformers has chosen for the model."""
 
@@ -234,6 +238,9 @@ def _load_state_dict(
     source = _source_of(load_config.hf_quantizer, weight_source)
     if source is None:
         return original(model, state_dict, load_config, disk_offload_index)
+    if source.is_finished:
+        plain_config = replace(load_config, hf_quantizer=None)
+        return original(model, state_dict, plain_config, disk_offload_index)
     weights = source.state_dict(model)
     # Not ours: these weights decode themselves and need no operation of a quantizer.
     stand_in = _AskInCallingThread() if source.asks_in_calling_thread() else None

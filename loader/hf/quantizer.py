@@ -65,6 +65,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         self._opened_here = self._load is None
         self._device_map: Any = None
         self._model: weakref.ref[Any] | None = None
+        self._is_finished = False
         quantization_config.dequantize = self._load is None or self._load.is_dense
 
     @classmethod
@@ -117,6 +118,11 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
                 config.to_dict(), len(container.records), longest_dimension(container)
             )
         return self._load.dtypes()
+
+    @property
+    def is_finished(self) -> bool:
+        """See `hooks.WeightSource`."""
+        return self._is_finished
 
     def begin(self, dtype: torch.dtype) -> None:
         """See `hooks.WeightSource`."""
@@ -191,6 +197,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             if self._opened_here:
                 self._active.close()
             self._load = None  # the model keeps its quantizer
+            self._is_finished = True
         self._model = weakref.ref(model)
         return model
 

@@ -6,6 +6,7 @@ import copy
 
 import peft
 import pytest
+import tokenizers.models
 import torch
 import transformers
 
@@ -238,3 +239,40 @@ def test_preparing_for_quantized_training_keeps_weights_coded(container):
     model = peft.prepare_model_for_kbit_training(_load(container, "int8").to(torch.bfloat16))
     assert len(coded_weights(model)) == len(coded_weights(_load(container, "int8")))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("scheme", ["lossless", "int8"])
+def test_transformers_loads_the_folder_of_an_adapter(tmp_path, container, scheme):
+    """It loads the base model that the adapter names, then the adapter, in one call."""
+    folder = container("llama", scheme)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=TARGETS)
+    adapted = peft.get_peft_model(base, config)
+    trained = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    without = logits(plain)
+    plain.load_adapter(str(tmp_path / "adapter"))
+    expected = logits(plain)  # the adapter in bfloat16; it was trained in float32
+    assert (expected - trained).abs().max() < 0.3 * (without - trained).abs().max()
+    for reader in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+        assert torch.equal(logits(reader.from_pretrained(tmp_path / "adapter")), expected)
+    for resident in ("dense", "compressed", *(["int8"] if scheme == "int8" else [])):
+        model = from_pretrained(folder, resident=resident)
+        model.load_adapter(str(tmp_path / "adapter"))
+        assert resident == "dense" or coded_weights(model)
+        if resident != "int8":
+            assert torch.equal(logits(model), expected)
+        difference = (logits(model) - expected).abs().max()
+        assert difference <= 0.06 * expected.abs().max()
+    named = transformers.pipeline(
+        "text-generation", model=str(tmp_path / "adapter"), tokenizer=_tokenizer()
+    )
+    assert torch.equal(logits(named.model), expected)
+
+
+def _tokenizer():
+    words = {f"w{number}": number for number in range(512)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
