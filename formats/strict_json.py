@@ -24,7 +24,12 @@ _FIRST_WINDOW = 2048  # most values are shorter; only longer ones pay for a long
 
 
 def parse_json_object(
-    data: bytes, *, file: str, max_bytes: int, max_depth: int = limits.JSON_DEPTH
+    data: bytes,
+    *,
+    file: str,
+    max_bytes: int,
+    max_depth: int = limits.JSON_DEPTH,
+    as_python: bool = False,
 ) -> dict[str, Any]:
     """Parses UTF-8 JSON whose top level is an object.
 
@@ -33,6 +38,8 @@ def parse_json_object(
         file: name for error texts.
         max_bytes: refuse a longer text.
         max_depth: refuse deeper nesting; a flat object has depth 1.
+        as_python: takes the keys and numbers that `json.loads` takes: `NaN`, `Infinity`, numbers of
+            any size, and of a repeated key the last value. For files that transformers reads so.
 
     Raises:
         LimitError: too long, too deep, too many values, or an integer beyond 2^53.
@@ -53,11 +60,14 @@ def parse_json_object(
             expected=f"at most {limits.JSON_VALUES} commas and opening brackets",
         )
     try:
-        value = _strict_decoder(file).decode(data.decode("utf-8"))
+        decoder = json.JSONDecoder() if as_python else _strict_decoder(file)
+        value = decoder.decode(data.decode("utf-8"))
     except UnicodeDecodeError as exc:
         raise SchemaError(f"not UTF-8 ({exc.reason})", file=file, byte=exc.start) from exc
     except json.JSONDecodeError as exc:
         raise SchemaError(f"not JSON ({exc.msg})", file=file, byte=exc.pos) from exc
+    except ValueError as exc:  # an integer of more digits than Python converts
+        raise LimitError(f"number is too long ({exc})", file=file) from exc
     except RecursionError as exc:
         raise LimitError(
             "JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels"

@@ -120,7 +120,7 @@ class Load:
         if record is None:
             return None
         data = self.container.read_side_file(record)
-        return parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES)
+        return parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES, as_python=True)
 
     @property
     def is_dense(self) -> bool:

@@ -231,7 +231,12 @@ def _generation_difference(plain: Any, loaded: Any) -> Iterator[CodecLLMError]:
         for model in (plain, loaded)
     ]
     keys = sorted(documents[0].keys() | documents[1].keys())
-    different = [key for key in keys if documents[0].get(key) != documents[1].get(key)]
+    # As text: a NaN is unequal to itself.
+    ours_by_key, theirs_by_key = (
+        {key: json.dumps(value, sort_keys=True) for key, value in document.items()}
+        for document in documents
+    )
+    different = [key for key in keys if ours_by_key.get(key) != theirs_by_key.get(key)]
     if different:
         key = different[0]
         yield ModelMismatchError(
@@ -315,7 +320,12 @@ def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
         # The converter replaces this entry with its own, in every container.
         document.pop("quantization_config", None)
     keys = sorted(documents[0].keys() | documents[1].keys())
-    different = [key for key in keys if documents[0].get(key) != documents[1].get(key)]
+    # As text: a NaN is unequal to itself.
+    ours_by_key, theirs_by_key = (
+        {key: json.dumps(value, sort_keys=True) for key, value in document.items()}
+        for document in documents
+    )
+    different = [key for key in keys if ours_by_key.get(key) != theirs_by_key.get(key)]
     if different:
         stage.fail(
             ModelMismatchError(

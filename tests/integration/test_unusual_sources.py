@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from codecllm.api import export
 from codecllm.converter import convert
 from codecllm.formats.errors import ModelMismatchError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
+from codecllm.verifier import verify
 from tests import tampering
 from tests.integration.outputs import logits, same_bits
 
@@ -150,3 +152,26 @@ def test_chat_template_and_generation_config_are_kept(tiny, tmp_path):
     for resident in ("dense", "compressed"):
         kept = from_pretrained(tmp_path / "c", resident=resident).generation_config
         assert (kept.eos_token_id, kept.temperature, kept.do_sample) == (7, 0.5, True)
+
+
+def test_numbers_of_a_config_that_only_python_reads(tiny, tmp_path):
+    """Published files of Mamba-2 hold `"time_step_limit": [0.0, Infinity]`."""
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    added = '"time_step_limit": [0.0, Infinity], "floor": -Infinity, "none": NaN, '
+    added += '"large": 1000000000000000019884624838656, "over": 1e999,'
+    for name in ("config.json", "generation_config.json"):
+        text = (source / name).read_text()
+        (source / name).write_text("{" + added + text.partition("{")[2])
+    convert(source, tmp_path / "c", scheme="int8", include=("*",))
+    written = json.loads((tmp_path / "c" / "config.json").read_text())
+    expected = json.loads((source / "config.json").read_text())
+    del written["quantization_config"]
+    assert repr(sorted(written.items())) == repr(sorted(expected.items()))
+    assert verify(tmp_path / "c", source=source, baseline=False).ok
+    for resident in ("dense", "int8", "compressed"):
+        model = from_pretrained(tmp_path / "c", resident=resident)
+        assert model.config.time_step_limit == [0.0, float("inf")]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    assert model.config.floor == -float("inf") and model.config.large == 10**30 + 19884624838656
+    export(tmp_path / "c", tmp_path / "plain")
+    assert "Infinity" in (tmp_path / "plain" / "config.json").read_text()

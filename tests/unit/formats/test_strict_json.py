@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from codecllm.formats import limits
@@ -70,6 +72,20 @@ def test_flaw_has_its_error(name):
     assert type(caught.value) is expected
     assert caught.value.file == "f.json"
     assert "\n" not in str(caught.value)
+
+
+AS_PYTHON = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "2^53 + 1", "-(2^53 + 1)")
+AS_PYTHON += ("duplicate key", "duplicate key by escape", "duplicate key deep inside")
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_files_of_transformers_are_read_as_python_reads_them(name):
+    data, expected, _ = FLAWS[name]
+    if name in AS_PYTHON:
+        assert repr(_parse(data, as_python=True)) == repr(json.loads(data))
+        return
+    with pytest.raises(LimitError if name == "5000 digits" else expected):
+        _parse(data, as_python=True)
 
 
 def test_place_of_a_fault_is_named():
