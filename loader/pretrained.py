@@ -127,6 +127,7 @@ def from_pretrained(
     """
     _check_arguments(resident, decoder, dtype, hf_kwargs)
     refuse_without_device(decoder, resident, device_map)
+    placement.refuse_without_folder(device_map, hf_kwargs.get("offload_folder"))
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     spreading = {}
     if resident not in ("auto", "dense") and placement.spreads(device_map):

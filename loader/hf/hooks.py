@@ -253,6 +253,11 @@ def _load_state_dict(
         info, index = original(
             model, weights, replace(load_config, hf_quantizer=stand_in), disk_offload_index
         )
+    if index is not None:
+        # transformers has made these entries in the list that ours replaced.
+        for name, target in tied_parameters(model).items():
+            if target in index:
+                index.setdefault(name, index[target])
     source.loaded(info)
     return info, index
 

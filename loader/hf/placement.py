@@ -5,23 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory
+from accelerate.utils import (
+    extract_submodules_state_dict,
+    get_balanced_memory,
+    offload_state_dict,
+)
+
+from codecllm.formats.errors import UsageError
 
 AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that transformers works out from the free memory."""
 
 
 def spreads(device_map: Any) -> bool:
-    """Whether a device map may put a model onto more than one place."""
+    """Whether a device map may put a model onto more than one place, or onto the disk."""
     if isinstance(device_map, str):
         return device_map in AUTOMATIC_MAPS
-    return isinstance(device_map, dict) and len(set(device_map.values())) > 1
+    return isinstance(device_map, dict) and (
+        len(set(device_map.values())) > 1 or _uses_disk(device_map)
+    )
+
+
+def refuse_without_folder(device_map: Any, offload_folder: Any) -> None:
+    """Refuses a device map that names the disk where no folder is given.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if isinstance(device_map, dict) and _uses_disk(device_map) and offload_folder is None:
+        raise UsageError(
+            "the device map puts weights on the disk, which needs a folder for them",
+            got="offload_folder=None",
+            expected="offload_folder='a folder'",
+        )
+
+
+def _uses_disk(device_map: dict[str, Any]) -> bool:
+    return "disk" in device_map.values()
 
 
 def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: Any = None) -> None:
     """Spreads a complete model on the CPU over devices, as transformers does during a load.
 
-    Buffers are offloaded too.
+    Buffers are offloaded too. On the disk lie decoded values.
+
+    Raises:
+        UsageError: weights go to the disk, and there is no folder for them.
     """
     if isinstance(device_map, str):
         limits = {
@@ -34,6 +63,15 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
                 model, low_zero=device_map == "balanced_low_0", **limits
             )
         device_map = infer_auto_device_map(model, **limits)
+    if device_map.get("") == "disk":  # accelerate would write nothing of the module ""
+        parts = [*model.named_children(), *model.named_parameters(recurse=False)]
+        device_map = {name: "disk" for name, _ in parts}
+    refuse_without_folder(device_map, offload_folder)
+    on_disk = [name for name, place in device_map.items() if place == "disk"]
+    if on_disk:
+        # accelerate writes nothing into a folder that it has used before, for another model maybe.
+        values = extract_submodules_state_dict(model.state_dict(), on_disk)
+        offload_state_dict(offload_folder, values)
     dispatch_model(model, device_map=device_map, offload_dir=offload_folder, offload_buffers=True)
 
 

@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.loader import from_pretrained
+from codecllm.loader.load import Load
 from codecllm.loader.resident import int8_matmul
 from tests.integration.outputs import logits
 
@@ -197,6 +198,35 @@ def test_layers_offloaded_to_disk(tmp_path, container, resident, monkeypatch):
     model = from_pretrained(folder, resident=resident, device_map=places, offload_folder=tmp_path)
     assert any("layers.1.mlp" in path.name for path in tmp_path.iterdir())
     assert torch.equal(logits(model), logits(from_pretrained(folder)))
+
+
+LITTLE = {"device_map": "auto", "max_memory": {"cpu": "100KB"}}
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+@pytest.mark.parametrize("name", ["llama", "llama_untied"])
+@pytest.mark.parametrize("places", [LITTLE, {"device_map": {"": "disk"}}], ids=["auto", "whole"])
+def test_all_of_a_model_offloaded_to_disk(tmp_path, container, resident, name, places, monkeypatch):
+    """Also into a folder in which the weights of another model lie."""
+    monkeypatch.setattr(int8_matmul, "PACKED_ROWS", 0)
+    for scheme in ("lossless", "int8") if resident != "int8" else ("int8", "int8"):
+        folder = container(name, scheme)
+        model = from_pretrained(folder, resident=resident, offload_folder=tmp_path, **places)
+        assert set(model.hf_device_map.values()) == {"disk"}
+        assert all(tensor.is_meta for tensor in model.parameters())
+        assert torch.equal(logits(model), logits(from_pretrained(folder)))
+
+
+@pytest.mark.parametrize("resident", [*RESIDENTS, "auto"])
+def test_the_disk_needs_a_folder(container, resident, monkeypatch):
+    folder = container("llama", "int8")
+    if resident in ("int8", "compressed"):
+        with pytest.raises(UsageError, match="offload_folder"):
+            from_pretrained(folder, resident=resident, **LITTLE)
+    monkeypatch.setattr(Load, "__init__", lambda *_: pytest.fail("the container was opened"))
+    for places in ({"": "disk"}, {"model": "cpu", "lm_head": "disk"}):
+        with pytest.raises(UsageError, match="offload_folder"):
+            from_pretrained(folder, resident=resident, device_map=places)
 
 
 def _calls(folder, **options):
