@@ -272,6 +272,41 @@ def test_transformers_loads_the_folder_of_an_adapter(tmp_path, container, scheme
     assert torch.equal(logits(named.model), expected)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store"
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("resident", CODED)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_data_parallel_training(container, process_group, resident, keeps):
+    """DDP broadcasts, which writes to every weight that it is not told to ignore."""
+    results = {}
+    for how in ("dense", resident):
+        model = from_pretrained(container("llama", "int8"), resident=how, dtype=torch.float32)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=TARGETS)
+        adapted = peft.get_peft_model(model, config)
+        coded = set(coded_weights(adapted))
+        parallel = torch.nn.parallel.DistributedDataParallel
+        if keeps:
+            frozen = [name for name, value in adapted.named_parameters() if not value.requires_grad]
+            parallel._set_params_and_buffers_to_ignore_for_model(adapted, frozen)
+        parallel(adapted)(input_ids=IDS, labels=IDS).loss.backward()
+        assert set(coded_weights(adapted)) == (coded if keeps else set())
+        results[how] = {
+            name: value.grad for name, value in adapted.named_parameters() if value.requires_grad
+        }
+    assert results["dense"].keys() == results[resident].keys()
+    for name, grad in results["dense"].items():
+        torch.testing.assert_close(results[resident][name], grad)
+
+
 def _tokenizer():
     words = {f"w{number}": number for number in range(512)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
