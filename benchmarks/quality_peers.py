@@ -34,7 +34,7 @@ from demo.models import smollm2_gguf, smollm2_realistic
 
 ROOT = Path("benchmarks/out/quality")
 SECOND_TEXT = Path(__file__).parent / "second_text.txt"
-BITS = (2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
+BITS = (2.3, 2.5, 2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
 DEFAULT, REFINED, SAME_TEXT = "ours-default", "ours-refined", "ours-text"
 """Prefixes of our containers' names: default, `--refine`, calibrated on the imatrix text."""
 
