@@ -5,13 +5,14 @@ README.md for the Hub, every figure of it from the manifest and the baseline.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from codecllm.formats.container import Container
+from codecllm.formats.errors import SchemaError
 from codecllm.formats.manifest.manifest import BASELINE_NAME, CODE, CODE_SUFFIX, Manifest
 from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.strict_json import parse_config
 from codecllm.hub import BaseModel
 from codecllm.info import describe_manifest
 from codecllm.text import in_markdown
@@ -39,6 +40,9 @@ def make_card(container: Container, repo: str, base: BaseModel | None) -> str:
         container: the container; its baseline is read where it has one.
         repo: `user/name` under which it will be found.
         base: the model it was made from, as the Hub knows it; None where that is not known.
+
+    Raises:
+        FormatError: its config.json is no JSON object, or names no classes.
     """
     manifest = container.manifest
     record = manifest.file(BASELINE_NAME)
@@ -98,9 +102,13 @@ def _pipeline_tag(container: Container) -> str | None:
     record = container.manifest.file("config.json")
     if record is None:
         return None
-    architectures = json.loads(container.read_side_file(record)).get("architectures") or [""]
+    names = parse_config(container.read_side_file(record)).get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise SchemaError(
+            "architectures is no list of names", file=record.name, got=ascii(names)[:80]
+        )
     # Only the clear case: a wrong tag would give the Hub's page a wrong widget.
-    return "text-generation" if str(architectures[0]).endswith("ForCausalLM") else None
+    return "text-generation" if names[0].endswith("ForCausalLM") else None
 
 
 def _opening(base: str | None, manifest: Manifest) -> str:

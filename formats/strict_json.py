@@ -18,6 +18,9 @@ from typing import Any, NoReturn
 from codecllm.formats import limits
 from codecllm.formats.errors import LimitError, SchemaError
 
+CONFIG_BYTES = 16 << 20
+"""A longer config.json is refused."""
+
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _CERTAIN_DIGITS = len(str(limits.INTEGER))  # an integer of fewer digits is never too large
 _FIRST_WINDOW = 2048  # most values are shorter; only longer ones pay for a longer window
@@ -78,6 +81,16 @@ def parse_json_object(
     if b"\\u" in data:  # UTF-8 holds none otherwise
         _check_strings(value, file)
     return value
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """Parses the config.json of a model, as `parse_json_object`.
+
+    Raises:
+        LimitError: longer than 16 MiB, or beyond another limit.
+        SchemaError: no JSON object.
+    """
+    return parse_json_object(data, file="config.json", max_bytes=CONFIG_BYTES, as_python=True)
 
 
 class JsonWalker:

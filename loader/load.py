@@ -18,12 +18,12 @@ from codecllm.formats.errors import (
     UsageError,
     machine_error,
 )
-from codecllm.formats.strict_json import parse_json_object
+from codecllm.formats.strict_json import parse_config
 from codecllm.loader.choice import choose_resident
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.device.placement import has_device, sole_device
-from codecllm.loader.hf.folder import CONFIG_BYTES, CONFIG_NAME
+from codecllm.loader.hf.folder import CONFIG_NAME
 from codecllm.loader.hf.placement import is_offloaded, spreads
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.host.threads import decoding_threads
@@ -119,8 +119,7 @@ class Load:
         record = self.container.manifest.file(CONFIG_NAME)
         if record is None:
             return None
-        data = self.container.read_side_file(record)
-        return parse_json_object(data, file=CONFIG_NAME, max_bytes=CONFIG_BYTES, as_python=True)
+        return parse_config(self.container.read_side_file(record))
 
     @property
     def is_dense(self) -> bool:

@@ -17,9 +17,10 @@ from typing import Any
 from codecllm.converter.source.modules import MODULES_NAME
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError, ModelMismatchError, one_line
+from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.records import Int8Tensor
+from codecllm.formats.strict_json import parse_config
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
 from codecllm.verifier.report import Stage
 
@@ -315,7 +316,11 @@ def _check_files(container: Container, source: SourceModel, stage: Stage) -> Non
 
 
 def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
-    documents = [json.loads(data) for data in (ours, theirs)]
+    try:
+        documents = [parse_config(data) for data in (ours, theirs)]
+    except FormatError as exc:
+        stage.fail(exc)
+        return
     for document in documents:
         # The converter replaces this entry with its own, in every container.
         document.pop("quantization_config", None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from codecllm.converter.write.staging import Staging
 from codecllm.converter.write.tensor_writer import ordered
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import ChecksumError
+from codecllm.formats.errors import ChecksumError, SchemaError
 from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
     INDEX_NAME,
@@ -40,6 +41,9 @@ from codecllm.formats.manifest.records import Int8Tensor, TensorRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
+from codecllm.formats.strict_json import parse_config
+
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +84,22 @@ def export(
         progress: called with a tensor's name, bytes done and bytes in all.
 
     Raises:
-        FormatError: something in the container is damaged. Nothing stays in `out`.
+        FormatError: something in the container is damaged: nothing stays in `out`. Or its
+            config.json is no JSON object, or a side file needs the name of a weight file.
         OutputExistsError: `out` is not empty.
         OSError: writing failed.
     """
     options = ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes)
     with Container(container) as source_container, Staging(out, force=False) as staging:
         layout = layout or PLAIN
+        config = _read_config(source_container)
         records_by_shard = _place(source_container.manifest.tensors, max_shard_bytes)
         names = (
             ["model.safetensors"]
             if len(records_by_shard) == 1
             else [shard_name(n + 1, len(records_by_shard)) for n in range(len(records_by_shard))]
         )
+        _refuse_clashes(source_container, {*names, INDEX_NAME})
         sizes = {
             record.name: _written_bytes(record, layout)
             for record in source_container.manifest.tensors
@@ -114,10 +121,26 @@ def export(
                         progress(tensor, done_bytes, total)
         if len(records_by_shard) > 1:
             _write_index(staging.folder, names, records_by_shard, total, layout)
-        _write_side_files(source_container, staging.folder, layout)
+        _write_side_files(source_container, staging.folder, config, layout)
         # Without config.json a folder is no model: a kill leaves no half of one.
-        staging.commit_plain(last="config.json")
+        staging.commit_plain(last=CONFIG_NAME)
     return ExportReport(Path(out), names, total, layout.notes)
+
+
+def _read_config(container: Container) -> dict[str, Any] | None:
+    """Returns the JSON object of config.json; before weights are written, as it may be damaged."""
+    record = container.manifest.file(CONFIG_NAME)
+    return None if record is None else parse_config(container.read_side_file(record))
+
+
+def _refuse_clashes(container: Container, written: set[str]) -> None:
+    """Refuses a side file that needs a folder where the export writes a file."""
+    for record in container.manifest.files:
+        if record.name.split("/")[0] in written and "/" in record.name:
+            raise SchemaError(
+                "the folder of this file has the name of a file of the exported model",
+                file=record.name,
+            )
 
 
 def _place(records: list[TensorRecord], max_shard_bytes: int) -> list[list[TensorRecord]]:
@@ -289,14 +312,15 @@ def _write_index(
     write_listed(folder, INDEX_NAME, pack_index(weight_map, total, parameters))
 
 
-def _write_side_files(container: Container, folder: Path, layout: PackedLayout) -> None:
+def _write_side_files(
+    container: Container, folder: Path, config: dict[str, Any] | None, layout: PackedLayout
+) -> None:
     for record in container.manifest.files:
         # The index is written anew, and the baseline belongs to the container.
         if record.name in (INDEX_NAME, BASELINE_NAME):
             continue
         data = container.read_side_file(record)
-        if record.name == "config.json":
-            config = json.loads(data)
+        if record.name == CONFIG_NAME and config is not None:
             # Our block would send loaders to codecllm; the block of the source's own quantization
             # returns.
             block = config.pop("quantization_config", None)

@@ -31,8 +31,6 @@ from codecllm.loader.hf.listed import (
 from codecllm.loader.hf.side_limits import check_config_file, check_tokenizer_files
 
 CONFIG_NAME = "config.json"
-CONFIG_BYTES = 16 << 20
-"""A longer config.json is refused."""
 GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -13,6 +13,7 @@ from codecllm.formats import BASE_VERSION
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     ChecksumError,
+    FormatError,
     HubError,
     LayoutError,
     NotAContainerError,
@@ -228,6 +229,16 @@ def test_card_states_the_manifest(hub, container):
     ):
         assert figure in text, figure
     assert "nats" not in text
+
+
+@pytest.mark.parametrize(
+    "config", [b"[]", b"{", b'{"architectures": 5}', b'{"architectures": {"a": 1}}', b"\xff"]
+)
+def test_a_card_of_a_damaged_config_is_one_error(hub, container, config):
+    tampering.replace_listed(container, "config.json", config)
+    with pytest.raises(FormatError, match=r"^config\.json: "):
+        push(container, REPO, level="structure")
+    assert "README.md" not in names_in(container)
 
 
 def test_card_offers_int8_in_memory_only_where_there_are_codes(hub, container, lossless):
