@@ -1,4 +1,4 @@
-"""Times products with packed matrices beside bf16 and cuBLAS: the data of `choose_shape`.
+"""Times products with packed matrices beside bf16 and cuBLAS: the data of the chosen shapes.
 
 `python -m benchmarks.device.packed` needs a GPU. Every product is recorded in a CUDA graph that
 goes over several copies of the weights, more than the second-level cache holds. Figures are
@@ -8,19 +8,20 @@ microseconds a product, and the ratio to bf16.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
-from codecllm.loader.packed import kernels, matrix, product
+from codecllm.loader.packed import kernels, matrix, product, warpgroups, warps
 
 SIZES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096))
-TOKENS = (1, 2, 8, 16, 32, 64)
+TOKENS = (1, 2, 8, 16, 32, 64, 128, 256)
 BITS = {3: 1.4, 4: 2.6, 5: 5.2, 6: 10.0, 7: 20.0, 8: 31.0, 12: 0.0}
 """Bits of the layout -> spread of Gaussian codes for which they are chosen."""
 
@@ -28,36 +29,20 @@ BYTES = 400 << 20
 """Weights of a graph: several times the second-level cache."""
 
 TRIED = {
-    1: [
-        (1, 1, 4, 1, 3),
-        (1, 1, 8, 1, 3),
-        (1, 1, 16, 1, 3),
-        (2, 1, 16, 1, 3),
-        (2, 2, 4, 1, 3),
-    ],
-    2: [
-        (2, 2, 2, 4, 4),
-        (2, 4, 2, 4, 4),
-        (2, 4, 4, 4, 4),
-        (2, 8, 1, 4, 3),
-        (2, 8, 2, 2, 3),
-    ],
-    4: [
-        (1, 4, 2, 4, 4),
-        (1, 8, 2, 4, 3),
-        (2, 4, 2, 4, 4),
-        (2, 8, 1, 4, 4),
-        (2, 8, 2, 2, 3),
-    ],
-    8: [
-        (1, 4, 2, 4, 3),
-        (1, 8, 2, 4, 3),
-        (2, 4, 2, 4, 3),
-        (2, 8, 1, 2, 4),
-        (2, 8, 1, 4, 3),
-    ],
+    1: [(1, 1, 4, 1, 3), (1, 1, 8, 1, 3), (1, 1, 16, 1, 3), (2, 1, 16, 1, 3), (2, 2, 4, 1, 3)],
+    2: [(2, 2, 2, 4, 4), (2, 4, 2, 4, 4), (2, 4, 4, 4, 4), (2, 8, 1, 4, 3), (2, 8, 2, 2, 3)],
+    4: [(1, 4, 2, 4, 4), (1, 8, 2, 4, 3), (2, 4, 2, 4, 4), (2, 8, 1, 4, 4), (2, 8, 2, 2, 3)],
+    8: [(1, 4, 2, 4, 3), (1, 8, 2, 4, 3), (2, 4, 2, 4, 3), (2, 8, 1, 2, 4), (2, 8, 1, 4, 3)],
 }
 """Tiles of 8 tokens -> row tiles, row warps, column warps, splits and stages to try."""
+
+TRIED_GROUPS = [
+    (groups, splits, stages, step_tiles)
+    for groups in (1, 2, 4)
+    for splits in (1, 2, 4, 8)
+    for stages, step_tiles in ((4, 1), (3, 2))
+]
+"""Warpgroups of a block, splits, stages and tiles of a step to try."""
 
 
 def time_us(calls: list[Callable[[], object]]) -> float:
@@ -112,7 +97,7 @@ def check(packed: matrix.PackedMatrix) -> float:
     """Returns the largest error of a product relative to the largest output."""
     weights = matrix.dequantize(packed, torch.float32).double()
     worst = 0.0
-    for tokens in (1, 3, 8, 16, 33, 64):
+    for tokens in (1, 3, 8, 9, 16, 33, 64, 100, 256):
         inputs = torch.randn(tokens, packed.cols, device="cuda").bfloat16()
         got = product.PackedProduct(packed).linear(inputs, None).double()
         exact = inputs.double() @ weights.T
@@ -159,7 +144,7 @@ def _time_size(rows: int, cols: int, all_shapes: bool) -> None:
             calls = [partial(one.linear, _inputs(tokens, cols), None) for one in products]
             time = time_us(calls)
             line += f"  {tokens}: {time:.1f} ({reference / time:.2f})"
-            if all_shapes and tokens in (1, 16, 32, 64):
+            if all_shapes and tokens in (1, 16, 32, 64, 128, 256):
                 line += _all_shapes(products, tokens)
         host = host_us(partial(products[0].linear, _inputs(1, cols), None))
         print(f"{line}; host {host:.1f} us", flush=True)
@@ -170,19 +155,39 @@ def _inputs(tokens: int, cols: int) -> torch.Tensor:
 
 
 def _all_shapes(products: list[product.PackedProduct], tokens: int) -> str:
-    choose_shape = product.choose_shape
+    device = torch.device("cuda", torch.cuda.current_device())
+    if tokens > product.FEW and product.has_groups(device):
+        tiles = next(tiles for tiles in (2, 4, 8, 16) if 8 * tiles >= min(tokens, 128))
+        tried = [(warpgroups.GroupShape(tiles, *rest), rest) for rest in TRIED_GROUPS]
+        return _timed_shapes(warpgroups, "choose_group_shape", products, tokens, tried)
+    tiles = min(t for t in TRIED if 8 * t >= tokens)
+    shapes = [
+        (warps.Shape(row_tiles, tiles, row_warps, col_warps, splits, stages), rest)
+        for rest in TRIED[tiles]
+        for row_tiles, row_warps, col_warps, splits, stages in [rest]
+    ]
+    return _timed_shapes(warps, "choose_shape", products, tokens, shapes)
+
+
+def _timed_shapes(
+    module: Any,
+    name: str,
+    products: list[product.PackedProduct],
+    tokens: int,
+    shapes: list[tuple[Any, tuple[int, ...]]],
+) -> str:
+    """Times shapes: `module.name` chooses the shape of a product."""
+    choose = getattr(module, name)
     shared = kernels.shared_memory(torch.device("cuda", torch.cuda.current_device()))
     bits, cols = products[0].matrix.bits, products[0].matrix.cols
-    tiles = min(t for t in TRIED if 8 * t >= tokens)
     figures = []
-    for row_tiles, row_warps, col_warps, splits, stages in TRIED[tiles]:
-        shape = kernels.Shape(row_tiles, tiles, row_warps, col_warps, splits, stages)
+    for shape, numbers in shapes:
         fitting = shape.within(bits, shared)
-        product.choose_shape = lambda *_, s=fitting: s  # type: ignore[assignment]
+        setattr(module, name, lambda *_, fitting=fitting: fitting)
         fresh = [product.PackedProduct(one.matrix) for one in products]
         time = time_us([partial(one.linear, _inputs(tokens, cols), None) for one in fresh])
-        figures.append(f"{row_tiles}/{row_warps}/{col_warps}/{splits}/{stages}={time:.1f}")
-    product.choose_shape = choose_shape
+        figures.append("/".join(map(str, numbers)) + f"={time:.1f}")
+    setattr(module, name, choose)
     return " [" + " ".join(figures) + "]"
 
 
@@ -191,18 +196,17 @@ def compile_all() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.zeros(1, device=device)
     shared = kernels.shared_memory(device)
-    settings = {
-        (bits, replace(product.choose_shape(tokens, rows, cols, bits, shared), splits=1))
-        for bits in BITS
-        for tokens in TOKENS
-        for rows, cols in SIZES
-    }
+    wanted = set()
+    for bits, tokens, (rows, cols) in itertools.product(BITS, TOKENS, SIZES):
+        if tokens > product.FEW and product.has_groups(device):
+            shape = warpgroups.choose_group_shape(tokens, rows, cols, bits, shared)
+            wanted.add(("packed_groups", shape.source(bits, False)))
+        elif tokens <= warps.MAX_TOKENS:
+            few = warps.choose_shape(tokens, rows, cols, bits, shared)
+            wanted.add(("packed_linear", few.source(bits, False)))
     with ThreadPoolExecutor() as pool:
-        wanted = [
-            pool.submit(kernels.kernel_of, "packed_linear", bits, False, shape, device)
-            for bits, shape in settings
-        ]
-        for job in wanted:
+        jobs = [pool.submit(kernels.kernel_of, *one, device) for one in wanted]
+        for job in jobs:
             job.result()
 
 

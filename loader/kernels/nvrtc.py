@@ -21,6 +21,8 @@ from codecllm.formats.errors import UnsupportedEnvironmentError
 _SUCCESS = 0
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
 
 
 class Kernel:
@@ -76,10 +78,23 @@ class Kernel:
         threads: int,
         shared: int,
         arguments: Sequence[torch.Tensor | int],
+        overlaps: bool = False,
     ) -> Launch:
-        """Returns a launch whose arguments are converted once; see `launch` for them."""
+        """Returns a launch whose arguments are converted once; see `launch` for them.
+
+        Args:
+            blocks: numbers of blocks in two dimensions.
+            threads: as for `launch`.
+            shared: as for `launch`.
+            arguments: as for `launch`.
+            overlaps: whether it may begin while the kernel ahead of it in the stream still runs;
+                it waits for that one itself. Needs compute capability 9.0.
+        """
         self._allow(shared)
-        return Launch(self._driver, self._function, blocks, threads, shared, arguments)
+        sizes = (*blocks, 1, threads, 1, 1, shared)
+        if not overlaps:
+            return Launch(self._driver, self._function, sizes, arguments)
+        return OverlappingLaunch(self._driver, self._function, sizes, arguments)
 
     def _allow(self, shared: int) -> None:
         """Lets a block have this dynamic shared memory: unasked it has 48 KiB of both kinds."""
@@ -106,17 +121,21 @@ class Launch:
         self,
         driver: ctypes.CDLL,
         function: ctypes.c_void_p,
-        blocks: tuple[int, int],
-        threads: int,
-        shared: int,
+        sizes: tuple[int, ...],
         arguments: Sequence[torch.Tensor | int],
     ) -> None:
-        """Converts the arguments; tensors become pointers. The caller keeps the tensors alive."""
+        """Converts the arguments; tensors become pointers. The caller keeps the tensors alive.
+
+        Args:
+            driver: CUDA's driver.
+            function: the kernel.
+            sizes: three numbers of blocks, three of threads, and bytes of dynamic shared memory.
+            arguments: see `Kernel.launch`.
+        """
         self._values = [_c_value(value) for value in arguments]
         addresses = (ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in self._values)
         self._pointers = (ctypes.c_void_p * len(self._values))(*addresses)
-        self._launch = driver.cuLaunchKernel
-        self._fixed = (function, *blocks, 1, threads, 1, 1, shared)
+        self._driver, self._function, self._sizes = driver, function, sizes
         self._lock = threading.Lock()
 
     def run(self, stream: int, changes: Sequence[tuple[int, int]]) -> None:
@@ -130,9 +149,51 @@ class Launch:
         with self._lock:
             for index, value in changes:
                 values[index].value = value
-            status = self._launch(*self._fixed, ctypes.c_void_p(stream), self._pointers, None)
+            status = self._queue(stream)
         if status != _SUCCESS:
             _check_driver(status)
+
+    def _queue(self, stream: int) -> int:
+        function, sizes, pointers = self._function, self._sizes, self._pointers
+        handle = ctypes.c_void_p(stream)
+        status: int = self._driver.cuLaunchKernel(function, *sizes, handle, pointers, None)
+        return status
+
+
+class OverlappingLaunch(Launch):
+    """A launch that begins while the kernel ahead of it ends; the kernel waits for it itself."""
+
+    def __init__(self, *arguments: Any) -> None:
+        """See `Launch`."""
+        super().__init__(*arguments)
+        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+        self._config = _Config(*self._sizes, None, ctypes.pointer(self._attribute), 1)
+
+    def _queue(self, stream: int) -> int:
+        config = self._config
+        config.stream = stream
+        status: int = self._driver.cuLaunchKernelEx(
+            ctypes.byref(config), self._function, self._pointers, None
+        )
+        return status
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: a kind, 4 bytes of padding, a union of 64 bytes."""
+
+    _fields_ = (("kind", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        *((f"size{number}", ctypes.c_uint) for number in range(7)),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 def _c_value(value: torch.Tensor | int) -> Any:
@@ -180,6 +241,16 @@ def _packaged(name: str) -> list[str]:
     return [str(path) for folder in folders for path in sorted(Path(folder).glob(f"*/lib/{name}"))]
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """Returns the name of a target with all instructions of a compute capability.
+
+    >>> architecture((8, 6)), architecture((9, 0))
+    ('sm_86', 'sm_90a')
+    """
+    name = f"sm_{capability[0]}{capability[1]}"
+    return f"{name}a" if capability == (9, 0) else name
+
+
 def _compile(source: str, capability: tuple[int, int]) -> bytes:
     """Returns machine code for a compute capability."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
@@ -190,12 +261,10 @@ def _compile(source: str, capability: tuple[int, int]) -> bytes:
         ),
     )
     try:
-        options = (ctypes.c_char_p * 1)(
-            f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()
-        )
+        options = (ctypes.c_char_p * 1)(f"--gpu-architecture={architecture(capability)}".encode())
         if nvrtc.nvrtcCompileProgram(program, 1, options) != _SUCCESS:
             raise UnsupportedEnvironmentError(
-                f"NVRTC cannot compile for sm_{capability[0]}{capability[1]}: {_log(program)}"
+                f"NVRTC cannot compile for {architecture(capability)}: {_log(program)}"
             )
         size = ctypes.c_size_t()
         _check(nvrtc, nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))

@@ -1,9 +1,9 @@
-"""The kernels of the packed layout, compiled at run time: `linear.cu` and `pack.cu`."""
+"""The kernels of the packed layout (`cuda/`): their sources for a setting, compiled at run time."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,69 +11,15 @@ from typing import Any
 import torch
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
-from codecllm.loader.kernels.nvrtc import Kernel
-from codecllm.loader.packed.layout import TILE_ROWS, tile_words
+from codecllm.loader.kernels.nvrtc import Kernel, Launch
 
 LEAST_SHARED = 96 << 10
 """Bytes of shared memory that a block may have on every device with the kernels, and more."""
 
-_FOLDER = Path(__file__).parent
+UNPACK_THREADS = 256
+"""Threads of a block of `packed_unpack` and `packed_gather`."""
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Setting of `packed_linear`.
-
-    Attributes:
-        row_tiles: tiles of 16 rows that a warp multiplies.
-        token_tiles: tiles of 8 inputs.
-        row_warps: warps of a block with different rows.
-        col_warps: warps of a block that share the columns of the same rows.
-        splits: blocks that share the columns of the same rows; another kernel adds their sums.
-        stages: buffers of a ring in shared memory; all but one are filled while one is read.
-    """
-
-    row_tiles: int
-    token_tiles: int
-    row_warps: int
-    col_warps: int
-    splits: int = 1
-    stages: int = 4
-
-    @property
-    def rows(self) -> int:
-        """Returns the rows of a block."""
-        return TILE_ROWS * self.row_tiles * self.row_warps
-
-    @property
-    def threads(self) -> int:
-        """Returns the threads of a block."""
-        return 32 * self.row_warps * self.col_warps
-
-    def shared(self, bits: int) -> int:
-        """Returns the bytes of dynamic shared memory of a block, for `bits` a weight."""
-        weights = self.row_warps * self.col_warps * self.row_tiles * 4 * tile_words(bits)
-        inputs = 1024 * self.col_warps * self.token_tiles if self.token_tiles > 1 else 0
-        return self.stages * (weights + inputs)
-
-    def within(self, bits: int, shared: int) -> Shape:
-        """Returns the shape with as many of its stages as fit.
-
-        Two have to; where they do not, fewer warps share the columns.
-
-        Args:
-            bits: bits of a weight.
-            shared: bytes of shared memory that a block may have.
-        """
-        static = 4 * 8 * self.rows * (self.col_warps + 1)
-        stages = (shared - static) // (self.shared(bits) // self.stages)
-        if stages < 2 and self.col_warps > 1:
-            return replace(self, col_warps=self.col_warps // 2).within(bits, shared)
-        return replace(self, stages=max(2, min(self.stages, stages)))
-
-
-UNPACK_SHAPE = Shape(1, 1, 1, 8)
-"""Setting of `packed_unpack`."""
+_FOLDER = Path(__file__).parent / "cuda"
 
 
 @cache
@@ -86,12 +32,18 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Returns the compute capability of a device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels compile for a device: they need NVRTC and matrix units for bfloat16."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < (8, 0):
         return False
     try:
-        kernel_of("packed_unpack", 8, False, UNPACK_SHAPE, device)
+        kernel_of("packed_unpack", unpack_source(8, False), device)
     except UnsupportedEnvironmentError:
         return False
     return True
@@ -100,28 +52,12 @@ def has_kernels(device: torch.device) -> bool:
 _compiling: dict[tuple[str, str, torch.device], threading.Lock] = {}
 
 
-def kernel_of(name: str, bits: int, is_half: bool, shape: Shape, device: torch.device) -> Kernel:
-    """Returns a compiled kernel of `linear.cu`; a process compiles each setting once (0.3 s).
+def kernel_of(name: str, source: str, device: torch.device) -> Kernel:
+    """Returns a kernel of a source; a process compiles it once (0.3 s).
 
     Raises:
         UnsupportedEnvironmentError: it cannot be compiled here.
     """
-    return _kernel_of(name, source_of(bits, is_half, shape), device)
-
-
-def packing_kernel_of(name: str, bits: int, source_bytes: int, device: torch.device) -> Kernel:
-    """Returns a compiled kernel of `pack.cu`, as `kernel_of` does.
-
-    Args:
-        name: name of the kernel.
-        bits: of the layout.
-        source_bytes: bytes of an element of the matrix that is packed: 1 or 2.
-        device: where it runs.
-    """
-    return _kernel_of(name, packing_source_of(bits, source_bytes), device)
-
-
-def _kernel_of(name: str, source: str, device: torch.device) -> Kernel:
     with _compiling.setdefault((name, source, device), threading.Lock()):
         return _compiled(name, source, device)
 
@@ -131,27 +67,60 @@ def _compiled(name: str, source: str, device: torch.device) -> Kernel:
     return Kernel(source, name, device)
 
 
-@cache
-def source_of(bits: int, is_half: bool, shape: Shape) -> str:
-    """Returns the source of `linear.cu` for a setting."""
-    macros = {
-        "BITS": bits,
-        "IS_HALF": int(is_half),
-        "ROW_TILES": shape.row_tiles,
-        "TOKEN_TILES": shape.token_tiles,
-        "ROW_WARPS": shape.row_warps,
-        "COL_WARPS": shape.col_warps,
-        "STAGES": shape.stages,
-    }
-    return _with_macros(macros, "linear.cu")
+class Launches:
+    """Prepared launches of one matrix, each made once."""
+
+    def __init__(self) -> None:
+        """Has none yet."""
+        self._made: dict[object, Launch] = {}
+
+    def get(self, key: object, make: Callable[[], Launch]) -> Launch:
+        """Returns the launch of a key; `make` prepares the first one."""
+        launch = self._made.get(key)
+        if launch is None:
+            launch = self._made[key] = make()
+        return launch
+
+
+NULL = torch.empty(0)
+"""Stands for a null pointer: a tensor without elements has the address 0."""
+
+
+def optional(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """Returns the tensors, and `NULL` for each that is None."""
+    return [NULL if tensor is None else tensor for tensor in tensors]
 
 
 @cache
-def packing_source_of(bits: int, source_bytes: int) -> str:
-    """Returns the source of `pack.cu` for a setting."""
-    return _with_macros({"BITS": bits, "SOURCE_BYTES": source_bytes}, "pack.cu")
+def unpack_source(bits: int, is_half: bool) -> str:
+    """Returns the source of `packed_unpack` and `packed_gather`.
+
+    Args:
+        bits: of the layout.
+        is_half: whether they write float16, else bfloat16.
+    """
+    return source_of({"BITS": bits, "IS_HALF": int(is_half)}, "tile.cu", "unpack.cu")
 
 
-def _with_macros(macros: dict[str, int], file: str) -> str:
+@cache
+def around_source(is_half: bool) -> str:
+    """Returns the source of the kernels before and after a product."""
+    return source_of({"BITS": 8, "IS_HALF": int(is_half)}, "tile.cu", "around.cu")
+
+
+@cache
+def packing_source(bits: int, source_bytes: int) -> str:
+    """Returns the source of the kernels that pack.
+
+    Args:
+        bits: of the layout.
+        source_bytes: bytes of an element of the matrix that is packed: 1 or 2.
+    """
+    return source_of({"BITS": bits, "SOURCE_BYTES": source_bytes}, "pack.cu")
+
+
+def source_of(macros: dict[str, int], *files: str, between: str = "") -> str:
+    """Returns a source: macros, then files; `between` comes before the last of them."""
     lines = [f"#define {name} {value}" for name, value in macros.items()]
-    return "\n".join([*lines, (_FOLDER / file).read_text(encoding="utf-8")])
+    texts = [(_FOLDER / file).read_text(encoding="utf-8") for file in files]
+    return "\n".join([*lines, *texts[:-1], between, texts[-1]])

@@ -19,6 +19,9 @@ COL_UNIT = 16
 MAX_EXCEPTION_SHARE = 0.05
 """Most exceptions of a packed matrix; each costs 4 bytes and a read of its input."""
 
+_BF16_ONE = 127
+"""Exponent of 1 in bfloat16."""
+
 _GATHER_ROWS = 1 << 12
 
 
@@ -55,6 +58,12 @@ class PackedMatrix:
     def is_bf16(self) -> bool:
         """Whether the matrix holds bfloat16 weights; otherwise codes."""
         return self.bits == BF16_BITS
+
+    @property
+    def factor(self) -> int:
+        """2^base as two bfloat16 in one word, for the kernels; 0 for codes."""
+        exponent = (self.base + _BF16_ONE) << 7 if self.is_bf16 else 0
+        return exponent << 16 | exponent
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the tensors that hold the matrix, by the names of the attributes."""

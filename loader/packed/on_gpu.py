@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from codecllm.loader.packed.kernels import has_kernels, packing_kernel_of
+from codecllm.loader.packed.kernels import has_kernels, kernel_of, packing_source
 from codecllm.loader.packed.layout import (
     BF16_BITS,
     INT_BITS,
@@ -39,7 +39,7 @@ def choose_int_bits(codes: torch.Tensor) -> int:
 
 def _counted(name: str, matrix: torch.Tensor, bits: int, kinds: int) -> list[int]:
     counts = torch.zeros(kinds, dtype=torch.int64, device=matrix.device)
-    kernel = packing_kernel_of(name, bits, matrix.element_size(), matrix.device)
+    kernel = kernel_of(name, packing_source(bits, matrix.element_size()), matrix.device)
     blocks = min(_COUNTING_BLOCKS, -(-matrix.numel() // (16 * _THREADS)))
     kernel.launch(blocks, _THREADS, 0, [matrix, *matrix.shape, counts])
     result: list[int] = counts.tolist()
@@ -59,7 +59,8 @@ def count_exceptions(matrix: torch.Tensor, bits: int, base: int) -> tuple[torch.
     """
     rows, cols = matrix.shape
     counts = torch.empty(rows, dtype=torch.int32, device=matrix.device)
-    kernel = packing_kernel_of("count_exceptions", bits, matrix.element_size(), matrix.device)
+    source = packing_source(bits, matrix.element_size())
+    kernel = kernel_of("count_exceptions", source, matrix.device)
     kernel.launch(
         -(-rows // TILE_ROWS),
         _THREADS,
@@ -90,7 +91,8 @@ def pack_rows(
     tiles = (-(-rows // TILE_ROWS), -(-cols // TILE_COLS))
     words = torch.empty(*tiles, tile_words(bits), dtype=torch.int32, device=matrix.device)
     entries = words.new_empty(exceptions)
-    kernel = packing_kernel_of("pack_rows", bits, matrix.element_size(), matrix.device)
+    source = packing_source(bits, matrix.element_size())
+    kernel = kernel_of("pack_rows", source, matrix.device)
     # A tensor without elements has the address 0.
     arguments: list[torch.Tensor | int] = [
         matrix,

@@ -34,7 +34,7 @@ def test_products_and_unpacking(bits, rows, cols, monkeypatch):
     expected = matrix.gather(packed, chosen_rows, torch.bfloat16)
     assert torch.equal(whole.gather(chosen_rows, torch.bfloat16), expected)
     weights = matrix.dequantize(packed, torch.float32).double()
-    for tokens in (1, 3, 8, 9, 16, 31, 64, 65):
+    for tokens in (1, 3, 8, 9, 16, 31, 64, 65, 130, 256, 257):
         inputs = torch.randn(tokens, cols, device="cuda").bfloat16()
         bias = torch.randn(rows, device="cuda").bfloat16()
         exact = inputs.double() @ weights.T + bias.double()

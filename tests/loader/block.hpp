@@ -1,5 +1,6 @@
-// Runs linear.cu and pack.cu on a CPU: each thread of a block is a coroutine that runs until it meets its warp or its block.
-// Put before the kernel's source. Threads of a warp that meet at different operations end the program.
+// Runs the kernels of the packed layout on a CPU: each thread of a block, or of a cluster of blocks, is a coroutine that runs until
+// it meets its warp, its block or the cluster. Put before the kernel's source. Threads of a warp that meet at different operations
+// end the program.
 
 #define EMULATED
 #ifndef STAGES
@@ -35,8 +36,8 @@ Place threadIdx, blockIdx, gridDim;
 
 namespace block {
 
-const int MOST = 512;
-enum Meeting { ENDED, WARP, WARP_PRODUCT, BLOCK };
+const int MOST = 1024;
+enum Meeting { ENDED, WARP, WARP_PRODUCT, BLOCK, CLUSTER };
 
 struct Slot {
     int number;
@@ -44,6 +45,7 @@ struct Slot {
     unsigned weights[4], low, high;
 };
 
+int current, size;      // the running thread, and the threads of a block; a cluster's blocks lie behind one another
 ucontext_t scheduler, contexts[MOST];
 char stacks[MOST][1 << 16];
 Meeting waits[MOST];
@@ -67,19 +69,26 @@ void finish(const Copy& copy) {
 }
 
 void meet(Meeting kind) {
-    int thread = threadIdx.x;
+    int thread = current;
     waits[thread] = kind;
     swapcontext(&contexts[thread], &scheduler);
 }
 
-void resume(int thread) {
-    threadIdx.x = thread;
+void resume(int thread, bool in_cluster) {
+    current = thread;
+    threadIdx.x = thread % size;
+    if (in_cluster) blockIdx.y = thread / size;
     waits[thread] = ENDED;
     swapcontext(&scheduler, &contexts[thread]);
 }
 
-void run(int threads, void (*body)()) {
-    for (int thread = 0; thread < threads; ++thread) {
+// blocks: of a cluster; 0 for a block without one.
+void run(int threads, void (*body)(), int blocks = 0) {
+    const bool in_cluster = blocks > 0;
+    const int all = in_cluster ? threads * blocks : threads;
+    if (all > MOST) std::abort();
+    size = threads;
+    for (int thread = 0; thread < all; ++thread) {
         getcontext(&contexts[thread]);
         contexts[thread].uc_stack.ss_sp = stacks[thread];
         contexts[thread].uc_stack.ss_size = sizeof stacks[thread];
@@ -87,26 +96,34 @@ void run(int threads, void (*body)()) {
         makecontext(&contexts[thread], body, 0);
         parity[thread] = groups[thread] = 0;
         copies[thread].clear();
-        resume(thread);
+        resume(thread, in_cluster);
     }
     for (bool alive = true; alive;) {
         alive = false;
-        bool all_at_barrier = true;
-        for (int first = 0; first < threads; first += 32) {
-            for (int lane = 1; lane < 32; ++lane)
-                if (waits[first + lane] != waits[first]) {
-                    std::fprintf(stderr, "threads of a warp meet at different operations\n");
-                    std::abort();
+        bool all_at_cluster = true;
+        for (int start = 0; start < all; start += threads) {
+            bool all_at_barrier = true;
+            for (int first = start; first < start + threads; first += 32) {
+                for (int lane = 1; lane < 32; ++lane)
+                    if (waits[first + lane] != waits[first]) {
+                        std::fprintf(stderr, "threads of a warp meet at different operations\n");
+                        std::abort();
+                    }
+                if (waits[first] == WARP || waits[first] == WARP_PRODUCT) {
+                    for (int lane = 0; lane < 32; ++lane) resume(first + lane, in_cluster);
+                    all_at_barrier = all_at_cluster = false;
                 }
-            if (waits[first] == WARP || waits[first] == WARP_PRODUCT) {
-                for (int lane = 0; lane < 32; ++lane) resume(first + lane);
-                all_at_barrier = false;
+                all_at_barrier &= waits[first] == BLOCK;
+                all_at_cluster &= waits[first] == CLUSTER;
+                alive |= waits[first] != ENDED;
             }
-            all_at_barrier &= waits[first] == BLOCK;
-            alive |= waits[first] != ENDED;
+            if (all_at_barrier) {
+                for (int thread = start; thread < start + threads; ++thread) resume(thread, in_cluster);
+                all_at_cluster = false;
+            }
         }
-        if (all_at_barrier)
-            for (int thread = 0; thread < threads; ++thread) resume(thread);
+        if (all_at_cluster)
+            for (int thread = 0; thread < all; ++thread) resume(thread, in_cluster);
     }
 }
 
@@ -122,7 +139,7 @@ static void __syncthreads() { block::meet(block::BLOCK); }
 
 // The value of lane `from` of those `width` that the caller is among; its own where there is none.
 static int shuffled(int value, int from, int width) {
-    int thread = threadIdx.x, turn = block::parity[thread] ^= 1;
+    int thread = block::current, turn = block::parity[thread] ^= 1;
     block::slots[turn][thread].number = value;
     block::meet(block::WARP);
     int group = thread / width * width;
@@ -141,13 +158,13 @@ static unsigned __byte_perm(unsigned low, unsigned high, unsigned select) {
     return result;
 }
 static float __shfl_xor_sync(unsigned, float value, int mask) {
-    int thread = threadIdx.x, turn = block::parity[thread] ^= 1;
+    int thread = block::current, turn = block::parity[thread] ^= 1;
     block::slots[turn][thread].value = value;
     block::meet(block::WARP);
     return block::slots[turn][thread ^ mask].value;
 }
 static bool __any_sync(unsigned, bool vote) {
-    int thread = threadIdx.x, turn = block::parity[thread] ^= 1;
+    int thread = block::current, turn = block::parity[thread] ^= 1;
     block::slots[turn][thread].number = vote;
     block::meet(block::WARP);
     bool any = false;
@@ -160,11 +177,14 @@ static void atomicAdd(T* place, T value) { *place += value; }
 
 static void __syncwarp() { block::meet(block::WARP); }
 
-static uint4 stage_memory[1 << 14];
+// Dynamic shared memory of each block of a cluster.
+const int MOST_BLOCKS = 8;
+static uint4 memories[MOST_BLOCKS][1 << 14];
+#define stage_memory memories[block::current / block::size]
 
 // Odd blocks copy at once, even ones as late as the program allows: both may happen on a device.
 static void copy16(uint4* to, const void* from, bool present) {
-    int thread = threadIdx.x;
+    int thread = block::current;
     if ((uintptr_t)from % 16 && present) std::abort();
     block::Copy copy{to, from, present, block::groups[thread]};
     if (blockIdx.x & 1)
@@ -172,9 +192,9 @@ static void copy16(uint4* to, const void* from, bool present) {
     else
         block::copies[thread].push_back(copy);
 }
-static void end_group() { ++block::groups[threadIdx.x]; }
+static void end_group() { ++block::groups[block::current]; }
 static void wait_for_groups() {
-    int thread = threadIdx.x, done = block::groups[thread] - (STAGES - 2);
+    int thread = block::current, done = block::groups[thread] - (STAGES - 2);
     std::vector<block::Copy> later;
     for (const block::Copy& copy : block::copies[thread])
         if (copy.group < done)
@@ -197,6 +217,8 @@ static double widened(unsigned pair, int half) {
 }
 
 static void stop() { std::abort(); }
+static void launch_dependents() {}
+static void wait_for_dependencies() {}
 
 static float from_half(unsigned short bits) { return (float)widened(bits, 0); }
 
@@ -228,7 +250,7 @@ static unsigned fma_pair(unsigned a, unsigned b, unsigned c) {
 }
 
 static void multiply(float* sums, const unsigned* weights, unsigned low, unsigned high) {
-    int thread = threadIdx.x, lane = thread & 31, turn = block::parity[thread] ^= 1;
+    int thread = block::current, lane = thread & 31, turn = block::parity[thread] ^= 1;
     block::Slot& own = block::slots[turn][thread];
     for (int r = 0; r < 4; ++r) own.weights[r] = weights[r];
     own.low = low;

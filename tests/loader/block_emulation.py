@@ -1,8 +1,9 @@
-"""linear.cu and pack.cu on a CPU: a C++ compiler; coroutines (block.hpp) as threads of a block."""
+"""The kernels of the packed layout on a CPU: a C++ compiler; coroutines (block.hpp) as threads."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ import torch
 from codecllm.loader.packed import kernels
 
 HERE = Path(__file__).parent
+_KERNEL = re.compile(r"__global__ [^(]*(?:\([^)]*\))? (\w+)\(")
 
 
 class EmulatedLaunch:
@@ -37,7 +39,8 @@ class EmulatedLaunch:
             ctypes.c_void_p(value) if is_pointer else ctypes.c_int(value)
             for value, is_pointer in zip(self._arguments, self._pointers, strict=True)
         ]
-        self._function(*self._sizes, *values)
+        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        self._function(*self._sizes, places)
 
 
 class EmulatedKernel:
@@ -47,7 +50,12 @@ class EmulatedKernel:
         self._function = function
 
     def prepare(
-        self, blocks: tuple[int, int], threads: int, shared: int, arguments: list[Any]
+        self,
+        blocks: tuple[int, int],
+        threads: int,
+        shared: int,
+        arguments: list[Any],
+        overlaps: bool = False,
     ) -> EmulatedLaunch:
         assert shared <= kernels.LEAST_SHARED
         return EmulatedLaunch(self._function, blocks, threads, arguments)
@@ -57,33 +65,25 @@ class EmulatedKernel:
 
 
 @cache
-def emulated_kernel(
-    name: str, bits: int, is_half: bool, shape: kernels.Shape, device: torch.device
-) -> EmulatedKernel:
-    """Stands in for `kernels.kernel_of`; compiles a setting once."""
-    library = _library(kernels.source_of(bits, is_half, shape), "linear_main.hpp")
-    return EmulatedKernel(getattr(library, f"launch_{name}"))
+def emulated_kernel(name: str, source: str, device: torch.device) -> EmulatedKernel:
+    """Stands in for `kernels.kernel_of`; compiles a source once."""
+    return EmulatedKernel(getattr(_library(source), f"launch_{name}"))
 
 
 @cache
-def emulated_packing_kernel(
-    name: str, bits: int, source_bytes: int, device: torch.device
-) -> EmulatedKernel:
-    """Stands in for `kernels.packing_kernel_of`."""
-    library = _library(kernels.packing_source_of(bits, source_bytes), "pack_main.hpp")
-    return EmulatedKernel(getattr(library, f"launch_{name}"))
-
-
-@cache
-def _library(source: str, main: str) -> ctypes.CDLL:
+def _library(source: str) -> ctypes.CDLL:
     """Compiles a source; skips where there is no C++ compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to run kernels on a CPU")
-    # The macros of the setting come first: block.hpp needs them too.
+    # The macros of the setting come first: the headers need them too.
     macros, comment, kernel_source = source.partition("//")
-    parts = [macros, f'#include "{HERE}/block.hpp"\n', comment, kernel_source]
-    parts += [f'\n#include "{HERE}/{main}"\n']
+    names = _KERNEL.findall(source)
+    parts = [macros, f'#include "{HERE}/block.hpp"\n']
+    if "packed_groups" in names:
+        parts.append(f'#include "{HERE}/groups.hpp"\n')
+    parts += [comment, kernel_source, f'\n#include "{HERE}/launch.hpp"\n']
+    parts += [f"LAUNCHER({name})\n" for name in names]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "kernels.so"
         command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-x", "c++", "-o"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from codecllm.loader.packed import kernels, layout, matrix, on_gpu, pack, product
+from codecllm.loader.packed import kernels, layout, matrix, on_gpu, pack, product, warpgroups, warps
 from codecllm.loader.resident import int8_matmul
 from tests.loader import block_emulation
 
@@ -108,8 +108,10 @@ def test_codes_give_the_bits_of_dense_loading(spread, with_columns):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    monkeypatch.setattr(product, "kernel_of", block_emulation.emulated_kernel)
+    for module in (product, warps, warpgroups):
+        monkeypatch.setattr(module, "kernel_of", block_emulation.emulated_kernel)
     monkeypatch.setattr(product, "fuses", lambda matrix, inputs: True)
+    monkeypatch.setattr(product, "has_groups", lambda device: False)
     monkeypatch.setattr(product, "current_stream", lambda device: 0)
     monkeypatch.setattr(product, "on_device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(product.PackedProduct, "_has_unpack", lambda self, dtype: True)
@@ -117,7 +119,7 @@ def emulated(monkeypatch):
 
 @pytest.fixture
 def packing(monkeypatch):
-    monkeypatch.setattr(on_gpu, "packing_kernel_of", block_emulation.emulated_packing_kernel)
+    monkeypatch.setattr(on_gpu, "kernel_of", block_emulation.emulated_kernel)
 
 
 def _same(packed, other):
@@ -156,9 +158,9 @@ def test_the_kernels_refuse_many_exceptions(packing, monkeypatch):
 
 
 SHAPES = [
-    kernels.Shape(1, 1, 1, 1, stages=3),
-    kernels.Shape(2, 2, 2, 1, stages=2),
-    kernels.Shape(2, 2, 2, 2, splits=3),
+    warps.Shape(1, 1, 1, 1, stages=3),
+    warps.Shape(2, 2, 2, 1, stages=2),
+    warps.Shape(2, 2, 2, 2, splits=3),
 ]
 """With rings that are filled once, and several times."""
 
@@ -175,7 +177,7 @@ def _expected(inputs, weights, bias):
     [*((bits, torch.bfloat16) for bits in layout.INT_BITS), (5, torch.float16), (8, torch.float16)],
 )
 def test_products_with_codes(emulated, monkeypatch, bits, dtype, tokens, shape):
-    monkeypatch.setattr(product, "choose_shape", lambda *_: shape)
+    monkeypatch.setattr(warps, "choose_shape", lambda *_: shape)
     codes, scale, col_scale = _codes(50, 208, 2.0 ** (bits - 2.6), seed=bits)
     monkeypatch.setattr(pack, "choose_int_bits", lambda codes: bits)
     packed = matrix.pack_codes(codes, scale, col_scale if bits % 2 else None)
@@ -193,12 +195,60 @@ def test_products_with_codes(emulated, monkeypatch, bits, dtype, tokens, shape):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_products_with_bf16_weights(emulated, monkeypatch, tokens, shape):
     if tokens > 8 * shape.token_tiles:
-        shape = kernels.Shape(1, 2, 1, 2)
-    monkeypatch.setattr(product, "choose_shape", lambda *_: shape)
+        shape = warps.Shape(1, 2, 1, 2)
+    monkeypatch.setattr(warps, "choose_shape", lambda *_: shape)
     weights = _weights(50, 208)
     weights[3, 7], weights[49, 207], weights[0, 0] = 1e-30, 2e10, -1e-39
     packed = matrix.pack_bf16(weights)
     assert packed.first is not None
+    inputs = torch.randn(tokens, 208).bfloat16()
+    got = product.PackedProduct(packed).linear(inputs, None)
+    exact = _expected(inputs, weights, None)
+    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()
+
+
+HOPPER_SHARED = 227 << 10
+"""Bytes of shared memory of a block there."""
+
+GROUP_SHAPES = [
+    warpgroups.GroupShape(2, 1, 1, stages=2),
+    warpgroups.GroupShape(2, 2, 2, stages=3),
+    warpgroups.GroupShape(2, 1, 2, stages=2, step_tiles=2),
+    warpgroups.GroupShape(4, 1, 4, stages=2),
+    warpgroups.GroupShape(8, 4, 1, stages=2),
+]
+
+
+@pytest.mark.parametrize("shape", GROUP_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [*((bits, torch.bfloat16) for bits in layout.INT_BITS), (6, torch.float16)],
+)
+def test_products_of_warpgroups_with_codes(emulated, monkeypatch, bits, dtype, shape):
+    monkeypatch.setattr(product, "has_groups", lambda device: True)
+    monkeypatch.setattr(warpgroups, "choose_group_shape", lambda *_: shape)
+    codes, scale, col_scale = _codes(150, 336, 2.0 ** (bits - 2.6), seed=bits)
+    codes[140] = 0
+    codes[140, 5] = 300
+    monkeypatch.setattr(pack, "choose_int_bits", lambda codes: bits)
+    packed = matrix.pack_codes(codes, scale, col_scale if bits % 2 else None)
+    inputs = torch.randn(13, 336, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bias = torch.randn(150).to(dtype) if bits > 4 else None
+    scaled = (inputs * col_scale).to(dtype) if bits % 2 else inputs
+    got = product.PackedProduct(packed).linear(inputs, bias)
+    exact = _expected(scaled, codes.double() * scale.double()[:, None], bias)
+    epsilon = torch.finfo(dtype).eps
+    assert ((got.double() - exact).abs() <= epsilon * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("tokens", [9, 70, 130])
+def test_products_of_warpgroups_with_bf16_weights(emulated, monkeypatch, tokens):
+    monkeypatch.setattr(product, "has_groups", lambda device: True)
+    shape = warpgroups.GroupShape(2 if tokens <= 16 else 16, 1, 2, stages=2)
+    monkeypatch.setattr(warpgroups, "choose_group_shape", lambda *_: shape)
+    weights = _weights(50, 208)
+    weights[3, 7], weights[49, 207], weights[0, 0] = 1e-30, 2e10, -1e-39
+    packed = matrix.pack_bf16(weights)
     inputs = torch.randn(tokens, 208).bfloat16()
     got = product.PackedProduct(packed).linear(inputs, None)
     exact = _expected(inputs, weights, None)
@@ -238,7 +288,7 @@ def test_a_large_matrix_is_multiplied_in_blocks_of_rows(emulated, monkeypatch):
 def test_the_chosen_shape_fits_a_block_and_the_tokens(tokens):
     sizes = [(rows, cols) for rows in (16, 4096, 128256) for cols in (64, 4096, 14336)]
     for (rows, cols), bits in itertools.product(sizes, ALL_BITS):
-        shape = product.choose_shape(tokens, rows, cols, bits, kernels.LEAST_SHARED)
+        shape = warps.choose_shape(tokens, rows, cols, bits, kernels.LEAST_SHARED)
         assert 8 * shape.token_tiles >= tokens
         static = 4 * 8 * shape.rows * (shape.col_warps + 1)
         assert static <= 48 << 10
@@ -246,3 +296,12 @@ def test_the_chosen_shape_fits_a_block_and_the_tokens(tokens):
         assert shape.token_tiles > 1 or shape.threads >= shape.rows
         assert shape.threads <= 1024
         assert shape.stages >= 2
+
+
+@pytest.mark.parametrize("tokens", [9, 16, 17, 64, 100, 256])
+def test_the_chosen_shape_of_warpgroups_fits_a_block_and_the_tokens(tokens):
+    sizes = [(rows, cols) for rows in (16, 4096, 128256) for cols in (64, 4096, 14336)]
+    for (rows, cols), bits in itertools.product(sizes, ALL_BITS):
+        shape = warpgroups.choose_group_shape(tokens, rows, cols, bits, HOPPER_SHARED)
+        assert shape.shared(bits) <= HOPPER_SHARED
+        assert min(8 * shape.token_tiles, 64) % shape.splits == 0
