@@ -53,6 +53,18 @@ def variables(**more: str) -> dict[str, str]:
     }
 
 
+def serve_arguments(model: Path, port: int) -> list[str]:
+    """Returns what Python gets to serve a model on loopback."""
+    options = {**OPTIONS, "host": "127.0.0.1", "model_path": model, "port": port}
+    del options["skip_tokenizer_init"]
+    arguments = ["-m", "sglang.launch_server"]
+    for name, value in options.items():
+        arguments.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            arguments.append(str(value))
+    return arguments
+
+
 def run(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with SGLang; what it says comes as one text."""
     return subprocess.run(

@@ -49,6 +49,7 @@ REQUIRED = (
     "scipy",
     "sentencepiece==0.2.1",
     "setproctitle",
+    "soundfile==0.13.1",
     "tiktoken",
     "tokenizers==0.23.2",
     "transformers==5.19.0",

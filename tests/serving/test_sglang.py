@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -10,8 +14,16 @@ from tests import tampering
 from tests.hub_server import HubServer
 from tests.serving import served_models
 from tests.serving.engine import IDS
+from tests.serving.http_client import free_port, post, wait_until_healthy
 from tests.serving.pushing import ONLINE, REPO, push
-from tests.serving.sglang_engine import answers_in, ask, start, why_not
+from tests.serving.sglang_engine import (
+    answers_in,
+    ask,
+    serve_arguments,
+    start,
+    variables,
+    why_not,
+)
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -21,7 +33,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [("llama_alias", "mixed"), ("phi3", "all_int8"), ("qwen2", "mixed")]
+    ("name", "scheme"),
+    [("llama_alias", "mixed"), ("phi3", "all_int8"), ("qwen2", "mixed"), ("qwen3_moe", "all_int8")],
 )
 def test_a_container_is_served_as_its_export(made, tmp_path, name, scheme):
     """Tokens and log-probabilities are equal, not only close."""
@@ -31,10 +44,39 @@ def test_a_container_is_served_as_its_export(made, tmp_path, name, scheme):
     assert len(served[0]) == len(IDS)
 
 
+def test_two_ranks(made, tmp_path):
+    container, plain = made("llama", "all_int8")
+    options = {"tp_size": 2, "more": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
+    assert ask(tmp_path, [container], **options) == ask(tmp_path, [plain], **options)
+
+
 @pytest.mark.model
 def test_smollm2_in_five_bits(made, tmp_path):
     container, plain = made("smollm2", "bits5")
     assert ask(tmp_path, [container]) == ask(tmp_path, [plain])
+
+
+@pytest.mark.model
+def test_the_openai_interface(made, tmp_path):
+    container, _ = made("smollm2", "int8")
+    log, port = tmp_path / "log", free_port()
+    address = f"http://127.0.0.1:{port}"
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *serve_arguments(container, port)],
+            stdout=file,
+            stderr=file,
+            env=variables(),
+        )
+    try:
+        wait_until_healthy(process, address, log)
+        body = {"model": str(container), "temperature": 0, "max_tokens": 8}
+        answer = post(address, "/v1/completions", {**body, "prompt": "The capital of France is"})
+        assert answer["choices"][0]["text"].startswith(" Paris")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert "Loading codecllm container" in log.read_text()
 
 
 def test_weights_are_exchanged_while_the_engine_runs(made, tmp_path):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 
 import pytest
 
 from tests import tampering
 from tests.serving.engine import ONE_PROCESS, PROMPTS, variables, why_not
+from tests.serving.http_client import START_SECONDS, free_port, post, wait_until_healthy
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -22,19 +18,12 @@ pytestmark = [
     pytest.mark.model,
     pytest.mark.slow,
 ]
-START_SECONDS = 500
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
 def serving(folder, log, *options):
     """Starts `vllm serve`; yields the process and its address."""
-    port = _free_port()
+    port = free_port()
     command = ["vllm", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     settings = {**ONE_PROCESS, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with open(log, "wb") as file:
@@ -56,37 +45,17 @@ def serving(folder, log, *options):
                 process.wait()
 
 
-def _wait(process, address, log):
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail(log.read_text()[-3000:])
-
-
-def _post(address, path, body):
-    request = urllib.request.Request(
-        address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)
-
-
 def test_the_openai_interface_gives_the_plain_models_text(engine, made, tmp_path):
     container, plain = made("smollm2", "int8")
     expected = [output["text"] for output in engine.outputs(plain)]
     log = tmp_path / "log"
     with serving(container, log, "--enforce-eager") as (process, address):
-        _wait(process, address, log)
+        wait_until_healthy(process, address, log)
         body = {"model": str(container), "temperature": 0, "max_tokens": 16, "ignore_eos": True}
-        answer = _post(address, "/v1/completions", {**body, "prompt": PROMPTS})
+        answer = post(address, "/v1/completions", {**body, "prompt": PROMPTS})
         assert [choice["text"] for choice in answer["choices"]] == expected
         messages = [{"role": "user", "content": "What is the capital of France?"}]
-        chat = _post(address, "/v1/chat/completions", {**body, "messages": messages})
+        chat = post(address, "/v1/chat/completions", {**body, "messages": messages})
         assert "Paris" in chat["choices"][0]["message"]["content"]
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
