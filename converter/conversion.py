@@ -6,6 +6,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from codecllm.converter.options import (
@@ -26,6 +27,7 @@ from codecllm.converter.write.staging import Staging
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
+from codecllm.formats.machine import without_garbage_collection
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, pack_manifest
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
@@ -128,14 +130,18 @@ def convert_model(
     if options.rate is not None and choice.provider is None:
         raise UsageError("a rate is asked for, and no quantization parameters were chosen")
     start_time = time.monotonic()
-    plan = plan_conversion(model, options, accepts_params=choice.provider is not None)
+    # Many tensors make many objects that stay. A provider may run a model, which makes cycles.
+    pausing = without_garbage_collection if choice.provider is None else nullcontext
+    with pausing():
+        plan = plan_conversion(model, options, accepts_params=choice.provider is not None)
     conversion = Conversion(model, plan, options, choice, origin or Origin())
     fingerprint = fingerprint_of(conversion)
     # The plan may still refuse the source: the output is not touched before.
     with Staging(out, force=options.force, fingerprint=fingerprint) as staging:
         finished_bytes = sum(shard.record.bytes for shard in staging.journal.finished.values())
         _check_space(staging.out, plan.max_stored_bytes + model.side_bytes - finished_bytes)
-        manifest = write_container(conversion, staging.folder, staging.journal, progress)
+        with pausing():
+            manifest = write_container(conversion, staging.folder, staging.journal, progress)
         # A source that was written to meanwhile gives a mixture of two models: refused before the
         # commit.
         model.check_unchanged()

@@ -269,7 +269,9 @@ class Container:
         # these.
         tables = TABLES.name_for(record.name)
         sides = _read_together(
-            file, [header.tensors[side] for side in side_names(record) if side != tables]
+            file,
+            [header.tensors[side] for side in side_names(record) if side != tables],
+            record.name,
         )
         table_bytes = self._read_side(sides, header, record, CHUNKS)
         table = parse_chunk_table(
@@ -289,15 +291,8 @@ class Container:
             if isinstance(record, Int8Tensor)
             else (None, None)
         )
-        return StoredTensor(
-            record,
-            file,
-            entry.start,
-            table,
-            scales,
-            self._read_tables(file, header, record, table),
-            columns,
-        )
+        group_tables = self._read_tables(file, header, record, table)
+        return StoredTensor(record, file, entry.start, table, scales, group_tables, columns)
 
     def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         record = self.manifest.shards[number]
@@ -326,7 +321,7 @@ class Container:
         entry = header.tensors[side.name_for(record.name)]
         checksum = side.checksum(record)
         assert checksum is not None
-        data = file.read(entry.start, entry.bytes)
+        data = _read(file, entry.start, entry.bytes, record.name)
         check_xxh3(data, checksum, file.name, entry.name, entry.start)
         return data
 
@@ -370,8 +365,18 @@ class Container:
         return scales, columns
 
 
-def _read_together(file: SafeFile | Excerpt, entries: list[TensorEntry]) -> SafeFile | Excerpt:
-    """Returns a reader of the bytes of some entries.
+def _read(file: SafeFile | Excerpt, offset: int, length: int, tensor: str) -> bytes:
+    """Reads bytes that belong to a tensor, which an error names."""
+    try:
+        return file.read(offset, length)
+    except TruncatedError as exc:
+        raise exc.located(tensor=tensor) from None
+
+
+def _read_together(
+    file: SafeFile | Excerpt, entries: list[TensorEntry], tensor: str
+) -> SafeFile | Excerpt:
+    """Returns a reader of the bytes of some entries of a tensor.
 
     They are read by one call where they are small and lie together.
     """
@@ -380,7 +385,7 @@ def _read_together(file: SafeFile | Excerpt, entries: list[TensorEntry]) -> Safe
     begin, end = min(entry.start for entry in entries), max(entry.end for entry in entries)
     if end - begin > min(_SIDES_TOGETHER_BYTES, 2 * sum(entry.bytes for entry in entries)):
         return file
-    return Excerpt(file.name, begin, file.read(begin, end - begin))
+    return Excerpt(file.name, begin, _read(file, begin, end - begin, tensor))
 
 
 def widened_scales(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -87,15 +88,12 @@ class TensorPlan:
     @property
     def layout(self) -> CodedLayout:
         """The facts on which the side tensors of a coded tensor depend, under its steps."""
-        is_int8 = self.scheme == "int8"
-        return CodedLayout(
-            int8=is_int8,
-            rank=len(self.source.shape),
-            columns=self.matrix[1],
-            channels=self.channels if is_int8 else 0,
-            kind=self.kind,
-            scale_dtype="F32" if self.params is None else self.params.scale_dtype,
-            rans=self.codec == rans.NAME,
+        return _layout(
+            self.source.shape,
+            self.axis if self.scheme == "int8" else None,
+            self.kind,
+            "F32" if self.params is None else self.params.scale_dtype,
+            self.codec == rans.NAME,
         )
 
     @property
@@ -109,9 +107,7 @@ class TensorPlan:
 
         Only chosen steps bring the optional ones.
         """
-        layout = self.layout
-        presences = ("always", "optional") if self.accepts_params else ("always",)
-        return [side for side in SIDE_TENSORS if side.presence(layout) in presences]
+        return _possible_sides(self.layout, self.accepts_params)
 
     @property
     def max_stored_bytes(self) -> int:
@@ -123,23 +119,50 @@ class TensorPlan:
         if self.accepts_params:
             planes, tiles = 2, max(tiles, max_tiles(*self.matrix))
         chunks = tiles * planes
-        side = _TABLE_HEAD_BYTES + 16 * chunks + self._max_side_bytes()
+        side = _TABLE_HEAD_BYTES + 16 * chunks + _max_side_bytes(self.layout, self.accepts_params)
         if self.codec == rans.NAME:
             side += max_tables_bytes(chunks)
         return self.source.entry.elements * planes + 16 * chunks + side
 
-    def _max_side_bytes(self) -> int:
-        """Returns an upper bound of the side tensors whose lengths are known before encoding."""
-        # Counted as for rows, and at 4 bytes an element or more: where shards are cut follows from
-        # this bound, so another bound would be another output.
-        plan = replace(self, kind="row") if self.accepts_params else self
-        layout = replace(self.layout, kind=plan.kind)
-        total = 0
-        for side in plan.possible_sides:
-            length = side.length(layout)
-            if length is not None:
-                total += length * max(4, DTYPES[side.dtype(layout)].itemsize)
-        return total
+
+# A model has many tensors of few layouts, and each plan is asked several times.
+@lru_cache(maxsize=256)
+def _layout(
+    shape: tuple[int, ...], axis: int | None, kind: ChannelKind, scale_dtype: str, uses_rans: bool
+) -> CodedLayout:
+    """Returns `TensorPlan.layout`; `axis` is None where the scheme is not `int8`."""
+    is_int8 = axis is not None
+    rows, cols = last_axis_matrix(shape) if axis is None else channel_matrix(shape, axis, kind)
+    return CodedLayout(
+        int8=is_int8,
+        rank=len(shape),
+        columns=cols,
+        channels=(rows if kind == "row" else cols) if is_int8 else 0,
+        kind=kind,
+        scale_dtype=scale_dtype,
+        rans=uses_rans,
+    )
+
+
+@lru_cache(maxsize=256)
+def _possible_sides(layout: CodedLayout, accepts_params: bool) -> list[SideTensor]:
+    presences = ("always", "optional") if accepts_params else ("always",)
+    return [side for side in SIDE_TENSORS if side.presence(layout) in presences]
+
+
+@lru_cache(maxsize=256)
+def _max_side_bytes(layout: CodedLayout, accepts_params: bool) -> int:
+    """Returns an upper bound of the side tensors whose lengths are known before encoding."""
+    # Counted as for rows, and at 4 bytes an element or more: where shards are cut follows from
+    # this bound, so another bound would be another output.
+    if accepts_params:
+        layout = replace(layout, kind="row")
+    total = 0
+    for side in _possible_sides(layout, accepts_params):
+        length = side.length(layout)
+        if length is not None:
+            total += length * max(4, DTYPES[side.dtype(layout)].itemsize)
+    return total
 
 
 ParamsProvider = Callable[[TensorPlan], QuantParams | None]

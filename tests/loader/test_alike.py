@@ -11,7 +11,7 @@ import torch
 from codecllm.converter import convert
 from codecllm.formats.codecs import native
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError
+from codecllm.formats.errors import ChecksumError, TruncatedError
 from codecllm.formats.files import Excerpt
 from codecllm.loader.engine import Request
 from codecllm.loader.host.alike import decode_alike
@@ -127,3 +127,20 @@ def test_a_damaged_tensor_fails_alone_and_by_name(folder, tmp_path, part):
             del expected[5]
             for outcome, tensor in zip(outcomes, expected, strict=True):
                 assert torch.equal(outcome.get(), tensor)
+
+
+@pytest.mark.parametrize("part", ["", "_chunks", "_shape", "_scale", "_tables"])
+def test_a_shard_that_is_cut_names_itself_and_the_tensor(folder, tmp_path, part):
+    short = copy_of(folder, tmp_path / "c")
+    (shard,) = short.glob("model-*.safetensors")
+    with Container(short) as container:
+        _, header = container.shard(0)
+        entry = header.tensors.get(f"l05{part}")
+        if entry is None:
+            return  # the kind has no such side tensor
+        with shard.open("r+b") as file:
+            file.truncate(entry.start + 1)
+        with closing(HostEngine(container, 1)) as engine:
+            error = engine.take(Request("l05")).error()
+        assert isinstance(error, TruncatedError)
+        assert (error.file, error.tensor) == (shard.name, "l05")
