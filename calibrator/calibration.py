@@ -42,7 +42,7 @@ from codecllm.formats.errors import (
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.plain import load_offloaded, load_plain
 from codecllm.loader.hf.quiet import silenced, without_progress_bars
-from codecllm.loader.places import CPU, device_of, free_memory
+from codecllm.loader.places import CPU, device_of, free_memory, usual_settings
 
 _ROOM = 1.6
 """Memory of a backward pass, as a multiple of the weights' size.
@@ -143,7 +143,7 @@ def calibrate(
     target = device_of(device)
     task = _Task(folder, kind, refined, shapes, target, on_stage or (lambda text: None))
     try:
-        with without_progress_bars(), silenced(), repeatable(target):
+        with without_progress_bars(), silenced(), usual_settings(target), repeatable(target):
             return _in_memory(source, task) or _layer_by_layer(task)
     except Exception as exc:  # a model class may raise any type when it is run on plain tokens
         # A config of another model is a model that cannot run; other errors of ours say enough.

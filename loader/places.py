@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
@@ -45,3 +48,24 @@ def free_memory(device: torch.device) -> int:
     # Memory that torch keeps for itself is free too.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+@contextmanager
+def usual_settings(device: torch.device) -> Iterator[None]:
+    """Has torch compute in the block as in a new process, whatever the caller has set.
+
+    The caller's inference mode, autocast, default dtype and default device come back behind it.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device() != CPU:
+            stack.enter_context(CPU)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

@@ -234,7 +234,7 @@ def _generation_difference(plain: Any, loaded: Any) -> Iterator[CodecLLMError]:
     keys = sorted(documents[0].keys() | documents[1].keys())
     # As text: a NaN is unequal to itself.
     ours_by_key, theirs_by_key = (
-        {key: json.dumps(value, sort_keys=True) for key, value in document.items()}
+        {key: json.dumps(value, sort_keys=True, default=repr) for key, value in document.items()}
         for document in documents
     )
     different = [key for key in keys if ours_by_key.get(key) != theirs_by_key.get(key)]
@@ -327,7 +327,7 @@ def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
     keys = sorted(documents[0].keys() | documents[1].keys())
     # As text: a NaN is unequal to itself.
     ours_by_key, theirs_by_key = (
-        {key: json.dumps(value, sort_keys=True) for key, value in document.items()}
+        {key: json.dumps(value, sort_keys=True, default=repr) for key, value in document.items()}
         for document in documents
     )
     different = [key for key in keys if ours_by_key.get(key) != theirs_by_key.get(key)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -216,6 +217,36 @@ def test_the_bytes_do_not_depend_on_workers(tmp_path, source):
             {path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()}
         )
     assert results[0] == results[1]
+
+
+@contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == dtype
+        torch.set_default_dtype(before)
+
+
+SETTINGS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: _default_dtype(torch.float64),
+    "float16": lambda: _default_dtype(torch.float16),
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_bytes_do_not_depend_on_settings_of_the_caller(tmp_path, source, setting):
+    codecllm.convert(source("gpt2"), tmp_path / "usual", bits=4.5, baseline=True)
+    with SETTINGS[setting]():
+        codecllm.convert(source("gpt2"), tmp_path / "other", bits=4.5, baseline=True)
+    for path in sorted((tmp_path / "usual").iterdir()):
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
 
 
 def test_two_calibrations_are_alike(source):

@@ -172,12 +172,13 @@ def check_baseline(container: Container, stage: Stage, *, required: bool, worker
         stage.summary = str(reason)
         return
     from codecllm.loader.hf.quiet import without_progress_bars
+    from codecllm.loader.places import CPU, usual_settings
     from codecllm.loader.pretrained import load_opened
     from codecllm.verifier.baseline.runs import compare_with_record
 
-    with without_progress_bars():
+    with without_progress_bars(), usual_settings(CPU):
         model = load_opened(container, workers)
-    compare_with_record(model, baseline, stage)
+        compare_with_record(model, baseline, stage)
     if baseline.agreement is not None:
         _refuse_below_floor(baseline, container.manifest)
         agreement = baseline.agreement.model_dump(exclude_none=True)
@@ -213,13 +214,13 @@ def _run_both(
     from codecllm.loader import from_pretrained
     from codecllm.loader.hf.plain import load_plain
     from codecllm.loader.hf.quiet import without_progress_bars
-    from codecllm.loader.places import CPU
+    from codecllm.loader.places import CPU, usual_settings
     from codecllm.verifier.baseline.runs import combine, run_converted, run_source
 
     source, out = folders
     inputs = "8 prompts and a text" if text is True else "8 prompts"
     options: dict[str, Any] = {} if place == CPU else {"device_map": {"": place}}
-    with without_progress_bars():
+    with without_progress_bars(), usual_settings(place):
         tell(f"baseline: running the source on {inputs}")
         model = load_plain(source, **options)
         source_run = run_source(model, source, text)
