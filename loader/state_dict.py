@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, TensorRec
 from codecllm.loader.device.placement import concrete
 from codecllm.loader.engine import Request
 from codecllm.loader.reader import CPU, Content, TensorReader
-from codecllm.loader.torch_tensors import DTYPE_NAMES, is_model_float, torch_dtype
+from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 
 
 class LazyTensor:
@@ -149,12 +148,3 @@ def prefetch(reader: TensorReader, state_dict: Mapping[str, LazyTensor]) -> None
     """Starts to read all tensors of a state dict."""
     requests = (value.request for value in state_dict.values())
     reader.prefetch(request for request in requests if request is not None)
-
-
-def main_dtype(container: Container) -> torch.dtype:
-    """Returns the float dtype that most weights of the source have; float32 where it has none."""
-    counts: Counter[str] = Counter()
-    for record in container.manifest.tensors:
-        if is_model_float(record.dtype):
-            counts[record.dtype] += record.elements
-    return torch_dtype(counts.most_common(1)[0][0]) if counts else torch.float32
