@@ -2,30 +2,35 @@
 
 A signature is a file of its own beside the container: a Sigstore bundle (OpenSSF Model Signing)
 that holds the sha256 of every file of the folder. README.md and .gitattributes, which hosting
-services rewrite, are left out.
+services rewrite, are left out; whatever else a signature leaves out counts as added.
 """
 
 from __future__ import annotations
 
+import os
+import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
+    LimitError,
     SignatureError,
     UnsupportedEnvironmentError,
     UsageError,
     one_line,
 )
-from codecllm.formats.files import write_atomically
+from codecllm.formats.files import fsync_folder
 from codecllm.formats.machine import cores
-from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.unlisted import NEVER_LISTED, unlisted_names
 from codecllm.verifier.checks.integrity import check_checksums, check_structure
 from codecllm.verifier.report import Stage
 
 _LEFT_OUT = sorted(NEVER_LISTED - {MANIFEST_NAME})
+_SIGNATURE_BYTES = 64 << 20  # some 200 bytes for each file
 
 
 def sign(
@@ -49,6 +54,7 @@ def sign(
     Raises:
         UsageError: not such a key, the signature would lie inside the container, or the folder
             holds files that are not part of the container.
+        SignatureError: the folder holds what no signature covers: an empty folder, or a link.
         UnsupportedEnvironmentError: `model-signing` is not installed.
         CodecLLMError: the container is damaged.
         OSError: reading or writing failed.
@@ -70,19 +76,24 @@ def sign(
         raise _not_a_key("private", private_key, exc) from exc
     with Container(folder) as opened:
         _require_whole(opened)
-        others = unlisted_names(folder, opened.manifest)
+        others = [*unlisted_names(folder, opened.manifest), *_hidden_names(folder, opened.manifest)]
     if others:
         raise UsageError(
             "files that are not part of the container would be signed with it: move them elsewhere",
             file=str(folder),
             got=", ".join(ascii(name)[1:-1] for name in others[:5]),
         )
-    partial = path.with_name(path.name + ".unsigned")
-    try:
+    _check_entries(folder, from_hub=False)
+    # In a new folder of this process alone: a link under a name that can be guessed would lead the
+    # library's write elsewhere.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".codecllm-") as own_folder:
+        partial = Path(own_folder) / path.name
         config.set_hashing_config(_hashing(library, _LEFT_OUT)).sign(folder, partial)
-        write_atomically(path, partial.read_bytes())
-    finally:
-        partial.unlink(missing_ok=True)
+        with open(partial, "rb") as file:
+            # Before the rename, which could otherwise reach the disk before the bytes.
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    fsync_folder(path.parent)
     return path
 
 
@@ -178,10 +189,14 @@ def check_signature(
         from_hub: whether the folder is one of a Hub cache: its files are then links.
 
     Raises:
-        SignatureError: it is not by this signer, or a file differs, is missing, or was added.
+        SignatureError: it is not by this signer, a file differs, is missing, or was added, or the
+            signature is no regular file.
+        LimitError: the signature has more than 64 MiB.
         OSError: reading failed.
     """
     path = Path(signature)
+    _check_size(path)
+    _check_entries(folder, from_hub=from_hub)
     ignored = list(_LEFT_OUT)
     if path.resolve().is_relative_to(folder.resolve()):
         ignored.append(str(path.resolve().relative_to(folder.resolve())))
@@ -211,9 +226,78 @@ def _library() -> Any:
 
 
 def _hashing(library: Any, ignored: list[str]) -> Any:
-    """Returns how files are hashed: each as a whole, by sha256."""
-    config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256")
-    return config.set_ignored_paths(paths=ignored)
+    """Returns how files are hashed: each as a whole, by sha256, those of git too."""
+
+    class Config(library.hashing.Config):  # type: ignore[misc]
+        def add_ignored_paths(self, **_: Any) -> None:
+            """Adds nothing: the library asks for what a signature says it left out.
+
+            The library leaves out .git, .github and .gitignore unless it is told, and files there
+            could be added to a signed container.
+            """
+
+    config = Config().use_file_serialization(hashing_algorithm="sha256")
+    return config.set_ignored_paths(paths=ignored, ignore_git_paths=False)
+
+
+def _check_size(signature: Path) -> None:
+    """Refuses what is no regular file, before it is opened: a pipe would never end."""
+    state = signature.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise SignatureError("the signature is no regular file", file=str(signature))
+    if state.st_size > _SIGNATURE_BYTES:
+        raise LimitError(
+            "the signature is too large",
+            file=str(signature),
+            got=state.st_size,
+            expected=f"at most {_SIGNATURE_BYTES} bytes",
+        )
+
+
+def _check_entries(folder: Path, *, from_hub: bool) -> None:
+    """Refuses what no signature covers: links to folders, empty folders, and a card that is none.
+
+    Only files are hashed, and the library follows no link to a folder.
+
+    Args:
+        folder: the container's.
+        from_hub: whether links to files are fine.
+
+    Raises:
+        SignatureError: there is such an entry; the first is named.
+    """
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        if not folders and not files:
+            raise _not_covered("an empty folder", folder, Path(place))
+        for name in folders:
+            if (Path(place) / name).is_symlink():
+                raise _not_covered("a link to a folder", folder, Path(place) / name)
+    for name in _LEFT_OUT:
+        path = folder / name
+        if path.is_symlink() and not from_hub:
+            raise _not_covered("a symlink", folder, path)
+        if (path.exists() or path.is_symlink()) and not path.is_file():
+            raise _not_covered("no regular file", folder, path)
+
+
+def _not_covered(what: str, folder: Path, path: Path) -> SignatureError:
+    name = path.relative_to(folder).as_posix()
+    return SignatureError(f"the signature does not cover {what}", file=ascii(name)[1:-1])
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _hidden_names(folder: Path, manifest: Manifest) -> list[str]:
+    """Returns unlisted names that begin with a dot, at any depth, but for those of hosts."""
+    listed = NEVER_LISTED | {record.name for record in manifest.files}
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob(".*")]
+    return sorted(
+        name
+        for name in names
+        if name not in listed and not any(one.startswith(f"{name}/") for one in listed)
+    )
 
 
 def _beside(folder: Path) -> Path:

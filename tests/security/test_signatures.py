@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def test_an_added_or_missing_file_does_not_hold(copy):
         _, stage = _stage(copy)
         assert stage.verdict is Verdict.FAILED and name in str(stage.findings[0].error)
         path.unlink()
+    (copy / "out" / "sub").rmdir()
     (copy / "out" / "tokenizer_config.json").unlink()
     _, stage = _stage(copy)
     assert "tokenizer_config.json" in str(stage.findings[0].error)
@@ -152,6 +154,108 @@ def test_links_count_as_files_only_in_a_hub_cache(copy):
     )
     assert report.commit == "0" * 40
     assert report.stages[0].verdict is Verdict.OK, report.stages[0].findings
+
+
+ADDED = (
+    ".git/config",
+    ".gitignore",
+    ".github/x.py",
+    "README.md/evil.json",
+    ".gitattributes/evil.json",
+    "sub/README.md",
+    "sub/.gitattributes",
+    "README.MD",
+)
+
+
+def _add(folder, name):
+    path = folder / name
+    if path.parent != folder and path.parent.is_file():
+        path.parent.unlink()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("evil")
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_no_name_is_left_out_but_the_two_files_of_hosts(copy, name):
+    _add(copy / "out", name)
+    _, stage = _stage(copy)
+    assert stage.verdict is Verdict.FAILED
+    assert isinstance(stage.findings[0].error, SignatureError)
+    assert name.split("/")[0] in str(stage.findings[0].error)
+
+
+@pytest.mark.parametrize("name", ADDED[:3])
+def test_a_signature_by_the_library_leaves_out_no_more(copy, name):
+    """Its defaults leave out files of git, and the signature says so."""
+    from model_signing import hashing, signing
+
+    config = signing.Config().use_elliptic_key_signer(private_key=copy / "key.pem")
+    config.set_hashing_config(hashing.Config().set_ignored_paths(paths=["README.md"]))
+    config.sign(copy / "out", copy / "out.sig")
+    assert _stage(copy)[1].verdict is Verdict.OK
+    _add(copy / "out", name)
+    assert name in str(_stage(copy)[1].findings[0].error)
+
+
+def test_empty_folders_and_links_to_folders_do_not_hold(copy):
+    snapshot = copy / "models--user--name" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(copy / "out", snapshot)
+    elsewhere = copy / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.py").write_text("")
+
+    def finding(folder):
+        report = verify(
+            folder, level="structure", signature=copy / "out.sig", public_key=copy / "key.pub"
+        )
+        assert report.exit_code == 1
+        return str(report.stages[0].findings[0].error)
+
+    for folder in (copy / "out", snapshot):
+        (folder / "evil").mkdir()
+        assert "evil: the signature does not cover an empty folder" in finding(folder)
+        (folder / "evil").rmdir()
+        (folder / "evil").symlink_to(elsewhere)
+        assert "evil: the signature does not cover a link to a folder" in finding(folder)
+        (folder / "evil").unlink()
+    (copy / "out" / "README.md").unlink()
+    (copy / "out" / "README.md").symlink_to(copy / "key.pem")
+    assert "README.md: the signature does not cover a symlink" in finding(copy / "out")
+
+
+def test_a_signature_is_a_regular_file_of_some_size(copy):
+    os.mkfifo(copy / "pipe.sig")
+    _, stage = _stage(copy, signature="pipe.sig")
+    assert "no regular file" in str(stage.findings[0].error)
+    with open(copy / "huge.sig", "wb") as file:
+        file.truncate(60 << 30)
+    _, stage = _stage(copy, signature="huge.sig")
+    assert "too large" in str(stage.findings[0].error)
+
+
+def test_sign_writes_through_no_link(copy):
+    (copy / "precious").write_text("precious")
+    (copy / "out.sig").unlink()
+    for ending in ("", ".partial", ".unsigned"):
+        (copy / f"out.sig{ending}").symlink_to(copy / "precious")
+    sign(copy / "out", copy / "key.pem")
+    assert (copy / "precious").read_text() == "precious"
+    assert not (copy / "out.sig").is_symlink()
+    assert not list(copy.glob(".codecllm-*"))
+    assert _stage(copy)[1].verdict is Verdict.OK
+
+
+def test_hidden_files_are_not_signed(copy):
+    (copy / "out" / ".gitattributes").write_text("")
+    for name in (".git/config", ".hidden", "sub/.hidden"):
+        _add(copy / "out", name)
+        with pytest.raises(UsageError, match=f"would be signed with it.*{name.split('/')[0]}"):
+            sign(copy / "out", copy / "key.pem")
+        shutil.rmtree(copy / "out" / name.split("/")[0], ignore_errors=True)
+        (copy / "out" / name).unlink(missing_ok=True)
+    sign(copy / "out", copy / "key.pem")
 
 
 def test_an_encrypted_key_needs_its_password(copy):
