@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePathError
+from codecllm.formats.errors import (
+    LimitError,
+    NotAContainerError,
+    TruncatedError,
+    UnsafePathError,
+)
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
 _PLAIN_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -254,10 +259,32 @@ def refuse_foreign(file: SafeFile) -> None:
         raise NotAContainerError(f"this is {looks_like}", file=file.name)
 
 
+def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
+    """Returns all bytes of the regular file `folder / name`.
+
+    Raises:
+        LimitError: it is longer than `max_bytes`; nothing was read.
+        UnsafePathError, TruncatedError, OSError: as `SafeFile`.
+    """
+    with SafeFile(folder, name) as file:
+        if file.size > max_bytes:
+            raise LimitError(
+                "file is too long", file=name, got=file.size, expected=f"<= {max_bytes}"
+            )
+        return file.read(0, file.size)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash it holds either the old or the new bytes, both whole."""
+    """Writes a file so that after a crash it holds either the old or the new bytes, both whole.
+
+    `path` and the partial file beside it, `<name>.partial`, are replaced whatever they are; a link
+    there is not followed.
+
+    Raises:
+        OSError: a folder stands in the place of one of them, or writing failed.
+    """
     partial = path.with_name(path.name + ".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    descriptor = _create(partial)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -270,6 +297,17 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.unlink()
         raise
     fsync_folder(path.parent)
+
+
+def _create(path: Path) -> int:
+    """Makes a new file for writing, in the place of any other; returns its descriptor."""
+    # EXCL: neither a link nor a pipe that stands there is opened.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        path.unlink()
+        return os.open(path, flags, 0o666)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -8,21 +8,38 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
-import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from codecllm.converter.write.folders import (
+    files_of,
+    folders_of,
+    is_file,
+    is_folder,
+    make_durable_folder,
+    refuse_links,
+    remove,
+    remove_empty_parents,
+)
 from codecllm.converter.write.journal import Journal
 from codecllm.converter.write.signals import signals_wait
-from codecllm.formats.errors import FormatError, OutputExistsError, UnsafePathError, UsageError
-from codecllm.formats.files import fsync_folder, write_atomically
+from codecllm.formats import limits
+from codecllm.formats.errors import (
+    FormatError,
+    OutputExistsError,
+    UnsafePathError,
+    UsageError,
+    one_line,
+)
+from codecllm.formats.files import fsync_folder, is_safe_name, read_file, write_atomically
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, SHARD_NAME
 from codecllm.formats.manifest.reading import parse_manifest
 
-STAGING_NAME = ".codecllm-partial"
+STAGING_NAME, JOURNAL_NAME = ".codecllm-partial", "journal"
+# More files than a container can have, and the length of a list with as many of them.
+_MAX_MOVED, _MAX_LIST_BYTES = limits.TENSORS + limits.FILES, 16 << 20
 _PARTIAL_NAMES = {f"{name}.partial" for name in (MANIFEST_NAME, BASELINE_NAME)}
 
 
@@ -61,7 +78,7 @@ class Staging:
         self.out = Path(out)
         self._staging = self.out / STAGING_NAME
         self.folder = self._staging / "files"
-        self.journal = Journal(self._staging / "journal", self.folder)
+        self.journal = Journal(self._staging / JOURNAL_NAME, self.folder)
         self._old = self._staging / "old"
         self._moving = self._staging / "moving"
         self._committed = False
@@ -72,8 +89,7 @@ class Staging:
             with signals_wait():
                 self._make_folder(self.out)
                 self._take_lock()
-                self._recover()
-                self._check_out(force)
+                self._recover(force)
                 self._make_staging(fingerprint)
         except BaseException as exc:
             self._release()
@@ -103,31 +119,31 @@ class Staging:
 
         Where no such file was staged (a source without config.json), any one comes last.
         """
-        names = list(_files_of(self.folder))
+        names = list(files_of(self.folder))
         self._commit(last=last if last in names else names[-1])
 
     def _commit(self, last: str) -> None:
-        names = [*(name for name in _files_of(self.folder) if name != last), last]
+        names = [*(name for name in files_of(self.folder) if name != last), last]
         with signals_wait():
             try:
-                self._refuse_links(names)
+                refuse_links(self.out, names)
                 self._save_list(names)
                 self._move_old()
                 self._move(self.folder, self.out, names[:-1])
                 # The last file makes it a container: all others are on the disk by now.
                 self._move(self.folder, self.out, names[-1:])
             except BaseException:
-                self._undo()
+                self._undo(names)
                 raise
             self._committed = True
 
     def _move(self, source: Path, target: Path, names: Iterable[str]) -> None:
         """Moves files by renaming, and forces the entries to the disk."""
         names = list(names)
-        folders = _folders_of(target, names)
+        folders = folders_of(target, names)
         # A name is on the disk only where those of its folders are: they come first.
         for folder in folders:
-            _make_durable_folder(folder)
+            make_durable_folder(folder)
         for name in names:
             os.replace(source / name, target / name)
         for folder in reversed(folders):
@@ -137,7 +153,7 @@ class Staging:
         """Notes which files will be moved, before the first one is: a kill may come at any time."""
         # Before the list: a listed name that is in `out` alone is taken for one that was moved.
         # With `out` itself: staging is to hold the only copy of the old container.
-        for folder in (*_folders_of(self.folder, names), self._staging, self.out):
+        for folder in (*folders_of(self.folder, names), self._staging, self.out):
             fsync_folder(folder)
         write_atomically(self._moving, "\n".join(names).encode())
 
@@ -152,24 +168,23 @@ class Staging:
             self._move(self.out, self._old, group)
             fsync_folder(self.out)
 
-    def _undo(self) -> None:
+    def _undo(self, moving: list[str]) -> None:
         """Moves files back: new ones into staging, then old ones into place, their manifest last.
 
         Where a step fails, the old files that are left stay in staging for the next conversion.
         """
-        moving = self._moving.read_text().split("\n") if self._moving.exists() else []
         # The last one first: without it the folder is no container any more.
         for name in reversed(moving):
-            if not os.path.lexists(self.folder / name) and _is_file(self.out, name):
+            if not os.path.lexists(self.folder / name) and is_file(self.out, name):
                 with suppress(OSError):
                     os.replace(self.out / name, self.folder / name)
-            _remove_empty_parents(self.out, name)
-        old = _files_of(self._old) if _is_folder(self._old) else []
+            remove_empty_parents(self.out, name)
+        old = files_of(self._old) if is_folder(self._old) else []
         with suppress(OSError):
             # Before an old file is back: where a listed name stands in `out` alone, the next
             # conversion takes it for a new one.
-            for folder in (*_folders_of(self.folder, moving), *_folders_of(self.out, moving)):
-                if _is_folder(folder):
+            for folder in (*folders_of(self.folder, moving), *folders_of(self.out, moving)):
+                if is_folder(folder):
                     fsync_folder(folder)
             self._move(self._old, self.out, [name for name in old if name != MANIFEST_NAME])
             # The others are on the disk by now: the old container is whole again.
@@ -181,26 +196,56 @@ class Staging:
 
     def _holds_old(self) -> bool:
         """Whether files of a container that was to be replaced are in staging and nowhere else."""
-        return not self._committed and _is_folder(self._old) and bool(_files_of(self._old))
+        return not self._committed and is_folder(self._old) and bool(files_of(self._old))
 
-    def _recover(self) -> None:
-        """Undoes the commit of a killed conversion, unless all its files are in place already."""
-        if not _is_folder(self._staging):
-            return
-        moving = self._moving.read_text().split("\n") if self._moving.exists() else []
-        last = moving[-1] if moving else None
-        if last is not None and (
-            os.path.lexists(self.folder / last) or not _is_file(self.out, last)
-        ):
-            self._undo()
+    def _recover(self, force: bool) -> None:
+        """Checks `out`, and undoes the commit of a killed conversion.
+
+        A container in `out` stays untouched without `force`. What lies in staging may come from
+        anyone who made the folder: nothing is moved unless all names lead to places inside it.
+        """
+        moving = self._listed_names()
+        if moving and not self._is_unfinished(moving[-1]):
+            remove(self._staging)  # only the cleaning behind the commit was missing
+            moving = []
+        # Without a manifest the old container may stand in staging alone: that comes first.
+        if not moving or is_file(self.out, MANIFEST_NAME):
+            self._check_out(force)
+        if moving:
+            self._undo(moving)
             if self._holds_old():
                 raise OSError(
                     errno.EIO, "files of the replaced container cannot be moved back", self._old
                 )
-            self._moving.unlink(missing_ok=True)
-        elif last is not None:
-            _remove(self._staging)  # only the cleaning behind the commit was missing
-        _remove(self._old)  # without a list of files to move it holds nothing that is needed
+            self._check_out(force)
+
+    def _is_unfinished(self, last: str) -> bool:
+        """Whether a commit whose last file is `last` had not moved it."""
+        return os.path.lexists(self.folder / last) or not is_file(self.out, last)
+
+    def _listed_names(self) -> list[str]:
+        """Returns the names that a stopped commit was to move; none where none was stopped.
+
+        Raises:
+            UnsafePathError: the list, or what lies beside it, is not what a conversion leaves.
+        """
+        if not is_folder(self._staging) or not os.path.lexists(self._moving):
+            return []
+        try:
+            data = read_file(self._staging, self._moving.name, _MAX_LIST_BYTES)
+            names = data.decode().split("\n", _MAX_MOVED)
+            old_names = files_of(self._old) if is_folder(self._old) else []
+            for name in (*names, *old_names):
+                if not is_safe_name(name):
+                    raise UnsafePathError("unsafe file name", file=ascii(name[:200]))
+            refuse_links(self._staging, [f"{self.folder.name}/{name}" for name in names])
+            refuse_links(self.out, [*names, *old_names])
+        except (FormatError, UnicodeDecodeError) as exc:
+            raise UnsafePathError(
+                f"not the files of a stopped conversion, remove this folder ({one_line(exc)})",
+                file=str(self._staging),
+            ) from exc
+        return names
 
     def _make_folder(self, folder: Path) -> None:
         """Makes a folder and its parents, and remembers which were not there."""
@@ -232,19 +277,23 @@ class Staging:
         """Makes the staging folder, or goes on with that of the same conversion."""
         self._staged = True
         for folder in (self._staging, self.folder):
-            if not _is_folder(folder):
-                _remove(folder)
+            if not is_folder(folder):
+                remove(folder)
                 folder.mkdir()
+        for path in self._staging.iterdir():
+            # Beside the finished shards nothing of an earlier conversion is needed any more.
+            if path != self.folder and (path.name != JOURNAL_NAME or is_folder(path)):
+                remove(path)
         self.journal.begin(fingerprint)
         for path in self.folder.iterdir():
             if path.name not in self.journal.finished:
-                _remove(path)
+                remove(path)
 
     def _check_out(self, force: bool) -> None:
         present = {path.name for path in self.out.iterdir()} - {STAGING_NAME}
         if not present:
             return
-        if MANIFEST_NAME not in present:
+        if not is_file(self.out, MANIFEST_NAME):
             raise OutputExistsError(
                 "output folder is not empty and not a container",
                 file=str(self.out),
@@ -255,20 +304,10 @@ class Staging:
                 "output folder holds a container; --force replaces it", file=str(self.out)
             )
 
-    def _refuse_links(self, names: Iterable[str]) -> None:
-        """Refuses a link in `out` where a folder of the container belongs."""
-        for name in names:
-            for parent in Path(name).parents[:-1]:
-                if (self.out / parent).is_symlink():
-                    raise UnsafePathError(
-                        "a link stands where a folder of the container belongs",
-                        file=str(self.out / parent),
-                    )
-
     def _old_names(self) -> list[str]:
         """Returns the files of the container that `force` replaces, and no others of the folder."""
         manifest = self.out / MANIFEST_NAME
-        if not _is_file(self.out, MANIFEST_NAME):
+        if not is_file(self.out, MANIFEST_NAME):
             return []
         container_names = {MANIFEST_NAME, INDEX_NAME, BASELINE_NAME, *_PARTIAL_NAMES}
         container_names |= {
@@ -278,7 +317,7 @@ class Staging:
             container_names |= {
                 record.name for record in parse_manifest(manifest.read_bytes()).files
             }
-        return sorted(name for name in container_names if _is_file(self.out, name))
+        return sorted(name for name in container_names if is_file(self.out, name))
 
     def __enter__(self) -> Staging:
         return self
@@ -291,10 +330,10 @@ class Staging:
     ) -> None:
         try:
             with signals_wait():
-                replaced_names = _files_of(self._old) if _is_folder(self._old) else []
+                replaced_names = files_of(self._old) if is_folder(self._old) else []
                 self._release()
                 for name in replaced_names:
-                    _remove_empty_parents(self.out, name)
+                    remove_empty_parents(self.out, name)
         except BaseException as stopped:
             self._explain(stopped)
             raise
@@ -315,7 +354,7 @@ class Staging:
     def _release(self) -> None:
         """Removes staging and, without a commit, the folders that were made; ends the lock."""
         if self._staged and not self._holds_old():
-            _remove(self._staging)
+            remove(self._staging)
         if not self._committed:
             for folder in reversed(self._made):
                 with suppress(OSError):  # something else was put there meanwhile: it stays
@@ -323,59 +362,3 @@ class Staging:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def _files_of(folder: Path) -> list[str]:
-    """Returns the names of all files and links in a folder and its subfolders; follows no link."""
-    return sorted(
-        str((Path(parent) / name).relative_to(folder))
-        for parent, folders, files in os.walk(folder)
-        for name in (*files, *folders)
-        if not _is_folder(Path(parent) / name)
-    )
-
-
-def _folders_of(base: Path, names: Iterable[str]) -> list[Path]:
-    """Returns the folders in which the files of `base` stand, outer ones first."""
-    return sorted({base / parent for name in names for parent in Path(name).parents})
-
-
-def _make_durable_folder(folder: Path) -> None:
-    """Makes a folder, and forces its name to the disk, where it is not there."""
-    if not folder.is_dir():
-        folder.mkdir(exist_ok=True)
-        fsync_folder(folder.parent)
-
-
-def _remove_empty_parents(folder: Path, name: str) -> None:
-    """Removes the subfolders in which a file stood, as far as they are empty and no links."""
-    for parent in Path(name).parents[:-1]:
-        if _is_folder(folder / parent):
-            with suppress(OSError):
-                (folder / parent).rmdir()
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether a folder itself stands there, not a link to one."""
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except OSError:
-        return False
-
-
-def _is_file(folder: Path, name: str) -> bool:
-    """Whether a file or a link stands there, in a folder that is no link."""
-    path = folder / name
-    if not all(_is_folder(folder / parent) for parent in Path(name).parents[:-1]):
-        return False
-    return os.path.lexists(path) and not _is_folder(path)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder with everything in it, as far as that can be done."""
-    if _is_folder(path):
-        for _ in range(2):  # a file that could not be removed is tried once more
-            shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()

@@ -7,12 +7,13 @@ import socket
 
 import pytest
 
-from codecllm.formats.errors import NotAContainerError, TruncatedError, UnsafePathError
+from codecllm.formats.errors import LimitError, NotAContainerError, TruncatedError, UnsafePathError
 from codecllm.formats.files import (
     Excerpt,
     SafeFile,
     describe_foreign,
     is_safe_name,
+    read_file,
     refuse_foreign,
     write_atomically,
 )
@@ -264,3 +265,31 @@ def test_atomic_writing_leaves_no_partial_file(tmp_path):
     write_atomically(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "file"])
+@pytest.mark.parametrize("name", ["f", "f.partial"])
+def test_atomic_writing_replaces_what_stands_there(tmp_path, name, kind):
+    (tmp_path / "target").write_bytes(b"precious")
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "file":
+        path.write_bytes(b"something longer than the new bytes")
+    else:
+        path.symlink_to(tmp_path / ("target" if kind == "link" else "absent"))
+    write_atomically(tmp_path / "f", b"new")
+    assert (tmp_path / "target").read_bytes() == b"precious"
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert not (tmp_path / "f").is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["f", "target"]
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path):
+    (tmp_path / "f").write_bytes(b"12345")
+    assert read_file(tmp_path, "f", 5) == b"12345"
+    with pytest.raises(LimitError, match="f: file is too long, got 5, expected <= 4"):
+        read_file(tmp_path, "f", 4)
+    os.truncate(tmp_path / "f", 1 << 40)
+    with pytest.raises(LimitError):
+        read_file(tmp_path, "f", 1 << 20)

@@ -1,0 +1,86 @@
+"""Files and folders of the output folder, none of them reached through a link."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from codecllm.formats.errors import UnsafePathError
+from codecllm.formats.files import fsync_folder
+
+
+def files_of(folder: Path) -> list[str]:
+    """Returns the names of all files and links in a folder and its subfolders; follows no link."""
+    return sorted(
+        str((Path(parent) / name).relative_to(folder))
+        for parent, folders, files in os.walk(folder)
+        for name in (*files, *folders)
+        if not is_folder(Path(parent) / name)
+    )
+
+
+def folders_of(base: Path, names: Iterable[str]) -> list[Path]:
+    """Returns the folders in which the files of `base` stand, outer ones first."""
+    return sorted({base / parent for name in names for parent in Path(name).parents})
+
+
+def refuse_links(base: Path, names: Iterable[str]) -> None:
+    """Refuses a link below `base` where a folder of one of the files belongs.
+
+    Raises:
+        UnsafePathError: one stands there.
+    """
+    for folder in folders_of(base, names):
+        if folder != base and folder.is_symlink():
+            raise UnsafePathError(
+                "a link stands where a folder of the container belongs", file=str(folder)
+            )
+
+
+def make_durable_folder(folder: Path) -> None:
+    """Makes a folder, and forces its name to the disk, where it is not there."""
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def remove_empty_parents(folder: Path, name: str) -> None:
+    """Removes the subfolders in which a file stood, as far as they are empty.
+
+    Removes none where one of them is a link.
+    """
+    parents = [folder / parent for parent in Path(name).parents[:-1]]
+    if not any(parent.is_symlink() for parent in parents):
+        for parent in parents:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder itself stands there, not a link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_file(folder: Path, name: str) -> bool:
+    """Whether a file or a link stands there, in a folder that is no link."""
+    path = folder / name
+    if not all(is_folder(folder / parent) for parent in Path(name).parents[:-1]):
+        return False
+    return os.path.lexists(path) and not is_folder(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with everything in it, as far as that can be done."""
+    if is_folder(path):
+        for _ in range(2):  # a file that could not be removed is tried once more
+            shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

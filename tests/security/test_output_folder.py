@@ -1,0 +1,194 @@
+"""A folder that a stranger made is safe as the output folder of a conversion."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from codecllm.converter import convert
+from codecllm.converter.exports.export import export
+from codecllm.converter.write.staging import STAGING_NAME
+from codecllm.formats.container import Container
+from codecllm.formats.errors import OutputExistsError, UnsafePathError
+from tests.sources import bf16, write_source
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    values = np.random.default_rng(0).standard_normal((40, 64))
+    folder = tmp_path_factory.mktemp("source") / "model"
+    write_source(folder, {"a.weight": ("BF16", bf16(values))}, {"model_type": "llama"})
+    (folder / "sub").mkdir()
+    (folder / "sub" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def downloaded(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("downloaded") / "out"
+    convert(source, out)
+    return out
+
+
+@pytest.fixture
+def out(downloaded, tmp_path):
+    """A container as a stranger may offer it, in a folder with files of the user."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "keys").write_text("precious")
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    (tmp_path / "precious").write_text("precious")
+    out = shutil.copytree(downloaded, tmp_path / "home" / "out")
+    (out / STAGING_NAME / "files").mkdir(parents=True)
+    (out / STAGING_NAME / "old").mkdir()
+    return out
+
+
+def _entries(folder):
+    """Every path below a folder with what stands there; links are not followed."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path.relative_to(folder))] = os.readlink(path)
+        else:
+            found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+def _outside(out):
+    found = _entries(out.parents[1])
+    return {name: data for name, data in found.items() if not name.startswith("home")}
+
+
+def _list(out, text):
+    (out / STAGING_NAME / "moving").write_text(text)
+
+
+def _up(out):
+    _list(out, "../../precious\nnothing")
+
+
+def _absolute(out):
+    _list(out, f"{out.parents[1]}/precious\nnothing")
+
+
+def _folders_elsewhere(out):
+    _list(out, f"{out.parents[1]}/empty/folder/x\nnothing")
+
+
+def _old_file_through_a_link(out):
+    (out / STAGING_NAME / "old" / "linked").mkdir()
+    (out / STAGING_NAME / "old" / "linked" / "new_keys").write_text("of the stranger")
+    (out / "linked").symlink_to(out.parents[1] / "victim")
+    _list(out, "nothing")
+
+
+def _new_file_through_a_link(out):
+    (out / "linked").symlink_to(out.parents[1] / "victim")
+    _list(out, "linked/keys\nnothing")
+
+
+def _folder_through_a_link(out):
+    (out / "linked").symlink_to(out.parents[1] / "empty")
+    _list(out, "linked/folder/x\nnothing")
+
+
+def _staged_files_are_a_link(out):
+    (out / STAGING_NAME / "files").rmdir()
+    (out / STAGING_NAME / "files").symlink_to(out.parents[1] / "victim")
+    _list(out, "config.json\nnothing")
+
+
+def _staged_folder_is_a_link(out):
+    (out / STAGING_NAME / "files" / "sub").symlink_to(out.parents[1] / "victim")
+    _list(out, "sub/config.json\nnothing")
+
+
+def _staging_inside_the_old_files(out):
+    (out / STAGING_NAME / "old" / STAGING_NAME).mkdir()
+    (out / STAGING_NAME / "old" / STAGING_NAME / "moving").write_text("nothing")
+    _list(out, "nothing")
+
+
+def _nothing_listed(out):
+    _list(out, "")
+
+
+REFUSED = [
+    _up,
+    _absolute,
+    _folders_elsewhere,
+    _old_file_through_a_link,
+    _new_file_through_a_link,
+    _folder_through_a_link,
+    _staged_files_are_a_link,
+    _staged_folder_is_a_link,
+    _staging_inside_the_old_files,
+    _nothing_listed,
+]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("make", REFUSED)
+def test_a_staging_folder_of_a_stranger_moves_nothing(source, out, make, force, manifest):
+    if not manifest:
+        (out / "codecllm.json").unlink()
+    make(out)
+    before = _entries(out.parents[1])
+    with pytest.raises(UnsafePathError, match="remove this folder") as caught:
+        convert(source, out, force=force)
+    assert caught.value.file == str(out / STAGING_NAME)
+    assert _entries(out.parents[1]) == before
+
+
+@pytest.mark.parametrize("make", REFUSED)
+def test_an_export_moves_nothing_either(downloaded, out, make):
+    make(out)
+    before = _entries(out.parents[1])
+    with pytest.raises(UnsafePathError, match="remove this folder"):
+        export(downloaded, out)
+    assert _entries(out.parents[1]) == before
+
+
+def test_a_container_is_not_touched_without_force(source, out):
+    """Not even by a list of names that are all inside the folder."""
+    _list(out, "config.json\nsub/config.json\nnothing")
+    (out / STAGING_NAME / "old" / "config.json").write_text("of the stranger")
+    before = _entries(out)
+    with pytest.raises(OutputExistsError, match="--force replaces it"):
+        convert(source, out)
+    assert _entries(out) == before
+
+
+def test_a_folder_in_the_place_of_the_manifest_is_no_container(source, tmp_path):
+    (tmp_path / "out" / "codecllm.json").mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("of the user")
+    before = _entries(tmp_path)
+    with pytest.raises(OutputExistsError, match="not a container"):
+        convert(source, tmp_path / "out", force=True)
+    assert _entries(tmp_path) == before
+
+
+LINKED = ("moving.partial", "journal", "old", "files")
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_no_file_is_written_through_a_link_of_the_staging_folder(source, out, downloaded, name):
+    path = out / STAGING_NAME / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.symlink_to(out.parents[1] / ("victim" if name in ("old", "files") else "precious"))
+    before = _outside(out)
+    convert(source, out, force=True)
+    assert _outside(out) == before
+    assert _entries(out) == _entries(downloaded)
+
+
+def test_a_partial_manifest_that_is_a_link_is_not_written_through(source, out):
+    (out / "codecllm.json.partial").symlink_to(out.parents[1] / "precious")
+    before = _outside(out)
+    convert(source, out, force=True)
+    assert _outside(out) == before
+    Container(out).close()
