@@ -11,7 +11,7 @@ from codecllm.formats.container import CONTAINER_IS, Container
 from codecllm.formats.errors import HubError, NotAContainerError, UsageError
 from codecllm.formats.files import describe_missing, write_atomically
 from codecllm.hub import BaseModel, Upload, check_login, read_base_model, upload_container
-from codecllm.hub.upload import CARD_NAME
+from codecllm.hub.upload import CARD_NAME, is_own_card
 from codecllm.model_card import MARKER, make_card
 from codecllm.verifier import verify
 from codecllm.verifier.checks.integrity import Progress
@@ -109,6 +109,8 @@ def push(
             private one.
         CodecLLMError: the container does not verify: the class of its first fault. Nothing was
             sent.
+        UnsafePathError, LimitError: README.md is no regular file of the folder, or is too long.
+            Nothing was sent.
         HubError: the Hub cannot be reached, or refuses.
     """
     folder = Path(container)
@@ -213,8 +215,7 @@ def _ask_base(
 
 def _write_card(container: Container, repo: str, base: BaseModel | None) -> bool:
     """Writes README.md unless the user has written one; returns whether it did."""
-    path = container.folder / CARD_NAME
-    if path.exists() and MARKER not in path.read_text(errors="replace"):
+    if is_own_card(container.folder, MARKER):
         return False
-    write_atomically(path, make_card(container, repo, base).encode())
+    write_atomically(container.folder / CARD_NAME, make_card(container, repo, base).encode())
     return True

@@ -5,6 +5,7 @@ Only the files that the manifest lists, the manifest itself and the model card.
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from glob import escape
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.formats.errors import HubError, UsageError, one_line
+from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.remote import RemoteRepository, compare_entries, read_entries
 from codecllm.hub.resolve import check_repo_id, listed_names
 
 CARD_NAME = "README.md"
-_CARD_BYTES = 1 << 20
+CARD_BYTES = 1 << 20
+"""Longest README.md that is read."""
 # Files of an earlier upload that go when the new one does not bring them: a shard left over would
 # be an error to readers.
 _REPLACED = ["*.safetensors", INDEX_NAME, MANIFEST_NAME, BASELINE_NAME]
@@ -131,11 +134,18 @@ def upload_container(
         UsageError: the repository exists and is public, though `private` is asked for; nothing was
             uploaded.
         HubError: the Hub cannot be reached, or refuses.
+        UnsafePathError: a file is a link or no regular file. Nothing was sent.
+        LimitError: README.md is longer than `CARD_BYTES`. Nothing was sent.
         FormatError: the files on the Hub differ from the manifest.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="codecllm", token=token)
+    names = [MANIFEST_NAME, *listed_names(manifest)]
+    for name in names:
+        # huggingface_hub follows links, and what they lead to may be a secret.
+        SafeFile(folder, name).close()
+    card = is_own_card(folder, card_marker)
     with one_line_errors(repo, revision):
         url = str(api.create_repo(repo, private=private or None, exist_ok=True))
         # `exist_ok` takes an existing repository as it is, public or not.
@@ -145,22 +155,25 @@ def upload_container(
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        names = [MANIFEST_NAME, *listed_names(manifest)]
-        card = _is_own_card(folder, card_marker) or not _has_own_card(
-            repo, revision, token, card_marker
-        )
-        commit = _upload(
-            api, folder, [*names, CARD_NAME] if card else names, repo, revision, create_pr, message
-        )
+        card = card or not _has_own_card(repo, revision, token, card_marker)
+        names += [CARD_NAME] if card else []
+        commit = _upload(api, folder, names, repo, revision, create_pr, message)
         pull_request = commit.pr_url if create_pr else None
         upload_revision = str(commit.pr_revision) if pull_request else revision or "main"
         compare_entries(manifest, read_entries(api, repo, listed_names(manifest), upload_revision))
     return Upload(url, str(commit.oid), upload_revision, pull_request, card)
 
 
-def _is_own_card(folder: Path, marker: str) -> bool:
-    path = folder / CARD_NAME
-    return path.exists() and marker not in path.read_text(errors="replace")
+def is_own_card(folder: Path, marker: str) -> bool:
+    """Whether a folder has a README.md that a person wrote: one without codecllm's marker.
+
+    Raises:
+        UnsafePathError: it is a link or no regular file.
+        LimitError: it is longer than `CARD_BYTES`.
+    """
+    if not os.path.lexists(folder / CARD_NAME):
+        return False
+    return marker.encode() not in read_file(folder, CARD_NAME, CARD_BYTES)
 
 
 def _has_own_card(repo: str, revision: str | None, token: str | bool | None, marker: str) -> bool:
@@ -168,7 +181,7 @@ def _has_own_card(repo: str, revision: str | None, token: str | bool | None, mar
     entry = remote.entries([CARD_NAME]).get(CARD_NAME)
     if entry is None or not entry.size:
         return False
-    return marker.encode() not in remote.read(CARD_NAME, 0, min(entry.size, _CARD_BYTES))
+    return marker.encode() not in remote.read(CARD_NAME, 0, min(entry.size, CARD_BYTES))
 
 
 def _upload(
