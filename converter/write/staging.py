@@ -40,6 +40,7 @@ from codecllm.formats.manifest.reading import parse_manifest
 STAGING_NAME, JOURNAL_NAME = ".codecllm-partial", "journal"
 # More files than a container can have, and the length of a list with as many of them.
 _MAX_MOVED, _MAX_LIST_BYTES = limits.TENSORS + limits.FILES, 16 << 20
+_LOCK_TRIES = 100
 _PARTIAL_NAMES = {f"{name}.partial" for name in (MANIFEST_NAME, BASELINE_NAME)}
 
 
@@ -87,8 +88,7 @@ class Staging:
         self._made: list[Path] = []
         try:
             with signals_wait():
-                self._make_folder(self.out)
-                self._take_lock()
+                self._lock_out()
                 self._recover(force)
                 self._make_staging(fingerprint)
         except BaseException as exc:
@@ -262,6 +262,24 @@ class Staging:
             with suppress(PermissionError):  # to write into a folder one need not read it
                 fsync_folder(folder.parent)
 
+    def _lock_out(self) -> None:
+        """Makes and locks the output folder.
+
+        Another conversion that fails removes the folder that it had made. A lock on a removed
+        folder locks nothing: its name may be that of a new one by now.
+        """
+        for tries_left in reversed(range(_LOCK_TRIES)):
+            try:
+                self._make_folder(self.out)
+                self._take_lock()
+                if os.path.samestat(os.fstat(self._lock), os.stat(self.out)):
+                    return
+            except FileNotFoundError:  # removed meanwhile, or no place for a folder
+                if not tries_left:
+                    raise
+            self._unlock()
+        raise OSError(errno.EAGAIN, "the output folder is replaced all the time", str(self.out))
+
     def _take_lock(self) -> None:
         self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -272,6 +290,11 @@ class Staging:
             raise UsageError(
                 "another conversion is writing to this folder", file=str(self.out)
             ) from exc
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _make_staging(self, fingerprint: str | None) -> None:
         """Makes the staging folder, or goes on with that of the same conversion."""
@@ -359,6 +382,4 @@ class Staging:
             for folder in reversed(self._made):
                 with suppress(OSError):  # something else was put there meanwhile: it stays
                     folder.rmdir()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._unlock()
