@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 import codecllm
 from codecllm.converter import ParamsChoice
@@ -14,6 +18,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError
 from codecllm.verifier import verify
 from codecllm.verifier.baseline import baseline as recording
+from tests import tampering
 from tests.stepped import make_steps
 
 
@@ -87,3 +92,39 @@ def test_chosen_parameters_are_gone_when_the_models_are_loaded(tmp_path, tiny, m
     with pytest.raises(BaselineError, match="not run"):
         codecllm.convert(tiny("llama"), tmp_path / "out", bits=8.0)
     assert alive == [None]
+
+
+def _without_head(tiny, tmp_path):
+    source = tampering.copy_of(tiny("bert"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "classifier" not in name}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+def test_a_head_that_is_drawn_at_random_is_not_blamed_on_the_container(tmp_path, tiny):
+    source = _without_head(tiny, tmp_path)
+    done = codecllm.convert(source, tmp_path / "out")
+    assert done.baseline is not None and done.baseline.kind == "none"
+    words = r"own output is random: its files lack weights.*classifier\.bias, classifier\.weight"
+    assert re.search(words, done.baseline.reason)
+    assert verify(tmp_path / "out").exit_code == 0
+    with pytest.raises(BaselineError, match=words):
+        codecllm.convert(source, tmp_path / "required", baseline=True)
+
+
+def test_a_model_that_is_random_by_itself_is_not_blamed_on_the_container(
+    tmp_path, tiny, monkeypatch
+):
+    forward = transformers.LlamaModel.forward
+
+    def noisy(self, *args, **kwargs):
+        result = forward(self, *args, **kwargs)
+        result.last_hidden_state = torch.randn_like(result.last_hidden_state)
+        return result
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", noisy)
+    done = codecllm.convert(tiny("llama"), tmp_path / "out", scheme="lossless")
+    assert done.baseline.kind == "none"
+    assert "own output is random: two loads of the source" in done.baseline.reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,11 @@ def record_baseline(
                 text = _text_wanted(manifest, required, place)
                 folders = Path(source_folder), Path(out)
                 baseline = _run_both(folders, manifest, text, place, tell)
+            except _RandomOutputError as exc:
+                reason = str(exc)
+                baseline = Baseline(
+                    format="codecllm-baseline", version=1, kind="none", reason=reason
+                )
             except (BaselineError, MemoryError):
                 raise
             except Exception as exc:
@@ -215,14 +220,19 @@ def _run_both(
     from codecllm.loader.hf.plain import load_plain
     from codecllm.loader.hf.quiet import without_progress_bars
     from codecllm.loader.places import CPU, usual_settings
-    from codecllm.verifier.baseline.runs import combine, run_converted, run_source
+    from codecllm.verifier.baseline.runs import (
+        combine,
+        run_converted,
+        run_source,
+        same_output,
+    )
 
     source, out = folders
     inputs = "8 prompts and a text" if text is True else "8 prompts"
     options: dict[str, Any] = {} if place == CPU else {"device_map": {"": place}}
     with without_progress_bars(), usual_settings(place):
         tell(f"baseline: running the source on {inputs}")
-        model = load_plain(source, **options)
+        model, info = load_plain(source, output_loading_info=True, **options)
         source_run = run_source(model, source, text)
         # A model is full of reference cycles. Without this call both would be in memory at once.
         del model
@@ -230,7 +240,43 @@ def _run_both(
         tell(f"baseline: running the converted model on {inputs}")
         converted = from_pretrained(out, resident="dense", **options)
         converted_run = run_converted(converted, source_run)
-    baseline = combine(source_run, converted_run)
+        del converted
+        baseline = combine(source_run, converted_run)
+        fault = None
+        try:
+            _refuse_another_output(baseline, manifest)
+        except BaselineError as exc:
+            fault = exc
+        if fault is not None or info["missing_keys"]:
+            gc.collect()
+            tell("baseline: running the source once more")
+            model = load_plain(source, **options)
+            if not same_output(source_run, run_source(model, source)):
+                raise _RandomOutputError(_why_random(info["missing_keys"])) from fault
+    if fault is not None:
+        raise fault
+    return baseline
+
+
+class _RandomOutputError(Exception):
+    """The source model gives another output at each load: nothing can be compared with it."""
+
+
+def _why_random(missing: Iterable[str]) -> str:
+    names = sorted(missing)
+    why = "two loads of the source give different outputs"
+    if names:
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        why = f"its files lack weights, which each load draws anew: {', '.join(names[:3])}{rest}"
+    return f"this model's own output is random: {why}"
+
+
+def _refuse_another_output(baseline: Baseline, manifest: Manifest) -> None:
+    """Refuses a baseline of a container whose output is not that of its source.
+
+    Raises:
+        BaselineError: it differs, or is too far off for the loss of the quantization.
+    """
     agreement = baseline.agreement or Agreement()
     lossless = manifest.options.scheme == "lossless"
     if lossless and (
@@ -241,7 +287,6 @@ def _run_both(
             got=agreement.model_dump(),
         )
     _refuse_below_floor(baseline, manifest)
-    return baseline
 
 
 def _refuse_below_floor(baseline: Baseline, manifest: Manifest) -> None:

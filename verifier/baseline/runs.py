@@ -129,6 +129,14 @@ def _run_converted(model: Any, source: SourceRun) -> ConvertedRun:
     return ConvertedRun(where, tokens, logits, along_source, text)
 
 
+def same_output(first: SourceRun, second: SourceRun) -> bool:
+    """Whether two runs of one model on the same prompts gave the same bits."""
+    pairs = zip(first.values, second.values, strict=True)
+    return first.tokens == second.tokens and all(
+        output.tensor_sha256(a) == output.tensor_sha256(b) for a, b in pairs
+    )
+
+
 def combine(source: SourceRun, converted: ConvertedRun) -> Baseline:
     """Makes the record of both runs."""
     if not source.greedy:
