@@ -128,3 +128,15 @@ def test_a_model_that_is_random_by_itself_is_not_blamed_on_the_container(
     done = codecllm.convert(tiny("llama"), tmp_path / "out", scheme="lossless")
     assert done.baseline.kind == "none"
     assert "own output is random: two loads of the source" in done.baseline.reason
+
+
+def test_a_context_shorter_than_the_prompts_is_named(tmp_path):
+    common = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=16, **common)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "source")
+    done = codecllm.convert(tmp_path / "source", tmp_path / "out")
+    words = "context of 16 tokens is shorter than the 56 of a prompt"
+    assert words in done.baseline.reason
+    with pytest.raises(BaselineError, match=words):
+        codecllm.convert(tmp_path / "source", tmp_path / "required", baseline=True)

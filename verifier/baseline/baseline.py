@@ -123,7 +123,7 @@ def record_baseline(
                 text = _text_wanted(manifest, required, place)
                 folders = Path(source_folder), Path(out)
                 baseline = _run_both(folders, manifest, text, place, tell)
-            except _RandomOutputError as exc:
+            except _NoBaselineError as exc:
                 reason = str(exc)
                 baseline = Baseline(
                     format="codecllm-baseline", version=1, kind="none", reason=reason
@@ -233,7 +233,11 @@ def _run_both(
     with without_progress_bars(), usual_settings(place):
         tell(f"baseline: running the source on {inputs}")
         model, info = load_plain(source, output_loading_info=True, **options)
-        source_run = run_source(model, source, text)
+        try:
+            source_run = run_source(model, source, text)
+        except (IndexError, RuntimeError) as exc:
+            _explain_short_context(model, exc)
+            raise
         # A model is full of reference cycles. Without this call both would be in memory at once.
         del model
         gc.collect()
@@ -252,14 +256,29 @@ def _run_both(
             tell("baseline: running the source once more")
             model = load_plain(source, **options)
             if not same_output(source_run, run_source(model, source)):
-                raise _RandomOutputError(_why_random(info["missing_keys"])) from fault
+                raise _NoBaselineError(_why_random(info["missing_keys"])) from fault
     if fault is not None:
         raise fault
     return baseline
 
 
-class _RandomOutputError(Exception):
-    """The source model gives another output at each load: nothing can be compared with it."""
+class _NoBaselineError(Exception):
+    """The source cannot be run on the prompts, or not twice alike: the text says why."""
+
+
+def _explain_short_context(model: Any, error: Exception) -> None:
+    """Raises an error that says so where the model's context is shorter than the prompts."""
+    from codecllm.verifier.baseline.model_output import generates
+    from codecllm.verifier.baseline.prompts import NEW_TOKENS, PROMPT_TOKENS
+
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # Position tables of some encoders have two entries that no token uses.
+    needed = PROMPT_TOKENS + (NEW_TOKENS if generates(model) else 2)
+    if isinstance(context, int) and context < needed:
+        raise _NoBaselineError(
+            f"the model's context of {context} tokens is shorter than the {needed} of a prompt "
+            "and what follows it"
+        ) from error
 
 
 def _why_random(missing: Iterable[str]) -> str:
