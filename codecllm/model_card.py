@@ -5,6 +5,7 @@ README.md for the Hub, every figure of it from the manifest and the baseline.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ _SCHEMES = {
     "embeddings keep every bit",
     "lossless": "lossless: every tensor comes back bit for bit",
 }
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_./-]+")
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -155,13 +157,18 @@ def _loading_remarks(manifest: Manifest) -> str:
         )
     code = [record for record in manifest.files if record.name.endswith(CODE_SUFFIX)]
     if code:
-        names = "\n".join(f"- `{record.name}`, sha256 `{record.sha256}`" for record in code)
+        names = "\n".join(f"- {_file(record.name)}, sha256 `{record.sha256}`" for record in code)
         text += (
             "\n\n**This repository contains Python code** of the source's authors. It runs only "
             "if you pass "
             f"`trust_remote_code=True`; read it first.\n\n{names}"
         )
     return text
+
+
+def _file(name: str) -> str:
+    """Returns a file's name as code; as text where a character of it could end the code."""
+    return f"`{name}`" if _PLAIN_NAME.fullmatch(name) else in_markdown(name)
 
 
 def _figures(
@@ -212,6 +219,10 @@ def _remarks(facts: dict[str, Any], baseline: Baseline | None) -> str:
     if baseline is None or baseline.kind == "none" or baseline.environment is None:
         return f"{ratio} No output of the model was recorded when it was converted."
     where = baseline.environment
+    # Strings of a baseline may come from anyone, as those of a manifest.
+    torch, transformers, device, dtype = (
+        in_markdown(text) for text in (where.torch, where.transformers, where.device, where.dtype)
+    )
     compared_on = f"{len(baseline.greedy) or len(baseline.hidden)} fixed prompts"
     if baseline.agreement is not None and baseline.agreement.text is not None:
         compared_on += (
@@ -219,9 +230,8 @@ def _remarks(facts: dict[str, Any], baseline: Baseline | None) -> str:
             "fixed text"
         )
     return (
-        f"{ratio} Source and container were compared on {compared_on} (torch "
-        f"{where.torch}, transformers "
-        f"{where.transformers}, {where.device}, {where.dtype}); `{BASELINE_NAME}` holds prompts "
+        f"{ratio} Source and container were compared on {compared_on} (torch {torch}, "
+        f"transformers {transformers}, {device}, {dtype}); `{BASELINE_NAME}` holds prompts "
         "and outputs, and "
         "`codecllm verify` runs them again. That is a check that the container says what it said, "
         "not a benchmark of quality."
@@ -240,7 +250,7 @@ def _verification(repo: str, facts: dict[str, Any]) -> str:
 def _licence(base: BaseModel | None) -> str:
     if base is None or "license" not in base.card:
         return ""
-    licence = base.card.get("license_name") or base.card["license"]
+    licence = in_markdown(str(base.card.get("license_name") or base.card["license"]))
     gating_note = (
         " Access to it is gated; its conditions hold for these weights too." if base.gated else ""
     )

@@ -24,6 +24,7 @@ from codecllm.hub.resolve import listed_names
 from codecllm.loader.hf.plain import load_plain
 from codecllm.model_card import MARKER
 from codecllm.publishing import push
+from codecllm.text import in_markdown
 from codecllm.verifier.baseline.record import (
     Agreement,
     Baseline,
@@ -281,6 +282,36 @@ def test_card_states_the_baseline(hub, container, text_figures, kl, top1, on_tex
     assert f"| {top1} |" in text
     assert ("508 tokens of a fixed text" in text) == on_text
     assert "torch 2.13.0, transformers 5.23.0, cpu, bfloat16" in text
+
+
+def test_texts_of_strangers_in_a_card_make_no_markup(hub, container):
+    hostile = "<b>`x`</b> [a](http://evil) | c\n\n# Head"
+    where = Environment(
+        torch=hostile, transformers=hostile, device=hostile, dtype=hostile,
+        attention=hostile, cpu_capability=hostile, threads=2,
+    )  # fmt: skip
+    baseline = Baseline(
+        format="codecllm-baseline", version=1, kind="greedy", environment=where,
+        agreement=Agreement(top1=0.5, mean_kl=0.5, same_tokens=0.5),
+    )  # fmt: skip
+    with Container(container) as opened:
+        attach(container, opened.manifest, BASELINE_NAME, pack_baseline(baseline))
+    names = ("a`![x](y)`b.py", "plain_name.py")
+    for name in names:
+        tampering.add_listed(container, name, b"x = 1")
+    tampering.reseal(
+        container, lambda document: document["required_features"].extend(["code", "paths"])
+    )
+    hub.add_repo("base/model", card_data={"license": "other", "license_name": hostile})
+    push(container, REPO, level="structure", base_model="base/model")
+    body = card_of(hub).text
+    escaped = in_markdown(hostile)
+    assert body.count(escaped) == 5
+    assert f"- {in_markdown(names[0])}, sha256 `" in body
+    assert "- `plain_name.py`, sha256 `" in body
+    for text in ("<b>", "[a](http://evil)", "![x](y)"):
+        assert text not in body.replace(escaped, "")
+    assert "# Head" not in body.splitlines()
 
 
 def test_card_without_a_base(hub, container):
