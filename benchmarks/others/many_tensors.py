@@ -1,7 +1,7 @@
 """Processor time of loading a model of many small tensors, beside transformers with the source.
 
-`python -m benchmarks.others.many_tensors` makes a mixture of experts of 12,579 tensors (52 MB, random),
-converts it and loads both by `AutoModelForCausalLM`, one after the other in fresh processes.
+`python -m benchmarks.others.many_tensors` makes a mixture of experts of 12,579 tensors (52 MB,
+random), converts it and loads both by `AutoModelForCausalLM`, by turns in fresh processes.
 """
 
 from __future__ import annotations
