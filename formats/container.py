@@ -21,7 +21,7 @@ from codecllm.formats.errors import (
     SchemaError,
     TruncatedError,
 )
-from codecllm.formats.files import Excerpt, SafeFile, describe_missing, refuse_foreign
+from codecllm.formats.files import Excerpt, SafeFile, describe_missing
 from codecllm.formats.machine import without_garbage_collection
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
@@ -298,9 +298,6 @@ class Container:
         record = self.manifest.shards[number]
         file = self._files.open(record.name)
         try:
-            # A file of another size is often a pointer or an error page, which has its own message.
-            if file.size != record.bytes:
-                refuse_foreign(file)
             check_size(file, record)
             with without_garbage_collection():
                 header = read_header(file, expected_xxh3=record.header_xxh3)

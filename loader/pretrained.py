@@ -198,6 +198,10 @@ def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[st
     refused_names = sorted(_REFUSED & hf_kwargs.keys())
     if refused_names:
         raise UsageError(f"from_pretrained of a container takes no {', '.join(refused_names)}")
+    if hf_kwargs.get("use_safetensors") is False:
+        raise UsageError(
+            "the weights of a container are in safetensors", got="use_safetensors=False"
+        )
     for name, value, choices in (
         ("resident", resident, ("auto", *get_args(Resident))),
         ("decoder", decoder, get_args(Decoder)),
@@ -258,8 +262,10 @@ def _build(
         # The class is a part of the model, such as the text tower, and has a config of its own.
         stored_config, other_options = read(config_class=part_class)
     if config is None:
+        changed = sorted(hf_kwargs.keys() - other_options.keys())
         config, hf_kwargs = stored_config, other_options
     else:
+        changed = ["config"]
         # A config of the caller has no block of ours, without which transformers would read coded
         # bytes as weights.
         config.quantization_config = stored_config.quantization_config
@@ -279,6 +285,10 @@ def _build(
         # Our error names shard, tensor and chunk; transformers' summary of it does not.
         if load.first_error is not None:
             raise (machine_error(load.first_error) or load.first_error) from exc
+        if isinstance(exc, ModelMismatchError) and changed:
+            raise ModelMismatchError(
+                f"{exc}; arguments of this call changed the config: {', '.join(changed)}"
+            ) from exc
         if isinstance(exc, CodecLLMError):
             raise
         machine = machine_error(exc)

@@ -16,7 +16,7 @@ from codecllm.formats.errors import (
     TruncatedError,
     UsageError,
 )
-from codecllm.formats.files import SafeFile
+from codecllm.formats.files import SafeFile, refuse_foreign
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.records import (
     CodedTensor,
@@ -228,9 +228,13 @@ def check_size(file: SafeFile, record: FileRecord) -> None:
     """Compares the size of a file with its record.
 
     Raises:
+        NotAContainerError: its first bytes are those of something else, such as a Git LFS pointer.
         TruncatedError: the file is shorter.
         LayoutError: it is longer.
     """
+    # A file of another size is often a pointer or an error page, which has its own message.
+    if file.size != record.bytes:
+        refuse_foreign(file)
     if file.size < record.bytes:
         raise TruncatedError(
             "file is too short", file=record.name, got=file.size, expected=f"{record.bytes} bytes"

@@ -117,6 +117,8 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             check_config_size(
                 config.to_dict(), len(container.records), longest_dimension(container)
             )
+            for shard in container.manifest.shards:
+                container.check_presence(shard)  # before transformers opens them
         return self._load.dtypes()
 
     @property

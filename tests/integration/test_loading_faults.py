@@ -14,9 +14,15 @@ import time
 
 import pytest
 import torch
+import transformers
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError
+from codecllm.formats.errors import (
+    CodecLLMError,
+    ModelMismatchError,
+    NotAContainerError,
+    UsageError,
+)
 from codecllm.loader import from_pretrained
 from tests.tampering import copy_of
 
@@ -187,3 +193,34 @@ def test_a_fork_while_a_compressed_model_runs_does_not_hang(container):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str([0] * 8)
+
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 4976698672\n"
+)
+
+
+@pytest.mark.parametrize(
+    "load", [from_pretrained, transformers.AutoModelForCausalLM.from_pretrained]
+)
+def test_a_shard_that_is_a_git_lfs_pointer_is_named(container, tmp_path, load):
+    folder = copy_of(container("llama", "int8"), tmp_path / "c")
+    shard = next(folder.glob("model-*.safetensors"))
+    shard.write_text(POINTER)
+    with pytest.raises(NotAContainerError, match="Git LFS pointer") as caught:
+        load(folder)
+    assert caught.value.file == shard.name
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+def test_arguments_that_do_not_fit_the_container_are_named(container, resident):
+    folder = container("llama", "int8")
+    with pytest.raises(UsageError, match="use_safetensors=False"):
+        from_pretrained(folder, resident=resident, use_safetensors=False)
+    for layers in (1, 3):
+        with pytest.raises(ModelMismatchError, match="changed the config: num_hidden_layers"):
+            from_pretrained(folder, resident=resident, num_hidden_layers=layers)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = 1
+    with pytest.raises(ModelMismatchError, match="changed the config: config"):
+        from_pretrained(folder, resident=resident, config=config)
