@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    _require_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)
     # The order of these imports is the order of the commands in --help.
@@ -21,6 +23,22 @@ def main() -> None:
     from codecllm.cli.process import main as run
 
     run()
+
+
+def _require_streams() -> None:
+    """Ends the process where stdout is closed; a closed stdin or stderr leads nowhere instead."""
+    without_stdout = sys.__stdout__ is None
+    # A file that is opened takes the lowest free number: what a library prints would end up in it.
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.__stderr__ is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    if without_stdout:
+        os.write(2, b"error: stdout is closed: there is no place for the result\n")
+        sys.exit(4)
 
 
 def _quit(number: int, frame: object) -> None:

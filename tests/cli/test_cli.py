@@ -354,3 +354,25 @@ def test_a_device_without_memory_is_a_fault_of_the_machine(
     text = capsys.readouterr().err
     assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in text
     assert "unexpected" not in text
+
+
+def _with_closed(streams, *arguments):
+    shell = f'exec "$@" {streams}'
+    command = ["sh", "-c", shell, "sh", sys.executable, "-m", "codecllm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_a_closed_stdout_is_one_error(container):
+    done = _with_closed(">&-", "info", container)
+    assert done.returncode == 4
+    assert done.stderr == "error: stdout is closed: there is no place for the result\n"
+    assert _with_closed(">&- 2>&-", "info", container).returncode == 4
+
+
+def test_closed_stdin_and_stderr_change_nothing(container, tmp_path):
+    arguments = ("info", container, "--json")
+    done = _with_closed("<&- 2>&-", *arguments)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == json.loads(run(*arguments).stdout)
+    done = _with_closed("2>&-", "info", tmp_path / "absent")
+    assert (done.returncode, done.stdout) == (run("info", tmp_path / "absent").returncode, "")
