@@ -11,6 +11,7 @@ from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.formats.machine import cores
+from codecllm.formats.shards.consistency import expansion_bound
 from codecllm.hub import resolve
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.report import Report, Stage, Verdict
@@ -72,7 +73,7 @@ def verify(
         The report. Damage is in the report, never raised.
 
     Raises:
-        UsageError: the arguments contradict each other.
+        UsageError: the arguments contradict each other, or `CODECLLM_MAX_EXPANSION` is no number.
         HubError: a repository cannot be reached, found or read.
         SourceError: `source` is not a model.
         UnsupportedEnvironmentError: a signature is given, and `model-signing` is not installed.
@@ -85,6 +86,7 @@ def verify(
         )
     # Before any download: a key that cannot be read is no finding about the container.
     verifier = signer.verifier() if signer.is_given else None
+    expansion_bound()  # nor is a bound that is no number
     if level not in LEVELS:
         raise UsageError("no such level", got=repr(level), expected=", ".join(LEVELS))
     if level != "full" and (source is not None or require_baseline):

@@ -95,6 +95,25 @@ def _check_entry(
         )
 
 
+def expansion_bound() -> float:
+    """Returns how many times their stored size tensors may have, by the environment or by default.
+
+    Raises:
+        UsageError: `CODECLLM_MAX_EXPANSION` is not a finite number from 0.
+    """
+    text = os.environ.get(MAX_EXPANSION, str(limits.EXPANSION))
+    try:
+        most = float(text)
+    except ValueError:
+        most = math.nan
+    # Every comparison with NaN is false, and none reaches infinity: the bound would be lifted.
+    if not 0 <= most < math.inf:
+        raise UsageError(
+            f"{MAX_EXPANSION} is not a number", got=ascii(text)[:40], expected="a finite one from 0"
+        )
+    return most
+
+
 def check_expansion(manifest: Manifest, most: float | None = None) -> None:
     """Refuses tensors that are far larger than their stored bytes.
 
@@ -106,17 +125,10 @@ def check_expansion(manifest: Manifest, most: float | None = None) -> None:
 
     Raises:
         LimitError: they are larger, and together larger than 256 MiB.
-        UsageError: `CODECLLM_MAX_EXPANSION` is not a number.
+        UsageError: as `expansion_bound`.
     """
     if most is None:
-        text = os.environ.get(MAX_EXPANSION, str(limits.EXPANSION))
-        try:
-            most = float(text)
-        except ValueError:
-            most = math.nan
-        # Every comparison with NaN is false: the bound would be lifted silently.
-        if math.isnan(most):
-            raise UsageError(f"{MAX_EXPANSION} is not a number", got=ascii(text)[:40])
+        most = expansion_bound()
     declared_bytes = sum(record.source_bytes for shard in manifest.stored_in for record in shard)
     stored_bytes = sum(shard.bytes for shard in manifest.shards)
     if declared_bytes > max(limits.EXPANSION_FREE_BYTES, most * stored_bytes):

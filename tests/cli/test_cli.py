@@ -376,3 +376,14 @@ def test_closed_stdin_and_stderr_change_nothing(container, tmp_path):
     assert json.loads(done.stdout) == json.loads(run(*arguments).stdout)
     done = _with_closed("2>&-", "info", tmp_path / "absent")
     assert (done.returncode, done.stdout) == (run("info", tmp_path / "absent").returncode, "")
+
+
+@pytest.mark.parametrize("command", [("info",), ("verify", "--level", "structure")])
+def test_a_bound_of_expansion_that_is_no_number_is_a_usage_error(
+    container, run_here, monkeypatch, capsys, command
+):
+    for text in ("abc", "nan", "", "-1", "inf"):
+        monkeypatch.setenv("CODECLLM_MAX_EXPANSION", text)
+        assert run_here(command[0], container, *command[1:]) == 2
+        written = capsys.readouterr()
+        assert "CODECLLM_MAX_EXPANSION is not a number" in written.out + written.err

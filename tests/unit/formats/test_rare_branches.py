@@ -273,7 +273,7 @@ def test_the_bound_of_expansion(container, monkeypatch):
         check_expansion(container.manifest, 0.5)
     monkeypatch.setenv(MAX_EXPANSION, "100")
     check_expansion(container.manifest)
-    for text in ("many", "nan"):
+    for text in ("many", "nan", "", "-1", "inf", "1e400"):
         monkeypatch.setenv(MAX_EXPANSION, text)
         with pytest.raises(UsageError, match="not a number"):
             check_expansion(container.manifest)
