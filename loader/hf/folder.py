@@ -28,7 +28,11 @@ from codecllm.loader.hf.listed import (
     for_tokenizer,
     listed_files,
 )
-from codecllm.loader.hf.side_limits import check_config_file, check_tokenizer_files
+from codecllm.loader.hf.side_limits import (
+    check_config_file,
+    check_tokenizer_files,
+    refuse_named_kernels,
+)
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -58,6 +62,8 @@ def read_config(
     Raises:
         UnsupportedEnvironmentError: this transformers cannot read it.
         ModelMismatchError: it asks for more modules or labels than any model has.
+        UnsafePathError: it names attention or experts of a repository, which would be fetched and
+            run, and `options` do not choose others.
         FormatError: a file of the container differs from the manifest, or the config is beyond a
             limit.
     """
@@ -65,6 +71,7 @@ def read_config(
 
     with listed_files(model, for_model_with_code if run_code else for_model) as folder:
         check_config_file(folder)
+        refuse_named_kernels(folder, options)
         try:
             reader = config_class or AutoConfig
             return reader.from_pretrained(folder, trust_remote_code=run_code, **options)

@@ -6,11 +6,11 @@ A line of config.json or tokenizer_config.json can ask for 10^8 labels or tokens
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from codecllm.formats.errors import LimitError
+from codecllm.formats.errors import LimitError, UnsafePathError
 from codecllm.loader.config_size import MOST_ITEMS, check_config_size
 
 MOST_MADE_TOKENS = 4096
@@ -22,6 +22,7 @@ MOST_SPECIAL_TOKENS = 1 << 15
 MOST_TOKEN_ITEMS = 1 << 16
 """Items of any other list or object of a tokenizer's settings."""
 
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MADE_TOKENS = ("extra_ids", "num_madeup_words", "offset")
 _SPECIAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
@@ -45,6 +46,26 @@ def check_config_file(folder: Path) -> None:
             check_config_size(config, MOST_ITEMS, MOST_ITEMS)
         except RecursionError as exc:
             raise LimitError("JSON is nested too deeply", file="config.json") from exc
+
+
+def refuse_named_kernels(folder: Path, chosen: Mapping[str, Any]) -> None:
+    """Refuses a config that names attention or experts of a repository: transformers fetches code.
+
+    Args:
+        folder: a model's.
+        chosen: arguments of the caller, which replace entries of the config.
+
+    Raises:
+        UnsafePathError: there is such an entry, and the caller does not choose another.
+    """
+    for key, text in _texts(_read(folder / "config.json")):
+        name = key.removeprefix("_")
+        if name in _IMPLEMENTATIONS and "/" in text and chosen.get(name) is None:
+            raise UnsafePathError(
+                f"{key} names code of a repository (pass {name}= to choose another)",
+                file="config.json",
+                got=ascii(text)[:80],
+            )
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -86,6 +107,20 @@ def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:
             stack += part.items() if isinstance(part, dict) else ((key, item) for item in part)
         elif isinstance(part, (int, float)):
             yield key, 0, part
+
+
+def _texts(value: Any) -> Iterator[tuple[str, str]]:
+    """Yields each string with its key; below an implementation, that key."""
+    stack = [("", value)]
+    while stack:
+        key, part = stack.pop()
+        if isinstance(part, dict):
+            below = key.removeprefix("_") in _IMPLEMENTATIONS  # an object has one for each part
+            stack += ((key if below else name, item) for name, item in part.items())
+        elif isinstance(part, list):
+            stack += ((key, item) for item in part)
+        elif isinstance(part, str):
+            yield key, part
 
 
 def _read(path: Path) -> Any:

@@ -1,0 +1,60 @@
+"""A config does not choose code of a repository for attention or experts; a caller may."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers as hf
+
+import codecllm
+from codecllm.formats.errors import UnsafePathError
+from codecllm.loader.hf.folder import read_config
+from codecllm.loader.hf.plain import load_plain
+from tests.tampering import copy_of, replace_listed
+
+NAMED = [
+    {"attn_implementation": "evil/kernel"},
+    {"_attn_implementation": "evil/kernel@main:f"},
+    {"experts_implementation": "evil/kernel"},
+    {"attn_implementation": {"": "sdpa", "text_config": "paged|evil/kernel"}},
+    {"text_config": {"_experts_implementation": "evil/kernel"}},
+]
+
+
+def _changed(container, folder, change):
+    copy_of(container, folder)
+    config = json.loads((folder / "config.json").read_text()) | change
+    replace_listed(folder, "config.json", json.dumps(config).encode())
+    return folder
+
+
+@pytest.mark.parametrize("change", NAMED, ids=str)
+def test_a_config_that_names_a_repository_is_refused(container, tmp_path, change):
+    folder = _changed(container, tmp_path / "c", change)
+    with pytest.raises(UnsafePathError, match=r"^config\.json: \w+ names code of a repository"):
+        codecllm.from_pretrained(folder)
+    (folder / "codecllm.json").unlink()  # a source model, which is loaded to record a baseline
+    with pytest.raises(UnsafePathError, match=r"names code of a repository"):
+        load_plain(folder)
+
+
+def test_the_caller_chooses(container, tmp_path):
+    folder = _changed(container, tmp_path / "c", NAMED[0])
+    model = codecllm.from_pretrained(folder, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UnsafePathError):
+        codecllm.from_pretrained(folder, experts_implementation="eager")
+    assert read_config(folder, attn_implementation="mine/kernel") is not None
+
+
+def test_other_names_pass(container, tmp_path):
+    change = {"attn_implementation": "eager", "_name_or_path": "user/name"}
+    folder = _changed(container, tmp_path / "c", change)
+    assert codecllm.from_pretrained(folder).config._attn_implementation == "eager"
+
+
+def test_transformers_itself_would_take_the_name(container, tmp_path):
+    """Guards the tests above: the entry of a config is one that transformers obeys."""
+    folder = _changed(container, tmp_path / "c", NAMED[0])
+    assert hf.AutoConfig.from_pretrained(folder)._attn_implementation == "evil/kernel"
