@@ -110,6 +110,37 @@ def test_low_rates_verify_against_their_source_and_say_how_codes_were_rounded(tm
     assert f"{len(rounded)} rounded otherwise, as recorded (deadzone; worst 0.5" in report.to_json()
 
 
+@pytest.mark.parametrize(("bits", "accepted"), [(3.0, True), (8.0, False)])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_verify_has_the_floor_of_a_baseline(tmp_path, source, monkeypatch, bits, accepted, name):
+    """An output far from the source's is no fault of a container with few bits."""
+    done = api.convert(
+        source(name),
+        tmp_path / "out",
+        bits=bits,
+        calibrate="none",
+        include=MATRICES,
+        baseline=False,
+    )
+    assert done.report is not None
+    monkeypatch.setattr("codecllm.verifier.diagnosis.model.text.kl_per_position", _far)
+    cosine = torch.nn.functional.cosine_similarity
+    monkeypatch.setattr(torch.nn.functional, "cosine_similarity", lambda *a: cosine(*a) * 0.5)
+    monkeypatch.setattr(torch.Tensor, "argmax", _random_argmax)
+    report = codecllm.verify(tmp_path / "out", source=source(name), baseline=False)
+    faults = [str(finding.error) for finding in report.stage("model").findings]
+    assert bool(faults) != accepted, faults
+
+
+def _far(expected, got):
+    return torch.full(expected.shape[:1], 2.0)
+
+
+def _random_argmax(self, *args, _original=torch.Tensor.argmax, **kwargs):
+    best = _original(self, *args, **kwargs)
+    return torch.randint_like(best, 1 << 30) if best.dim() == 1 else best
+
+
 def test_every_expert_has_statistics_of_its_own(source):
     found = calibrate(source("moe"), "random").statistics
     with SourceModel(source("moe")) as model:

@@ -317,7 +317,7 @@ def _refuse_below_floor(baseline: Baseline, manifest: Manifest) -> None:
     from codecllm.verifier.baseline.floor import below_floor, certainty_of
 
     agreement = baseline.agreement or Agreement()
-    fault = below_floor(agreement, _asked_bits(manifest), certainty_of(baseline))
+    fault = below_floor(agreement, asked_bits(manifest), certainty_of(baseline))
     if fault is not None:
         raise BaselineError(
             "the converted model is far from its source; a tensor may be quantized that must not "
@@ -327,7 +327,7 @@ def _refuse_below_floor(baseline: Baseline, manifest: Manifest) -> None:
         )
 
 
-def _asked_bits(manifest: Manifest) -> float | None:
+def asked_bits(manifest: Manifest) -> float | None:
     """Returns the bits per weight that the writer was asked for, by a rate or a ratio, or None.
 
     Steps that were chosen without a rate, for a width of codes or by a caller, count with the bits

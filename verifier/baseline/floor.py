@@ -19,6 +19,13 @@ FLAT = 0.05
 """Mean probability of the likeliest token below which a model prefers none, as random weights."""
 
 
+def floor_of(bits: float | None) -> tuple[float, float, float] | None:
+    """Returns mean KL, top-1 agreement and cosine for bits per weight, or None; see below."""
+    if bits is not None and bits < LOW_RATE:
+        return None
+    return FLOOR if bits is None or bits >= HIGH_RATE else FLOOR_OF_LOW_RATES
+
+
 def below_floor(
     agreement: Agreement, bits: float | None, certainty: float | None = None
 ) -> str | None:
@@ -35,11 +42,10 @@ def below_floor(
         bits: bits per weight that were asked for; None: 8, by the largest weight of each channel.
         certainty: of the converted model, see `certainty_of`; None where it is unknown.
     """
-    if bits is not None and bits < LOW_RATE:
+    floor = floor_of(bits)
+    if floor is None:
         return None
-    far_kl, low_top1, low_cosine = (
-        FLOOR if bits is None or bits >= HIGH_RATE else FLOOR_OF_LOW_RATES
-    )
+    far_kl, low_top1, low_cosine = floor
     # `not x >= y` and `not x <= y`: a NaN of a broken model must fail, and all its comparisons are
     # false.
     if agreement.cosine is not None and not agreement.cosine >= low_cosine:

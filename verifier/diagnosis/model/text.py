@@ -24,6 +24,7 @@ UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 PERPLEXITY_TOKENS = 1024
 WINDOW_TOKENS = 512
 MAX_KL, MIN_TOP1 = 0.1, 0.9
+Floor = tuple[float, float] | None
 """Limits beyond which precision itself is the fault.
 
 The mean divergence in nats must be larger and the top-1 agreement smaller.
@@ -215,6 +216,7 @@ def compare_text(
     coders: tuple[output.PromptCoder, output.PromptCoder],
     lossless: bool,
     stage: Stage,
+    floor: Floor = (MAX_KL, MIN_TOP1),
 ) -> None:
     """Compares the outputs of both models.
 
@@ -225,9 +227,10 @@ def compare_text(
         coders: tokenizers of source and container.
         lossless: whether every weight is the source's, so that every difference is a fault.
         stage: receives findings and figures.
+        floor: mean KL in nats, and top-1 agreement or cosine; one must hold. None: any may be.
     """
     if not source.tokens:
-        _compare_outputs(source, loaded, lossless, stage)
+        _compare_outputs(source, loaded, lossless, stage, floor)
         return
     prompts = []
     kls = list[float]()
@@ -272,7 +275,7 @@ def compare_text(
         "text_tokens": len(loaded.nll),
     }
     stage.facts |= facts
-    _judge(facts, len(kls) - len(finite), lossless, stage)
+    _judge(facts, len(kls) - len(finite), lossless, stage, floor)
     stage.summary = _summary(facts)
 
 
@@ -281,13 +284,15 @@ def _tail(text: str) -> int:
     return max(0, len(text) - len(text.rstrip(UNDECODABLE)) - 1)
 
 
-def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> None:
+def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage, floor: Floor) -> None:
     if lost:
         stage.fail(
             BaselineError(f"logits are NaN or infinite at {lost} positions"), cause=Cause.PRECISION
         )
     # Small models differ in single tokens; both figures together show a real loss.
-    far = facts["mean_kl"] is None or (facts["mean_kl"] > MAX_KL and facts["top1"] < MIN_TOP1)
+    far = facts["mean_kl"] is None or (
+        floor is not None and facts["mean_kl"] > floor[0] and facts["top1"] < floor[1]
+    )
     for number, row in enumerate(facts["prompts"]):
         # Small models write such bytes by themselves: a few more of them are no fault.
         if far and row["undecodable_in_loaded"] > row["undecodable_in_source"] + 2:
@@ -313,17 +318,17 @@ def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage) -> No
             got=f"mean KL {facts['mean_kl']:.2e}",
         )
         stage.fail(error, cause=Cause.TEXT_DIFFERS)
-    elif far and facts["mean_kl"] is not None:
+    elif far and floor is not None and facts["mean_kl"] is not None:
         agreement = f"top-1 agreement {facts['top1']:.1%} against the source"
         text = f"mean KL {facts['mean_kl']:.3f} nats, {agreement}"
         stage.fail(
-            BaselineError(text, expected=f"at most {MAX_KL} nats or at least {MIN_TOP1:.0%}"),
+            BaselineError(text, expected=f"at most {floor[0]} nats or at least {floor[1]:.0%}"),
             cause=Cause.PRECISION,
         )
 
 
 def _compare_outputs(
-    source: ModelOutputs, loaded: ModelOutputs, lossless: bool, stage: Stage
+    source: ModelOutputs, loaded: ModelOutputs, lossless: bool, stage: Stage, floor: Floor
 ) -> None:
     """Compares the first outputs of models that do not generate."""
     cosines = [
@@ -346,10 +351,10 @@ def _compare_outputs(
             ),
             cause=Cause.TEXT_DIFFERS,
         )
-    elif not worst > MIN_TOP1:
+    elif floor is not None and not worst > floor[1]:
         stage.fail(
             BaselineError(
-                "output is far from the source's: cosine", got=worst, expected=f"above {MIN_TOP1}"
+                "output is far from the source's: cosine", got=worst, expected=f"above {floor[1]}"
             ),
             cause=Cause.PRECISION,
         )
