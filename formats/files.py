@@ -237,9 +237,13 @@ def describe_missing(folder: Path, wanted: str) -> str:
     return f"a file; {wanted}" if folder.exists() else "no such folder"
 
 
+LFS_BEGIN = b"version https://git-lfs"
+"""The first bytes of a Git LFS pointer."""
+
+
 def describe_foreign(head: bytes) -> str | None:
     """Names the kind of a file by its first bytes, for files that often replace a shard."""
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(LFS_BEGIN):
         return "a Git LFS pointer (the real file was not downloaded: run 'git lfs pull')"
     if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "an HTML page"

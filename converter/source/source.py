@@ -21,7 +21,7 @@ from codecllm.converter.source.selection import SideFiles, select_side_files
 from codecllm.converter.source.tensors import SourceTensor, same_bytes
 from codecllm.formats import limits
 from codecllm.formats.errors import SourceError, TruncatedError
-from codecllm.formats.files import describe_missing, file_identity
+from codecllm.formats.files import LFS_BEGIN, describe_missing, file_identity, refuse_foreign
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.shards.safetensors_header import read_header
 
@@ -32,6 +32,8 @@ View = Literal["int8", "lossless"]
 """
 
 _SHOWN_NAMES = 3
+_TEXTS = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".spm")
+"""Endings of files without which a tokenizer or a model is another one."""
 
 
 class SourceModel:
@@ -136,6 +138,7 @@ class SourceModel:
         Raises:
             UnsafeSourceError: the weights of a module are a pickle.
             LimitError: those of a module are too large.
+            NotAContainerError: a file of text is a Git LFS pointer.
         """
         prefix = f"{self.modules.main}/" if self.modules.main else ""
         names = [*self.weights.files, *([self.weights.index] if self.weights.index else [])]
@@ -144,6 +147,10 @@ class SourceModel:
         )
         for name in side_files.copied.values():
             self._remember(self.repository / name)
+            if name.endswith(_TEXTS):
+                with SourceFile(self.repository, name) as file:
+                    if file.read(0, min(len(LFS_BEGIN), file.size)) == LFS_BEGIN:
+                        refuse_foreign(file)
         return side_files
 
     def describe_taken(self) -> str:

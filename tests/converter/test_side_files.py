@@ -11,7 +11,12 @@ from codecllm.converter import convert
 from codecllm.converter.source import selection
 from codecllm.formats import BASE_VERSION, FORMAT_VERSION
 from codecllm.formats.container import Container
-from codecllm.formats.errors import LimitError, SourceError, UnsafeSourceError
+from codecllm.formats.errors import (
+    LimitError,
+    NotAContainerError,
+    SourceError,
+    UnsafeSourceError,
+)
 from codecllm.formats.reference import read_tensor_bytes
 from tests.sources import write_source
 
@@ -243,3 +248,16 @@ def test_modules_that_cannot_be_read(tmp_path, text):
     with pytest.raises(SourceError) as caught:
         convert(source, tmp_path / "out")
     assert caught.value.file == "modules.json"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.txt", "figure.png"])
+def test_a_text_that_is_a_git_lfs_pointer_is_refused(tmp_path, name):
+    source = _source(tmp_path, [name])
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 9\n"
+    (source / name).write_text(pointer)
+    if name == "figure.png":
+        convert(source, tmp_path / "out")
+        return
+    with pytest.raises(NotAContainerError, match="Git LFS pointer") as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.file == name and not (tmp_path / "out").exists()
