@@ -12,6 +12,9 @@ from pathlib import Path
 from codecllm.formats.errors import UnsafePathError
 from codecllm.formats.files import fsync_folder
 
+# A safe name has at most 8 parts (SPEC.md 3).
+_MAX_DEPTH = 16
+
 
 def files_of(folder: Path) -> list[str]:
     """Returns the names of all files and links in a folder and its subfolders; follows no link."""
@@ -39,6 +42,23 @@ def refuse_links(base: Path, names: Iterable[str]) -> None:
             raise UnsafePathError(
                 "a link stands where a folder of the container belongs", file=str(folder)
             )
+
+
+def refuse_deep(folder: Path) -> None:
+    """Refuses folders inside one another that are too many to walk through by recursion.
+
+    Raises:
+        UnsafePathError: `folder` has them.
+    """
+    waiting = [(str(folder), 0)]
+    while waiting:
+        path, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            raise UnsafePathError("folders are nested too deeply", file=str(folder))
+        # One that cannot be read cannot be walked through either.
+        with suppress(OSError), os.scandir(path) as entries:
+            inner_folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+            waiting += [(inner, depth + 1) for inner in inner_folders]
 
 
 def make_durable_folder(folder: Path) -> None:

@@ -8,20 +8,24 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_of_descriptor, xxh3_hex
 from codecllm.formats.errors import FormatError
-from codecllm.formats.files import SafeFile
+from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.records import ShardRecord, StoredRecord
 
 _TENSORS: TypeAdapter[list[StoredRecord]] = TypeAdapter(
     list[Annotated[StoredRecord, Field(discriminator="scheme")]]
 )
+# The records of a journal are those of the manifest.
+_MAX_BYTES = 2 * limits.MANIFEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,11 @@ class Journal:
             whole: each was read and compared with its sha256. Otherwise the caller removes all that
             is in the folder.
         """
-        lines = _whole_lines(self._path)
-        same = fingerprint is not None and lines[:1] == [{"fingerprint": fingerprint}]
-        for line in lines[1:] if same else []:
+        data = self._read() if fingerprint is not None else b""
+        # Compared as bytes: a stranger's journal is not parsed.
+        first = _pack({"fingerprint": fingerprint})
+        same = data.startswith(first)
+        for line in _whole_lines(data[len(first) :]) if same else []:
             shard = self._checked(line)
             if shard is not None:
                 self.finished[shard.record.name] = shard
@@ -80,20 +86,26 @@ class Journal:
             self._append(_line_of(shard))
 
     def _append(self, line: dict[str, Any]) -> None:
-        text = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode()
         with self._lock, open(self._path, "ab") as file:
-            file.write(xxh3_hex(text).encode() + b" " + text + b"\n")
+            file.write(_pack(line))
             file.flush()
             os.fsync(file.fileno())
 
-    def _checked(self, line: dict[str, Any]) -> FinishedShard | None:
+    def _read(self) -> bytes:
+        """Returns the bytes of the file; none where it is no regular file, or too long for one."""
+        try:
+            return read_file(self._path.parent, self._path.name, _MAX_BYTES)
+        except (FormatError, OSError):
+            return b""
+
+    def _checked(self, line: Any) -> FinishedShard | None:
         """Returns the shard of a line if its file is there with every byte."""
         try:
             record = ShardRecord.model_validate(line["shard"])
             tensors = _TENSORS.validate_python(line["tensors"])
             with SafeFile(self._folder, record.name) as file, file.opened() as descriptor:
                 digest, size = sha256_of_descriptor(descriptor)
-        except (FormatError, ValidationError, KeyError):
+        except (FormatError, ValidationError, KeyError, TypeError):
             return None
         # After a crash of the machine a file may have its size and not its bytes.
         whole = (digest, size) == (record.sha256, record.bytes)
@@ -105,15 +117,17 @@ def _line_of(shard: FinishedShard) -> dict[str, Any]:
     return {"shard": shard.record.model_dump(mode="json"), "tensors": tensors}
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return []
-    lines = []
+def _pack(line: dict[str, Any]) -> bytes:
+    text = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode()
+    return xxh3_hex(text).encode() + b" " + text + b"\n"
+
+
+def _whole_lines(data: bytes) -> Iterator[Any]:
     for line in data.split(b"\n")[:-1]:
         checksum, _, text = line.partition(b" ")
         if xxh3_hex(text).encode() != checksum:
-            break
-        lines.append(json.loads(text))
-    return lines
+            return
+        try:
+            yield json.loads(text)
+        except (ValueError, RecursionError):
+            return

@@ -19,6 +19,7 @@ from codecllm.converter.write.folders import (
     is_file,
     is_folder,
     make_durable_folder,
+    refuse_deep,
     refuse_links,
     remove,
     remove_empty_parents,
@@ -228,10 +229,14 @@ class Staging:
 
         Raises:
             UnsafePathError: the list, or what lies beside it, is not what a conversion leaves.
+                Nothing was changed.
         """
-        if not is_folder(self._staging) or not os.path.lexists(self._moving):
+        if not is_folder(self._staging):
             return []
         try:
+            refuse_deep(self._staging)
+            if not os.path.lexists(self._moving):
+                return []
             data = read_file(self._staging, self._moving.name, _MAX_LIST_BYTES)
             names = data.decode().split("\n", _MAX_MOVED)
             old_names = files_of(self._old) if is_folder(self._old) else []
@@ -329,7 +334,6 @@ class Staging:
 
     def _old_names(self) -> list[str]:
         """Returns the files of the container that `force` replaces, and no others of the folder."""
-        manifest = self.out / MANIFEST_NAME
         if not is_file(self.out, MANIFEST_NAME):
             return []
         container_names = {MANIFEST_NAME, INDEX_NAME, BASELINE_NAME, *_PARTIAL_NAMES}
@@ -337,9 +341,8 @@ class Staging:
             path.name for path in self.out.iterdir() if SHARD_NAME.fullmatch(path.name)
         }
         with suppress(FormatError):  # a damaged manifest names nothing; its shards go all the same
-            container_names |= {
-                record.name for record in parse_manifest(manifest.read_bytes()).files
-            }
+            manifest = parse_manifest(read_file(self.out, MANIFEST_NAME, limits.MANIFEST_BYTES))
+            container_names |= {record.name for record in manifest.files}
         return sorted(name for name in container_names if is_file(self.out, name))
 
     def __enter__(self) -> Staging:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from codecllm.converter import convert
 from codecllm.converter.exports.export import export
+from codecllm.converter.write.journal import Journal
 from codecllm.converter.write.staging import STAGING_NAME
+from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.container import Container
 from codecllm.formats.errors import OutputExistsError, UnsafePathError
 from tests.sources import bf16, write_source
@@ -192,3 +196,98 @@ def test_a_partial_manifest_that_is_a_link_is_not_written_through(source, out):
     convert(source, out, force=True)
     assert _outside(out) == before
     Container(out).close()
+
+
+def _pipe(path):
+    os.mkfifo(path)
+
+
+def _sparse(path):
+    path.touch()
+    os.truncate(path, 1 << 42)
+
+
+def _binary(path):
+    path.write_bytes(b"\xff\xfe\0")
+
+
+def _long(path):
+    path.write_bytes(b"a" * 5000)
+
+
+MALFORMED = [Path.mkdir, _pipe, _sparse, _binary, _long]
+
+
+@pytest.mark.parametrize("make", MALFORMED)
+def test_a_list_that_no_conversion_wrote_is_refused(source, out, make):
+    make(out / STAGING_NAME / "moving")
+    for force in (False, True):
+        with pytest.raises(UnsafePathError, match="remove this folder"):
+            convert(source, out, force=force)
+
+
+def _line(text):
+    return xxh3_hex(text).encode() + b" " + text + b"\n"
+
+
+def _broken_line(path):
+    path.write_bytes(_line(b"{"))
+
+
+def _deep_line(path):
+    path.write_bytes(_line(b"[" * 100_000))
+
+
+def _line_of_no_text(path):
+    path.write_bytes(_line(b'"\xff"'))
+
+
+@pytest.mark.parametrize("make", [*MALFORMED, _broken_line, _deep_line, _line_of_no_text])
+def test_a_malformed_journal_is_none(source, out, downloaded, make):
+    make(out / STAGING_NAME / "journal")
+    convert(source, out, force=True)
+    assert _entries(out) == _entries(downloaded)
+
+
+LINES = [b"{", b"[" * 100_000, b'"\xff"', b"[]", b"1", b"{}", b'{"shard":1,"tensors":2}', b"null"]
+
+
+@pytest.mark.parametrize("text", LINES)
+def test_a_malformed_line_of_the_same_conversion_names_no_shard(tmp_path, text):
+    journal = Journal(tmp_path / "journal", tmp_path)
+    journal.begin("0123")
+    with open(tmp_path / "journal", "ab") as file:
+        file.write(_line(text))
+    again = Journal(tmp_path / "journal", tmp_path)
+    assert again.begin("0123")
+    assert not again.finished
+
+
+@pytest.mark.parametrize("make", [_pipe, _sparse, _binary, _long])
+def test_a_malformed_manifest_is_replaced(source, out, downloaded, make):
+    (out / "codecllm.json").unlink()
+    make(out / "codecllm.json")
+    convert(source, out, force=True)
+    assert _entries(out) == _entries(downloaded)
+
+
+@pytest.mark.parametrize("name", ["moving.partial", "old", "other"])
+@pytest.mark.parametrize("make", MALFORMED)
+def test_other_litter_of_the_staging_folder_goes(source, out, downloaded, name, make):
+    shutil.rmtree(out / STAGING_NAME / name, ignore_errors=True)
+    make(out / STAGING_NAME / name)
+    convert(source, out, force=True)
+    assert _entries(out) == _entries(downloaded)
+
+
+@pytest.mark.parametrize("part", ["files", "old", "other"])
+def test_folders_that_are_nested_deeply_are_refused(source, out, part):
+    path = out / STAGING_NAME / part
+    path.mkdir(exist_ok=True)
+    for _ in range(1200):
+        path = f"{path}/a"
+        os.mkdir(path)
+    with pytest.raises(UnsafePathError, match=r"remove this folder.*nested too deeply"):
+        convert(source, out, force=True)
+    subprocess.run(["rm", "-r", out / STAGING_NAME], check=True)
+    convert(source, out, force=True)
