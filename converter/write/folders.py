@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from codecllm.formats.errors import UnsafePathError
-from codecllm.formats.files import fsync_folder
+from codecllm.formats.files import fsync_folder, is_safe_name
 
 # A safe name has at most 8 parts (SPEC.md 3).
 _MAX_DEPTH = 16
@@ -42,6 +42,18 @@ def refuse_links(base: Path, names: Iterable[str]) -> None:
             raise UnsafePathError(
                 "a link stands where a folder of the container belongs", file=str(folder)
             )
+
+
+def is_safe_anywhere(name: str) -> bool:
+    """Whether the name of a file, as the system gives it, is a safe one.
+
+    It may be one in another locale, where the same bytes were other characters.
+    """
+    data = os.fsencode(name)
+    try:
+        return is_safe_name(data.decode())
+    except UnicodeDecodeError:
+        return is_safe_name(data.decode("latin-1"))
 
 
 def refuse_deep(folder: Path) -> None:

@@ -18,6 +18,7 @@ from codecllm.converter.write.folders import (
     folders_of,
     is_file,
     is_folder,
+    is_safe_anywhere,
     make_durable_folder,
     refuse_deep,
     refuse_links,
@@ -34,7 +35,7 @@ from codecllm.formats.errors import (
     UsageError,
     one_line,
 )
-from codecllm.formats.files import fsync_folder, is_safe_name, read_file, write_atomically
+from codecllm.formats.files import fsync_folder, read_file, write_atomically
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, SHARD_NAME
 from codecllm.formats.manifest.reading import parse_manifest
 
@@ -156,7 +157,7 @@ class Staging:
         # With `out` itself: staging is to hold the only copy of the old container.
         for folder in (*folders_of(self.folder, names), self._staging, self.out):
             fsync_folder(folder)
-        write_atomically(self._moving, "\n".join(names).encode())
+        write_atomically(self._moving, os.fsencode("\n".join(names)))
 
     def _move_old(self) -> None:
         """Puts the files of the container that is replaced aside, its manifest first."""
@@ -238,14 +239,14 @@ class Staging:
             if not os.path.lexists(self._moving):
                 return []
             data = read_file(self._staging, self._moving.name, _MAX_LIST_BYTES)
-            names = data.decode().split("\n", _MAX_MOVED)
+            names = os.fsdecode(data).split("\n", _MAX_MOVED)
             old_names = files_of(self._old) if is_folder(self._old) else []
             for name in (*names, *old_names):
-                if not is_safe_name(name):
+                if not is_safe_anywhere(name):
                     raise UnsafePathError("unsafe file name", file=ascii(name[:200]))
             refuse_links(self._staging, [f"{self.folder.name}/{name}" for name in names])
             refuse_links(self.out, [*names, *old_names])
-        except (FormatError, UnicodeDecodeError) as exc:
+        except FormatError as exc:
             raise UnsafePathError(
                 f"not the files of a stopped conversion, remove this folder ({one_line(exc)})",
                 file=str(self._staging),

@@ -156,6 +156,53 @@ def test_a_journal_that_was_torn_anywhere_loses_work_and_nothing_else(tmp_path, 
         assert set(journal.finished) <= names
 
 
+CONVERTING = """
+import os, signal, sys
+from codecllm.converter import convert
+from codecllm.converter.write.staging import Staging
+def move(self, source, target, names):
+    real(self, source, target, names)
+    if target == self.out:
+        os.kill(os.getpid(), signal.SIGKILL)
+real = Staging._move
+if sys.argv[3] == "stop":
+    Staging._move = move
+convert(sys.argv[1], sys.argv[2], scheme="lossless", force=sys.argv[3] == "stop")
+"""
+LOCALES = {
+    "utf-8": {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"},
+    # File names that are not ASCII are taken byte by byte.
+    "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+def test_a_commit_that_was_killed_is_undone_in_another_locale(tmp_path, source, undisturbed):
+    source = shutil.copytree(source, tmp_path / "model")
+    (source / "größe.json").write_text("{}")
+    out = tmp_path / "out"
+    convert(source, out, scheme="lossless")
+    old = _bytes(out)
+    assert "größe.json" in old
+
+    def run(locale, *more):
+        done = subprocess.run(
+            [sys.executable, "-c", CONVERTING, *map(str, more)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **LOCALES[locale]},
+        )
+        return done.returncode, done.stderr
+
+    assert run("utf-8", source, out, "stop")[0] == -signal.SIGKILL
+    assert "codecllm.json" not in _bytes(out)
+    plain = shutil.copytree(source, tmp_path / "plain", ignore=lambda *_: ["größe.json"])
+    code, text = run("ascii", plain, out, "go")
+    assert code == 1, text
+    assert "OutputExistsError: " in text
+    assert _bytes(out) == old
+
+
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_a_link_or_file_in_the_place_of_the_staging_folder(tmp_path, source, undisturbed, kind):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
