@@ -10,9 +10,10 @@ reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from codecllm.converter.source.layout import ADAPTER_NAMES
 from codecllm.converter.source.modules import Modules
@@ -28,6 +29,8 @@ from codecllm.formats.manifest.manifest import (
 )
 from codecllm.hub.kinds import CARD_NAMES, FileKind, file_kind, is_weights
 
+_Entry = TypeVar("_Entry")
+
 MAX_COPIED_BYTES = 256 << 20
 """Largest file that is copied without being asked for by a module."""
 
@@ -35,6 +38,9 @@ MAX_COPIED_BYTES = 256 << 20
 MAX_COPIED_FILES = limits.FILES - 64
 # A safe name has at most 8 parts (SPEC.md 3).
 _MAX_DEPTH = 8
+MAX_ENTRIES = 1 << 18
+"""Most files and folders that are looked at; links may make few of them many."""
+
 # Names of the container's root that a conversion or a baseline writes itself.
 _OWN_NAMES = frozenset({"config.json", INDEX_NAME, BASELINE_NAME, MANIFEST_NAME})
 
@@ -94,7 +100,8 @@ def select_side_files(
 
     Raises:
         UnsafeSourceError: the weights of a module are a pickle.
-        LimitError: those of a module are too large for a side file.
+        LimitError: those of a module are too large for a side file, or more than `MAX_ENTRIES`
+            files and folders were looked at.
     """
     return _Selection(repository, modules, frozenset(weights), with_code).run()
 
@@ -112,6 +119,9 @@ class _Selection:
         self._with_code = with_code
         self._result = SideFiles()
         self._folded: dict[str, str] = {}
+        self._seen_entries = 0
+        # Device and inode of the folders that are being walked through, outer ones first.
+        self._ancestors: list[tuple[int, int]] = []
 
     def run(self) -> SideFiles:
         # The main module's files come first: where two would get the same name, its one is copied.
@@ -123,12 +133,28 @@ class _Selection:
         return self._result
 
     def _walk(self, folder: str, depth: int) -> None:
-        for path in sorted((self._repository / folder).iterdir()):
-            name = f"{folder}/{path.name}" if folder else path.name
-            if not path.is_dir():
-                self._decide(name, path)
+        path = self._repository / folder
+        self._ancestors.append(_identity(path))
+        for inner in sorted(self._counted(path.iterdir())):
+            name = f"{folder}/{inner.name}" if folder else inner.name
+            if not inner.is_dir():
+                self._decide(name, inner)
             elif name != self._modules.main:
-                self._enter(name, path, depth + 1)
+                self._enter(name, inner, depth + 1)
+        self._ancestors.pop()
+
+    def _counted(self, entries: Iterable[_Entry]) -> Iterator[_Entry]:
+        """Yields entries of folders, and stops where all together were too many."""
+        for entry in entries:
+            self._seen_entries += 1
+            if self._seen_entries > MAX_ENTRIES:
+                raise LimitError(
+                    "too many files and folders, or links that show them many times: convert a "
+                    "folder that holds the model alone",
+                    file=str(self._repository),
+                    expected=f"<= {MAX_ENTRIES}",
+                )
+            yield entry
 
     def _enter(self, name: str, path: Path, depth: int) -> None:
         # Hidden folders belong to tools, such as .git and .cache.
@@ -136,13 +162,21 @@ class _Selection:
             self._leave(f"{name}/", _REASONS["hidden"])
         elif depth > _MAX_DEPTH or not os.access(path, os.R_OK | os.X_OK):
             self._leave(f"{name}/", "too deep, or not readable")
+        elif _identity(path) in self._ancestors:
+            self._leave(f"{name}/", "link to a folder in which it stands")
         elif self._is_module(name) or self._leads_to_module(name):
             self._walk(name, depth)
-        elif any(is_weights(file_kind(file)) for file in _files_below(path)):
+        elif any(is_weights(file_kind(file)) for file in self._files_below(path)):
             # A second model, as in onnx/: its configs without its weights would mislead.
             self._leave(f"{name}/", "folder with weights of its own")
         else:
             self._walk(name, depth)
+
+    def _files_below(self, folder: Path) -> Iterator[str]:
+        for _, folders, files in os.walk(folder):
+            # In place: os.walk then does not enter hidden folders.
+            folders[:] = [name for name in self._counted(folders) if not name.startswith(".")]
+            yield from self._counted(files)
 
     def _decide(self, name: str, path: Path) -> None:
         target = self._target(name)
@@ -211,7 +245,7 @@ class _Selection:
         folder = name.rpartition("/")[0]
         if not self._is_module(folder) or folder == self._modules.main:
             return
-        files = (self._repository / folder).iterdir()
+        files = self._counted((self._repository / folder).iterdir())
         if not any(file_kind(file.name) == "safetensors" for file in files):
             raise UnsafeSourceError(
                 "weights of a module are a pickle, which runs code when it is opened; "
@@ -236,11 +270,9 @@ class _Selection:
         self._result.left.append(LeftFile(name, reason))
 
 
-def _files_below(folder: Path) -> Iterator[str]:
-    for _, folders, files in os.walk(folder):
-        # In place: os.walk then does not enter hidden folders.
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from files
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _in_hub_cache(path: Path) -> bool:

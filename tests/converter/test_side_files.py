@@ -131,6 +131,50 @@ def test_too_many_files_are_named(tmp_path, monkeypatch):
     assert _left(report) == {"c.txt": "more than 2 files"}
 
 
+# Folders that are links.
+
+
+@pytest.mark.parametrize("target", [".", "..", "../s"])
+def test_links_to_a_folder_above_are_not_entered(tmp_path, monkeypatch, target):
+    monkeypatch.setattr(selection, "MAX_ENTRIES", 100)
+    source = _source(tmp_path / "above", ["s/vocab.txt"])
+    for number in range(12):
+        (source / "s" / f"l{number}").symlink_to(target)
+    report = convert(source, tmp_path / "out")
+    assert _copied(tmp_path) == {"s/vocab.txt"}
+    reason = "link to a folder in which it stands"
+    assert _left(report) == {f"s/l{number}/": reason for number in range(12)}
+
+
+def test_two_links_to_one_folder_are_both_entered(tmp_path):
+    source = _source(tmp_path, ["a/vocab.txt"])
+    (source / "b").symlink_to("a")
+    convert(source, tmp_path / "out")
+    assert _copied(tmp_path) == {"a/vocab.txt", "b/vocab.txt"}
+
+
+@pytest.mark.parametrize("kind", ["links without a cycle", "many files"])
+def test_folders_that_seem_to_have_too_many_entries_are_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(selection, "MAX_ENTRIES", 5000)
+    source = _source(tmp_path)
+    if kind == "many files":
+        (source / "s").mkdir()
+        for number in range(2500):
+            (source / "s" / f"{number}.txt").touch()
+    for level in range(8 if kind != "many files" else 0):
+        folder = tmp_path / f"level{level}"
+        folder.mkdir()
+        for number in range(8):
+            (folder / f"l{number}").symlink_to(tmp_path / f"level{level + 1}")
+    if kind != "many files":
+        (tmp_path / "level8").mkdir()
+        (source / "s").symlink_to(tmp_path / "level0")
+    with pytest.raises(LimitError, match="a folder that holds the model alone") as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.file == str(source)
+    assert not (tmp_path / "out").exists()
+
+
 # Code.
 
 
