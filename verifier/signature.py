@@ -277,7 +277,7 @@ def _check_entries(folder: Path, *, from_hub: bool) -> None:
         if path.is_symlink() and not from_hub:
             raise _not_covered("a symlink", folder, path)
         if (path.exists() or path.is_symlink()) and not path.is_file():
-            raise _not_covered("no regular file", folder, path)
+            raise _not_covered("what is no regular file", folder, path)
 
 
 def _not_covered(what: str, folder: Path, path: Path) -> SignatureError:
