@@ -138,9 +138,10 @@ def test_inputs_of_any_strides(layout, dtype, by_column):
     columns = torch.linspace(0.5, 2, 96) if by_column else None
     strided = LAYOUTS[layout](inputs)
     got = int8_matmul.int8_product(strided, codes, scale, bias, columns)
-    assert torch.equal(
-        got, int8_matmul.int8_product(strided.clone().contiguous(), codes, scale, bias, columns)
-    )
+    plain = int8_matmul.int8_product(strided.clone().contiguous(), codes, scale, bias, columns)
+    # torch may take another float32 kernel for other strides, which sums in another order.
+    bound = 0.0 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(got, plain, rtol=bound, atol=bound)
     weight = int8_matmul.dequantize_rows(codes, scale, torch.float64, columns)
     dense = functional.linear(strided.double(), weight, bias.double())
     bound = 0.02 * functional.linear(strided.double().abs(), weight.abs()) + 0.02
