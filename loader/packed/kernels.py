@@ -108,6 +108,27 @@ def around_source(is_half: bool) -> str:
     return source_of({"BITS": 8, "IS_HALF": int(is_half)}, "tile.cu", "around.cu")
 
 
+def prepare_launch(
+    name: str,
+    col_scale: torch.Tensor | None,
+    inputs: torch.Tensor,
+    sizes: tuple[int, int, int],
+    blocks: int,
+) -> Launch:
+    """Returns a launch of `prepare_inputs` or `prepare_groups`, without its addresses.
+
+    Args:
+        name: of the kernel.
+        col_scale: scales of the columns, or None.
+        inputs: tensor of the dtype and device of the inputs.
+        sizes: inputs, columns, and tiles of 8 inputs.
+        blocks: blocks of 256 threads.
+    """
+    source = around_source(inputs.dtype == torch.float16)
+    arguments: list[torch.Tensor | int] = [NULL, *optional(col_scale), NULL, NULL, *sizes]
+    return kernel_of(name, source, inputs.device).prepare((blocks, 1), 256, 0, arguments)
+
+
 @cache
 def packing_source(bits: int, source_bytes: int) -> str:
     """Returns the source of the kernels that pack.
@@ -120,7 +141,7 @@ def packing_source(bits: int, source_bytes: int) -> str:
 
 
 def source_of(macros: dict[str, int], *files: str, between: str = "") -> str:
-    """Returns a source: macros, then files; `between` comes before the last of them."""
+    """Returns a source: macros, types, then files; `between` comes before the last of them."""
     lines = [f"#define {name} {value}" for name, value in macros.items()]
-    texts = [(_FOLDER / file).read_text(encoding="utf-8") for file in files]
+    texts = [(_FOLDER / file).read_text(encoding="utf-8") for file in ("types.cu", *files)]
     return "\n".join([*lines, *texts[:-1], between, texts[-1]])

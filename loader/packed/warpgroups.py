@@ -11,9 +11,9 @@ from codecllm.loader.kernels.nvrtc import Launch
 from codecllm.loader.packed.kernels import (
     NULL,
     Launches,
-    around_source,
     kernel_of,
     optional,
+    prepare_launch,
     shared_memory,
     source_of,
 )
@@ -174,15 +174,15 @@ def choose_group_shape(tokens: int, rows: int, cols: int, bits: int, shared: int
         bits: bits of a weight in the layout.
         shared: bytes of shared memory that a block may have.
     """
-    fitting = [tiles for tiles in _TOKEN_TILES if 8 * tiles >= tokens]
+    fitting = next((tiles for tiles in _TOKEN_TILES if 8 * tiles >= tokens), 0)
     if rows >= 8192:
         kind = "tall"
     elif rows < 4096:
         kind = "short"
     else:
         kind = "wide" if cols >= 8192 else "square"
-    codes, lossless = _FASTEST[kind, fitting[0] if fitting else 0]
-    tiles = fitting[0] if fitting else _TOKEN_TILES[-1]
+    codes, lossless = _FASTEST[kind, fitting]
+    tiles = fitting or _TOKEN_TILES[-1]
     return GroupShape(tiles, *(lossless if bits > 8 else codes)).within(bits, shared)
 
 
@@ -253,18 +253,9 @@ def plan(
         return kernel.prepare(blocks, shape.threads, shared, arguments, overlaps=True)
 
     def prepare() -> Launch:
-        arguments: list[torch.Tensor | int] = [
-            NULL,
-            *optional(matrix.col_scale),
-            NULL,
-            NULL,
-            tokens,
-            cols,
-            shape.token_tiles,
-        ]
-        kernel = kernel_of("prepare_groups", around_source(is_half), device)
         blocks = min(-(-col_tiles * 8 * all_tokens // 256), 1056)
-        return kernel.prepare((blocks, 1), 256, 0, arguments)
+        sizes = (tokens, cols, shape.token_tiles)
+        return prepare_launch("prepare_groups", matrix.col_scale, inputs, sizes, blocks)
 
     return GroupPlan(
         launches.get(("groups", *key), product),

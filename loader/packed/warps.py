@@ -14,6 +14,7 @@ from codecllm.loader.packed.kernels import (
     around_source,
     kernel_of,
     optional,
+    prepare_launch,
     shared_memory,
     source_of,
 )
@@ -238,17 +239,9 @@ def plan(
 
     def prepare() -> Launch:
         tiles = shape.token_tiles
-        arguments: list[torch.Tensor | int] = [
-            NULL,
-            *optional(matrix.col_scale),
-            NULL,
-            NULL,
-            tokens,
-            cols,
-            tiles,
-        ]
-        kernel = kernel_of("prepare_inputs", around_source(is_half), device)
-        return kernel.prepare((min(-(-tiles * cols // 256), 512), 1), 256, 0, arguments)
+        blocks = min(-(-tiles * cols // 256), 512)
+        sizes = (tokens, cols, tiles)
+        return prepare_launch("prepare_inputs", matrix.col_scale, inputs, sizes, blocks)
 
     def finish() -> Launch:
         arguments: list[torch.Tensor | int] = [

@@ -108,7 +108,7 @@ def test_codes_give_the_bits_of_dense_loading(spread, with_columns):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    for module in (product, warps, warpgroups):
+    for module in (kernels, product, warps, warpgroups):
         monkeypatch.setattr(module, "kernel_of", block_emulation.emulated_kernel)
     monkeypatch.setattr(product, "fuses", lambda matrix, inputs: True)
     monkeypatch.setattr(product, "has_groups", lambda device: False)

@@ -7,13 +7,6 @@
 //   SOURCE_BYTES    1: int8 codes;  2: int16 codes or bf16 weights
 // `base` is the base exponent of bf16 weights, otherwise unused.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
-
-#define EVERY 0xFFFFFFFFu
 #define WARPS 8
 #define THREADS (32 * WARPS)
 #define HALF (1 << (BITS - 1))

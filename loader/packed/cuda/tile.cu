@@ -6,13 +6,6 @@
 //   STAGES       buffers of a ring in shared memory, for the kernels that have one
 //   TOKEN_TILES  tiles of 8 tokens, for products
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
-
-#define EVERY 0xFFFFFFFFu
 #define TILE_BYTES (128 * BITS)
 
 // Where the planes of a lane begin among its words of a tile.
