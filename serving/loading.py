@@ -6,16 +6,15 @@ from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from tqdm.auto import tqdm
 
 from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 
 if TYPE_CHECKING:
-    import torch
-
     from codecllm.formats.container import Container
     from codecllm.serving.checkpoint import Checkpoint
 
@@ -39,6 +38,36 @@ class LoadOptions:
     resident: str = "dense"
     workers: int | None = None
     manifest_sha256: str | None = None
+
+
+class MethodFacts:
+    """The answers of codecllm's quantization method that are the same in every engine."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Returns the name of the method."""
+        return NAME
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Returns the dtypes of activations: all that models are served in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Returns the least capability of a GPU: any."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Returns no file: all is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the config for a block of config.json, which says nothing that layers need."""
+        del config
+        return cls()
 
 
 def split_options(extra: Any) -> tuple[LoadOptions, Any]:

@@ -8,43 +8,19 @@ import torch
 
 from codecllm.formats.errors import UsageError
 from codecllm.serving import sglang_names
-from codecllm.serving.loading import NAME
+from codecllm.serving.loading import NAME, MethodFacts
 from codecllm.serving.sglang_names import QuantizationConfig, QuantizeMethodBase
 
 if TYPE_CHECKING:
     from codecllm.serving.sglang_names import LoadConfig
 
 
-class CodecLLMConfig(QuantizationConfig):
+class CodecLLMConfig(MethodFacts, QuantizationConfig):
     """Lets SGLang accept `quant_method: codecllm` of config.json.
 
     `CodecLLMLoader` builds the model as that of the source, without it. Another loader would fill
     parameters with stored bytes, and is refused.
     """
-
-    def get_name(self) -> str:
-        """Returns the name of the method."""
-        return NAME
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Returns the dtypes of activations: all that models are served in."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Returns the least capability of a GPU: any."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Returns no file: all is in config.json."""
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CodecLLMConfig:
-        """Returns the config for a block of config.json, which says nothing that layers need."""
-        del config
-        return cls()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Raises an error: only another loader asks.

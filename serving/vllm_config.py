@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from codecllm.formats.errors import UsageError
-from codecllm.serving.loading import NAME
+from codecllm.serving.loading import NAME, MethodFacts
 from codecllm.serving.vllm_names import (
     LinearBase,
     ParallelLMHead,
@@ -42,37 +42,11 @@ class Building:
 _building: ContextVar[Building | None] = ContextVar("codecllm_building", default=None)
 
 
-class CodecLLMConfig(QuantizationConfig):
+class CodecLLMConfig(MethodFacts, QuantizationConfig):
     """Gives layers their methods while `CodecLLMLoader` builds a model, and refuses otherwise.
 
     Another loader would fill parameters with stored bytes.
     """
-
-    @classmethod
-    def get_name(cls) -> str:
-        """Returns the name of the method."""
-        return NAME
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Returns the dtypes of activations: all that models are served in."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Returns the least capability of a GPU: any."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Returns no file: all is in config.json."""
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CodecLLMConfig:
-        """Returns the config for a block of config.json, which says nothing that layers need."""
-        del config
-        return cls()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Returns the method of a layer; None leaves the choice to the layer.
