@@ -28,10 +28,10 @@ from codecllm.loader.hf.placement import is_offloaded, spreads
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.load_report import LoadReport, read_report
-from codecllm.loader.packed.residency import ResidentPacked
+from codecllm.loader.packed.residency import ResidentBytes, ResidentPacked
 from codecllm.loader.progress import OnProgress, metered
 from codecllm.loader.reader import CPU, TensorReader
-from codecllm.loader.resident.residency import Residency, ResidentCompressed, ResidentInt8
+from codecllm.loader.resident.residency import Residency, ResidentCompressed
 from codecllm.loader.residents import Chosen, Resident
 from codecllm.loader.state_dict import LazyTensor, lazy_state_dict, prefetch
 from codecllm.loader.torch_tensors import torch_dtype
@@ -254,7 +254,7 @@ class Load:
 
     def _make_plan(self, options: LoadOptions) -> Residency:
         if self.chosen.resident == "int8":
-            return ResidentInt8(self.container, self._reader, self._state_dict)
+            return ResidentBytes(self.container, self._reader, self._state_dict)
         if self.chosen.resident == "packed":
             return ResidentPacked(self.container, self._reader, self._state_dict)
         return ResidentCompressed(

@@ -105,9 +105,10 @@ def pack_bf16(weights: torch.Tensor) -> PackedMatrix | None:
         ValueError: the size has no packed form (`can_pack`).
     """
     rows, cols = _size(weights)
+    most = int(MAX_EXCEPTION_SHARE * weights.numel())
     if on_gpu.packs(weights):
         base = on_gpu.choose_bf16_base(weights)
-        return _packed_on_gpu(weights, BF16_BITS, base, None, None)
+        return _packed_on_gpu(weights, BF16_BITS, base, most, (None, None))
     base = pack.choose_bf16_base(weights)
     words = _new_words(weights, BF16_BITS)
     exceptions = _Exceptions(weights)
@@ -115,32 +116,39 @@ def pack_bf16(weights: torch.Tensor) -> PackedMatrix | None:
         values, outside = pack.split_bf16(block, base)
         exceptions.add(start, outside, block.view(torch.int16))
         _store(words, start, values, BF16_BITS)
-    if exceptions.share > MAX_EXCEPTION_SHARE:
+    if exceptions.count > most:
         return None
     first, entries, longest = exceptions.finish()
     return PackedMatrix(rows, cols, BF16_BITS, base, words, first, entries, longest=longest)
 
 
 def pack_codes(
-    codes: torch.Tensor, scale: torch.Tensor, col_scale: torch.Tensor | None
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    col_scale: torch.Tensor | None,
+    bits: int | None = None,
 ) -> PackedMatrix | None:
-    """Packs integer codes into the number of bits with the fewest bytes.
+    """Packs integer codes.
 
     Args:
         codes: int8 or int16 [rows, cols] on the device of the result.
         scale: float32 [rows].
         col_scale: float32 [cols] or None.
+        bits: 2 to 8 bits a code; None takes the number with the fewest bytes.
 
     Returns:
-        The matrix, or None where it has too many exceptions.
+        The matrix, or None where `bits` leaves too many exceptions.
 
     Raises:
         ValueError: the size has no packed form (`can_pack`).
     """
     rows, cols = _size(codes)
+    # The number with the fewest bytes takes less memory than dense weights in any case.
+    most = codes.numel() if bits is None else int(MAX_EXCEPTION_SHARE * codes.numel())
     if on_gpu.packs(codes):
-        return _packed_on_gpu(codes, on_gpu.choose_int_bits(codes), 0, scale, col_scale)
-    bits = pack.choose_int_bits(codes)
+        bits = bits or on_gpu.choose_int_bits(codes)
+        return _packed_on_gpu(codes, bits, 0, most, (scale, col_scale))
+    bits = bits or pack.choose_int_bits(codes)
     half = 1 << (bits - 1)
     words = _new_words(codes, bits)
     exceptions = _Exceptions(codes)
@@ -149,6 +157,8 @@ def pack_codes(
         outside = (wide < -half) | (wide >= half)
         exceptions.add(start, outside, block)
         _store(words, start, torch.where(outside, 0, wide) + half, bits, fill=half)
+    if exceptions.count > most:
+        return None
     first, entries, longest = exceptions.finish()
     return PackedMatrix(rows, cols, bits, 0, words, first, entries, scale, col_scale, longest)
 
@@ -157,19 +167,18 @@ def _packed_on_gpu(
     matrix: torch.Tensor,
     bits: int,
     base: int,
-    scale: torch.Tensor | None,
-    col_scale: torch.Tensor | None,
+    most: int,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> PackedMatrix | None:
     first: torch.Tensor | None
     first, exceptions, longest = on_gpu.count_exceptions(matrix, bits, base)
-    # Codes take less memory than dense weights with any number of exceptions.
-    if bits == BF16_BITS and exceptions > MAX_EXCEPTION_SHARE * matrix.numel():
+    if exceptions > most:
         return None
     if not exceptions:
         first = None
     words, entries = on_gpu.pack_rows(matrix, bits, base, first, exceptions)
     rows, cols = matrix.shape
-    return PackedMatrix(rows, cols, bits, base, words, first, entries, scale, col_scale, longest)
+    return PackedMatrix(rows, cols, bits, base, words, first, entries, *scales, longest)
 
 
 def unpack_codes(matrix: PackedMatrix) -> torch.Tensor:
@@ -264,12 +273,11 @@ class _Exceptions:
     def __init__(self, matrix: torch.Tensor) -> None:
         self._counts = torch.zeros(matrix.shape[0], dtype=torch.int64, device=matrix.device)
         self._entries: list[torch.Tensor] = []
-        self._size = matrix.numel()
 
     @property
-    def share(self) -> float:
-        """Returns the exceptions among all elements."""
-        return sum(len(entries) for entries in self._entries) / self._size
+    def count(self) -> int:
+        """Number of the exceptions."""
+        return sum(map(len, self._entries))
 
     def add(self, start: int, outside: torch.Tensor, values: torch.Tensor) -> None:
         """Adds the exceptions of rows from `start` on; values are int8 or int16."""

@@ -1,4 +1,4 @@
-"""resident="packed": the tensors that are packed, and their way into the layout."""
+"""resident="packed", and "int8" where its kernels run: tensors on their way into the layout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, LosslessTensor
 from codecllm.loader.engine import Request
 from codecllm.loader.packed.form import PackedForm
+from codecllm.loader.packed.kernels import has_kernels
 from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
 from codecllm.loader.resident.form import WeightForm
-from codecllm.loader.resident.residency import Residency
+from codecllm.loader.resident.residency import Residency, ResidentInt8
+
+_BYTE_BITS = 8
 
 
 class ResidentPacked(Residency):
@@ -48,15 +51,32 @@ class ResidentPacked(Residency):
 
     def _pack_codes(self, record: CodedTensor, device: torch.device) -> PackedMatrix | None:
         assert isinstance(record, Int8Tensor)
-        scale = self._reader.read(record.name, "scale", None, device)
-        columns = None
-        if record.xxh3.col_scale is not None:
-            columns = self._reader.read(record.name, "col_scale", None, device)
         if not record.wide:
             codes = self._reader.read(record.name, "codes", None, device)
-            return pack_codes(codes, scale, columns)
+            return pack_codes(codes, *self._scales(record, device))
         # The weight is fl32(code * step) with a code of 16 bits: the quotient is off by far less
         # than a half.
+        scale, columns = self._scales(record, device)
         weights = self._reader.read(record.name, "weight", torch.float32, device)
         steps = scale[:, None] if columns is None else scale[:, None] * columns
         return pack_codes((weights / steps).round_().to(torch.int16), scale, columns)
+
+
+class ResidentBytes(ResidentInt8):
+    """resident="int8": on a device with the packed kernels, codes lie in the layout of 8 bits.
+
+    These kernels take less host time a product than those of `int8_linear`, and less time for long
+    prompts. Elsewhere codes lie as `ResidentInt8` holds them.
+    """
+
+    def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
+        if not (packs_bytes(device) and can_pack(*record.shape)):
+            return super()._read(record, device)
+        codes = self._reader.read(record.name, "codes", None, device)
+        matrix = pack_codes(codes, *self._scales(record, device), _BYTE_BITS)
+        return None if matrix is None else PackedForm(record.name, matrix)
+
+
+def packs_bytes(device: torch.device) -> bool:
+    """Whether codes of `resident="int8"` lie in the packed layout on a device."""
+    return device.type == "cuda" and has_kernels(device)

@@ -141,6 +141,15 @@ class Residency(ABC):
     def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
         """Reads a form; called once for a tensor and a device."""
 
+    def _scales(
+        self, record: CodedTensor, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Reads the scales of an int8 tensor: float32 [rows], and [cols] or None."""
+        scale = self._reader.read(record.name, "scale", None, device)
+        if record.xxh3.col_scale is None:
+            return scale, None
+        return scale, self._reader.read(record.name, "col_scale", None, device)
+
 
 class CodedLazyTensor(LazyTensor):
     """A tensor that `to` turns into a coded parameter; see `LazyTensor`."""
@@ -199,10 +208,7 @@ class ResidentInt8(Residency):
         split = split_codes(self._reader.read(record.name, "codes", None, device))
         if split is None:
             return None
-        scale = self._reader.read(record.name, "scale", None, device)
-        columns = None
-        if record.xxh3.col_scale is not None:
-            columns = self._reader.read(record.name, "col_scale", None, device)
+        scale, columns = self._scales(record, device)
         return Int8Form(record.name, ScaledCodes(split[0], scale, columns, split[1]))
 
 

@@ -7,6 +7,10 @@ import torch
 
 from codecllm.formats.errors import UsageError
 from codecllm.loader import from_pretrained
+from codecllm.loader.packed import kernels
+from codecllm.loader.packed.form import PackedForm
+from codecllm.loader.packed.matrix import can_pack
+from codecllm.loader.resident.coded_weight import CodedWeight
 from tests.integration import tiny_models
 from tests.integration.outputs import same_bits
 
@@ -61,6 +65,13 @@ def test_int8_stays_near_dense(container, name):
     model = from_pretrained(folder, device_map="cuda", resident="int8")
     assert (_logits(model) - expected).norm() <= 0.02 * expected.norm()
     assert all(value.is_cuda for value in model.state_dict().values())
+    forms = [weight.form for weight in model.parameters() if isinstance(weight, CodedWeight)]
+    assert forms
+    packed_forms = [form for form in forms if isinstance(form, PackedForm)]
+    if kernels.has_kernels(torch.device("cuda", 0)):
+        # Tiny models have matrices whose columns are no multiple of 16.
+        assert all(not can_pack(*form.shape) for form in forms if form not in packed_forms)
+    assert all(form.matrix.bits == 8 for form in packed_forms)
 
 
 def _logits(model):

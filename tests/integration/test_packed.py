@@ -8,7 +8,7 @@ import torch
 import codecllm
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.loader import from_pretrained, pretrained
-from codecllm.loader.packed import matrix
+from codecllm.loader.packed import matrix, residency
 from codecllm.loader.packed.form import PackedForm
 from codecllm.loader.resident.coded_weight import CodedWeight
 from tests.integration import tiny_models
@@ -66,6 +66,21 @@ def test_codes_take_their_bits_and_bf16_takes_12(containers, on_cpu):
         rows = sum(len(weight) for weight in weights)
         bits = 8 * (sum(weight.form.nbytes for weight in weights) - 8 * rows) / elements
         assert bits <= most, way
+
+
+@pytest.mark.parametrize("way", ["int8", "bits", "wide"])
+def test_int8_lies_packed_in_8_bits_where_the_kernels_are(containers, monkeypatch, way):
+    monkeypatch.setattr(residency, "packs_bytes", lambda device: True)
+    dense = from_pretrained(containers / way)
+    model = from_pretrained(containers / way, resident="int8")
+    weights = _packed_weights(model)
+    assert len(weights) >= 14
+    assert {weight.form.matrix.bits for weight in weights.values()} == {8}
+    expected = dict(dense.named_parameters())
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight.detach().clone(), expected[name]), name
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, dense(IDS).logits)
 
 
 def test_a_matrix_with_many_exceptions_is_loaded_dense(containers, on_cpu, monkeypatch):

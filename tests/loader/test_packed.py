@@ -106,6 +106,14 @@ def test_codes_give_the_bits_of_dense_loading(spread, with_columns):
         assert (matrix.gather(packed, picked, dtype) == weights[picked]).all()
 
 
+def test_codes_take_the_bits_that_are_asked_for():
+    codes, scale, col_scale = _codes(100, 208, 50)
+    packed = matrix.pack_codes(codes, scale, col_scale, 8)
+    assert packed.bits == 8
+    assert (matrix.unpack_codes(packed) == codes).all()
+    assert matrix.pack_codes(codes, scale, col_scale, 4) is None  # most would be exceptions
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     for module in (kernels, product, warps, warpgroups):
@@ -155,6 +163,7 @@ def test_the_kernels_pack_codes_as_the_reference(packing, monkeypatch, bits, dty
 def test_the_kernels_refuse_many_exceptions(packing, monkeypatch):
     monkeypatch.setattr(on_gpu, "packs", lambda matrix: True)
     assert matrix.pack_bf16(torch.logspace(-30, 30, 1024).bfloat16().view(16, 64)) is None
+    assert matrix.pack_codes(*_codes(100, 208, 50), 4) is None
 
 
 SHAPES = [
