@@ -108,9 +108,17 @@ def is_file(folder: Path, name: str) -> bool:
     return os.path.lexists(path) and not is_folder(path)
 
 
-def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with everything in it, as far as that can be done."""
+def remove(path: Path, *, last: str | None = None) -> None:
+    """Removes a file, a link or a folder with everything in it, as far as that can be done.
+
+    Of the entries of a folder `last` goes behind all others.
+    """
     if is_folder(path):
+        if last is not None:
+            with suppress(OSError):
+                for entry in path.iterdir():
+                    if entry.name != last:
+                        remove(entry)
         for _ in range(2):  # a file that could not be removed is tried once more
             shutil.rmtree(path, ignore_errors=True)
     else:

@@ -208,8 +208,11 @@ class Staging:
         """
         moving = self._listed_names()
         if moving and not self._is_unfinished(moving[-1]):
-            remove(self._staging)  # only the cleaning behind the commit was missing
+            self._remove_staging()  # only the cleaning behind the commit was missing
             moving = []
+        elif is_folder(self._staging):
+            with suppress(OSError):  # its last step was missing; one that is not empty stays
+                self._staging.rmdir()
         # Without a manifest the old container may stand in staging alone: that comes first.
         if not moving or is_file(self.out, MANIFEST_NAME):
             self._check_out(force)
@@ -220,6 +223,10 @@ class Staging:
                     errno.EIO, "files of the replaced container cannot be moved back", self._old
                 )
             self._check_out(force)
+
+    def _remove_staging(self) -> None:
+        # By the list the next conversion knows that the rest is to be removed.
+        remove(self._staging, last=self._moving.name)
 
     def _is_unfinished(self, last: str) -> bool:
         """Whether a commit whose last file is `last` had not moved it."""
@@ -381,7 +388,7 @@ class Staging:
     def _release(self) -> None:
         """Removes staging and, without a commit, the folders that were made; ends the lock."""
         if self._staged and not self._holds_old():
-            remove(self._staging)
+            self._remove_staging()
         if not self._committed:
             for folder in reversed(self._made):
                 with suppress(OSError):  # something else was put there meanwhile: it stays

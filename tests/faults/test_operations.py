@@ -19,6 +19,7 @@ from tests.faults.shim import (
 STOPPED = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGINT twice": 130}
 pytestmark = pytest.mark.timeout(3600 if ALL_FAULTS else 300)
 STRIDES = {"ENOSPC": 12, "kill": 12}
+CLEANING = 6  # operations behind the commit: staging is removed
 
 
 def _steps(fault, operations):
@@ -26,7 +27,10 @@ def _steps(fault, operations):
     if ALL_FAULTS:
         return range(1, operations + 1)
     stride = STRIDES.get(fault, 24)
-    return range(1 + FAULTS.index(fault) % stride, operations + 1, stride)
+    steps = {*range(1 + FAULTS.index(fault) % stride, operations + 1, stride)}
+    if fault == "kill":  # nothing but the order in which they are removed tells these apart
+        steps |= {*range(operations - CLEANING, operations + 1)}
+    return sorted(steps)
 
 
 def _placed(out):
@@ -68,6 +72,7 @@ def _check_new(server, source, expected, base, fault, at, make_command=command):
         refused = server.run(convert, base)
         assert refused.code == 2, refused.text
         assert files_of(out) == expected, (fault, at)
+        assert not (out / STAGING_NAME).exists(), (fault, at)
     else:
         again = server.run(convert, base)
         assert again.code == 0, (fault, at, again.text)
