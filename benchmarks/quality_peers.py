@@ -1,22 +1,19 @@
 """Bits at equal quality beside llama.cpp, bitsandbytes and HQQ.
 
-The model is SmolLM2-135M with synthetic low bits (demo/models.py).
-
-
-Every tool quantizes the same linear layers; embeddings and norms stay as they are. One `codecllm
-eval` run per text scores all of them against the bf16 source. `--json` keeps every figure.
-docs/quality-peers.md explains them and names the packages.
+Models are SmolLM2-135M, and Qwen2.5-Coder-0.5B (`--model qwen`), both with synthetic low bits
+(demo/models.py, benchmarks/quality/models.py). Every tool quantizes the same linear layers;
+embeddings, head and norms stay as they are. All candidates are scored against the bf16 source in
+one process; a run that was ended goes on where it was. The tables are Markdown, `--json` keeps
+every figure. docs/quality-peers.md explains them and names the packages.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import subprocess
+import shutil
 import sys
 from dataclasses import asdict, dataclass
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.others import llama_cpp, quantizers
-from codecllm.calibrator import calibrate
-from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert_model
-from codecllm.converter.rate.feedback import Feedback
-from codecllm.converter.rate.search import fit
-from codecllm.converter.source.source import SourceModel
-from codecllm.quality import DEFAULT_CALIBRATION, quantized_tensors
-from demo.models import smollm2_gguf, smollm2_realistic
+from benchmarks.others.gguf_peers import GgufPeers
+from benchmarks.quality import models
+from benchmarks.quality.containers import convert_at
+from benchmarks.quality.scores import Scores, bits_at, curve
+from codecllm.quality import DEFAULT_CALIBRATION
+from codecllm.verifier.evaluation.evaluate import Evaluation, Score
+from codecllm.verifier.evaluation.plot import draw
+from demo.models import smollm2_gguf
 
 ROOT = Path("benchmarks/out/quality")
-SECOND_TEXT = Path(__file__).parent / "second_text.txt"
 BITS = (2.3, 2.5, 2.8, 3.0, 3.3, 4.1, 5.0, 5.9, 7.0, 7.6)
 DEFAULT, REFINED, SAME_TEXT = "ours-default", "ours-refined", "ours-text"
 """Prefixes of our containers' names: default, `--refine`, calibrated on the imatrix text."""
@@ -41,16 +38,8 @@ DEFAULT, REFINED, SAME_TEXT = "ours-default", "ours-refined", "ours-text"
 CALIBRATION = (8, 128)
 """Sequences that the model itself writes, and the tokens of each."""
 
-KINDS = {
-    "Q8_0": ("Q8_0", False),
-    "Q6_K": ("Q6_K", False),
-    "Q5_K_M": ("Q5_K_M", False),
-    "Q4_K_M": ("Q4_K_M", False),
-    "Q5_K": ("Q5_K_S", True),
-    "Q4_K": ("Q4_K_S", True),
-    "IQ4_XS": ("IQ4_XS", False),
-}
-"""Name in the table -> llama-quantize's name, and whether all matrices get it (`--pure`)."""
+TEMPLATES = {"smollm2": smollm2_gguf, "qwen": models.qwen_gguf}
+"""Model -> the GGUF file whose vocabulary and settings llama.cpp's files get."""
 
 _GOALS = {"Q8_0": 17.0, "Q6_K": 17.0}
 _GOAL = 23.0
@@ -67,8 +56,7 @@ class Row:
         kl: mean KL per token, nats.
         kl_99: 99th percentile.
         top1: share of tokens with the same most likely successor.
-        ours: our bits at the same KL; None outside of the measured range.
-        refined: the same with `--refine`; None for those given an importance matrix.
+        ours: our bits at the same KL, by prefix of our containers; None outside of their range.
         goal: per cent of bits that were to be saved; None for those given an importance matrix.
     """
 
@@ -77,19 +65,13 @@ class Row:
     kl: float
     kl_99: float
     top1: float
-    ours: float | None
-    refined: float | None
+    ours: dict[str, float | None]
     goal: float | None
 
-    @property
-    def saved(self) -> float | None:
-        """Per cent of the peer's bits."""
-        return None if self.ours is None else 100 * (1 - self.ours / self.bits)
-
-    @property
-    def saved_refined(self) -> float | None:
-        """The same with `--refine`."""
-        return None if self.refined is None else 100 * (1 - self.refined / self.bits)
+    def saved(self, title: str) -> float | None:
+        """Returns the per cent of the peer's bits that ours of a prefix saves."""
+        bits = self.ours[title]
+        return None if bits is None else 100 * (1 - bits / self.bits)
 
 
 def calibration_text(base: Path, out: Path) -> Path:
@@ -100,7 +82,8 @@ def calibration_text(base: Path, out: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     sequences, tokens = CALIBRATION
     torch.manual_seed(0)
-    start = torch.full((sequences, 1), tokenizer.bos_token_id)
+    first = tokenizer.bos_token_id
+    start = torch.full((sequences, 1), model.config.bos_token_id if first is None else first)
     drawing: dict[str, Any] = {
         "do_sample": True,
         "top_k": 0,
@@ -117,175 +100,110 @@ def calibration_text(base: Path, out: Path) -> Path:
     return out
 
 
-def make_llama_cpp(base: Path, calibration: Path) -> list[Path]:
-    """Quantizes with llama.cpp: with or without importance matrix, and joined rows."""
-    tool = llama_cpp.LlamaCpp(llama_cpp.build(), smollm2_gguf())
-    plain_gguf, joined_gguf = ROOT / "bf16.gguf", ROOT / "joined.gguf"
-    importance = {
-        plain_gguf: ROOT / "importance.gguf",
-        joined_gguf: ROOT / "importance-joined.gguf",
-    }
-    if not importance[joined_gguf].exists():
-        tool.write_model(base, plain_gguf)
-        tool.write_model(base, joined_gguf, joined=True)
-        tool.importance(plain_gguf, calibration, importance[plain_gguf], CALIBRATION[1])
-        llama_cpp.join_importance(importance[plain_gguf], importance[joined_gguf])
-    candidates = []
-    for name, (kind, pure) in KINDS.items():
-        for source in (plain_gguf, joined_gguf):
-            for with_importance in (False, True):
-                if name == "Q8_0" and (with_importance or source is joined_gguf):
-                    continue  # its blocks are of 32, and it has no use for importance
-                if name.endswith("_M") and source is joined_gguf:
-                    continue  # the mixtures are judged as users get them
-                title = (
-                    name
-                    + ("-joined" if source is joined_gguf else "")
-                    + ("-imatrix" if with_importance else "")
-                )
-                file = ROOT / f"{title}.gguf"
-                if not file.exists():
-                    tool.quantize(
-                        source,
-                        file,
-                        kind,
-                        pure=pure,
-                        importance=importance[source] if with_importance else None,
-                    )
-                    print(title, llama_cpp.stored_types(file), file=sys.stderr, flush=True)
-                folder = ROOT / title
-                if source is joined_gguf and not folder.exists():
-                    quantizers.write_dequantized(base, folder, llama_cpp.read_matrices(file, base))
-                candidates.append(folder if source is joined_gguf else file)
-    return candidates
-
-
-def make_others(base: Path) -> list[Path]:
-    """Quantizes with bitsandbytes and HQQ; returns the candidates."""
+def make_others(base: Path, out: Path) -> list[Path]:
+    """Quantizes with bitsandbytes and HQQ, where they are installed; returns the candidates."""
     tools = {
         "NF4": lambda: quantizers.nf4(double=False),
         "NF4-double": lambda: quantizers.nf4(double=True),
         "HQQ": lambda: quantizers.hqq(axis=1),
         "HQQ-axis0": lambda: quantizers.hqq(axis=0),
     }
+    made = []
     for name, tool in tools.items():
-        if not (ROOT / name).exists():
-            quantize = tool()
+        if not (out / name).exists():
+            try:
+                quantize = tool()
+            except ImportError as exc:
+                print(f"{name} is left out: {exc}", file=sys.stderr, flush=True)
+                continue
             layers = quantizers.linear_layers(base)
             quantizers.write_dequantized(
-                base, ROOT / name, {title: quantize(matrix) for title, matrix in layers.items()}
+                base, out / name, {title: quantize(matrix) for title, matrix in layers.items()}
             )
-    return [ROOT / name for name in tools]
+        made.append(out / name)
+    return made
 
 
-def make_ours(base: Path, calibration: Path, codec: str) -> list[Path]:
-    """Converts at each rate: by default, refined, and calibrated on the imatrix text."""
-    options: dict[str, Any] = {"codec": codec, "exclude": ("*embed_tokens*",), "force": True}
-    own_run = same = feedback = None
-    candidates = []
-    for title, bits in product((DEFAULT, REFINED, SAME_TEXT), BITS):
-        candidates.append(out := ROOT / f"{title}-{bits:g}")
-        if (out / "codecllm.json").exists():
-            continue
-        with SourceModel(base) as source:
-            if title == SAME_TEXT:
-                calibration_run = same = same or calibrate(source, str(calibration))
-            else:
-                names = quantized_tensors(source, ConvertOptions(**options))
-                calibration_run = own_run = own_run or calibrate(
-                    source, DEFAULT_CALIBRATION, refined=names
-                )
-            refine = title == REFINED
-            if refine:
-                feedback = feedback or Feedback(calibration_run.products)
-            rate = Rate(bits=bits, calibrate=calibration_run.record.kind, refine=refine)
-            rate_options = ConvertOptions(rate=rate, **options)
-            fitted_steps = fit(
-                source, rate_options, calibration_run.statistics, feedback if refine else None
-            )
-            choice = ParamsChoice(fitted_steps, rate, calibration_run.record)
-            convert_model(source, out, rate_options, choice=choice)
-    return candidates
+def table(scores: dict[str, dict[str, Any]]) -> list[Row]:
+    """Returns the peers on one text with our bits at their KL, interpolated in log KL.
 
-
-def table(evaluation: dict[str, Any]) -> list[Row]:
-    """Returns the peers of an evaluation with our bits at their KL, interpolated in log KL.
-
-    Peers that were given an importance matrix are compared with ours calibrated on the same text,
-    all others with the default.
+    Args:
+        scores: name of a candidate -> its score, as `Scores` keeps them.
     """
-    scores = evaluation["scores"]
-    containers = [score for score in scores if score["kind"] == "container"]
-    curves = {
-        title: sorted(
-            (s["mean_kl"], s["layer_bits_per_weight"])
-            for s in containers
-            if Path(s["name"]).name.startswith(title)
-        )
-        for title in (DEFAULT, REFINED, SAME_TEXT)
-    }
+    curves = {title: curve(scores, title) for title in (DEFAULT, REFINED, SAME_TEXT)}
     rows = []
-    for score in scores:
-        if score["kind"] != "container":
-            name = Path(score["name"]).name.removesuffix(".gguf")
-            with_importance = "imatrix" in name
-            figures = (
-                score["layer_bits_per_weight"],
-                score["mean_kl"],
-                score["kl_99"],
-                score["top1"],
-            )
-            goal = None if with_importance else _GOALS.get(name.removesuffix("-joined"), _GOAL)
-            ours = _bits_at(curves[SAME_TEXT if with_importance else DEFAULT], score["mean_kl"])
-            refined_bits = None if with_importance else _bits_at(curves[REFINED], score["mean_kl"])
-            rows.append(Row(name, *figures, ours, refined_bits, goal))
+    for name, score in scores.items():
+        if name.startswith(("ours-", "exl3-")):
+            continue
+        kl = score["mean_kl"]
+        goal = None if "imatrix" in name else _GOALS.get(name.removesuffix("-joined"), _GOAL)
+        ours = {title: bits_at(points, kl) for title, points in curves.items()}
+        bits = score["layer_bits_per_weight"]
+        rows.append(Row(name, bits, kl, score["kl_99"], score["top1"], ours, goal))
     return rows
 
 
-def _bits_at(curve: list[tuple[float, float]], kl: float) -> float | None:
-    for (low_kl, more), (high_kl, fewer) in pairwise(curve):
-        if low_kl <= kl <= high_kl:
-            part = math.log(kl / low_kl) / math.log(high_kl / low_kl)
-            return more + part * (fewer - more)
-    return None
+def lines(texts: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Returns the tables in Markdown: peers without and with importance matrix, then ours.
 
-
-def print_table(evaluation: dict[str, Any], rows: list[Row]) -> None:
-    """Prints Markdown: the peers, then our containers."""
-    print(
-        "\n| peer | bits | KL | 99 % | top-1 | ours at that KL | saved | goal | refined | saved |"
-    )
-    print("|---" * 10 + "|")
-    for row in rows:
-        saved_share = "" if row.saved is None else f"{row.saved:.1f} %"
-        goal = "" if row.goal is None else f"{row.goal:.0f} %"
-        if row.goal is not None and row.saved is not None:
-            goal += ", met" if row.saved >= row.goal else ", missed"
-        bits = "outside" if row.ours is None else f"{row.ours:.3f}"
-        more = "" if row.refined is None else f"{row.refined:.3f} | {row.saved_refined:.1f} %"
-        figures = f"{row.bits:.3f} | {row.kl:.5f} | {row.kl_99:.4f} | {row.top1:.2%}"
-        print(f"| {row.name} | {figures} | {bits} | {saved_share} | {goal} | {more or ' | '} |")
-    print("\n| ours | bits | KL | 99 % | top-1 |\n|---|---|---|---|---|")
-    for score in evaluation["scores"]:
-        if score["kind"] == "container":
-            figures = f"{score['mean_kl']:.5f} | {score['kl_99']:.4f} | {score['top1']:.2%}"
-            print(
-                f"| {Path(score['name']).name} | {score['layer_bits_per_weight']:.3f} | {figures} |"
+    Args:
+        texts: name of a text -> name of a candidate -> its score.
+    """
+    tables = [{row.name: row for row in table(scores)} for scores in texts.values()]
+    first = tables[0]
+    without = "KL{} | ours, bits | saved | `--refine`"
+    text = [f"| peer | bits | {without.format('')} | {without.format(', 2nd text')} |"]
+    text.append("|---" * 10 + "|")
+    for name, row in first.items():
+        if row.goal is not None:
+            cells = [_against(each[name], DEFAULT) for each in tables]
+            text.append(f"| {name} | {row.bits:.3f} | " + " | ".join(cells) + " |")
+    with_matrix = "KL{} | same text, bits | saved | default | `--refine`"
+    text += ["", f"| peer | bits | {with_matrix.format('')} | {with_matrix.format(', 2nd text')} |"]
+    text.append("|---" * 12 + "|")
+    for name, row in first.items():
+        if row.goal is None:
+            cells = [_against(each[name], SAME_TEXT) for each in tables]
+            text.append(f"| {name} | {row.bits:.3f} | " + " | ".join(cells) + " |")
+    text += ["", "| container | bits | KL | 99 % | top-1 | KL, 2nd text | 99 % | top-1 |"]
+    text.append("|---" * 8 + "|")
+    for name, score in sorted(next(iter(texts.values())).items()):
+        if name.startswith("ours-"):
+            text.append(
+                f"| {name} | {score['layer_bits_per_weight']:.3f} | {_figures(texts, name)} |"
             )
+    return text
 
 
-def _run(*command: str) -> str:
-    process = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, check=False
+def _against(row: Row, title: str) -> str:
+    """Returns the cells of a peer on one text: its KL, our bits, and what is saved."""
+    bits = row.ours[title]
+    cells = [f"{row.kl:.4f}", "outside" if bits is None else f"{bits:.2f}"]
+    mark = ""
+    share = row.saved(title)
+    if row.goal is not None and share is not None:
+        mark = " ✓" if share >= row.goal else " ✗"
+    cells.append(_share(share) + mark)
+    if title == SAME_TEXT:
+        cells.append(_share(row.saved(DEFAULT)))
+    cells.append(_share(row.saved(REFINED)))
+    return " | ".join(cells)
+
+
+def _figures(texts: dict[str, dict[str, dict[str, Any]]], name: str) -> str:
+    scores = [scores[name] for scores in texts.values()]
+    return " | ".join(
+        f"{score['mean_kl']:.4f} | {score['kl_99']:.3f} | {score['top1']:.1%}" for score in scores
     )
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: {process.stderr.strip()[-2000:]}")
-    return process.stdout
 
 
-def main() -> None:
-    """Makes the missing candidates, evaluates all, prints the tables."""
+def _share(saved: float | None) -> str:
+    return "" if saved is None else f"{saved:.1f} %"
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=tuple(TEMPLATES), default="smollm2")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -296,43 +214,46 @@ def main() -> None:
     parser.add_argument(
         "--codec", choices=("zstd", "rans"), default="zstd", help="of our containers"
     )
+    parser.add_argument("--bits", type=float, nargs="+", default=BITS, help="of our containers")
+    parser.add_argument("--device", default="cpu", help="where models run")
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder of all candidates")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw KL against bits on the first text")
-    options = parser.parse_args()
-    ROOT.mkdir(parents=True, exist_ok=True)
-    base = smollm2_realistic()
-    calibration = calibration_text(base, ROOT / "calibration.txt")
-    candidates = make_llama_cpp(base, calibration) + make_others(base)
-    candidates += make_ours(base, calibration, options.codec)
-    results = {}
-    for title, text, tokens in zip(
-        ("built-in", "second"), ([], ["--text", str(SECOND_TEXT)]), options.tokens, strict=True
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Makes and scores the missing candidates, and prints the tables."""
+    options = _options()
+    out = options.out / options.model
+    out.mkdir(parents=True, exist_ok=True)
+    base = models.folder_of(options.model)
+    calibration = calibration_text(base, out / "calibration.txt")
+    scores = Scores(base, out / "scores.json", tokens=tuple(options.tokens), device=options.device)
+    tool = llama_cpp.LlamaCpp(llama_cpp.build(), TEMPLATES[options.model]())
+    for folders in GgufPeers(tool, base, out).folders(calibration, CALIBRATION[1], scores.names):
+        scores.add(folders)
+        for folder in folders:  # each is as large as the model
+            shutil.rmtree(folder)
+    scores.add(make_others(base, out))
+    for title, kind, refine in (
+        (DEFAULT, DEFAULT_CALIBRATION, False),
+        (REFINED, DEFAULT_CALIBRATION, True),
+        (SAME_TEXT, str(calibration), False),
     ):
-        plot = ["--plot", str(options.plot)] if options.plot and not text else []
-        command = [
-            "codecllm",
-            "eval",
-            str(base),
-            *map(str, candidates),
-            "--tokens",
-            str(tokens),
-            "--json",
-            *text,
-            *plot,
-        ]
-        evaluation = json.loads(_run(*command))
-        rows = table(evaluation)
-        results[title] = {
-            "evaluation": evaluation,
-            "rows": [
-                asdict(row) | {"saved": row.saved, "saved_refined": row.saved_refined}
-                for row in rows
-            ],
-        }
-        print(f"\n{title} text, {evaluation['tokens']} tokens")
-        print_table(evaluation, rows)
+        kinds: dict[str, Any] = {"kind": kind, "refine": refine}
+        making = {"codec": options.codec, "device": options.device}
+        scores.add(convert_at(base, out, title, options.bits, **kinds, **making))
+    print("\n".join(lines(scores.texts)))
+    rows = {text: [asdict(row) for row in table(of_text)] for text, of_text in scores.texts.items()}
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"scores": scores.texts, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
+    if options.plot:
+        found = [Score(**score) for score in scores.texts["first"].values()]
+        bare = Evaluation(str(base), 16.0, float("nan"), options.tokens[0], "float32", found)
+        draw(bare, options.plot)
 
 
 if __name__ == "__main__":

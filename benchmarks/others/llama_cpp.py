@@ -1,4 +1,6 @@
-"""llama.cpp's quantizer: built once from source, run on GGUF files of a plain Llama, read back.
+"""llama.cpp's quantizer: built once from source, run on GGUF files of a plain model, read back.
+
+Models are those of a GGUF file that is given as a template: of the kinds `llama` and `qwen2`.
 
 The source comes with the sdist of `llama-cpp-python`. Building takes cmake, a C++ compiler and
 some ten minutes on two cores; it is kept in the cache of `demo.models`.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import subprocess
 import sys
 import tarfile
@@ -17,7 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter, get_tensor_name_map
+from gguf import (
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    get_tensor_name_map,
+)
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -46,7 +55,7 @@ class LlamaCpp:
     template: Path
 
     def write_model(self, model: Path, out: Path, *, joined: bool = False) -> None:
-        """Writes a plain Llama in bf16 as a GGUF file with the same bits.
+        """Writes a plain model in bf16 as a GGUF file with the same bits.
 
         Args:
             model: Hugging Face folder, one safetensors file.
@@ -56,7 +65,7 @@ class LlamaCpp:
                 to the type that was asked for. Such a file cannot run.
         """
         reader = GGUFReader(self.template)
-        writer = GGUFWriter(out, arch="llama")
+        writer = GGUFWriter(out, arch=_kind(reader))
         skipped_fields = (
             "GGUF.",
             "general.architecture",
@@ -102,7 +111,7 @@ class LlamaCpp:
             str(context),
             "--no-ppl",
             "-t",
-            "2",
+            str(os.cpu_count() or 1),
         )
 
     def quantize(
@@ -114,8 +123,9 @@ class LlamaCpp:
         pure: bool = False,
         importance: Path | None = None,
     ) -> None:
-        """Quantizes the layers of a GGUF file; the embedding stays in bf16."""
+        """Quantizes the layers of a GGUF file; embedding and head stay in bf16."""
         options: list[str | Path] = ["--token-embedding-type", "bf16"]
+        options += ["--output-tensor-type", "bf16"]
         options += ["--pure"] if pure else []
         options += ["--imatrix", importance] if importance is not None else []
         self._run("llama-quantize", *options, model, out, kind, "2")
@@ -235,17 +245,28 @@ def _together(columns: int) -> int:
 
 
 def _gguf_name(name: str, reader: GGUFReader) -> str:
-    layers = int(reader.fields["llama.block_count"].contents())
-    gguf_name = get_tensor_name_map(MODEL_ARCH.LLAMA, layers).get_name(
-        name, try_suffixes=(".weight",)
+    kind = _kind(reader)
+    layers = int(reader.fields[f"{kind}.block_count"].contents())
+    architecture = next(known for known, title in MODEL_ARCH_NAMES.items() if title == kind)
+    gguf_name = get_tensor_name_map(architecture, layers).get_name(
+        name, try_suffixes=(".weight", ".bias")
     )
     if gguf_name is None:
         raise RuntimeError(f"{name} has no name in a GGUF file")
     return str(gguf_name)
 
 
+def _kind(reader: GGUFReader) -> str:
+    return str(reader.fields["general.architecture"].contents())
+
+
 def _heads(reader: GGUFReader) -> dict[str, int]:
-    """Returns the heads of projections whose rows GGUF reorders: rotary pairs side by side."""
+    """Returns the heads of projections whose rows GGUF reorders: rotary pairs side by side.
+
+    It does so for Llama alone.
+    """
+    if _kind(reader) != "llama":
+        return {}
     keys = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     return {name: int(reader.fields[key].contents()) for name, key in keys.items()}
 
