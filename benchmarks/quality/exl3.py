@@ -30,6 +30,7 @@ from benchmarks.quality.containers import convert_at
 from benchmarks.quality.scores import Scores, bits_at, curve, kl_at
 from codecllm.loader.hf.folder import read_tokenizer
 from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.places import device_of
 from codecllm.verifier.evaluation.candidates import STORED_BITS_NAME
 
@@ -132,7 +133,8 @@ class Comparison:
         if (folder / STORED_BITS_NAME).exists():
             return folder
         began = time.monotonic()
-        model = load_plain(self.base, torch.float32).to(device_of(self.device)).eval()
+        with without_progress_bars():
+            model = load_plain(self.base, torch.float32).to(device_of(self.device)).eval()
 
         def quantize(matrix: torch.Tensor, inputs: Any, number: int, rows: Any) -> Any:
             return self.quantizer(matrix, inputs, rate, number, rows)
