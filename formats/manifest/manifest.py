@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -266,15 +267,12 @@ def _check_tensors(manifest: Manifest) -> None:
         raise SchemaError("a tensor name stands twice", file=MANIFEST_NAME)
     sides = [name for record in manifest.tensors for name in side_names(record)]
     if len({*records, *sides}) != len(records) + len(sides):
-        taken_names = set(records)
-        for name in sides:
-            if name in taken_names:
-                raise SchemaError(
-                    "name of a side tensor is also another tensor's",
-                    file=MANIFEST_NAME,
-                    tensor=name,
-                )
-            taken_names.add(name)
+        counts = Counter([*records, *sides])
+        raise SchemaError(
+            "name of a side tensor is also another tensor's",
+            file=MANIFEST_NAME,
+            tensor=next(name for name in sides if counts[name] > 1),
+        )
     for record in manifest.tensors:
         # The rules of a shard's header: the tensor has to stand there under this name.
         check_name(record.name, MANIFEST_NAME)

@@ -146,11 +146,10 @@ def _refuse_null(value: Any, place: str) -> None:
     """
     if not _holds_null(value):
         return
-    if value is None:
-        raise SchemaError(f"field {place} is null", file=MANIFEST_NAME)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_null(item, f"{place}.{key}")
+    while value is not None:
+        key, value = next(pair for pair in value.items() if _holds_null(pair[1]))
+        place = f"{place}.{key}"
+    raise SchemaError(f"field {place} is null", file=MANIFEST_NAME)
 
 
 def _check_seal(data: bytes) -> None:
