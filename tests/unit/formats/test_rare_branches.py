@@ -309,6 +309,17 @@ def test_slots_behind_the_end_of_the_file_name_their_chunk(folder, tmp_path):
         assert (caught.value.tensor, caught.value.chunk) == ("q", 0)
 
 
+@pytest.mark.parametrize("suffix", ["_chunks", "_shape", "_scale"])
+def test_a_shard_that_is_cut_inside_side_data_names_the_tensor(folder, tmp_path, suffix):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with Container(copy) as opened:
+        file, header = opened.shard(0)
+        os.truncate(copy / SHARD, header.tensors["q" + suffix].start + 1)
+        with pytest.raises(TruncatedError) as caught:
+            opened.tensor("q")
+        assert (caught.value.file, caught.value.tensor) == (file.name, "q")
+
+
 def test_slots_that_change_between_two_checks_are_an_error(container, monkeypatch):
     tensor = container.tensor("q")
     count = len(tensor.table.chunks)
