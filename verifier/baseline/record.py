@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-from codecllm.formats.errors import SchemaError
+from codecllm.formats.errors import LimitError, SchemaError
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.formats.strict_json import parse_json_object
 
-# The file may come from a stranger: the bounds keep it from filling the memory.
-MAX_BYTES = 64 << 20
-MAX_TOKENS = 1 << 16
+# The file may come from a stranger, and a verification runs every prompt of it: the bounds, many
+# times what is written, keep it from filling the memory or going on for hours.
+MAX_BYTES = 4 << 20
+MAX_PROMPTS = 64
+MAX_TOKENS = 512
+MAX_VALUES = 1024
+MAX_KEYS = 64
 Kind = Literal["greedy", "hidden", "none"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENS)]
+Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_TOKENS), FailFast()
+]
+Values = Annotated[list[float], Field(max_length=MAX_VALUES), FailFast()]
+Share = Annotated[float, Field(ge=0, le=1)]
+# A sum of rounded terms may pass its bound a little.
+Divergence = Annotated[float, Field(ge=-1e-6)]
+Cosine = Annotated[float, Field(ge=-1.001, le=1.001)]
 
 
 class _Record(BaseModel):
@@ -47,7 +59,7 @@ class TopTokens(_Record):
     """The most likely tokens at one position and their natural log-probabilities, best first."""
 
     tokens: Tokens
-    logprobs: list[float]
+    logprobs: Values
 
 
 class GreedyPrompt(_Record):
@@ -57,16 +69,16 @@ class GreedyPrompt(_Record):
     tokens: Tokens
     source: ModelTokens
     converted: ModelTokens
-    top: list[TopTokens]
+    top: Annotated[list[TopTokens], Field(max_length=MAX_TOKENS), FailFast()]
 
 
 class HiddenSamples(_Record):
     """Digest, shape, root mean square and evenly spaced values of the first output (float32)."""
 
     sha256: Sha256
-    shape: list[int]
-    rms: float
-    samples: list[float]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8), FailFast()]
+    rms: Annotated[float, Field(ge=0)]
+    samples: Values
 
 
 class HiddenPrompt(_Record):
@@ -89,11 +101,11 @@ class TextAgreement(_Record):
         mean_kl: mean KL(source || converted) per token, in nats.
     """
 
-    windows: int
-    tokens: int
+    windows: Count
+    tokens: Count
     sha256: Sha256
-    top1: float
-    mean_kl: float
+    top1: Share
+    mean_kl: Divergence
 
 
 class Agreement(_Record):
@@ -110,10 +122,10 @@ class Agreement(_Record):
         text_missing: why a quantized model that generates has none.
     """
 
-    top1: float | None = None
-    mean_kl: float | None = None
-    same_tokens: float | None = None
-    cosine: float | None = None
+    top1: Share | None = None
+    mean_kl: Divergence | None = None
+    same_tokens: Share | None = None
+    cosine: Cosine | None = None
     text: TextAgreement | None = None
     text_missing: str | None = None
 
@@ -140,8 +152,8 @@ class Baseline(_Record):
     batched: bool = False
     environment: Environment | None = None
     agreement: Agreement | None = None
-    greedy: list[GreedyPrompt] = []
-    hidden: list[HiddenPrompt] = []
+    greedy: Annotated[list[GreedyPrompt], Field(max_length=MAX_PROMPTS), FailFast()] = []
+    hidden: Annotated[list[HiddenPrompt], Field(max_length=MAX_PROMPTS), FailFast()] = []
 
 
 def pack_baseline(baseline: Baseline) -> bytes:
@@ -153,13 +165,41 @@ def parse_baseline(data: bytes) -> Baseline:
     """Reads `baseline.json`, strictly.
 
     Raises:
-        SchemaError: it is not a baseline as this version writes it.
+        SchemaError: it is not a baseline as this version writes it, or it compares nothing.
+        LimitError: it is many times as large as any that is written.
     """
     document = parse_json_object(data, file=BASELINE_NAME, max_bytes=MAX_BYTES)
+    if len(document) > MAX_KEYS:  # pydantic would gather an error for each
+        raise LimitError("too many fields", file=BASELINE_NAME, got=len(document))
     try:
-        return Baseline.model_validate(document)
+        baseline = Baseline.model_validate(document)
     except ValidationError as exc:
         # pydantic's own text takes several lines and shows the input; one error takes one line.
         first = exc.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise SchemaError(f"{place}: {first['msg']}", file=BASELINE_NAME) from exc
+    _check_whole(baseline)
+    return baseline
+
+
+def _check_whole(baseline: Baseline) -> None:
+    """Refuses a record without what its kind compares: a check of it would pass for nothing."""
+    lists = {"greedy": baseline.greedy, "hidden": baseline.hidden}
+    for kind, prompts in lists.items():
+        if bool(prompts) != (kind == baseline.kind):
+            raise SchemaError(
+                f"{kind}: prompts do not go with the kind of the record",
+                file=BASELINE_NAME,
+                got=f"{len(prompts)} prompts, kind {baseline.kind}",
+            )
+    if baseline.kind != "none" and baseline.environment is None:
+        raise SchemaError("environment: field required", file=BASELINE_NAME)
+    for number, prompt in enumerate(baseline.greedy):
+        texts, places = len(prompt.converted.tokens), len(prompt.top)
+        if texts != places or any(len(top.tokens) != len(top.logprobs) for top in prompt.top):
+            raise SchemaError(
+                f"greedy.{number}.top: not one probability for each token of each position",
+                file=BASELINE_NAME,
+                got=f"{places} positions",
+                expected=texts,
+            )

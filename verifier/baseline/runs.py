@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from codecllm.formats.errors import BaselineError
+from codecllm.formats.errors import BaselineError, CodecLLMError, machine_error, one_line
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.verifier.baseline import model_output as output
 from codecllm.verifier.baseline.record import (
@@ -194,8 +194,28 @@ def compare_with_record(
             they are not run again.
 
     Raises:
-        BaselineError: the output differs.
+        BaselineError: the output differs, or the model cannot run the recorded prompts.
     """
+    if baseline.kind == "greedy" and not output.generates(model):
+        raise BaselineError(
+            "the record is of a model that generates text",
+            file=BASELINE_NAME,
+            got=type(model).__name__,
+        )
+    try:
+        _compare(model, baseline, stage, spoken or {})
+    except CodecLLMError:
+        raise
+    except Exception as exc:  # a model fails in any way at tokens that it does not have
+        raise machine_error(exc) or BaselineError(
+            f"the model cannot run the recorded prompts: {type(exc).__name__}: {one_line(exc)}",
+            file=BASELINE_NAME,
+        ) from exc
+
+
+def _compare(
+    model: Any, baseline: Baseline, stage: Stage, spoken: dict[tuple[int, ...], list[int]]
+) -> None:
     with output.threads_for(model):
         # Another processor or library adds in another order, so bits are compared only where all
         # are as recorded.
@@ -204,7 +224,7 @@ def compare_with_record(
         if baseline.kind == "hidden":
             _compare_hidden(model, baseline, same_place, stage)
         elif same_place:
-            _compare_tokens(model, baseline, stage, spoken or {})
+            _compare_tokens(model, baseline, stage, spoken)
         else:
             # Free generation leaves the record at the first near tie, and says little after it.
             _compare_along_record(model, baseline, stage)
@@ -348,7 +368,7 @@ def _compare_hidden(model: Any, baseline: Baseline, same_place: bool, stage: Sta
 
 
 def _worst_sample(got: HiddenSamples, record: HiddenSamples) -> float:
-    if got.shape != record.shape:
+    if got.shape != record.shape or len(got.samples) != len(record.samples):
         return float("inf")
     pairs = zip(got.samples, record.samples, strict=True)
     return max((abs(a - b) for a, b in pairs), default=0.0) / max(record.rms, 1e-30)
