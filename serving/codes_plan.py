@@ -1,4 +1,4 @@
-"""Which layers of an engine's model keep codes in memory, by the names of their weights."""
+"""Which layers of an engine's model keep codes or packed weights, by their weights' names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
-from codecllm.formats.manifest.records import AliasTensor, Int8Tensor
+from codecllm.formats.manifest.records import (
+    AliasTensor,
+    CodedTensor,
+    Int8Tensor,
+    LosslessTensor,
+)
+from codecllm.loader.packed.matrix import can_pack
 from codecllm.serving.checkpoint import holds_codes
 
 _WEIGHT = ".weight"
@@ -25,40 +31,56 @@ class CodedLayer:
         parts: tensors of the checkpoint, scales included.
         wide: whether one of its matrices has codes of 16 bits.
         has_columns: whether one of them has scales of columns.
+        packs: whether its matrices are packed once they are complete.
+        is_weights: whether they come as bfloat16 weights, not as codes.
     """
 
     name: str
     parts: int
     wide: bool
     has_columns: bool
+    packs: bool = False
+    is_weights: bool = False
+
+
+_INT8_NEEDS = "resident 'int8' needs an int8 container; this one holds no codes by rows"
+_PACKED_NEEDS = (
+    "resident 'packed' needs matrices of codes by rows, or lossless ones of BF16 whose columns are "
+    "a multiple of 16; this container holds none"
+)
 
 
 class CodesPlan:
-    """The tensors of a container that are handed over as codes.
+    """The tensors of a container that layers keep as codes, or as packed weights.
 
-    A layer decides when it is made; until then none of its tensors is.
+    A layer decides when it is made; until then none of its tensors is kept so.
 
     Attributes:
         names: checkpoint names of tensors that layers have asked for as codes.
     """
 
-    def __init__(self, container: Container) -> None:
+    def __init__(self, container: Container, *, packs: bool = False) -> None:
         """Looks at the records.
 
+        Args:
+            container: an opened container.
+            packs: whether layers pack what they keep, bfloat16 weights of lossless tensors too.
+
         Raises:
-            UsageError: no tensor has codes that a layer could keep.
+            UsageError: it holds nothing that a layer could keep.
         """
-        self._records: dict[str, Int8Tensor] = {}
+        self._packs = packs
+        self._records: dict[str, CodedTensor] = {}
         for name, record in container.records.items():
             stored = record
             if isinstance(record, AliasTensor):
                 stored = container.records[record.alias_of]
-            if isinstance(stored, Int8Tensor) and holds_codes(stored):
+            if isinstance(stored, Int8Tensor | LosslessTensor) and (
+                holds_codes(stored) or (packs and _is_packable(stored))
+            ):
                 self._records[name] = stored
         if not self._records:
-            raise UsageError(
-                "resident 'int8' needs an int8 container; this one holds no codes by rows"
-            )
+            raise UsageError(_PACKED_NEEDS if packs else _INT8_NEEDS)
         self._all = set(container.records)
         self._by_engine_name = {name: name for name in container.records}
         self._embedding: CodedLayer | None = None
@@ -88,7 +110,8 @@ class CodesPlan:
         for choice in (list(members), [last]):
             names = [self._by_engine_name.get(f"{start}{member}{_WEIGHT}") for member in choice]
             records = [self._records.get(name or "") for name in names]
-            if all(record is not None and record.shape[1] == columns for record in records):
+            fits = all(record is not None and record.shape[1] == columns for record in records)
+            if fits and len({type(record) for record in records}) == 1:
                 return self._keep(prefix, [name for name in names if name is not None])
         return None
 
@@ -108,7 +131,9 @@ class CodesPlan:
             for member, shape in members.items():
                 name = self._by_engine_name.get(f"{prefix}.{number}.{member}{_WEIGHT}")
                 record = self._records.get(name or "")
-                if name is None or record is None or tuple(record.shape) != shape:
+                if name is None or not isinstance(record, Int8Tensor):
+                    return None
+                if tuple(record.shape) != shape:
                     return None
                 names.append(name)
                 if number in local:
@@ -146,8 +171,17 @@ class CodesPlan:
 
     def _keep(self, prefix: str, names: list[str]) -> CodedLayer:
         records = [self._records[name] for name in names]
-        has_columns = [record.xxh3.col_scale is not None for record in records]
+        coded = [record for record in records if isinstance(record, Int8Tensor)]
+        if not coded:
+            return CodedLayer(prefix, len(names), False, False, packs=True, is_weights=True)
+        has_columns = [record.xxh3.col_scale is not None for record in coded]
         self.names.update(names)
-        parts = 2 * len(records) + sum(has_columns)
-        wide = any(record.wide for record in records)
-        return CodedLayer(prefix, parts, wide, any(has_columns))
+        parts = 2 * len(coded) + sum(has_columns)
+        wide = any(record.wide for record in coded)
+        return CodedLayer(prefix, parts, wide, any(has_columns), packs=self._packs)
+
+
+def _is_packable(record: CodedTensor) -> bool:
+    """Whether a tensor holds a matrix of bfloat16 weights that has a packed form."""
+    is_bf16 = isinstance(record, LosslessTensor) and record.dtype == "BF16"
+    return is_bf16 and len(record.shape) == 2 and can_pack(*record.shape)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME = "codecllm"
 """Of the quantization method in config.json, of plug-ins and of vLLM's load format."""
 
-RESIDENT = ("dense", "int8")
+RESIDENT = ("dense", "int8", "packed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class LoadOptions:
 
     Attributes:
         resident: `dense`: weights in the model's dtype. `int8`: codes and scales of int8 tensors
-            stay, 8 bits a weight.
+            stay, 8 bits a weight. `packed`: codes stay with 2 to 8 bits a weight, bfloat16 weights
+            of lossless tensors with 12.
         workers: decoding threads of each rank; None takes one per core.
         manifest_sha256: accept only the container with this manifest (64 hex digits).
     """

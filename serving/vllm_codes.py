@@ -1,7 +1,7 @@
-"""Layers of vLLM whose weights stay codes: how they are filled, and how they multiply.
+"""Layers of vLLM whose weights stay codes or packed: how they are filled, how they multiply.
 
 vLLM's own loaders fill the parameters: they fuse q, k and v, cut by ranks and repeat heads. Once a
-layer has all of its parts its codes of 16 bits, if any, are narrowed.
+layer has all of its parts they are packed, or its codes of 16 bits, if any, are narrowed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,15 @@ from typing import Any
 import torch
 
 from codecllm.formats.errors import ModelMismatchError
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 from codecllm.serving import vllm_names
-from codecllm.serving.coded_matrix import Matrix, coded_product, coded_rows, make_matrix
+from codecllm.serving.coded_matrix import (
+    Matrix,
+    coded_product,
+    coded_rows,
+    make_matrix,
+    pack_weights,
+)
 from codecllm.serving.codes_plan import CodedLayer
 from codecllm.serving.unfilled import COUNTED
 
@@ -32,7 +39,7 @@ class Filling:
     Attributes:
         coded: what fills it.
         sizes: rows of each logical matrix on this rank.
-        dtype: of the codes: int8, or int16 where one of the matrices is wide.
+        dtype: of what fills it: int8, int16 where one of the matrices is wide, or bfloat16.
         params_dtype: dtype of the layer's weights, were they dense.
         taken: how many tensors have come.
         matrices: the result; a layer whose output is one product has one.
@@ -86,16 +93,17 @@ class CodesMethod:
         del input_size, output_size
         cols, sizes = input_size_per_partition, list(output_partition_sizes)
         dtype = torch.int16 if self._coded.wide else torch.int8
+        if self._coded.is_weights:
+            dtype = params_dtype
         setattr(layer, STATE, Filling(self._coded, sizes, dtype, params_dtype, _complete))
+        parts = {"weight": unborn((sum(sizes), cols), dtype)}
+        if not self._coded.is_weights:
+            parts["weight_scale"] = torch.ones(sum(sizes), dtype=torch.float32)
         load = counted(layer, extra.pop("weight_loader"))
-        weight, scale = vllm_names.matrix_parameters(
-            unborn((sum(sizes), cols), dtype),
-            torch.ones(sum(sizes), dtype=torch.float32),
-            load,
-            is_linear=isinstance(layer, vllm_names.LinearBase),
-        )
-        layer.register_parameter("weight", weight)
-        layer.register_parameter("weight_scale", scale)
+        is_linear = isinstance(layer, vllm_names.LinearBase)
+        for name, data in parts.items():
+            parameter = vllm_names.parameter_by_rows(data, load, is_linear=is_linear)
+            layer.register_parameter(name, parameter)
         if self._coded.has_columns:
             columns = torch.nn.Parameter(
                 torch.ones(len(sizes), cols, dtype=torch.float32), requires_grad=False
@@ -106,7 +114,7 @@ class CodesMethod:
             layer.register_parameter("weight_col_scale", columns)
         for parameter in layer.parameters(recurse=False):
             setattr(parameter, COUNTED, True)
-        vllm_names.prepare_cpu(weight.device)
+        vllm_names.prepare_cpu(parts["weight"].device)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -173,7 +181,9 @@ def counted(layer: Any, load: Loader) -> Loader:
             )
         if not filling.taken:
             for codes in layer.parameters(recurse=False):
-                if codes.dtype == filling.dtype:
+                if (
+                    hasattr(codes, COUNTED) and codes.dtype == filling.dtype
+                ):  # a bias does not count
                     codes.data = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
         done = load(param, loaded_weight, *place, **named)
         filling.taken += 1
@@ -198,16 +208,30 @@ def _load_columns(
 
 
 def _complete(layer: Any, filling: Filling) -> None:
-    """Makes the matrices of a layer of its parameters, and lets go of codes of 16 bits."""
+    """Makes the matrices of a layer of its parameters, and lets go of what they do not use."""
+    if filling.coded.is_weights:
+        filling.sizes = [sum(filling.sizes)]
+        filling.matrices = [pack_weights(layer.weight.data)]
+        if not isinstance(filling.matrices[0], torch.Tensor):
+            layer.weight.data = unborn(layer.weight.shape, filling.dtype).to(layer.weight.device)
+        return
     columns = layer.weight_col_scale.data if filling.coded.has_columns else None
     if columns is None or all(torch.equal(row, columns[0]) for row in columns[1:]):
         filling.sizes = [sum(filling.sizes)]
     blocks = layer.weight.data.split(filling.sizes)
     scales = layer.weight_scale.data.split(filling.sizes)
     filling.matrices = [
-        make_matrix(codes, scale, None if columns is None else columns[index], filling.params_dtype)
+        make_matrix(
+            codes,
+            scale,
+            None if columns is None else columns[index],
+            filling.params_dtype,
+            packs=filling.coded.packs,
+        )
         for index, (codes, scale) in enumerate(zip(blocks, scales, strict=True))
     ]
-    if filling.dtype != torch.int8:
+    if not any(isinstance(one, ScaledCodes) for one in filling.matrices) or (
+        filling.dtype != torch.int8
+    ):
         # The matrices have memory of their own; the parameter stays for those who ask its shape.
         layer.weight.data = unborn(layer.weight.shape, torch.int8).to(layer.weight.device)

@@ -110,7 +110,7 @@ class CodecLLMLoader(DefaultModelLoader):
             from codecllm.serving.vllm_codes import check_filled
 
             check_filled(self._building.layers)
-            _LOG.info("%d layers keep their codes", len(self._building.layers))
+            _LOG.info("%d layers keep their codes or are packed", len(self._building.layers))
 
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module
@@ -141,7 +141,7 @@ class CodecLLMLoader(DefaultModelLoader):
             return None
         from codecllm.serving.codes_plan import CodesPlan
 
-        return CodesPlan(container)
+        return CodesPlan(container, packs=self.options.resident == "packed")
 
     def _as_codes(self) -> Callable[[str], bool]:
         """Returns which names are handed over as codes.
@@ -152,7 +152,10 @@ class CodecLLMLoader(DefaultModelLoader):
         if self.options.resident == "dense":
             return lambda name: False
         if self._building is None or self._building.plan is None:
-            raise UsageError("resident 'int8' cannot load weights again: start the engine anew")
+            raise UsageError(
+                f"resident {self.options.resident!r} cannot load weights again: "
+                "start the engine anew"
+            )
         return self._building.plan.names.__contains__
 
     def _open(self, model_config: ModelConfig) -> Container:

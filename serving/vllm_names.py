@@ -129,26 +129,25 @@ def secondary_weights(
         yield from loader._get_weights_iterator(source)
 
 
-def matrix_parameters(
-    weight: torch.Tensor, scale: torch.Tensor, load: Callable[..., Any], *, is_linear: bool
-) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    """Returns the parameters of a matrix that vLLM's loaders fuse, cut by ranks and pad.
+def parameter_by_rows(
+    data: torch.Tensor, load: Callable[..., Any], *, is_linear: bool
+) -> torch.nn.Parameter:
+    """Returns a parameter that vLLM's loaders fuse, cut by ranks and pad.
 
     Args:
-        weight: [rows, columns].
-        scale: [rows].
-        load: the loader of both.
-        is_linear: whether a linear layer or an embedding gets them.
+        data: a matrix [rows, columns], or scales of rows, [rows].
+        load: its loader.
+        is_linear: whether a linear layer or an embedding gets it.
     """
-    if is_linear:
-        return (
-            ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=load),
-            ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load),
-        )
-    plain = [torch.nn.Parameter(data, requires_grad=False) for data in (weight, scale)]
-    for parameter in plain:
+    parameter: torch.nn.Parameter
+    if not is_linear:
+        parameter = torch.nn.Parameter(data, requires_grad=False)
         parameter.output_dim, parameter.weight_loader = 0, load  # type: ignore[attr-defined]
-    return plain[0], plain[1]
+    elif data.dim() == 1:
+        parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
+    else:
+        parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=load)
+    return parameter
 
 
 PER_CHANNEL = FusedMoeWeightScaleSupported.CHANNEL.value

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 
+from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.escapes import Escapes, split_codes
 from codecllm.loader.resident.scaled_codes import ScaledCodes
-from codecllm.serving.coded_matrix import coded_product, coded_rows, make_matrix
+from codecllm.serving.coded_matrix import coded_product, coded_rows, make_matrix, pack_weights
 
 ROWS, COLS = 96, 64
 
@@ -54,6 +57,59 @@ def test_weights_have_the_bits_of_dense_loading(wide, columns, dtype):
     rows = torch.tensor([[95, 0, 7], [0, 3, 95]])
     assert torch.equal(coded_rows(rows, dtype, matrix), expected[rows])
     assert torch.equal(coded_rows(rows[:0], dtype, matrix), expected[rows[:0]])
+
+
+def _weights():
+    generator = torch.Generator().manual_seed(3)
+    return (torch.randn(ROWS, COLS, generator=generator) * 0.02).to(torch.bfloat16)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_codes_are_the_weights_of_dense_loading(wide, columns, dtype):
+    parts = _parts(wide=wide, columns=columns)
+    matrix = make_matrix(*parts, dtype, packs=True)
+    assert isinstance(matrix, PackedProduct)
+    _is_dense(matrix, _expected(*parts, dtype))
+
+
+def test_packed_weights_are_those_of_dense_loading():
+    weights = _weights()
+    matrix = pack_weights(weights)
+    assert isinstance(matrix, PackedProduct)
+    assert matrix.matrix.nbytes() < 0.8 * weights.nbytes
+    _is_dense(matrix, weights)
+
+
+def _is_dense(matrix, weights):
+    inputs = torch.randn(2, 3, COLS, dtype=weights.dtype)
+    bias = torch.randn(ROWS, dtype=weights.dtype)
+    for one in (bias, None):
+        expected = functional.linear(inputs, weights, one)
+        assert torch.equal(coded_product(inputs, one, matrix), expected)
+    rows = torch.tensor([[95, 0, 7], [0, 3, 95]])
+    assert torch.equal(coded_rows(rows, weights.dtype, matrix), weights[rows])
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(ROWS, COLS), torch.ones(ROWS, 24, dtype=torch.bfloat16)]
+)
+def test_weights_without_a_packed_form_stay(weights):
+    assert pack_weights(weights) is weights
+
+
+def test_codes_without_a_packed_form_stay_codes():
+    codes, scale, _ = _parts(wide=True, columns=False)
+    matrix = make_matrix(codes[:, :24], scale, None, torch.bfloat16, packs=True)
+    assert isinstance(matrix, ScaledCodes)
+
+
+def test_a_packed_product_is_found_by_its_words_and_made_anew_without():
+    matrix = pack_weights(_weights())
+    inputs = torch.randn(3, COLS, dtype=torch.bfloat16)
+    expected = coded_product(inputs, None, matrix)
+    moved = PackedProduct(replace(matrix.matrix, words=matrix.matrix.words.clone()))
+    assert torch.equal(coded_product(inputs, None, moved), expected)
 
 
 @EVERY
@@ -126,9 +182,10 @@ def test_rows_of_escapes():
     assert part.column.tolist() == [0]
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
-def test_to_a_compiler_a_product_is_one_operation(wide):
-    matrix = make_matrix(*_parts(wide=wide, columns=True), torch.float32)
+def test_to_a_compiler_a_product_is_one_operation(wide, packs):
+    matrix = make_matrix(*_parts(wide=wide, columns=True), torch.float32, packs=packs)
     inputs = torch.randn(2, 40, COLS)
     seen = []
 
@@ -140,4 +197,4 @@ def test_to_a_compiler_a_product_is_one_operation(wide):
         lambda values: coded_product(values, None, matrix), backend=look, fullgraph=True
     )
     assert torch.equal(compiled(inputs), coded_product(inputs, None, matrix))
-    assert seen == ["codecllm.coded_product"]
+    assert seen == [f"codecllm.{'packed' if packs else 'coded'}_product"]

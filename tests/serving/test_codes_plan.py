@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from codecllm.converter import ParamsChoice, convert
 from codecllm.formats.container import Container
@@ -110,6 +112,29 @@ def test_a_container_without_codes(tmp_path):
     convert(source, tmp_path / "c", scheme="lossless")
     with Container(tmp_path / "c") as container, pytest.raises(UsageError, match="no codes"):
         CodesPlan(container)
+
+
+def test_layers_that_pack_keep_lossless_weights_too(tmp_path):
+    source = served_models.make("llama", tmp_path / "s")
+    exclude = ("*norm*", "*layers.1*", "*layers.0*v_proj*")
+    convert(source, tmp_path / "c", include=("*.weight",), exclude=exclude)
+    with Container(tmp_path / "c") as container:
+        plan = CodesPlan(container, packs=True)
+    name = "model.layers.1.self_attn.qkv_proj"
+    expected = CodedLayer(name, 3, wide=False, has_columns=False, packs=True, is_weights=True)
+    assert plan.linear(name, QKV, 128) == expected
+    assert plan.names == set()  # they are handed over as weights
+    got = plan.linear(f"{ATTENTION}.o_proj", ("o_proj",), 128)
+    assert got == CodedLayer(f"{ATTENTION}.o_proj", 2, False, False, packs=True)
+    # Codes beside weights: such a layer is dense.
+    assert plan.linear(f"{ATTENTION}.qkv_proj", QKV, 128) is None
+
+
+def test_a_container_without_anything_to_pack(tmp_path):
+    save_file({"a.weight": torch.ones(8, 24)}, tmp_path / "model.safetensors")
+    convert(tmp_path, tmp_path / "c", scheme="lossless")
+    with Container(tmp_path / "c") as container, pytest.raises(UsageError, match="BF16"):
+        CodesPlan(container, packs=True)
 
 
 EXPERTS = "model.layers.1.mlp.experts"

@@ -29,7 +29,7 @@ def test_a_real_model(engine, made, scheme, layers):
     assert "Paris" in answer["outputs"][0]["text"]
     kinds = list(answer["dtypes"].values())
     assert kinds.count("torch.int8") == layers - 1  # the head is tied to the embedding
-    assert f"{layers} layers keep their codes" in engine.log.read_text()
+    assert f"{layers} layers keep their codes or are packed" in engine.log.read_text()
 
 
 @pytest.mark.parametrize(("name", "scheme"), TINY_MODELS)
@@ -88,6 +88,43 @@ def test_compiled(engine, made):
     assert answers[0]["hash"] != answers[1]["hash"]
 
 
+PACKED = {"model_loader_extra_config": {"resident": "packed"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "dtype", "within"),
+    [
+        ("llama_alias", "mixed", "bfloat16", 0.25),
+        ("phi3", "lossless", "bfloat16", 0.25),
+        ("qwen2", "lossless", "bfloat16", 0.25),
+        # In float32 products are those of dense weights.
+        ("qwen2", "mixed", "float32", 1e-4),
+    ],
+)
+def test_packed(engine, made, name, scheme, dtype, within):
+    container, _ = made(name, scheme)
+    answer = engine.ask(container, IDS, dtype=dtype, **PACKED)
+    assert "outputs" in answer, answer
+    _closely(answer["outputs"], engine.outputs(container, IDS, dtype=dtype), within)
+    assert "layers keep their codes or are packed" in engine.log.read_text()
+
+
+def test_packed_experts_keep_codes(engine, made):
+    container, _ = made("qwen3_moe", "mixed_experts")
+    answer = engine.ask(container, IDS, dtype="float32", **PACKED)
+    assert "outputs" in answer, answer
+    assert distance(answer["outputs"], engine.outputs(container, IDS, dtype="float32")) < 1e-4
+    kinds = {name.rpartition(".")[2]: kind for name, kind in answer["dtypes"].items()}
+    assert kinds["w13_weight"] == "torch.int8"
+
+
+def test_packed_and_compiled(engine, made):
+    container, _ = made("llama", "lossless")
+    answer = engine.ask(container, IDS, enforce_eager=False, **PACKED)
+    assert "outputs" in answer, (answer, engine.log.read_text()[-3000:])
+    _closely(answer["outputs"], engine.outputs(container, IDS), 0.25)
+
+
 def test_a_lossless_container_has_no_codes(engine, made):
     answer = engine.ask(made("llama", "lossless")[0], IDS, **CODES)
     assert answer["error"] == "UsageError"
@@ -97,4 +134,4 @@ def test_a_lossless_container_has_no_codes(engine, made):
 def test_an_unknown_residency(engine, made):
     extra = {"resident": "int4"}
     answer = engine.ask(made("llama", "all_int8")[0], IDS, model_loader_extra_config=extra)
-    assert answer["message"] == "resident, got 'int4', expected 'dense' or 'int8'"
+    assert answer["message"] == "resident, got 'int4', expected 'dense' or 'int8' or 'packed'"
