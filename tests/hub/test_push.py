@@ -29,7 +29,10 @@ from codecllm.verifier.baseline.record import (
     Agreement,
     Baseline,
     Environment,
+    GreedyPrompt,
+    ModelTokens,
     TextAgreement,
+    TopTokens,
     pack_baseline,
 )
 from codecllm.verifier.side_file import attach
@@ -253,6 +256,12 @@ def test_card_offers_int8_in_memory_only_where_there_are_codes(hub, container, l
 TEXT_FIGURES = TextAgreement(windows=4, tokens=508, sha256="0" * 64, top1=0.75, mean_kl=0.125)
 
 
+def _prompt():
+    said = ModelTokens(tokens=[1], text="", logits_sha256="0" * 64)
+    top = [TopTokens(tokens=[1], logprobs=[0.0])]
+    return GreedyPrompt(text="", tokens=[1], source=said, converted=said, top=top)
+
+
 @pytest.mark.parametrize(
     ("text_figures", "kl", "top1", "on_text"),
     [
@@ -272,8 +281,9 @@ def test_card_states_the_baseline(hub, container, text_figures, kl, top1, on_tex
     )
     agreement = Agreement(top1=0.9531, mean_kl=0.00669, same_tokens=0.25, text=text_figures)
     baseline = Baseline(
-        format="codecllm-baseline", version=1, kind="greedy", environment=where, agreement=agreement
-    )
+        format="codecllm-baseline", version=1, kind="greedy", environment=where,
+        agreement=agreement, greedy=[_prompt()],
+    )  # fmt: skip
     with Container(container) as opened:
         attach(container, opened.manifest, BASELINE_NAME, pack_baseline(baseline))
     push(container, REPO, level="structure")
@@ -292,7 +302,7 @@ def test_texts_of_strangers_in_a_card_make_no_markup(hub, container):
     )  # fmt: skip
     baseline = Baseline(
         format="codecllm-baseline", version=1, kind="greedy", environment=where,
-        agreement=Agreement(top1=0.5, mean_kl=0.5, same_tokens=0.5),
+        agreement=Agreement(top1=0.5, mean_kl=0.5, same_tokens=0.5), greedy=[_prompt()],
     )  # fmt: skip
     with Container(container) as opened:
         attach(container, opened.manifest, BASELINE_NAME, pack_baseline(baseline))

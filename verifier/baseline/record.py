@@ -184,13 +184,13 @@ def parse_baseline(data: bytes) -> Baseline:
 
 def _check_whole(baseline: Baseline) -> None:
     """Refuses a record without what its kind compares: a check of it would pass for nothing."""
-    lists = {"greedy": baseline.greedy, "hidden": baseline.hidden}
-    for kind, prompts in lists.items():
-        if bool(prompts) != (kind == baseline.kind):
+    counts = {"greedy": len(baseline.greedy), "hidden": len(baseline.hidden)}
+    for kind, count in counts.items():
+        if (count > 0) != (kind == baseline.kind):
             raise SchemaError(
                 f"{kind}: prompts do not go with the kind of the record",
                 file=BASELINE_NAME,
-                got=f"{len(prompts)} prompts, kind {baseline.kind}",
+                got=f"{count} prompts, kind {baseline.kind}",
             )
     if baseline.kind != "none" and baseline.environment is None:
         raise SchemaError("environment: field required", file=BASELINE_NAME)
