@@ -116,7 +116,13 @@ class CodesPlan:
         return None
 
     def experts(
-        self, prefix: str, members: Mapping[str, tuple[int, int]], count: int, here: Iterable[int]
+        self,
+        prefix: str,
+        members: Mapping[str, tuple[int, int]],
+        count: int,
+        here: Iterable[int],
+        *,
+        takes_wide: bool = True,
     ) -> CodedLayer | None:
         """Returns how a layer of experts is filled; None: dense, since not all have codes.
 
@@ -125,6 +131,7 @@ class CodesPlan:
             members: last parts of the names of the matrices of an expert, and their shapes.
             count: of all experts.
             here: numbers of those that this rank holds.
+            takes_wide: whether the layer can keep codes of 16 bits.
         """
         names, local, parts = [], set(here), 0
         for number in range(count):
@@ -133,7 +140,7 @@ class CodesPlan:
                 record = self._records.get(name or "")
                 if name is None or not isinstance(record, Int8Tensor):
                     return None
-                if tuple(record.shape) != shape:
+                if tuple(record.shape) != shape or (record.wide and not takes_wide):
                     return None
                 names.append(name)
                 if number in local:

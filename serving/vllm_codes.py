@@ -17,7 +17,6 @@ from codecllm.formats.errors import ModelMismatchError
 from codecllm.loader.resident.scaled_codes import ScaledCodes
 from codecllm.serving import vllm_names
 from codecllm.serving.coded_matrix import (
-    Matrix,
     coded_product,
     coded_rows,
     make_matrix,
@@ -42,7 +41,8 @@ class Filling:
         dtype: of what fills it: int8, int16 where one of the matrices is wide, or bfloat16.
         params_dtype: dtype of the layer's weights, were they dense.
         taken: how many tensors have come.
-        matrices: the result; a layer whose output is one product has one.
+        matrices: the result, each a `Matrix` or, of experts, what their product takes; a linear
+            layer whose output is one product has one.
         complete: makes it, once all tensors have come.
     """
 
@@ -52,7 +52,7 @@ class Filling:
     params_dtype: torch.dtype
     complete: Callable[[Any, Filling], None]
     taken: int = 0
-    matrices: list[Matrix] = field(default_factory=list)
+    matrices: list[Any] = field(default_factory=list)
 
 
 def check_filled(layers: list[torch.nn.Module]) -> None:

@@ -1,9 +1,10 @@
-"""Fused experts of vLLM whose weights stay codes, one expert after another: on a CPU.
+"""Fused experts of vLLM whose weights stay codes.
 
 vLLM's kernels for experts take codes of 8 bits, but not as a container means them: on a CPU they
-round the inputs to 8 bits too, on a GPU they know neither scales of columns nor codes beyond 8
-bits. So each expert that tokens chose multiplies them by the products of linear layers. Which ones
-were chosen is read back at every layer, which a CUDA graph cannot record.
+round the inputs to 8 bits too, on a GPU they do not know scales of columns. So on a CPU each expert
+that tokens chose multiplies them, one after another, by the products of linear layers; which ones
+were chosen is read back at every layer. A GPU has a kernel for all of them, which a CUDA graph can
+record; it takes no codes beyond 8 bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from codecllm.loader.device.codecs import why_no_kernels
 from codecllm.serving import vllm_names
 from codecllm.serving.coded_matrix import coded_product, make_matrix
 from codecllm.serving.codes_plan import CodedLayer, CodesPlan
@@ -25,7 +27,9 @@ _MATRICES = 3
 
 def plan_experts(plan: CodesPlan, layer: Any, prefix: str) -> CodedLayer | None:
     """Returns how a layer of experts is filled; None: dense."""
-    if not vllm_names.is_plain_experts(layer):
+    device = vllm_names.platform_device()
+    by_kernel = device.type != "cpu"
+    if not vllm_names.is_plain_experts(layer) or (by_kernel and not _has_kernel(layer, device)):
         return None
     hidden, inner = layer.moe_config.hidden_dim, layer.moe_config.intermediate_size
     members = {
@@ -34,8 +38,17 @@ def plan_experts(plan: CodesPlan, layer: Any, prefix: str) -> CodedLayer | None:
         layer.ckpt_down_proj_name: (hidden, inner),
     }
     return plan.experts(
-        prefix, members, layer.moe_config.num_experts, vllm_names.local_experts(layer)
+        prefix,
+        members,
+        layer.moe_config.num_experts,
+        vllm_names.local_experts(layer),
+        takes_wide=not by_kernel,
     )
+
+
+def _has_kernel(layer: Any, device: torch.device) -> bool:
+    is_short = layer.moe_config.in_dtype in (torch.bfloat16, torch.float16)
+    return is_short and why_no_kernels(device) is None
 
 
 class ExpertCodes(vllm_names.FusedMoEMethodBase):
@@ -78,7 +91,7 @@ class ExpertCodes(vllm_names.FusedMoEMethodBase):
                     data,
                     _local(layer, functools.partial(_load_columns, layer)),
                 )
-        vllm_names.prepare_cpu(torch.device("cpu"))
+        vllm_names.prepare_cpu(torch.get_default_device())
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
         """Returns None: no kernel of vLLM is used."""
@@ -106,6 +119,8 @@ class ExpertCodes(vllm_names.FusedMoEMethodBase):
         del shared_experts, shared_experts_input
         matrices = getattr(layer, STATE).matrices
         numbers = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
+        if x.device.type != "cpu":
+            return _by_kernel(layer, x, topk_weights, numbers)
         result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for number in numbers.unique().tolist():
             if number < 0:  # held by another rank
@@ -118,6 +133,16 @@ class ExpertCodes(vllm_names.FusedMoEMethodBase):
             share = topk_weights[token, choice, None].to(torch.float32)
             result.index_add_(0, token, coded_product(inner, None, down) * share)
         return result.to(x.dtype)
+
+
+def _by_kernel(
+    layer: Any, x: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor
+) -> torch.Tensor:
+    from codecllm.loader.kernels.int8_experts import experts_mlp
+
+    activate = functools.partial(vllm_names.activate, layer.activation)
+    gate_up, down = getattr(layer, STATE).matrices
+    return experts_mlp(x, numbers, shares, gate_up, down, activate)
 
 
 def _register(layer: torch.nn.Module, name: str, data: torch.Tensor, load: Any) -> None:
@@ -167,7 +192,21 @@ def _load_columns(
 
 
 def _complete(layer: Any, filling: Filling) -> None:
-    """Makes the matrices of all experts here."""
+    """Makes the matrices of all experts here; for the kernel, of all of them together."""
+    if layer.w13_weight.device.type != "cpu":
+        from codecllm.loader.kernels.int8_experts import ExpertCodes as Stacked
+
+        filling.matrices = [
+            Stacked(
+                getattr(layer, f"{name}_weight").data,
+                getattr(layer, f"{name}_weight_scale").data,
+                getattr(layer, f"{name}_weight_col_scale").data
+                if filling.coded.has_columns
+                else None,
+            )
+            for name in ("w13", "w2")
+        ]
+        return
     inner, dtype = filling.sizes[0], filling.params_dtype
     columns: Any = (None, None)
     if filling.coded.has_columns:

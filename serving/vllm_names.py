@@ -157,7 +157,7 @@ _ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
 
 
 def is_plain_experts(layer: RoutedExperts) -> bool:
-    """Whether a layer of experts is what `vllm_experts` computes, and is on a CPU.
+    """Whether a layer of experts is what `vllm_experts` computes.
 
     Each expert is `down(act(gate) * up)`, without biases and limits; experts are not doubled or
     moved while the engine runs, tokens are not sent between ranks, and adapters change no expert.
@@ -166,8 +166,7 @@ def is_plain_experts(layer: RoutedExperts) -> bool:
     parallel = config.moe_parallel_config
     limits = (config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta)
     return bool(
-        current_platform.is_cpu()
-        and config.is_act_and_mul
+        config.is_act_and_mul
         and config.activation in _ACTIVATIONS
         and not config.has_bias
         and all(limit is None for limit in limits)
@@ -175,6 +174,11 @@ def is_plain_experts(layer: RoutedExperts) -> bool:
         and not (parallel.enable_eplb or parallel.dp_size > 1 or config.is_lora_enabled)
         and not layer.apply_router_weight_on_input
     )
+
+
+def platform_device() -> torch.device:
+    """Returns the kind of device that vLLM runs on."""
+    return torch.device(current_platform.device_type)
 
 
 def local_number(layer: RoutedExperts, number: int) -> int:

@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from codecllm.loader.kernels import assemble, dequantize, int8_linear
+from codecllm.loader.kernels import assemble, dequantize, int8_experts, int8_linear
 
 GEOMETRY = dict(rows="i32", cols="i32", tile_rows="i32", tile_cols="i32", across="i32", tall="i32",
                 wide="i32")
@@ -55,7 +55,14 @@ flags = dict(HAS_BIAS=True, EVEN=True, WIDENS=False, SPLITS=2)
 tiles = compiled(int8_linear._tiles_kernel, types, 4, **flags, **shape)
 types = PRODUCT | dict(sums="*fp32", tokens="i32")
 compiled(int8_linear._sum_kernel, types, 4, HAS_BIAS=True, SPLITS=2, BLOCK=1024)
-print(json.dumps([plain, rows, tiles]))
+types = {name: "*i64" for name in ("order", "expert", "start", "stop")}
+types |= {name: "i32" for name in ("rows", "cols", "chosen")}
+types |= {f"{name}_stride": "i32" for name in ("codes", "scale", "col", "out")}
+types |= dict(inputs="*bf16", codes="*i8", scale="*fp32", col_scale="*fp32", out="*bf16")
+flags = dict(HAS_COLUMNS=True, EVEN=True, WIDENS=False)
+shape = dict(ROWS=32, TOKENS=16, COLUMNS=256)
+experts = compiled(int8_experts._experts_kernel, types, 4, **flags, **shape)
+print(json.dumps([plain, rows, tiles, experts]))
 """
 
 
@@ -70,7 +77,7 @@ def test_the_kernels_compile(target, tmp_path):
         command, capture_output=True, text=True, check=False, timeout=280, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    plain, rows, tiles = json.loads(done.stdout.splitlines()[-1])
+    plain, rows, tiles, experts = json.loads(done.stdout.splitlines()[-1])
     if target == ["cuda", 90, 32]:
         # Codes are read and bfloat16 written 16 bytes a thread, rounded in hardware; products use
         # the matrix units.
@@ -80,3 +87,4 @@ def test_the_kernels_compile(target, tmp_path):
         assert rows.count("v4.b32") == 2
         assert "v2.b64" in rows
         assert "mma" in tiles
+        assert "mma" in experts

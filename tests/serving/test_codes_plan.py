@@ -11,7 +11,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.serving.codes_plan import CodedLayer, CodesPlan
 from tests.serving import served_models
-from tests.stepped import mixed
+from tests.stepped import make_steps, mixed
 
 QKV = ("q_proj", "k_proj", "v_proj")
 ATTENTION = "model.layers.0.self_attn"
@@ -164,3 +164,14 @@ def test_experts_keep_codes_together(tmp_path, exclude, count, here, parts):
     # Those of other ranks are handed over as codes too, and left out there.
     assert len(plan.names) == 3 * count
     assert plan.experts(EXPERTS, {**MEMBERS, "up_proj": (64, 64)}, count, here) is None
+
+
+def test_wide_experts_stay_dense_where_the_layer_takes_none(tmp_path):
+    source = served_models.make("qwen3_moe", tmp_path / "s")
+    choice = ParamsChoice(lambda plan: make_steps(plan, 0.02, columns=False))
+    convert(source, tmp_path / "c", include=("*.weight",), exclude=("*norm*",), choice=choice)
+    with Container(tmp_path / "c") as container:
+        plan = CodesPlan(container)
+    assert plan.experts(EXPERTS, MEMBERS, 8, range(8), takes_wide=False) is None
+    assert plan.names == set()
+    assert plan.experts(EXPERTS, MEMBERS, 8, range(8)).wide

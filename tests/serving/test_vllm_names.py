@@ -38,6 +38,7 @@ def _run(code, tmp_path):
 _NAMES = """
 import inspect
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from codecllm.serving import vllm_names as names
 
@@ -71,6 +72,8 @@ assert parameters(experts.weight_loader)[1:] == [
     "param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success"
 ]
 assert isinstance(experts.expert_map, property)
+assert "in_dtype" in inspect.get_annotations(FusedMoEConfig)
+assert names.platform_device().type == "cpu"
 loader.local_expert_ids = {0, 1}
 assert names.is_elsewhere(loader, "model.layers.0.mlp.experts.3.up_proj.weight")
 assert not names.is_elsewhere(loader, "model.layers.0.mlp.experts.1.up_proj.weight")
