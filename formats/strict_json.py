@@ -34,7 +34,28 @@ def parse_json_object(
     max_depth: int = limits.JSON_DEPTH,
     as_python: bool = False,
 ) -> dict[str, Any]:
-    """Parses UTF-8 JSON whose top level is an object.
+    """Parses UTF-8 JSON whose top level is an object; as `parse_json`.
+
+    Raises:
+        LimitError, SchemaError: as there, or the top level is not an object.
+    """
+    value = parse_json(
+        data, file=file, max_bytes=max_bytes, max_depth=max_depth, as_python=as_python
+    )
+    if not isinstance(value, dict):
+        raise SchemaError("top level is not an object", file=file, got=type(value).__name__)
+    return value
+
+
+def parse_json(
+    data: bytes,
+    *,
+    file: str,
+    max_bytes: int,
+    max_depth: int = limits.JSON_DEPTH,
+    as_python: bool = False,
+) -> Any:
+    """Parses UTF-8 JSON.
 
     Args:
         data: the whole text.
@@ -46,8 +67,8 @@ def parse_json_object(
 
     Raises:
         LimitError: too long, too deep, too many values, or an integer beyond 2^53.
-        SchemaError: not UTF-8, not JSON, a repeated key at any depth, NaN or an infinity, or not an
-            object.
+        SchemaError: not UTF-8, not JSON, a repeated key at any depth, NaN, an infinity or a lone
+            surrogate.
     """
     if len(data) > max_bytes:
         raise LimitError(
@@ -75,9 +96,8 @@ def parse_json_object(
         raise LimitError(
             "JSON is nested too deeply", file=file, expected=f"at most {max_depth} levels"
         ) from exc
-    if not isinstance(value, dict):
-        raise SchemaError("top level is not an object", file=file, got=type(value).__name__)
-    _check_depth(value, file, max_depth)
+    if isinstance(value, (dict, list)):
+        _check_depth(value, file, max_depth)
     if b"\\u" in data:  # UTF-8 holds none otherwise
         _check_strings(value, file)
     return value

@@ -10,15 +10,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codecllm.converter.source.files import SourceFile, stays_inside
+from codecllm.converter.source.files import read_json, stays_inside
 from codecllm.formats.errors import (
+    FormatError,
     SchemaError,
     SourceError,
     TruncatedError,
@@ -26,13 +26,12 @@ from codecllm.formats.errors import (
     UnsafeSourceError,
 )
 from codecllm.formats.manifest.manifest import INDEX_NAME
-from codecllm.formats.strict_json import parse_json_object
 from codecllm.hub.kinds import file_kind
 
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin"})
-_INDEX_BYTES = 250 << 20
+_INDEX_BYTES = 64 << 20
 _NUMBERED = re.compile(r"(.*?)-?\d{5}-of-\d{5}(.*)\.safetensors")
 
 
@@ -112,9 +111,8 @@ def _indexed(folder: Path, index: str, notes: tuple[str, ...] = ()) -> WeightSet
 
 
 def _read_index(folder: Path, index: str) -> dict[str, str]:
-    with SourceFile(folder, index) as file:
-        data = file.read(0, min(file.size, _INDEX_BYTES + 1))
-    weight_map = parse_json_object(data, file=index, max_bytes=_INDEX_BYTES).get("weight_map")
+    document = read_json(folder, index, _INDEX_BYTES, as_python=False)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise SchemaError("weight_map is not an object of file names", file=index)
     if not all(isinstance(name, str) for name in weight_map.values()):
@@ -203,10 +201,9 @@ def _refuse_adapter(folder: Path) -> None:
 def describe_adapter(folder: Path) -> tuple[str, str]:
     """Returns the name of an adapter's base model and its kind, for a sentence."""
     try:
-        with SourceFile(folder, ADAPTER_CONFIG) as file:
-            config = json.loads(file.read(0, file.size))
+        config = read_json(folder, ADAPTER_CONFIG)
         base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
-    except (TruncatedError, ValueError, RecursionError, AttributeError):
+    except (FormatError, AttributeError):
         # Only for a sentence: a malformed config must not hide the error that follows.
         base = kind = None
     return repr(base) if base else "an unnamed base model", str(kind or "of PEFT")

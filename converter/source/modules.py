@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codecllm.converter.source.files import SourceFile, stays_inside
+from codecllm.converter.source.files import read_json, stays_inside
 from codecllm.converter.source.layout import SINGLE_NAME
 from codecllm.formats.errors import SourceError, TruncatedError
 from codecllm.formats.manifest.manifest import INDEX_NAME
 
 MODULES_NAME = "modules.json"
 ROUTER_NAME = "router_config.json"
-_CONFIG_BYTES = 16 << 20
+_MAX_MODULES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +48,21 @@ def read_modules(repository: Path) -> Modules:
     A repository without `modules.json` has none but the root.
 
     Raises:
-        SourceError: `modules.json` is not a list of modules, or names a folder outside the
-            repository.
+        SourceError: `modules.json` is not a list of modules, has more than 256 of them, or names a
+            folder outside the repository.
+        FormatError: it, or the config of a router, is malformed.
     """
     entries = _read_json(repository, MODULES_NAME)
     if entries is None:
         return Modules()
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SourceError("not a list of modules", file=MODULES_NAME)
+    _check_count(len(entries))
     paths = [_module_path(entry) for entry in entries]
     others = {path for path in paths if path}
     for path in paths:
         others |= _routed_folders(repository, path)
+        _check_count(len(others))
     main = ""
     # transformers loads the root where it has weights, else the folder of the first module.
     if paths and paths[0] and not _has_weights(repository) and _has_weights(repository / paths[0]):
@@ -70,6 +73,14 @@ def read_modules(repository: Path) -> Modules:
         root_entries = [{**entries[0], "path": ""}, *entries[1:]]
         document = (json.dumps(root_entries, indent=2, ensure_ascii=False) + "\n").encode()
     return Modules(main, frozenset(others), document)
+
+
+def _check_count(count: int) -> None:
+    """Refuses more modules than any model has: every one is looked for in the folder."""
+    if count > _MAX_MODULES:
+        raise SourceError(
+            "too many modules", file=MODULES_NAME, got=count, expected=f"at most {_MAX_MODULES}"
+        )
 
 
 def _module_path(entry: dict[str, Any]) -> str:
@@ -95,11 +106,6 @@ def _has_weights(folder: Path) -> bool:
 
 def _read_json(repository: Path, name: str) -> Any:
     try:
-        with SourceFile(repository, name) as file:
-            if file.size > _CONFIG_BYTES:
-                raise SourceError("file is too large to be what its name says", file=name)
-            return json.loads(file.read(0, file.size))
+        return read_json(repository, name)
     except TruncatedError:
         return None
-    except (ValueError, RecursionError) as exc:
-        raise SourceError(f"not JSON ({exc})", file=name) from exc

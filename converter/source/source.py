@@ -5,7 +5,6 @@ No code of it is executed, and it is never loaded whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from codecllm.converter.source.dequantized import mxfp4_tensor, scaled_tensor
-from codecllm.converter.source.files import SourceFile
+from codecllm.converter.source.files import SourceFile, read_json
 from codecllm.converter.source.layout import WeightSet, find_weights
 from codecllm.converter.source.modules import read_modules
 from codecllm.converter.source.quantization import Quantization, find_quantization
@@ -65,8 +64,8 @@ class SourceModel:
             SourceError: no folder, no weights, an adapter, a container, or a quantization of which
                 `view` cannot be given.
             UnsafeSourceError: there are only pickles.
-            FormatError: a weight file or the index is malformed, or a name leads outside the
-                folder.
+            FormatError: a weight file, the config or the index is malformed, or a name leads
+                outside the folder.
         """
         self.repository = Path(folder)
         if not self.repository.is_dir():
@@ -295,22 +294,17 @@ def _identity_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    """Reads config.json leniently: real ones hold `Infinity`.
+    """Reads config.json as Python does: real ones hold `Infinity`.
 
     No value of it is trusted for sizes or paths.
     """
     try:
-        with SourceFile(folder, "config.json") as file:
-            data = file.read(0, file.size) if file.size <= limits.MANIFEST_BYTES else b""
+        config = read_json(folder, "config.json")
     except TruncatedError:
         # A link to nothing is a broken download, not a model without a config.
         if (folder / "config.json").is_symlink():
             raise
         return None
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise SourceError(f"not JSON ({exc})", file="config.json") from exc
     if not isinstance(config, dict):
         raise SourceError("top level is not an object", file="config.json")
     return config

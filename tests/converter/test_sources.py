@@ -18,6 +18,7 @@ from codecllm.formats.errors import (
     FormatError,
     NotAContainerError,
     OutputExistsError,
+    SchemaError,
     SourceError,
     TruncatedError,
     UnsafePathError,
@@ -167,7 +168,7 @@ def test_truncated_weights(tmp_path):
 def test_damaged_config_is_refused(tmp_path):
     source = _one(tmp_path)
     (source / "config.json").write_text('{"model_type": ')
-    _refused(source, tmp_path, SourceError, "JSON")
+    _refused(source, tmp_path, SchemaError, "JSON")
 
 
 def test_source_that_changes_while_it_is_read(tmp_path):
