@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import mmap
+from collections import deque
 from itertools import pairwise
 
+import pytest
 import torch
 
 from codecllm.loader.host.memory import RecycledMemory, SlabMemory, empty_tensor, tensor_over
@@ -63,6 +66,44 @@ def test_kept_memory_is_bounded_and_let_go():
     del last
     gc.collect()
     assert not memory._free
+
+
+def test_memory_of_another_size_is_kept_for_its_own():
+    memory = RecycledMemory(1 << 30)
+    first = _tensor(memory, SHAPE, torch.float32)
+    place = first.data_ptr()
+    del first
+    gc.collect()
+    other = _tensor(memory, (2048, 4096), torch.float32)
+    assert other.numel() == 2048 * 4096
+    assert _tensor(memory, SHAPE, torch.float32).data_ptr() == place
+
+
+def test_memory_that_another_thread_takes_first_is_not_waited_for():
+    class Emptied(deque):
+        """As if it were emptied between a look at its length and the take."""
+
+        def __len__(self):
+            return 1
+
+    memory = RecycledMemory(1 << 30)
+    memory._free = Emptied()
+    assert _tensor(memory, SHAPE, torch.float32).fill_(1).sum() == math.prod(SHAPE)
+
+
+@pytest.mark.parametrize("lacks", ["huge pages", "mappings"])
+def test_slabs_without_huge_pages_are_plain_memory(monkeypatch, lacks):
+    def refuse(*_, **__):
+        raise OSError("no mapping is left")
+
+    if lacks == "mappings":
+        monkeypatch.setattr(mmap, "mmap", refuse)
+    else:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    memory = SlabMemory()
+    tensors = [_tensor(memory, (300, 577), torch.bfloat16).fill_(number) for number in range(9)]
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
 
 
 def test_small_tensors_share_slabs_but_no_storage():

@@ -11,13 +11,14 @@ import torch
 from codecllm.converter import convert
 from codecllm.formats.codecs import native
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError, TruncatedError
+from codecllm.formats.errors import ChecksumError, TruncatedError, UnsupportedEnvironmentError
 from codecllm.formats.files import Excerpt
 from codecllm.loader.engine import Request
 from codecllm.loader.host.alike import decode_alike
 from codecllm.loader.host.decode import Workspace
 from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.host.filling import plan_tensor
+from codecllm.loader.torch_tensors import TORCH_DTYPES, torch_dtype
 from tests.sources import bf16, write_source
 from tests.tampering import copy_of
 
@@ -102,6 +103,30 @@ def test_codes_are_those_of_single_ones(folder):
         requests = [Request(name, "codes") for name in container.records]
         for request, tensor in _together(container, requests).items():
             assert torch.equal(tensor, _alone(container, request))
+
+
+def test_without_the_native_core_each_has_the_same_bits(folder, monkeypatch):
+    with Container(folder) as container:
+        requests = [Request(name) for name in container.records]
+        expected = [_alone(container, request) for request in requests]
+        monkeypatch.setattr(native, "core", None)
+        assert decode_alike(container, 0, _excerpt(container), requests) == {}
+        with closing(HostEngine(container, 1)) as engine:
+            engine.prefetch(requests)
+            for request, tensor in zip(requests, expected, strict=True):
+                assert torch.equal(engine.take(request).get(), tensor)
+
+
+def test_a_type_that_torch_lacks_is_named_with_its_tensor(folder, monkeypatch):
+    with Container(folder) as container:
+        if container.manifest.options.scheme != "lossless":
+            return  # codes become floats that every torch has
+        requests = [Request(name) for name in container.records]
+        monkeypatch.delitem(TORCH_DTYPES, container.records["l05"].dtype)
+        assert decode_alike(container, 0, _excerpt(container), requests) == {}
+        with pytest.raises(UnsupportedEnvironmentError, match="no dtype for") as caught:
+            torch_dtype(container.records["l05"].dtype, "l05")
+        assert caught.value.tensor == "l05"
 
 
 @pytest.mark.parametrize("part", ["", "_chunks", "_shape", "_scale", "_tables"])

@@ -217,3 +217,18 @@ def test_an_interpreter_waits_for_running_jobs_of_threads_that_were_not_closed()
         [sys.executable, "-c", _EXITS], capture_output=True, text=True, timeout=100
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\nended\n", "")
+
+
+def test_a_set_that_changes_while_it_is_read_is_read_again():
+    class Changing(list):
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            if self.reads < 3:
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    members = Changing([1, 2])
+    assert workers_module.snapshot(members) == [1, 2]
+    assert members.reads == 3
