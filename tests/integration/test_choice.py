@@ -75,6 +75,16 @@ def test_the_first_that_fits_is_taken(container, monkeypatch, caplog, scheme, sh
     assert is_plain == (expected == "dense")
 
 
+def test_weights_are_dense_where_no_other_form_is_smaller(container, monkeypatch):
+    _with_free(monkeypatch, 0)
+    with Container(container("llama", "lossless")) as opened:
+        sizes = bytes_in_memory(opened.manifest)
+        assert sizes.compressed >= sizes.dense  # of a tiny model: tables and headers weigh more
+        chosen = choose_resident(opened, {})
+    assert chosen.resident == "dense"
+    assert chosen.reason.endswith("and no other form is smaller")
+
+
 def test_on_a_gpu_packed_takes_the_place_of_dense(container, monkeypatch):
     device = torch.device("cuda", 0)
     with Container(container("llama", "int8")) as opened:

@@ -197,6 +197,19 @@ def test_rows_are_the_parts_one_below_the_other(forms):
     assert torch.equal(rows.gather(places, torch.float32, cpu), whole[places])
 
 
+def test_products_with_a_whole_stack_are_those_of_torch(forms):
+    stack, cpu = stacked(forms), torch.device("cpu")
+    whole = stack.dense(torch.float32, cpu)
+    grad = torch.randn(len(forms), 3, whole.shape[1], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stack.transposed_product(grad), grad @ whole)
+    inputs = torch.ones(3, whole.shape[2])
+    with pytest.raises(RuntimeError) as expected:
+        torch.nn.functional.linear(inputs, whole)
+    with pytest.raises(RuntimeError) as caught:
+        stack.product(inputs, None)
+    assert str(caught.value) == str(expected.value)
+
+
 def test_parts_that_do_not_fit_are_not_joined(forms, made):
     model = from_pretrained(made("qwen3_moe", "int8"), resident="int8")
     other = model.model.layers[0].self_attn.q_proj.weight.form

@@ -165,6 +165,12 @@ def test_model_class_comes_from_architectures():
     assert model_class(config) is transformers.BertForMaskedLM
 
 
+def test_without_tensors_the_class_is_the_first_of_the_usual_ones():
+    assert model_class(transformers.BertConfig()) is transformers.BertForMaskedLM
+    decoder = transformers.BertConfig(is_decoder=True)
+    assert model_class(decoder) is transformers.BertLMHeadModel
+
+
 @pytest.mark.parametrize("names", [None, [], ["Nope"], [5], "text", ["AutoModelForCausalLM"]])
 @pytest.mark.parametrize(
     ("name", "kind"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from functools import partial
 
@@ -14,6 +15,7 @@ from codecllm.loader import from_pretrained, load
 from codecllm.loader.device import engines as engines_module
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.resident import on_device as resident
+from codecllm.loader.resident.compressed_form import CompressedTensor
 from codecllm.loader.resident.on_device import DeviceCompressedTensor
 from tests import tampering
 from tests.integration.outputs import logits, same_bits
@@ -173,3 +175,24 @@ def test_a_compressed_weight_can_be_had_and_copied(container, device):
     model = from_pretrained(folder, resident="compressed")
     assert same_bits(model.lm_head.weight, _without_device(folder).lm_head.weight)
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+@pytest.mark.parametrize("device", ["ahead"], indirect=True)
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_a_compressed_model_of_a_device_travels_as_one_of_the_cpu(container, device, scheme):
+    model = from_pretrained(container("llama", scheme), resident="compressed")
+    form = model.lm_head.weight.form
+    assert isinstance(form, DeviceCompressedTensor)
+    copied = pickle.loads(pickle.dumps(model))
+    assert type(copied.lm_head.weight.form) is CompressedTensor
+    sides = sum(side.nbytes for side in form.sides)
+    assert copied.lm_head.weight.form.nbytes == form.nbytes - sides
+    assert torch.equal(logits(copied), logits(model))
+
+
+@pytest.mark.parametrize("device", ["ahead"], indirect=True)
+def test_a_compressed_model_refuses_to_be_recorded(container, device, monkeypatch):
+    model = from_pretrained(container("llama", "int8"), resident="compressed")
+    monkeypatch.setattr(HostStreams, "capturing", lambda self: True)
+    with pytest.raises(UnsupportedEnvironmentError, match="cannot be recorded in a CUDA graph"):
+        logits(model)
