@@ -367,6 +367,7 @@ def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
         }
     from codecllm.verifier.baseline import model_output as output
     from codecllm.verifier.diagnosis.model import text
+    from codecllm.verifier.diagnosis.model.tokenizers import check_tokenizers
     from codecllm.verifier.report import Stage
 
     try:
@@ -384,7 +385,7 @@ def _run(left: Side, right: Side, same: bool) -> dict[str, Any]:
     except Exception as exc:  # a model class may refuse plain text with any type
         return {"not_run": f"{type(exc).__name__}: {one_line(exc)}"}
     stage = Stage("outputs")
-    text.check_tokenizers(*coders, (left.folder, right.folder), stage)
+    check_tokenizers(*coders, (left.folder, right.folder), stage)
     text.compare_text(script, base, other, coders, same, stage)
     faults = [str(finding.error) for finding in stage.findings]
     return {"outputs": {**stage.facts, "summary": stage.summary, "findings": faults}}

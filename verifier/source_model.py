@@ -254,11 +254,12 @@ def _compare_speech(
     """Compares tokens, chat templates, logits and texts of both models."""
     from codecllm.verifier.baseline.model_output import PromptCoder
     from codecllm.verifier.diagnosis.model import text
+    from codecllm.verifier.diagnosis.model.tokenizers import check_tokenizers
 
     plain, container_model = models
     folders = (source, container.folder)
     coders = (PromptCoder(source, plain.config), PromptCoder(container, container_model.config))
-    text.check_tokenizers(*coders, folders, stage)
+    check_tokenizers(*coders, folders, stage)
     theirs, ours = _chat_texts(source), _chat_texts(container)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):

@@ -10,7 +10,13 @@ from typing import Any
 
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError, ModelMismatchError, UsageError
+from codecllm.formats.errors import (
+    CodecLLMError,
+    ModelMismatchError,
+    UsageError,
+    machine_error,
+    one_line,
+)
 from codecllm.formats.machine import available_memory, cores
 from codecllm.hub import resolve
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
@@ -129,13 +135,13 @@ class _Diagnosis:
         from codecllm.verifier.diagnosis.model.stages import ModelStages
 
         stages = ModelStages(self._container, self._source, self._examined, self._options)
-        with _stage(self._report, "loaded") as stage:
+        with _stage(self._report, "loaded") as stage, _model_errors():
             stages.check_loaded(stage)
-        with _stage(self._report, "layers") as stage:
+        with _stage(self._report, "layers") as stage, _model_errors():
             stages.check_layers(stage, explained=not self._report.ok)
-        with _stage(self._report, "text") as stage:
+        with _stage(self._report, "text") as stage, _model_errors():
             stages.check_text(stage)
-        with _stage(self._report, "baseline") as stage:
+        with _stage(self._report, "baseline") as stage, _model_errors():
             stages.check_baseline(stage)
         stages.close()
         # Models hold reference cycles: without this the memory comes back much later.
@@ -199,6 +205,20 @@ def _stage(report: Report, name: str) -> Iterator[Stage]:
         stage.summary = f"{count} finding{'s' * (count != 1)}" + (
             f"; {stage.summary}" if stage.summary else ""
         )
+
+
+@contextmanager
+def _model_errors() -> Iterator[None]:
+    """Raises ModelMismatchError for what a model raises while it runs: it may be anything."""
+    try:
+        yield
+    except CodecLLMError:
+        raise
+    except Exception as exc:
+        raise machine_error(exc) or ModelMismatchError(
+            f"the model of this config does not run: {type(exc).__name__}: {one_line(exc)}",
+            file="config.json",
+        ) from exc
 
 
 def _cause_of(error: CodecLLMError) -> Cause:

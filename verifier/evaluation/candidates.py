@@ -5,20 +5,21 @@ Each kind has its way of loading, and of counting the bits that it stores.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from codecllm.converter.source.files import SourceFile, read_json
+from codecllm.formats import limits
 from codecllm.formats.container import Container
 from codecllm.formats.errors import SourceError, UnsupportedEnvironmentError, UsageError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.records import AliasTensor
+from codecllm.formats.shards.safetensors_header import read_header
 from codecllm.formats.shards.side_tensors import side_names
 from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
@@ -183,19 +184,16 @@ def _folder_tensors(folder: Path) -> Iterator[_Row]:
     if not files:
         raise SourceError("no safetensors files", file=str(folder))
     for path in files:
-        with open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
+        with SourceFile(folder, path.name) as file:
+            header = read_header(file, max_header_bytes=limits.SOURCE_HEADER_BYTES)
         # The header is as much a part of the stored size as the data.
-        of_header = (8 + header_bytes) / max(1, len(header))
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            yield _Row(name, len(entry["shape"]), end - begin + of_header, prod(entry["shape"]))
+        of_header = len(header.raw) / max(1, len(header.tensors))
+        for name, entry in header.tensors.items():
+            yield _Row(name, len(entry.shape), entry.bytes + of_header, entry.elements)
 
 
 def _dequantized_tensors(folder: Path) -> Iterator[_Row]:
-    bits = json.loads((folder / STORED_BITS_NAME).read_text(encoding="utf-8"))
+    bits = read_json(folder, STORED_BITS_NAME)
     rows = list(_folder_tensors(folder))
     if not isinstance(bits, dict) or bits.keys() != {row.name for row in rows}:
         raise SourceError(

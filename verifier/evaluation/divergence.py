@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from codecllm.formats.errors import ModelMismatchError
+from codecllm.formats.errors import (
+    CodecLLMError,
+    ModelMismatchError,
+    UsageError,
+    machine_error,
+    one_line,
+)
 
 _ROWS = 8
 """Positions whose distributions are compared at once, in float64.
@@ -76,11 +82,15 @@ class Base:
             window: tokens that a model sees at once, more than `start` has; the first of each
                 window is only seen, not predicted.
             start: the start token that every window gets, or nothing.
+
+        Raises:
+            UsageError: no window has a token that is predicted.
         """
         given = list(start)
         text = tokens[len(given) :]
         piece = window - len(given)
-        parts = [given + text[first : first + piece] for first in range(0, len(text), piece)]
+        starts = range(0, len(text), piece) if piece > 0 else ()
+        parts = [given + text[first : first + piece] for first in starts]
         # A window shorter than two tokens predicts nothing.
         self._model = model
         self._windows = [
@@ -88,6 +98,12 @@ class Base:
             for part in parts
             if len(part) > 1
         ]
+        if not self._windows:
+            raise UsageError(
+                "no token of the text is predicted",
+                got=f"{len(tokens)} tokens in windows of {window}",
+                expected="windows of two tokens or more behind the start token",
+            )
         self._entering: list[torch.Tensor] = []  # per window: float [1, tokens, hidden]
 
     def compare(
@@ -100,8 +116,20 @@ class Base:
             on_window: called with the tokens done and all of them.
 
         Raises:
-            ModelMismatchError: the vocabularies differ, or a distribution is not finite.
+            ModelMismatchError: the vocabularies differ, a distribution is not finite, or a model
+                cannot read the text.
         """
+        try:
+            return self._compare(other, on_window)
+        except CodecLLMError:
+            raise
+        except Exception as exc:  # a model of a damaged config fails in any way
+            raise machine_error(exc) or ModelMismatchError(
+                f"the models cannot read the text: {type(exc).__name__}: {one_line(exc)}",
+                file="config.json",
+            ) from exc
+
+    def _compare(self, other: Any, on_window: Callable[[int, int], None] | None) -> Divergence:
         divergence = Divergence()
         tokens_done = 0
         total = sum(ids.shape[1] for ids in self._windows)

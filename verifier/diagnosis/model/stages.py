@@ -42,6 +42,7 @@ from codecllm.verifier.diagnosis.model.reference_model import (
     requantized_tensors,
 )
 from codecllm.verifier.diagnosis.model.sample_text import SAMPLE_TEXT
+from codecllm.verifier.diagnosis.model.tokenizers import check_tokenizers
 from codecllm.verifier.diagnosis.options import RESIDENTS, DiagnoseOptions, Resident
 from codecllm.verifier.report import Stage
 
@@ -190,7 +191,7 @@ class ModelStages:
             _skip(stage, self._why_not or "no model was loaded")
             return
         container_coder = output.PromptCoder(self._container, self._model.config)
-        text.check_tokenizers(
+        check_tokenizers(
             self._coder, container_coder, (self._source.folder, self._container.folder), stage
         )
         inputs = text.make_inputs(self._coder, self._options.prompts, self._options.text)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from codecllm.formats.errors import BaselineError, ModelMismatchError
 from codecllm.verifier.baseline import model_output as output
-from codecllm.verifier.baseline.prompts import PROMPTS
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.model.sample_text import SAMPLE_TEXT
 from codecllm.verifier.report import Stage
@@ -29,16 +26,6 @@ Floor = tuple[float, float] | None
 
 The mean divergence in nats must be larger and the top-1 agreement smaller.
 """
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 
 
 @dataclass(slots=True)
@@ -170,45 +157,6 @@ def kl_per_position(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     )
 
 
-def check_tokenizers(
-    source: output.PromptCoder,
-    container: output.PromptCoder,
-    folders: tuple[Path, Path],
-    stage: Stage,
-) -> None:
-    """Compares the tokens of the same texts from the tokenizers of source and container."""
-    # Several scripts, code and numbers: a wrong merge or normalizer shows on one of them.
-    texts = [*PROMPTS, SAMPLE_TEXT]
-    for text in texts:
-        theirs = source.encode(text)
-        ours = container.encode(text)
-        if theirs == ours and source.decode(theirs) == container.decode(theirs):
-            continue
-        if bool(theirs) != bool(ours):
-            which = "container" if theirs else "source"
-            raise_text = f"the {which} has no usable tokenizer, the other one has"
-        elif theirs == ours:
-            texts_of_tokens = (
-                f"{container.decode(theirs)[:40]!r} for {source.decode(theirs)[:40]!r}"
-            )
-            raise_text = f"the same tokens are another text: {texts_of_tokens}"
-        else:
-            place = next(
-                (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
-                min(len(theirs), len(ours)),
-            )
-            raise_text = f"{text[:30]!r} becomes other tokens from token {place} on"
-            error = ModelMismatchError(
-                raise_text, got=ours[place : place + 4], expected=theirs[place : place + 4]
-            )
-            stage.fail(error.located(file=_other_file(folders)), cause=Cause.WRONG_TOKENIZER)
-            return
-        stage.fail(
-            ModelMismatchError(raise_text, file=_other_file(folders)), cause=Cause.WRONG_TOKENIZER
-        )
-        return
-
-
 def compare_text(
     inputs: EvalInputs,
     source: ModelOutputs,
@@ -229,6 +177,8 @@ def compare_text(
         stage: receives findings and figures.
         floor: mean KL in nats, and top-1 agreement or cosine; one must hold. None: any may be.
     """
+    if not _are_comparable(source, loaded, stage):
+        return
     if not source.tokens:
         _compare_outputs(source, loaded, lossless, stage, floor)
         return
@@ -279,6 +229,23 @@ def compare_text(
     stage.summary = _summary(facts)
 
 
+def _are_comparable(source: ModelOutputs, loaded: ModelOutputs, stage: Stage) -> bool:
+    """Tells whether outputs of two models have one form; otherwise that is a finding."""
+    ours, theirs = (
+        "text" if outputs.tokens else str([tuple(one.shape) for one in outputs.logits[:1]])
+        for outputs in (loaded, source)
+    )
+    if ours == theirs and source.tokens:
+        ours, theirs = (f"{one.logits[0].shape[-1]} tokens" for one in (loaded, source))
+    if ours != theirs:
+        error = ModelMismatchError(
+            "the models give outputs of two kinds", got=ours, expected=theirs
+        )
+        stage.fail(error, cause=Cause.LOAD_FAILED)
+        stage.summary = "outputs of two kinds"
+    return ours == theirs
+
+
 def _tail(text: str) -> int:
     """Counts undecodable characters at the end, without the one of a character cut in half."""
     return max(0, len(text) - len(text.rstrip(UNDECODABLE)) - 1)
@@ -315,7 +282,7 @@ def _judge(facts: dict[str, Any], lost: int, lossless: bool, stage: Stage, floor
             place = f"prompt {different[0]} from token {token} on"
         error = BaselineError(
             f"the container is lossless and gives another text than its source: {place}",
-            got=f"mean KL {facts['mean_kl']:.2e}",
+            got=f"mean KL {_kl_words(facts)}",
         )
         stage.fail(error, cause=Cause.TEXT_DIFFERS)
     elif far and floor is not None and facts["mean_kl"] is not None:
@@ -360,12 +327,15 @@ def _compare_outputs(
         )
 
 
+def _kl_words(facts: dict[str, Any]) -> str:
+    return "not finite" if facts["mean_kl"] is None else f"{facts['mean_kl']:.2e} nats"
+
+
 def _summary(facts: dict[str, Any]) -> str:
     same = sum(row["first_differing_token"] is None for row in facts["prompts"])
-    kl = "not finite" if facts["mean_kl"] is None else f"{facts['mean_kl']:.2e} nats"
     text = (
-        f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL {kl} per "
-        f"token, top-1 {facts['top1']:.1%}"
+        f"{same} of {len(facts['prompts'])} texts equal the source's; along them KL "
+        f"{_kl_words(facts)} per token, top-1 {facts['top1']:.1%}"
     )
     if facts["perplexity_of_source"] is not None and facts["perplexity_of_loaded"] is not None:
         perplexities = f"{facts['perplexity_of_source']:.3f} -> {facts['perplexity_of_loaded']:.3f}"
@@ -379,20 +349,6 @@ def _summary(facts: dict[str, Any]) -> str:
         if any(bad)
         else text
     )
-
-
-def _other_file(folders: tuple[Path, Path]) -> str | None:
-    """Returns the first tokenizer file that differs between two folders."""
-    for name in _TOKENIZER_FILES:
-        digests = [
-            hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            if (folder / name).exists()
-            else None
-            for folder in folders
-        ]
-        if digests[0] != digests[1]:
-            return name
-    return None
 
 
 def _plain(value: float | None) -> float | None:
