@@ -26,6 +26,7 @@ from codecllm.converter.write.folders import (
     remove_empty_parents,
 )
 from codecllm.converter.write.journal import Journal
+from codecllm.converter.write.moving import read_list, refuse_files_of_others, write_list
 from codecllm.converter.write.signals import signals_wait
 from codecllm.formats import limits
 from codecllm.formats.errors import (
@@ -40,8 +41,6 @@ from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFE
 from codecllm.formats.manifest.reading import parse_manifest
 
 STAGING_NAME, JOURNAL_NAME = ".codecllm-partial", "journal"
-# More files than a container can have, and the length of a list with as many of them.
-_MAX_MOVED, _MAX_LIST_BYTES = limits.TENSORS + limits.FILES, 16 << 20
 _LOCK_TRIES = 100
 _PARTIAL_NAMES = {f"{name}.partial" for name in (MANIFEST_NAME, BASELINE_NAME)}
 
@@ -157,7 +156,7 @@ class Staging:
         # With `out` itself: staging is to hold the only copy of the old container.
         for folder in (*folders_of(self.folder, names), self._staging, self.out):
             fsync_folder(folder)
-        write_atomically(self._moving, os.fsencode("\n".join(names)))
+        write_list(self._moving, self.folder, names)
 
     def _move_old(self) -> None:
         """Puts the files of the container that is replaced aside, its manifest first."""
@@ -245,14 +244,16 @@ class Staging:
             refuse_deep(self._staging)
             if not os.path.lexists(self._moving):
                 return []
-            data = read_file(self._staging, self._moving.name, _MAX_LIST_BYTES)
-            names = os.fsdecode(data).split("\n", _MAX_MOVED)
+            marks = read_list(self._moving)
+            names = list(marks)
             old_names = files_of(self._old) if is_folder(self._old) else []
             for name in (*names, *old_names):
                 if not is_safe_anywhere(name):
                     raise UnsafePathError("unsafe file name", file=ascii(name[:200]))
             refuse_links(self._staging, [f"{self.folder.name}/{name}" for name in names])
             refuse_links(self.out, [*names, *old_names])
+            if self._is_unfinished(names[-1]):
+                refuse_files_of_others(self.out, self.folder, marks, old_names)
         except FormatError as exc:
             raise UnsafePathError(
                 f"not the files of a stopped conversion, remove this folder ({one_line(exc)})",

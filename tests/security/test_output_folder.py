@@ -13,6 +13,7 @@ import pytest
 from codecllm.converter import convert
 from codecllm.converter.exports.export import export
 from codecllm.converter.write.journal import Journal
+from codecllm.converter.write.moving import mark_of
 from codecllm.converter.write.staging import STAGING_NAME
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.container import Container
@@ -67,7 +68,13 @@ def _outside(out):
 
 
 def _list(out, text):
-    (out / STAGING_NAME / "moving").write_text(text)
+    """Writes a list whose marks fit: only the names themselves can give it away."""
+    lines = []
+    for name in text.split("\n"):
+        path = out / name
+        mark = mark_of(path.resolve().parent, path.name) if path.is_file() else "0" * 16
+        lines.append(f"{mark} {name}")
+    (out / STAGING_NAME / "moving").write_text("\n".join(lines))
 
 
 def _up(out):
@@ -120,7 +127,34 @@ def _nothing_listed(out):
     _list(out, "")
 
 
+def _file_of_the_user(out):
+    (out / "notes.txt").write_text("of the stranger")
+    _list(out, "notes.txt\nnothing")
+    (out / "notes.txt").write_text("of the user")
+
+
+def _old_file_over_one_of_the_user(out):
+    (out / "notes.txt").write_text("of the user")
+    (out / STAGING_NAME / "old" / "notes.txt").write_text("of the stranger")
+    _list(out, "nothing")
+
+
+def _old_file_over_a_listed_one(out):
+    (out / "notes.txt").write_text("of the user")
+    (out / STAGING_NAME / "old" / "notes.txt").write_text("of the stranger")
+    (out / STAGING_NAME / "files" / "notes.txt").write_text("of the stranger")
+    _list(out, "notes.txt\nnothing")
+
+
+def _without_marks(out):
+    (out / STAGING_NAME / "moving").write_text("config.json\nnothing")
+
+
 REFUSED = [
+    _file_of_the_user,
+    _old_file_over_one_of_the_user,
+    _old_file_over_a_listed_one,
+    _without_marks,
     _up,
     _absolute,
     _folders_elsewhere,
