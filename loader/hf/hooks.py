@@ -10,7 +10,8 @@ Some steps of `PreTrainedModel.from_pretrained` are wrapped, once per process:
   names. Everything that follows from names is left to transformers: conversions and renames,
   fused experts, prefixes, tied weights, modules that stay in float32;
 - the reading of a config by a class that takes a part of it (`CLIPTextModel` of a CLIP folder)
-  keeps our block, which stands at the top;
+  keeps our block, which stands at the top; a config with our block is checked before its class,
+  which may make a million labels, is made;
 - the building and the finishing of a model hold one lock. transformers changes the default dtype
   and its own `tie_weights` for that time, for all threads: without the lock a load in another
   thread gets weights of a wrong dtype, or loses a tie.
@@ -63,6 +64,15 @@ class WeightSource(Protocol):
 
         Returns:
             The block; None where `block` is not ours, and the part is as it was.
+        """
+
+    @classmethod
+    def check_config(cls, whole: dict[str, Any], chosen: dict[str, Any]) -> None:
+        """Refuses a config before its class is made, where it asks for too much.
+
+        Args:
+            whole: the JSON object of a config.json; nothing is done where it has no block of ours.
+            chosen: arguments of the caller, which replace entries of it.
         """
 
     def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
@@ -268,6 +278,7 @@ def _with_block_of_parts(original: Any, weight_source: type[Any]) -> Any:
     @wraps(function)
     def get_config_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
         whole, options = function(cls, *args, **kwargs)
+        weight_source.check_config(whole, kwargs)
         for part in _parts_for(cls, whole):
             block = weight_source.block_of_part(
                 whole.get("quantization_config"), part.get("quantization_config")

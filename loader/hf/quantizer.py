@@ -29,6 +29,7 @@ from codecllm.formats.manifest.manifest import MANIFEST_NAME, ORIGINAL_KEY
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_size, longest_dimension
 from codecllm.loader.hf import hooks
+from codecllm.loader.hf.side_limits import check_config_document, refuse_kernels_of
 from codecllm.loader.load import Load, LoadOptions
 from codecllm.loader.resident.coded_weight import make_plain
 from codecllm.loader.residents import Chosen
@@ -92,6 +93,19 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         if not isinstance(block, dict) or block.get("quant_method") != QUANT_METHOD:
             return None
         return block if own is None else {**block, ORIGINAL_KEY: own}
+
+    @classmethod
+    def check_config(cls, whole: dict[str, Any], chosen: dict[str, Any]) -> None:
+        """See `hooks.WeightSource`.
+
+        Raises:
+            ModelMismatchError, LimitError: it asks for more modules or labels than any model has.
+            UnsafePathError: it names attention or experts of a repository.
+        """
+        block = whole.get("quantization_config")
+        if isinstance(block, dict) and block.get("quant_method") == QUANT_METHOD:
+            check_config_document(whole)
+            refuse_kernels_of(whole, chosen)
 
     def finish(self, model: Any) -> None:
         """See `hooks.WeightSource`."""

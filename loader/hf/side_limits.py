@@ -24,6 +24,8 @@ MOST_TOKEN_ITEMS = 1 << 16
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_BYTES = 256 << 20
 _MADE_TOKENS = ("extra_ids", "num_madeup_words", "offset")
 _SPECIAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 
@@ -42,10 +44,15 @@ def check_config_file(folder: Path) -> None:
     """
     config = _read(folder / "config.json")
     if isinstance(config, dict):
-        try:
-            check_config_size(config, MOST_ITEMS, MOST_ITEMS)
-        except RecursionError as exc:
-            raise LimitError("JSON is nested too deeply", file="config.json") from exc
+        check_config_document(config)
+
+
+def check_config_document(config: dict[str, Any]) -> None:
+    """As `check_config_file`, of the JSON object of a config.json."""
+    try:
+        check_config_size(config, MOST_ITEMS, MOST_ITEMS)
+    except RecursionError as exc:
+        raise LimitError("JSON is nested too deeply", file="config.json") from exc
 
 
 def refuse_named_kernels(folder: Path, chosen: Mapping[str, Any]) -> None:
@@ -58,7 +65,12 @@ def refuse_named_kernels(folder: Path, chosen: Mapping[str, Any]) -> None:
     Raises:
         UnsafePathError: there is such an entry, and the caller does not choose another.
     """
-    for key, text in _texts(_read(folder / "config.json")):
+    refuse_kernels_of(_read(folder / "config.json"), chosen)
+
+
+def refuse_kernels_of(config: Any, chosen: Mapping[str, Any]) -> None:
+    """As `refuse_named_kernels`, of the JSON value of a config.json."""
+    for key, text in _texts(config):
         name = key.removeprefix("_")
         if name in _IMPLEMENTATIONS and "/" in text and chosen.get(name) is None:
             raise UnsafePathError(
@@ -75,9 +87,11 @@ def check_tokenizer_files(folder: Path) -> None:
         folder: a model's. Files that are missing or no JSON are left to transformers.
 
     Raises:
-        LimitError: a class would make more than 4,096 tokens by itself, or a list or an object has
-            more than 65,536 items (of special tokens 32,768).
+        LimitError: a class would make more than 4,096 tokens by itself, a list or an object has
+            more than 65,536 items (of special tokens, or tokens added in tokenizer.json, 32,768),
+            or tokenizer.json is longer than 256 MiB.
     """
+    _check_added_tokens(folder)
     for file in _SETTINGS:
         for key, length, number in _sizes(_read(folder / file)):
             most = MOST_SPECIAL_TOKENS if key in _SPECIAL_TOKENS else MOST_TOKEN_ITEMS
@@ -95,6 +109,25 @@ def check_tokenizer_files(folder: Path) -> None:
                     got=str(number)[:40],
                     expected=f"at most {MOST_MADE_TOKENS}",
                 )
+
+
+def _check_added_tokens(folder: Path) -> None:
+    path = folder / _TOKENIZER
+    # The vocabulary itself may have any size: the tokenizers library reads it in no time.
+    size = path.stat().st_size if path.is_file() else 0
+    if size > _TOKENIZER_BYTES:
+        raise LimitError(
+            "file is too long", file=_TOKENIZER, got=size, expected=f"at most {_TOKENIZER_BYTES}"
+        )
+    document = _read(path) if size else None
+    added = document.get("added_tokens") if isinstance(document, dict) else None
+    if isinstance(added, list) and len(added) > MOST_SPECIAL_TOKENS:
+        raise LimitError(
+            "added_tokens has too many items",
+            file=_TOKENIZER,
+            got=len(added),
+            expected=f"at most {MOST_SPECIAL_TOKENS}",
+        )
 
 
 def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:

@@ -11,6 +11,7 @@ import codecllm
 from codecllm.formats.errors import UnsafePathError
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.hf.quantizer import register
 from tests.tampering import copy_of, replace_listed
 
 NAMED = [
@@ -48,6 +49,15 @@ def test_the_caller_chooses(container, tmp_path):
     assert read_config(folder, attn_implementation="mine/kernel") is not None
 
 
+@pytest.mark.parametrize("reader", [hf.AutoConfig, hf.AutoModel, hf.LlamaForCausalLM])
+def test_classes_of_transformers_refuse_it_too(container, tmp_path, reader):
+    register()
+    folder = _changed(container, tmp_path / "c", NAMED[0])
+    with pytest.raises(UnsafePathError, match=r"names code of a repository"):
+        reader.from_pretrained(folder)
+    assert reader.from_pretrained(folder, attn_implementation="eager") is not None
+
+
 def test_other_names_pass(container, tmp_path):
     change = {"attn_implementation": "eager", "_name_or_path": "user/name"}
     folder = _changed(container, tmp_path / "c", change)
@@ -57,4 +67,7 @@ def test_other_names_pass(container, tmp_path):
 def test_transformers_itself_would_take_the_name(container, tmp_path):
     """Guards the tests above: the entry of a config is one that transformers obeys."""
     folder = _changed(container, tmp_path / "c", NAMED[0])
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
     assert hf.AutoConfig.from_pretrained(folder)._attn_implementation == "evil/kernel"

@@ -7,13 +7,20 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from codecllm.formats.errors import LimitError, ModelMismatchError, SchemaError
 from codecllm.generation import _greedy, generate
 from codecllm.loader import from_pretrained
 from codecllm.loader.config_size import check_config_size
 from codecllm.loader.hf.folder import read_config, read_tokenizer
+from codecllm.loader.hf.quantizer import register
 from tests.tampering import add_listed, copy_of, replace_listed
 
 PROMPT = "w1 w2 w3"
@@ -64,6 +71,16 @@ def test_no_reader_of_a_model_makes_a_hundred_million_labels(container, tmp_path
     assert "num_labels" in _refusal(ModelMismatchError, call, folder)
 
 
+@pytest.mark.parametrize("reader", [AutoConfig, AutoModel, AutoTokenizer, LlamaForCausalLM])
+@pytest.mark.parametrize("change", [{"num_labels": 10**8}, {"num_hidden_layers": 10**8}], ids=str)
+def test_classes_of_transformers_ask_for_no_more_either(container, tmp_path, reader, change):
+    """The config's class would make the labels before our quantizer is asked for anything."""
+    register()
+    folder = _changed(container, tmp_path / "c", "config.json", **change)
+    (folder / "tokenizer_config.json").unlink()  # its class is then that of the config
+    assert "at most" in _refusal(ModelMismatchError, reader.from_pretrained, folder)
+
+
 def test_lists_of_a_config_have_a_limit():
     assert "a.b has too many items" in _refusal(
         LimitError, check_config_size, {"a": {"b": [0] * 200_000}}, 10
@@ -91,6 +108,10 @@ def test_labels_of_real_heads_pass(container, tmp_path):
         ("tokenizer_config.json", {"extra_special_tokens": [f"<{n}>" for n in range(50_000)]}),
         ("special_tokens_map.json", {"additional_special_tokens": ["<a>"] * 50_000}),
         ("added_tokens.json", {f"<{number}>": number for number in range(70_000)}),
+        (
+            "tokenizer.json",
+            {"added_tokens": [{"id": n, "content": f"<{n}>"} for n in range(33_000)]},
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else next(reversed(value)),
 )
