@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,6 +17,16 @@ from codecllm.loader.resident.scaled_codes import ScaledCodes
 
 Matrix = ScaledCodes | PackedProduct | torch.Tensor
 """Codes, a packed matrix, or the weights themselves where neither would save anything."""
+
+
+def unborn(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """Returns a tensor of a shape with the memory of one element.
+
+    It is made on its device: `to` would give it memory for every element.
+    """
+    return torch.zeros((), dtype=dtype, device=device).expand(*shape)
 
 
 def make_matrix(

@@ -7,7 +7,7 @@ layer has all of its parts they are packed, or its codes of 16 bits, if any, are
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from codecllm.serving.coded_matrix import (
     coded_rows,
     make_matrix,
     pack_weights,
+    unborn,
 )
 from codecllm.serving.codes_plan import CodedLayer
 from codecllm.serving.unfilled import COUNTED
@@ -158,11 +159,6 @@ class EmbeddingCodes(CodesMethod, vllm_names.QuantizeMethodBase):
         return layer
 
 
-def unborn(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Returns a tensor of a shape with the memory of one element."""
-    return torch.zeros((), dtype=dtype).expand(*shape)
-
-
 def counted(layer: Any, load: Loader) -> Loader:
     """Wraps a parameter's loader: the first part makes memory, the last one completes the layer."""
 
@@ -213,7 +209,7 @@ def _complete(layer: Any, filling: Filling) -> None:
         filling.sizes = [sum(filling.sizes)]
         filling.matrices = [pack_weights(layer.weight.data)]
         if not isinstance(filling.matrices[0], torch.Tensor):
-            layer.weight.data = unborn(layer.weight.shape, filling.dtype).to(layer.weight.device)
+            layer.weight.data = unborn(layer.weight.shape, filling.dtype, layer.weight.device)
         return
     columns = layer.weight_col_scale.data if filling.coded.has_columns else None
     if columns is None or all(torch.equal(row, columns[0]) for row in columns[1:]):
@@ -234,4 +230,4 @@ def _complete(layer: Any, filling: Filling) -> None:
         filling.dtype != torch.int8
     ):
         # The matrices have memory of their own; the parameter stays for those who ask its shape.
-        layer.weight.data = unborn(layer.weight.shape, torch.int8).to(layer.weight.device)
+        layer.weight.data = unborn(layer.weight.shape, torch.int8, layer.weight.device)

@@ -16,10 +16,10 @@ import torch
 
 from codecllm.loader.device.codecs import why_no_kernels
 from codecllm.serving import vllm_names
-from codecllm.serving.coded_matrix import coded_product, make_matrix
+from codecllm.serving.coded_matrix import coded_product, make_matrix, unborn
 from codecllm.serving.codes_plan import CodedLayer, CodesPlan
 from codecllm.serving.unfilled import COUNTED
-from codecllm.serving.vllm_codes import STATE, Filling, Loader, counted, unborn
+from codecllm.serving.vllm_codes import STATE, Filling, Loader, counted
 
 _MATRICES = 3
 """Of an expert: gate, up and down."""
@@ -226,4 +226,4 @@ def _complete(layer: Any, filling: Filling) -> None:
     if filling.dtype != torch.int8:
         for weight in (layer.w13_weight, layer.w2_weight):
             # The matrices have memory of their own; see `vllm_codes`.
-            weight.data = unborn(weight.shape, torch.int8).to(weight.device)
+            weight.data = unborn(weight.shape, torch.int8, weight.device)

@@ -118,7 +118,8 @@ def measure(model: Any, *, graphs_only: bool = False) -> tuple[str, list[int]]:
             in_graph = f" cannot ({type(exc).__name__})"
             torch.cuda.synchronize()
         columns.append(f"{in_graph} {eager:7.2f}")
-    prompt = torch.randint(0, 1000, (1, PROMPT), device="cuda")
+    # Not random: after a failed capture the generator of the device is still part of the graph.
+    prompt = torch.arange(PROMPT, device="cuda")[None] % 1000
     prefill = partial(model, input_ids=prompt, use_cache=False, logits_to_keep=1)
     prefill()
     columns.append(f"{_milliseconds(prefill, 5):8.2f}")

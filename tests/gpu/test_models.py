@@ -69,8 +69,9 @@ def test_int8_stays_near_dense(container, name):
     assert forms
     packed_forms = [form for form in forms if isinstance(form, PackedForm)]
     if kernels.has_kernels(torch.device("cuda", 0)):
-        # Tiny models have matrices whose columns are no multiple of 16.
-        assert all(not can_pack(*form.shape) for form in forms if form not in packed_forms)
+        # Tiny models have matrices whose columns are no multiple of 16, and stacks of experts.
+        others = [form for form in forms if form not in packed_forms]
+        assert all(len(form.shape) == 3 or not can_pack(*form.shape) for form in others)
     assert all(form.matrix.bits == 8 for form in packed_forms)
 
 

@@ -12,7 +12,13 @@ from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.escapes import Escapes, split_codes
 from codecllm.loader.resident.scaled_codes import ScaledCodes
-from codecllm.serving.coded_matrix import coded_product, coded_rows, make_matrix, pack_weights
+from codecllm.serving.coded_matrix import (
+    coded_product,
+    coded_rows,
+    make_matrix,
+    pack_weights,
+    unborn,
+)
 
 ROWS, COLS = 96, 64
 
@@ -198,3 +204,10 @@ def test_to_a_compiler_a_product_is_one_operation(wide, packs):
     )
     assert torch.equal(compiled(inputs), coded_product(inputs, None, matrix))
     assert seen == [f"codecllm.{'packed' if packs else 'coded'}_product"]
+
+
+def test_a_parameter_that_was_let_go_takes_no_memory_on_any_device():
+    for device in (None, torch.device("cpu"), torch.device("meta")):
+        left = unborn((300, 200), torch.int8, device)
+        assert left.shape == (300, 200)
+        assert left.untyped_storage().nbytes() == 1
