@@ -68,7 +68,10 @@ class PlainTensor:
             TruncatedError: the shard ends early.
         """
         data = bytearray(self.record.source_bytes)
-        self.file.read_into(self.offset, memoryview(data))
+        try:
+            self.file.read_into(self.offset, memoryview(data))
+        except TruncatedError as exc:
+            raise exc.located(tensor=self.record.name) from None
         check_xxh3(data, self.record.xxh3, self.file.name, self.record.name, self.offset)
         return data
 
