@@ -16,7 +16,6 @@ from codecllm.loader.engine import Engine, Request
 from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.progress import Meter
 from codecllm.loader.promise import Awaited
-from codecllm.loader.torch_tensors import torch_dtype
 
 CPU = torch.device("cpu")
 
@@ -30,7 +29,7 @@ _SharedKey = tuple[str, Content, torch.dtype | None, torch.device]
 class TensorReader:
     """Reads tensors of a container by name, from any thread, and remembers the first failure.
 
-    Tensors that stand under several names (aliases, tied modules) share one storage.
+    Tensors that stand under several names (aliases) share one storage.
 
     Attributes:
         first_error: the first exception that a read raised, or None.
@@ -70,15 +69,10 @@ class TensorReader:
         """Ends the prefetch; threads that still wait for a tensor get an error."""
         self._host.close()
 
-    def share(self, name: str) -> None:
-        """Keeps the tensor `name` once it is read: all later reads return the same storage."""
-        self._shared_names.add(name)
-
     def prefetch(self, requests: Iterable[Request]) -> None:
         """Starts to read tensors for `device`, in the order in which transformers takes them."""
-        full_requests = dict.fromkeys(self._complete(request) for request in requests)
         self._engine(self._device).prefetch(
-            sorted(full_requests, key=lambda request: _natural_order(request.name))
+            sorted(dict.fromkeys(requests), key=lambda request: _natural_order(request.name))
         )
 
     def read(
@@ -117,7 +111,7 @@ class TensorReader:
     ) -> torch.Tensor:
         if content == "scale" or content == "col_scale":
             return self._read_scales(name, of_columns=content == "col_scale").to(device)
-        request = self._complete(Request(name, content, dtype))
+        request = Request(name, content, dtype if content == "weight" else None)
         tensor = self._engine(device).take(request).get()
         if self._meter is not None:
             self._meter.add(name, self._container.records[name].source_bytes)
@@ -137,14 +131,6 @@ class TensorReader:
         if self._devices is not None and self._devices.serves(device):
             return self._devices.engine(device)
         return self._host
-
-    def _complete(self, request: Request) -> Request:
-        """Returns the request with the source's dtype where it names none."""
-        # Equal requests find each other in an engine's table only if both name their dtype.
-        if request.part != "weight" or request.dtype is not None:
-            return Request(request.name, request.part) if request.part != "weight" else request
-        dtype = torch_dtype(self._container.records[request.name].dtype, request.name)
-        return Request(request.name, "weight", dtype)
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
