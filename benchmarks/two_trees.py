@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -53,16 +54,14 @@ def measure(tree: Path, container: Path, resident: str, workers: int) -> float:
 
 def compare(
     trees: tuple[Path, Path], container: Path, resident: str, workers: int, turns: int
-) -> list[tuple[float, float]]:
-    """Returns the seconds of both checkouts, by turn, after one turn that warms the page cache."""
-    pairs: list[tuple[float, float]] = []
+) -> Iterator[tuple[float, float]]:
+    """Yields the seconds of both checkouts, by turn, after one turn that warms the page cache."""
     console = Console(stderr=True)
     for turn in track(range(turns + 1), f"{container.name}, {resident}", console=console):
         order = (0, 1) if turn % 2 else (1, 0)
         seconds = {side: measure(trees[side], container, resident, workers) for side in order}
         if turn:
-            pairs.append((seconds[0], seconds[1]))
-    return pairs
+            yield seconds[0], seconds[1]
 
 
 def synthetic_model(folder: Path, millions: int) -> Path:
@@ -96,7 +95,9 @@ def main(
     millions: Annotated[
         int, typer.Option(help="Weights of a synthetic model, in millions; 0: SmolLM2.")
     ] = 0,
-    out: Annotated[Path | None, typer.Option("--json", help="Write all seconds there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="Write all seconds there, after each turn.")
+    ] = None,
 ) -> None:
     """Compares the time of loads in two checkouts."""
     from codecllm.converter import convert
@@ -116,11 +117,12 @@ def main(
             container = Path(folder, scheme)
             if not container.exists():
                 convert(source, container, scheme=scheme)
-            figures[way] = compare(trees, container, resident, workers, turns)
-            # At once: a run takes many minutes, and may be stopped.
+            figures[way] = []
+            for pair in compare(trees, container, resident, workers, turns):
+                figures[way].append(pair)
+                if out is not None:  # at once: a run takes many minutes, and may be stopped
+                    out.write_text(json.dumps(figures))
             Console().print(_table({way: figures[way]}, workers))
-            if out is not None:
-                out.write_text(json.dumps(figures))
 
 
 def _table(figures: dict[str, list[tuple[float, float]]], workers: int) -> Table:
