@@ -19,6 +19,7 @@ from codecllm.serving.vllm_names import (
     RoutedExperts,
     UnquantizedLinearMethod,
     VocabParallelEmbedding,
+    new_name_of,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class CodecLLMConfig(MethodFacts, QuantizationConfig):
         """Learns how a model renames the checkpoint's names."""
         building = _building.get()
         if building is not None and building.plan is not None:
-            building.plan.rename(hf_to_vllm_mapper.map_name)
+            building.plan.rename(new_name_of(hf_to_vllm_mapper))
 
     def _codes(
         self, plan: CodesPlan, layer: torch.nn.Module, prefix: str

@@ -116,6 +116,15 @@ def add_hash_factor(vllm_config: VllmConfig, key: str, value: str) -> None:
         vllm_config.additional_config = {**factors, key: value}
 
 
+def new_name_of(mapper: Any) -> Callable[[str], str | None]:
+    """Returns how a model renames a name of the checkpoint; None: it ignores the name.
+
+    vLLM 0.26 has a private method for it.
+    """
+    new_name: Callable[[str], str | None] = getattr(mapper, "map_name", None) or mapper._map_name
+    return new_name
+
+
 def is_elsewhere(loader: DefaultModelLoader, name: str) -> bool:
     """Whether a weight belongs to an expert that another rank holds (private attribute)."""
     return bool(should_skip_weight(name, loader.local_expert_ids))

@@ -37,9 +37,11 @@ def _run(code, tmp_path):
 
 _NAMES = """
 import inspect
+from types import SimpleNamespace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import WeightsMapper
 from codecllm.serving import vllm_names as names
 
 def parameters(function):
@@ -72,6 +74,11 @@ assert parameters(experts.weight_loader)[1:] == [
     "param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success"
 ]
 assert isinstance(experts.expert_map, property)
+mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model.", "skip.": None})
+assert names.new_name_of(mapper)("model.norm.weight") == "language_model.model.norm.weight"
+assert names.new_name_of(mapper)("skip.norm.weight") is None
+mapper = SimpleNamespace(_map_name=mapper.map_name)
+assert names.new_name_of(mapper)("model.norm.weight") == "language_model.model.norm.weight"
 assert "in_dtype" in inspect.get_annotations(FusedMoEConfig)
 assert names.platform_device().type == "cpu"
 loader.local_expert_ids = {0, 1}
