@@ -20,7 +20,7 @@ from codecllm.formats.errors import UsageError
 from codecllm.loader.resident import coded_weight
 from codecllm.loader.resident.coded_weight import CodedWeight
 from tests.loader.resident import spawned
-from tests.loader.resident.conftest import COLS, ROWS
+from tests.loader.resident.cases import COLS, ROWS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INPUTS = torch.linspace(-1, 1, 3 * COLS).view(3, COLS)

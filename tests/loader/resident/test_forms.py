@@ -8,7 +8,7 @@ import torch
 from codecllm.loader.resident.coded_weight import coded_parameter
 from codecllm.loader.resident.escapes import split_codes
 from codecllm.loader.resident.joined_form import stacked
-from tests.loader.resident.conftest import COLS, CPU, ROWS
+from tests.loader.resident.cases import COLS, CPU, ROWS
 
 
 @pytest.mark.parametrize("name", ["int8", "columns", "escapes"])

@@ -11,7 +11,7 @@ from torch.nn import functional
 from codecllm.loader.packed.form import PackedForm
 from codecllm.loader.packed.matrix import pack_codes
 from codecllm.loader.resident.coded_weight import CodedWeight, coded_parameter
-from tests.loader.resident.conftest import COLS, CPU, ROWS
+from tests.loader.resident.cases import COLS, CPU, ROWS
 
 INPUTS = torch.linspace(-1, 1, 3 * COLS).view(3, COLS)
 
