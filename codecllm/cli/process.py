@@ -114,7 +114,10 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> None:
             if value is not None:
                 facts[name] = value if isinstance(value, (int, str)) else str(value)
         # On stdout, where the result would be: a caller reads one stream.
-        typer.echo(json.dumps({**facts, "exit_code": code}))
+        try:
+            typer.echo(json.dumps({**facts, "exit_code": code}))
+        except OSError:  # stdout itself is the fault: a full disk behind it
+            stderr.print(f"error: {message}", style="red", markup=False)
     else:
         stderr.print(f"error: {message}", style="red", markup=False)
     sys.exit(code)

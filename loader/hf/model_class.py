@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import transformers
 from transformers.models.auto import auto_factory
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UnsupportedEnvironmentError
+from codecllm.formats.errors import UnsupportedEnvironmentError, machine_error, one_line
 from codecllm.loader.hf.quiet import silenced, without_progress_bars
 from codecllm.loader.load_report import LoadReport
 from codecllm.loader.torch_tensors import torch_dtype
@@ -49,12 +51,14 @@ def model_class(config: Any, tensors: Callable[[], Tensors] | None = None) -> An
             class; None takes the first of the usual ones.
 
     Raises:
-        UnsupportedEnvironmentError: transformers has no class for this type of config.
+        UnsupportedEnvironmentError: transformers has no class for this type of config, or cannot
+            import it here.
     """
     architectures = getattr(config, "architectures", None)
     names = architectures if isinstance(architectures, list) else []
     for name in names:
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        with _import_errors(str(name)):
+            cls = getattr(transformers, name, None) if isinstance(name, str) else None
         # Not one of transformers' Auto classes: these look up code of the folder.
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
@@ -71,7 +75,13 @@ def model_class(config: Any, tensors: Callable[[], Tensors] | None = None) -> An
     tensors_on_meta = tensors()
 
     def left_over(candidate: Any) -> tuple[int, int]:
-        report = rehearse(candidate, config, tensors_on_meta)
+        try:
+            report = rehearse(candidate, config, tensors_on_meta)
+        except Exception as exc:  # the load of the class that is taken says why
+            machine = machine_error(exc)
+            if machine is not None:
+                raise machine from exc
+            return sys.maxsize, 0
         return len(report.missing), len(report.unexpected)
 
     return min(candidates, key=left_over)
@@ -121,6 +131,20 @@ def strip_quantization(config: Any) -> None:
             del part.quantization_config
 
 
+@contextmanager
+def _import_errors(name: str) -> Iterator[None]:
+    """Raises our error for those of transformers, which imports a class when it is asked for it.
+
+    A library may be missing for it, and under `python -OO` its docstrings are.
+    """
+    try:
+        yield
+    except Exception as exc:
+        raise machine_error(exc) or UnsupportedEnvironmentError(
+            f"transformers cannot import {name}: {type(exc).__name__}: {one_line(exc, 300)}"
+        ) from exc
+
+
 def _usual_classes(config: Any) -> list[Any]:
     classes = []
     for name in _AUTO_CLASSES:
@@ -129,7 +153,8 @@ def _usual_classes(config: Any) -> list[Any]:
             continue
         mapping = getattr(transformers, name)._model_mapping
         if type(config) in mapping:
-            candidate = auto_factory._get_model_class(config, mapping)
+            with _import_errors(name):
+                candidate = auto_factory._get_model_class(config, mapping)
             if candidate not in classes:
                 classes.append(candidate)
     return classes

@@ -387,3 +387,17 @@ def test_a_bound_of_expansion_that_is_no_number_is_a_usage_error(
         assert run_here(command[0], container, *command[1:]) == 2
         written = capsys.readouterr()
         assert "CODECLLM_MAX_EXPANSION is not a number" in written.out + written.err
+
+
+@pytest.mark.parametrize("command", [["verify", "--level", "structure"], ["info"]])
+def test_a_result_that_does_not_fit_on_the_disk_is_one_line(tmp_path, command):
+    save_file({"a.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    assert run("convert", tmp_path, tmp_path / "out", "--no-baseline").returncode == 0
+    name, *options = command
+    with open("/dev/full", "w") as disk:
+        full = subprocess.run(
+            [sys.executable, "-m", "codecllm", name, str(tmp_path / "out"), "--json", *options],
+            stdout=disk, stderr=subprocess.PIPE, text=True, check=False, timeout=240,
+        )  # fmt: skip
+    assert full.returncode == 4
+    assert full.stderr.splitlines() == ["error: OSError: [Errno 28] No space left on device"]

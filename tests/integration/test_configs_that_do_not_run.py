@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from codecllm.formats.errors import CodecLLMError, ModelMismatchError, UsageError
+from codecllm.loader import from_pretrained
 from codecllm.verifier import verify
 from codecllm.verifier.diagnosis import diagnose
 from codecllm.verifier.evaluation.candidates import find_candidate
@@ -101,3 +104,26 @@ def test_no_pipe_of_a_tokenizers_name_is_waited_for(container, tiny, tmp_path):
         verify(folder, source=source)
     finally:
         signal.alarm(0)
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "nope"}, {"pad_token_id": 10**6}], ids=str)
+def test_no_class_of_a_config_can_be_built(container, tmp_path, change):
+    """Without a class in the config, each usual one is tried."""
+    folder = copy_of(container("llama", "int8"), tmp_path / "c")
+    config = json.loads((folder / "config.json").read_bytes()) | change | {"architectures": []}
+    replace_listed(folder, "config.json", json.dumps(config).encode())
+    with pytest.raises(ModelMismatchError, match="could not build"):
+        from_pretrained(folder)
+
+
+def test_a_class_that_cannot_be_imported_is_one_error(container, tmp_path):
+    """Such as under -OO: transformers reads docstrings when it imports a class."""
+    code = (
+        "import sys, codecllm\n"
+        "from codecllm.formats.errors import UnsupportedEnvironmentError\n"
+        "try:\n    codecllm.from_pretrained(sys.argv[1])\n"
+        "except UnsupportedEnvironmentError as exc:\n    print(exc)\n"
+    )
+    command = [sys.executable, "-OO", "-c", code, str(container("llama", "int8"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    assert "transformers cannot import LlamaForCausalLM: " in done.stdout
