@@ -320,6 +320,15 @@ def test_a_shard_that_is_cut_inside_side_data_names_the_tensor(folder, tmp_path,
         assert (caught.value.file, caught.value.tensor) == (file.name, "q")
 
 
+def test_a_plain_tensor_that_a_cut_shard_lacks_is_named(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with Container(copy) as opened:
+        os.truncate(copy / SHARD, opened.tensor("n").offset + 1)
+        with pytest.raises(TruncatedError) as caught:
+            read_tensor_bytes(opened, "n")
+        assert caught.value.tensor == "n"
+
+
 def test_slots_that_change_between_two_checks_are_an_error(container, monkeypatch):
     tensor = container.tensor("q")
     count = len(tensor.table.chunks)
