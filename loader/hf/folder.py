@@ -30,6 +30,7 @@ from codecllm.loader.hf.listed import (
 )
 from codecllm.loader.hf.side_limits import (
     check_config_file,
+    check_generation_file,
     check_tokenizer_files,
     refuse_named_kernels,
 )
@@ -125,6 +126,7 @@ def read_generation_config(model: ModelFiles) -> Any:
     from transformers import GenerationConfig
 
     with listed_files(model, for_model) as folder:
+        check_generation_file(folder)
         try:
             return GenerationConfig.from_pretrained(folder)
         except Exception as exc:

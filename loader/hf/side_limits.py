@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from codecllm.formats import limits
 from codecllm.formats.errors import LimitError, UnsafePathError
+from codecllm.formats.strict_json import CONFIG_BYTES
 from codecllm.loader.config_size import MOST_ITEMS, check_config_size
 
 MOST_MADE_TOKENS = 4096
@@ -22,10 +24,12 @@ MOST_SPECIAL_TOKENS = 1 << 15
 MOST_TOKEN_ITEMS = 1 << 16
 """Items of any other list or object of a tokenizer's settings."""
 
+VOCABULARY_BYTES, VOCABULARY_VALUES = 256 << 20, 1 << 23
+"""Length of tokenizer.json or vocab.json, and commas and opening brackets in it."""
+
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER = "tokenizer.json"
-_TOKENIZER_BYTES = 256 << 20
+_TOKENIZER, _VOCABULARY = "tokenizer.json", "vocab.json"
 _MADE_TOKENS = ("extra_ids", "num_madeup_words", "offset")
 _SPECIAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 
@@ -89,7 +93,7 @@ def check_tokenizer_files(folder: Path) -> None:
     Raises:
         LimitError: a class would make more than 4,096 tokens by itself, a list or an object has
             more than 65,536 items (of special tokens, or tokens added in tokenizer.json, 32,768),
-            or tokenizer.json is longer than 256 MiB.
+            or a file is longer, or holds more values, than any of its kind.
     """
     _check_added_tokens(folder)
     for file in _SETTINGS:
@@ -111,15 +115,18 @@ def check_tokenizer_files(folder: Path) -> None:
                 )
 
 
+def check_generation_file(folder: Path) -> None:
+    """Refuses a generation_config.json that is longer than any, before transformers reads it.
+
+    Raises:
+        LimitError: it is longer than 16 MiB, or holds more than 524,288 values.
+    """
+    _read(folder / "generation_config.json")
+
+
 def _check_added_tokens(folder: Path) -> None:
-    path = folder / _TOKENIZER
-    # The vocabulary itself may have any size: the tokenizers library reads it in no time.
-    size = path.stat().st_size if path.is_file() else 0
-    if size > _TOKENIZER_BYTES:
-        raise LimitError(
-            "file is too long", file=_TOKENIZER, got=size, expected=f"at most {_TOKENIZER_BYTES}"
-        )
-    document = _read(path) if size else None
+    # The vocabulary itself may have any size below the limits of `_read`.
+    document = _read(folder / _TOKENIZER)
     added = document.get("added_tokens") if isinstance(document, dict) else None
     if isinstance(added, list) and len(added) > MOST_SPECIAL_TOKENS:
         raise LimitError(
@@ -128,6 +135,7 @@ def _check_added_tokens(folder: Path) -> None:
             got=len(added),
             expected=f"at most {MOST_SPECIAL_TOKENS}",
         )
+    _read(folder / _VOCABULARY)
 
 
 def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:
@@ -157,8 +165,29 @@ def _texts(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> Any:
-    """Returns a file's JSON value; None where there is none."""
+    """Returns a file's JSON value; None where there is none.
+
+    Raises:
+        LimitError: the file is longer, or holds more values, than any such file: transformers would
+            take gigabytes and minutes for it.
+    """
+    is_vocabulary = path.name in (_TOKENIZER, _VOCABULARY)
+    most_bytes = VOCABULARY_BYTES if is_vocabulary else CONFIG_BYTES
+    most_values = VOCABULARY_VALUES if is_vocabulary else limits.JSON_VALUES
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= most_bytes else b""
+    except OSError:
+        return None
+    values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    for what, got, most in (("bytes", size, most_bytes), ("values", values, most_values)):
+        if got > most:
+            raise LimitError(
+                "JSON text is too long", file=path.name, got=got, expected=f"at most {most} {what}"
+            )
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
         return None

@@ -19,8 +19,13 @@ from codecllm.formats.errors import LimitError, ModelMismatchError, SchemaError
 from codecllm.generation import _greedy, generate
 from codecllm.loader import from_pretrained
 from codecllm.loader.config_size import check_config_size
-from codecllm.loader.hf.folder import read_config, read_tokenizer
+from codecllm.loader.hf.folder import (
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+)
 from codecllm.loader.hf.quantizer import register
+from tests.malformed.measure import measured
 from tests.tampering import add_listed, copy_of, replace_listed
 
 PROMPT = "w1 w2 w3"
@@ -120,6 +125,27 @@ def test_a_tokenizer_asks_for_no_more_tokens_than_any_has(container, tmp_path, f
     text = _refusal(LimitError, read_tokenizer, folder)
     assert text.startswith(f"{file}: ")
     assert "expected at most" in text
+
+
+LONG = {
+    "config.json": (read_config, 6_000_000),
+    "generation_config.json": (read_generation_config, 6_000_000),
+    "tokenizer_config.json": (read_tokenizer, 6_000_000),
+    "added_tokens.json": (read_tokenizer, 600_000),
+    "tokenizer.json": (read_tokenizer, 9_000_000),
+    "vocab.json": (read_tokenizer, 9_000_000),
+}
+
+
+@pytest.mark.parametrize("file", LONG)
+def test_a_file_of_lists_is_not_parsed(container, tmp_path, file):
+    read, count = LONG[file]
+    folder = copy_of(container, tmp_path / "c")
+    data = b'{"a":[' + b"[]," * count + b"[]]}"
+    (replace_listed if (folder / file).is_file() else add_listed)(folder, file, data)
+    with measured() as cost, pytest.raises(LimitError, match=rf"^{file}: JSON text is too long"):
+        read(folder)
+    cost.check(len(data) / 2**20)
 
 
 def test_a_tokenizer_of_thousands_of_added_tokens_is_read(container, tmp_path):
