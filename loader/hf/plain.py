@@ -12,8 +12,10 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from codecllm.formats.errors import ModelMismatchError
-from codecllm.loader.hf.folder import read_config
+from codecllm.formats.container import Container
+from codecllm.formats.errors import ModelMismatchError, machine_error
+from codecllm.loader.config_size import check_config_size, longest_dimension
+from codecllm.loader.hf.folder import describe, read_config
 from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
 from codecllm.loader.hf.quiet import silenced
@@ -83,6 +85,7 @@ def linear_modules(model: ModelFiles) -> list[str]:
 
     Raises:
         UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
+        ModelMismatchError: the class cannot be built from the config, or is far larger.
     """
     modules = _empty_model(model).named_modules()
     return [name for name, module in modules if isinstance(module, nn.Linear)]
@@ -95,15 +98,25 @@ def parameter_count(model: ModelFiles) -> int:
 
     Raises:
         UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
+        ModelMismatchError: the class cannot be built from the config, or is far larger.
     """
     return sum(parameter.numel() for parameter in _empty_model(model).parameters())
 
 
 def _empty_model(model: ModelFiles) -> nn.Module:
     config = read_config(model)
+    if isinstance(model, Container):
+        # Before modules are made: a hundred thousand layers take minutes on any device.
+        check_config_size(config.to_dict(), len(model.records), longest_dimension(model))
     strip_quantization(config)
-    with silenced(), torch.device("meta"):
-        empty: nn.Module = model_class(config)(config)
+    cls = model_class(config)
+    try:
+        with silenced(), torch.device("meta"):
+            empty: nn.Module = cls(config)
+    except Exception as exc:  # a class raises any type for a damaged config
+        raise machine_error(exc) or ModelMismatchError(
+            f"transformers could not build {cls.__name__}: {describe(exc)}", file="config.json"
+        ) from exc
     return empty
 
 

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+import codecllm
 from codecllm.formats.errors import CodecLLMError, ModelMismatchError, UsageError
 from codecllm.loader import from_pretrained
 from codecllm.verifier import verify
@@ -127,3 +129,24 @@ def test_a_class_that_cannot_be_imported_is_one_error(container, tmp_path):
     command = [sys.executable, "-OO", "-c", code, str(container("llama", "int8"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
     assert "transformers cannot import LlamaForCausalLM: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "nope"},
+        {"attn_implementation": "nope"},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"num_hidden_layers": 100_000},
+    ],
+    ids=str,
+)
+def test_an_export_that_needs_the_class_is_one_error(container, tmp_path, change):
+    folder = copy_of(container("llama", "int8"), tmp_path / "c")
+    config = json.loads((folder / "config.json").read_bytes()) | change
+    replace_listed(folder, "config.json", json.dumps(config).encode())
+    began = time.thread_time()
+    with pytest.raises(ModelMismatchError, match=r"^config\.json: "):
+        codecllm.export(folder, tmp_path / "out", format="compressed-tensors")
+    assert time.thread_time() - began < 5
+    assert not (tmp_path / "out").exists()
