@@ -15,6 +15,7 @@ from codecllm.formats import limits
 from codecllm.formats.checksums import xxh3_hex
 from codecllm.formats.errors import SchemaError, UnsafePathError
 from codecllm.formats.files import SafeFile, read_file, write_atomically
+from codecllm.formats.manifest.manifest import MANIFEST_NAME
 
 # More files than a container can have, and the length of a list with as many of them.
 _MAX_MOVED, _MAX_LIST_BYTES = limits.TENSORS + limits.FILES, 16 << 20
@@ -81,3 +82,20 @@ def refuse_files_of_others(
         is_moved = name in marks and not os.path.lexists(staged / name)
         if os.path.lexists(out / name) and not is_moved:
             raise UnsafePathError("a file stands where one of the old container was", file=name)
+
+
+def advice(out: Path, old: Path) -> str:
+    """Says what to do with a staging folder that no conversion of this version left.
+
+    Args:
+        out: the output folder.
+        old: the folder of staging where a commit keeps the container that it replaces.
+    """
+    if is_file(out, MANIFEST_NAME) or not is_file(old, MANIFEST_NAME):
+        return "remove this folder"
+    # A kill of an older version, maybe, whose lists have no marks to go by.
+    return (
+        "but files of a replaced container may lie there and nowhere else: move all that is in "
+        f"{old.parent.name}/{old.name} to {out}, over what is there, verify it, and only then "
+        "remove this folder"
+    )

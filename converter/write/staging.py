@@ -26,7 +26,7 @@ from codecllm.converter.write.folders import (
     remove_empty_parents,
 )
 from codecllm.converter.write.journal import Journal
-from codecllm.converter.write.moving import read_list, refuse_files_of_others, write_list
+from codecllm.converter.write.moving import advice, read_list, refuse_files_of_others, write_list
 from codecllm.converter.write.signals import signals_wait
 from codecllm.formats import limits
 from codecllm.formats.errors import (
@@ -255,8 +255,9 @@ class Staging:
             if self._is_unfinished(names[-1]):
                 refuse_files_of_others(self.out, self.folder, marks, old_names)
         except FormatError as exc:
+            step = advice(self.out, self._old)
             raise UnsafePathError(
-                f"not the files of a stopped conversion, remove this folder ({one_line(exc)})",
+                f"not the files of a stopped conversion, {step} ({one_line(exc)})",
                 file=str(self._staging),
             ) from exc
         return names

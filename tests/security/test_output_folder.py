@@ -191,6 +191,46 @@ def test_an_export_moves_nothing_either(downloaded, out, make):
     assert _entries(out.parents[1]) == before
 
 
+def _kill_of_an_older_version(out, moved):
+    """The list of an older version had no marks: undoing its commit is left to the user."""
+    staged, old = out / STAGING_NAME / "files", out / STAGING_NAME / "old"
+    names = [name for name in _entries(out) if (out / name).is_file()]
+    (out / STAGING_NAME / "moving").write_text("\n".join(names))
+    for name in names:
+        (staged / name).parent.mkdir(exist_ok=True)
+        (staged / name).write_bytes(b"new")
+    # The manifest first, as a commit does.
+    for name in sorted(names, key=lambda name: name != "codecllm.json")[:moved]:
+        (old / name).parent.mkdir(exist_ok=True)
+        (out / name).rename(old / name)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("moved", [1, 3, 5])
+def test_the_advice_about_a_kill_of_an_older_version_saves_the_container(
+    source, out, downloaded, force, moved
+):
+    _kill_of_an_older_version(out, moved)
+    before = _entries(out)
+    with pytest.raises(UnsafePathError, match="move all") as caught:
+        convert(source, out, force=force)
+    assert _entries(out) == before
+    assert f"{STAGING_NAME}/old to {out}," in str(caught.value)
+    # What the message says.
+    shutil.copytree(out / STAGING_NAME / "old", out, dirs_exist_ok=True)
+    Container(out).close()
+    shutil.rmtree(out / STAGING_NAME)
+    assert _entries(out) == _entries(downloaded)
+    convert(source, out, force=True)
+
+
+def test_beside_a_whole_container_the_staging_folder_can_be_removed(source, out):
+    _without_marks(out)
+    shutil.copy(out / "codecllm.json", out / STAGING_NAME / "old")
+    with pytest.raises(UnsafePathError, match="conversion, remove this folder"):
+        convert(source, out, force=True)
+
+
 def test_a_container_is_not_touched_without_force(source, out):
     """Not even by a list of names that are all inside the folder."""
     _list(out, "config.json\nsub/config.json\nnothing")
