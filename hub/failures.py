@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
-from codecllm.formats.errors import CodecLLMError, HubError
+from codecllm.formats.errors import CodecLLMError, HubError, one_line
 
 _LOG_IN = "log in ('hf auth login') or set HF_TOKEN"
 
 
 @contextmanager
 def one_line_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turns the Hub client's exceptions into one HubError with the next step; others pass."""
+    """Turns the Hub client's exceptions into one HubError with the next step; others pass.
+
+    What fails inside the client without an exception of its own, such as a KeyError, comes from an
+    answer that no Hub gives. Errors of files and memory pass.
+    """
     try:
         yield
     except CodecLLMError:
@@ -23,6 +28,8 @@ def one_line_errors(repo: str, revision: str | None = None) -> Iterator[None]:
             (reason for cause in _chain(exc) if (reason := explain(cause, revision)) is not None),
             None,
         )
+        if reason is None and _is_of_client(exc):
+            reason = f"the Hub's answer is not understood ({type(exc).__name__}: {one_line(exc)})"
         if reason is None:
             raise
         raise HubError(reason, file=repo) from exc
@@ -62,6 +69,16 @@ def explain(exc: BaseException, revision: str | None) -> str | None:
     )
 
 
+def _is_of_client(exc: Exception) -> bool:
+    """Whether an exception that is none of files or memory went through the Hub client's code."""
+    # Without a number it is not of the system: the client says so that a file came incomplete.
+    if isinstance(exc, MemoryError) or getattr(exc, "errno", None) is not None:
+        return False
+    frames = (frame for frame, _ in walk_tb(exc.__traceback__))
+    names = (str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames)
+    return any(name == "huggingface_hub" or name.startswith("http") for name in names)
+
+
 def _chain(exc: BaseException) -> Iterator[BaseException]:
     """Yields an exception and its causes.
 
@@ -93,6 +110,7 @@ def _explain_status(exc: Any) -> str:
     status = getattr(response, "status_code", None)
     # The Hub puts its reason into this header; the text of the exception begins with the URL.
     message = (getattr(response, "headers", None) or {}).get("X-Error-Message") or _first_line(exc)
+    message = one_line(message)
     if status == 401:
         return f"the Hub refuses the token, or asks for one ({message}): {_LOG_IN}"
     if status == 403:

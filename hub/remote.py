@@ -22,7 +22,7 @@ from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.formats.shards.consistency import check_shard_header
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
 from codecllm.hub.failures import one_line_errors
-from codecllm.hub.resolve import check_repo_id, listed_names
+from codecllm.hub.resolve import COMMIT, check_repo_id, listed_names
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -61,7 +61,7 @@ class RemoteRepository:
             UsageError: not a Hub id.
             HubError: the repository cannot be reached, found or read.
         """
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
         check_repo_id(name)
         self.name = name
@@ -69,7 +69,12 @@ class RemoteRepository:
         self._token = token
         self._api = HfApi(library_name="codecllm", token=token)
         with one_line_errors(name, revision):
-            self.commit = str(self._api.model_info(name, revision=revision).sha)
+            found = self._api.model_info(
+                name, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
+        if not COMMIT.fullmatch(str(found.sha)):
+            raise HubError("the Hub names no commit", file=name, got=ascii(found.sha)[:200])
+        self.commit = str(found.sha)
 
     def entries(self, names: list[str]) -> dict[str, RemoteEntry]:
         """Returns the entries of those of the named files that the repository has.
@@ -91,7 +96,7 @@ class RemoteRepository:
         """
         if not length:
             return b""
-        from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
 
         # Documented, but not re-exported.
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -102,7 +107,8 @@ class RemoteRepository:
         data = bytearray()
         with one_line_errors(self.name):
             url = hf_hub_url(self.name, file, revision=self.commit)
-            with get_session().stream("GET", url, headers=headers) as response:
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of each read; the client's has none
+            with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
                 hf_raise_for_status(response)
                 # From offset 0 a whole file begins with the right bytes; elsewhere they would be
                 # others.
@@ -125,7 +131,9 @@ class RemoteRepository:
 def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict[str, RemoteEntry]:
     """Returns the entries of those of the named files that the repository has.
 
-    Raises the client's own exceptions.
+    Raises:
+        HubError: an entry has no size.
+        Exception: of the client, as it is.
     """
     from huggingface_hub.hf_api import RepoFile
 
@@ -135,6 +143,8 @@ def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict
             repo, names[first : first + _NAMES_AT_ONCE], revision=revision
         ):
             if isinstance(file, RepoFile):
+                if type(file.size) is not int or file.size < 0:
+                    raise HubError("the Hub names no size", file=file.path, got=ascii(file.size))
                 entries[file.path] = RemoteEntry(
                     file.size, file.lfs.sha256 if file.lfs is not None else None
                 )

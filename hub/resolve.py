@@ -24,7 +24,8 @@ from codecllm.hub.kinds import file_kind
 from codecllm.hub.source_files import fetch_source
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""The name of a commit."""
 _MODEL_FILES = frozenset({"config.json", "generation_config.json", "load_report.json", INDEX_NAME})
 
 Kind = Literal["source", "container", "model", "manifest"]
@@ -111,7 +112,7 @@ def _local(folder: Path) -> ModelFiles:
     if (
         real.parent.name == "snapshots"
         and cache_entry.startswith("models--")
-        and _COMMIT.fullmatch(real.name)
+        and COMMIT.fullmatch(real.name)
     ):
         return ModelFiles(
             folder, cache_entry.removeprefix("models--").replace("--", "/"), real.name
@@ -131,7 +132,7 @@ def _download_container(
         repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"]
     )  # both are needed in any case
     # The cache names a snapshot's folder by its commit: the second download sees the same one.
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else None
+    commit = folder.name if COMMIT.fullmatch(folder.name) else None
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise NotAContainerError(f"the repository holds no {MANIFEST_NAME}", file=repo)
@@ -163,13 +164,13 @@ def _download_source(
         nonlocal pinned_revision
         folder = _snapshot(repo, pinned_revision, token, cache_dir, wanted, unwanted)
         # All fetches of one conversion see the commit of the first.
-        pinned_revision = folder.name if _COMMIT.fullmatch(folder.name) else pinned_revision
+        pinned_revision = folder.name if COMMIT.fullmatch(folder.name) else pinned_revision
         return folder
 
     folder, has_weights = fetch_source(fetch)
     if not has_weights:
         _refuse_pickles(repo, pinned_revision, token)
-    return ModelFiles(folder, repo, folder.name if _COMMIT.fullmatch(folder.name) else None)
+    return ModelFiles(folder, repo, folder.name if COMMIT.fullmatch(folder.name) else None)
 
 
 def _snapshot(

@@ -8,12 +8,13 @@ once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from codecllm.formats.errors import FormatError
+from codecllm.formats.strict_json import parse_json
 from codecllm.hub.kinds import uncopied_patterns
 
 Fetch = Callable[[list[str], list[str]], Path]
@@ -24,6 +25,8 @@ It returns the snapshot's folder.
 
 _SINGLE, _INDEX, _ANY = "model.safetensors", "model.safetensors.index.json", "*.safetensors"
 _ROUTER = "router_config.json"
+# The limits of the conversion, which names what is beyond them.
+_JSON_BYTES, _MAX_MODULES = 64 << 20, 256
 
 
 def fetch_source(fetch: Fetch) -> tuple[Path, bool]:
@@ -75,14 +78,18 @@ def _module_folders(folder: Path) -> list[str]:
     Those between which a router chooses are among them.
     """
     entries = _read_json(folder / "modules.json")
-    paths = [_entry(entry, "path") for entry in entries] if isinstance(entries, list) else []
+    entries = entries[:_MAX_MODULES] if isinstance(entries, list) else []
+    paths = [_entry(entry, "path") for entry in entries]
     places = [path.strip("/") for path in paths if isinstance(path, str) and _stays_inside(path)]
     # modules.json does not name the folders of a router's modules.
     for place in ["", *places]:
         types = _entry(_read_json(folder / place / _ROUTER), "types")
         if isinstance(types, dict):
             prefix = f"{place}/" if place else ""
-            places += [prefix + name for name in types if _stays_inside(name)]
+            names = [name for name in types if _stays_inside(name)][:_MAX_MODULES]
+            places += [prefix + name for name in names]
+        if len(places) > _MAX_MODULES:
+            break
     return [place for place in places if place]
 
 
@@ -96,8 +103,10 @@ def _entry(document: Any, key: str) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        with open(path, "rb") as file:  # a link into the blobs of the cache
+            data = file.read(_JSON_BYTES + 1)
+        return parse_json(data, file=path.name, max_bytes=_JSON_BYTES, as_python=True)
+    except (OSError, ValueError, FormatError):  # ValueError: a name with a NUL
         return None  # the conversion names the fault
 
 
