@@ -36,7 +36,7 @@ def answer(hub, container, monkeypatch):
 
     def set_answer(pattern, data):
         def send(self, status, body, headers=None):
-            is_meant = status == 200 and re.search(pattern, self.path)
+            is_meant = status == 200 and re.search(pattern, self.path) and self.command != "HEAD"
             original(self, status, data if is_meant else body, headers)
 
         monkeypatch.setattr(Handler, "_send", send)
