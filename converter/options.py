@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
-from codecllm.formats.machine import cores
+from codecllm.formats.machine import check_workers, cores
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
 Scheme = Literal["int8", "lossless"]
@@ -229,8 +229,8 @@ class ConvertOptions:
             )
         if self.max_shard_bytes < 1:
             raise UsageError("max_shard_bytes must be positive", got=self.max_shard_bytes)
-        if self.workers is not None and self.workers < 1:
-            raise UsageError("workers must be 1 or more", got=self.workers)
+        if self.workers is not None:
+            check_workers(self.workers)
         if self.rate is not None and self.scheme != "int8":
             raise UsageError(
                 "bits and ratio need scheme int8: lossless has no rate to choose", got=self.scheme

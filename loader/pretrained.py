@@ -126,6 +126,7 @@ def from_pretrained(
             load had taken is free again once the error is dropped.
     """
     _check_arguments(resident, decoder, dtype, hf_kwargs)
+    _check_objects(auto_class, progress, hf_kwargs.get("config"), expected_manifest_sha256)
     refuse_without_device(decoder, resident, device_map)
     placement.refuse_without_folder(device_map, hf_kwargs.get("offload_folder"))
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
@@ -213,6 +214,23 @@ def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[st
         raise UsageError(
             "not a float dtype", got=repr(dtype), expected="for example torch.bfloat16"
         )
+
+
+def _check_objects(auto_class: Any, progress: Any, config: Any, manifest_sha256: Any) -> None:
+    """Refuses arguments that are none of what they are for, before anything is read."""
+    from transformers import PretrainedConfig
+
+    is_class = callable(getattr(auto_class, "from_pretrained", None)) and not (
+        isinstance(auto_class, type) and issubclass(auto_class, PretrainedConfig)
+    )
+    for name, value, is_right, expected in (
+        ("auto_class", auto_class, is_class, "a class of models"),
+        ("progress", progress, isinstance(progress, bool) or callable(progress), "bool, callable"),
+        ("expected_manifest_sha256", manifest_sha256, isinstance(manifest_sha256, str), "text"),
+        ("config", config, isinstance(config, PretrainedConfig), "a config of transformers"),
+    ):
+        if value is not None and not is_right:
+            raise UsageError(f"not a value of {name}", got=repr(value)[:200], expected=expected)
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from codecllm.formats.container import Container
+from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTensor
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.engine import Engine, Request
@@ -49,8 +50,11 @@ def stream_tensors(
     Raises:
         FormatError: a tensor is damaged, or the folder is no container. Tensors yielded before are
             whole and were checked.
-        UsageError: `workers` is not positive.
+        UsageError: `workers` is not positive, or `dtype` none of float tensors.
     """
+    kind: object = dtype
+    if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise UsageError("not a float dtype", got=repr(kind)[:200], expected="torch.bfloat16, say")
     with _opened(container) as source:
         # In the order of the files: each is read from its beginning to its end.
         requests = [_request(source, name, dtype) for name in file_order(source)]

@@ -11,7 +11,7 @@ from accelerate.utils import (
     offload_state_dict,
 )
 
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import UsageError, one_line
 
 AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that transformers works out from the free memory."""
@@ -50,19 +50,25 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
     Buffers are offloaded too. On the disk lie decoded values.
 
     Raises:
-        UsageError: weights go to the disk, and there is no folder for them.
+        UsageError: weights go to the disk, and there is no folder for them; or accelerate does not
+            take `max_memory`.
     """
     if isinstance(device_map, str):
         limits = {
             "max_memory": max_memory,
             "no_split_module_classes": list(model._no_split_modules or []),
         }
-        # As transformers does: "sequential" fills one device before the next.
-        if device_map != "sequential":
-            limits["max_memory"] = get_balanced_memory(
-                model, low_zero=device_map == "balanced_low_0", **limits
-            )
-        device_map = infer_auto_device_map(model, **limits)
+        try:
+            # As transformers does: "sequential" fills one device before the next.
+            if device_map != "sequential":
+                limits["max_memory"] = get_balanced_memory(
+                    model, low_zero=device_map == "balanced_low_0", **limits
+                )
+            device_map = infer_auto_device_map(model, **limits)
+        except (ValueError, TypeError, AttributeError) as exc:
+            raise UsageError(
+                f"accelerate takes no such max_memory: {one_line(exc)}", got=repr(max_memory)[:200]
+            ) from exc
     if device_map.get("") == "disk":  # accelerate would write nothing of the module ""
         parts = [*model.named_children(), *model.named_parameters(recurse=False)]
         device_map = {name: "disk" for name, _ in parts}

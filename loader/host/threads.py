@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from codecllm.formats.codecs import native
-from codecllm.formats.errors import UsageError
-from codecllm.formats.machine import cores
+from codecllm.formats.machine import check_workers, cores
 
 USEFUL_THREADS = 6
 """Most threads that decode without the native core: between two calls they share the interpreter's
@@ -20,11 +19,10 @@ def decoding_threads(workers: int | None) -> int:
             `USEFUL_THREADS`.
 
     Raises:
-        UsageError: `workers` is not positive.
+        UsageError: `workers` is no number from 1 to `machine.MAX_WORKERS`.
     """
     if workers is not None:
-        if workers < 1:
-            raise UsageError("workers must be 1 or more", got=workers)
+        check_workers(workers)
         return workers
     # The native core works without the interpreter's lock, so all cores are of use.
     return cores() if native.core is not None else min(cores(), USEFUL_THREADS)

@@ -139,7 +139,7 @@ def _start_and_work(queue: _Queue, threads: int, name: str) -> None:
             thread = Thread(target=_work, args=(queue,), name=f"{name}_{number}", daemon=True)
             thread.start()
             others.append(thread)
-    except RuntimeError:  # the system gives no more threads: those that there are do the work
+    except Exception:  # the system gives no more threads: those that there are do the work
         _LOG.warning("%d of %d worker threads could be started", len(others) + 1, threads)
     _work(queue)
     for thread in others:

@@ -22,7 +22,7 @@ from codecllm.formats.errors import (
     UsageError,
 )
 from codecllm.formats.reference import read_tensor_bytes
-from codecllm.loader import from_pretrained
+from codecllm.loader import from_pretrained, stream_tensors
 from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.coded_weight import CodedWeight
@@ -260,6 +260,39 @@ def test_unknown_model_type_is_an_unsupported_environment(tmp_path, tiny):
         from_pretrained(tmp_path / "out")
 
 
+WRONG = {
+    "workers": [0, -1, 10**6, 10**30, 1.5, float("nan"), "2", b"x", True, object()],
+    "expected_manifest_sha256": [5, 1.5, b"x", [], object()],
+    "auto_class": [5, "LlamaForCausalLM", object(), transformers.LlamaConfig, lambda: 0],
+    "progress": ["yes", 5, [1], object()],
+    "config": [5, "config.json", {}, object()],
+}
+
+
+@pytest.mark.parametrize(("name", "values"), WRONG.items(), ids=WRONG)
+def test_an_argument_of_another_kind_is_an_error(container, name, values):
+    for value in values:
+        with pytest.raises(UsageError, match="manifest" if "manifest" in name else name):
+            from_pretrained(container("llama", "int8"), **{name: value})
+    if name == "workers":
+        with pytest.raises(UsageError, match="workers"):
+            convert("anything", "anywhere", workers=1.5)
+        with pytest.raises(UsageError, match="workers"):
+            list(stream_tensors(container("llama", "int8"), workers=1.5))
+
+
+@pytest.mark.parametrize("limits", [{"x": 1}, {"cpu": "1ZB"}, 5])
+def test_memory_that_accelerate_does_not_take_is_an_error(container, limits, tmp_path):
+    with pytest.raises(UsageError, match="max_memory"):
+        from_pretrained(
+            container("llama", "int8"),
+            resident="int8",
+            device_map="auto",
+            max_memory=limits,
+            offload_folder=tmp_path,
+        )
+
+
 def test_usage_errors(container, tmp_path):
     folder = container("llama", "lossless")
     with pytest.raises(UsageError, match="holds none"):
@@ -270,8 +303,6 @@ def test_usage_errors(container, tmp_path):
         from_pretrained(folder, state_dict={})
     with pytest.raises(UsageError, match="float dtype"):
         from_pretrained(folder, dtype=torch.int8)
-    with pytest.raises(UsageError, match="workers"):
-        from_pretrained(folder, workers=0)
     with pytest.raises(NotAContainerError):
         from_pretrained(tmp_path)
     with pytest.raises((UsageError, HubError)):

@@ -189,3 +189,11 @@ def test_a_folder_is_opened_and_closed(tmp_path):
 def test_a_folder_that_is_no_container(tmp_path):
     with pytest.raises(NotAContainerError, match="no such folder"):
         next(stream_tensors(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "cpu", 5, [], object(), torch.int8, torch.bool])
+def test_a_dtype_that_is_none_of_floats_is_an_error(tmp_path, dtype):
+    _source(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "out", scheme="lossless")
+    with pytest.raises(UsageError, match="float dtype"):
+        next(stream_tensors(tmp_path / "out", dtype=dtype))

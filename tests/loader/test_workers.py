@@ -177,9 +177,11 @@ def test_nothing_of_a_job_is_kept(workers):
     _until(lambda: gone() is None)
 
 
-def test_fewer_threads_than_asked_for_do_the_work(monkeypatch, caplog):
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_fewer_threads_than_asked_for_do_the_work(monkeypatch, caplog, error):
     def start(thread):
-        raise RuntimeError("can't start new thread")
+        raise error
 
     monkeypatch.setattr(workers_module.Thread, "start", start)
     workers, ran = WorkerThreads(4), []
