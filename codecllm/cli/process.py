@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import threading
+from functools import partial
 from typing import Any
 
 import typer
@@ -18,6 +20,7 @@ from codecllm.cli.console import stderr
 from codecllm.formats.errors import CodecLLMError, machine_error, one_line
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AGAIN_SECONDS = 0.01
 
 
 def main() -> None:
@@ -25,6 +28,7 @@ def main() -> None:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _stop)
+    sys.unraisablehook = partial(_send_again, sys.unraisablehook)
     # By hand: an error may come before typer has parsed the options.
     debug = "--debug" in sys.argv[1:2]
     if not sys.stderr.isatty() or {"--json", "--quiet", "-q"} & set(sys.argv[1:]):
@@ -73,6 +77,17 @@ def _stop(number: int, frame: object) -> None:
     for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)
     raise _StopError(number)
+
+
+def _send_again(former_hook: Any, unraised: Any) -> None:
+    """Sends a signal again that came inside a destructor, where Python drops every exception."""
+    if not isinstance(unraised.exc_value, _StopError):
+        former_hook(unraised)
+        return
+    number = unraised.exc_value.number
+    signal.signal(number, _stop)
+    # Not from here: this hook is called in the same place.
+    threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
 
 
 def _stopped(stop: _StopError) -> str:

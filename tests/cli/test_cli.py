@@ -82,6 +82,7 @@ def run_here(monkeypatch):
     monkeypatch.setenv(
         "HF_HUB_DISABLE_PROGRESS_BARS", "1"
     )  # or main would set it for all tests that follow
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main sets its own
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run_here
     for number, handler in kept.items():

@@ -1,0 +1,49 @@
+"""Signals that come where Python drops exceptions."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = """
+import signal, sys, time
+from codecllm.cli import process
+
+class Object:
+    def __del__(self):
+        signal.raise_signal(int(sys.argv[1]))
+        for _ in range(100):
+            pass
+
+def app():
+    for _ in range(2):  # the second one would be ignored, had the first ended the command
+        thing = Object()
+        del thing
+    time.sleep(20)
+    print("went on")
+
+process.app = app
+process.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_inside_a_destructor_ends_the_command(number):
+    command = [sys.executable, "-c", COMMAND, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: stopped by {number.name}")
+    assert "Exception ignored" not in done.stderr
+
+
+def test_another_error_of_a_destructor_is_shown():
+    script = COMMAND.replace("signal.raise_signal(int(sys.argv[1]))", "1 / 0")
+    script = script.replace("sleep(20)", "sleep(0)")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr.count("ZeroDivisionError") == 2
