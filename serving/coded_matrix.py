@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional
 
+from codecllm.loader.packed.kernels import packs_bytes
 from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
 from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident.escapes import Escapes, split_codes
@@ -44,10 +45,11 @@ def make_matrix(
         scale: float32 [rows].
         col_scale: float32 [cols], or None.
         dtype: of weights.
-        packs: whether to pack them, where they have a packed form.
+        packs: whether to pack them into the bits that they need, where they have a packed form;
+            otherwise they keep 8 bits, packed where the kernels of packed codes run.
     """
-    if packs and can_pack(*codes.shape):
-        matrix = pack_codes(codes, scale, col_scale)
+    if can_pack(*codes.shape) and (packs or packs_bytes(codes.device)):
+        matrix = pack_codes(codes, scale, col_scale, None if packs else 8)
         if matrix is not None:
             return _prepared(matrix)
     split = split_codes(codes)

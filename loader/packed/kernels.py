@@ -49,6 +49,11 @@ def has_kernels(device: torch.device) -> bool:
     return True
 
 
+def packs_bytes(device: torch.device) -> bool:
+    """Whether codes that take 8 bits in memory lie in the packed layout on a device."""
+    return device.type == "cuda" and has_kernels(device)
+
+
 _compiling: dict[tuple[str, str, torch.device], threading.Lock] = {}
 
 

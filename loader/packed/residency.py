@@ -7,7 +7,7 @@ import torch
 from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, LosslessTensor
 from codecllm.loader.engine import Request
 from codecllm.loader.packed.form import PackedForm
-from codecllm.loader.packed.kernels import has_kernels
+from codecllm.loader.packed.kernels import packs_bytes
 from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.residency import Residency, ResidentInt8
@@ -75,8 +75,3 @@ class ResidentBytes(ResidentInt8):
         codes = self._reader.read(record.name, "codes", None, device)
         matrix = pack_codes(codes, *self._scales(record, device), _BYTE_BITS)
         return None if matrix is None else PackedForm(record.name, matrix)
-
-
-def packs_bytes(device: torch.device) -> bool:
-    """Whether codes of `resident="int8"` lie in the packed layout on a device."""
-    return device.type == "cuda" and has_kernels(device)

@@ -12,6 +12,7 @@ from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident import int8_matmul
 from codecllm.loader.resident.escapes import Escapes, split_codes
 from codecllm.loader.resident.scaled_codes import ScaledCodes
+from codecllm.serving import coded_matrix
 from codecllm.serving.coded_matrix import (
     coded_product,
     coded_rows,
@@ -77,6 +78,16 @@ def test_packed_codes_are_the_weights_of_dense_loading(wide, columns, dtype):
     matrix = make_matrix(*parts, dtype, packs=True)
     assert isinstance(matrix, PackedProduct)
     _is_dense(matrix, _expected(*parts, dtype))
+
+
+@EVERY
+def test_codes_of_8_bits_are_packed_where_the_kernels_run(wide, columns, monkeypatch):
+    monkeypatch.setattr(coded_matrix, "packs_bytes", lambda device: True)
+    parts = _parts(wide=wide, columns=columns)
+    matrix = make_matrix(*parts, torch.bfloat16)
+    assert isinstance(matrix, PackedProduct)
+    assert matrix.matrix.bits == 8
+    assert torch.equal(matrix.dense(torch.bfloat16), _expected(*parts, torch.bfloat16))
 
 
 def test_packed_weights_are_those_of_dense_loading():
