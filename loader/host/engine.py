@@ -24,7 +24,7 @@ import torch
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import FormatError
-from codecllm.formats.machine import without_garbage_collection
+from codecllm.formats.machine import cores, without_garbage_collection
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.loader.engine import Part, Request
 from codecllm.loader.host.alike import decode_alike
@@ -67,6 +67,9 @@ class HostEngine:
         self._allocate = allocate if allocate is not None else SlabMemory().empty_bytes
         self._budget = budget
         self._workers = WorkerThreads(threads)
+        # Until the caller takes its first tensor it builds the model, and needs a core of its own.
+        self._holds_one = 1 < threads >= cores()
+        self._is_held = False
         self._coordinator = WorkerThreads(1, "codecllm-coordinator")
         self._process = os.getpid()
         self._announcer = Announcer()
@@ -85,6 +88,9 @@ class HostEngine:
 
     def prefetch(self, requests: Iterable[Request]) -> None:
         """See `engine.Engine`; as many tensors are decoded ahead as the budget allows."""
+        if self._holds_one and not self._is_held:
+            self._is_held = True
+            self._workers.hold_one()
         self._post(self._on_prefetch, list(requests))
 
     def take(self, request: Request) -> Awaited[torch.Tensor]:
@@ -95,6 +101,9 @@ class HostEngine:
         """
         if self._process != os.getpid():
             raise RuntimeError("a load cannot go on in a forked process")
+        if self._holds_one:
+            self._holds_one = False
+            self._workers.release()
         block = self._blocks.get(request)
         if block is not None:
             taken = block.take(request)

@@ -13,6 +13,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import TypeVar
@@ -89,6 +90,16 @@ class WorkerThreads:
         if job_errors:
             raise job_errors[0]
 
+    def hold_one(self) -> None:
+        """Lets one of the threads wait until `release`; jobs queued later go to the others."""
+        if self._process != os.getpid():
+            self._start()
+        self._put(partial(_hold, self._queue.released), Promise())
+
+    def release(self) -> None:
+        """Ends the wait of `hold_one`."""
+        self._queue.released.give(None)
+
     def close(self) -> None:
         """Drops queued jobs and waits for running ones. May be called again, after Ctrl-C too."""
         self._queue.close()
@@ -117,18 +128,25 @@ class _Queue:
     Attributes:
         jobs: jobs with their promises; None lets a thread end.
         closed: whether queued jobs are dropped.
+        released: kept once no thread is to wait for `WorkerThreads.release`.
         ended: kept once all threads have ended.
     """
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[tuple[Job, Promise[None]] | None] = SimpleQueue()
         self.closed = False
+        self.released = Promise[None]()
         self.ended = Promise[None]()
 
     def close(self) -> None:
         """Lets the threads end."""
         self.closed = True
+        self.released.give(None)
         self.jobs.put(None)
+
+
+def _hold(released: Promise[None], _: Workspace) -> None:
+    released.wait()
 
 
 def _start_and_work(queue: _Queue, threads: int, name: str) -> None:

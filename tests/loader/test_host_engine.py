@@ -32,6 +32,7 @@ class _Bench:
         self.gate = threading.Event()
         self.gate.set()
         self.begun, self.decoded, self.faults = [], [], {}
+        self.waiting = 0
         self.records = {str(n): SimpleNamespace(elements=SIZE, dtype="I8") for n in range(99)}
         self.records[LARGE] = SimpleNamespace(elements=1 << 40, dtype="I8")
         monkeypatch.setattr(engine_module, "plan_tensor", self._plan)
@@ -51,6 +52,7 @@ class _Bench:
         return PendingTensor(tensor, jobs if self.faults.get(request.name) != "empty" else [])
 
     def _decode(self, name, part, tensor):
+        self.waiting += 1
         assert self.gate.wait(20)
         if self.faults.get(name) == "decode" and part == 1:
             raise ChecksumError("damaged", tensor=name)
@@ -74,6 +76,13 @@ def _settled(count):
         last = now
         time.sleep(0.15)
     return now
+
+
+def _until(ready):
+    end = time.monotonic() + 20
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def _is(tensor, name):
@@ -101,6 +110,21 @@ def test_prefetched_tensors_are_begun_in_their_order_within_the_budget(bench):
         engine.prefetch(_requests(range(30)))  # known already
         assert _settled(lambda: len(bench.begun)) == 6
     assert bench.begun == list(range(6))
+
+
+@pytest.mark.parametrize(("cores", "at_work"), [(2, 1), (3, 2)])
+def test_the_caller_has_a_core_until_it_takes_a_tensor(bench, monkeypatch, cores, at_work):
+    monkeypatch.setattr(engine_module, "cores", lambda: cores)
+    bench.gate.clear()
+    with closing(bench.engine()) as engine:
+        engine.prefetch(_requests(range(3)))
+        _until(lambda: bench.waiting == at_work)
+        time.sleep(0.1)
+        assert bench.waiting == at_work
+        taken = engine.take(_requests([0])[0])
+        _until(lambda: bench.waiting == 2)
+        bench.gate.set()
+        assert _is(taken.get(), 0)
 
 
 def test_a_tensor_larger_than_the_budget_is_decoded_alone(bench):

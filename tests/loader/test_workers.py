@@ -52,6 +52,43 @@ def test_each_job_runs_once_in_order_and_each_thread_has_one_workspace(count):
     assert all(len(threads) == 1 for threads in spaces.values())
 
 
+def _threads_that_work(workers):
+    """Returns how many threads take jobs that each wait until as many as possible are there."""
+    here, gate = set(), threading.Event()
+
+    def job(_):
+        here.add(threading.get_ident())
+        gate.wait(20)
+
+    promises = [workers.submit(job) for _ in range(2)]
+    _until(lambda: here)
+    time.sleep(0.2)
+    count = len(here)
+    gate.set()
+    for promise in promises:
+        promise.get()
+    return count
+
+
+def test_one_thread_is_held_until_it_is_released(workers):
+    workers.hold_one()
+    assert _threads_that_work(workers) == 1
+    workers.release()
+    assert _threads_that_work(workers) == 2
+
+
+@pytest.mark.parametrize("ends", ["close", "the last reference"])
+def test_a_held_thread_ends_with_the_others(ends):
+    threads = WorkerThreads(2)
+    threads.hold_one()
+    ended = threads._queue.ended
+    if ends == "close":
+        threads.close()
+    del threads
+    gc.collect()
+    assert ended.wait(20)
+
+
 def test_a_job_that_fails_harms_no_other(workers):
     failed, done = workers.submit(lambda _: 1 / 0), workers.submit(lambda _: None)
     with pytest.raises(ZeroDivisionError):
