@@ -22,6 +22,7 @@ A model that is no container passes through unchanged, apart from the lock.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -38,6 +39,13 @@ from codecllm.formats.machine import without_garbage_collection
 
 _building = threading.RLock()
 """Held while transformers builds or finishes a model, by whichever class."""
+# A fork waits for the building in other threads: in the child nobody would end it, and the default
+# dtype would stay that of their models.
+os.register_at_fork(
+    before=_building.acquire,
+    after_in_parent=_building.release,
+    after_in_child=_building.release,
+)
 
 _ORIGINAL = "_codecllm_original"
 

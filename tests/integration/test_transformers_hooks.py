@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import threading
+import time
 
 import accelerate
 import pytest
@@ -238,3 +240,27 @@ def test_the_search_for_cycles_pauses_while_weights_are_taken(container, monkeyp
     assert seen
     assert not any(seen)
     assert gc.isenabled()
+
+
+def test_a_fork_waits_until_no_other_thread_builds_a_model():
+    """Else the child waits for ever, or makes its models in the dtype of the other's."""
+    held, default = threading.Event(), torch.get_default_dtype()
+
+    def build():
+        with hooks.building():
+            torch.set_default_dtype(torch.float16)
+            held.set()
+            time.sleep(0.5)
+            torch.set_default_dtype(default)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        is_free = hooks.building().acquire(timeout=5)
+        os._exit(0 if is_free and torch.get_default_dtype() == default else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    thread.join()
+    with hooks.building():
+        pass
