@@ -20,7 +20,8 @@ import torch
 
 from codecllm.loader.packed import kernels, matrix, product, warpgroups, warps
 
-SIZES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096))
+SIZES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096), (28672, 4096), (6144, 4096))
+"""The last two are what engines make of a gate and its up, and of q, k and v."""
 TOKENS = (1, 2, 8, 16, 32, 64, 128, 256)
 BITS = {3: 1.4, 4: 2.6, 5: 5.2, 6: 10.0, 7: 20.0, 8: 31.0, 12: 0.0}
 """Bits of the layout -> spread of Gaussian codes for which they are chosen."""
