@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
-    CodecLLMError,
     ModelMismatchError,
     SchemaError,
     UsageError,
-    machine_error,
+    foreign_errors_as,
     one_line,
 )
 from codecllm.hub import resolve
@@ -95,16 +94,14 @@ def generate(
     plain = _greedy(model.generation_config, tokenizer, rows, max_new_tokens)
     # `generate` fills unset values of its argument from the model's own config: both are replaced.
     model.generation_config = plain
-    try:
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, generation_config=plain)
-    except CodecLLMError:
-        raise
-    except Exception as exc:  # models fail in any way, such as at a start token they lack
-        raise machine_error(exc) or ModelMismatchError(
-            f"the model cannot continue the prompt: {type(exc).__name__}: {one_line(exc)}",
-            file="config.json",
-        ) from exc
+    # Models fail in any way, such as at a start token they lack.
+    with (
+        foreign_errors_as(
+            ModelMismatchError, "the model cannot continue the prompt", file="config.json"
+        ),
+        torch.inference_mode(),
+    ):
+        tokens = model.generate(**inputs, generation_config=plain)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 

@@ -6,6 +6,8 @@ Every failure a caller may meet has one class, and one line that holds every fac
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 
@@ -206,6 +208,30 @@ def machine_error(exc: BaseException) -> BaseException | None:
     ):
         return MemoryError(one_line(exc))
     return None
+
+
+@contextmanager
+def foreign_errors_as(
+    kind: type[CodecLLMError], message: str, *, file: str | None = None, limit: int = 200
+) -> Iterator[None]:
+    """Raises one of our errors for what another library raises: class and text of it in one line.
+
+    Our own errors pass, and so do those of the machine (`machine_error`).
+
+    Args:
+        kind: class of the error.
+        message: what could not be done.
+        file: name of the file that is to blame, or None.
+        limit: most characters of the other error's text.
+    """
+    try:
+        yield
+    except CodecLLMError:
+        raise
+    except Exception as exc:
+        raise machine_error(exc) or kind(
+            f"{message}: {type(exc).__name__}: {one_line(exc, limit)}", file=file
+        ) from exc
 
 
 def one_line(error: object, limit: int = 200) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import transformers
 from transformers.models.auto import auto_factory
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UnsupportedEnvironmentError, machine_error, one_line
+from codecllm.formats.errors import UnsupportedEnvironmentError, foreign_errors_as, machine_error
 from codecllm.loader.hf.quiet import silenced, without_progress_bars
 from codecllm.loader.load_report import LoadReport
 from codecllm.loader.torch_tensors import torch_dtype
@@ -131,18 +131,14 @@ def strip_quantization(config: Any) -> None:
             del part.quantization_config
 
 
-@contextmanager
-def _import_errors(name: str) -> Iterator[None]:
+def _import_errors(name: str) -> AbstractContextManager[None]:
     """Raises our error for those of transformers, which imports a class when it is asked for it.
 
     A library may be missing for it, and under `python -OO` its docstrings are.
     """
-    try:
-        yield
-    except Exception as exc:
-        raise machine_error(exc) or UnsupportedEnvironmentError(
-            f"transformers cannot import {name}: {type(exc).__name__}: {one_line(exc, 300)}"
-        ) from exc
+    return foreign_errors_as(
+        UnsupportedEnvironmentError, f"transformers cannot import {name}", limit=300
+    )
 
 
 def _usual_classes(config: Any) -> list[Any]:

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import nn
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ModelMismatchError, machine_error
+from codecllm.formats.errors import ModelMismatchError, foreign_errors_as
 from codecllm.loader.config_size import check_config_size, longest_dimension
-from codecllm.loader.hf.folder import describe, read_config
+from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
 from codecllm.loader.hf.quiet import silenced
@@ -110,13 +110,11 @@ def _empty_model(model: ModelFiles) -> nn.Module:
         check_config_size(config.to_dict(), len(model.records), longest_dimension(model))
     strip_quantization(config)
     cls = model_class(config)
-    try:
-        with silenced(), torch.device("meta"):
-            empty: nn.Module = cls(config)
-    except Exception as exc:  # a class raises any type for a damaged config
-        raise machine_error(exc) or ModelMismatchError(
-            f"transformers could not build {cls.__name__}: {describe(exc)}", file="config.json"
-        ) from exc
+    # A class raises any type for a damaged config.
+    message = f"transformers could not build {cls.__name__}"
+    errors = foreign_errors_as(ModelMismatchError, message, file="config.json", limit=300)
+    with errors, silenced(), torch.device("meta"):
+        empty: nn.Module = cls(config)
     return empty
 
 

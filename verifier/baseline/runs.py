@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from codecllm.formats.errors import BaselineError, CodecLLMError, machine_error, one_line
+from codecllm.formats.errors import BaselineError, foreign_errors_as
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.verifier.baseline import model_output as output
 from codecllm.verifier.baseline.record import (
@@ -202,15 +202,11 @@ def compare_with_record(
             file=BASELINE_NAME,
             got=type(model).__name__,
         )
-    try:
+    # A model fails in any way at tokens that it does not have.
+    with foreign_errors_as(
+        BaselineError, "the model cannot run the recorded prompts", file=BASELINE_NAME
+    ):
         _compare(model, baseline, stage, spoken or {})
-    except CodecLLMError:
-        raise
-    except Exception as exc:  # a model fails in any way at tokens that it does not have
-        raise machine_error(exc) or BaselineError(
-            f"the model cannot run the recorded prompts: {type(exc).__name__}: {one_line(exc)}",
-            file=BASELINE_NAME,
-        ) from exc
 
 
 def _compare(

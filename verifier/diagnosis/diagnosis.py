@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from codecllm.formats.errors import (
     CodecLLMError,
     ModelMismatchError,
     UsageError,
-    machine_error,
-    one_line,
+    foreign_errors_as,
 )
 from codecllm.formats.machine import available_memory, cores
 from codecllm.hub import resolve
@@ -207,18 +206,11 @@ def _stage(report: Report, name: str) -> Iterator[Stage]:
         )
 
 
-@contextmanager
-def _model_errors() -> Iterator[None]:
+def _model_errors() -> AbstractContextManager[None]:
     """Raises ModelMismatchError for what a model raises while it runs: it may be anything."""
-    try:
-        yield
-    except CodecLLMError:
-        raise
-    except Exception as exc:
-        raise machine_error(exc) or ModelMismatchError(
-            f"the model of this config does not run: {type(exc).__name__}: {one_line(exc)}",
-            file="config.json",
-        ) from exc
+    return foreign_errors_as(
+        ModelMismatchError, "the model of this config does not run", file="config.json"
+    )
 
 
 def _cause_of(error: CodecLLMError) -> Cause:

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 
-from codecllm.formats.errors import (
-    CodecLLMError,
-    ModelMismatchError,
-    UsageError,
-    machine_error,
-    one_line,
-)
+from codecllm.formats.errors import ModelMismatchError, UsageError, foreign_errors_as
 
 _ROWS = 8
 """Positions whose distributions are compared at once, in float64.
@@ -119,15 +113,11 @@ class Base:
             ModelMismatchError: the vocabularies differ, a distribution is not finite, or a model
                 cannot read the text.
         """
-        try:
+        # A model of a damaged config fails in any way.
+        with foreign_errors_as(
+            ModelMismatchError, "the models cannot read the text", file="config.json"
+        ):
             return self._compare(other, on_window)
-        except CodecLLMError:
-            raise
-        except Exception as exc:  # a model of a damaged config fails in any way
-            raise machine_error(exc) or ModelMismatchError(
-                f"the models cannot read the text: {type(exc).__name__}: {one_line(exc)}",
-                file="config.json",
-            ) from exc
 
     def _compare(self, other: Any, on_window: Callable[[int, int], None] | None) -> Divergence:
         divergence = Divergence()
