@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional
 
-from codecllm.loader.packed.kernels import packs_bytes
+from codecllm.loader.packed.kernels import has_kernels
 from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
 from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident.escapes import Escapes, split_codes
@@ -48,7 +48,7 @@ def make_matrix(
         packs: whether to pack them into the bits that they need, where they have a packed form;
             otherwise they keep 8 bits, packed where the kernels of packed codes run.
     """
-    if can_pack(*codes.shape) and (packs or packs_bytes(codes.device)):
+    if can_pack(*codes.shape) and (packs or has_kernels(codes.device)):
         matrix = pack_codes(codes, scale, col_scale, None if packs else 8)
         if matrix is not None:
             return _prepared(matrix)

@@ -40,18 +40,13 @@ def capability(device: torch.device) -> tuple[int, int]:
 @cache
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels compile for a device: they need NVRTC and matrix units for bfloat16."""
-    if capability(device) < (8, 0):
+    if device.type != "cuda" or capability(device) < (8, 0):
         return False
     try:
         kernel_of("packed_unpack", unpack_source(8, False), device)
     except UnsupportedEnvironmentError:
         return False
     return True
-
-
-def packs_bytes(device: torch.device) -> bool:
-    """Whether codes that take 8 bits in memory lie in the packed layout on a device."""
-    return device.type == "cuda" and has_kernels(device)
 
 
 _compiling: dict[tuple[str, str, torch.device], threading.Lock] = {}

@@ -23,7 +23,7 @@ _COUNTING_BLOCKS = 528
 def packs(matrix: torch.Tensor) -> bool:
     """Whether the kernels pack a matrix [rows, cols]; `pack.py` packs others."""
     fits = matrix.is_contiguous() and matrix.data_ptr() % 16 == 0
-    return fits and matrix.device.type == "cuda" and has_kernels(matrix.device)
+    return fits and has_kernels(matrix.device)
 
 
 def choose_bf16_base(weights: torch.Tensor) -> int:

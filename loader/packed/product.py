@@ -43,9 +43,7 @@ def fuses(matrix: PackedMatrix, inputs: torch.Tensor) -> bool:
     """Whether a kernel multiplies these inputs with packed weights."""
     tokens = inputs.numel() // matrix.cols
     dtypes = (torch.bfloat16,) if matrix.is_bf16 else (torch.bfloat16, torch.float16)
-    if tokens == 0 or inputs.dtype not in dtypes or inputs.device.type != "cuda":
-        return False
-    if not has_kernels(inputs.device):
+    if tokens == 0 or inputs.dtype not in dtypes or not has_kernels(inputs.device):
         return False
     most = warpgroups.MAX_TOKENS if has_groups(inputs.device) else warps.MAX_TOKENS
     return tokens <= most
@@ -124,7 +122,7 @@ class PackedProduct:
     def _has_unpack(self, dtype: torch.dtype) -> bool:
         matrix = self.matrix
         fits = dtype == torch.bfloat16 or (dtype == torch.float16 and not matrix.is_bf16)
-        return fits and matrix.words.device.type == "cuda" and has_kernels(matrix.words.device)
+        return fits and has_kernels(matrix.words.device)
 
     def _unpacked(self, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         """Returns rows of the weights from `start`, a multiple of 16, to `stop`."""

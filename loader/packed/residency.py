@@ -7,7 +7,7 @@ import torch
 from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, LosslessTensor
 from codecllm.loader.engine import Request
 from codecllm.loader.packed.form import PackedForm
-from codecllm.loader.packed.kernels import packs_bytes
+from codecllm.loader.packed.kernels import has_kernels
 from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.residency import Residency, ResidentInt8
@@ -70,7 +70,7 @@ class ResidentBytes(ResidentInt8):
     """
 
     def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
-        if not (packs_bytes(device) and can_pack(*record.shape)):
+        if not (has_kernels(device) and can_pack(*record.shape)):
             return super()._read(record, device)
         codes = self._reader.read(record.name, "codes", None, device)
         matrix = pack_codes(codes, *self._scales(record, device), _BYTE_BITS)

@@ -70,7 +70,7 @@ def test_codes_take_their_bits_and_bf16_takes_12(containers, on_cpu):
 
 @pytest.mark.parametrize("way", ["int8", "bits", "wide"])
 def test_int8_lies_packed_in_8_bits_where_the_kernels_are(containers, monkeypatch, way):
-    monkeypatch.setattr(residency, "packs_bytes", lambda device: True)
+    monkeypatch.setattr(residency, "has_kernels", lambda device: True)
     dense = from_pretrained(containers / way)
     model = from_pretrained(containers / way, resident="int8")
     weights = _packed_weights(model)

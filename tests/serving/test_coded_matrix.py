@@ -82,7 +82,7 @@ def test_packed_codes_are_the_weights_of_dense_loading(wide, columns, dtype):
 
 @EVERY
 def test_codes_of_8_bits_are_packed_where_the_kernels_run(wide, columns, monkeypatch):
-    monkeypatch.setattr(coded_matrix, "packs_bytes", lambda device: True)
+    monkeypatch.setattr(coded_matrix, "has_kernels", lambda device: True)
     parts = _parts(wide=wide, columns=columns)
     matrix = make_matrix(*parts, torch.bfloat16)
     assert isinstance(matrix, PackedProduct)
