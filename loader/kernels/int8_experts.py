@@ -32,12 +32,14 @@ class Blocks:
         expert: int64 [blocks]: number of the expert of a block; negative: the block is empty.
         start: int64 [blocks]: place of its first choice in `order`.
         stop: int64 [blocks]: place behind its last one.
+        size: most choices of a block for which the kernel has room.
     """
 
     order: torch.Tensor
     expert: torch.Tensor
     start: torch.Tensor
     stop: torch.Tensor
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def make_blocks(numbers: torch.Tensor, experts: int) -> Blocks:
     choices = len(numbers)
     every = torch.arange(choices + 1, device=device)
     if choices <= FEW:
-        return Blocks(every[:-1], numbers, every[:-1], every[1:])
+        return Blocks(every[:-1], numbers, every[:-1], every[1:], _LEAST)
     size = block_size(choices, experts)
     ordered, order = numbers.sort()
     bounds = torch.searchsorted(ordered, torch.arange(experts + 1, device=device))
@@ -92,7 +94,7 @@ def make_blocks(numbers: torch.Tensor, experts: int) -> Blocks:
     expert = found.clamp(max=experts - 1)
     start = bounds[expert] + (block - ends[expert] + counts[expert]) * size
     stop = torch.minimum(start + size, bounds[expert + 1])
-    return Blocks(order, torch.where(found < experts, expert, -1), start, stop)
+    return Blocks(order, torch.where(found < experts, expert, -1), start, stop, size)
 
 
 def experts_mlp(
@@ -167,10 +169,8 @@ def experts_linear(
         out: [choices, rows] of the inputs' dtype, a choice's contiguous. Rows of choices without an
             expert are not written.
     """
-    experts, rows, cols = codes.shape
-    choices = len(blocks.order)
-    size = _LEAST if choices <= FEW else block_size(choices, experts)
-    tile_rows, tile_columns, stages = _tile(size)
+    _, rows, cols = codes.shape
+    tile_rows, tile_columns, stages = _tile(blocks.size)
     with on_device_of(inputs):
         _experts_kernel[(triton.cdiv(rows, tile_rows), len(blocks.expert))](
             inputs,
@@ -188,12 +188,12 @@ def experts_linear(
             scale.stride(0),
             0 if col_scale is None else col_scale.stride(0),
             out.stride(0),
-            choices // max(1, len(inputs)),
+            len(blocks.order) // max(1, len(inputs)),
             HAS_COLUMNS=col_scale is not None,
             EVEN=cols % tile_columns == 0,
             WIDENS=inputs.device.type == "cpu",
             ROWS=tile_rows,
-            TOKENS=size,
+            TOKENS=blocks.size,
             COLUMNS=tile_columns,
             num_warps=_WARPS,
             num_stages=stages,
