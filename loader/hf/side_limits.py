@@ -121,7 +121,7 @@ def check_generation_file(folder: Path) -> None:
     Raises:
         LimitError: it is longer than 16 MiB, or holds more than 524,288 values.
     """
-    _read(folder / "generation_config.json")
+    _text(folder / "generation_config.json")
 
 
 def _check_added_tokens(folder: Path) -> None:
@@ -135,7 +135,7 @@ def _check_added_tokens(folder: Path) -> None:
             got=len(added),
             expected=f"at most {MOST_SPECIAL_TOKENS}",
         )
-    _read(folder / _VOCABULARY)
+    _text(folder / _VOCABULARY)
 
 
 def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:
@@ -165,7 +165,15 @@ def _texts(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> Any:
-    """Returns a file's JSON value; None where there is none.
+    """Returns a file's JSON value; None where there is none. Raises as `_text`."""
+    try:
+        return json.loads(_text(path))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text(path: Path) -> bytes:
+    """Returns a file's bytes; none of one that cannot be read.
 
     Raises:
         LimitError: the file is longer, or holds more values, than any such file: transformers would
@@ -176,18 +184,15 @@ def _read(path: Path) -> Any:
     most_values = VOCABULARY_VALUES if is_vocabulary else limits.JSON_VALUES
     try:
         if not path.is_file():
-            return None
+            return b""
         size = path.stat().st_size
         data = path.read_bytes() if size <= most_bytes else b""
     except OSError:
-        return None
+        return b""
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     for what, got, most in (("bytes", size, most_bytes), ("values", values, most_values)):
         if got > most:
             raise LimitError(
                 "JSON text is too long", file=path.name, got=got, expected=f"at most {most} {what}"
             )
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
+    return data
