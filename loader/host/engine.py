@@ -69,7 +69,6 @@ class HostEngine:
         self._workers = WorkerThreads(threads)
         # Until the caller takes its first tensor it builds the model, and needs a core of its own.
         self._holds_one = 1 < threads >= cores()
-        self._is_held = False
         self._coordinator = WorkerThreads(1, "codecllm-coordinator")
         self._process = os.getpid()
         self._announcer = Announcer()
@@ -88,8 +87,8 @@ class HostEngine:
 
     def prefetch(self, requests: Iterable[Request]) -> None:
         """See `engine.Engine`; as many tensors are decoded ahead as the budget allows."""
-        if self._holds_one and not self._is_held:
-            self._is_held = True
+        if self._holds_one:
+            self._holds_one = False
             self._workers.hold_one()
         self._post(self._on_prefetch, list(requests))
 
@@ -101,9 +100,7 @@ class HostEngine:
         """
         if self._process != os.getpid():
             raise RuntimeError("a load cannot go on in a forked process")
-        if self._holds_one:
-            self._holds_one = False
-            self._workers.release()
+        self._workers.release()
         block = self._blocks.get(request)
         if block is not None:
             taken = block.take(request)

@@ -97,8 +97,9 @@ class WorkerThreads:
         self._put(partial(_hold, self._queue.released), Promise())
 
     def release(self) -> None:
-        """Ends the wait of `hold_one`."""
-        self._queue.released.give(None)
+        """Ends the wait of `hold_one`; once for all."""
+        if not self._queue.released.done:
+            self._queue.released.give(None)
 
     def close(self) -> None:
         """Drops queued jobs and waits for running ones. May be called again, after Ctrl-C too."""
