@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+INDEX_BYTES = 64 << 20
+"""Most bytes of an index, or of another JSON file that says which files a source has."""
+
+MOST_MODULES = 256
+"""Most folders of modules of a repository: every one is looked for."""
+
 FileKind = Literal[
     "safetensors", "index", "pickle", "weights", "archive", "code", "hidden", "other"
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from codecllm.formats.errors import FormatError
 from codecllm.formats.strict_json import parse_json
-from codecllm.hub.kinds import uncopied_patterns
+from codecllm.hub.kinds import INDEX_BYTES, MOST_MODULES, uncopied_patterns
 
 Fetch = Callable[[list[str], list[str]], Path]
 """Fetches the files that match one of the first patterns and none of the second ones.
@@ -25,8 +25,6 @@ It returns the snapshot's folder.
 
 _SINGLE, _INDEX, _ANY = "model.safetensors", "model.safetensors.index.json", "*.safetensors"
 _ROUTER = "router_config.json"
-# The limits of the conversion, which names what is beyond them.
-_JSON_BYTES, _MAX_MODULES = 64 << 20, 256
 
 
 def fetch_source(fetch: Fetch) -> tuple[Path, bool]:
@@ -78,7 +76,7 @@ def _module_folders(folder: Path) -> list[str]:
     Those between which a router chooses are among them.
     """
     entries = _read_json(folder / "modules.json")
-    entries = entries[:_MAX_MODULES] if isinstance(entries, list) else []
+    entries = entries[:MOST_MODULES] if isinstance(entries, list) else []
     paths = [_entry(entry, "path") for entry in entries]
     places = [path.strip("/") for path in paths if isinstance(path, str) and _stays_inside(path)]
     # modules.json does not name the folders of a router's modules.
@@ -86,9 +84,9 @@ def _module_folders(folder: Path) -> list[str]:
         types = _entry(_read_json(folder / place / _ROUTER), "types")
         if isinstance(types, dict):
             prefix = f"{place}/" if place else ""
-            names = [name for name in types if _stays_inside(name)][:_MAX_MODULES]
+            names = [name for name in types if _stays_inside(name)][:MOST_MODULES]
             places += [prefix + name for name in names]
-        if len(places) > _MAX_MODULES:
+        if len(places) > MOST_MODULES:
             break
     return [place for place in places if place]
 
@@ -104,8 +102,8 @@ def _entry(document: Any, key: str) -> Any:
 def _read_json(path: Path) -> Any:
     try:
         with open(path, "rb") as file:  # a link into the blobs of the cache
-            data = file.read(_JSON_BYTES + 1)
-        return parse_json(data, file=path.name, max_bytes=_JSON_BYTES, as_python=True)
+            data = file.read(INDEX_BYTES + 1)
+        return parse_json(data, file=path.name, max_bytes=INDEX_BYTES, as_python=True)
     except (OSError, ValueError, FormatError):  # ValueError: a name with a NUL
         return None  # the conversion names the fault
 

@@ -26,12 +26,11 @@ from codecllm.formats.errors import (
     UnsafeSourceError,
 )
 from codecllm.formats.manifest.manifest import INDEX_NAME
-from codecllm.hub.kinds import file_kind
+from codecllm.hub.kinds import INDEX_BYTES, file_kind
 
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin"})
-_INDEX_BYTES = 64 << 20
 _NUMBERED = re.compile(r"(.*?)-?\d{5}-of-\d{5}(.*)\.safetensors")
 
 
@@ -111,7 +110,7 @@ def _indexed(folder: Path, index: str, notes: tuple[str, ...] = ()) -> WeightSet
 
 
 def _read_index(folder: Path, index: str) -> dict[str, str]:
-    document = read_json(folder, index, _INDEX_BYTES, as_python=False)
+    document = read_json(folder, index, INDEX_BYTES, as_python=False)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise SchemaError("weight_map is not an object of file names", file=index)

@@ -19,10 +19,10 @@ from codecllm.converter.source.files import read_json, stays_inside
 from codecllm.converter.source.layout import SINGLE_NAME
 from codecllm.formats.errors import SourceError, TruncatedError
 from codecllm.formats.manifest.manifest import INDEX_NAME
+from codecllm.hub.kinds import MOST_MODULES
 
 MODULES_NAME = "modules.json"
 ROUTER_NAME = "router_config.json"
-_MAX_MODULES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ def read_modules(repository: Path) -> Modules:
 
 def _check_count(count: int) -> None:
     """Refuses more modules than any model has: every one is looked for in the folder."""
-    if count > _MAX_MODULES:
+    if count > MOST_MODULES:
         raise SourceError(
-            "too many modules", file=MODULES_NAME, got=count, expected=f"at most {_MAX_MODULES}"
+            "too many modules", file=MODULES_NAME, got=count, expected=f"at most {MOST_MODULES}"
         )
 
 
