@@ -56,10 +56,11 @@ def check_config_size(config: dict[str, Any], tensors: int, longest: int = 0) ->
             )
 
 
-def longest_dimension(container: Container) -> int:
-    """Returns the largest dimension of a container's tensors, 0 where it has none."""
+def check_config_of(container: Container, config: dict[str, Any]) -> None:
+    """As `check_config_size`, with the tensors of a container."""
     shapes = (getattr(record, "shape", ()) for record in container.records.values())
-    return max((size for shape in shapes for size in shape), default=0)
+    longest = max((size for shape in shapes for size in shape), default=0)
+    check_config_size(config, len(container.records), longest)
 
 
 def _counts(value: Any, key: str, listed_labels: int = 0) -> Iterator[tuple[str, str, int, int]]:

@@ -20,7 +20,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.manifest.unlisted import refuse_unlisted
 from codecllm.hub import resolve
-from codecllm.loader.config_size import check_config_size, longest_dimension
+from codecllm.loader.config_size import check_config_of
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.placement import refuse_without_device
 from codecllm.loader.hf import placement, quantizer
@@ -256,7 +256,7 @@ def _check_config(load: Load) -> dict[str, Any] | None:
             file=str(container.folder),
         )
     # Before transformers builds anything: a hostile config would cost minutes and gigabytes.
-    check_config_size(document, len(container.records), longest_dimension(container))
+    check_config_of(container, document)
     for shard in container.manifest.shards:
         container.check_presence(shard)
     auto_map = document.get("auto_map")

@@ -14,7 +14,7 @@ from torch import nn
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, foreign_errors_as
-from codecllm.loader.config_size import check_config_size, longest_dimension
+from codecllm.loader.config_size import check_config_of
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
@@ -107,7 +107,7 @@ def _empty_model(model: ModelFiles) -> nn.Module:
     config = read_config(model)
     if isinstance(model, Container):
         # Before modules are made: a hundred thousand layers take minutes on any device.
-        check_config_size(config.to_dict(), len(model.records), longest_dimension(model))
+        check_config_of(model, config.to_dict())
     strip_quantization(config)
     cls = model_class(config)
     # A class raises any type for a damaged config.

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from codecllm.formats.errors import NotAContainerError, UsageError
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, ORIGINAL_KEY
 from codecllm.hub import resolve
-from codecllm.loader.config_size import check_config_size, longest_dimension
+from codecllm.loader.config_size import check_config_of
 from codecllm.loader.hf import hooks
 from codecllm.loader.hf.side_limits import check_config_document, refuse_kernels_of
 from codecllm.loader.load import Load, LoadOptions
@@ -128,9 +128,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             self._load = Load(folder, LoadOptions(device_map=self._device_map))
             weakref.finalize(self, self._load.close)  # where the load fails midway
             container = self._load.container
-            check_config_size(
-                config.to_dict(), len(container.records), longest_dimension(container)
-            )
+            check_config_of(container, config.to_dict())
             for shard in container.manifest.shards:
                 container.check_presence(shard)  # before transformers opens them
         return self._load.dtypes()
