@@ -30,6 +30,7 @@ from codecllm.converter.write.container_writer import OnProgress
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError, UsageError
+from codecllm.formats.files import as_path
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 from codecllm.hub import ModelFiles, resolve
 from codecllm.quality import choose_params, on_known_device
@@ -185,6 +186,7 @@ def run_conversion(
     on_stage: Callable[[str], None] | None = None,
 ) -> Converted:
     """Converts as `convert` does, with packed options."""
+    out = as_path(out, "out")  # before a model is fetched and calibrated
     options = on_known_device(options)
     files = _resolve_source(model, access)
     completion = _Completion(files.folder, options.device, baseline, on_stage)

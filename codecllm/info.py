@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from codecllm.formats.container import Container
+from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, RawTensor, TensorRecord
 from codecllm.formats.shards.side_tensors import scale_bytes
@@ -53,7 +54,7 @@ def describe_name(
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    if Path(name).exists() or HF_HUB_OFFLINE:
+    if as_path(name, "container").exists() or HF_HUB_OFFLINE:
         return describe(resolve(name, revision=revision, token=token, kind="manifest").folder)
     remote = open_remote(name, revision=revision, token=token)
     repository, manifest = remote.repository, remote.manifest

@@ -9,7 +9,7 @@ from typing import Any
 
 from codecllm.formats.container import CONTAINER_IS, Container
 from codecllm.formats.errors import HubError, NotAContainerError, UsageError
-from codecllm.formats.files import describe_missing, write_atomically
+from codecllm.formats.files import as_path, describe_missing, write_atomically
 from codecllm.hub import BaseModel, Upload, check_login, read_base_model, upload_container
 from codecllm.hub.upload import CARD_NAME, is_own_card
 from codecllm.model_card import MARKER, make_card
@@ -113,7 +113,7 @@ def push(
             Nothing was sent.
         HubError: the Hub cannot be reached, or refuses.
     """
-    folder = Path(container)
+    folder = as_path(container, "container")
     tell = on_stage or (lambda text: None)
     if create_pr and revision is not None:
         raise UsageError(

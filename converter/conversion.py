@@ -27,6 +27,7 @@ from codecllm.converter.write.staging import Staging
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
+from codecllm.formats.files import as_path
 from codecllm.formats.machine import without_garbage_collection
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, pack_manifest
 from codecllm.formats.manifest.reading import parse_manifest
@@ -127,6 +128,7 @@ def convert_model(
 
     After a kill the same call goes on: finished shards are kept, and the result has the same bytes.
     """
+    out = as_path(out, "out")  # before the plan, which may take long
     if options.rate is not None and choice.provider is None:
         raise UsageError("a rate is asked for, and no quantization parameters were chosen")
     start_time = time.monotonic()
@@ -159,7 +161,7 @@ def convert_model(
             manifest = parse_manifest(data)
         staging.commit()
     return ConversionReport(
-        out=Path(out),
+        out=staging.out,
         manifest=manifest,
         manifest_sha256=sha256_hex(data),
         stored_bytes=len(data) + sum(shard.bytes for shard in manifest.shards),

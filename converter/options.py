@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
+from codecllm.formats.files import as_path
 from codecllm.formats.machine import check_workers, cores
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
@@ -82,6 +83,8 @@ class Rate:
                 "bits, ratio, quality and code_bits exclude one another: give one",
                 got=f"{got}, code_bits {self.code_bits}",
             )
+        if self.calibrate is not None:
+            as_path(self.calibrate, "calibrate")
         if self.quality is not None and self.quality not in QUALITIES:
             raise UsageError(
                 "no such quality", got=repr(self.quality), expected=", ".join(QUALITIES)

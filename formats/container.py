@@ -21,7 +21,7 @@ from codecllm.formats.errors import (
     SchemaError,
     TruncatedError,
 )
-from codecllm.formats.files import Excerpt, SafeFile, describe_missing
+from codecllm.formats.files import Excerpt, SafeFile, as_path, describe_missing
 from codecllm.formats.machine import without_garbage_collection
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
@@ -89,12 +89,13 @@ class Container:
                 takes `CODECLLM_MAX_EXPANSION` of the environment, or 100.
 
         Raises:
+            UsageError: `folder` is no path.
             NotAContainerError: there is no manifest.
             FormatError: the manifest is not valid; see `parse_manifest`.
             LimitError: the tensors are too large for their stored bytes.
             ChecksumError: it is not the expected one.
         """
-        self.folder = Path(folder)
+        self.folder = as_path(folder, "container")
         if not self.folder.is_dir():
             raise NotAContainerError(describe_missing(self.folder, CONTAINER_IS), file=str(folder))
         try:

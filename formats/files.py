@@ -21,6 +21,7 @@ from codecllm.formats.errors import (
     NotAContainerError,
     TruncatedError,
     UnsafePathError,
+    UsageError,
 )
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
@@ -174,6 +175,23 @@ class Excerpt:
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills `target` (bytes, writable) from `offset`; it must lie inside the excerpt."""
         target[:] = self.read(offset, len(target))
+
+
+def as_path(value: object, argument: str) -> Path:
+    """Returns the path that a caller gave as the argument of that name.
+
+    Raises:
+        UsageError: it is neither text nor a path of text, it is empty, or it holds a NUL or other
+            characters that no path can have.
+    """
+    try:
+        text = os.fspath(value)  # type: ignore[call-overload]
+        # An empty text would be the current folder: mostly a variable that is not set.
+        if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
+            return Path(text)
+    except (TypeError, ValueError):  # no path; a lone surrogate
+        pass
+    raise UsageError(f"{argument} is no path", got=ascii(value)[:200], expected="text without NUL")
 
 
 def is_plain_name(name: str) -> bool:

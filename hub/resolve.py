@@ -17,6 +17,7 @@ from codecllm.formats.errors import (
     UnsafeSourceError,
     UsageError,
 )
+from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import CODE_SUFFIX, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.failures import one_line_errors
@@ -75,13 +76,15 @@ def resolve(
             the manifest.
 
     Raises:
-        UsageError: neither a folder nor a Hub id, or a revision for a folder.
+        UsageError: neither a folder nor a Hub id, a revision for a folder, or no path.
         HubError: the repository could not be reached, found or read.
         NotAContainerError: a container is wanted, and the repository has no manifest.
         FormatError: its manifest is not valid.
         UnsafeSourceError: the repository's weights are pickles only.
     """
-    folder = Path(name_or_path)
+    folder = as_path(name_or_path, "model")
+    if cache_dir is not None:
+        as_path(cache_dir, "cache_dir")
     if folder.exists():
         if revision is not None:
             raise UsageError("a revision goes with a Hub id, not with a local folder", got=revision)
@@ -96,8 +99,9 @@ def resolve(
 
 def check_repo_id(name: str) -> None:
     """Raises UsageError where `name` cannot be a Hub id."""
-    if not _REPO_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise UsageError("no such folder, and not a Hub id (user/name)", file=name)
+    is_id = isinstance(name, str) and _REPO_ID.fullmatch(name)
+    if not is_id or ".." in name or "--" in name:
+        raise UsageError("no such folder, and not a Hub id (user/name)", file=str(name)[:200])
 
 
 def listed_names(manifest: Manifest) -> list[str]:

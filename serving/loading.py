@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from codecllm.formats.errors import UsageError
+from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def find_folder(
     """
     from codecllm.hub import resolve
 
-    folder = Path(model)
+    folder = as_path(model, "model")
     # With a revision, too: offline an engine puts the cache's folder in place of a name.
     if folder.exists():
         return folder

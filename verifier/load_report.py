@@ -7,6 +7,7 @@ from pathlib import Path
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, machine_error
+from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.verifier.side_file import attach
 
@@ -31,7 +32,7 @@ def record_load_report(out: str | Path) -> str | None:
         FormatError: the container is damaged.
         OSError, MemoryError: reading or writing failed.
     """
-    folder = Path(out)
+    folder = as_path(out, "out")
     with Container(folder) as container:
         manifest = container.manifest
         if manifest.file(CONFIG_NAME) is None:

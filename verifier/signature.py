@@ -22,7 +22,7 @@ from codecllm.formats.errors import (
     UsageError,
     one_line,
 )
-from codecllm.formats.files import fsync_folder
+from codecllm.formats.files import as_path, fsync_folder
 from codecllm.formats.machine import cores
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.unlisted import NEVER_LISTED, unlisted_names
@@ -59,9 +59,10 @@ def sign(
         CodecLLMError: the container is damaged.
         OSError: reading or writing failed.
     """
+    folder = as_path(container, "container")
+    private_key = as_path(private_key, "private_key")
+    path = _beside(folder) if signature is None else as_path(signature, "signature")
     library = _library()
-    folder = Path(container)
-    path = Path(signature) if signature is not None else _beside(folder)
     if path.resolve().is_relative_to(folder.resolve()):
         raise UsageError("a signature lies outside the container that it signs", file=str(path))
     try:
@@ -113,6 +114,12 @@ class Signer:
     identity: str | None = None
     issuer: str | None = None
     trust_config: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that the files are paths."""
+        for name in ("public_key", "trust_config"):
+            if getattr(self, name) is not None:
+                as_path(getattr(self, name), name)
 
     @property
     def is_given(self) -> bool:
@@ -194,7 +201,7 @@ def check_signature(
         LimitError: the signature has more than 64 MiB.
         OSError: reading failed.
     """
-    path = Path(signature)
+    path = as_path(signature, "signature")
     _check_size(path)
     _check_entries(folder, from_hub=from_hub)
     ignored = list(_LEFT_OUT)

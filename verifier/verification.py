@@ -10,6 +10,7 @@ from typing import Literal
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
+from codecllm.formats.files import as_path
 from codecllm.formats.machine import cores
 from codecllm.formats.shards.consistency import expansion_bound
 from codecllm.hub import resolve
@@ -79,6 +80,9 @@ def verify(
         UnsupportedEnvironmentError: a signature is given, and `model-signing` is not installed.
         OSError: signature, key or trust configuration cannot be read.
     """
+    for name, path in (("source", source), ("signature", signature)):
+        if path is not None:
+            as_path(path, name)  # before hours of work
     signer = Signer(public_key, identity, issuer, trust_config)
     if (signature is not None) != signer.is_given:
         raise UsageError(

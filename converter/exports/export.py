@@ -124,7 +124,7 @@ def export(
         _write_side_files(source_container, staging.folder, config, layout)
         # Without config.json a folder is no model: a kill leaves no half of one.
         staging.commit_plain(last=CONFIG_NAME)
-    return ExportReport(Path(out), names, total, layout.notes)
+    return ExportReport(staging.out, names, total, layout.notes)
 
 
 def _read_config(container: Container) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from codecllm.formats.files import as_path
+
 
 @dataclass(slots=True)
 class _Sum:
@@ -101,7 +103,8 @@ class InputProducts(Sums):
     def __init__(self, folder: str | Path | None = None) -> None:
         """Makes the file, empty, in `folder` or where the system keeps temporary files."""
         super().__init__()
-        self._file, path = tempfile.mkstemp(prefix="codecllm-", dir=folder)
+        base = None if folder is None else as_path(folder, "folder")
+        self._file, path = tempfile.mkstemp(prefix="codecllm-", dir=base)
         os.unlink(path)
         self._close = weakref.finalize(self, os.close, self._file)
         self._offsets: list[int] = []

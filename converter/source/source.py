@@ -20,7 +20,13 @@ from codecllm.converter.source.selection import SideFiles, select_side_files
 from codecllm.converter.source.tensors import SourceTensor, same_bytes
 from codecllm.formats import limits
 from codecllm.formats.errors import SourceError, TruncatedError
-from codecllm.formats.files import LFS_BEGIN, describe_missing, file_identity, refuse_foreign
+from codecllm.formats.files import (
+    LFS_BEGIN,
+    as_path,
+    describe_missing,
+    file_identity,
+    refuse_foreign,
+)
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.shards.safetensors_header import read_header
 
@@ -67,7 +73,7 @@ class SourceModel:
             FormatError: a weight file, the config or the index is malformed, or a name leads
                 outside the folder.
         """
-        self.repository = Path(folder)
+        self.repository = as_path(folder, "model")
         if not self.repository.is_dir():
             raise SourceError(
                 describe_missing(self.repository, "a model is a folder with config.json in it"),

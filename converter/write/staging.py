@@ -36,7 +36,7 @@ from codecllm.formats.errors import (
     UsageError,
     one_line,
 )
-from codecllm.formats.files import fsync_folder, read_file, write_atomically
+from codecllm.formats.files import as_path, fsync_folder, read_file, write_atomically
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, SHARD_NAME
 from codecllm.formats.manifest.reading import parse_manifest
 
@@ -77,7 +77,7 @@ class Staging:
             UsageError: another conversion is writing there.
             OSError: the folder cannot be made.
         """
-        self.out = Path(out)
+        self.out = as_path(out, "out")
         self._staging = self.out / STAGING_NAME
         self.folder = self._staging / "files"
         self.journal = Journal(self._staging / JOURNAL_NAME, self.folder)

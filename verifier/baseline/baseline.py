@@ -16,6 +16,7 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     one_line,
 )
+from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.verifier.baseline.record import Agreement, Baseline, pack_baseline, parse_baseline
@@ -107,6 +108,7 @@ def record_baseline(
         FormatError: the container is damaged.
     """
     began = time.monotonic()
+    folders = as_path(source_folder, "source_folder"), as_path(out, "out")
     tell = on_stage or (lambda text: None)
     with Container(out) as container:
         manifest = container.manifest
@@ -121,7 +123,6 @@ def record_baseline(
         else:
             try:
                 text = _text_wanted(manifest, required, place)
-                folders = Path(source_folder), Path(out)
                 baseline = _run_both(folders, manifest, text, place, tell)
             except _NoBaselineError as exc:
                 reason = str(exc)
@@ -153,7 +154,7 @@ def record_baseline(
             )
     if reason is not None and required:
         raise BaselineError(reason)
-    attach(Path(out), manifest, BASELINE_NAME, pack_baseline(baseline))
+    attach(folders[1], manifest, BASELINE_NAME, pack_baseline(baseline))
     return outcome
 
 

@@ -16,6 +16,7 @@ from codecllm.formats.errors import (
     UsageError,
     foreign_errors_as,
 )
+from codecllm.formats.files import as_path
 from codecllm.formats.machine import available_memory, cores
 from codecllm.hub import resolve
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
@@ -64,6 +65,8 @@ def diagnose(
         )
     if settings.first_layers is not None and settings.first_layers < 0:
         raise UsageError("first_layers must not be negative", got=settings.first_layers)
+    if source is not None:
+        as_path(source, "source")  # before the container is read
     files = resolve(name_or_path, revision=settings.revision)
     report = Report(str(name_or_path), "diagnosis")
     expected_sha256 = settings.expected_manifest_sha256

@@ -17,6 +17,7 @@ from codecllm.converter.source.files import SourceFile, read_json
 from codecllm.formats import limits
 from codecllm.formats.container import Container
 from codecllm.formats.errors import SourceError, UnsupportedEnvironmentError, UsageError
+from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.records import AliasTensor
 from codecllm.formats.shards.safetensors_header import read_header
@@ -135,7 +136,7 @@ def find_candidate(name: str | Path) -> Candidate:
         UsageError: it is none of these.
         HubError: the Hub cannot be reached.
     """
-    path = Path(name)
+    path = as_path(name, "model")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError("no such file", got=str(name))

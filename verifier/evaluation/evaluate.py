@@ -121,8 +121,8 @@ def evaluate(
     if window < 2 or max_tokens < 2:
         raise UsageError("window and number of tokens must be 2 or more")
     place = device_of(device)
-    models = [find_candidate(candidate) for candidate in candidates]
     reference = find_candidate(base)
+    models = [find_candidate(candidate) for candidate in candidates]
     # The base is loaded first: without its tokenizer no candidate needs to be.
     model = reference.load(dtype, workers, place)
     tokens, start = _tokens(reference, model, sample_text() if text is None else text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.formats.files import as_path, write_atomically
 from codecllm.verifier.evaluation.evaluate import Evaluation
 
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -19,6 +21,7 @@ def check_plot(path: Path) -> None:
         UsageError: the suffix is none of png, svg, pdf.
         UnsupportedEnvironmentError: matplotlib is not installed.
     """
+    path = as_path(path, "plot")
     if path.suffix not in _SUFFIXES:
         raise UsageError(
             "a plot is written as", got=path.suffix or str(path), expected=", ".join(_SUFFIXES)
@@ -38,6 +41,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     no place on a logarithmic axis; it stands below the others and its label says 0.
     """
     check_plot(path)
+    path = as_path(path, "plot")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -65,4 +69,6 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     axes.set_ylabel(f"KL(base || candidate) per token, nats ({evaluation.tokens} tokens)")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path)
+    picture = BytesIO()
+    figure.savefig(picture, format=path.suffix[1:])
+    write_atomically(path, picture.getvalue())

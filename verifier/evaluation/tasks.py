@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from codecllm.formats.errors import UsageError
+from codecllm.formats.files import as_path
 from codecllm.loader.places import device_of
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.evaluate import tokenizer_of
@@ -109,6 +110,8 @@ def evaluate_tasks(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("limit and batch size must be 1 or more")
     place = device_of(device)
+    for model_name in (base, *candidates):
+        as_path(model_name, "model")  # before tasks are loaded, which takes long
     harness = Harness(tasks)
     models = [find_candidate(name) for name in (base, *candidates)]
     tokenizer = None

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
-from codecllm.formats.errors import LimitError, NotAContainerError, TruncatedError, UnsafePathError
+from codecllm.formats.errors import (
+    LimitError,
+    NotAContainerError,
+    TruncatedError,
+    UnsafePathError,
+    UsageError,
+)
 from codecllm.formats.files import (
     Excerpt,
     SafeFile,
+    as_path,
     describe_foreign,
     is_safe_name,
     read_file,
@@ -293,3 +301,14 @@ def test_a_file_is_read_whole_or_not_at_all(tmp_path):
     os.truncate(tmp_path / "f", 1 << 40)
     with pytest.raises(LimitError):
         read_file(tmp_path, "f", 1 << 20)
+
+
+@pytest.mark.parametrize("value", ["out", Path("out"), "ou t\n", "\udcff", "a/../b"])
+def test_a_path_of_a_caller_stays_as_it_is(value):
+    assert as_path(value, "out") == Path(value)
+
+
+@pytest.mark.parametrize("value", [3, None, b"out", "", "a\0b", Path("a\0b"), "\ud800"], ids=ascii)
+def test_what_is_no_path_is_an_error_that_names_the_argument(value):
+    with pytest.raises(UsageError, match=r"^out is no path, got "):
+        as_path(value, "out")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from codecllm.formats.files import write_atomically
+from codecllm.formats.files import as_path, write_atomically
 from codecllm.verifier.diagnosis.report import charts
 from codecllm.verifier.diagnosis.report.charts import Plot, Series, plot
 from codecllm.verifier.report import Report
@@ -42,7 +42,7 @@ def write_html(report: Report, path: Path) -> None:
     Raises:
         OSError: it cannot be written; nothing half-written stays.
     """
-    write_atomically(path, render_html(report).encode())
+    write_atomically(as_path(path, "report"), render_html(report).encode())
 
 
 def render_html(report: Report) -> str:
