@@ -222,8 +222,10 @@ class ConvertOptions:
                 raise UsageError(
                     f"no such {name}", got=repr(getattr(self, name)), expected=expected
                 )
-        if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is None:
-            raise UsageError("no such device", got=self.device, expected="auto, cpu, cuda, cuda:N")
+        device = self.device if isinstance(self.device, str) else ""
+        if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device) is None:
+            expected = "auto, cpu, cuda, cuda:N"
+            raise UsageError("no such device", got=repr(self.device)[:200], expected=expected)
         if not MIN_CHUNK_KIB <= self.chunk_kib <= MAX_CHUNK_KIB:
             raise UsageError(
                 "chunk_kib is out of range",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.formats.machine import available_memory
 
 CPU = torch.device("cpu")
+_NAMES = "cpu, cuda or cuda:N"
 
 
 def device_of(name: str) -> torch.device:
@@ -19,26 +21,59 @@ def device_of(name: str) -> torch.device:
     `auto` is the first CUDA device, or the CPU where there is none.
 
     Raises:
-        UsageError: it is no name of a device.
+        UsageError: it is no name of a device, or one of a kind that models are not measured on.
         UnsupportedEnvironmentError: this machine has no such device.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if count else "cpu"
+    if isinstance(name, str) and name == "auto":
+        name = "cuda" if _count("cuda") else "cpu"
+    device = known_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError("no device for this", got=repr(name), expected=_NAMES)
+    return CPU if device.type == "cpu" else torch.device("cuda", device.index or 0)
+
+
+def known_device(place: Any) -> torch.device:
+    """Returns a device of this machine that can hold a model's weights.
+
+    Args:
+        place: a name, a `torch.device`, or the number of a GPU.
+
+    Raises:
+        UsageError: it is none of these, or the meta device, where tensors have no values.
+        UnsupportedEnvironmentError: this machine has no such device.
+    """
     try:
-        device = torch.device(name)
-    except RuntimeError as exc:
-        raise UsageError(
-            "no such kind of device", got=repr(name), expected="auto, cpu, cuda or cuda:N"
-        ) from exc
-    if device.type == "cpu":
-        return CPU
-    number = device.index or 0
-    if number >= count:
+        if isinstance(place, bool) or not isinstance(place, str | int | torch.device):
+            raise TypeError("torch takes bytes and booleans, transformers does not")
+        arguments = (_gpu_kind(), place) if isinstance(place, int) else (place,)
+        device = torch.device(*arguments)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as exc:
+        raise UsageError("no such kind of device", got=repr(place)[:200], expected=_NAMES) from exc
+    if device.type == "meta":
+        raise UsageError("a model has no weights there", got=repr(place), expected=_NAMES)
+    if device.type != "cpu" and (device.index or 0) >= _count(device.type):
         raise UnsupportedEnvironmentError(
-            "no such device here", got=name, expected=f"one of {count} CUDA devices, or cpu"
+            "no such device here", got=repr(place), expected=" or ".join(_present())
         )
-    return torch.device(device.type, number)
+    return device
+
+
+def _present() -> list[str]:
+    """Returns the names of the devices of this machine."""
+    kinds = ("cuda", "xpu", "mps")
+    return ["cpu", *(f"{kind}:{number}" for kind in kinds for number in range(_count(kind)))]
+
+
+def _gpu_kind() -> str:
+    return "xpu" if not _count("cuda") and _count("xpu") else "cuda"
+
+
+def _count(kind: str) -> int:
+    """Returns how many devices of a kind there are; 0 where torch was built without it."""
+    module = getattr(torch, kind, None)
+    if kind == "cuda" and not torch.cuda.is_available():
+        return 0  # a driver that is too old still counts its devices
+    return int(getattr(module, "device_count", int)())
 
 
 def free_memory(device: torch.device) -> int:

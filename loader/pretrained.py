@@ -79,7 +79,7 @@ def from_pretrained(
         cache_dir: Hub cache.
         dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`; None and "auto"
             take the source's.
-        device_map: as in transformers; None loads onto the CPU.
+        device_map: as in transformers; None loads onto the CPU. Devices must be here, and not meta.
         auto_class: class to load, one of transformers' Auto classes or a model class, for example
             `transformers.AutoModelForSequenceClassification`; None takes the class that the config
             names, or where transformers has no such class the usual one that the weights fill best.
@@ -119,7 +119,8 @@ def from_pretrained(
     Raises:
         FormatError: the container is damaged or is none, or transformers cannot read a side file.
         ModelMismatchError: its tensors are not those of the model class.
-        UnsupportedEnvironmentError: this transformers or torch lacks the class or a dtype.
+        UnsupportedEnvironmentError: this transformers or torch lacks the class or a dtype, or this
+            machine a device.
         HubError: the repository cannot be reached, found or read.
         UsageError: the arguments contradict each other or the container.
         MemoryError, torch.OutOfMemoryError: memory of the host or of the device ran out. What the
@@ -128,6 +129,7 @@ def from_pretrained(
     _check_arguments(resident, decoder, dtype, hf_kwargs)
     _check_objects(auto_class, progress, hf_kwargs.get("config"), expected_manifest_sha256)
     refuse_without_device(decoder, resident, device_map)
+    placement.check_device_map(device_map)
     placement.refuse_without_folder(device_map, hf_kwargs.get("offload_folder"))
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir, kind="model")
     spreading = {}

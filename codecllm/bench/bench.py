@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class BenchOptions:
     Attributes:
         residents: residencies, in this order.
         source: folder or Hub id of the source, measured first as transformers loads it; or None.
-        device: `cpu`, or a GPU such as `cuda`.
+        device: `auto`, `cpu`, or a GPU such as `cuda`.
         prompt_tokens: length of the prompt, 1 or more.
         new_tokens: tokens to generate, 2 or more.
         batch: texts at a time, 1 or more.
@@ -86,7 +86,8 @@ def bench(
         on_stage: called with a sentence when a row begins.
 
     Raises:
-        UsageError: an option is out of range.
+        UsageError: an option is out of range, or no device.
+        UnsupportedEnvironmentError: there is no such device.
         HubError: the container cannot be fetched.
         SourceError: the source cannot be read.
     """
@@ -95,6 +96,11 @@ def bench(
     unknown = sorted(set(options.residents) - set(RESIDENTS))
     if unknown:
         raise UsageError("no such residency", got=unknown[0], expected=" or ".join(RESIDENTS))
+    if options.device != "cpu":
+        # Imported late: torch takes seconds. Here, because each process would fail by it.
+        from codecllm.loader.places import device_of
+
+        options = replace(options, device=str(device_of(options.device)))
     tell = on_stage or (lambda text: None)
     folder = str(resolve(out, revision=options.revision).folder)
     jobs = [(name, folder) for name in options.residents]

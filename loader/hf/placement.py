@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import (
     extract_submodules_state_dict,
@@ -12,6 +13,7 @@ from accelerate.utils import (
 )
 
 from codecllm.formats.errors import UsageError, one_line
+from codecllm.loader.places import known_device
 
 AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that transformers works out from the free memory."""
@@ -24,6 +26,34 @@ def spreads(device_map: Any) -> bool:
     return isinstance(device_map, dict) and (
         len(set(device_map.values())) > 1 or _uses_disk(device_map)
     )
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuses a device map that names a device which is not here, before anything is read.
+
+    Args:
+        device_map: None, one of `AUTOMATIC_MAPS`, a device (see `places.known_device`), or a dict
+            of names of modules and such devices or "disk".
+
+    Raises:
+        UsageError: it is none of these, or names the meta device, where tensors have no values.
+        UnsupportedEnvironmentError: this machine has no such device.
+    """
+    if device_map is None:
+        # A context or a default of torch takes the place of the argument.
+        device_map = torch.get_default_device()
+    if isinstance(device_map, str) and device_map in AUTOMATIC_MAPS:
+        return
+    if not isinstance(device_map, dict):
+        known_device(device_map)
+        return
+    if not device_map or not all(isinstance(name, str) for name in device_map):
+        raise UsageError(
+            "a device map has names of modules", got=repr(device_map)[:200], expected="{'': 'cpu'}"
+        )
+    for place in device_map.values():
+        if not (isinstance(place, str) and place == "disk"):
+            known_device(place)
 
 
 def refuse_without_folder(device_map: Any, offload_folder: Any) -> None:
