@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from operator import index
 from typing import Any
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import LimitError, ModelMismatchError
+from codecllm.formats.errors import LimitError, ModelMismatchError, UsageError
 
 REPEATED = ("layer", "block", "expert", "depth", "stage", "codebook", "level", "pruned_heads")
 """Parts of the names of config keys that say how many modules of a kind are built."""
@@ -44,14 +46,14 @@ def check_config_size(config: dict[str, Any], tensors: int, longest: int = 0) ->
             raise ModelMismatchError(
                 f"{key} is more than a tensor has rows, and than id2label has labels",
                 file="config.json",
-                got=value,
+                got=_shown(value),
                 expected=f"at most {max(labels, listed_labels)}",
             )
         if _is_count(name) and value > limit:
             raise ModelMismatchError(
                 f"{key} describes more modules than the container has tensors",
                 file="config.json",
-                got=value,
+                got=_shown(value),
                 expected=f"at most {limit}",
             )
 
@@ -63,10 +65,35 @@ def check_config_of(container: Container, config: dict[str, Any]) -> None:
     check_config_size(config, len(container.records), longest)
 
 
+def check_arguments(
+    container: Container, stored: dict[str, Any] | None, arguments: dict[str, Any]
+) -> None:
+    """As `check_config_of`, of arguments of a caller that replace entries of a config.
+
+    Args:
+        container: the container.
+        stored: the JSON object of its config.json.
+        arguments: by their names; those that are no counts may be anything.
+
+    Raises:
+        ModelMismatchError, LimitError: as `check_config_size`.
+        UsageError: they are nested too deeply.
+    """
+    # The number of labels may be that of the names which the config has.
+    names = {"id2label": (stored or {}).get("id2label")}
+    try:
+        check_config_of(container, {**names, **arguments})
+    except RecursionError as exc:
+        raise UsageError("arguments of this call are nested too deeply") from exc
+    except (ModelMismatchError, LimitError) as exc:
+        exc.file, exc.message = None, f"an argument asks for too much: {exc.message}"
+        raise
+
+
 def _counts(value: Any, key: str, listed_labels: int = 0) -> Iterator[tuple[str, str, int, int]]:
     """Yields each number and each length: key, its last part, value, labels that stand beside."""
     name = key.rpartition(".")[2].lower()
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, tuple)):
         if len(value) > MOST_ITEMS:
             raise LimitError(
                 f"{key or 'the config'} has too many items",
@@ -80,11 +107,17 @@ def _counts(value: Any, key: str, listed_labels: int = 0) -> Iterator[tuple[str,
         listed_labels = len(names) if isinstance(names, dict) else 0
         for inner_name, inner in value.items():
             yield from _counts(inner, f"{key}.{inner_name}" if key else inner_name, listed_labels)
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _counts(inner, key)
-    elif isinstance(value, int):
-        yield key, name, value, listed_labels
+    elif hasattr(value, "__index__"):  # an argument may be a number of numpy
+        with suppress(TypeError):  # a tensor that is no number
+            yield key, name, index(value), listed_labels
+
+
+def _shown(value: int) -> int | str:
+    """Returns a number to print; Python refuses the digits of those that are far too long."""
+    return value if value.bit_length() < 1000 else f"a number of {value.bit_length()} bits"
 
 
 def _is_count(name: str) -> bool:

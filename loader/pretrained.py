@@ -20,7 +20,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.manifest.unlisted import refuse_unlisted
 from codecllm.hub import resolve
-from codecllm.loader.config_size import check_config_of
+from codecllm.loader.config_size import check_arguments, check_config_of
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.placement import refuse_without_device
 from codecllm.loader.hf import placement, quantizer
@@ -275,6 +275,8 @@ def _build(
     hf_kwargs: dict[str, Any],
 ) -> Any:
     config = hf_kwargs.pop("config", None)
+    # A config's class makes its labels at once, as many as it is told.
+    check_arguments(load.container, load.config, hf_kwargs)
     read = partial(read_config, folder, run_code=run_code, return_unused_kwargs=True, **hf_kwargs)
     stored_config, other_options = read()
     part_class = getattr(auto_class, "config_class", None)

@@ -104,7 +104,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         block = whole.get("quantization_config")
         if isinstance(block, dict) and block.get("quant_method") == QUANT_METHOD:
-            check_config_document(whole)
+            check_config_document({**whole, **chosen})
             refuse_kernels_of(whole, chosen)
 
     def finish(self, model: Any) -> None:
@@ -127,10 +127,10 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             folder = _container_folder(checkpoint_files)
             self._load = Load(folder, LoadOptions(device_map=self._device_map))
             weakref.finalize(self, self._load.close)  # where the load fails midway
-            container = self._load.container
-            check_config_of(container, config.to_dict())
-            for shard in container.manifest.shards:
-                container.check_presence(shard)  # before transformers opens them
+            for shard in self._load.container.manifest.shards:
+                self._load.container.check_presence(shard)  # before transformers opens them
+        # Here, because the caller may have changed it, or brought one.
+        check_config_of(self._load.container, config.to_dict())
         return self._load.dtypes()
 
     @property

@@ -6,16 +6,20 @@ import json
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
 )
 
-from codecllm.formats.errors import LimitError, ModelMismatchError, SchemaError
+from codecllm.formats.errors import LimitError, ModelMismatchError, SchemaError, UsageError
 from codecllm.generation import _greedy, generate
 from codecllm.loader import from_pretrained
 from codecllm.loader.config_size import check_config_size
@@ -66,6 +70,60 @@ def test_a_config_asks_for_no_more_than_the_container_has(container, tmp_path, c
     text = _refusal(ModelMismatchError, from_pretrained, folder)
     assert text.startswith(f"config.json: {next(iter(change))}")
     assert "expected at most 4096" in text
+
+
+ENDLESS: dict[str, object] = {}
+ENDLESS["text_config"] = ENDLESS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_labels": 10**30}, "num_labels is more .* got 1000"),
+        ({"num_labels": 10**5000}, "got a number of 16610 bits"),
+        ({"num_labels": np.int64(10**12)}, "num_labels is more"),
+        ({"num_labels": torch.tensor(10**12)}, "num_labels is more"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers describes more"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, r"text_config.num_hidden_layers describes"),
+        ({"layer_types": ("full_attention",) * 10_000}, "layer_types describes more"),
+        ({"pruned_heads": {n: [0] for n in range(10_000)}}, "pruned_heads describes more"),
+        ({"id2label": {n: str(n) for n in range(200_000)}}, "id2label has too many items"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_neither_does_an_argument(container, arguments, words):
+    for auto_class in (None, AutoModelForSequenceClassification):
+        with pytest.raises((ModelMismatchError, LimitError), match=words) as caught:
+            from_pretrained(container, auto_class=auto_class, **arguments)
+        assert str(caught.value).startswith("an argument asks for too much: ")
+
+
+def test_arguments_without_an_end(container):
+    assert "nested too deeply" in _refusal(
+        UsageError, lambda: from_pretrained(container, text_config=ENDLESS)
+    )
+
+
+def test_nor_a_config_of_the_caller(container):
+    config = LlamaConfig.from_pretrained(container)
+    config.num_hidden_layers = 10**8
+    text = _refusal(ModelMismatchError, lambda: from_pretrained(container, config=config))
+    assert "num_hidden_layers describes more modules" in text
+    assert "arguments of this call changed the config: config" in text
+
+
+def test_labels_that_a_caller_asks_for(container):
+    classifier = AutoModelForSequenceClassification
+    model = from_pretrained(container, auto_class=classifier, num_labels=4096)
+    assert model.score.weight.shape[0] == 4096
+
+
+def test_nor_an_argument_of_a_class_of_transformers(container):
+    register()
+    for change in ({"num_labels": 10**30}, {"num_hidden_layers": 10**9}):
+        assert "at most" in _refusal(
+            ModelMismatchError, lambda change=change: AutoModel.from_pretrained(container, **change)
+        )
 
 
 @pytest.mark.parametrize("call", [read_config, read_tokenizer])
