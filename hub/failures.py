@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
 
 from codecllm.formats.errors import CodecLLMError, HubError, one_line
+from codecllm.hub.bounds import bounded
 
+# The system's errors by names of files that no system can have, or that contradict each other.
+_OF_NAMES = (
+    *(errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR),
+)
 _LOG_IN = "log in ('hf auth login') or set HF_TOKEN"
 
 
@@ -16,11 +23,17 @@ _LOG_IN = "log in ('hf auth login') or set HF_TOKEN"
 def one_line_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turns the Hub client's exceptions into one HubError with the next step; others pass.
 
+    Every call into huggingface_hub stands in such a block, where answers are bounded (`bounds`).
+
     What fails inside the client without an exception of its own, such as a KeyError, comes from an
     answer that no Hub gives. Errors of files and memory pass.
     """
     try:
-        yield
+        with bounded():
+            yield
+    except HubError as exc:
+        exc.located(file=repo)
+        raise
     except CodecLLMError:
         raise
     except Exception as exc:
@@ -72,7 +85,8 @@ def explain(exc: BaseException, revision: str | None) -> str | None:
 def _is_of_client(exc: Exception) -> bool:
     """Whether an exception that is none of files or memory went through the Hub client's code."""
     # Without a number it is not of the system: the client says so that a file came incomplete.
-    if isinstance(exc, MemoryError) or getattr(exc, "errno", None) is not None:
+    number = getattr(exc, "errno", None)
+    if isinstance(exc, MemoryError) or (number is not None and number not in _OF_NAMES):
         return False
     frames = (frame for frame, _ in walk_tb(exc.__traceback__))
     names = (str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from codecllm.formats import limits
 from codecllm.formats.errors import (
@@ -20,13 +21,16 @@ from codecllm.formats.errors import (
 from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import CODE_SUFFIX, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
+from codecllm.hub.bounds import COMMIT
+from codecllm.hub.entries import compare_entries, read_entries
 from codecllm.hub.failures import one_line_errors
 from codecllm.hub.kinds import file_kind
 from codecllm.hub.source_files import fetch_source
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-"""The name of a commit."""
 _MODEL_FILES = frozenset({"config.json", "generation_config.json", "load_report.json", INDEX_NAME})
 
 Kind = Literal["source", "container", "model", "manifest"]
@@ -79,7 +83,8 @@ def resolve(
         UsageError: neither a folder nor a Hub id, a revision for a folder, or no path.
         HubError: the repository could not be reached, found or read.
         NotAContainerError: a container is wanted, and the repository has no manifest.
-        FormatError: its manifest is not valid.
+        FormatError: its manifest is not valid, or the Hub has other sizes than it; then none of its
+            files was fetched.
         UnsafeSourceError: the repository's weights are pickles only.
     """
     folder = as_path(name_or_path, "model")
@@ -132,6 +137,8 @@ def _download_container(
     kind: Kind,
 ) -> ModelFiles:
     """Fetches the manifest, and of its commit the files that the manifest lists."""
+    from huggingface_hub import HfApi
+
     folder = _snapshot(
         repo, revision, token, cache_dir, [MANIFEST_NAME, "config.json"]
     )  # both are needed in any case
@@ -145,10 +152,51 @@ def _download_container(
             raise LimitError("manifest is too long", file=MANIFEST_NAME, got=path.stat().st_size)
         manifest = parse_manifest(path.read_bytes())
         names = listed_names(manifest) if kind == "container" else _model_names(manifest)
+        missing = {name for name in names if not (folder / name).exists()}
+        api = HfApi(library_name="codecllm", token=token)
+        _check_missing(manifest, missing, repo, folder, api, commit or revision or "main")
         folder = _snapshot(
             repo, commit or revision, token, cache_dir, [MANIFEST_NAME, *map(escape, names)]
         )
     return ModelFiles(folder, repo, commit)
+
+
+def _check_missing(
+    manifest: Manifest, names: set[str], repo: str, folder: Path, api: HfApi, revision: str
+) -> None:
+    """Compares the Hub's sizes with the manifest before files are fetched, and looks for room.
+
+    Args:
+        manifest: the container's.
+        names: of the files that are not in the cache.
+        repo: the repository, for errors.
+        folder: the snapshot in the cache.
+        api: the client.
+        revision: of the repository.
+
+    Raises:
+        TruncatedError: a listed file is missing on the Hub.
+        LayoutError: one has another size, or content.
+        HubError: the disk has no room for them.
+    """
+    if not names:
+        return
+    compare_entries(manifest, read_entries(api, repo, listed_names(manifest), revision))
+    blobs = folder.parent.parent / "blobs"
+    needed = sum(
+        record.bytes
+        for record in (*manifest.shards, *manifest.files)
+        # Another commit may have the same content.
+        if record.name in names and not (blobs / record.sha256).exists()
+    )
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise HubError(
+            "the disk has no room for the container's files",
+            file=repo,
+            got=f"{free} bytes",
+            expected=f"{needed} bytes",
+        )
 
 
 def _model_names(manifest: Manifest) -> list[str]:

@@ -15,8 +15,9 @@ from typing import Any
 from codecllm.formats.errors import HubError, UsageError, one_line
 from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
+from codecllm.hub.entries import compare_entries, read_entries
 from codecllm.hub.failures import one_line_errors
-from codecllm.hub.remote import RemoteRepository, compare_entries, read_entries
+from codecllm.hub.remote import RemoteRepository
 from codecllm.hub.resolve import check_repo_id, listed_names
 
 CARD_NAME = "README.md"

@@ -60,13 +60,13 @@ def test_an_answer_that_is_not_understood_is_one_error(answer, endpoint, data):
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff" * 900])
 def test_a_file_of_another_length_is_an_error(answer, data):
     answer("/resolve/.*/config.json", data)
-    with pytest.raises(HubError, match="Consistency check failed"):
+    with pytest.raises(HubError, match=r"Consistency check failed|answer is too long"):
         from_pretrained(REPO)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_size_that_is_none_is_an_error(answer, size):
-    entry = {"type": "file", "path": "codecllm.json", "oid": "x", "size": size}
+    entry = {"type": "file", "path": "codecllm.json", "oid": "0" * 40, "size": size}
     answer("/paths-info/", json.dumps([entry]).encode())
     with pytest.raises(HubError, match="names no size"):
         open_remote(REPO)
