@@ -183,6 +183,11 @@ class ChunkWork:
         """Arguments of `Nvcomp.temp_bytes`, or None where no chunk is zstd's."""
         return (self._counts[1], self._largest, self._total) if self._counts[1] else None
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether all of it are kernels of ours; nvCOMP may ask the device while it launches."""
+        return not self._counts[1]
+
     def launch(
         self,
         words: torch.Tensor,
@@ -190,6 +195,7 @@ class ChunkWork:
         arena: torch.Tensor,
         tools: DeviceTools,
         tables: DeviceTables | None,
+        checks: bool = True,
     ) -> Verdict:
         """Queues the decoding of all chunks on the current stream.
 
@@ -201,6 +207,7 @@ class ChunkWork:
             arena: uint8 [m], on the device, likewise.
             tools: the decoders.
             tables: `tables`, expanded; None where there is none.
+            checks: whether codes are searched for the forbidden one; the same bytes need it once.
 
         Returns:
             The verdict, still on the device.
@@ -245,7 +252,7 @@ class ChunkWork:
                 int(self._raw.max()),
                 arena,
             )
-        if code_chunks:
+        if code_chunks and checks:
             fields = words[check_at : check_at + 3 * code_chunks].view(code_chunks, 3)
             find_forbidden(arena, fields, int(self._raw.max()), CODE_128, faults[rans + zstd :])
         return Verdict(self, status)

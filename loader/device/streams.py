@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+
+from codecllm.loader.kernels.on_device import current_stream
 
 ACCELERATORS = ("cuda", "xpu")
 """Types of devices that the pipeline runs on; ROCm's are called cuda too."""
@@ -54,8 +57,21 @@ class Streams(Protocol):
     def current(self) -> Any:
         """The calling thread's current stream."""
 
+    def number(self) -> int:
+        """A number of the calling thread's current stream; others have other numbers."""
+
     def capturing(self) -> bool:
         """Whether the calling thread's current stream records a graph instead of working."""
+
+    def recorded(self, stream: Any, work: Callable[[], object]) -> Callable[[], None] | None:
+        """Returns a call that queues on `stream` what `work` queues there, by one launch.
+
+        `work` must have run before, so that its kernels are compiled, and what it reads and writes
+        must stay where it is. It is called once, and what it queues is noted instead of done.
+
+        Returns:
+            None where the device has no such recordings, or could not make this one.
+        """
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """Keeps the memory of a dropped tensor until earlier work of `stream` is done."""
@@ -80,6 +96,7 @@ class DeviceStreams:
         self.device = torch.device(device.type, index)
         # Copies run beside kernels only on a stream of their own.
         self.copy, self.decode, self.side = (self._module.Stream(self.device) for _ in range(3))
+        self._graphs: Any = None
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         """See `Streams`."""
@@ -108,10 +125,44 @@ class DeviceStreams:
         """See `Streams`."""
         return self._module.current_stream(self.device)
 
+    def number(self) -> int:
+        """See `Streams`."""
+        if self.device.type == "cuda":
+            return current_stream(self.device)
+        return hash(self.current())
+
     def capturing(self) -> bool:
         """See `Streams`."""
+        if self.device.type != "cuda":
+            return False
+        if torch.cuda.current_device() == self.device.index:  # a call that every product makes
+            return torch.cuda.is_current_stream_capturing()
         with self.here():
-            return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            return torch.cuda.is_current_stream_capturing()
+
+    def recorded(self, stream: Any, work: Callable[[], object]) -> Callable[[], None] | None:
+        """See `Streams`: a CUDA graph."""
+        if self.device.type != "cuda" or torch.version.hip is not None:
+            return None
+        if self._graphs is None:
+            self._graphs = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with self.on(stream):
+                # Other threads may allocate memory meanwhile.
+                graph.capture_begin(self._graphs, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:  # no memory, or a driver that refuses
+            return None
+
+        def replay() -> None:
+            with self.on(stream):
+                graph.replay()
+
+        return replay
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """See `Streams`."""

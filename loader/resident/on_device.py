@@ -6,19 +6,24 @@ All payloads lie in one buffer, so that one batch decodes the weights of a whole
 two buffers for decoded weights: while one is multiplied, the other receives the next weights, on
 the decode stream. Their order is learned from the first forward pass; anything else is decoded when
 it is asked for.
+
+From its third time on, the decoding of a group into a buffer is the replay of a recording, where
+the device has recordings: a dozen launches from Python would take longer than the device's work.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.formats.stored_tensor import StoredTensor
+from codecllm.loader.device import groups
 from codecllm.loader.device.chunks import (
     ChunkList,
     ChunkWork,
@@ -29,8 +34,9 @@ from codecllm.loader.device.chunks import (
 )
 from codecllm.loader.device.codecs import DeviceCodecs
 from codecllm.loader.device.finish import finish_bands, side_arrays, sides_of_rows, to_device
+from codecllm.loader.device.groups import Block, Buffer, Group, Recording, grouped
 from codecllm.loader.device.plan import aligned, band_rows
-from codecllm.loader.device.streams import Event, Streams
+from codecllm.loader.device.streams import Streams
 from codecllm.loader.engine import Engine, Request, fill
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.resident.compressed_form import (
@@ -41,58 +47,6 @@ from codecllm.loader.resident.compressed_form import (
     side_bytes,
 )
 
-GROUP_ELEMENTS = 1 << 27
-"""Most elements decoded together: a thousand chunks. Two buffers of bfloat16 then take 512 MiB."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """Bands of tiles of a tensor that are decoded, and used, together."""
-
-    tensor: DeviceCompressedTensor
-    bands: range
-
-    @property
-    def rows(self) -> int:
-        """Rows of the block."""
-        return band_rows(self.tensor.stored, self.bands)[1]
-
-    @property
-    def elements(self) -> int:
-        """Elements of the block."""
-        return self.rows * self.tensor.cols
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Blocks that are decoded as one batch, described for an arena at a certain address."""
-
-    blocks: list[Block]
-    arena: int = 0
-    work: ChunkWork | None = None
-    words: torch.Tensor | None = None
-    tables: Any = None
-    planes: list[list[int]] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Buffer:
-    """Memory for decoded weights, and a note of its contents.
-
-    Attributes:
-        memory: the memory.
-        group: the blocks that were decoded into it, or None.
-        dtype: the dtype of that.
-        ready: behind the decoding.
-        used: by stream, behind the last use that was queued there.
-    """
-
-    memory: torch.Tensor | None = None
-    group: _Group | None = None
-    dtype: torch.dtype | None = None
-    ready: Event | None = None
-    used: dict[Any, Event] = field(default_factory=dict)
-
 
 class DeviceCompressedTensor(CodedMatrix):
     """A matrix whose chunks lie in device memory as they are stored.
@@ -101,7 +55,7 @@ class DeviceCompressedTensor(CodedMatrix):
         decoder: decodes it.
         slot: where its payload begins in the decoder's buffer.
         sides: `side_arrays` of the whole matrix, on the device.
-        blocks: the matrix in blocks of at most GROUP_ELEMENTS.
+        blocks: the matrix in blocks of at most groups.GROUP_ELEMENTS.
     """
 
     def __init__(
@@ -111,6 +65,7 @@ class DeviceCompressedTensor(CodedMatrix):
         super().__init__(stored)
         self.decoder, self.slot, self.sides = decoder, slot, sides
         self.blocks: list[Block] = []
+        self._bands: dict[int, Group] = {}
 
     def __reduce__(self) -> Any:
         """Travels as a matrix in the host's memory, which any process can decode."""
@@ -141,7 +96,7 @@ class DeviceCompressedTensor(CodedMatrix):
         with self.decoder.lock:
             for block in self.blocks:
                 row, rows = band_rows(self.stored, block.bands)
-                self.decoder.decode([block], [out[row : row + rows]])
+                self.decoder.decode(Group([block]), [out[row : row + rows]])
         return out.to(device)
 
     def gather(self, rows: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -151,7 +106,9 @@ class DeviceCompressedTensor(CodedMatrix):
         out = torch.empty(len(places), self.cols, dtype=dtype, device=here)
         bands = torch.div(places, grid.tile_rows, rounding_mode="floor")
         needed = torch.unique(bands)
-        step = max(1, GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
+        if len(needed) == 1:  # a token: nothing is computed or sent for it
+            return self._rows_of_band(int(needed), rows, dtype).to(device)
+        step = max(1, groups.GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
         with self.decoder.lock:
             for first in range(0, len(needed), step):
                 part = needed[first : first + step]
@@ -159,7 +116,7 @@ class DeviceCompressedTensor(CodedMatrix):
                 heights = torch.tensor([block.rows for block in blocks])
                 starts = torch.cumsum(heights, 0) - heights
                 decoded = torch.empty(int(heights.sum()), self.cols, dtype=dtype, device=here)
-                self.decoder.decode(blocks, list(decoded.split(heights.tolist())))
+                self.decoder.decode(Group(blocks), list(decoded.split(heights.tolist())))
                 targets = ((bands >= part[0]) & (bands <= part[-1])).nonzero().flatten()
                 source = (
                     starts[torch.searchsorted(part, bands[targets])]
@@ -169,12 +126,22 @@ class DeviceCompressedTensor(CodedMatrix):
                 out.index_copy_(0, targets.to(here), decoded.index_select(0, source.to(here)))
         return out.to(device)
 
+    def _rows_of_band(self, band: int, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        group = self._bands.get(band)
+        if group is None:
+            group = self._bands[band] = Group([Block(self, range(band, band + 1))])
+        here = self.decoder.device
+        decoded = torch.empty(group.blocks[0].rows, self.cols, dtype=dtype, device=here)
+        with self.decoder.lock:
+            self.decoder.decode(group, [decoded])
+        first = band * self.stored.table.grid.tile_rows
+        return decoded.index_select(0, rows.to(here) - first)
+
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields the matrix block by block, each in a buffer of the decoder. Hold `lock`."""
         for block in self.blocks:
             row, rows = band_rows(self.stored, block.bands)
             yield slice(row, row + rows), self.decoder.weight(block, dtype)
-            self.decoder.used()
 
 
 class DeviceDecoder:
@@ -196,10 +163,10 @@ class DeviceDecoder:
         self._payloads = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._filled = 0
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self._buffers = (_Buffer(), _Buffer())
+        self._buffers = (Buffer(), Buffer())
         self._current = 0
         self._order: list[Block] = []
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._group_of: dict[Block, int] = {}
 
     def hold(self, source: StoredTensor) -> DeviceCompressedTensor:
@@ -208,7 +175,7 @@ class DeviceDecoder:
         tensor = DeviceCompressedTensor(source, self, self._filled, sides)
         self._filled += int(source.table.offsets[-1])
         grid = source.table.grid
-        step = max(1, GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
+        step = max(1, groups.GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
         for first in range(0, grid.down, step):
             tensor.blocks.append(Block(tensor, range(first, min(first + step, grid.down))))
         return tensor
@@ -228,8 +195,8 @@ class DeviceDecoder:
         ]
         fill(engine, requests)
         with self.lock:
-            groups = _grouped([block for tensor in tensors for block in tensor.blocks])
-            for verdict in [self._launch(group) for group in groups]:
+            blocks = [block for tensor in tensors for block in tensor.blocks]
+            for verdict in [self._launch(group, checks=True) for group in grouped(blocks)]:
                 with self._streams.on(self._streams.decode):
                     status = verdict.status.cpu().numpy()
                 verdict.work.raise_fault(status, self._tools)
@@ -242,40 +209,39 @@ class DeviceDecoder:
     def weight(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
         """Returns a block decoded, [rows, columns], for work on the calling thread's stream."""
         self._refuse_capture()
+        buffer = self._buffers[self._current]
+        if not buffer.holds(block, dtype):
+            buffer = self._turn_to(block, dtype)
+        number = self._streams.number()
+        if number not in buffer.users:
+            assert buffer.ready is not None
+            stream = self._streams.current()
+            self._streams.wait(stream, buffer.ready)
+            buffer.users[number] = stream
+        return buffer.weights[block]
+
+    def _turn_to(self, block: Block, dtype: torch.dtype) -> Buffer:
+        """Returns the other buffer with a block in it, and queues the decoding of what comes next.
+
+        All uses of the buffer before were queued earlier; that decoding waits for them.
+        """
         number = self._group_of.get(block)
         if number is None:
             self._learn(block)
-            group = _Group([block])
-        else:
-            group = self._groups[number]
+        self._current = 1 - self._current
         buffer = self._buffers[self._current]
-        if buffer.group is not group or buffer.dtype != dtype:
-            self._current = 1 - self._current
-            buffer = self._buffers[self._current]
-            if buffer.group is not group or buffer.dtype != dtype:
-                self._fill(buffer, group, dtype)
-            assert buffer.ready is not None
-            self._streams.wait(self._streams.current(), buffer.ready)
-            if number is not None and len(self._groups) > 1:
-                # All uses of the other buffer were queued before this call; the next work waits for
-                # them.
-                self._fill(
-                    self._buffers[1 - self._current],
-                    self._groups[(number + 1) % len(self._groups)],
-                    dtype,
-                )
-        return self._places(buffer, group, dtype)[group.blocks.index(block)]
+        if not buffer.holds(block, dtype):
+            self._fill(buffer, Group([block]) if number is None else self._groups[number], dtype)
+        if number is not None and len(self._groups) > 1:
+            following = self._groups[(number + 1) % len(self._groups)]
+            self._fill(self._buffers[1 - self._current], following, dtype)
+        return buffer
 
-    def used(self) -> None:
-        """Notes that the calling thread's stream has queued its use of the weight. Hold `lock`."""
-        stream = self._streams.current()
-        self._buffers[self._current].used[stream] = self._streams.record(stream)
-
-    def decode(self, blocks: list[Block], outs: list[torch.Tensor]) -> None:
+    def decode(self, group: Group, outs: list[torch.Tensor]) -> None:
         """Decodes blocks into `outs`, [rows, columns]; the thread's stream waits. Hold `lock`."""
         self._refuse_capture()
         self._streams.follow(self._streams.decode)
-        self._decode(_Group(blocks), outs)
+        self._decode(group, outs)
         self._streams.wait(self._streams.current(), self._streams.record(self._streams.decode))
 
     def _refuse_capture(self) -> None:
@@ -287,7 +253,7 @@ class DeviceDecoder:
     def _learn(self, block: Block) -> None:
         """Notes the order of the blocks; it is known when the first one comes again."""
         if self._order and block is self._order[0]:
-            self._groups = _grouped(list(dict.fromkeys(self._order)))
+            self._groups = grouped(list(dict.fromkeys(self._order)))
             self._group_of = {
                 member: number
                 for number, group in enumerate(self._groups)
@@ -297,37 +263,59 @@ class DeviceDecoder:
         elif not self._groups:
             self._order.append(block)
 
-    def _fill(self, buffer: _Buffer, group: _Group, dtype: torch.dtype) -> None:
+    def _fill(self, buffer: Buffer, group: Group, dtype: torch.dtype) -> None:
         """Queues the decoding of a group into a buffer, behind every use of its contents."""
-        buffer.group = None  # until all is queued: a failure leaves nothing that looks decoded
-        size = sum(aligned(block.elements * dtype.itemsize) for block in group.blocks)
-        if buffer.memory is None or buffer.memory.numel() < size:
-            self._streams.synchronize()  # no stream may have waited for weights decoded ahead
-            for event in buffer.used.values():
-                event.synchronize()
-            buffer.memory = None
-            with torch.inference_mode(False):  # a later caller may be outside of it
-                buffer.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-        for event in buffer.used.values():
-            self._streams.wait(self._streams.decode, event)
-        buffer.used.clear()
+        buffer.weights = {}  # until all is queued: a failure leaves nothing that looks decoded
+        self._describe(group)
+        if buffer.memory is None or buffer.memory.numel() < _bytes_of(group, dtype):
+            self._enlarge(buffer, max(_bytes_of(each, dtype) for each in (group, *self._groups)))
+        here = self._streams.number()
+        for number, stream in buffer.users.items():
+            if number != here:
+                self._streams.wait(self._streams.decode, self._streams.record(stream))
         self._streams.follow(self._streams.decode)
-        self._decode(group, self._places(buffer, group, dtype))
-        buffer.ready = self._streams.record(self._streams.decode)
-        buffer.dtype, buffer.group = dtype, group
-
-    def _places(self, buffer: _Buffer, group: _Group, dtype: torch.dtype) -> list[torch.Tensor]:
+        buffer.users.clear()
         assert buffer.memory is not None
-        places, start = [], 0
-        for block in group.blocks:
-            size = block.elements * dtype.itemsize
-            places.append(
-                buffer.memory[start : start + size].view(dtype).view(block.rows, block.tensor.cols)
-            )
-            start += aligned(size)
-        return places
+        weights = self._queue(group, buffer.memory, dtype)
+        buffer.ready = self._streams.record(self._streams.decode)
+        buffer.dtype, buffer.weights = dtype, weights
 
-    def _decode(self, group: _Group, outs: list[torch.Tensor]) -> None:
+    def _enlarge(self, buffer: Buffer, size: int) -> None:
+        self._streams.synchronize()  # no stream may have waited for weights decoded ahead
+        for stream in buffer.users.values():
+            self._streams.record(stream).synchronize()
+        buffer.memory = None
+        for group in self._groups:
+            group.recordings.clear()  # they keep the memory before
+        with torch.inference_mode(False):  # a later caller may be outside of it
+            buffer.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _queue(
+        self, group: Group, memory: torch.Tensor, dtype: torch.dtype
+    ) -> dict[Block, torch.Tensor]:
+        """Queues the decoding of a described group, as a replay if it was queued here before.
+
+        Returns:
+            The decoded blocks, [rows, columns] each, in `memory`.
+        """
+        place = (self._arena.data_ptr(), memory.data_ptr(), dtype)
+        recording = group.recordings.get(place)
+        if recording is not None and recording.replay is not None:
+            recording.replay()
+            return recording.weights
+        weights = _places(group, memory, dtype)
+        work = partial(self._decode, group, list(weights.values()))
+        if recording is not None and not recording.refused:
+            assert group.work is not None
+            if group.work.can_be_recorded:
+                recording.replay = self._streams.recorded(self._streams.decode, work)
+            recording.refused = recording.replay is None
+        (work if recording is None or recording.replay is None else recording.replay)()
+        if recording is None:
+            group.recordings[place] = Recording(weights)
+        return weights
+
+    def _decode(self, group: Group, outs: list[torch.Tensor]) -> None:
         self._launch(group)
         with torch.inference_mode(), self._streams.on(self._streams.decode):
             for block, planes, out in zip(group.blocks, group.planes, outs, strict=True):
@@ -337,15 +325,20 @@ class DeviceDecoder:
                 arenas = [self._arena[place : place + symbols] for place in planes]
                 finish_bands(source, (row, rows), arenas, sides, out)
 
-    def _launch(self, group: _Group) -> Verdict:
-        """Queues the decoding of a group's chunks into the arena, on the decode stream."""
+    def _launch(self, group: Group, *, checks: bool = False) -> Verdict:
+        """Queues the decoding of a group's chunks into the arena, on the decode stream.
+
+        With `checks` the verdict says whether codes are allowed ones, too.
+        """
         self._describe(group)
         assert group.work is not None and group.words is not None
         tables = group.tables[0] if group.tables is not None else None
         with torch.inference_mode(), self._streams.on(self._streams.decode):
-            return group.work.launch(group.words, self._payloads, self._arena, self._tools, tables)
+            return group.work.launch(
+                group.words, self._payloads, self._arena, self._tools, tables, checks
+            )
 
-    def _describe(self, group: _Group) -> None:
+    def _describe(self, group: Group) -> None:
         """Makes a group's description, once for an arena; it stays on the device."""
         if group.work is not None and group.arena == self._arena.data_ptr():
             return
@@ -372,6 +365,7 @@ class DeviceDecoder:
         if tables is not None:
             self._streams.wait(self._streams.decode, tables[1])
         group.words, group.tables, group.planes, group.work = words, tables, places, work
+        group.recordings.clear()  # they read the words before
         group.arena = self._arena.data_ptr()  # last: it vouches for the rest
 
 
@@ -386,14 +380,14 @@ def _new_decoder() -> SharedDecoder:
     return SharedDecoder(decoding_threads(None))
 
 
-def _grouped(blocks: list[Block]) -> list[_Group]:
-    """Gathers consecutive blocks into groups of at most GROUP_ELEMENTS, one block at least."""
-    groups: list[_Group] = []
-    size = 0
-    for block in blocks:
-        if not groups or size + block.elements > GROUP_ELEMENTS:
-            groups.append(_Group([]))
-            size = 0
-        groups[-1].blocks.append(block)
-        size += block.elements
-    return groups
+def _bytes_of(group: Group, dtype: torch.dtype) -> int:
+    return sum(aligned(block.elements * dtype.itemsize) for block in group.blocks)
+
+
+def _places(group: Group, memory: torch.Tensor, dtype: torch.dtype) -> dict[Block, torch.Tensor]:
+    places, start = {}, 0
+    for block in group.blocks:
+        size = block.elements * dtype.itemsize
+        places[block] = memory[start : start + size].view(dtype).view(block.rows, block.cols)
+        start += aligned(size)
+    return places

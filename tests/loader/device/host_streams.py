@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,9 +56,21 @@ class HostStreams:
         """See `Streams`."""
         return None
 
+    def number(self) -> int:
+        """See `Streams`."""
+        return 0
+
     def capturing(self) -> bool:
         """See `Streams`."""
         return False
+
+    def recorded(self, stream: Any, work: Callable[[], object]) -> Callable[[], None] | None:
+        """See `Streams`."""
+
+        def replay() -> None:
+            work()
+
+        return replay
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """See `Streams`."""

@@ -13,6 +13,8 @@ import torch
 from codecllm.formats.errors import ChecksumError, UnsupportedEnvironmentError, UsageError
 from codecllm.loader import from_pretrained, load
 from codecllm.loader.device import engines as engines_module
+from codecllm.loader.device import groups
+from codecllm.loader.device.chunks import ChunkWork
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.resident import on_device as resident
 from codecllm.loader.resident.compressed_form import CompressedTensor
@@ -121,7 +123,7 @@ def test_a_decoder_asked_for_by_name_must_work(container):
 @pytest.mark.parametrize(("name", "scheme"), [("llama", "int8"), ("gpt2", "lossless")])
 def test_compressed_models_give_the_logits_of_dense(container, name, scheme, device, monkeypatch):
     monkeypatch.setattr(
-        resident, "GROUP_ELEMENTS", 30_000
+        groups, "GROUP_ELEMENTS", 30_000
     )  # several blocks for the vocabulary, several groups for the rest
     folder = container(name, scheme)
     model = from_pretrained(folder, resident="compressed")
@@ -134,6 +136,58 @@ def test_compressed_models_give_the_logits_of_dense(container, name, scheme, dev
 
 
 @pytest.mark.parametrize("device", ["ahead"], indirect=True)
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels of ours", "nvCOMP"])
+@pytest.mark.parametrize("scheme", ["int8", "lossless"])
+def test_layers_that_come_again_are_replayed_where_kernels_decode_them(
+    container, device, kernels, scheme, monkeypatch
+):
+    monkeypatch.setattr(groups, "GROUP_ELEMENTS", 30_000)
+    counts = {"recorded": 0, "replayed": 0, "decoded": 0}
+    decode = resident.DeviceDecoder._decode
+
+    def recorded(streams, stream, work):
+        counts["recorded"] += 1
+
+        def replay():
+            counts["replayed"] += 1
+            work()
+
+        return replay
+
+    def counted(decoder, group, outs):
+        counts["decoded"] += 1
+        decode(decoder, group, outs)
+
+    monkeypatch.setattr(HostStreams, "recorded", recorded)
+    monkeypatch.setattr(resident.DeviceDecoder, "_decode", counted)
+    if kernels:  # the interpreter takes minutes for as many chunks of rans
+        monkeypatch.setattr(ChunkWork, "can_be_recorded", True)
+    folder = container("llama", scheme)
+    model = from_pretrained(folder, resident="compressed")
+    expected = logits(_without_device(folder))
+    for _ in range(4):  # learn the order, decode for the first time, record, replay
+        counts["decoded"] = counts["replayed"] = 0
+        assert torch.equal(logits(model), expected)
+    decoder = model.lm_head.weight.form.decoder
+    number = len(decoder._groups)
+    assert number > 2
+    if not kernels:  # nvCOMP is called each time
+        assert counts["recorded"] == 0
+        return
+    assert number <= counts["recorded"] <= 2 * number  # an odd number: each in both buffers
+    assert number <= counts["replayed"] <= counts["decoded"] <= number + 2  # and the embedding
+
+    # Another batch may need a larger arena: what was recorded reads freed memory from then on.
+    decoder._arena = torch.empty(len(decoder._arena) + 1, dtype=torch.uint8)
+    counts["replayed"] = 0
+    assert torch.equal(logits(model), expected)
+    assert counts["replayed"] == 0
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+    assert counts["replayed"] >= number
+
+
+@pytest.mark.parametrize("device", ["ahead"], indirect=True)
 @pytest.mark.parametrize(
     "where",
     [(resident.DeviceDecoder, "_decode"), (HostStreams, "keep")],
@@ -143,7 +197,7 @@ def test_a_pass_that_is_interrupted_leaves_nothing_that_looks_decoded(
     container, device, monkeypatch, where
 ):
     """At each call of the first passes, which learn the order of layers and describe groups."""
-    monkeypatch.setattr(resident, "GROUP_ELEMENTS", 30_000)
+    monkeypatch.setattr(groups, "GROUP_ELEMENTS", 30_000)
     folder = container("llama", "int8")
     expected, real, turns = logits(_without_device(folder)), getattr(*where), 0
     while True:
