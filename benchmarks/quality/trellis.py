@@ -4,7 +4,8 @@ First on Gaussian numbers: bits above the rate-distortion bound at equal error. 
 codes of every linear layer by plain rounding and by the trellis, without or with feedback, both
 with the steps that a conversion would take (half steps for the trellis); order-0 entropies of all
 groups of columns, of both cosets apart for the trellis, and 12 bits for each entry of their tables.
-No container is written. A C compiler must be there; `trellis.c` explains the trellis.
+Beside them the bits that `resident="packed"` takes for the codes: fixed ones, and 32 for each code
+beyond them. No container is written. A C compiler must be there; `trellis.c` explains the trellis.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from codecllm.converter.rate.feedback import Feedback, refined_codes
 from codecllm.converter.rate.fitted import FittedParams
 from codecllm.converter.rate.search import deadzone_at, fit
 from codecllm.converter.source.source import SourceModel
+from codecllm.loader.packed.layout import best_int_bits
 from codecllm.quality import DEFAULT_CALIBRATION
 
 _SAMPLES, _GROUPS, _TABLE_ENTRY_BITS = 1 << 19, 8, 12
@@ -54,8 +56,18 @@ def entropy_bits(
     return bits, entries
 
 
-def gaussian(rate: float) -> tuple[float, float]:
-    """Returns the bits above the bound of plain steps with the deadzone, and of the trellis."""
+def packed_bits(codes: NDArray[np.integer]) -> float:
+    """Returns the bits of a code in the layout of `resident="packed"`."""
+    bits = best_int_bits(codes.astype(np.int32))
+    half = 1 << (bits - 1)
+    return bits + 32 * float(((codes < -half) | (codes >= half)).mean())
+
+
+def gaussian(rate: float) -> list[tuple[float, float]]:
+    """Returns two figures of plain steps with the deadzone, and of the trellis.
+
+    The bits above the bound, and those in memory.
+    """
     values = np.random.default_rng(0).standard_normal(_SAMPLES).astype(np.float32)
     gaps = []
     for trellis in (False, True):
@@ -70,8 +82,8 @@ def gaussian(rate: float) -> tuple[float, float]:
             bits = entropy_bits(codes, coset)[0] / _SAMPLES
             error = float(((values - step * codes) ** 2).mean())
             step *= 2.0 ** (bits - rate)
-        gaps.append(bits + 0.5 * np.log2(error))
-    return gaps[0], gaps[1]
+        gaps.append((bits + 0.5 * float(np.log2(error)), packed_bits(codes)))
+    return gaps
 
 
 def decoding() -> float:
@@ -86,15 +98,15 @@ def decoding() -> float:
 
 def quantized(
     model: SourceModel, fitted_params: FittedParams, trials: Trials, feedback: Feedback | None
-) -> Iterator[tuple[str, float]]:
-    """Yields name and bits per weight of two ways, whose weights the twin holds meanwhile.
+) -> Iterator[tuple[str, float, float]]:
+    """Yields name, stored bits and packed ones of two ways, whose weights the twin holds meanwhile.
 
     `plain` and `trellis`; with feedback, if it is given.
     """
     options = trials.options(5)
     plans = plan_conversion(model, options, accepts_params=True).tensors
     for name in ("plain", "trellis"):
-        bits = weights_seen = 0.0
+        bits = in_memory = weights_seen = 0.0
         for plan in plans:
             params = fitted_params(plan) if plan.accepts_params else None
             if params is None:
@@ -118,9 +130,10 @@ def quantized(
                 part = None if coset is None else coset[:, group]
                 group_bits, entries = entropy_bits(codes[:, group], part)
                 bits += group_bits + _TABLE_ENTRY_BITS * entries
+            in_memory += packed_bits(codes) * codes.size
             weights_seen += codes.size
             trials.put(plan.source.name, codes.astype(np.float32) * step)
-        yield name, bits / weights_seen
+        yield name, bits / weights_seen, in_memory / weights_seen
 
 
 def params_order(groups: NDArray[np.uint8] | None, cols: int) -> NDArray[np.int64]:
@@ -145,8 +158,10 @@ def main(
     """Prints bits above the bound of Gaussian numbers, then bits and KL of a model."""
     console = Console(width=140)
     for rate in rates or [2.0, 2.5, 3.0, 4.0]:
-        plain, trellis = gaussian(rate)
-        console.print(f"Gaussian, {rate:g} bits: plain {plain:.3f}, trellis {trellis:.3f}")
+        for name, (above, packed) in zip(("plain", "trellis"), gaussian(rate), strict=True):
+            console.print(
+                f"Gaussian, {rate:g} bits, {name}: {above:.3f} above the bound, packed {packed:.2f}"
+            )
     console.print(f"last bits at decode: {decoding():.2f} ns a symbol")
     if model == "none":
         return
@@ -157,10 +172,11 @@ def main(
     for rate in rates or [2.0, 2.5, 3.0, 4.0]:
         with SourceModel(trials.source) as source:
             fitted_params = fit(source, trials.options(rate), seen.statistics)
-            for name, bits in quantized(source, fitted_params, trials, feedback):
+            for name, bits, packed in quantized(source, fitted_params, trials, feedback):
                 kl = " ".join(f"{score.mean_kl:.4f}" for score in trials.scores())
                 refined = ", feedback" if feedback else ""
-                console.print(f"{rate:g} asked, {name}{refined}: {bits:.3f} bits, KL {kl}")
+                sizes = f"{bits:.3f} bits, packed {packed:.2f}"
+                console.print(f"{rate:g} asked, {name}{refined}: {sizes}, KL {kl}")
 
 
 if __name__ == "__main__":
