@@ -222,8 +222,18 @@ def best_bits(outside: dict[int, int], size: int) -> int:
     return min(outside, key=lambda bits: bits * size + 32 * outside[bits])
 
 
+ABOVE = 8
+"""What a weight above the exponents of the field costs, where one below them costs 1.
+
+Large weights lie in few rows, and a product adds the exceptions of a row one behind another; small
+ones are spread over all rows.
+"""
+
+
 def best_base(counts: list[int]) -> int:
-    """Returns the base exponent with the fewest exceptions.
+    """Returns the base exponent whose exceptions cost least (`ABOVE`).
+
+    They are at most twice the fewest, and only where that is at most 1 % of the weights.
 
     Args:
         counts: [256]: the weights other than zero, by exponent.
@@ -232,4 +242,12 @@ def best_base(counts: list[int]) -> int:
     109
     """
     # The factor 2^base of the kernel is a bfloat16, so the base is at most 127.
-    return max(range(128), key=lambda base: sum(counts[base + 1 : base + 1 + BF16_EXPONENTS]))
+    sides = [(sum(counts[: b + 1]), sum(counts[b + 1 + BF16_EXPONENTS :])) for b in range(128)]
+    fewest = min(map(sum, sides))
+    most = max(fewest, min(2 * fewest, sum(counts) // 100))
+    costs = {
+        base: below + ABOVE * above
+        for base, (below, above) in enumerate(sides)
+        if below + above <= most
+    }
+    return min(costs, key=costs.__getitem__)

@@ -107,7 +107,7 @@ def unpack_values(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def choose_bf16_base(weights: torch.Tensor) -> int:
-    """Returns the base exponent with the fewest exceptions.
+    """Returns the base exponent of weights (`layout.best_base`).
 
     Args:
         weights: bfloat16 of any shape.

@@ -46,6 +46,26 @@ def test_all_bf16_patterns_survive_splitting(base):
     assert (fast_outside.numpy() == outside).all()
 
 
+def test_rows_of_large_weights_have_few_exceptions():
+    weights = _weights(512, 1024)
+    weights[100] *= 8  # many of them at the least number of exceptions
+    packed = matrix.pack_bf16(weights)
+    assert (_bits(matrix.unpack_bf16(packed)) == _bits(weights)).all()
+    counts = np.bincount((_bits(weights).numpy() >> 7 & 0xFF)[(weights != 0).numpy()])
+    fewest = max(range(128), key=lambda base: counts[base + 1 : base + 16].sum())
+    _, outside = pack.split_bf16(weights, fewest)
+    assert outside.sum() <= len(packed.entries) <= 2 * outside.sum()
+    assert 10 * packed.longest < outside.sum(1).max()
+
+
+def test_a_base_never_costs_many_exceptions():
+    def counts(inside):
+        return [0] * 101 + [30] + [inside] * 14 + [25] + [0] * 139
+
+    assert layout.best_base(counts(10_000)) == 101
+    assert layout.best_base(counts(100)) == 100  # 30 exceptions are more than 1 %
+
+
 def _weights(rows, cols, seed=0):
     """bfloat16 weights with zeros of both signs, subnormals, infinities and NaNs among them."""
     generator = torch.Generator().manual_seed(seed)
