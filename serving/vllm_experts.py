@@ -194,7 +194,7 @@ def _load_columns(
 def _complete(layer: Any, filling: Filling) -> None:
     """Makes the matrices of all experts here; for the kernel, of all of them together."""
     if layer.w13_weight.device.type != "cpu":
-        from codecllm.loader.kernels.int8_experts import ExpertCodes as Stacked
+        from codecllm.loader.kernels.expert_codes import ExpertCodes as Stacked
 
         filling.matrices = [
             Stacked(

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from codecllm.loader.kernels.expert_codes import ExpertCodes
 from codecllm.loader.kernels.on_device import on_device_of
 
 FEW = 32
@@ -40,22 +41,6 @@ class Blocks:
     start: torch.Tensor
     stop: torch.Tensor
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCodes:
-    """Matrices of all experts.
-
-    Attributes:
-        codes: int8 [experts, rows, cols]; an expert's are contiguous.
-        scale: float32 [experts, rows], an expert's contiguous.
-        col_scale: float32 [experts, parts, cols], or None: as many parts of equal rows as there are
-            matrices, one behind the other, in an expert's codes.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    col_scale: torch.Tensor | None = None
 
 
 def block_size(choices: int, experts: int) -> int:

@@ -25,6 +25,7 @@ from codecllm.loader.device.engine import DeviceEngine
 from codecllm.loader.device.placement import concrete
 from codecllm.loader.device.plan import decodes_on_device
 from codecllm.loader.engine import Request
+from codecllm.loader.experts.forward import join_experts, use_kernel
 from codecllm.loader.hf.experts import loops_over_experts, use_loop
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.progress import Meter
@@ -102,7 +103,7 @@ class Residency(ABC):
         Raises:
             ModelMismatchError: a weight is coded in part only.
         """
-        has_experts = False
+        has_experts = by_kernel = False
         for module_name, module in model.named_modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 if not isinstance(weight, CodedWeight):
@@ -122,7 +123,13 @@ class Residency(ABC):
                 elif not keeps:
                     settle(weight)  # in place: tied modules hold it too
                     weight.requires_grad_(True)
-        if has_experts:
+            unused = join_experts(module)
+            by_kernel |= bool(unused)
+            for key in [key for key in self._forms if key[0] in unused]:
+                del self._forms[key]  # one layer's codes at a time are there twice
+        if by_kernel:
+            use_kernel(model)
+        elif has_experts:
             use_loop(model)
 
     def form(self, record: CodedTensor, device: torch.device) -> WeightForm | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from codecllm.loader.kernels.expert_codes import ExpertCodes
 from codecllm.loader.kernels.int8_experts import (
     FEW,
-    ExpertCodes,
     block_size,
     experts_linear,
     experts_mlp,

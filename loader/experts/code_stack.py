@@ -1,0 +1,130 @@
+"""Codes of a layer's experts, one behind the other, as one kernel reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from codecllm.loader.kernels.expert_codes import ExpertCodes
+from codecllm.loader.packed.form import PackedForm
+from codecllm.loader.packed.matrix import unpack_codes
+from codecllm.loader.resident.form import WeightForm
+from codecllm.loader.resident.int8_form import Int8Form
+from codecllm.loader.resident.joined_form import Rows, Stack
+from codecllm.loader.resident.scaled_codes import ScaledCodes
+
+_BYTE_BITS = 8
+
+Names = Sequence[Sequence[str]]
+"""The container's names: of each expert those of its parts, one below the other."""
+
+
+class CodeStack(Stack):
+    """A weight [n, rows, cols] in codes of 8 bits, all in one tensor.
+
+    Its matrices are views, so that what multiplies with one of them needs no copy.
+
+    Attributes:
+        matrix: the codes and scales of all experts.
+        names: the container's names.
+    """
+
+    def __init__(self, names: Names, matrix: ExpertCodes) -> None:
+        """Keeps the tensors, not copies of them."""
+        self.names, self.matrix = names, matrix
+        super().__init__([_expert(names[n], matrix, n) for n in range(len(matrix.codes))])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(tensor.nbytes for tensor in self.held_tensors().values())
+
+    def moved(self, device: torch.device) -> WeightForm:
+        """Returns codes and scales on a device."""
+        if self.matrix.codes.device == device:
+            return self
+        held = {name: tensor.to(device) for name, tensor in self.held_tensors().items()}
+        return _restored(self.names, held)
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns codes, scales, and scales of columns if there are any."""
+        held = {"codes": self.matrix.codes, "scale": self.matrix.scale}
+        if self.matrix.col_scale is not None:
+            held["col_scale"] = self.matrix.col_scale
+        return held
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.names, self.held_tensors())
+
+
+def joined_codes(form: WeightForm | None) -> CodeStack | None:
+    """Returns a stack with its codes in one tensor.
+
+    Returns:
+        None where it is no stack, or some codes have other sizes than 8 bits, or its matrices have
+        parts of unlike rows, or scales of columns in part only.
+    """
+    if not isinstance(form, Stack) or isinstance(form, CodeStack):
+        return form if isinstance(form, CodeStack) else None
+    experts = [_parts_of(member) for member in form.parts_of]
+    parts = len(experts[0])
+    every = [part for expert in experts for part in expert]
+    if not all(map(_has_bytes, every)) or any(len(expert) != parts for expert in experts):
+        return None
+    if len({part.shape for part in every}) != 1:
+        return None
+    columns = [part.matrix.col_scale is not None for part in every]
+    if any(columns) != all(columns):
+        return None
+    rows, cols = every[0].shape
+    device = next(iter(every[0].held_tensors().values())).device
+    codes = torch.empty(len(experts), parts * rows, cols, dtype=torch.int8, device=device)
+    scale = torch.empty(len(experts), parts * rows, dtype=torch.float32, device=device)
+    col_scale = codes.new_empty(len(experts), parts, cols, dtype=torch.float32)
+    for n, expert in enumerate(experts):
+        for index, part in enumerate(expert):
+            place = slice(index * rows, (index + 1) * rows)
+            codes[n, place] = _codes_of(part)
+            scale[n, place] = part.matrix.scale
+            if all(columns):
+                col_scale[n, index] = part.matrix.col_scale
+    matrix = ExpertCodes(codes, scale, col_scale if all(columns) else None)
+    return CodeStack([[part.name for part in expert] for expert in experts], matrix)
+
+
+def _parts_of(form: WeightForm) -> list[Any]:
+    return list(form.parts_of) if isinstance(form, Rows) else [form]
+
+
+def _has_bytes(form: WeightForm) -> bool:
+    if isinstance(form, Int8Form):
+        return form.matrix.escapes is None
+    if not isinstance(form, PackedForm):
+        return False
+    return form.matrix.bits == _BYTE_BITS and form.matrix.entries is None
+
+
+def _codes_of(form: Int8Form | PackedForm) -> torch.Tensor:
+    matrix = form.matrix
+    return matrix.codes if isinstance(matrix, ScaledCodes) else unpack_codes(matrix)
+
+
+def _expert(names: Sequence[str], matrix: ExpertCodes, number: int) -> WeightForm:
+    """Returns the form of one expert, of views of the stack's tensors."""
+    rows = matrix.codes.shape[1] // len(names)
+    parts = []
+    for index, name in enumerate(names):
+        place = slice(index * rows, (index + 1) * rows)
+        columns = None if matrix.col_scale is None else matrix.col_scale[number, index]
+        codes = ScaledCodes(matrix.codes[number, place], matrix.scale[number, place], columns)
+        parts.append(Int8Form(name, codes))
+    return parts[0] if len(parts) == 1 else Rows(parts)
+
+
+def _restored(names: Names, tensors: dict[str, torch.Tensor]) -> CodeStack:
+    return CodeStack(names, ExpertCodes(**tensors))
+
+
+torch.serialization.add_safe_globals([_restored])

@@ -1,0 +1,128 @@
+"""Experts of whole models by the kernel of chosen experts, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from codecllm.converter import convert
+from codecllm.loader import from_pretrained
+from codecllm.loader.experts import forward
+from codecllm.loader.experts.code_stack import CodeStack, joined_codes
+from codecllm.loader.hf.experts import loops_over_experts
+from codecllm.loader.kernels import int8_experts
+from codecllm.loader.resident.joined_form import Stack
+from tests.integration import architectures
+
+IDS = torch.arange(1, 8)[None]
+BITS = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders of containers by name of the architecture; weights in bfloat16."""
+    folders = {}
+
+    def get(name):
+        if name not in folders:
+            base = tmp_path_factory.mktemp("experts")
+            source = architectures.make(name, base / "source")
+            convert(source, base / "c", scheme="int8", include=("*",))
+            folders[name] = base / "c"
+        return folders[name]
+
+    return get
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Lets the kernel run on the CPU, and counts its layers."""
+    counted = []
+    real = int8_experts.experts_mlp
+
+    def experts_mlp(*given):
+        counted.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(forward, "runs_on", lambda device: True)
+    monkeypatch.setattr(int8_experts, "experts_mlp", experts_mlp)
+    return counted
+
+
+def _load(folder):
+    return from_pretrained(folder, resident="int8", dtype=BITS)
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+def _experts(model):
+    return [module for module in model.modules() if loops_over_experts(module)]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_a_model_gives_the_output_of_its_loop(made, calls, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "runs_on", lambda device: False)
+        expected = _logits(_load(made(name)))
+    assert not calls
+    model = _load(made(name))
+    torch.testing.assert_close(_logits(model), expected, rtol=0.03, atol=0.03)
+    assert len(calls) == len(_experts(model)) > 0
+    for module in _experts(model):
+        assert all(type(weight.form) is CodeStack for weight in module.parameters())
+
+
+def test_the_stack_has_the_bits_of_its_matrices(made, calls):
+    model = _load(made("qwen3_moe"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "runs_on", lambda device: False)
+        apart = _load(made("qwen3_moe"))
+    for joined, plain in zip(_experts(model), _experts(apart), strict=True):
+        for one, other in zip(joined.parameters(), plain.parameters(), strict=True):
+            assert type(one.form) is CodeStack and type(other.form) is Stack
+            assert torch.equal(one.detach() + 0, other.detach() + 0)
+            assert torch.equal(one[1] + 0, other[1] + 0)
+            assert one.form.nbytes == other.form.nbytes
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(_logits(again), _logits(model))
+    assert torch.equal(_logits(copy.deepcopy(model)), _logits(model))
+    saved = io.BytesIO()
+    torch.save(_experts(model)[0].down_proj.form, saved)
+    saved.seek(0)
+    form = torch.load(saved, weights_only=True)
+    assert torch.equal(form.matrix.codes, _experts(model)[0].down_proj.form.matrix.codes)
+
+
+def test_gradients_and_other_dtypes_run_in_the_loop(made, calls):
+    model = _load(made("qwen3_moe"))
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_(True)
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None and not calls
+    module = _experts(model)[0]
+    module.gate_up_proj.data = module.gate_up_proj.data * 1  # dense from here on
+    _logits(model)
+    assert len(calls) == len(_experts(model)) - 1
+
+
+def test_a_model_can_go_back_to_the_loop(made, calls):
+    model = _load(made("qwen3_moe"))
+    model.set_experts_implementation("eager")
+    _logits(model)
+    assert not calls
+
+
+def test_codes_that_the_kernel_cannot_take_stay_apart(made, calls):
+    model = _load(made("qwen3_moe"))
+    stack = _experts(model)[0].down_proj.form
+    assert joined_codes(stack) is stack
+    assert joined_codes(None) is None
+    assert joined_codes(stack.member(0)) is None
+    unlike = Stack([stack.member(0), _experts(model)[0].gate_up_proj.form.member(0)])
+    assert joined_codes(unlike) is None
