@@ -43,6 +43,11 @@ def _require_streams() -> None:
 
 def _quit(number: int, frame: object) -> None:
     """Ends the process while modules are imported: there is nothing to clean up yet."""
-    os.write(2, f"error: stopped by {signal.Signals(number).name}\n".encode())
+    message = f"stopped by {signal.Signals(number).name}"
+    if "--json" in sys.argv[1:]:
+        facts = f'{{"error": "Interrupted", "message": "{message}", "exit_code": {128 + number}}}\n'
+        os.write(1, facts.encode())
+    else:
+        os.write(2, f"error: {message}\n".encode())
     # `_exit`: handlers of half-imported modules must not run. 128 + number, as in a shell.
     os._exit(128 + number)

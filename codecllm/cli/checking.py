@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -12,6 +11,7 @@ import typer
 from codecllm.cli import options
 from codecllm.cli.app import app
 from codecllm.cli.console import progress_bar, stdout
+from codecllm.cli.json_output import output
 from codecllm.cli.options import Json, Quiet, Revision, Workers, read_text
 from codecllm.cli.output import print_doctor, print_evaluation, print_tasks
 from codecllm.formats.errors import UsageError
@@ -123,7 +123,7 @@ def sign(
 
     path = run(out, private_key, signature, password=password)
     if as_json:
-        typer.echo(json.dumps({"signature": str(path)}))
+        output.print({"signature": str(path)})
     else:
         typer.echo(f"{path}: verify it with --signature and the public key")
 
@@ -131,7 +131,7 @@ def sign(
 def _finish(report: Report, as_json: bool, render: Callable[[Report, Console], None]) -> NoReturn:
     """Prints a report and exits with its code."""
     if as_json:
-        typer.echo(report.to_json())
+        output.print(report.to_dict())
     else:
         render(report, stdout)
     raise typer.Exit(report.exit_code)
@@ -198,7 +198,7 @@ def compare(
     with progress_bar("comparing", not (quiet or as_json)) as advance:
         comparison = compare_models(a, b, run=run, workers=workers, progress=advance)
     if as_json:
-        typer.echo(json.dumps(comparison, indent=1))
+        output.print(comparison)
     else:
         render_comparison(comparison, stdout)
     # As with `cmp` and `diff`.
@@ -283,7 +283,7 @@ def evaluate(
                 **models,
             )
         if as_json:
-            typer.echo(json.dumps(answers.to_dict()))
+            output.print(answers.to_dict())
         else:
             print_tasks(answers)
         return
@@ -309,7 +309,7 @@ def evaluate(
     if plot is not None:
         draw(result, plot)
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
+        output.print(result.to_dict())
     else:
         print_evaluation(result)
 
@@ -328,7 +328,7 @@ def doctor(as_json: Json = False) -> None:
 
     report = examine()
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        output.print(report.to_dict())
     else:
         print_doctor(report)
     if not report.ok:

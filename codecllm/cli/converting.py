@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import typer
 from codecllm.cli import options
 from codecllm.cli.app import app
 from codecllm.cli.console import progress_bar, stderr, stdout
+from codecllm.cli.json_output import output
 from codecllm.cli.options import Json, Quiet, Revision, Workers, parse_size
 from codecllm.cli.output import conversion_facts, print_conversion, print_estimate, print_push
 
@@ -109,7 +109,7 @@ def convert(
     # The conversion is reported before: a push that fails must not hide it.
     push_report = _push(out, push_to, silent, private=private, workers=workers)
     if as_json:
-        typer.echo(json.dumps({**conversion_facts(conversion), "push": push_report.to_dict()}))
+        output.print({**conversion_facts(conversion), "push": push_report.to_dict()})
     else:
         print_push(push_report)
 
@@ -173,7 +173,7 @@ def export(
             "tensor_bytes": report.tensor_bytes,
             "notes": list(report.notes),
         }
-        typer.echo(json.dumps(facts))
+        output.print(facts)
     else:
         for note in report.notes:
             stdout.print(note, markup=False)
@@ -231,7 +231,7 @@ def push(
         workers=workers,
     )
     if as_json:
-        typer.echo(json.dumps(push_report.to_dict()))
+        output.print(push_report.to_dict())
     else:
         print_push(push_report)
 

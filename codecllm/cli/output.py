@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 
 from codecllm.cli.console import print_warnings, stdout
+from codecllm.cli.json_output import output
 
 if TYPE_CHECKING:
     from codecllm.api import Converted
@@ -44,7 +43,7 @@ def print_estimate(predicted: Estimate, as_json: bool) -> None:
         rows = [{name: getattr(t, name) for name in t.__slots__} for t in predicted.tensors]
         totals = {"source_bytes": predicted.source_bytes, "stored_bytes": predicted.stored_bytes}
         facts = {**totals, "tensors": rows, **_file_facts(predicted)}
-        typer.echo(json.dumps({**facts, "warnings": predicted.warnings}))
+        output.print({**facts, "warnings": predicted.warnings})
         return
     from rich.table import Table
 
@@ -91,7 +90,7 @@ def conversion_facts(done: Converted) -> dict[str, Any]:
 def print_conversion(done: Converted, as_json: bool) -> None:
     """Prints sizes, ratio and the manifest to pin."""
     if as_json:
-        typer.echo(json.dumps(conversion_facts(done)))
+        output.print(conversion_facts(done))
         return
     report = done.report
     print_warnings(report.warnings)

@@ -5,19 +5,18 @@ Signals, and one clear line with the right exit code for every failure.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from functools import partial
 from typing import Any
 
-import typer
-
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr
-from codecllm.formats.errors import CodecLLMError, machine_error, one_line
+from codecllm.cli.json_output import is_asked_for, output
+from codecllm.formats.errors import CodecLLMError, UsageError, machine_error, one_line
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AGAIN_SECONDS = 0.01
@@ -35,19 +34,31 @@ def main() -> None:
         os.environ.setdefault(
             "HF_HUB_DISABLE_PROGRESS_BARS", "1"
         )  # read when huggingface_hub is imported, which is later
+    as_json = is_asked_for()
+    if as_json:
+        output.claim_stdout()
     try:
-        app()
+        # By itself the library prints a wrong option as a box, on stderr.
+        code = app(standalone_mode=not as_json)
+        if as_json and code:
+            _end(code)
+    except SystemExit as exc:
+        if not as_json:
+            raise
+        _end(exc.code)
     except _StopError as exc:
         # 128 + number, as shells report a process that a signal ended.
         _fail(_stopped(exc), 128 + exc.number)
     except (CodecLLMError, OSError, MemoryError) as exc:
         if debug:
-            raise
+            traceback.print_exc()
         message = str(exc) if isinstance(exc, CodecLLMError) else f"{type(exc).__name__}: {exc}"
         _fail(message + _notes(exc), exc.exit_code if isinstance(exc, CodecLLMError) else 4, exc)
     except Exception as exc:
         if debug:
-            raise
+            traceback.print_exc()
+        if as_json and hasattr(exc, "format_message"):  # a wrong option
+            _fail(exc.format_message(), 2, UsageError(exc.format_message()))
         # A library may have wrapped the signal in an error of its own.
         stop = _stop_behind(exc)
         if stop is not None:
@@ -117,9 +128,16 @@ def _stop_behind(exc: BaseException | None) -> _StopError | None:
     return exc
 
 
+def _end(code: Any) -> None:
+    """Ends the process with the code of a command, which has printed its object or has failed."""
+    if code and not output.is_printed:
+        _fail("the command ended without a result", code if isinstance(code, int) else 1)
+    sys.exit(code)
+
+
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:
     """Prints one line (with --json one object on stdout) and exits."""
-    if "--json" in sys.argv[1:]:
+    if is_asked_for() and not output.is_printed:
         facts: dict[str, Any] = {
             "error": type(error).__name__ if error else "Interrupted",
             "message": message,
@@ -130,7 +148,7 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> None:
                 facts[name] = value if isinstance(value, (int, str)) else str(value)
         # On stdout, where the result would be: a caller reads one stream.
         try:
-            typer.echo(json.dumps({**facts, "exit_code": code}))
+            output.print({**facts, "exit_code": code})
         except OSError:  # stdout itself is the fault: a full disk behind it
             stderr.print(f"error: {message}", style="red", markup=False)
     else:

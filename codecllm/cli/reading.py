@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ import typer
 
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr, stdout
+from codecllm.cli.json_output import output
 from codecllm.cli.options import ContainerName, Json, ResidentName, Revision, Workers
 from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.text import visible
@@ -32,7 +32,7 @@ def info(
 
     facts = describe_name(out, revision=revision)
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        output.print(facts)
     else:
         render(facts, stdout)
 
@@ -70,7 +70,10 @@ def generate(
         progress=stderr.is_terminal and not as_json,
     )
     # A model may write escape sequences; JSON escapes them itself.
-    typer.echo(json.dumps({"prompt": prompt, "text": text}) if as_json else visible(text))
+    if as_json:
+        output.print({"prompt": prompt, "text": text})
+    else:
+        typer.echo(visible(text))
 
 
 @app.command()
@@ -116,11 +119,12 @@ def bench(
     elif device == "cpu":
         options = replace(options, residents=tuple(r for r in options.residents if r != "packed"))
     rows = list(bench(out, options, lambda text: stderr.print(text, markup=False)))
-    if as_json:
-        typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
-    else:
+    nothing = all(row.error is not None for row in rows)
+    if not as_json:
         _print_bench(rows)
-    if all(row.error is not None for row in rows):
+    elif not nothing:
+        output.print({"rows": [row.to_dict() for row in rows]})
+    if nothing:
         raise UnsupportedEnvironmentError("nothing could be measured", got=rows[0].error)
 
 

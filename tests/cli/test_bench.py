@@ -27,7 +27,7 @@ def made(tmp_path_factory):
 def test_every_residency_and_the_source(made):
     done = run("bench", made / "int8", "--source", made / "source", *SHORT, "--json")
     assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
     assert list(rows) == ["source", "dense", "int8", "compressed"]
     for row in rows.values():
         assert row["error"] is None

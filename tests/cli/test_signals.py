@@ -18,7 +18,7 @@ class Object:
         for _ in range(100):
             pass
 
-def app():
+def app(**_):
     for _ in range(2):  # the second one would be ignored, had the first ended the command
         thing = Object()
         del thing
