@@ -14,9 +14,8 @@ from codecllm.formats.codecs.rans_table import parse_tables
 from codecllm.formats.errors import DecodeError
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.stored_tensor import StoredTensor
-from codecllm.loader.device.codecs import RAW_ID, ZSTD_ID, DeviceCodecs
+from codecllm.loader.device.codecs import RAW_ID, ZSTD_ID, DeviceTools
 from codecllm.loader.device.nvcomp import ZstdFrames
-from codecllm.loader.device.streams import Event, Streams
 
 if TYPE_CHECKING:
     from codecllm.loader.kernels.rans import DeviceTables, RansChunks
@@ -56,6 +55,7 @@ class ChunkList:
     table_of: list[NDArray[np.int64]] = field(default_factory=list)
     codes: list[NDArray[np.bool_]] = field(default_factory=list)
     tables: list[bytes] = field(default_factory=list)
+    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def add(self, source: StoredTensor, bands: range, slot: int, planes: list[int]) -> None:
         """Adds all chunks of some bands of tiles.
@@ -119,13 +119,22 @@ class ChunkList:
                 + col // tables.groups.tile_cols
             )
             # Chunks of a group share a table: it is sent and expanded once for all of them.
-            places, numbers = np.unique(
+            places, order = np.unique(
                 group * tables.planes + (first + rans_chunks) % tables.planes, return_inverse=True
             )
-            table_numbers[rans_chunks] = len(self.tables) + numbers
-            begins, ends = tables.offsets[places].tolist(), tables.offsets[places + 1].tolist()
-            self.tables += [tables.data[begin:end] for begin, end in zip(begins, ends, strict=True)]
+            numbers = [self._number_of(source, place) for place in places.tolist()]
+            table_numbers[rans_chunks] = np.array(numbers)[order]
         return table_numbers
+
+    def _number_of(self, source: StoredTensor, place: int) -> int:
+        """Returns the number of a table of a tensor's, added if it is not there."""
+        key = (id(source), place)
+        if key not in self._numbers:
+            assert source.tables is not None
+            begin, end = source.tables.offsets[place : place + 2].tolist()
+            self._numbers[key] = len(self.tables)
+            self.tables.append(source.tables.data[begin:end])
+        return self._numbers[key]
 
 
 class ChunkWork:
@@ -160,6 +169,7 @@ class ChunkWork:
         self._order = np.concatenate([rans, zstd])
         self._rans = self._describe_rans(rans, slots, stored_sizes, raw, places, tables)
         self.tables = self._parse_tables(tables, codecs == RANS_ID)
+        self._by_codec = (rans, zstd, plain)
         frames = [
             slots[zstd] + stored_address,
             stored_sizes[zstd],
@@ -196,8 +206,9 @@ class ChunkWork:
         tools: DeviceTools,
         tables: DeviceTables | None,
         checks: bool = True,
+        part: range | None = None,
     ) -> Verdict:
-        """Queues the decoding of all chunks on the current stream.
+        """Queues the decoding of all chunks, or a part of them, on the current stream.
 
         That must be `tools.streams.decode` or a later one.
 
@@ -208,6 +219,8 @@ class ChunkWork:
             tools: the decoders.
             tables: `tables`, expanded; None where there is none.
             checks: whether codes are searched for the forbidden one; the same bytes need it once.
+            part: numbers of the chunks, in the order of the list; all without it. A part is not
+                checked, and its verdict is not for `raise_fault`.
 
         Returns:
             The verdict, still on the device.
@@ -215,47 +228,56 @@ class ChunkWork:
         from codecllm.loader.kernels.place import find_forbidden, place_chunks
         from codecllm.loader.kernels.rans import RansChunks, decode_rans
 
-        rans, zstd, plain, code_chunks = self._counts
+        counts, code_chunks = self._counts[:3], self._counts[3]
         frames_at, raw_at, check_at = self._starts[1], self._starts[5], self._starts[6]
+        rans, zstd, plain = (self._within(chunks, part) for chunks in self._by_codec)
         # First the decoded sizes of zstd's frames (int64), then a fault per decoded chunk and a
         # flag per chunk (int32).
         status = torch.zeros(
-            zstd + (rans + zstd + len(self._chunks) + 1) // 2,
+            len(zstd) + (len(rans) + len(zstd) + len(self._chunks) + 1) // 2,
             dtype=torch.int64,
             device=arena.device,
         )
-        faults = status[zstd:].view(torch.int32)
+        faults = status[len(zstd) :].view(torch.int32)
         if rans:
             assert tables is not None
-            fields = words[: rans * 5].view(rans, 5)
+            fields = words[: counts[0] * 5].view(-1, 5)[rans.start : rans.stop]
             rans_work = RansChunks(
                 fields, self._rans.stored_bytes, self._rans.arena_bytes, self._rans.tables
             )
-            decode_rans(stored, rans_work, tables, arena, faults[:rans])
+            decode_rans(stored, rans_work, tables, arena, faults[: len(rans)])
         if zstd:
-            address = words.data_ptr() + 8 * frames_at
-            step = 8 * zstd
+            address = words.data_ptr() + 8 * (frames_at + zstd.start)
+            step = 8 * counts[1]
             frames = ZstdFrames(
                 address,
                 address + step,
                 address + 2 * step,
                 address + 3 * step,
-                zstd,
+                len(zstd),
                 self._largest,
                 self._total,
             )
-            tools.decode_zstd(frames, status, faults[rans : rans + zstd])
+            tools.decode_zstd(frames, status, faults[len(rans) : len(rans) + len(zstd)])
         if plain:
             place_chunks(
                 stored,
-                words[raw_at : raw_at + 3 * plain].view(plain, 3),
+                words[raw_at : raw_at + 3 * counts[2]].view(-1, 3)[plain.start : plain.stop],
                 int(self._raw.max()),
                 arena,
             )
-        if code_chunks and checks:
+        if code_chunks and checks and part is None:
             fields = words[check_at : check_at + 3 * code_chunks].view(code_chunks, 3)
-            find_forbidden(arena, fields, int(self._raw.max()), CODE_128, faults[rans + zstd :])
+            flags = faults[len(rans) + len(zstd) :]
+            find_forbidden(arena, fields, int(self._raw.max()), CODE_128, flags)
         return Verdict(self, status)
+
+    @staticmethod
+    def _within(chunks: NDArray[np.int64], part: range | None) -> range:
+        """Returns where those of a part stand among ascending numbers of chunks."""
+        if part is None:
+            return range(len(chunks))
+        return range(*np.searchsorted(chunks, (part.start, part.stop)).tolist())
 
     def raise_fault(self, status: NDArray[np.int64], tools: DeviceTools) -> None:
         """Raises the error of the first chunk whose status says so.
@@ -331,50 +353,6 @@ class Verdict:
 
     work: ChunkWork
     status: torch.Tensor
-
-
-class DeviceTools:
-    """Decoders of a device with the scratch that they need.
-
-    Attributes:
-        streams: the device's.
-        codecs: the codecs that are decoded there.
-    """
-
-    def __init__(self, streams: Streams, codecs: DeviceCodecs) -> None:
-        """Allocates nothing yet."""
-        self.streams = streams
-        self.codecs = codecs
-        self._temp = torch.empty(0, dtype=torch.uint8)
-
-    def expand(self, work: ChunkWork) -> tuple[DeviceTables, Event] | None:
-        """Copies tables to the device on the side stream, which has no other work to wait for."""
-        precisions, frequencies = work.tables
-        if not len(precisions):
-            return None
-        from codecllm.loader.kernels.rans import expand_frequencies
-
-        # The decode stream is busy with the batch before, and this copy is waited for.
-        with self.streams.on(self.streams.side):
-            device_tables = expand_frequencies(precisions, frequencies, self.streams.device)
-        for part in (device_tables.symbols, device_tables.ranges, device_tables.precisions):
-            self.streams.keep(part, self.streams.decode)
-        return device_tables, self.streams.record(self.streams.side)
-
-    def decode_zstd(self, frames: ZstdFrames, sizes: torch.Tensor, statuses: torch.Tensor) -> None:
-        """Queues the decoding of frames on the decode stream; see `Nvcomp.decode`."""
-        nvcomp = self.codecs.nvcomp
-        assert nvcomp is not None
-        temp_bytes = nvcomp.temp_bytes(frames.count, frames.largest, frames.symbols)
-        if self._temp.numel() < temp_bytes:
-            self._temp = torch.empty(temp_bytes, dtype=torch.uint8, device=self.streams.device)
-        stream = self.streams.handle(self.streams.decode)
-        nvcomp.decode(frames, self._temp, sizes.data_ptr(), statuses.data_ptr(), stream)
-
-    def explain_zstd(self, status: int) -> str:
-        """Returns nvCOMP's words for a status."""
-        assert self.codecs.nvcomp is not None
-        return self.codecs.nvcomp.explain(status)
 
 
 def chunks_of(source: StoredTensor, bands: range) -> tuple[int, int]:

@@ -1,19 +1,24 @@
-"""Which decoders this machine has for a device, and why not."""
+"""Which decoders this machine has for a device, why not others, and their calls."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from codecllm.formats.codecs import CODEC_IDS, CODEC_NAMES, RANS_ID
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.formats.manifest.records import AliasTensor, RawTensor
-from codecllm.loader.device.nvcomp import Nvcomp, open_nvcomp
-from codecllm.loader.device.streams import is_accelerator
+from codecllm.loader.device.nvcomp import Nvcomp, ZstdFrames, open_nvcomp
+from codecllm.loader.device.streams import Event, Streams, is_accelerator
+
+if TYPE_CHECKING:
+    from codecllm.loader.kernels.rans import DeviceTables
 
 Decoder = Literal["auto", "cpu", "nvcomp", "triton"]
 """Where chunks are decoded for a model on a GPU.
@@ -130,3 +135,53 @@ def _why_not_interpreted() -> str | None:
     from triton import knobs
 
     return None if knobs.runtime.interpret else "there is no GPU"
+
+
+class DeviceTools:
+    """Decoders of a device with the scratch that they need.
+
+    Attributes:
+        streams: the device's.
+        codecs: the codecs that are decoded there.
+    """
+
+    def __init__(self, streams: Streams, codecs: DeviceCodecs) -> None:
+        """Allocates nothing yet."""
+        self.streams = streams
+        self.codecs = codecs
+        self._temp = torch.empty(0, dtype=torch.uint8)
+
+    def expand(
+        self, tables: tuple[NDArray[np.int64], NDArray[np.int64]]
+    ) -> tuple[DeviceTables, Event] | None:
+        """Copies tables to the device on the side stream, which has no other work to wait for.
+
+        Args:
+            tables: int64 [tables] precisions, and int64 [tables, 256] frequencies.
+        """
+        precisions, frequencies = tables
+        if not len(precisions):
+            return None
+        from codecllm.loader.kernels.rans import expand_frequencies
+
+        # The decode stream is busy with the batch before, and this copy is waited for.
+        with self.streams.on(self.streams.side):
+            device_tables = expand_frequencies(precisions, frequencies, self.streams.device)
+        for part in (device_tables.symbols, device_tables.ranges, device_tables.precisions):
+            self.streams.keep(part, self.streams.decode)
+        return device_tables, self.streams.record(self.streams.side)
+
+    def decode_zstd(self, frames: ZstdFrames, sizes: torch.Tensor, statuses: torch.Tensor) -> None:
+        """Queues the decoding of frames on the decode stream; see `Nvcomp.decode`."""
+        nvcomp = self.codecs.nvcomp
+        assert nvcomp is not None
+        temp_bytes = nvcomp.temp_bytes(frames.count, frames.largest, frames.symbols)
+        if self._temp.numel() < temp_bytes:
+            self._temp = torch.empty(temp_bytes, dtype=torch.uint8, device=self.streams.device)
+        stream = self.streams.handle(self.streams.decode)
+        nvcomp.decode(frames, self._temp, sizes.data_ptr(), statuses.data_ptr(), stream)
+
+    def explain_zstd(self, status: int) -> str:
+        """Returns nvCOMP's words for a status."""
+        assert self.codecs.nvcomp is not None
+        return self.codecs.nvcomp.explain(status)

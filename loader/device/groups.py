@@ -10,7 +10,7 @@ import torch
 
 from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.chunks import ChunkWork
-from codecllm.loader.device.plan import band_rows
+from codecllm.loader.device.plan import aligned, band_rows
 from codecllm.loader.device.streams import Event
 
 GROUP_ELEMENTS = 1 << 27
@@ -75,15 +75,42 @@ class Recording:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Blocks that are decoded as one batch, described for an arena at a certain address."""
+    """Blocks that are decoded as one batch, described for an arena at a certain address.
+
+    Attributes:
+        blocks: the blocks.
+        one_by_one: whether each is a batch of its own instead, from the start of the arena.
+        arena: its address.
+        work: the description, None until there is one.
+        words: it, on the device.
+        tables: of `rans`, on the device, with an event behind their copy; None without any.
+        planes: where the planes of each block lie in the arena.
+        chunks: numbers of the chunks of each block in the description.
+        recordings: of the decoding, by place.
+    """
 
     blocks: list[Block]
+    one_by_one: bool = False
     arena: int = 0
     work: ChunkWork | None = None
     words: torch.Tensor | None = None
     tables: Any = None
     planes: list[list[int]] = field(default_factory=list)
+    chunks: list[range] = field(default_factory=list)
     recordings: dict[Place, Recording] = field(default_factory=dict)
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Returns the bytes of the decoded blocks."""
+        return sum(aligned(block.elements * dtype.itemsize) for block in self.blocks)
+
+    def places(self, memory: torch.Tensor, dtype: torch.dtype) -> dict[Block, torch.Tensor]:
+        """Returns where the blocks go, [rows, columns] each, in memory of `size` bytes or more."""
+        places, start = {}, 0
+        for block in self.blocks:
+            size = block.elements * dtype.itemsize
+            places[block] = memory[start : start + size].view(dtype).view(block.rows, block.cols)
+            start += aligned(size)
+        return places
 
 
 @dataclass(slots=True, eq=False)

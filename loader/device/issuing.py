@@ -18,8 +18,8 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import ChecksumError
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.loader.device.buffers import DeviceBuffer, empty_on_device
-from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools, Verdict, plane_places
-from codecllm.loader.device.codecs import DeviceCodecs
+from codecllm.loader.device.chunks import ChunkList, ChunkWork, Verdict, plane_places
+from codecllm.loader.device.codecs import DeviceCodecs, DeviceTools
 from codecllm.loader.device.finish import finish_bands, side_arrays
 from codecllm.loader.device.plan import (
     ARENA_BYTES,
@@ -79,7 +79,7 @@ class BatchIssuer:
         self._batches += 1
         stage_bytes = stage.claim(batch.slot_bytes, min(SLOT_BYTES, self._size), streams)
         work = self._describe(batch, stage_bytes, reading.memory)
-        tables = self._tools.expand(work) if work is not None else None
+        tables = self._tools.expand(work.tables) if work is not None else None
         with streams.on(streams.copy):
             stage_bytes.copy_(reading.memory, non_blocking=True)
         reading.slot.copied = streams.record(streams.copy)

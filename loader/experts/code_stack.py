@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from codecllm.loader.kernels.expert_codes import ExpertCodes
 from codecllm.loader.packed.form import PackedForm
-from codecllm.loader.packed.matrix import unpack_codes
+from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.int8_form import Int8Form
 from codecllm.loader.resident.joined_form import Rows, Stack
@@ -107,8 +108,12 @@ def _has_bytes(form: WeightForm) -> bool:
 
 
 def _codes_of(form: Int8Form | PackedForm) -> torch.Tensor:
-    matrix = form.matrix
-    return matrix.codes if isinstance(matrix, ScaledCodes) else unpack_codes(matrix)
+    if isinstance(form, Int8Form):
+        return form.matrix.codes
+    # bfloat16 holds every code of 8 bits, and a kernel unpacks into it.
+    ones = torch.ones(form.matrix.rows, device=form.matrix.words.device)
+    alone = replace(form.matrix, scale=ones, col_scale=None)
+    return PackedProduct(alone).dense(torch.bfloat16).to(torch.int8)
 
 
 def _expert(names: Sequence[str], matrix: ExpertCodes, number: int) -> WeightForm:

@@ -27,15 +27,14 @@ from codecllm.loader.device import groups
 from codecllm.loader.device.chunks import (
     ChunkList,
     ChunkWork,
-    DeviceTools,
     Verdict,
     plane_bytes,
     plane_places,
 )
-from codecllm.loader.device.codecs import DeviceCodecs
+from codecllm.loader.device.codecs import DeviceCodecs, DeviceTools
 from codecllm.loader.device.finish import finish_bands, side_arrays, sides_of_rows, to_device
 from codecllm.loader.device.groups import Block, Buffer, Group, Recording, grouped
-from codecllm.loader.device.plan import aligned, band_rows
+from codecllm.loader.device.plan import band_rows
 from codecllm.loader.device.streams import Streams
 from codecllm.loader.engine import Engine, Request, fill
 from codecllm.loader.host.threads import decoding_threads
@@ -65,7 +64,7 @@ class DeviceCompressedTensor(CodedMatrix):
         super().__init__(stored)
         self.decoder, self.slot, self.sides = decoder, slot, sides
         self.blocks: list[Block] = []
-        self._bands: dict[int, Group] = {}
+        self._bands: Group | None = None
 
     def __reduce__(self) -> Any:
         """Travels as a matrix in the host's memory, which any process can decode."""
@@ -127,13 +126,13 @@ class DeviceCompressedTensor(CodedMatrix):
         return out.to(device)
 
     def _rows_of_band(self, band: int, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        group = self._bands.get(band)
-        if group is None:
-            group = self._bands[band] = Group([Block(self, range(band, band + 1))])
-        here = self.decoder.device
-        decoded = torch.empty(group.blocks[0].rows, self.cols, dtype=dtype, device=here)
+        if self._bands is None:  # described once for all tokens to come
+            down = self.stored.table.grid.down
+            self._bands = Group([Block(self, range(n, n + 1)) for n in range(down)], True)
+        here, height = self.decoder.device, self._bands.blocks[band].rows
+        decoded = torch.empty(height, self.cols, dtype=dtype, device=here)
         with self.decoder.lock:
-            self.decoder.decode(group, [decoded])
+            self.decoder.decode(self._bands, [decoded], band)
         first = band * self.stored.table.grid.tile_rows
         return decoded.index_select(0, rows.to(here) - first)
 
@@ -237,11 +236,14 @@ class DeviceDecoder:
             self._fill(self._buffers[1 - self._current], following, dtype)
         return buffer
 
-    def decode(self, group: Group, outs: list[torch.Tensor]) -> None:
-        """Decodes blocks into `outs`, [rows, columns]; the thread's stream waits. Hold `lock`."""
+    def decode(self, group: Group, outs: list[torch.Tensor], only: int | None = None) -> None:
+        """Decodes blocks into `outs`, [rows, columns]; the thread's stream waits. Hold `lock`.
+
+        `only` is the number of the block of a group whose blocks are decoded one by one.
+        """
         self._refuse_capture()
         self._streams.follow(self._streams.decode)
-        self._decode(group, outs)
+        self._decode(group, outs, only)
         self._streams.wait(self._streams.current(), self._streams.record(self._streams.decode))
 
     def _refuse_capture(self) -> None:
@@ -267,8 +269,8 @@ class DeviceDecoder:
         """Queues the decoding of a group into a buffer, behind every use of its contents."""
         buffer.weights = {}  # until all is queued: a failure leaves nothing that looks decoded
         self._describe(group)
-        if buffer.memory is None or buffer.memory.numel() < _bytes_of(group, dtype):
-            self._enlarge(buffer, max(_bytes_of(each, dtype) for each in (group, *self._groups)))
+        if buffer.memory is None or buffer.memory.numel() < group.size(dtype):
+            self._enlarge(buffer, max(each.size(dtype) for each in (group, *self._groups)))
         here = self._streams.number()
         for number, stream in buffer.users.items():
             if number != here:
@@ -303,7 +305,7 @@ class DeviceDecoder:
         if recording is not None and recording.replay is not None:
             recording.replay()
             return recording.weights
-        weights = _places(group, memory, dtype)
+        weights = group.places(memory, dtype)
         work = partial(self._decode, group, list(weights.values()))
         if recording is not None and not recording.refused:
             assert group.work is not None
@@ -315,34 +317,37 @@ class DeviceDecoder:
             group.recordings[place] = Recording(weights)
         return weights
 
-    def _decode(self, group: Group, outs: list[torch.Tensor]) -> None:
-        self._launch(group)
+    def _decode(self, group: Group, outs: list[torch.Tensor], only: int | None = None) -> None:
+        self._launch(group, only=only)
+        numbers = range(len(group.blocks)) if only is None else (only,)
         with torch.inference_mode(), self._streams.on(self._streams.decode):
-            for block, planes, out in zip(group.blocks, group.planes, outs, strict=True):
+            for number, out in zip(numbers, outs, strict=True):
+                block = group.blocks[number]
                 source, symbols = block.tensor.stored, block.elements
                 row, rows = band_rows(source, block.bands)
                 sides = sides_of_rows(source, block.tensor.sides, (row, rows))
-                arenas = [self._arena[place : place + symbols] for place in planes]
+                arenas = [self._arena[place : place + symbols] for place in group.planes[number]]
                 finish_bands(source, (row, rows), arenas, sides, out)
 
-    def _launch(self, group: Group, *, checks: bool = False) -> Verdict:
+    def _launch(self, group: Group, *, checks: bool = False, only: int | None = None) -> Verdict:
         """Queues the decoding of a group's chunks into the arena, on the decode stream.
 
         With `checks` the verdict says whether codes are allowed ones, too.
         """
         self._describe(group)
         assert group.work is not None and group.words is not None
+        part = None if only is None else group.chunks[only]
         tables = group.tables[0] if group.tables is not None else None
+        given = (group.words, self._payloads, self._arena, self._tools, tables, checks, part)
         with torch.inference_mode(), self._streams.on(self._streams.decode):
-            return group.work.launch(
-                group.words, self._payloads, self._arena, self._tools, tables, checks
-            )
+            return group.work.launch(*given)
 
     def _describe(self, group: Group) -> None:
         """Makes a group's description, once for an arena; it stays on the device."""
         if group.work is not None and group.arena == self._arena.data_ptr():
             return
-        chunks, start, places = ChunkList(), 0, list[list[int]]()
+        chunks, start, end = ChunkList(), 0, 0
+        places, numbers = list[list[int]](), list[range]()
         for block in group.blocks:
             source = block.tensor.stored
             first = block.bands.start * source.table.grid.across * source.table.planes
@@ -351,20 +356,23 @@ class DeviceDecoder:
                 source, block.bands, block.tensor.slot + int(source.table.offsets[first]), planes
             )
             places.append(planes)
-            start += source.table.planes * plane_bytes(block.elements)
-        if self._arena.numel() < start:
+            numbers.append(range(numbers[-1].stop if numbers else 0, len(chunks)))
+            end = max(end, start + source.table.planes * plane_bytes(block.elements))
+            start = 0 if group.one_by_one else end
+        if self._arena.numel() < end:
             self._streams.synchronize()
             with torch.inference_mode(False):
-                self._arena = torch.empty(start, dtype=torch.uint8, device=self.device)
+                self._arena = torch.empty(end, dtype=torch.uint8, device=self.device)
         work = ChunkWork(chunks, self._payloads.data_ptr(), self._arena.data_ptr())
         with torch.inference_mode(False):
             words = torch.from_numpy(work.words).to(self.device)
             self._streams.keep(words, self._streams.decode)
-            tables = self._tools.expand(work) if group.tables is None else group.tables
+            tables = self._tools.expand(work.tables) if group.tables is None else group.tables
         self._streams.follow(self._streams.decode)
         if tables is not None:
             self._streams.wait(self._streams.decode, tables[1])
-        group.words, group.tables, group.planes, group.work = words, tables, places, work
+        group.words, group.tables, group.work = words, tables, work
+        group.planes, group.chunks = places, numbers
         group.recordings.clear()  # they read the words before
         group.arena = self._arena.data_ptr()  # last: it vouches for the rest
 
@@ -378,16 +386,3 @@ class _HostDecoder:
 
 def _new_decoder() -> SharedDecoder:
     return SharedDecoder(decoding_threads(None))
-
-
-def _bytes_of(group: Group, dtype: torch.dtype) -> int:
-    return sum(aligned(block.elements * dtype.itemsize) for block in group.blocks)
-
-
-def _places(group: Group, memory: torch.Tensor, dtype: torch.dtype) -> dict[Block, torch.Tensor]:
-    places, start = {}, 0
-    for block in group.blocks:
-        size = block.elements * dtype.itemsize
-        places[block] = memory[start : start + size].view(dtype).view(block.rows, block.cols)
-        start += aligned(size)
-    return places

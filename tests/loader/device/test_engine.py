@@ -18,8 +18,8 @@ from codecllm.formats.errors import ChecksumError, DecodeError
 from codecllm.formats.reference import read_codes, read_tensor_bytes
 from codecllm.formats.shards.chunk_table import RECORD
 from codecllm.loader.device import issuing, plan, reading
-from codecllm.loader.device.chunks import ChunkList, ChunkWork, DeviceTools
-from codecllm.loader.device.codecs import NOTHING
+from codecllm.loader.device.chunks import ChunkList, ChunkWork
+from codecllm.loader.device.codecs import NOTHING, DeviceTools
 from codecllm.loader.device.engine import DeviceEngine
 from codecllm.loader.engine import Request
 from codecllm.loader.reader import TensorReader
@@ -377,7 +377,9 @@ def test_tables_reach_the_device_even_where_new_tensors_go_to_meta(rans_containe
         with torch.device(
             "meta"
         ):  # as transformers has it while it lets a quantizer prepare a model
-            expanded = DeviceTools(HostStreams(), KERNELS_ONLY).expand(ChunkWork(chunks, 0, 0))
+            expanded = DeviceTools(HostStreams(), KERNELS_ONLY).expand(
+                ChunkWork(chunks, 0, 0).tables
+            )
     assert expanded is not None
     assert not any(
         part.is_meta for part in (expanded[0].symbols, expanded[0].ranges, expanded[0].precisions)
