@@ -35,6 +35,8 @@ CONTAINERS = {
     "lossless": ("--scheme", "lossless"),
     "int8": ("--scheme", "int8"),
     "4.5 bits": ("--bits", "4.5", "--calibrate", "none"),
+    "lossless, 32 KiB": ("--scheme", "lossless", "--chunk-kib", "32"),
+    "int8, 32 KiB": ("--scheme", "int8", "--chunk-kib", "32"),
 }
 CASES = (
     ("lossless", "dense"),
@@ -42,6 +44,8 @@ CASES = (
     ("int8", "int8"),
     ("int8", "packed"),
     ("4.5 bits", "packed"),
+    ("lossless, 32 KiB", "compressed"),
+    ("int8, 32 KiB", "compressed"),
 )
 _MACHINE = Machine(torch.device("cuda"), small=False)
 
@@ -153,7 +157,7 @@ def _line(name: str, load: Callable[[], Any], **options: bool) -> list[int]:
         seconds.append(time.perf_counter() - start)
     memory = torch.cuda.memory_allocated() >> 20
     columns, tokens = measure(model, **options)
-    print(f"{name:20} {min(seconds):6.2f} {memory:6} |{columns}  {tokens}", flush=True)
+    print(f"{name:28} {min(seconds):6.2f} {memory:6} |{columns}  {tokens}", flush=True)
     return tokens
 
 
@@ -175,7 +179,7 @@ def main() -> None:
         cases = CASES if not options.experts else (("int8", "packed"), ("int8", "int8"))
         make_containers(folder, sorted({name for name, _ in cases}))
         head = " |".join(f"{f'b{batch} graph':>10} eager" for batch in BATCHES)
-        print(f"{'residency':20} load s    MiB |{head} | prefill  first tokens", flush=True)
+        print(f"{'residency':28} load s    MiB |{head} | prefill  first tokens", flush=True)
         plain = partial(models.load_source, _MACHINE, folder / "source")
         with _without_products():
             _line("without products", plain, graphs_only=True)
