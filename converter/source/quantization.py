@@ -164,7 +164,7 @@ def _mxfp4_weights(entries: Entries) -> dict[str, tuple[str, str]]:
         if stem == name or scales is None:
             continue
         are_bytes = entry.dtype.name == "U8" and scales.dtype.name == "U8"
-        if are_bytes and entry.shape[:-1] == scales.shape and entry.shape[-1] == 16:
+        if are_bytes and tuple(entry.shape) == (*scales.shape, 16):
             mxfp4_names[stem] = (name, f"{stem}_scales")
     return mxfp4_names
 

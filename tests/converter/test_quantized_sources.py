@@ -14,7 +14,7 @@ from codecllm.converter.source import dequantized
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import SourceError
+from codecllm.formats.errors import CodecLLMError, SourceError
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.verifier.checks.comparison import check_source
@@ -212,6 +212,34 @@ def test_a_method_that_keeps_16_bits(tmp_path):
     assert report.manifest.source.quantization == "bitnet"
     with pytest.raises(SourceError, match="bitnet"):
         convert(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (16,), (0, 16), (1, 0), (2, 3, 0)])
+@pytest.mark.parametrize("dtype", ["U8", "I8", "I32", "F8_E4M3"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a_blocks", "a_scales"),
+        ("a.weight", "a.weight_scale"),
+        ("a.weight", "a.weight_scale_inv"),
+        ("a.weight_packed", "a.weight_scale"),
+        ("a.qweight", "a.scales"),
+    ],
+)
+def test_shapes_that_no_quantizer_writes(tmp_path, names, dtype, shape):
+    item = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F8_E4M3": np.uint8}[dtype]
+    tensors = {name: (dtype, np.zeros(shape, item)) for name in names}
+    source = write_source(tmp_path / "s", {**tensors, "b.weight": MATRIX}, {"model_type": "x"})
+    for scheme in ("lossless", "int8"):
+        try:
+            convert(source, tmp_path / scheme, scheme=scheme)
+        except CodecLLMError:
+            assert not (tmp_path / scheme).exists()
+            continue
+        with Container(tmp_path / scheme) as container:
+            for name, (_, values) in tensors.items():
+                if container.records[name].dtype == dtype:
+                    assert read_tensor_bytes(container, name) == values.tobytes()
 
 
 @pytest.mark.parametrize(
