@@ -47,6 +47,7 @@ CASES = (
     ("lossless, 32 KiB", "compressed"),
     ("int8, 32 KiB", "compressed"),
 )
+EXPERTS = (("int8", "packed"), ("int8", "int8"))
 _MACHINE = Machine(torch.device("cuda"), small=False)
 
 
@@ -168,6 +169,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--experts", action="store_true", help="a mixture of experts instead")
+    parser.add_argument("--only", action="append", help='such as "int8, packed"; may be repeated')
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="codecllm-batches-") as scratch:
         folder = Path(scratch)
@@ -176,7 +178,11 @@ def main() -> None:
         else:
             models.write_source(_MACHINE, folder / "source", options.layers)
         torch.cuda.empty_cache()
-        cases = CASES if not options.experts else (("int8", "packed"), ("int8", "int8"))
+        cases = [
+            (name, resident)
+            for name, resident in (EXPERTS if options.experts else CASES)
+            if not options.only or f"{name}, {resident}" in options.only
+        ]
         make_containers(folder, sorted({name for name, _ in cases}))
         head = " |".join(f"{f'b{batch} graph':>10} eager" for batch in BATCHES)
         print(f"{'residency':28} load s    MiB |{head} | prefill  first tokens", flush=True)

@@ -6,7 +6,9 @@
 Run in an environment with vLLM. Weights are random, the vocabulary has 16,032 words. Each model has
 an engine in a process of its own, which is measured alone: 1, 16 and 64 prompts of 32 tokens are
 continued by 128 greedy ones. A figure is the best of three differences between that and one token.
-Tokens of a decoding step are in CUDA graphs; `--compile` lets vLLM compile the model too.
+Tokens of a decoding step are in CUDA graphs; `--compile` lets vLLM compile the model too. `GPU ms`
+is the time of all kernels of a step, at 1 and at 64 prompts: with few layers the engine is bound by
+its own work on the host, which differs between processes more than weights do.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.device import batches, models
 from benchmarks.device.machine import Machine
 
 BATCHES = (1, 16, 64)
 PROMPT, NEW = 32, 128
+_PROFILED = 32
 PLAIN = ("source", "plain")
 CASES = (
     PLAIN,
@@ -50,7 +56,11 @@ def main() -> None:
     if options.child:
         print(json.dumps(_measure(sys.stdin.readline().strip(), options)))
         return
-    cases = EXPERTS if options.experts else CASES
+    cases = [
+        (name, resident)
+        for name, resident in (EXPERTS if options.experts else CASES)
+        if not options.only or f"{name}, {resident}" in options.only or resident == "plain"
+    ]
     # Their imports take as long as the models.
     engines = [_start(resident) for _, resident in cases]
     with tempfile.TemporaryDirectory(prefix="codecllm-engine-") as scratch:
@@ -63,7 +73,10 @@ def main() -> None:
         torch.cuda.empty_cache()
         batches.make_containers(folder, sorted({name for name, _ in cases} - {"source"}))
         counts = "".join(f"{f'b{batch}':>9}" for batch in BATCHES)
-        print(f"{'weights':20} start s    MiB | tokens/s:{counts} | first tokens", flush=True)
+        head = (
+            f"{'weights':20} start s    MiB | tokens/s:{counts} | GPU ms: b1   b64 | first tokens"
+        )
+        print(head, flush=True)
         for (name, resident), engine in zip(cases, engines, strict=True):
             what = "bf16" if resident == "plain" else f"{name}, {resident}"
             print(f"{what:20} {_line(engine, folder / name)}", flush=True)
@@ -77,6 +90,7 @@ def _options() -> Any:
     parser.add_argument("--experts", action="store_true", help="a mixture of experts instead")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     parser.add_argument("--attention", help="vLLM's attention backend instead of its choice")
+    parser.add_argument("--only", action="append", help='such as "int8, packed"; may be repeated')
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -104,7 +118,9 @@ def _line(engine: subprocess.Popen[str], folder: Path) -> str:
         return f"failed ({engine.returncode}):\n{(out + errors)[-2500:]}"
     found = json.loads(out.splitlines()[-1])
     rates = "".join(f"{rate:9.0f}" for rate in found["rates"])
-    return f"{found['start_s']:7.1f} {found['mib']:6.0f} | {'':9}{rates} | {found['tokens']}"
+    kernels = "".join(f"{ms:7.3f}" for ms in found["gpu_ms"])
+    start = f"{found['start_s']:7.1f} {found['mib']:6.0f}"
+    return f"{start} | {'':9}{rates} | {kernels} | {found['tokens']}"
 
 
 def _measure(folder: str, options: Any) -> dict[str, Any]:
@@ -146,9 +162,21 @@ def _measure(folder: str, options: Any) -> dict[str, Any]:
         generate(batch, 2)
         seconds = min(generate(batch, NEW)[0] - generate(batch, 1)[0] for _ in range(_TRIES))
         rates.append(batch * (NEW - 1) / seconds)
+    gpu_ms = []
+    for batch in (BATCHES[0], BATCHES[-1]):
+        one, more = (_kernel_ms(partial(generate, batch, 1 + count)) for count in (0, _PROFILED))
+        gpu_ms.append((more - one) / _PROFILED)
     tokens = list(generate(1, 4)[1][0].outputs[0].token_ids)
     mib = sum(engine.apply_model(_held)) / 2**20
-    return {"start_s": started, "mib": mib, "rates": rates, "tokens": tokens}
+    return {"start_s": started, "mib": mib, "rates": rates, "gpu_ms": gpu_ms, "tokens": tokens}
+
+
+def _kernel_ms(run: Callable[[], object]) -> float:
+    """Returns the milliseconds of all kernels of a call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in trace.key_averages()) / 1e3
 
 
 def _held(model: torch.nn.Module) -> int:
