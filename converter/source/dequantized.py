@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,31 +158,32 @@ _EXPERTS = _LastExpert()
 
 
 def scaled_tensor(
-    weight: SourceTensor, scale: SourceTensor, block_size: Sequence[int] | None
+    weight: SourceTensor, scale: SourceTensor, stated: Collection[tuple[int, int]]
 ) -> ScaledTensor:
     """Returns a weight seen as its product with its scales.
 
     Args:
         weight: F8_E4M3, F8_E5M2 or I8, of rank 2 or more.
         scale: one number, one for each row, or a grid of them.
-        block_size: rows and columns of a block, as the config says; None finds them from the
-            shapes.
+        stated: sizes of blocks that the config states, rows and columns; without any, sizes of
+            blocks are powers of two.
 
     Raises:
-        SourceError: the shape of the scales does not fit the weight.
+        SourceError: the shape of the scales does not fit the weight, or fits several sizes of
+            blocks.
     """
     *leading, rows, cols = weight.shape
     count = math.prod(leading)
     values = _scale_values(scale)
     grid = _grid(weight, scale, values.size)
-    block = _block(rows, cols, grid, block_size)
+    block = _block(rows, cols, grid, stated)
     if block is None or values.size != count * grid[0] * grid[1]:
         raise SourceError(
             "scales do not fit the weight",
             file=scale.file.name,
             tensor=scale.name,
             got=list(scale.shape),
-            expected=f"for {list(weight.shape)}",
+            expected=f"for {list(weight.shape)}, in blocks that {_wanted(stated)}",
         )
     scales = values.reshape(count, *grid)
     return ScaledTensor(_entry(weight.name, weight.shape), weight.file, weight, scales, block)
@@ -218,21 +219,42 @@ def _grid(weight: SourceTensor, scale: SourceTensor, size: int) -> tuple[int, in
 
 
 def _block(
-    rows: int, cols: int, grid: tuple[int, int], block_size: Sequence[int] | None
+    rows: int, cols: int, grid: tuple[int, int], stated: Collection[tuple[int, int]]
 ) -> tuple[int, int] | None:
+    """Returns the size of blocks that gives a grid; None: none does, or several do."""
     if 0 in grid:
         return None
     if grid in ((1, 1), (rows, 1)):
         return rows // grid[0], cols
-    if block_size is not None and len(block_size) == 2 and min(block_size) > 0:
-        height, width = block_size
-        if grid == (-(-rows // height), -(-cols // width)):
-            return height, width
-    # Without a block size in the config the grid has to divide the matrix: anything else is a
-    # guess.
-    if rows % grid[0] or cols % grid[1]:
-        return None
-    return rows // grid[0], cols // grid[1]
+    if not stated:
+        sides = _power_of_two(rows, grid[0]), _power_of_two(cols, grid[1])
+        return None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
+    fitting = {
+        # One block along a side holds all of it, whatever its size.
+        (height if grid[0] > 1 else rows, width if grid[1] > 1 else cols)
+        for height, width in stated
+        if grid == (-(-rows // height), -(-cols // width))
+    }
+    return fitting.pop() if len(fitting) == 1 else None
+
+
+def _wanted(stated: Collection[tuple[int, int]]) -> str:
+    if not stated:
+        return "are powers of two, for config.json states no size of them"
+    return f"config.json states: {' or '.join(f'{a} x {b}' for a, b in sorted(stated)[:4])}"
+
+
+def _power_of_two(length: int, count: int) -> int | None:
+    """Returns the power of two that cuts a length into so many blocks, or the whole length for one.
+
+    There is at most one, and other sizes would give as many blocks: 192 in two are blocks of 128.
+    """
+    if count == 1:
+        return length
+    size = 1
+    while size < length and -(-length // size) > count:
+        size *= 2
+    return size if -(-length // size) == count else None
 
 
 def _scale_values(scale: SourceTensor) -> NDArray[np.float32]:

@@ -35,6 +35,8 @@ _ACTIVATION_SCALES = ("input_scale", "activation_scale", "output_scale", "k_scal
 KEEPS_16_BITS = frozenset({"bitnet"})
 """Methods with 16-bit weights that only the modules of the method use correctly."""
 
+_MOST_DIGITS = 10
+
 _METHOD = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -120,6 +122,32 @@ def _parts(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _method(block: Mapping[str, Any] | None) -> str:
     name = str((block or {}).get("quant_method", "unknown")).lower()
     return name if _METHOD.fullmatch(name) else "unknown"
+
+
+def block_sizes(block: Mapping[str, Any] | None) -> frozenset[tuple[int, int]]:
+    """Returns the rows and columns of a weight that one scale is for, as a block states them.
+
+    `weight_block_size` is that of FP8 checkpoints, `block_structure` and `group_size` are those of
+    compressed-tensors, whose groups of layers may differ. The config is not trusted: whatever is no
+    pair of positive integers counts as not stated.
+
+    >>> sorted(block_sizes({"weight_block_size": [128, 128], "a": {"group_size": 32}}))
+    [(1, 32), (128, 128)]
+    """
+    sizes, parts = set[tuple[int, int]](), [block or {}]
+    while parts:
+        part = parts.pop()
+        stated = [part.get("weight_block_size"), part.get("block_structure")]
+        stated.append([1, part.get("group_size")])
+        for size in stated:
+            if isinstance(size, str):  # "128x128" in older checkpoints
+                size = [int(n) for n in size.split("x") if n.isdecimal() and len(n) < _MOST_DIGITS]
+            if not isinstance(size, list) or len(size) != 2:
+                continue
+            if all(type(n) is int and n > 0 for n in size):
+                sizes.add((size[0], size[1]))
+        parts += [value for _, value in _parts(part)]
+    return frozenset(sizes)
 
 
 def _scaled_weights(entries: Entries) -> dict[str, str]:

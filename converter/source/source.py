@@ -15,7 +15,7 @@ from codecllm.converter.source.dequantized import mxfp4_tensor, scaled_tensor
 from codecllm.converter.source.files import SourceFile, read_json
 from codecllm.converter.source.layout import WeightSet, find_weights
 from codecllm.converter.source.modules import read_modules
-from codecllm.converter.source.quantization import Quantization, find_quantization
+from codecllm.converter.source.quantization import Quantization, block_sizes, find_quantization
 from codecllm.converter.source.selection import SideFiles, select_side_files
 from codecllm.converter.source.tensors import SourceTensor, same_bytes
 from codecllm.formats import limits
@@ -37,6 +37,8 @@ View = Literal["int8", "lossless"]
 """
 
 _SHOWN_NAMES = 3
+_MOST_BLOCKS = 64
+"""Most quantization blocks in the parts of a config; each one is judged by all tensors."""
 _TEXTS = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".spm")
 """Endings of files without which a tokenizer or a model is another one."""
 
@@ -241,6 +243,7 @@ class SourceModel:
         if view == "int8" and quantization.borne_out:
             self._dequantize(quantization)
         # A config may hold several blocks, in different parts; each is judged anew.
+        judged = 0
         while quantization.block is not None and (view == "int8" or quantization.stale):
             if quantization.stale:
                 self.notes.append(
@@ -248,6 +251,14 @@ class SourceModel:
                     "but no tensor is quantized: the block is left out"
                 )
             assert self.config is not None
+            judged += 1
+            if judged > _MOST_BLOCKS:
+                raise SourceError(
+                    "too many quantization blocks",
+                    file="config.json",
+                    got=f"more than {_MOST_BLOCKS}",
+                    expected=f"at most {_MOST_BLOCKS}",
+                )
             self.config = _without(self.config, quantization.place)
             entries = {name: tensor.entry for name, tensor in self.tensors.items()}
             quantization = find_quantization(self.config, entries)
@@ -270,9 +281,7 @@ class SourceModel:
                 file="config.json" if first is None else self.tensors[first].file.name,
                 tensor=first,
             )
-        size = (quantization.block or {}).get("weight_block_size")
-        # The config is not trusted: anything but integers counts as no size.
-        block_size = size if isinstance(size, list) and all(type(n) is int for n in size) else None
+        stated = block_sizes(quantization.block)
         stored_tensors = self.tensors
         blocks_of = {pair[0]: stem for stem, pair in quantization.blocks.items()}
         exponents = {pair[1] for pair in quantization.blocks.values()}
@@ -281,7 +290,7 @@ class SourceModel:
         for name, tensor in stored_tensors.items():
             if name in quantization.scaled:
                 scale = stored_tensors[quantization.scaled[name]]
-                self.tensors[name] = scaled_tensor(tensor, scale, block_size)
+                self.tensors[name] = scaled_tensor(tensor, scale, stated)
             elif name in blocks_of:
                 stem = blocks_of[name]
                 self.tensors[stem] = mxfp4_tensor(stem, tensor, stored_tensors[f"{stem}_scales"])

@@ -196,6 +196,71 @@ def test_a_block_that_no_tensor_bears_out_is_dropped(tmp_path, scheme, part, met
     assert report.manifest.source.quantization is None
 
 
+def _with_blocks(tmp_path, quantization, shape=(192, 192), grid=(2, 2)):
+    codes = np.full(shape, 0x38, np.uint8)  # 1.0 in E4M3
+    scales = 2.0 ** np.arange(np.prod(grid), dtype=np.float32).reshape(grid)
+    tensors = {"l.weight": ("F8_E4M3", codes), "l.weight_scale": ("F32", scales)}
+    config = {"model_type": "x"}
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    return write_source(tmp_path / "s", tensors, config), scales
+
+
+def _groups(*structures):
+    groups = {
+        f"group_{number}": {"targets": ["Linear"], "weights": {"block_structure": structure}}
+        for number, structure in enumerate(structures)
+    }
+    return {"quant_method": "compressed-tensors", "config_groups": groups}
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        _groups([128, 128]),
+        _groups("128x128"),
+        _groups([128, 128], [64, 64]),
+        _groups([128, 128], ["a", 96], [0, 96], [96.0, 96], 96, None, [96]),
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fp8"},
+        {"quant_method": "fp8", "weight_block_size": [True, 96]},
+        None,
+    ],
+)
+def test_blocks_whose_last_one_is_short(tmp_path, quantization):
+    """192 rows in two blocks are 128 and 64, although 96 divides them."""
+    source, scales = _with_blocks(tmp_path, quantization)
+    with SourceModel(source, view="int8") as model:
+        tensor = model.tensors["l.weight"]
+        words = tensor.read_elements(0, tensor.entry.elements).astype(np.uint32) << 16
+    expected = scales.repeat(128, 0).repeat(128, 1)[:192, :192]
+    np.testing.assert_array_equal(words.view(np.float32).reshape(192, 192), expected)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "shape", "grid"),
+    [
+        (_groups([128, 128], [96, 96]), (192, 192), (2, 2)),
+        (_groups([64, 64]), (192, 192), (2, 2)),
+        ({"quant_method": "fp8"}, (300, 300), (4, 4)),  # no power of two gives four
+        ({"quant_method": "fp8"}, (192, 192), (2, 0)),
+    ],
+)
+def test_blocks_that_would_be_guessed_are_refused(tmp_path, quantization, shape, grid):
+    source, _ = _with_blocks(tmp_path, quantization, shape, grid)
+    with pytest.raises(SourceError, match=r"l\.weight_scale.*scales do not fit the weight"):
+        convert(source, tmp_path / "out", scheme="int8", include=("*",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_very_many_blocks_ends_soon(tmp_path):
+    block = {"quantization_config": {"quant_method": "gptq"}}
+    config = {"model_type": "x", **{f"part{n}": block for n in range(3000)}}
+    source = write_source(tmp_path / "s", {"a.weight": MATRIX}, config)
+    with pytest.raises(SourceError, match=r"too many quantization blocks.*more than 64"):
+        convert(source, tmp_path / "out")
+
+
 def test_two_blocks_that_no_tensor_bears_out(tmp_path):
     block = {"quantization_config": {"quant_method": "gptq"}}
     config = {"model_type": "x", **block, "text_config": block, "vision_config": block}
