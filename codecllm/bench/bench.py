@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
 from codecllm.hub import resolve
 
@@ -89,6 +90,7 @@ def bench(
         UsageError: an option is out of range, or no device.
         UnsupportedEnvironmentError: there is no such device.
         HubError: the container cannot be fetched.
+        FormatError: its manifest is damaged, or a shard is missing or has another size.
         SourceError: the source cannot be read.
     """
     if options.new_tokens < 2 or min(options.prompt_tokens, options.batch) < 1:
@@ -103,6 +105,9 @@ def bench(
         options = replace(options, device=str(device_of(options.device)))
     tell = on_stage or (lambda text: None)
     folder = str(resolve(out, revision=options.revision).folder)
+    with Container(folder) as container:  # here: each process would fail by what is damaged
+        for shard in container.manifest.shards:
+            container.check_presence(shard)
     jobs = [(name, folder) for name in options.residents]
     if options.source is not None:
         jobs.insert(0, ("source", str(resolve(options.source, kind="source").folder)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import nn
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, foreign_errors_as
-from codecllm.loader.config_size import check_config_of
+from codecllm.loader.config_size import check_config_of, check_config_size
 from codecllm.loader.hf.folder import read_config
+from codecllm.loader.hf.gguf_header import check_gguf
 from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
 from codecllm.loader.hf.quiet import silenced
@@ -64,9 +66,26 @@ def load_offloaded(folder: Path, offload_folder: Path, memory_bytes: int) -> Any
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> Any:
-    """Loads a GGUF file into the class that its metadata name, every tensor as `dtype`."""
+    """Loads a GGUF file into the class that its metadata name, every tensor as `dtype`.
+
+    Raises:
+        FormatError: the file is damaged; see `check_gguf`.
+        ModelMismatchError: the metadata describe a much larger model than the file holds.
+        Exception: transformers cannot load the model; the type is any.
+    """
     from transformers import modeling_gguf_pytorch_utils as reader
 
+    shapes = check_gguf(path).tensors.values()
+    with silenced():
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        check_config_size(config.to_dict(), len(shapes), max(map(max, shapes), default=0))
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(config)
+        needed, held = sum(one.numel() for one in empty.parameters()), sum(map(prod, shapes))
+    if needed > TOO_LARGE * held:
+        raise ModelMismatchError(
+            "the metadata describe a much larger model", file=path.name, got=needed, expected=held
+        )
     bar = getattr(reader, "tqdm", None)
     reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
     try:

@@ -8,9 +8,10 @@ import pytest
 
 from codecllm.bench import BenchOptions, bench
 from codecllm.converter import convert
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import FormatError, UsageError
 from tests.cli.test_cli import run
 from tests.integration import tiny_models
+from tests.tampering import copy_of
 
 SHORT = ("--prompt-tokens", "5", "--new-tokens", "4", "--threads", "1")
 
@@ -65,3 +66,12 @@ def test_a_model_without_generation(tmp_path):
 def test_options_out_of_range(made, options):
     with pytest.raises(UsageError):
         list(bench(made / "int8", BenchOptions(**options)))
+
+
+@pytest.mark.parametrize("name", ["codecllm.json", "model-00001-of-00001.safetensors"])
+def test_a_damaged_container_is_one_error_before_anything_runs(made, tmp_path, name):
+    copy = copy_of(made / "int8", tmp_path / "copy")
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[:-1])
+    with pytest.raises(FormatError, match=name):
+        next(bench(copy, BenchOptions()))

@@ -21,6 +21,7 @@ from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
     ModelMismatchError,
+    NotAContainerError,
     SourceError,
     UnsupportedEnvironmentError,
     UsageError,
@@ -195,7 +196,7 @@ def test_usage_errors(base, tmp_path):
     with pytest.raises(UsageError, match="neither a container nor a model"):
         evaluate(base, [tmp_path / "empty"])
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedEnvironmentError, match="transformers cannot load it"):
+    with pytest.raises(NotAContainerError, match="no GGUF file"):
         evaluate(base, [tmp_path / "bad.gguf"], text=TEXT)
     with pytest.raises(UsageError, match="a plot is written as"):
         check_plot(tmp_path / "plot.txt")

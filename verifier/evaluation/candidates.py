@@ -16,7 +16,12 @@ import torch
 from codecllm.converter.source.files import SourceFile, read_json
 from codecllm.formats import limits
 from codecllm.formats.container import Container
-from codecllm.formats.errors import SourceError, UnsupportedEnvironmentError, UsageError
+from codecllm.formats.errors import (
+    SourceError,
+    UnsupportedEnvironmentError,
+    UsageError,
+    foreign_errors_as,
+)
 from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.records import AliasTensor
@@ -24,6 +29,7 @@ from codecllm.formats.shards.safetensors_header import read_header
 from codecllm.formats.shards.side_tensors import side_names
 from codecllm.hub import resolve
 from codecllm.loader import from_pretrained
+from codecllm.loader.hf.gguf_header import check_gguf
 from codecllm.loader.hf.plain import load_gguf, load_plain
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.places import CPU
@@ -95,15 +101,14 @@ class Candidate:
             return from_pretrained(
                 self.path, dtype=dtype, resident="dense", workers=workers, progress=False, **options
             )
-        try:
-            with without_progress_bars():
-                if self.kind == "gguf":
-                    return load_gguf(self.path, dtype).to(place)
-                return load_plain(self.path, dtype, **options)
-        except Exception as exc:  # transformers raises whatever its many readers happen to raise
-            raise UnsupportedEnvironmentError(
-                f"transformers cannot load it ({type(exc).__name__}: {exc})", file=self.name
-            ) from exc
+        # transformers raises whatever its many readers happen to raise.
+        wrapped = foreign_errors_as(
+            UnsupportedEnvironmentError, "transformers cannot load it", file=self.name
+        )
+        with wrapped, without_progress_bars():
+            if self.kind == "gguf":
+                return load_gguf(self.path, dtype).to(place)
+            return load_plain(self.path, dtype, **options)
 
     def bits(self) -> Bits:
         """Returns how many bits the model stores for how many weights.
@@ -134,12 +139,14 @@ def find_candidate(name: str | Path) -> Candidate:
 
     Raises:
         UsageError: it is none of these.
+        FormatError: a GGUF file is damaged; see `check_gguf`.
         HubError: the Hub cannot be reached.
     """
     path = as_path(name, "model")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError("no such file", got=str(name))
+        check_gguf(path)  # the readers of the format trust its numbers
         return Candidate(str(name), "gguf", path)
     folder = resolve(name, kind="source").folder
     if (folder / MANIFEST_NAME).exists():
@@ -209,13 +216,10 @@ def _dequantized_tensors(folder: Path) -> Iterator[_Row]:
 
 
 def _gguf_tensors(path: Path) -> Iterator[_Row]:
-    try:
-        from gguf import GGUFReader
-    except ImportError as exc:
-        raise UnsupportedEnvironmentError(
-            "GGUF files need the package gguf: pip install 'codecllm[gguf]'"
-        ) from exc
-    reader = GGUFReader(path)
+    from gguf import GGUFReader  # `check_gguf` has found it
+
+    with foreign_errors_as(SourceError, "gguf cannot read it", file=str(path)):
+        reader = GGUFReader(path)
     for tensor in reader.tensors:
         header_bytes = (
             sum(part.nbytes for part in tensor.field.parts)
