@@ -6,6 +6,7 @@ token. Elsewhere, and where gradients are wanted, experts run in transformers' l
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -18,12 +19,21 @@ from codecllm.loader.hf import experts as hf
 from codecllm.loader.resident.cell import Cell
 from codecllm.loader.resident.coded_weight import CodedWeight
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
 def runs_on(device: torch.device) -> bool:
     """Whether the kernel runs on a device."""
     return is_accelerator(device) and why_no_kernels(device) is None
+
+
+def will_be_joined(name: str, device: torch.device) -> bool:
+    """Whether a tensor looks like a matrix of one expert, and the kernel runs on its device.
+
+    If so its codes are left as they are until `join_experts`; a wrong guess costs time alone.
+    """
+    return _EXPERT.search(name) is not None and runs_on(device)
 
 
 def join_experts(module: nn.Module) -> list[str]:

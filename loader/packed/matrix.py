@@ -122,6 +122,12 @@ def pack_bf16(weights: torch.Tensor) -> PackedMatrix | None:
     return PackedMatrix(rows, cols, BF16_BITS, base, words, first, entries, longest=longest)
 
 
+def choose_bits(codes: torch.Tensor) -> int:
+    """Returns the number of bits with the fewest bytes for codes, int8 or int16 [rows, cols]."""
+    choose = on_gpu.choose_int_bits if on_gpu.packs(codes) else pack.choose_int_bits
+    return choose(codes)
+
+
 def pack_codes(
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -145,10 +151,9 @@ def pack_codes(
     rows, cols = _size(codes)
     # The number with the fewest bytes takes less memory than dense weights in any case.
     most = codes.numel() if bits is None else int(MAX_EXCEPTION_SHARE * codes.numel())
+    bits = bits or choose_bits(codes)
     if on_gpu.packs(codes):
-        bits = bits or on_gpu.choose_int_bits(codes)
         return _packed_on_gpu(codes, bits, 0, most, (scale, col_scale))
-    bits = bits or pack.choose_int_bits(codes)
     half = 1 << (bits - 1)
     words = _new_words(codes, bits)
     exceptions = _Exceptions(codes)

@@ -6,11 +6,21 @@ import torch
 
 from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, LosslessTensor
 from codecllm.loader.engine import Request
+from codecllm.loader.experts.forward import will_be_joined
 from codecllm.loader.packed.form import PackedForm
 from codecllm.loader.packed.kernels import has_kernels
-from codecllm.loader.packed.matrix import PackedMatrix, can_pack, pack_bf16, pack_codes
+from codecllm.loader.packed.matrix import (
+    PackedMatrix,
+    can_pack,
+    choose_bits,
+    pack_bf16,
+    pack_codes,
+)
+from codecllm.loader.resident.escapes import split_codes
 from codecllm.loader.resident.form import WeightForm
+from codecllm.loader.resident.int8_form import Int8Form
 from codecllm.loader.resident.residency import Residency, ResidentInt8
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 
 _BYTE_BITS = 8
 
@@ -42,35 +52,43 @@ class ResidentPacked(Residency):
         return Request(record.name, "codes")
 
     def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
+        matrix: PackedMatrix | None
         if isinstance(record, LosslessTensor):
             weights = self._reader.read(record.name, "weight", torch.bfloat16, device)
             matrix = pack_bf16(weights)
         else:
-            matrix = self._pack_codes(record, device)
+            assert isinstance(record, Int8Tensor)
+            codes = self._codes(record, device)
+            scale, columns = self._scales(record, device)
+            if will_be_joined(record.name, device) and choose_bits(codes) == _BYTE_BITS:
+                narrow = split_codes(codes)
+                if narrow is not None and narrow[1] is None:
+                    return Int8Form(record.name, ScaledCodes(narrow[0], scale, columns))
+            matrix = pack_codes(codes, scale, columns)
         return None if matrix is None else PackedForm(record.name, matrix)
 
-    def _pack_codes(self, record: CodedTensor, device: torch.device) -> PackedMatrix | None:
-        assert isinstance(record, Int8Tensor)
+    def _codes(self, record: Int8Tensor, device: torch.device) -> torch.Tensor:
         if not record.wide:
-            codes = self._reader.read(record.name, "codes", None, device)
-            return pack_codes(codes, *self._scales(record, device))
+            return self._reader.read(record.name, "codes", None, device)
         # The weight is fl32(code * step) with a code of 16 bits: the quotient is off by far less
         # than a half.
         scale, columns = self._scales(record, device)
         weights = self._reader.read(record.name, "weight", torch.float32, device)
         steps = scale[:, None] if columns is None else scale[:, None] * columns
-        return pack_codes((weights / steps).round_().to(torch.int16), scale, columns)
+        return (weights / steps).round_().to(torch.int16)
 
 
 class ResidentBytes(ResidentInt8):
     """resident="int8": on a device with the packed kernels, codes lie in the layout of 8 bits.
 
     These kernels take less host time a product than those of `int8_linear`, and less time for long
-    prompts. Elsewhere codes lie as `ResidentInt8` holds them.
+    prompts. Elsewhere codes lie as `ResidentInt8` holds them, and so do those of experts, which are
+    joined later.
     """
 
     def _read(self, record: CodedTensor, device: torch.device) -> WeightForm | None:
-        if not (has_kernels(device) and can_pack(*record.shape)):
+        packs = has_kernels(device) and can_pack(*record.shape)
+        if not packs or will_be_joined(record.name, device):
             return super()._read(record, device)
         codes = self._reader.read(record.name, "codes", None, device)
         matrix = pack_codes(codes, *self._scales(record, device), _BYTE_BITS)

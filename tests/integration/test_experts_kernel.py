@@ -9,8 +9,8 @@ import pickle
 import pytest
 import torch
 
-from codecllm.converter import convert
-from codecllm.loader import from_pretrained
+import codecllm
+from codecllm.loader import from_pretrained, pretrained
 from codecllm.loader.experts import forward
 from codecllm.loader.experts.code_stack import CodeStack, joined_codes
 from codecllm.loader.hf.experts import loops_over_experts
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
         if name not in folders:
             base = tmp_path_factory.mktemp("experts")
             source = architectures.make(name, base / "source")
-            convert(source, base / "c", scheme="int8", include=("*",))
+            codecllm.convert(source, base / "c", scheme="int8", include=["*"], baseline=False)
             folders[name] = base / "c"
         return folders[name]
 
@@ -48,13 +48,14 @@ def calls(monkeypatch):
         counted.append(given)
         return real(*given)
 
+    monkeypatch.setattr(pretrained, "refuse_without_device", lambda *_: None)
     monkeypatch.setattr(forward, "runs_on", lambda device: True)
     monkeypatch.setattr(int8_experts, "experts_mlp", experts_mlp)
     return counted
 
 
-def _load(folder):
-    return from_pretrained(folder, resident="int8", dtype=BITS)
+def _load(folder, resident="int8"):
+    return from_pretrained(folder, resident=resident, dtype=BITS)
 
 
 def _logits(model):
@@ -66,13 +67,21 @@ def _experts(model):
     return [module for module in model.modules() if loops_over_experts(module)]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
-def test_a_model_gives_the_output_of_its_loop(made, calls, name):
+@pytest.mark.parametrize(
+    ("name", "resident"),
+    [
+        ("qwen3_moe", "int8"),
+        ("qwen3_moe", "packed"),
+        ("mixtral", "int8"),
+        ("deepseek_v3", "int8"),
+    ],
+)
+def test_a_model_gives_the_output_of_its_loop(made, calls, name, resident):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "runs_on", lambda device: False)
-        expected = _logits(_load(made(name)))
+        expected = _logits(_load(made(name), resident))
     assert not calls
-    model = _load(made(name))
+    model = _load(made(name), resident)
     torch.testing.assert_close(_logits(model), expected, rtol=0.03, atol=0.03)
     assert len(calls) == len(_experts(model)) > 0
     for module in _experts(model):
@@ -98,6 +107,19 @@ def test_the_stack_has_the_bits_of_its_matrices(made, calls):
     saved.seek(0)
     form = torch.load(saved, weights_only=True)
     assert torch.equal(form.matrix.codes, _experts(model)[0].down_proj.form.matrix.codes)
+
+
+def test_codes_of_few_bits_stay_packed_and_run_in_the_loop(tmp_path, calls):
+    source = architectures.make("qwen3_moe", tmp_path / "source")
+    rate = {"bits": 4.0, "calibrate": "none"}
+    codecllm.convert(source, tmp_path / "c", include=["*"], baseline=False, **rate)
+    model = _load(tmp_path / "c", "packed")
+    forms = [weight.form for module in _experts(model) for weight in module.parameters()]
+    assert forms and {type(form) for form in forms} == {Stack}
+    _logits(model)
+    assert not calls
+    _logits(_load(tmp_path / "c"))  # in 8 bits
+    assert len(calls) == len(_experts(model))
 
 
 def test_gradients_and_other_dtypes_run_in_the_loop(made, calls):
