@@ -158,14 +158,14 @@ _EXPERTS = _LastExpert()
 
 
 def scaled_tensor(
-    weight: SourceTensor, scale: SourceTensor, stated: Collection[tuple[int, int]]
+    weight: SourceTensor, scale: SourceTensor, block_sizes: Collection[tuple[int, int]]
 ) -> ScaledTensor:
     """Returns a weight seen as its product with its scales.
 
     Args:
         weight: F8_E4M3, F8_E5M2 or I8, of rank 2 or more.
         scale: one number, one for each row, or a grid of them.
-        stated: sizes of blocks that the config states, rows and columns; without any, sizes of
+        block_sizes: sizes of blocks that the config states, rows and columns; without any, sizes of
             blocks are powers of two.
 
     Raises:
@@ -176,14 +176,14 @@ def scaled_tensor(
     count = math.prod(leading)
     values = _scale_values(scale)
     grid = _grid(weight, scale, values.size)
-    block = _block(rows, cols, grid, stated)
+    block = _block(rows, cols, grid, block_sizes)
     if block is None or values.size != count * grid[0] * grid[1]:
         raise SourceError(
             "scales do not fit the weight",
             file=scale.file.name,
             tensor=scale.name,
             got=list(scale.shape),
-            expected=f"for {list(weight.shape)}, in blocks that {_wanted(stated)}",
+            expected=f"for {list(weight.shape)}, in blocks that {_wanted(block_sizes)}",
         )
     scales = values.reshape(count, *grid)
     return ScaledTensor(_entry(weight.name, weight.shape), weight.file, weight, scales, block)
@@ -219,29 +219,29 @@ def _grid(weight: SourceTensor, scale: SourceTensor, size: int) -> tuple[int, in
 
 
 def _block(
-    rows: int, cols: int, grid: tuple[int, int], stated: Collection[tuple[int, int]]
+    rows: int, cols: int, grid: tuple[int, int], block_sizes: Collection[tuple[int, int]]
 ) -> tuple[int, int] | None:
     """Returns the size of blocks that gives a grid; None: none does, or several do."""
     if 0 in grid:
         return None
     if grid in ((1, 1), (rows, 1)):
         return rows // grid[0], cols
-    if not stated:
+    if not block_sizes:
         sides = _power_of_two(rows, grid[0]), _power_of_two(cols, grid[1])
         return None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
     fitting = {
         # One block along a side holds all of it, whatever its size.
         (height if grid[0] > 1 else rows, width if grid[1] > 1 else cols)
-        for height, width in stated
+        for height, width in block_sizes
         if grid == (-(-rows // height), -(-cols // width))
     }
     return fitting.pop() if len(fitting) == 1 else None
 
 
-def _wanted(stated: Collection[tuple[int, int]]) -> str:
-    if not stated:
+def _wanted(block_sizes: Collection[tuple[int, int]]) -> str:
+    if not block_sizes:
         return "are powers of two, for config.json states no size of them"
-    return f"config.json states: {' or '.join(f'{a} x {b}' for a, b in sorted(stated)[:4])}"
+    return f"config.json states: {' or '.join(f'{a} x {b}' for a, b in sorted(block_sizes)[:4])}"
 
 
 def _power_of_two(length: int, count: int) -> int | None:

@@ -243,7 +243,7 @@ class SourceModel:
         if view == "int8" and quantization.borne_out:
             self._dequantize(quantization)
         # A config may hold several blocks, in different parts; each is judged anew.
-        judged = 0
+        count = 0
         while quantization.block is not None and (view == "int8" or quantization.stale):
             if quantization.stale:
                 self.notes.append(
@@ -251,8 +251,8 @@ class SourceModel:
                     "but no tensor is quantized: the block is left out"
                 )
             assert self.config is not None
-            judged += 1
-            if judged > _MOST_BLOCKS:
+            count += 1
+            if count > _MOST_BLOCKS:
                 raise SourceError(
                     "too many quantization blocks",
                     file="config.json",
@@ -281,7 +281,7 @@ class SourceModel:
                 file="config.json" if first is None else self.tensors[first].file.name,
                 tensor=first,
             )
-        stated = block_sizes(quantization.block)
+        sizes = block_sizes(quantization.block)
         stored_tensors = self.tensors
         blocks_of = {pair[0]: stem for stem, pair in quantization.blocks.items()}
         exponents = {pair[1] for pair in quantization.blocks.values()}
@@ -290,7 +290,7 @@ class SourceModel:
         for name, tensor in stored_tensors.items():
             if name in quantization.scaled:
                 scale = stored_tensors[quantization.scaled[name]]
-                self.tensors[name] = scaled_tensor(tensor, scale, stated)
+                self.tensors[name] = scaled_tensor(tensor, scale, sizes)
             elif name in blocks_of:
                 stem = blocks_of[name]
                 self.tensors[stem] = mxfp4_tensor(stem, tensor, stored_tensors[f"{stem}_scales"])

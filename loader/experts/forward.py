@@ -49,12 +49,12 @@ def join_experts(module: nn.Module) -> list[str]:
     if cells is None or not all(cell.dtype in _DTYPES and runs_on(cell.device) for cell in cells):
         return []
     stacks = [joined_codes(cell.form) for cell in cells]
-    joined = [stack for stack in stacks if stack is not None]
-    if len(joined) < len(cells):
+    whole = [stack for stack in stacks if stack is not None]
+    if len(whole) < len(cells):
         return []
-    for cell, stack in zip(cells, joined, strict=True):
+    for cell, stack in zip(cells, whole, strict=True):
         cell.form = stack
-    return [name for stack in joined for expert in stack.names for name in expert]
+    return [name for stack in whole for expert in stack.names for name in expert]
 
 
 def use_kernel(model: Any) -> None:
