@@ -28,6 +28,9 @@ VOCABULARY_BYTES, VOCABULARY_VALUES = 256 << 20, 1 << 23
 """Length of tokenizer.json or vocab.json, and commas and opening brackets in it."""
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_OTHER_NAMES = "attribute_map"
+"""Names that transformers takes for attributes of a config: an attribute of its classes, which an
+entry of config.json replaces."""
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER, _VOCABULARY = "tokenizer.json", "vocab.json"
 _MADE_TOKENS = ("extra_ids", "num_madeup_words", "offset")
@@ -75,10 +78,16 @@ def refuse_named_kernels(folder: Path, chosen: Mapping[str, Any]) -> None:
 def refuse_kernels_of(config: Any, chosen: Mapping[str, Any]) -> None:
     """As `refuse_named_kernels`, of the JSON value of a config.json."""
     for key, text in _texts(config):
-        name = key.removeprefix("_")
-        if name in _IMPLEMENTATIONS and "/" in text and chosen.get(name) is None:
+        name = _implementation_in(key)
+        if name is not None and "/" in text and chosen.get(name) is None:
             raise UnsafePathError(
                 f"{key} names code of a repository (pass {name}= to choose another)",
+                file="config.json",
+                got=ascii(text)[:80],
+            )
+        if key == _OTHER_NAMES and (text.startswith("_") or _implementation_in(text)):
+            raise UnsafePathError(
+                f"{key} gives a private attribute another name",
                 file="config.json",
                 got=ascii(text)[:80],
             )
@@ -151,17 +160,23 @@ def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:
 
 
 def _texts(value: Any) -> Iterator[tuple[str, str]]:
-    """Yields each string with its key; below an implementation, that key."""
+    """Yields each string with its key; below an implementation or other names, that key."""
     stack = [("", value)]
     while stack:
         key, part = stack.pop()
         if isinstance(part, dict):
-            below = key.removeprefix("_") in _IMPLEMENTATIONS  # an object has one for each part
+            # An object has an implementation for each part.
+            below = _implementation_in(key) is not None or key == _OTHER_NAMES
             stack += ((key if below else name, item) for name, item in part.items())
         elif isinstance(part, list):
             stack += ((key, item) for item in part)
         elif isinstance(part, str):
             yield key, part
+
+
+def _implementation_in(key: str) -> str | None:
+    """Returns the implementation that a key is of: transformers has attributes around its name."""
+    return next((name for name in _IMPLEMENTATIONS if name in key), None)
 
 
 def _read(path: Path) -> Any:

@@ -20,6 +20,14 @@ NAMED = [
     {"experts_implementation": "evil/kernel"},
     {"attn_implementation": {"": "sdpa", "text_config": "paged|evil/kernel"}},
     {"text_config": {"_experts_implementation": "evil/kernel"}},
+    {"_attn_implementation_internal": "evil/kernel"},
+    {"text_config": {"_experts_implementation_internal": {"x": "evil/kernel"}}},
+]
+RENAMED = [
+    {"attribute_map": {"zz": "_attn_implementation"}, "zz": "evil/kernel"},
+    {"attribute_map": {"zz": "attn_implementation"}},
+    {"attribute_map": {"zz": {"zz": ["_experts_implementation_internal"]}}},
+    {"text_config": {"attribute_map": {"zz": "_name_or_path"}}},
 ]
 
 
@@ -38,6 +46,28 @@ def test_a_config_that_names_a_repository_is_refused(container, tmp_path, change
     (folder / "codecllm.json").unlink()  # a source model, which is loaded to record a baseline
     with pytest.raises(UnsafePathError, match=r"names code of a repository"):
         load_plain(folder)
+
+
+@pytest.mark.parametrize("change", RENAMED, ids=str)
+def test_private_attributes_have_no_other_names(container, tmp_path, change):
+    folder = _changed(container, tmp_path / "c", change)
+    message = r"^config\.json: attribute_map gives a private attribute another name"
+    with pytest.raises(UnsafePathError, match=message):
+        codecllm.from_pretrained(folder)
+    with pytest.raises(UnsafePathError, match=message):  # whatever the caller chooses
+        codecllm.from_pretrained(folder, attn_implementation="eager")
+    (folder / "codecllm.json").unlink()
+    with pytest.raises(UnsafePathError, match=message):
+        load_plain(folder)
+
+
+def test_transformers_itself_would_take_the_other_name(container, tmp_path):
+    """Guards the test above: transformers sets attributes by the map of a config."""
+    folder = _changed(container, tmp_path / "c", RENAMED[0])
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert hf.AutoConfig.from_pretrained(folder)._attn_implementation == "evil/kernel"
 
 
 def test_the_caller_chooses(container, tmp_path):
