@@ -92,7 +92,7 @@ metrics: ## Print the figures of words, density, files, imports and documents be
 
 docs: $(READY) ## Build the documentation site into build/site; warnings are errors.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY) ## Measure convert and load against their floors, and peak memory.
 	$(BIN)/python -m benchmarks.run

@@ -17,7 +17,7 @@ def visible(text: str) -> str:
 
     Line feeds and tabs stay.
 
-    Example:
+    Examples:
         >>> visible("a\x1b[31mb\u202e")
         'a\\x1b[31mb\\u202e'
     """
@@ -36,7 +36,7 @@ def in_markdown(text: str) -> str:
 
     It makes no link, tag, table cell or line of its own.
 
-    Example:
+    Examples:
         >>> in_markdown("1.0 | <b>")
         '1.0 \\| \\<b\\>'
     """

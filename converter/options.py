@@ -120,8 +120,9 @@ class Rate:
     def target_bits(self) -> float | None:
         """Bits per quantized weight, or None where a ratio is the target.
 
-        >>> Rate(quality="balanced").target_bits
-        5.0
+        Examples:
+            >>> Rate(quality="balanced").target_bits
+            5.0
         """
         return self.bits if self.quality is None else QUALITIES[self.quality]
 

@@ -20,8 +20,9 @@ _KEEPS_LOCK_BYTES = 1 << 16  # xxhash lets go of the lock beyond
 def xxh3(data: Any) -> int:
     """Returns the unseeded xxh3-64 of a bytes-like object as an unsigned integer.
 
-    >>> f"{xxh3(bytes([7]) * 64):016x}"
-    '680d3a212fac7cf6'
+    Examples:
+        >>> f"{xxh3(bytes([7]) * 64):016x}"
+        '680d3a212fac7cf6'
     """
     return int(xxhash.xxh3_64_intdigest(data))
 
@@ -42,8 +43,9 @@ def xxh3_here(data: memoryview) -> int:
 def xxh3_each(parts: Iterable[Any]) -> NDArray[np.uint64]:
     """Returns uint64 [n]: `xxh3` of each of many parts, with little interpreter work between them.
 
-    >>> xxh3_each([b"a", b""]).tolist() == [xxh3(b"a"), xxh3(b"")]
-    True
+    Examples:
+        >>> xxh3_each([b"a", b""]).tolist() == [xxh3(b"a"), xxh3(b"")]
+        True
     """
     return np.array(list(map(xxhash.xxh3_64_intdigest, parts)), np.uint64)
 
@@ -51,8 +53,9 @@ def xxh3_each(parts: Iterable[Any]) -> NDArray[np.uint64]:
 def xxh3_hex_each(parts: Iterable[Any]) -> list[str]:
     """Returns `xxh3_hex` of each of many parts, with little interpreter work between them.
 
-    >>> xxh3_hex_each([b"a", b""]) == [xxh3_hex(b"a"), xxh3_hex(b"")]
-    True
+    Examples:
+        >>> xxh3_hex_each([b"a", b""]) == [xxh3_hex(b"a"), xxh3_hex(b"")]
+        True
     """
     return list(map(xxhash.xxh3_64_hexdigest, parts))
 
@@ -62,8 +65,9 @@ def xxh3_hex(data: Any) -> str:
 
     The digits are lower-case, the most significant first.
 
-    >>> xxh3_hex(bytes([7]) * 64)
-    '680d3a212fac7cf6'
+    Examples:
+        >>> xxh3_hex(bytes([7]) * 64)
+        '680d3a212fac7cf6'
     """
     return f"{xxh3(data):016x}"
 
@@ -71,11 +75,12 @@ def xxh3_hex(data: Any) -> str:
 def xxh3_stream() -> Any:
     """Returns a hasher for data that come in parts.
 
-    >>> hasher = xxh3_stream()
-    >>> hasher.update(b"two "), hasher.update(b"parts")
-    (None, None)
-    >>> hasher.hexdigest() == xxh3_hex(b"two parts")
-    True
+    Examples:
+        >>> hasher = xxh3_stream()
+        >>> hasher.update(b"two "), hasher.update(b"parts")
+        (None, None)
+        >>> hasher.hexdigest() == xxh3_hex(b"two parts")
+        True
     """
     return xxhash.xxh3_64()
 
@@ -83,8 +88,9 @@ def xxh3_stream() -> Any:
 def sha256_hex(data: Any) -> str:
     """Returns the sha256 of a bytes-like object as 64 lower-case hex digits.
 
-    >>> sha256_hex(b"")[:16]
-    'e3b0c44298fc1c14'
+    Examples:
+        >>> sha256_hex(b"")[:16]
+        'e3b0c44298fc1c14'
     """
     return hashlib.sha256(data).hexdigest()
 

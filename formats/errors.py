@@ -237,7 +237,8 @@ def foreign_errors_as(
 def one_line(error: object, limit: int = 200) -> str:
     r"""Returns the text of another library's exception as one line of `limit` characters.
 
-    >>> one_line(ValueError("no such  tensor:\n  a.b"))
-    'no such tensor: a.b'
+    Examples:
+        >>> one_line(ValueError("no such  tensor:\n  a.b"))
+        'no such tensor: a.b'
     """
     return " ".join(str(error).split())[:limit]

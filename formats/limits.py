@@ -36,7 +36,8 @@ EXPANSION_FREE_BYTES = 256 << 20
 def max_stored_bytes(raw_bytes: Any) -> Any:
     """Returns the most bytes that a chunk of `raw_bytes` (a number or an array) may take stored.
 
-    >>> max_stored_bytes(131072)
-    132610
+    Examples:
+        >>> max_stored_bytes(131072)
+        132610
     """
     return raw_bytes + raw_bytes // 255 + 1024

@@ -120,7 +120,7 @@ class JsonWalker:
     position; in each step the caller must take the value: with `value`, `members` or `items`. All
     raise as `parse_json_object` does.
 
-    Example:
+    Examples:
         >>> walker = JsonWalker(b'{"a": 1, "list": [2, 3]}', file="example.json")
         >>> for key in walker.members():
         ...     print(key, list(walker.items(9)) if key == "list" else walker.value(9))

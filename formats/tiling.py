@@ -38,11 +38,12 @@ class Grid:
     Tile (i, j) begins at row i * tile_rows, column j * tile_cols. The last tile of a row or column
     of tiles may be smaller. A matrix without elements has no tiles.
 
-    >>> grid = Grid(rows=5, cols=7, tile_rows=4, tile_cols=3)
-    >>> grid.down, grid.across, len(grid)
-    (2, 3, 6)
-    >>> grid.tile(5)
-    Tile(row=4, col=6, rows=1, cols=1)
+    Examples:
+        >>> grid = Grid(rows=5, cols=7, tile_rows=4, tile_cols=3)
+        >>> grid.down, grid.across, len(grid)
+        (2, 3, 6)
+        >>> grid.tile(5)
+        Tile(row=4, col=6, rows=1, cols=1)
 
     Raises:
         LayoutError: a tile has no extent.
@@ -100,10 +101,11 @@ def default_grid(rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS)
     Whole rows up to `tile_symbols` elements and at least one row; a longer row is cut into equal
     column tiles (the last may be up to one element per tile shorter).
 
-    >>> default_grid(1000, 4096)
-    Grid(rows=1000, cols=4096, tile_rows=32, tile_cols=4096)
-    >>> default_grid(2, 200_000)
-    Grid(rows=2, cols=200000, tile_rows=1, tile_cols=100000)
+    Examples:
+        >>> default_grid(1000, 4096)
+        Grid(rows=1000, cols=4096, tile_rows=32, tile_cols=4096)
+        >>> default_grid(2, 200_000)
+        Grid(rows=2, cols=200000, tile_rows=1, tile_cols=100000)
     """
     cols_or_1 = max(cols, 1)
     if cols_or_1 <= tile_symbols:
@@ -116,8 +118,9 @@ def default_grid(rows: int, cols: int, tile_symbols: int = DEFAULT_TILE_SYMBOLS)
 def last_axis_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Returns the matrix of scheme `lossless`: rows of all leading dimensions, the last as columns.
 
-    >>> last_axis_matrix((3, 20, 50))
-    (60, 50)
+    Examples:
+        >>> last_axis_matrix((3, 20, 50))
+        (60, 50)
     """
     return math.prod(shape[:-1]), shape[-1]
 
@@ -136,8 +139,9 @@ def channel_matrix(shape: tuple[int, ...], axis: int, kind: ChannelKind) -> tupl
     Raises:
         LayoutError: the axis does not exist, or a column axis is not the last.
 
-    >>> channel_matrix((3, 20, 50), 1, "row"), channel_matrix((3, 20, 50), 2, "column")
-    ((60, 50), (60, 50))
+    Examples:
+        >>> channel_matrix((3, 20, 50), 1, "row"), channel_matrix((3, 20, 50), 2, "column")
+        ((60, 50), (60, 50))
     """
     if (
         not 0 <= axis < len(shape)

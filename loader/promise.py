@@ -31,11 +31,12 @@ class Promise(Generic[T]):
     other threads that wait notice it; inside the condition variable of a
     `concurrent.futures.Future` it may leave a lock held, and the giving thread waits for ever.
 
-    >>> promise = Promise[int]()
-    >>> promise.give(3)
-    >>> promise.fail(ValueError("too late"))
-    >>> promise.get()
-    3
+    Examples:
+        >>> promise = Promise[int]()
+        >>> promise.give(3)
+        >>> promise.fail(ValueError("too late"))
+        >>> promise.get()
+        3
     """
 
     def __init__(self) -> None:

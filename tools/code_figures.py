@@ -119,8 +119,9 @@ def measure(file: SourceFile, longest: int = 100) -> CodeFigures:
 def is_bare_participle(name: str) -> bool:
     """Tells whether a name is one participle or adverb, without the thing that it describes.
 
-    >>> is_bare_participle("held"), is_bare_participle("held_bytes"), is_bare_participle("seed")
-    (True, False, False)
+    Examples:
+        >>> is_bare_participle("held"), is_bare_participle("held_bytes"), is_bare_participle("seed")
+        (True, False, False)
     """
     name = name.strip("_")
     if name in PARTICIPLES:

@@ -60,11 +60,12 @@ def run_pyright(root: Path) -> dict[str, Any]:
 def own_unresolved(diagnostics: list[dict[str, Any]]) -> list[str]:
     """Returns a line for each import of a module of ours that was not resolved.
 
-    >>> place = {"file": "a.py", "range": {"start": {"line": 3}}}
-    >>> own_unresolved([{"message": 'Import "codecllm.x" could not be resolved', **place}])
-    ['a.py:4: codecllm.x']
-    >>> own_unresolved([{"message": 'Import "zipnn" could not be resolved', **place}])
-    []
+    Examples:
+        >>> place = {"file": "a.py", "range": {"start": {"line": 3}}}
+        >>> own_unresolved([{"message": 'Import "codecllm.x" could not be resolved', **place}])
+        ['a.py:4: codecllm.x']
+        >>> own_unresolved([{"message": 'Import "zipnn" could not be resolved', **place}])
+        []
     """
     lines = []
     for diagnostic in diagnostics:

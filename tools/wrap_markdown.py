@@ -21,8 +21,9 @@ _KEPT = re.compile(r"\s*(\||#|<|>|:::|!\[|\{%|--8<--|\[[^\]]+\]:)| {4,}\S")
 def wrap(text: str, width: int = WIDTH) -> str:
     r"""Returns Markdown text with its paragraphs filled up to `width` characters.
 
-    >>> wrap("Two\nlines.\n\n| a | table |\n")
-    'Two lines.\n\n| a | table |\n'
+    Examples:
+        >>> wrap("Two\nlines.\n\n| a | table |\n")
+        'Two lines.\n\n| a | table |\n'
     """
     result: list[str] = []
     paragraph: list[str] = []

@@ -269,8 +269,9 @@ DiagnosedResident = Annotated[
 def parse_size(text: str) -> int:
     """Returns the bytes of a size.
 
-    >>> [parse_size(text) for text in ("5GB", "512MiB", "1000000")]
-    [5000000000, 536870912, 1000000]
+    Examples:
+        >>> [parse_size(text) for text in ("5GB", "512MiB", "1000000")]
+        [5000000000, 536870912, 1000000]
 
     Raises:
         UsageError: not a positive size.

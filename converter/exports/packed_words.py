@@ -22,8 +22,9 @@ _TOGETHER = 8
 def least_width(lowest: int, highest: int) -> int | None:
     """Returns the fewest bits that hold all codes from `lowest` to `highest`; None: beyond 8.
 
-    >>> least_width(-4, 3), least_width(-4, 4), least_width(0, 128)
-    (3, 4, None)
+    Examples:
+        >>> least_width(-4, 3), least_width(-4, 4), least_width(0, 128)
+        (3, 4, None)
     """
     return next((width for width in WIDTHS if holds(width, lowest, highest)), None)
 
@@ -37,8 +38,9 @@ def holds(width: int, lowest: int, highest: int) -> bool:
 def packed_columns(columns: int, width: int) -> int:
     """Returns the number of words that a row of `columns` codes takes.
 
-    >>> packed_columns(5, 8), packed_columns(32, 5)
-    (2, 5)
+    Examples:
+        >>> packed_columns(5, 8), packed_columns(32, 5)
+        (2, 5)
     """
     return -(-columns * width // WORD_BITS)
 

@@ -134,10 +134,11 @@ def column_tiles(
     Up to `groups` tiles side by side, at least 32 columns wide and of at least 65,536 symbols where
     the matrix is large enough, and as many rows as `tile_symbols` symbols (131,072) allow.
 
-    >>> column_tiles(4096, 4096)
-    (256, 512)
-    >>> column_tiles(100, 80)
-    (100, 80)
+    Examples:
+        >>> column_tiles(4096, 4096)
+        (256, 512)
+        >>> column_tiles(100, 80)
+        (100, 80)
     """
     fitting = max(1, min(groups, rows * cols // MIN_TILE_SYMBOLS, cols // _MIN_COLUMNS))
     width = -(-cols // fitting)
@@ -147,8 +148,9 @@ def column_tiles(
 def like_columns(squares: NDArray[np.float64], width: int) -> NDArray[np.uint8]:
     """Returns groups of `width` columns, uint8 [cols], in ascending order of `squares` [cols].
 
-    >>> like_columns(np.array([9.0, 1.0, 4.0, 2.0]), 2).tolist()
-    [1, 0, 1, 0]
+    Examples:
+        >>> like_columns(np.array([9.0, 1.0, 4.0, 2.0]), 2).tolist()
+        [1, 0, 1, 0]
     """
     groups = np.empty(squares.size, np.uint8)
     groups[np.argsort(squares, kind="stable")] = np.arange(squares.size) // width

@@ -103,10 +103,11 @@ def channel_axis(name: str, shape: tuple[int, ...], model_type: str) -> tuple[in
     | Conv1D of GPT-2 and its kin         | [in, out]     | 1    | column |
     | fused experts                       | [E, out, in]  | 1    | row    |
 
-    >>> channel_axis("h.0.attn.c_attn.weight", (768, 2304), "gpt2")
-    (1, 'column')
-    >>> channel_axis("model.layers.0.mlp.up_proj.weight", (11008, 4096), "llama")
-    (0, 'row')
+    Examples:
+        >>> channel_axis("h.0.attn.c_attn.weight", (768, 2304), "gpt2")
+        (1, 'column')
+        >>> channel_axis("model.layers.0.mlp.up_proj.weight", (11008, 4096), "llama")
+        (0, 'row')
     """
     if model_type in _CONV1D_MODELS and len(shape) == 2 and _matches(name, _CONV1D_NAMES):
         return 1, "column"
@@ -119,8 +120,9 @@ def channel_axis(name: str, shape: tuple[int, ...], model_type: str) -> tuple[in
 def is_embedding(name: str) -> bool:
     """Whether a tensor is a table of embeddings, by its name.
 
-    >>> is_embedding("model.embed_tokens.weight"), is_embedding("lm_head.weight")
-    (True, False)
+    Examples:
+        >>> is_embedding("model.embed_tokens.weight"), is_embedding("lm_head.weight")
+        (True, False)
     """
     return _matches(name, _EMBEDDINGS)
 

@@ -41,10 +41,11 @@ _GROUP_ROWS, _GROUP_ELEMENTS = 1024, 1 << 22
 def shrinkage(tokens: int) -> float:
     """Returns the share by which products of two different inputs are lessened.
 
-    >>> shrinkage(16384)
-    0.2
-    >>> shrinkage(4096)
-    0.4
+    Examples:
+        >>> shrinkage(16384)
+        0.2
+        >>> shrinkage(4096)
+        0.4
     """
     return min(1.0, _SHRINKAGE * math.sqrt(_SHRINKAGE_TOKENS / max(1, tokens)))
 

@@ -61,8 +61,9 @@ def deadzone_at(bits: float) -> float:
     It trades a little error for fewer bits of the codes: many are 0 at low rates, and a weight just
     beyond half a step costs more as a 1 than it harms as a 0 (docs/bits.md).
 
-    >>> deadzone_at(4.5)
-    0.0
+    Examples:
+        >>> deadzone_at(4.5)
+        0.0
     """
     share = (_NEAREST_BITS - bits) / (_NEAREST_BITS - _DEADZONE_BITS)
     return float(np.float32(_DEADZONE * min(1.0, max(0.0, share))))

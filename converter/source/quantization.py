@@ -131,8 +131,9 @@ def block_sizes(block: Mapping[str, Any] | None) -> frozenset[tuple[int, int]]:
     compressed-tensors, whose groups of layers may differ. The config is not trusted: whatever is no
     pair of positive integers counts as not stated.
 
-    >>> sorted(block_sizes({"weight_block_size": [128, 128], "a": {"group_size": 32}}))
-    [(1, 32), (128, 128)]
+    Examples:
+        >>> sorted(block_sizes({"weight_block_size": [128, 128], "a": {"group_size": 32}}))
+        [(1, 32), (128, 128)]
     """
     sizes, parts = set[tuple[int, int]](), [block or {}]
     while parts:

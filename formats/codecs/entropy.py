@@ -22,8 +22,9 @@ def symbol_counts(symbols: NDArray[np.uint8], stride: int = 1) -> NDArray[np.int
         symbols: uint8 [n].
         stride: only every `stride`-th symbol is counted.
 
-    >>> symbol_counts(np.array([2, 0, 2, 1], np.uint8))[:4].tolist()
-    [1, 1, 2, 0]
+    Examples:
+        >>> symbol_counts(np.array([2, 0, 2, 1], np.uint8))[:4].tolist()
+        [1, 1, 2, 0]
     """
     if native.core is not None:
         counts = native.core.histogram(np.ascontiguousarray(symbols), stride)
@@ -37,8 +38,9 @@ def entropy_bits(symbols: NDArray[np.uint8]) -> float:
     Args:
         symbols: uint8 [n]; an empty array has 0 bits.
 
-    >>> entropy_bits(np.array([0, 1, 2, 3] * 4, np.uint8))
-    32.0
+    Examples:
+        >>> entropy_bits(np.array([0, 1, 2, 3] * 4, np.uint8))
+        32.0
     """
     return counted_entropy_bits(symbol_counts(symbols))
 
@@ -99,8 +101,9 @@ def prefix_code_bits(counts: NDArray[np.int64]) -> int:
     Args:
         counts: int64 [kinds]: how often each symbol occurs.
 
-    >>> prefix_code_bits(np.array([4, 2, 1, 1]))
-    14
+    Examples:
+        >>> prefix_code_bits(np.array([4, 2, 1, 1]))
+        14
     """
     heap = counts[counts > 0].tolist()
     heapq.heapify(heap)

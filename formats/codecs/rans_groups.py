@@ -75,8 +75,9 @@ class GroupTables:
 def tile_groups(grid: Grid, group_rows: int, group_cols: int) -> Grid:
     """Returns the groups: rectangles of group_rows x group_cols tiles, smaller at the far edges.
 
-    >>> tile_groups(Grid(rows=50, cols=90, tile_rows=10, tile_cols=30), 2, 1)
-    Grid(rows=5, cols=3, tile_rows=2, tile_cols=1)
+    Examples:
+        >>> tile_groups(Grid(rows=50, cols=90, tile_rows=10, tile_cols=30), 2, 1)
+        Grid(rows=5, cols=3, tile_rows=2, tile_cols=1)
     """
     return Grid(grid.down, grid.across, group_rows, group_cols)
 
@@ -84,8 +85,9 @@ def tile_groups(grid: Grid, group_rows: int, group_cols: int) -> Grid:
 def max_tables_bytes(chunks: int) -> int:
     """Returns the most bytes that the tables of `chunks` chunks take: one table a chunk.
 
-    >>> max_tables_bytes(1000)
-    547016
+    Examples:
+        >>> max_tables_bytes(1000)
+        547016
     """
     return HEADER.itemsize + chunks * (SIZE.itemsize + MAX_TABLE_BYTES)
 

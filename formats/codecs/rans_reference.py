@@ -63,12 +63,13 @@ def decode(stored: bytes, raw_bytes: int, table: FrequencyTable) -> bytes:
 def encode(symbols: bytes, table: FrequencyTable) -> bytes:
     """Returns the stored bytes of a chunk; every symbol must have a frequency in the table.
 
-    >>> import numpy as np
-    >>> table = FrequencyTable(12, np.zeros(256, np.int64))
-    >>> table.frequencies[[1, 2, 3]] = 2048, 1024, 1024
-    >>> stored = encode(bytes([1, 2, 3, 1]) * 160, table)
-    >>> len(stored), decode(stored, 640, table) == bytes([1, 2, 3, 1]) * 160
-    (224, True)
+    Examples:
+        >>> import numpy as np
+        >>> table = FrequencyTable(12, np.zeros(256, np.int64))
+        >>> table.frequencies[[1, 2, 3]] = 2048, 1024, 1024
+        >>> stored = encode(bytes([1, 2, 3, 1]) * 160, table)
+        >>> len(stored), decode(stored, 640, table) == bytes([1, 2, 3, 1]) * 160
+        (224, True)
     """
     precision, frequencies, starts = (
         table.precision,

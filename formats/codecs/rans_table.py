@@ -40,12 +40,13 @@ class FrequencyTable:
 def pack_table(table: FrequencyTable) -> bytes:
     """Returns the bytes of a table: precision, bitmap, then frequency - 1 in one or two bytes.
 
-    >>> table = FrequencyTable(12, np.zeros(256, np.int64))
-    >>> table.frequencies[[1, 2]] = 4095, 1
-    >>> pack_table(table)[:3].hex(), pack_table(table)[33:].hex()
-    ('0c0600', 'fe1f00')
-    >>> parse_table(pack_table(table)).frequencies[:4].tolist()
-    [0, 4095, 1, 0]
+    Examples:
+        >>> table = FrequencyTable(12, np.zeros(256, np.int64))
+        >>> table.frequencies[[1, 2]] = 4095, 1
+        >>> pack_table(table)[:3].hex(), pack_table(table)[33:].hex()
+        ('0c0600', 'fe1f00')
+        >>> parse_table(pack_table(table)).frequencies[:4].tolist()
+        [0, 4095, 1, 0]
     """
     present = table.frequencies > 0
     table_bytes = bytearray([table.precision])

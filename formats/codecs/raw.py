@@ -23,8 +23,9 @@ class RawCodec:
         Raises:
             DecodeError: its size is not `raw_bytes`.
 
-        >>> RawCodec().decode(b"abc", 3)
-        b'abc'
+        Examples:
+            >>> RawCodec().decode(b"abc", 3)
+            b'abc'
         """
         if len(stored) != raw_bytes:
             raise DecodeError("raw chunk has a wrong size", got=len(stored), expected=raw_bytes)

@@ -89,9 +89,10 @@ class ZstdCodec:
     def encode(self, raw: Any) -> bytes:
         """Returns one frame; deterministic for one version of libzstd.
 
-        >>> frame = ZstdCodec().encode(bytes(1000))
-        >>> frame[:4].hex(), ZstdCodec().decode(frame, 1000) == bytes(1000)
-        ('28b52ffd', True)
+        Examples:
+            >>> frame = ZstdCodec().encode(bytes(1000))
+            >>> frame[:4].hex(), ZstdCodec().decode(frame, 1000) == bytes(1000)
+            ('28b52ffd', True)
         """
         return _STATE.compressor.compress(raw)
 
@@ -112,9 +113,10 @@ class ZstdCodec:
         Returns:
             The frame of each, as `encode` makes it.
 
-        >>> [bytes(frame) for frame in ZstdCodec().encode_together(b"aab", [2, 1])] == [
-        ...     ZstdCodec().encode(b"aa"), ZstdCodec().encode(b"b")]
-        True
+        Examples:
+            >>> [bytes(frame) for frame in ZstdCodec().encode_together(b"aab", [2, 1])] == [
+            ...     ZstdCodec().encode(b"aa"), ZstdCodec().encode(b"b")]
+            True
         """
         begins = itertools.accumulate(sizes, initial=0)
         spans = b"".join(map(_SPAN.pack, begins, sizes))

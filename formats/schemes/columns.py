@@ -33,9 +33,10 @@ def make_columns(scales: NDArray[np.float32], groups: NDArray[np.uint8] | None) 
         scales: `X_col_scale` as float32 [cols].
         groups: `X_col_group`, uint8 [cols]; None where columns are stored as in the source.
 
-    >>> columns = make_columns(np.ones(4, np.float32), np.array([1, 0, 1, 0], np.uint8))
-    >>> columns.order.tolist(), columns.places.tolist()
-    ([1, 3, 0, 2], [2, 0, 3, 1])
+    Examples:
+        >>> columns = make_columns(np.ones(4, np.float32), np.array([1, 0, 1, 0], np.uint8))
+        >>> columns.order.tolist(), columns.places.tolist()
+        ([1, 3, 0, 2], [2, 0, 3, 1])
     """
     if groups is None:
         return Columns(scales, None, None)
@@ -48,8 +49,9 @@ def order_of(groups: NDArray[np.uint8]) -> NDArray[np.int32]:
 
     Every value 0 to 255 is a valid group.
 
-    >>> order_of(np.array([1, 0, 1, 0, 0], np.uint8)).tolist()
-    [1, 3, 4, 0, 2]
+    Examples:
+        >>> order_of(np.array([1, 0, 1, 0, 0], np.uint8)).tolist()
+        [1, 3, 4, 0, 2]
     """
     # A stable sort keeps columns of one group as in the source.
     return np.argsort(groups, kind="stable").astype(np.int32)
@@ -58,8 +60,9 @@ def order_of(groups: NDArray[np.uint8]) -> NDArray[np.int32]:
 def inverse(order: NDArray[np.integer[Any]]) -> NDArray[np.intp]:
     """Returns intp [cols]: the place of each number in a permutation.
 
-    >>> inverse(np.array([1, 3, 4, 0, 2])).tolist()
-    [3, 0, 4, 1, 2]
+    Examples:
+        >>> inverse(np.array([1, 3, 4, 0, 2])).tolist()
+        [3, 0, 4, 1, 2]
     """
     places = np.empty(len(order), np.intp)
     places[order] = np.arange(len(order))

@@ -16,8 +16,9 @@ def float32_from_bits(words: NDArray[np.unsignedinteger], dtype: str) -> NDArray
     Raises:
         ValueError: another dtype.
 
-    >>> float32_from_bits(np.array([0x3F80, 0xC000, 0x0001], np.uint16), "BF16").tolist()
-    [1.0, -2.0, 9.183549615799121e-41]
+    Examples:
+        >>> float32_from_bits(np.array([0x3F80, 0xC000, 0x0001], np.uint16), "BF16").tolist()
+        [1.0, -2.0, 9.183549615799121e-41]
     """
     if dtype == "BF16":
         return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -43,9 +44,10 @@ def bits_from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.uns
     Raises:
         ValueError: another dtype.
 
-    >>> words = bits_from_float32(np.array([1.0, 1.00390625, 3.4e38], np.float32), "BF16")
-    >>> [f"{word:04x}" for word in words]
-    ['3f80', '3f80', '7f80']
+    Examples:
+        >>> words = bits_from_float32(np.array([1.0, 1.00390625, 3.4e38], np.float32), "BF16")
+        >>> [f"{word:04x}" for word in words]
+        ['3f80', '3f80', '7f80']
     """
     if dtype == "BF16":
         # Half of the last kept bit is added, one less before an even one: ties go to even.

@@ -48,8 +48,9 @@ def channel_scales(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
     Args:
         absmax: float32 [channels], finite, 0 or more.
 
-    >>> channel_scales(np.array([127, 63.5, 0], np.float32)).tolist()
-    [1.0, 0.5, 1.0]
+    Examples:
+        >>> channel_scales(np.array([127, 63.5, 0], np.float32)).tolist()
+        [1.0, 0.5, 1.0]
     """
     scales = np.divide(absmax, np.float32(MAX_CODE), dtype=np.float32)
     np.minimum(scales, np.float32(MAX_SCALE), out=scales)
@@ -76,11 +77,12 @@ def quantize(
         int8, or int16 where `wide`, of the shape of the weights. Codes beyond the range, which no
         conversion makes, come back as its ends.
 
-    >>> weights = np.array([1.0, -0.74, 0.26], np.float32)
-    >>> quantize(weights, np.float32(0.5)).tolist()
-    [2, -1, 1]
-    >>> quantize(weights, np.float32(0.5), deadzone=0.25).tolist()
-    [2, -1, 0]
+    Examples:
+        >>> weights = np.array([1.0, -0.74, 0.26], np.float32)
+        >>> quantize(weights, np.float32(0.5)).tolist()
+        [2, -1, 1]
+        >>> quantize(weights, np.float32(0.5), deadzone=0.25).tolist()
+        [2, -1, 0]
     """
     # Quotients beyond float32 become infinite and are clipped below.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -99,8 +101,9 @@ def dequantize(
 ) -> NDArray[np.float32]:
     """Returns fl32(code * scale); `scales` float32 must broadcast against `codes`.
 
-    >>> dequantize(np.array([2, -1, 0], np.int8), np.array([0.5], np.float32)).tolist()
-    [1.0, -0.5, 0.0]
+    Examples:
+        >>> dequantize(np.array([2, -1, 0], np.int8), np.array([0.5], np.float32)).tolist()
+        [1.0, -0.5, 0.0]
     """
     return np.multiply(codes.astype(np.float32), scales, dtype=np.float32)
 
@@ -117,9 +120,10 @@ def step_sizes(
     Returns:
         float32 [rows, cols], or [rows, 1] where columns have no scales.
 
-    >>> rows, cols = np.array([1, 2], np.float32), np.array([1, 0.5], np.float32)
-    >>> step_sizes(rows, cols).tolist()
-    [[1.0, 0.5], [2.0, 1.0]]
+    Examples:
+        >>> rows, cols = np.array([1, 2], np.float32), np.array([1, 0.5], np.float32)
+        >>> step_sizes(rows, cols).tolist()
+        [[1.0, 0.5], [2.0, 1.0]]
     """
     if col_scales is None:
         return row_scales[:, None]
@@ -138,11 +142,12 @@ def split_codes(
         codes: int16 in [MIN_WIDE_CODE, MAX_WIDE_CODE].
         low_bits: 1 to 8.
 
-    >>> low, high = split_codes(np.array([5, -300, 127], np.int16), 8)
-    >>> low.tolist(), high.tolist()
-    ([5, -44, 127], [0, -1, 0])
-    >>> join_codes(low, high, 8).tolist()
-    [5, -300, 127]
+    Examples:
+        >>> low, high = split_codes(np.array([5, -300, 127], np.int16), 8)
+        >>> low.tolist(), high.tolist()
+        ([5, -44, 127], [0, -1, 0])
+        >>> join_codes(low, high, 8).tolist()
+        [5, -300, 127]
     """
     low = codes << (16 - low_bits) >> (16 - low_bits)
     # The difference lies within int16 for every code of the range.

@@ -30,10 +30,11 @@ def split_planes(elements: NDArray[np.unsignedinteger], dtype: DType) -> list[ND
     Returns:
         uint8 [n] arrays, plane 0 first.
 
-    >>> from codecllm.formats.dtypes import DTYPES
-    >>> elements = np.array([0x3F80, 0xBF80], np.uint16)
-    >>> [plane.tolist() for plane in split_planes(elements, DTYPES["BF16"])]
-    [[127, 127], [0, 1]]
+    Examples:
+        >>> from codecllm.formats.dtypes import DTYPES
+        >>> elements = np.array([0x3F80, 0xBF80], np.uint16)
+        >>> [plane.tolist() for plane in split_planes(elements, DTYPES["BF16"])]
+        [[127, 127], [0, 1]]
     """
     # One width for all element sizes keeps the reference obvious.
     words = elements.astype(np.uint64)
@@ -50,10 +51,11 @@ def join_planes(planes: list[NDArray[np.uint8]], dtype: DType) -> NDArray[np.uns
     Raises:
         DecodeError: a BOOL element is neither 0 nor 1.
 
-    >>> from codecllm.formats.dtypes import DTYPES
-    >>> planes = [np.array([127, 127], np.uint8), np.array([0, 1], np.uint8)]
-    >>> [f"{word:04x}" for word in join_planes(planes, DTYPES["BF16"])]
-    ['3f80', 'bf80']
+    Examples:
+        >>> from codecllm.formats.dtypes import DTYPES
+        >>> planes = [np.array([127, 127], np.uint8), np.array([0, 1], np.uint8)]
+        >>> [f"{word:04x}" for word in join_planes(planes, DTYPES["BF16"])]
+        ['3f80', 'bf80']
     """
     bits = dtype.bits
     words = np.zeros(len(planes[0]), np.uint64)

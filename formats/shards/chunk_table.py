@@ -142,8 +142,9 @@ def slot_bytes(stored_bytes: Any) -> Any:
     Args:
         stored_bytes: a number or an integer array.
 
-    >>> slot_bytes(1), slot_bytes(16), slot_bytes(17)
-    (16, 16, 32)
+    Examples:
+        >>> slot_bytes(1), slot_bytes(16), slot_bytes(17)
+        (16, 16, 32)
     """
     return (stored_bytes + (limits.SLOT_ALIGNMENT - 1)) & -limits.SLOT_ALIGNMENT
 

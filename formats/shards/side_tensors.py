@@ -86,8 +86,9 @@ class SideTensor:
     def name_for(self, tensor: str) -> str:
         """Returns the name under which it is stored beside the payload of `tensor`.
 
-        >>> SCALE.name_for("lm_head.weight")
-        'lm_head.weight_scale'
+        Examples:
+            >>> SCALE.name_for("lm_head.weight")
+            'lm_head.weight_scale'
         """
         return tensor + self.suffix
 

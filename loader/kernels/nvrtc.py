@@ -244,8 +244,9 @@ def _packaged(name: str) -> list[str]:
 def architecture(capability: tuple[int, int]) -> str:
     """Returns the name of a target with all instructions of a compute capability.
 
-    >>> architecture((8, 6)), architecture((9, 0))
-    ('sm_86', 'sm_90a')
+    Examples:
+        >>> architecture((8, 6)), architecture((9, 0))
+        ('sm_86', 'sm_90a')
     """
     name = f"sm_{capability[0]}{capability[1]}"
     return f"{name}a" if capability == (9, 0) else name

@@ -80,8 +80,9 @@ class Plane:
     def place(self, step: int, register: int, half: int) -> tuple[int, int]:
         """Returns the word of the lane and the bit at which a value's field begins.
 
-        >>> planes_of(4)[0].place(step=2, register=1, half=1)
-        (2, 20)
+        Examples:
+            >>> planes_of(4)[0].place(step=2, register=1, half=1)
+            (2, 20)
         """
         if self.width == 8:
             return 2 * step + register // 2, 16 * half + 8 * (register % 2)
@@ -100,8 +101,9 @@ def planes_of(bits: int) -> tuple[Plane, ...]:
 
     The widest comes first, and holds the upper bits of the codes.
 
-    >>> [(plane.width, plane.low) for plane in planes_of(7)]
-    [(4, 3), (2, 1), (1, 0)]
+    Examples:
+        >>> [(plane.width, plane.low) for plane in planes_of(7)]
+        [(4, 3), (2, 1), (1, 0)]
     """
     if bits == BF16_BITS:
         return Plane(8, 0, (Part(8),)), Plane(4, 8, (Part(3), Part(1, low=3, away=7)))
@@ -216,8 +218,9 @@ def best_bits(outside: dict[int, int], size: int) -> int:
         outside: bits of the layout -> codes beyond them.
         size: number of codes.
 
-    >>> best_bits({3: 100, 4: 1}, 1000)
-    4
+    Examples:
+        >>> best_bits({3: 100, 4: 1}, 1000)
+        4
     """
     return min(outside, key=lambda bits: bits * size + 32 * outside[bits])
 
@@ -238,8 +241,9 @@ def best_base(counts: list[int]) -> int:
     Args:
         counts: [256]: the weights other than zero, by exponent.
 
-    >>> best_base([0] * 110 + [5] * 15 + [0] * 131)
-    109
+    Examples:
+        >>> best_base([0] * 110 + [5] * 15 + [0] * 131)
+        109
     """
     # The factor 2^base of the kernel is a bfloat16, so the base is at most 127.
     sides = [(sum(counts[: b + 1]), sum(counts[b + 1 + BF16_EXPONENTS :])) for b in range(128)]
