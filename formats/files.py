@@ -306,9 +306,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         OSError: a folder stands in the place of one of them, or writing failed.
     """
     partial = path.with_name(path.name + ".partial")
-    descriptor = _create(partial)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        # Inside: a signal may come as soon as the file is there.
+        with os.fdopen(_create(partial), "wb") as file:
             file.write(data)
             file.flush()
             # Before the rename, which could otherwise reach the disk before the bytes.

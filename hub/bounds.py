@@ -106,9 +106,9 @@ class Bounds:
             name: seconds if times.get(name) is None else times[name] for name in names
         }
         known = self._sizes.get(str(request.url))
-        named = _FILE.search(unquote(request.url.path))
-        if known is None and named is not None and "/api/models/" not in request.url.path:
-            known = named[1], None
+        match = _FILE.search(unquote(request.url.path))
+        if known is None and match is not None and "/api/models/" not in request.url.path:
+            known = match[1], None
         # Of other encodings a few bytes may unpack to gigabytes at once.
         request.headers["Accept-Encoding"] = "gzip" if known is None else "identity"
         request.extensions.setdefault(_ABOUT, known)
@@ -163,9 +163,9 @@ class Bounds:
 def _check_wait(response: Any) -> None:
     """Refuses to sleep for hours: huggingface_hub sleeps as long as these headers say."""
     headers = response.headers
-    told = re.findall(r"^\s*(\d+)\s*$|;\s*t\s*=\s*(\d+)", headers.get("Retry-After", ""))
-    told += re.findall(r"()\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
-    for digits in (one or other for one, other in told):
+    waits = re.findall(r"^\s*(\d+)\s*$|;\s*t\s*=\s*(\d+)", headers.get("Retry-After", ""))
+    waits += re.findall(r"()\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    for digits in (one or other for one, other in waits):
         if len(digits) > 9 or int(digits) > WAIT_SECONDS:
             raise HubError(
                 "the Hub asks to wait too long",

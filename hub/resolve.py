@@ -183,19 +183,19 @@ def _check_missing(
         return
     compare_entries(manifest, read_entries(api, repo, listed_names(manifest), revision))
     blobs = folder.parent.parent / "blobs"
-    needed = sum(
+    needed_bytes = sum(
         record.bytes
         for record in (*manifest.shards, *manifest.files)
         # Another commit may have the same content.
         if record.name in names and not (blobs / record.sha256).exists()
     )
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed_bytes > free:
         raise HubError(
             "the disk has no room for the container's files",
             file=repo,
             got=f"{free} bytes",
-            expected=f"{needed} bytes",
+            expected=f"{needed_bytes} bytes",
         )
 
 

@@ -1,8 +1,8 @@
 """Runs command lines of codecllm in forks of a process with all imports, under the shim.
 
 One JSON object per line on stdin: `arguments`, `root`, `fault`, `at`, `log` (a path or null),
-`errors` (a path). The answer is a JSON object: `code` (negative: ended by that signal) and `count`,
-the operations below `root` so far.
+`errors` (a path), `cache` (the Hub's, or null). The answer is a JSON object: `code` (negative:
+ended by that signal) and `count`, the operations below `root` so far.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def _serve(run: Any, shim: Any, request: dict[str, Any], answer: int) -> None:
     log = -1 if request["log"] is None else os.open(request["log"], os.O_WRONLY | os.O_CREAT)
     code = 0
     sys.argv = ["codecllm", *request["arguments"]]
+    if request["cache"] is not None:
+        from huggingface_hub import constants
+
+        constants.HF_HUB_CACHE = request["cache"]
     shim.shim_arm(request["root"].encode(), request["fault"], request["at"], log)
     try:
         run()

@@ -94,13 +94,15 @@ class Server:
         fault: str = "none",
         at: int = 0,
         log: Path | None = None,
+        cache: Path | None = None,
     ) -> Ended:
-        """Runs a command line; operation `at` below `root` has the fault."""
+        """Runs a command line; operation `at` below `root` has the fault. `cache`: the Hub's."""
         assert self._process.stdin is not None and self._process.stdout is not None
         errors = self._scratch / "errors"
         request = {
             "arguments": list(map(str, arguments)), "root": str(root), "fault": FAULTS.index(fault),
             "at": at, "log": None if log is None else str(log), "errors": str(errors),
+            "cache": None if cache is None else str(cache),
         }  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()

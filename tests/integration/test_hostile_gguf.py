@@ -27,18 +27,18 @@ SEEDS, MUTATIONS, LOADS = 4, 1000, 30
 
 def with_field(key, kind, value):
     """The tiny Llama with a field changed, or one more."""
-    made = tiny_llama()
-    fields = [one for one in made.fields if one[0] != key.encode()]
-    return replace(made, fields=[*fields, (key.encode(), kind, value)])
+    llama = tiny_llama()
+    fields = [one for one in llama.fields if one[0] != key.encode()]
+    return replace(llama, fields=[*fields, (key.encode(), kind, value)])
 
 
 def with_tensor(**changes):
     """The tiny Llama with its first tensor changed."""
-    made = tiny_llama()
-    name, shape, kind, offset = made.tensors[0]
+    llama = tiny_llama()
+    name, shape, kind, offset = llama.tensors[0]
     first = {"name": name, "shape": shape, "kind": kind, "offset": offset} | changes
-    made.tensors[0] = tuple(first[part] for part in ("name", "shape", "kind", "offset"))
-    return made
+    llama.tensors[0] = tuple(first[part] for part in ("name", "shape", "kind", "offset"))
+    return llama
 
 
 HUGE = {
@@ -128,9 +128,9 @@ def test_a_sound_file_is_read(used, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_file_may_not_hold(used, tmp_path, name):
-    made, error = CASES[name]
+    content, error = CASES[name]
     path = tmp_path / "m.gguf"
-    path.write_bytes(made.packed() if isinstance(made, Gguf) else made)
+    path.write_bytes(content.packed() if isinstance(content, Gguf) else content)
     with measured() as cost, pytest.raises(error) as caught:
         _load(path)
     cost.check()

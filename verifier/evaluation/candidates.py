@@ -102,10 +102,10 @@ class Candidate:
                 self.path, dtype=dtype, resident="dense", workers=workers, progress=False, **options
             )
         # transformers raises whatever its many readers happen to raise.
-        wrapped = foreign_errors_as(
+        foreign_errors = foreign_errors_as(
             UnsupportedEnvironmentError, "transformers cannot load it", file=self.name
         )
-        with wrapped, without_progress_bars():
+        with foreign_errors, without_progress_bars():
             if self.kind == "gguf":
                 return load_gguf(self.path, dtype).to(place)
             return load_plain(self.path, dtype, **options)
