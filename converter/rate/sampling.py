@@ -25,6 +25,7 @@ from codecllm.formats.schemes.int8 import MAX_WIDE_CODE, MIN_SCALE
 _SAMPLED_BLOCKS = 2
 _READ_ELEMENTS = 1 << 18
 _LARGEST_CODE = MAX_WIDE_CODE - 8  # room for the rounding of steps to float32
+_LARGEST_STEP = 2.0**121  # the largest power of two that a scale may be
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +76,7 @@ class Sampled:
         params = self._params(scale * self.relative, self.largest / largest_code)
         return replace(
             params,
-            wide=bool((self.largest > 128.0 * params.row_scale).any()),
+            wide=bool((self.largest > 128.0 * params.row_scale.astype(np.float64)).any()),
             deadzone=deadzone,
             limits=self.limits,
         )
@@ -98,7 +99,8 @@ class Sampled:
         # The product of both scales must not fall below the smallest step; 2 covers its rounding.
         least = MIN_SCALE if cols is None else 2 * MIN_SCALE / min(1.0, float(cols.min()))
         bound = next_bf16(np.maximum(lowest, least).astype(np.float32))
-        rows = np.maximum(nearest_bf16(channels.astype(np.float32)), bound)
+        steps = np.minimum(channels, _LARGEST_STEP).astype(np.float32)
+        rows = np.maximum(nearest_bf16(steps), bound)
         return QuantParams(rows, cols, None if cols is None else self.groups)
 
 

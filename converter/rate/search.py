@@ -47,6 +47,9 @@ _NEAR = 0.02
 
 _ROUNDS = 6
 
+# Most doublings of the step away from the first guess.
+_FARTHEST = 40.0
+
 # Entropy of a Gaussian in steps of its standard deviation: 0.5 * log2(2 * pi * e).
 _GAUSSIAN_BITS = 2.05
 
@@ -212,7 +215,8 @@ def _search(
         for tensor in tensor_samples
     ]
     # First guess: Gaussian weights, whose entropy follows from rms / step.
-    log_scale = float(np.average(spreads, weights=elements)) + _GAUSSIAN_BITS - target
+    guess = float(np.average(spreads, weights=elements)) + _GAUSSIAN_BITS - target
+    log_scale = guess
     scaling = Scaling(1.0, loose, deadzone_at(target))
     trials: list[Trial] = []
     for _ in range(_ROUNDS):
@@ -221,6 +225,8 @@ def _search(
         if trials[-1].miss(target) < _TOLERANCE:
             break
         log_scale += (trials[-1].bits - target) / _slope(trials)
+        # Tables of a few weights may cost more than any step can save.
+        log_scale = min(max(log_scale, guess - _FARTHEST), guess + _FARTHEST)
     # The last trial need not be the nearest one.
     best = min(trials, key=lambda trial: abs(trial.bits - target))
     if best.miss(target) > _MISSED:

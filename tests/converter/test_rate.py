@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import codecllm
 from codecllm.converter import ParamsChoice, Rate, convert
 from codecllm.converter.rate.allocation import Sensitivity, factors_of, row_steps
 from codecllm.converter.rate.search import deadzone_at
@@ -185,3 +186,18 @@ def test_a_weight_that_is_no_number_stops_or_stays_lossless(tmp_path, made):
 def test_a_model_without_matrices_has_no_rate(made):
     with pytest.raises(UsageError, match="no tensor"):
         fitted(made(w=np.ones(70_000)), 5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 2), (4, 1)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_matrices_of_a_few_weights(made, tmp_path, bits, shape, size):
+    """Their tables alone may take more than the rate."""
+    source, rate = made(w=np.full(shape, size)), {"bits": bits, "calibrate": "none"}
+    try:
+        codecllm.convert(source, tmp_path / "out", include=["*"], baseline=False, **rate)
+    except UsageError:
+        assert not (tmp_path / "out").exists()
+    else:
+        with Container(tmp_path / "out") as container:
+            assert np.allclose(_floats(container, "w"), size, rtol=0.5)
