@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
@@ -217,6 +217,12 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        for name in ("chunk_kib", "max_shard_bytes"):
+            if type(getattr(self, name)) is not int:
+                got = repr(getattr(self, name))[:200]
+                raise UsageError(f"{name} is no integer", got=got, expected="an integer")
         for name, choices in (("scheme", Scheme), ("codec", CodecName), ("non_finite", NonFinite)):
             if getattr(self, name) not in get_args(choices):
                 expected = ", ".join(get_args(choices))
@@ -246,6 +252,17 @@ class ConvertOptions:
     def threads(self) -> int:
         """Number of encoding threads."""
         return min(cores(), USEFUL_THREADS) if self.workers is None else self.workers
+
+
+def _patterns(name: str, given: Any) -> tuple[str, ...]:
+    """Returns patterns as a tuple: a string would count as one of single letters."""
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        patterns = tuple(given)
+        if all(isinstance(pattern, str) for pattern in patterns):
+            return patterns
+    raise UsageError(
+        f"{name} is no list of patterns", got=repr(given)[:200], expected="a list of strings"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from codecllm.converter import convert
+from codecllm.converter import ConvertOptions, convert
 from codecllm.converter.plan.policy import channel_axis
 from codecllm.formats import BASE_VERSION
+from codecllm.formats.errors import UsageError
 from tests.sources import bf16, write_source
 
 BIG, SMALL = (256, 256), (255, 256)
@@ -69,6 +70,25 @@ def test_include_and_exclude(tmp_path):
 
 def test_exclude_wins(tmp_path):
     assert _schemes(tmp_path, {"a": BIG}, include=("a",), exclude=("a",)) == {"a": "lossless"}
+
+
+@pytest.mark.parametrize("patterns", ["lm_head*", b"a", 5, None, [1], [["a"]], [b"a"]])
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_patterns_that_are_no_list_of_strings_are_refused(name, patterns):
+    """A string is a sequence too: each letter would be a pattern, and the star all tensors."""
+    with pytest.raises(UsageError, match=f"{name} is no list of patterns"):
+        ConvertOptions(**{name: patterns})
+
+
+def test_patterns_are_read_once():
+    assert ConvertOptions(include=(name for name in ["a", "b"])).include == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["chunk_kib", "max_shard_bytes"])
+@pytest.mark.parametrize("number", ["64", 64.0, True, None])
+def test_sizes_that_are_no_integers_are_refused(name, number):
+    with pytest.raises(UsageError, match=f"{name} is no integer"):
+        ConvertOptions(**{name: number})
 
 
 def test_pattern_that_matches_nothing_is_a_warning(tmp_path):
