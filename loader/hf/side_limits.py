@@ -29,8 +29,8 @@ VOCABULARY_BYTES, VOCABULARY_VALUES = 256 << 20, 1 << 23
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _OTHER_NAMES = "attribute_map"
-"""Names that transformers takes for attributes of a config: an attribute of its classes, which an
-entry of config.json replaces."""
+"""Other names of a config's attributes. It is an attribute of transformers' classes, which an entry
+of config.json would replace; transformers writes none there."""
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER, _VOCABULARY = "tokenizer.json", "vocab.json"
 _MADE_TOKENS = ("extra_ids", "num_madeup_words", "offset")
@@ -77,17 +77,16 @@ def refuse_named_kernels(folder: Path, chosen: Mapping[str, Any]) -> None:
 
 def refuse_kernels_of(config: Any, chosen: Mapping[str, Any]) -> None:
     """As `refuse_named_kernels`, of the JSON value of a config.json."""
+    if any(key == _OTHER_NAMES and length for key, length, _ in _sizes(config)):
+        raise UnsafePathError(
+            f"{_OTHER_NAMES} would give other names to entries that are checked",
+            file="config.json",
+        )
     for key, text in _texts(config):
         name = _implementation_in(key)
         if name is not None and "/" in text and chosen.get(name) is None:
             raise UnsafePathError(
                 f"{key} names code of a repository (pass {name}= to choose another)",
-                file="config.json",
-                got=ascii(text)[:80],
-            )
-        if key == _OTHER_NAMES and (text.startswith("_") or _implementation_in(text)):
-            raise UnsafePathError(
-                f"{key} gives a private attribute another name",
                 file="config.json",
                 got=ascii(text)[:80],
             )
@@ -160,13 +159,13 @@ def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:
 
 
 def _texts(value: Any) -> Iterator[tuple[str, str]]:
-    """Yields each string with its key; below an implementation or other names, that key."""
+    """Yields each string with its key; below an implementation, that key."""
     stack = [("", value)]
     while stack:
         key, part = stack.pop()
         if isinstance(part, dict):
             # An object has an implementation for each part.
-            below = _implementation_in(key) is not None or key == _OTHER_NAMES
+            below = _implementation_in(key) is not None
             stack += ((key if below else name, item) for name, item in part.items())
         elif isinstance(part, list):
             stack += ((key, item) for item in part)

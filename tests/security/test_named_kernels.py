@@ -28,6 +28,7 @@ RENAMED = [
     {"attribute_map": {"zz": "attn_implementation"}},
     {"attribute_map": {"zz": {"zz": ["_experts_implementation_internal"]}}},
     {"text_config": {"attribute_map": {"zz": "_name_or_path"}}},
+    {"attribute_map": {"zz": "num_labels"}, "zz": 10**9},
 ]
 
 
@@ -49,9 +50,9 @@ def test_a_config_that_names_a_repository_is_refused(container, tmp_path, change
 
 
 @pytest.mark.parametrize("change", RENAMED, ids=str)
-def test_private_attributes_have_no_other_names(container, tmp_path, change):
+def test_attributes_have_no_other_names(container, tmp_path, change):
     folder = _changed(container, tmp_path / "c", change)
-    message = r"^config\.json: attribute_map gives a private attribute another name"
+    message = r"^config\.json: attribute_map would give other names to entries"
     with pytest.raises(UnsafePathError, match=message):
         codecllm.from_pretrained(folder)
     with pytest.raises(UnsafePathError, match=message):  # whatever the caller chooses
