@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from codecllm.formats.arguments.check import (
+    Check,
+    check_arguments,
+    choice,
+    flag,
+    instance,
+    integer,
+    number,
+    optional,
+    refusal,
+    text,
+)
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
 from codecllm.formats.files import as_path
-from codecllm.formats.machine import check_workers, cores
+from codecllm.formats.machine import cores
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
 Scheme = Literal["int8", "lossless"]
@@ -38,6 +49,19 @@ USEFUL_THREADS = 16
 
 On 16 hardware threads 16 of them convert 2.7 to 3.0 GB of source a second, 8 of them 2.4.
 """
+
+
+_RATE_CHECKS: dict[str, Check] = {
+    "bits": optional(
+        number(f"{MIN_BITS:g} to {MAX_BITS:g}", lambda bits: MIN_BITS <= bits <= MAX_BITS)
+    ),
+    "ratio": optional(number("more than 1", lambda ratio: ratio > 1)),
+    "quality": optional(choice(QUALITIES)),
+    "code_bits": optional(integer(MIN_CODE_BITS, MAX_CODE_BITS)),
+    "calibrate": optional(as_path),
+    "refine": flag,
+    "column_scales": flag,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,23 +107,9 @@ class Rate:
                 "bits, ratio, quality and code_bits exclude one another: give one",
                 got=f"{got}, code_bits {self.code_bits}",
             )
-        if self.calibrate is not None:
-            as_path(self.calibrate, "calibrate")
-        if self.quality is not None and self.quality not in QUALITIES:
-            raise UsageError(
-                "no such quality", got=repr(self.quality), expected=", ".join(QUALITIES)
-            )
-        if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
-            raise UsageError(
-                "bits per weight", got=self.bits, expected=f"{MIN_BITS:g} to {MAX_BITS:g}"
-            )
+        for name, check in _RATE_CHECKS.items():
+            check(getattr(self, name), name)
         if self.code_bits is not None:
-            if not MIN_CODE_BITS <= self.code_bits <= MAX_CODE_BITS:
-                raise UsageError(
-                    "bits of a code",
-                    got=self.code_bits,
-                    expected=f"{MIN_CODE_BITS} to {MAX_CODE_BITS}",
-                )
             if self.calibrate not in (None, "none") and not self.refine:
                 raise UsageError(
                     "code_bits takes steps from the largest weights: a calibration only refines",
@@ -108,8 +118,6 @@ class Rate:
                 )
             if not self.column_scales:
                 raise UsageError("code_bits makes no scales of columns in any case")
-        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio > 1):
-            raise UsageError("ratio", got=self.ratio, expected="more than 1")
         if self.refine and self.calibrate == "none":
             raise UsageError(
                 "refine needs a calibration: it feeds errors back by the inputs of each layer",
@@ -146,16 +154,19 @@ def requested_rate(
     Raises:
         UsageError: `calibrate`, `refine` or `column_scales` stands without a rate, or see `Rate`.
     """
+    fields: dict[str, Any] = {
+        "bits": bits,
+        "ratio": ratio,
+        "quality": quality,
+        "code_bits": code_bits,
+        "calibrate": calibrate,
+        "refine": refine,
+        "column_scales": column_scales,
+    }
     if any(target is not None for target in (bits, ratio, quality, code_bits)):
-        return Rate(
-            bits=bits,
-            ratio=ratio,
-            quality=quality,
-            code_bits=code_bits,
-            calibrate=calibrate,
-            refine=refine,
-            column_scales=column_scales,
-        )
+        return Rate(**fields)
+    for name, value in fields.items():
+        _RATE_CHECKS[name](value, name)
     if calibrate is not None:
         raise UsageError(
             "calibrate needs bits, ratio or quality: plain int8 takes its steps from the largest "
@@ -170,6 +181,15 @@ def requested_rate(
             "no column scales: that needs bits, ratio or quality, plain int8 has none in any case"
         )
     return None
+
+
+_OPTION_CHECKS: dict[str, Check] = {
+    "scheme": choice(get_args(Scheme)),
+    "codec": choice(get_args(CodecName)),
+    "rate": optional(instance(Rate)),
+    "non_finite": choice(get_args(NonFinite)),
+    "chunk_kib": integer(MIN_CHUNK_KIB, MAX_CHUNK_KIB),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,30 +239,18 @@ class ConvertOptions:
         """Checks the fields."""
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        for name in ("chunk_kib", "max_shard_bytes"):
-            if type(getattr(self, name)) is not int:
-                got = repr(getattr(self, name))[:200]
-                raise UsageError(f"{name} is no integer", got=got, expected="an integer")
-        for name, choices in (("scheme", Scheme), ("codec", CodecName), ("non_finite", NonFinite)):
-            if getattr(self, name) not in get_args(choices):
-                expected = ", ".join(get_args(choices))
-                raise UsageError(
-                    f"no such {name}", got=repr(getattr(self, name)), expected=expected
-                )
+        for name, check in _OPTION_CHECKS.items():
+            check(getattr(self, name), name)
+        check_arguments(
+            max_shard_bytes=self.max_shard_bytes,
+            workers=self.workers,
+            force=self.force,
+            with_code=self.with_code,
+        )
         device = self.device if isinstance(self.device, str) else ""
         if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device) is None:
             expected = "auto, cpu, cuda, cuda:N"
-            raise UsageError("no such device", got=repr(self.device)[:200], expected=expected)
-        if not MIN_CHUNK_KIB <= self.chunk_kib <= MAX_CHUNK_KIB:
-            raise UsageError(
-                "chunk_kib is out of range",
-                got=self.chunk_kib,
-                expected=f"{MIN_CHUNK_KIB} to {MAX_CHUNK_KIB}",
-            )
-        if self.max_shard_bytes < 1:
-            raise UsageError("max_shard_bytes must be positive", got=self.max_shard_bytes)
-        if self.workers is not None:
-            check_workers(self.workers)
+            raise UsageError("no such device", got=ascii(self.device)[:200], expected=expected)
         if self.rate is not None and self.scheme != "int8":
             raise UsageError(
                 "bits and ratio need scheme int8: lossless has no rate to choose", got=self.scheme
@@ -256,13 +264,12 @@ class ConvertOptions:
 
 def _patterns(name: str, given: Any) -> tuple[str, ...]:
     """Returns patterns as a tuple: a string would count as one of single letters."""
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        patterns = tuple(given)
-        if all(isinstance(pattern, str) for pattern in patterns):
-            return patterns
-    raise UsageError(
-        f"{name} is no list of patterns", got=repr(given)[:200], expected="a list of strings"
-    )
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes):
+        raise refusal(given, name, "a list of strings")
+    patterns = tuple(given)
+    for pattern in patterns:
+        text(pattern, name)
+    return patterns
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
-from codecllm.formats.errors import UsageError
-
 MAX_WORKERS = 1024
 """Most worker threads of one load or conversion: more only take threads from the system."""
 
@@ -48,20 +46,6 @@ def without_garbage_collection() -> Iterator[None]:
         if not _Pauses.lasting and _Pauses.stopped:
             _Pauses.stopped = False
             gc.enable()
-
-
-def check_workers(workers: object) -> None:
-    """Refuses what is no number of worker threads: a whole number from 1 to `MAX_WORKERS`.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not isinstance(workers, int) or isinstance(workers, bool):
-        raise UsageError("workers must be a number", got=repr(workers)[:200])
-    if workers < 1:
-        raise UsageError("workers must be 1 or more", got=workers)
-    if workers > MAX_WORKERS:
-        raise UsageError("too many workers", expected=f"at most {MAX_WORKERS}")
 
 
 def cores() -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from tqdm.auto import tqdm
 
+from codecllm.formats.arguments.check import check_arguments, choice
 from codecllm.formats.errors import UsageError
 from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import ORIGINAL_KEY
@@ -82,14 +83,8 @@ def split_options(extra: Any) -> tuple[LoadOptions, Any]:
         return LoadOptions(), extra
     names = {field.name for field in fields(LoadOptions)}
     options = LoadOptions(**{key: value for key, value in extra.items() if key in names})
-    if options.resident not in RESIDENT:
-        raise UsageError(
-            "resident", got=repr(options.resident), expected=" or ".join(map(repr, RESIDENT))
-        )
-    if not isinstance(options.workers, int | None) or isinstance(options.workers, bool):
-        raise UsageError("workers must be a number", got=repr(options.workers))
-    if not isinstance(options.manifest_sha256, str | None):
-        raise UsageError("manifest_sha256 must be text", got=repr(options.manifest_sha256))
+    choice(RESIDENT)(options.resident, "resident")
+    check_arguments(workers=options.workers, manifest_sha256=options.manifest_sha256)
     return options, {key: value for key, value in extra.items() if key not in names}
 
 

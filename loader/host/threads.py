@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.codecs import native
-from codecllm.formats.machine import check_workers, cores
+from codecllm.formats.machine import cores
 
 USEFUL_THREADS = 6
 """Most threads that decode without the native core: between two calls they share the interpreter's
@@ -22,7 +23,7 @@ def decoding_threads(workers: int | None) -> int:
         UsageError: `workers` is no number from 1 to `machine.MAX_WORKERS`.
     """
     if workers is not None:
-        check_workers(workers)
+        check_arguments(workers=workers)
         return workers
     # The native core works without the interpreter's lock, so all cores are of use.
     return cores() if native.core is not None else min(cores(), USEFUL_THREADS)

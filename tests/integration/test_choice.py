@@ -118,5 +118,5 @@ def test_the_cache_is_that_of_the_text_model_and_its_longest_text():
 
 
 def test_an_unknown_residency_is_refused(container):
-    with pytest.raises(UsageError, match="no such resident"):
+    with pytest.raises(UsageError, match="not a value of resident"):
         from_pretrained(container("llama", "int8"), resident="fast")

@@ -190,7 +190,7 @@ def test_without_linear_int8_weights_there_is_nothing_to_export(container, tmp_p
         export(container("llama", "lossless"), tmp_path / "packed", format="compressed-tensors")
     with pytest.raises(UsageError, match="Q8_0 keeps its scales as float16"):
         export(container("llama", "int8"), tmp_path / "packed", format="gguf")
-    with pytest.raises(UsageError, match="no such format"):
+    with pytest.raises(UsageError, match="not a value of format"):
         export(container("llama", "int8"), tmp_path / "packed", format="onnx")
     with pytest.raises(NotAContainerError):
         export(tmp_path, tmp_path / "packed", format="gguf")

@@ -115,7 +115,7 @@ for load_format in ("safetensors", "dummy", "sharded_state"):
 assert "got 'int8', expected resident 'dense'" in refused(
     model_loader_extra_config={"resident": "int8"}
 )
-assert "workers must be a number, got '2'" in refused(model_loader_extra_config={"workers": "2"})
+assert "not a value of workers, got '2'" in refused(model_loader_extra_config={"workers": "2"})
 assert "Unexpected extra config keys" in refused(model_loader_extra_config={"wokers": 2})
 config = sglang_plugin.CodecLLMConfig.from_config({})
 try:

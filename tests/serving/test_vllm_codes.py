@@ -134,4 +134,6 @@ def test_a_lossless_container_has_no_codes(engine, made):
 def test_an_unknown_residency(engine, made):
     extra = {"resident": "int4"}
     answer = engine.ask(made("llama", "all_int8")[0], IDS, model_loader_extra_config=extra)
-    assert answer["message"] == "resident, got 'int4', expected 'dense' or 'int8' or 'packed'"
+    assert answer["message"] == (
+        "not a value of resident, got 'int4', expected dense, int8, packed"
+    )

@@ -47,8 +47,8 @@ def test_a_damaged_side_file(engine, container, tmp_path):
     ("extra", "error", "message"),
     [
         ({"manifest_sha256": "0" * 64}, "ChecksumError", "manifest is not the expected one"),
-        ({"workers": 0}, "UsageError", "workers must be 1 or more, got 0"),
-        ({"workers": "2"}, "UsageError", "workers must be a number, got '2'"),
+        ({"workers": 0}, "UsageError", "not a value of workers, got 0"),
+        ({"workers": "2"}, "UsageError", "not a value of workers, got '2'"),
         ({"wokers": 2}, "ValueError", "Unexpected extra config keys"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_device_without_memory_ends_the_load_wherever_it_is(container, device,
 
 def test_a_decoder_asked_for_by_name_must_work(container):
     folder = container("llama", "lossless")
-    with pytest.raises(UsageError, match="no such decoder, got 'gpu'"):
+    with pytest.raises(UsageError, match="not a value of decoder, got 'gpu'"):
         from_pretrained(folder, decoder="gpu")
     with pytest.raises(
         UnsupportedEnvironmentError, match="decoder 'nvcomp' does not work here: torch finds no GPU"

@@ -7,8 +7,7 @@ import threading
 
 import pytest
 
-from codecllm.formats.errors import UsageError
-from codecllm.formats.machine import MAX_WORKERS, check_workers, without_garbage_collection
+from codecllm.formats.machine import without_garbage_collection
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +55,3 @@ def test_pauses_of_two_threads_overlap():
         other.join()
         assert not gc.isenabled()
     assert gc.isenabled()
-
-
-@pytest.mark.parametrize("workers", [0, -1, MAX_WORKERS + 1, 10**400, 1.5, "2", None, True])
-def test_no_number_of_workers(workers):
-    with pytest.raises(UsageError, match="workers"):
-        check_workers(workers)
-
-
-@pytest.mark.parametrize("workers", [1, MAX_WORKERS])
-def test_a_number_of_workers(workers):
-    check_workers(workers)

@@ -1,0 +1,1 @@
+"""Arguments of public functions: checked by their names, before any work is done."""

@@ -1,0 +1,158 @@
+"""Checks of arguments: one error that names the argument, what was given and what is expected.
+
+An argument of one name means the same in every function, so that `ARGUMENTS` has one check for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from codecllm.formats.errors import UsageError
+from codecllm.formats.files import as_path
+from codecllm.formats.machine import MAX_WORKERS
+
+Check = Callable[[Any, str], object]
+"""Takes a value and the name of its argument; raises UsageError where it is none for it."""
+
+MAX_JSON_INTEGER = 2**53
+"""The largest integer that a manifest may hold (SPEC.md, rule 8.1d)."""
+
+
+def refusal(value: object, name: str, expected: str) -> UsageError:
+    """Returns the error for a value that is none of the argument of that name."""
+    try:
+        got = ascii(value)[:200]
+    except Exception:  # an integer of thousands of digits; an object's own text may fail in any way
+        got = f"a value of type {type(value).__name__}"
+    return UsageError(f"not a value of {name}", got=got, expected=expected)
+
+
+def _kind(expected: str, is_right: Callable[[Any], bool]) -> Check:
+    def check(value: Any, name: str) -> None:
+        if not is_right(value):
+            raise refusal(value, name, expected)
+
+    return check
+
+
+def integer(low: int, high: int | None = None) -> Check:
+    """Returns a check for integers from `low` to `high`, both included; a bool is none."""
+    expected = f"a whole number of {low} or more" if high is None else f"{low} to {high}"
+    return _kind(
+        expected,
+        lambda value: type(value) is int and low <= value and (high is None or value <= high),
+    )
+
+
+def number(expected: str, is_right: Callable[[float], bool]) -> Check:
+    """Returns a check for finite numbers for which `is_right`; a bool is none.
+
+    Args:
+        expected: the range in words.
+        is_right: whether a number lies in it.
+    """
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        try:
+            return math.isfinite(value) and is_right(value)
+        except OverflowError:  # an integer beyond all floats
+            return False
+
+    return _kind(expected, holds)
+
+
+def choice(names: Iterable[str]) -> Check:
+    """Returns a check for one of these names."""
+    known = tuple(names)
+    return _kind(", ".join(known), lambda value: isinstance(value, str) and value in known)
+
+
+def instance(kind: type) -> Check:
+    """Returns a check for objects of a class."""
+    return _kind(f"of type {kind.__name__}", lambda value: isinstance(value, kind))
+
+
+def sequence(element: Check) -> Check:
+    """Returns a check for lists and tuples whose elements pass `element`.
+
+    A string is none: it would count as a list of single letters.
+    """
+
+    def check(value: Any, name: str) -> None:
+        if not isinstance(value, list | tuple):
+            raise refusal(value, name, "a list")
+        for one in value:
+            element(one, name)
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """Returns a check for None, or what `check` takes."""
+    return lambda value, name: None if value is None else check(value, name)
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8, or a lone surrogate
+        return False
+
+
+text = _kind("text that is UTF-8", _is_text)
+flag = _kind("True or False", lambda value: isinstance(value, bool))
+function = _kind("a function", callable)
+
+ARGUMENTS: dict[str, Check] = {
+    "base": as_path,
+    "base_model": optional(text),
+    "baseline": optional(flag),
+    "cache_dir": optional(as_path),
+    "candidates": sequence(as_path),
+    "create_pr": flag,
+    "expected_manifest_sha256": optional(text),
+    "force": flag,
+    "identity": optional(text),
+    "issuer": optional(text),
+    "manifest_sha256": optional(text),
+    "max_shard_bytes": integer(1, MAX_JSON_INTEGER),
+    "message": optional(text),
+    "on_stage": optional(function),
+    "password": optional(text),
+    "private": flag,
+    "progress": optional(function),
+    "prompt": text,
+    "public_key": optional(as_path),
+    "require_baseline": flag,
+    "required": flag,
+    "revision": optional(text),
+    "run": flag,
+    "signature": optional(as_path),
+    "source": optional(as_path),
+    "text": optional(text),
+    "token": optional(
+        _kind("text, True or False", lambda value: isinstance(value, bool) or _is_text(value))
+    ),
+    "trust_config": optional(as_path),
+    "trust_remote_code": flag,
+    "with_code": flag,
+    "workers": optional(integer(1, MAX_WORKERS)),
+}
+"""The check of each argument whose meaning is one in all functions."""
+
+
+def check_arguments(**arguments: object) -> None:
+    """Checks arguments by their names.
+
+    Args:
+        arguments: name -> value; each name has a check in `ARGUMENTS`.
+
+    Raises:
+        UsageError: one is of a wrong type or out of range.
+    """
+    for name, value in arguments.items():
+        ARGUMENTS[name](value, name)
