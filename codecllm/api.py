@@ -15,6 +15,8 @@ from codecllm.converter.exports.export import ExportReport
 from codecllm.converter.exports.export import export as export_folder
 from codecllm.converter.options import (
     DEFAULT_MAX_SHARD_BYTES,
+    MAX_CODE_BITS,
+    MIN_CODE_BITS,
     ConvertOptions,
     NonFinite,
     Origin,
@@ -27,6 +29,7 @@ from codecllm.converter.rate.estimate import Estimate, estimate_model
 from codecllm.converter.report import ConversionReport
 from codecllm.converter.source.modules import read_modules
 from codecllm.converter.write.container_writer import OnProgress
+from codecllm.formats.arguments.check import check_arguments, choice, instance, integer, optional
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.container import Container
 from codecllm.formats.errors import BaselineError, UsageError
@@ -165,11 +168,18 @@ class HubAccess:
         revision: branch, tag or commit.
         token: Hub token.
         cache_dir: Hub cache.
+
+    Raises:
+        UsageError: a field is of a wrong type.
     """
 
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        check_arguments(revision=self.revision, token=self.token, cache_dir=self.cache_dir)
 
 
 LOCAL_ACCESS = HubAccess()
@@ -187,6 +197,9 @@ def run_conversion(
 ) -> Converted:
     """Converts as `convert` does, with packed options."""
     out = as_path(out, "out")  # before a model is fetched and calibrated
+    instance(ConvertOptions)(options, "options")
+    instance(HubAccess)(access, "access")
+    check_arguments(baseline=baseline, progress=progress, on_stage=on_stage)
     options = on_known_device(options)
     files = _resolve_source(model, access)
     completion = _Completion(files.folder, options.device, baseline, on_stage)
@@ -256,6 +269,9 @@ def predict(
     on_stage: Callable[[str], None] | None = None,
 ) -> Estimate:
     """Predicts the sizes that a conversion would give; nothing is written. Errors as `convert`."""
+    instance(ConvertOptions)(options, "options")
+    instance(HubAccess)(access, "access")
+    check_arguments(on_stage=on_stage)
     options = on_known_device(options)
     files = _resolve_source(model, access)
     with open_source(files.folder, options) as source:
@@ -327,10 +343,10 @@ def export(
         UsageError: the format cannot hold the tensors of the container.
         CodecLLMError: see `codecllm.converter.exports.export` and `codecllm.hub.resolve`.
     """
-    if format not in get_args(ExportFormat):
-        raise UsageError(
-            "no such format", got=repr(format), expected=", ".join(get_args(ExportFormat))
-        )
+    as_path(out, "out")  # before a container is fetched and its codes are counted
+    choice(get_args(ExportFormat))(format, "format")
+    optional(integer(MIN_CODE_BITS, MAX_CODE_BITS))(width, "width")
+    check_arguments(max_shard_bytes=max_shard_bytes, workers=workers, progress=progress)
     if width is not None and format != "compressed-tensors":
         raise UsageError("width goes with format 'compressed-tensors'", got=repr(format))
     folder = resolve(container, revision=revision, token=token, cache_dir=cache_dir).folder

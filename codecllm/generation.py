@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from codecllm.formats.arguments.check import check_arguments, choice, flag, integer
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     ModelMismatchError,
@@ -58,6 +59,10 @@ def generate(
         ModelMismatchError: the tokenizer is not the model's, or the model fails to continue.
         CodecLLMError: loading failed.
     """
+    check_arguments(prompt=prompt, workers=workers)
+    integer(1)(max_new_tokens, "max_new_tokens")
+    choice(("auto", "dense", "int8", "compressed"))(resident, "resident")
+    flag(progress, "progress")
     files = resolve(out, revision=revision)
     # Behind `resolve`: a wrong name fails before torch is imported, which takes seconds.
     import torch

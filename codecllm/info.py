@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.container import Container
 from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
@@ -54,6 +55,7 @@ def describe_name(
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    check_arguments(revision=revision, token=token)
     if as_path(name, "container").exists() or HF_HUB_OFFLINE:
         return describe(resolve(name, revision=revision, token=token, kind="manifest").folder)
     remote = open_remote(name, revision=revision, token=token)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from codecllm.formats.arguments.check import check_arguments, choice
 from codecllm.formats.container import CONTAINER_IS, Container
 from codecllm.formats.errors import HubError, NotAContainerError, UsageError
 from codecllm.formats.files import as_path, describe_missing, write_atomically
@@ -114,6 +115,18 @@ def push(
         HubError: the Hub cannot be reached, or refuses.
     """
     folder = as_path(container, "container")
+    check_arguments(
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        base_model=base_model,
+        token=token,
+        workers=workers,
+        progress=progress,
+        on_stage=on_stage,
+    )
+    choice(get_args(Level))(level, "level")
     tell = on_stage or (lambda text: None)
     if create_pr and revision is not None:
         raise UsageError(

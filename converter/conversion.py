@@ -24,6 +24,7 @@ from codecllm.converter.write.container_writer import OnProgress, write_containe
 from codecllm.converter.write.fingerprint import fingerprint_of
 from codecllm.converter.write.manifest import Conversion
 from codecllm.converter.write.staging import Staging
+from codecllm.formats.arguments.check import check_arguments, function, instance, optional
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError
@@ -129,6 +130,10 @@ def convert_model(
     After a kill the same call goes on: finished shards are kept, and the result has the same bytes.
     """
     out = as_path(out, "out")  # before the plan, which may take long
+    instance(ConvertOptions)(options, "options")
+    instance(ParamsChoice)(choice, "choice")
+    optional(function)(complete, "complete")
+    check_arguments(progress=progress)
     if options.rate is not None and choice.provider is None:
         raise UsageError("a rate is asked for, and no quantization parameters were chosen")
     start_time = time.monotonic()

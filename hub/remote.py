@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from codecllm.formats import limits
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import (
     HubError,
@@ -50,6 +51,7 @@ class RemoteRepository:
         from huggingface_hub import HfApi, constants
 
         check_repo_id(name)
+        check_arguments(revision=revision, token=token)
         self.name = name
         self.transferred_bytes = 0
         self._token = token

@@ -8,9 +8,10 @@ import shutil
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from codecllm.formats import limits
+from codecllm.formats.arguments.check import check_arguments, choice
 from codecllm.formats.errors import (
     HubError,
     LimitError,
@@ -88,8 +89,8 @@ def resolve(
         UnsafeSourceError: the repository's weights are pickles only.
     """
     folder = as_path(name_or_path, "model")
-    if cache_dir is not None:
-        as_path(cache_dir, "cache_dir")
+    check_arguments(revision=revision, token=token, cache_dir=cache_dir)
+    choice(get_args(Kind))(kind, "kind")
     if folder.exists():
         if revision is not None:
             raise UsageError("a revision goes with a Hub id, not with a local folder", got=revision)

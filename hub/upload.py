@@ -12,6 +12,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.errors import HubError, UsageError, one_line
 from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
@@ -73,6 +74,7 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
     from huggingface_hub import HfApi
 
     check_repo_id(repo)
+    check_arguments(token=token)
     with one_line_errors(repo):
         info = HfApi(library_name="codecllm", token=token).model_info(repo)
     data = {}
@@ -95,6 +97,7 @@ def check_login(repo: str, *, token: str | bool | None = None) -> None:
     from huggingface_hub import HfApi
 
     check_repo_id(repo)
+    check_arguments(token=token)
     if "/" not in repo:
         raise UsageError("a repository needs its owner: user/name", got=repo)
     with one_line_errors(repo):

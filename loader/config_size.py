@@ -65,7 +65,7 @@ def check_config_of(container: Container, config: dict[str, Any]) -> None:
     check_config_size(config, len(container.records), longest)
 
 
-def check_arguments(
+def check_config_arguments(
     container: Container, stored: dict[str, Any] | None, arguments: dict[str, Any]
 ) -> None:
     """As `check_config_of`, of arguments of a caller that replace entries of a config.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from codecllm.formats.arguments.check import check_arguments, choice, refusal
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
@@ -20,7 +21,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.formats.manifest.unlisted import refuse_unlisted
 from codecllm.hub import resolve
-from codecllm.loader.config_size import check_arguments, check_config_of
+from codecllm.loader.config_size import check_config_arguments, check_config_of
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.placement import refuse_without_device
 from codecllm.loader.hf import placement, quantizer
@@ -126,8 +127,16 @@ def from_pretrained(
         MemoryError, torch.OutOfMemoryError: memory of the host or of the device ran out. What the
             load had taken is free again once the error is dropped.
     """
+    check_arguments(
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        workers=workers,
+        expected_manifest_sha256=expected_manifest_sha256,
+        trust_remote_code=trust_remote_code,
+    )
     _check_arguments(resident, decoder, dtype, hf_kwargs)
-    _check_objects(auto_class, progress, hf_kwargs.get("config"), expected_manifest_sha256)
+    _check_objects(auto_class, progress, hf_kwargs.get("config"))
     refuse_without_device(decoder, resident, device_map)
     placement.check_device_map(device_map)
     placement.refuse_without_folder(device_map, hf_kwargs.get("offload_folder"))
@@ -205,12 +214,8 @@ def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[st
         raise UsageError(
             "the weights of a container are in safetensors", got="use_safetensors=False"
         )
-    for name, value, choices in (
-        ("resident", resident, ("auto", *get_args(Resident))),
-        ("decoder", decoder, get_args(Decoder)),
-    ):
-        if value not in choices:
-            raise UsageError(f"no such {name}", got=repr(value), expected=" or ".join(choices))
+    choice(("auto", *get_args(Resident)))(resident, "resident")
+    choice(get_args(Decoder))(decoder, "decoder")
     named = _torch_dtype(dtype)
     if dtype not in (None, "auto") and (named is None or not named.is_floating_point):
         raise UsageError(
@@ -218,7 +223,7 @@ def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[st
         )
 
 
-def _check_objects(auto_class: Any, progress: Any, config: Any, manifest_sha256: Any) -> None:
+def _check_objects(auto_class: Any, progress: Any, config: Any) -> None:
     """Refuses arguments that are none of what they are for, before anything is read."""
     from transformers import PretrainedConfig
 
@@ -228,11 +233,10 @@ def _check_objects(auto_class: Any, progress: Any, config: Any, manifest_sha256:
     for name, value, is_right, expected in (
         ("auto_class", auto_class, is_class, "a class of models"),
         ("progress", progress, isinstance(progress, bool) or callable(progress), "bool, callable"),
-        ("expected_manifest_sha256", manifest_sha256, isinstance(manifest_sha256, str), "text"),
         ("config", config, isinstance(config, PretrainedConfig), "a config of transformers"),
     ):
         if value is not None and not is_right:
-            raise UsageError(f"not a value of {name}", got=repr(value)[:200], expected=expected)
+            raise refusal(value, name, expected)
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype | None:
@@ -276,7 +280,7 @@ def _build(
 ) -> Any:
     config = hf_kwargs.pop("config", None)
     # A config's class makes its labels at once, as many as it is told.
-    check_arguments(load.container, load.config, hf_kwargs)
+    check_config_arguments(load.container, load.config, hf_kwargs)
     read = partial(read_config, folder, run_code=run_code, return_unused_kwargs=True, **hf_kwargs)
     stored_config, other_options = read()
     part_class = getattr(auto_class, "config_class", None)

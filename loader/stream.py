@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.records import AliasTensor, CodedTensor, RawTensor
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.engine import Engine, Request
@@ -20,7 +20,7 @@ from codecllm.loader.host.engine import HostEngine
 from codecllm.loader.host.memory import RecycledMemory
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.reader import CPU
-from codecllm.loader.torch_tensors import file_order, is_model_float, torch_dtype
+from codecllm.loader.torch_tensors import check_dtype, file_order, is_model_float, torch_dtype
 
 AHEAD_BYTES = 64 << 20
 """Bytes of tensors that are decoded ahead; the next tensor always is."""
@@ -52,9 +52,9 @@ def stream_tensors(
             whole and were checked.
         UsageError: `workers` is not positive, or `dtype` none of float tensors.
     """
-    kind: object = dtype
-    if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise UsageError("not a float dtype", got=repr(kind)[:200], expected="torch.bfloat16, say")
+    if dtype is not None:
+        check_dtype(dtype)
+    check_arguments(workers=workers)
     with _opened(container) as source:
         # In the order of the files: each is read from its beginning to its end.
         requests = [_request(source, name, dtype) for name in file_order(source)]

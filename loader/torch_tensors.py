@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from codecllm.formats.arguments.check import refusal
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError
 
@@ -49,6 +50,16 @@ def torch_dtype(name: str, tensor: str | None = None) -> torch.dtype:
             f"torch {torch.__version__} has no dtype for {name}", tensor=tensor
         )
     return dtype
+
+
+def check_dtype(dtype: object) -> None:
+    """Checks the argument `dtype`: a float dtype of torch.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise refusal(dtype, "dtype", "a float dtype such as torch.bfloat16")
 
 
 def is_model_float(name: str) -> bool:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from codecllm.converter.source.source import SourceModel
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError, one_line
@@ -160,6 +161,7 @@ def compare_models(
     Raises:
         CodecLLMError: one of them is neither a container nor a model, or is damaged.
     """
+    check_arguments(run=run, workers=workers, progress=progress)
     with ExitStack() as stack:
         side_a, side_b = stack.enter_context(Side(a)), stack.enter_context(Side(b))
         common = [name for name in side_a.tensors if name in side_b.tensors]
@@ -167,8 +169,7 @@ def compare_models(
             raise UsageError("the two models share no tensor", got=f"{a}, {b}")
         rows, elements_done = [], 0
         total = sum(math.prod(side_a.tensors[name].shape) for name in common)
-        threads = workers or cores()
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(workers or cores()) as pool:
             for name, row in in_order(
                 pool, common, lambda name: compare_tensors(side_a, side_b, name)
             ):

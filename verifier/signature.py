@@ -13,11 +13,12 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from codecllm.converter.write.signals import signals_wait
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     LimitError,
@@ -65,6 +66,7 @@ def sign(
     """
     folder = as_path(container, "container")
     private_key = as_path(private_key, "private_key")
+    check_arguments(password=password)
     path = _beside(folder) if signature is None else as_path(signature, "signature")
     library = _library()
     if path.resolve().is_relative_to(folder.resolve()):
@@ -120,10 +122,8 @@ class Signer:
     trust_config: str | Path | None = None
 
     def __post_init__(self) -> None:
-        """Checks that the files are paths."""
-        for name in ("public_key", "trust_config"):
-            if getattr(self, name) is not None:
-                as_path(getattr(self, name), name)
+        """Checks the fields."""
+        check_arguments(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     @property
     def is_given(self) -> bool:

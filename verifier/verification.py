@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from codecllm.converter.source.source import SourceModel
+from codecllm.formats.arguments.check import check_arguments, choice
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
-from codecllm.formats.files import as_path
 from codecllm.formats.machine import cores
 from codecllm.formats.shards.consistency import expansion_bound
 from codecllm.hub import resolve
@@ -80,9 +80,20 @@ def verify(
         UnsupportedEnvironmentError: a signature is given, and `model-signing` is not installed.
         OSError: signature, key or trust configuration cannot be read.
     """
-    for name, path in (("source", source), ("signature", signature)):
-        if path is not None:
-            as_path(path, name)  # before hours of work
+    # Before hours of work.
+    check_arguments(
+        source=source,
+        require_baseline=require_baseline,
+        baseline=baseline,
+        workers=workers,
+        expected_manifest_sha256=expected_manifest_sha256,
+        signature=signature,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    choice(LEVELS)(level, "level")
     signer = Signer(public_key, identity, issuer, trust_config)
     if (signature is not None) != signer.is_given:
         raise UsageError(
@@ -91,8 +102,6 @@ def verify(
     # Before any download: a key that cannot be read is no finding about the container.
     verifier = signer.verifier() if signer.is_given else None
     expansion_bound()  # nor is a bound that is no number
-    if level not in LEVELS:
-        raise UsageError("no such level", got=repr(level), expected=", ".join(LEVELS))
     if level != "full" and (source is not None or require_baseline):
         raise UsageError(
             "comparing with the source or requiring a baseline needs level full", got=level

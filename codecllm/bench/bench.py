@@ -10,11 +10,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from codecllm.formats.arguments.check import (
+    Check,
+    check_arguments,
+    choice,
+    instance,
+    integer,
+    optional,
+    sequence,
+)
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UsageError
+from codecllm.formats.machine import MAX_WORKERS
 from codecllm.hub import resolve
 
 RESIDENTS = ("dense", "int8", "packed", "compressed")
+
+
+_CHECKS: dict[str, Check] = {
+    "residents": sequence(choice(RESIDENTS)),
+    "prompt_tokens": integer(1),
+    "new_tokens": integer(2),
+    "batch": integer(1),
+    "threads": optional(integer(1, MAX_WORKERS)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +48,9 @@ class BenchOptions:
         batch: texts at a time, 1 or more.
         threads: torch's threads; None leaves them to torch.
         revision: revision of a container on the Hub.
+
+    Raises:
+        UsageError: a field is of a wrong type or out of range.
     """
 
     residents: tuple[str, ...] = RESIDENTS
@@ -40,6 +61,12 @@ class BenchOptions:
     batch: int = 1
     threads: int | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        for name, check in _CHECKS.items():
+            check(getattr(self, name), name)
+        check_arguments(source=self.source, revision=self.revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +120,8 @@ def bench(
         FormatError: its manifest is damaged, or a shard is missing or has another size.
         SourceError: the source cannot be read.
     """
-    if options.new_tokens < 2 or min(options.prompt_tokens, options.batch) < 1:
-        raise UsageError("bench needs 1 prompt token, 2 new tokens and 1 text, or more of each")
-    unknown = sorted(set(options.residents) - set(RESIDENTS))
-    if unknown:
-        raise UsageError("no such residency", got=unknown[0], expected=" or ".join(RESIDENTS))
+    instance(BenchOptions)(options, "options")
+    check_arguments(on_stage=on_stage)
     if options.device != "cpu":
         # Imported late: torch takes seconds. Here, because each process would fail by it.
         from codecllm.loader.places import device_of

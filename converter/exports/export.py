@@ -28,6 +28,7 @@ from codecllm.converter.options import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
 from codecllm.converter.source.side_files import pack_index, write_listed
 from codecllm.converter.write.staging import Staging
 from codecllm.converter.write.tensor_writer import ordered
+from codecllm.formats.arguments.check import check_arguments, instance, optional
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, SchemaError
@@ -90,6 +91,8 @@ def export(
         OSError: writing failed.
     """
     options = ConvertOptions(workers=workers, max_shard_bytes=max_shard_bytes)
+    check_arguments(progress=progress)
+    optional(instance(PackedLayout))(layout, "layout")
     with Container(container) as source_container, Staging(out, force=False) as staging:
         layout = layout or PLAIN
         config = _read_config(source_container)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     BaselineError,
@@ -109,6 +110,7 @@ def record_baseline(
     """
     began = time.monotonic()
     folders = as_path(source_folder, "source_folder"), as_path(out, "out")
+    check_arguments(required=required, on_stage=on_stage)
     tell = on_stage or (lambda text: None)
     with Container(out) as container:
         manifest = container.manifest

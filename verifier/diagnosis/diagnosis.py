@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.converter.source.source import SourceModel
+from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     CodecLLMError,
@@ -16,14 +17,13 @@ from codecllm.formats.errors import (
     UsageError,
     foreign_errors_as,
 )
-from codecllm.formats.files import as_path
 from codecllm.formats.machine import available_memory, cores
 from codecllm.hub import resolve
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
 from codecllm.verifier.diagnosis.causes import Cause, conclude
 from codecllm.verifier.diagnosis.examination import Examination
-from codecllm.verifier.diagnosis.options import RESIDENTS, DiagnoseOptions
+from codecllm.verifier.diagnosis.options import DiagnoseOptions
 from codecllm.verifier.report import Report, Stage, Verdict
 
 MODELS_IN_MEMORY = 2
@@ -59,14 +59,7 @@ def diagnose(
         SourceError: `source` is not a model.
     """
     settings = DiagnoseOptions(**options)
-    if settings.resident not in RESIDENTS:
-        raise UsageError(
-            "no such resident", got=repr(settings.resident), expected=" or ".join(RESIDENTS)
-        )
-    if settings.first_layers is not None and settings.first_layers < 0:
-        raise UsageError("first_layers must not be negative", got=settings.first_layers)
-    if source is not None:
-        as_path(source, "source")  # before the container is read
+    check_arguments(source=source, progress=progress)  # before the container is read
     files = resolve(name_or_path, revision=settings.revision)
     report = Report(str(name_or_path), "diagnosis")
     expected_sha256 = settings.expected_manifest_sha256

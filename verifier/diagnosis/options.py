@@ -6,12 +6,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from codecllm.formats.arguments.check import (
+    Check,
+    check_arguments,
+    choice,
+    function,
+    instance,
+    integer,
+    optional,
+    sequence,
+    text,
+)
+
 if TYPE_CHECKING:
     from codecllm.verifier.diagnosis.codes.back_ends import BackEnd
 
 Resident = Literal["dense", "int8", "compressed"]
 # Spelled here too: importing the loader for its names would import torch.
 RESIDENTS: tuple[Resident, ...] = ("dense", "int8", "compressed")
+
+
+_CHECKS: dict[str, Check] = {
+    "resident": choice(RESIDENTS),
+    "first_layers": optional(integer(0)),
+    "prompts": optional(sequence(text)),
+    "load": optional(function),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +51,9 @@ class DiagnoseOptions:
         load: loads the container, as `codecllm.loader.from_pretrained` (the default) does; called
             with the folder and `resident`. Give your own to find its faults.
         back_ends: decode back ends to compare; None takes those of this machine.
+
+    Raises:
+        UsageError: a field is of a wrong type or out of range.
     """
 
     resident: Resident = "dense"
@@ -42,3 +65,15 @@ class DiagnoseOptions:
     revision: str | None = None
     load: Callable[..., Any] | None = None
     back_ends: Sequence[BackEnd] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        for name, check in _CHECKS.items():
+            check(getattr(self, name), name)
+        names = ("text", "workers", "expected_manifest_sha256", "revision")
+        check_arguments(**{name: getattr(self, name) for name in names})
+        if self.back_ends is not None:
+            # Imported late: it imports torch.
+            from codecllm.verifier.diagnosis.codes.back_ends import BackEnd
+
+            sequence(instance(BackEnd))(self.back_ends, "back_ends")

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from codecllm.formats.arguments.check import check_arguments, integer
 from codecllm.formats.errors import SchemaError, UsageError
 from codecllm.loader.hf.folder import read_gguf_tokenizer, read_tokenizer, start_of
 from codecllm.loader.hf.quiet import silenced
 from codecllm.loader.places import device_of
+from codecllm.loader.torch_tensors import check_dtype
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.divergence import Base
 
@@ -116,10 +118,12 @@ def evaluate(
         UsageError: the text is too short, or the base is no causal language model with a tokenizer.
         CodecLLMError: a model cannot be loaded.
     """
+    check_arguments(base=base, candidates=candidates, text=text, workers=workers, progress=progress)
+    integer(2)(max_tokens, "max_tokens")
+    integer(2)(window, "window")
+    check_dtype(dtype)
     if not candidates:
         raise UsageError("no candidate was given")
-    if window < 2 or max_tokens < 2:
-        raise UsageError("window and number of tokens must be 2 or more")
     place = device_of(device)
     reference = find_candidate(base)
     models = [find_candidate(candidate) for candidate in candidates]

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from codecllm.formats.arguments.check import check_arguments, integer, optional, sequence, text
 from codecllm.formats.errors import UsageError
-from codecllm.formats.files import as_path
 from codecllm.loader.places import device_of
+from codecllm.loader.torch_tensors import check_dtype
 from codecllm.verifier.evaluation.candidates import Candidate, find_candidate
 from codecllm.verifier.evaluation.evaluate import tokenizer_of
 from codecllm.verifier.evaluation.harness import Answer, Harness, TaskResult
@@ -105,13 +106,15 @@ def evaluate_tasks(
         UnsupportedEnvironmentError: lm-eval is missing, or a task cannot be loaded or fails.
         CodecLLMError: a model cannot be loaded.
     """
+    # Before tasks are loaded, which takes long.
+    check_arguments(base=base, candidates=candidates, workers=workers, progress=progress)
+    sequence(text)(tasks, "tasks")
+    optional(integer(1))(limit, "limit")
+    integer(1)(batch_size, "batch_size")
+    check_dtype(dtype)
     if not tasks:
         raise UsageError("no task was given")
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UsageError("limit and batch size must be 1 or more")
     place = device_of(device)
-    for model_name in (base, *candidates):
-        as_path(model_name, "model")  # before tasks are loaded, which takes long
     harness = Harness(tasks)
     models = [find_candidate(name) for name in (base, *candidates)]
     tokenizer = None
