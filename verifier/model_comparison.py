@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats.arguments.check import check_arguments
@@ -32,8 +29,8 @@ from codecllm.formats.stored_tensor import PlainTensor, tile_steps
 from codecllm.hub import resolve
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
 from codecllm.verifier.checks.integrity import Progress, in_order
+from codecllm.verifier.compared_files import different_files, files_of_container, files_of_source
 
-ROWS_SHOWN = 20
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -53,6 +50,7 @@ class Side:
         name: as it was given.
         folder: where its files are.
         tensors: its tensors, by name.
+        files: paths of its side files, by name.
     """
 
     def __init__(self, name: str | Path) -> None:
@@ -71,6 +69,7 @@ class Side:
                 one.name: Described(one.dtype, tuple(one.shape), one.scheme) for one in records
             }
             self.stored_bytes = self._container.stored_bytes
+            self.files = files_of_container(self._container)
         else:
             self._source = SourceModel(self.folder)
             source_tensors = self._source.tensors.values()
@@ -78,6 +77,7 @@ class Side:
                 one.name: Described(one.dtype.name, one.shape, "source") for one in source_tensors
             }
             self.stored_bytes = self._source.tensor_bytes
+            self.files = files_of_source(self._source)
 
     @property
     def is_container(self) -> bool:
@@ -153,10 +153,11 @@ def compare_models(
         progress: called with a tensor's name, bytes done and bytes in all.
 
     Returns:
-        JSON values: `same` (every tensor has the same bits), `tensors` (per name: `same`,
-        `relative_error`, `worst_error`, `differing`, schemes), `only_in_a`, `only_in_b`,
-        `stored_bytes`, and with `run` `outputs` (see `text.compare_text`) or `not_run`, the reason
-        why not.
+        JSON values: `same` (every tensor has the same bits, and the files that transformers reads
+        say the same), `tensors` (per name: `same`, `relative_error`, `worst_error`, `differing`,
+        schemes), `only_in_a`, `only_in_b`, `files` (names of those that differ; see
+        `different_files`), `stored_bytes`, and with `run` `outputs` (see `text.compare_text`) or
+        `not_run`, the reason why not.
 
     Raises:
         CodecLLMError: one of them is neither a container nor a model, or is damaged.
@@ -179,17 +180,20 @@ def compare_models(
                     progress(name, elements_done, total)
         only_a = [name for name in side_a.tensors if name not in side_b.tensors]
         only_b = [name for name in side_b.tensors if name not in side_a.tensors]
+        files = different_files(side_a.files, side_b.files)
+        same_tensors = not only_a and not only_b and all(row["same"] for row in rows)
         comparison: dict[str, Any] = {
             "a": side_a.name,
             "b": side_b.name,
-            "same": not only_a and not only_b and all(row["same"] for row in rows),
+            "same": same_tensors and not files,
             "only_in_a": only_a,
             "only_in_b": only_b,
             "stored_bytes": [side_a.stored_bytes, side_b.stored_bytes],
+            "files": files,
             "tensors": rows,
         }
         if run:
-            comparison |= _run(side_a, side_b, comparison["same"])
+            comparison |= _run(side_a, side_b, same_tensors)
     return comparison
 
 
@@ -266,53 +270,6 @@ def aligned(
             return
         yield rest_a[:size], rest_b[:size]
         rest_a, rest_b = rest_a[size:], rest_b[size:]
-
-
-def render_comparison(found: dict[str, Any], console: Console) -> None:
-    """Prints a comparison: the tensors that differ most, then logits and text."""
-    different = [row for row in found["tensors"] if not row["same"]]
-    worst = sorted(
-        different,
-        key=lambda row: -(math.inf if row["relative_error"] is None else row["relative_error"]),
-    )
-    if worst:
-        table = Table(title=f"{len(worst)} of {len(found['tensors'])} tensors differ", box=None)
-        for name in ("tensor", "schemes", "differing", "relative error", "worst"):
-            table.add_column(
-                name, justify="left" if name in ("tensor", "schemes") else "right", overflow="fold"
-            )
-        for row in worst[:ROWS_SHOWN]:
-            table.add_row(escape(row["name"]), " / ".join(row["schemes"]), *_cells(row))
-        console.print(table)
-    for side in ("a", "b"):
-        for name in found[f"only_in_{side}"]:
-            console.print(f"only in {escape(found[side])}: {escape(name)}", highlight=False)
-    sizes = " and ".join(f"{size:,}" for size in found["stored_bytes"])
-    same = len(found["tensors"]) - len(different)
-    console.print(
-        f"tensors    {same} of {len(found['tensors'])} have the same bits; {sizes} bytes stored",
-        highlight=False,
-    )
-    if "outputs" in found:
-        from codecllm.verifier.diagnosis.rendering import text_table
-
-        if found["outputs"].get("prompts"):
-            console.print(text_table(found["outputs"]["prompts"], ("A", "B")))
-        console.print(f"outputs    {escape(found['outputs']['summary'])}", highlight=False)
-    elif "not_run" in found:
-        console.print(f"outputs    not compared: {escape(found['not_run'])}", highlight=False)
-    console.print(
-        "[bold green]the same model, bit for bit[/]" if found["same"] else "[bold]different[/]",
-        highlight=False,
-    )
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    if row["differing"] is None:
-        types = f"{row['dtype']} {row['shape']} / {row['other_dtype']} {row['other_shape']}"
-        return [types, "", ""]
-    figures = (row["relative_error"], row["worst_error"])
-    return [f"{row['differing']:,}", *("-" if one is None else f"{one:.3e}" for one in figures)]
 
 
 def _folder(name: str | Path) -> Path:

@@ -187,13 +187,15 @@ def compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two containers or models: every tensor, then logits, then text.
+    """Compare two containers or models: every tensor and side file, then logits, then text.
 
-    Exit code 0 when they are the same model bit for bit, 1 when anything differs.
+    Exit code 0 when they are the same model bit for bit, 1 when anything differs: a weight, or what
+    a file says that transformers reads (config, generation settings, tokenizer).
 
     Example: [bold]codecllm compare out-int8/ out-lossless/[/bold]
     """
-    from codecllm.verifier.model_comparison import compare_models, render_comparison
+    from codecllm.verifier.comparison_rendering import render_comparison
+    from codecllm.verifier.model_comparison import compare_models
 
     with progress_bar("comparing", not (quiet or as_json)) as advance:
         comparison = compare_models(a, b, run=run, workers=workers, progress=advance)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +64,36 @@ def test_one_changed_weight_is_found_and_nan_is_no_number(tmp_path, tiny):
     row = _rows(found)[faults.UP]
     assert (row["differing"], row["relative_error"], row["worst_error"]) == (1, None, None)
     assert found["only_in_b"] == ["extra"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"rope_theta": 5.0}),
+        ("config.json", {"hidden_act": "gelu"}),
+        ("generation_config.json", {"temperature": 0.1}),
+        ("tokenizer_config.json", {"add_bos_token": True}),
+    ],
+)
+def test_files_that_say_other_things_are_another_model(container, tiny, tmp_path, file, change):
+    other = tmp_path / "other"
+    shutil.copytree(tiny("llama"), other)
+    document = json.loads((other / file).read_text()) if (other / file).exists() else {}
+    (other / file).write_text(json.dumps(document | change, indent=7))
+    found = compare_models(container("llama", "lossless"), other, run=False)
+    assert found["files"] == [file] and not found["same"]
+    assert all(row["same"] for row in found["tensors"])
+
+
+def test_other_spelling_of_the_same_values_is_no_difference(container, tiny, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny("llama"), other)
+    config = json.loads((other / "config.json").read_text())
+    config |= {"transformers_version": "0", "_name_or_path": "x"}
+    (other / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=7))
+    (other / "LICENSE.txt.md").write_text("other terms")
+    found = compare_models(container("llama", "lossless"), other, run=False)
+    assert found["same"] and found["files"] == []
 
 
 def test_damage_and_strangers_are_errors(tmp_path, container, tiny):
