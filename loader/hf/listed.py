@@ -9,7 +9,6 @@ therefore gets a temporary folder with copies of the listed files and nothing el
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,12 +23,12 @@ ModelFiles = str | Path | Container
 Choice = Callable[[str], bool]
 """Whether the file of a name is needed."""
 
-_MODEL_FILE = re.compile(r"(config|generation_config)(\.[^/]*)?\.json|adapter_[^/]+")
+_MODEL_FILES = frozenset({INDEX_NAME, "config.json", "generation_config.json"})
 
 
 def for_model(name: str) -> bool:
     """Whether a class of transformers may read this file to build a model, apart from its code."""
-    return name == INDEX_NAME or _MODEL_FILE.fullmatch(name) is not None
+    return name in _MODEL_FILES
 
 
 def for_model_with_code(name: str) -> bool:

@@ -28,9 +28,12 @@ VOCABULARY_BYTES, VOCABULARY_VALUES = 256 << 20, 1 << 23
 """Length of tokenizer.json or vocab.json, and commas and opening brackets in it."""
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-_OTHER_NAMES = "attribute_map"
-"""Other names of a config's attributes. It is an attribute of transformers' classes, which an entry
-of config.json would replace; transformers writes none there."""
+_INDIRECTIONS = {
+    "attribute_map": "other attributes",
+    "configuration_files": "other files",
+}
+"""Entries of config.json by which transformers obeys other entries or files. It writes neither: the
+first is an attribute of its classes, the second is of its early versions."""
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER, _VOCABULARY = "tokenizer.json", "vocab.json"
 _MADE_TOKENS = ("extra_ids", "num_madeup_words", "offset")
@@ -48,6 +51,7 @@ def check_config_file(folder: Path) -> None:
     Raises:
         ModelMismatchError: it asks for more than 131,072 of them.
         LimitError: a list or an object has more than 131,072 items.
+        UnsafePathError: it leads transformers to entries or files that are not checked.
     """
     config = _read(folder / "config.json")
     if isinstance(config, dict):
@@ -56,6 +60,12 @@ def check_config_file(folder: Path) -> None:
 
 def check_config_document(config: dict[str, Any]) -> None:
     """As `check_config_file`, of the JSON object of a config.json."""
+    for key, length, _ in _sizes(config):
+        if key in _INDIRECTIONS and length:
+            raise UnsafePathError(
+                f"{key} leads transformers to {_INDIRECTIONS[key]} than those that are checked",
+                file="config.json",
+            )
     try:
         check_config_size(config, MOST_ITEMS, MOST_ITEMS)
     except RecursionError as exc:
@@ -77,11 +87,6 @@ def refuse_named_kernels(folder: Path, chosen: Mapping[str, Any]) -> None:
 
 def refuse_kernels_of(config: Any, chosen: Mapping[str, Any]) -> None:
     """As `refuse_named_kernels`, of the JSON value of a config.json."""
-    if any(key == _OTHER_NAMES and length for key, length, _ in _sizes(config)):
-        raise UnsafePathError(
-            f"{_OTHER_NAMES} would give other names to entries that are checked",
-            file="config.json",
-        )
     for key, text in _texts(config):
         name = _implementation_in(key)
         if name is not None and "/" in text and chosen.get(name) is None:
@@ -144,6 +149,8 @@ def _check_added_tokens(folder: Path) -> None:
             expected=f"at most {MOST_SPECIAL_TOKENS}",
         )
     _text(folder / _VOCABULARY)
+    for path in folder.glob("tokenizer.*.json"):  # `fast_tokenizer_files` may name one
+        _text(path)
 
 
 def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:

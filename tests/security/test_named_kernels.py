@@ -29,6 +29,9 @@ RENAMED = [
     {"attribute_map": {"zz": {"zz": ["_experts_implementation_internal"]}}},
     {"text_config": {"attribute_map": {"zz": "_name_or_path"}}},
     {"attribute_map": {"zz": "num_labels"}, "zz": 10**9},
+    {"attribute_map": {"zz": "auto_map"}, "zz": {"AutoModel": "evil/repo--m.Evil"}},
+    {"configuration_files": ["config.5.0.0.json"]},
+    {"text_config": {"configuration_files": ["config.5.0.0.json"]}},
 ]
 
 
@@ -50,9 +53,11 @@ def test_a_config_that_names_a_repository_is_refused(container, tmp_path, change
 
 
 @pytest.mark.parametrize("change", RENAMED, ids=str)
-def test_attributes_have_no_other_names(container, tmp_path, change):
+def test_nothing_leads_around_the_checks(container, tmp_path, change):
+    other = json.dumps({"model_type": "llama", "attn_implementation": "evil/kernel"})
     folder = _changed(container, tmp_path / "c", change)
-    message = r"^config\.json: attribute_map would give other names to entries"
+    (folder / "config.5.0.0.json").write_text(other)
+    message = r"^config\.json: \w+ leads transformers to other (attributes|files) than those"
     with pytest.raises(UnsafePathError, match=message):
         codecllm.from_pretrained(folder)
     with pytest.raises(UnsafePathError, match=message):  # whatever the caller chooses
