@@ -96,7 +96,7 @@ class Load:
                 Container(folder, expected_manifest_sha256=expected_manifest_sha256)
             )
             self.report = read_report(self.container)
-            _refuse_unlisted_adapter(self.container)
+            _refuse_adapter(self.container)
             self.chosen = self._choose(options)
             self._threads = decoding_threads(options.workers)
             if options.progress is not None:
@@ -297,13 +297,18 @@ def _refuse_residency(container: Container, resident: Resident) -> None:
         )
 
 
-def _refuse_unlisted_adapter(container: Container) -> None:
-    """Refuses a folder with an adapter that the manifest does not list: transformers applies it."""
+def _refuse_adapter(container: Container) -> None:
+    """Refuses a folder with an adapter: transformers would change the model by it.
+
+    The manifest says what a model is; an adapter would add weights beside its tensors, where peft
+    is installed and not where it is missing, and with limits of peft alone.
+    """
     is_listed = container.manifest.file(ADAPTER_CONFIG) is not None
-    if not is_listed and (container.folder / ADAPTER_CONFIG).exists():
+    if is_listed or (container.folder / ADAPTER_CONFIG).exists():
+        reason = "a container has no adapter" if is_listed else "the manifest does not list it"
         raise LayoutError(
-            "the manifest does not list this file, and transformers would change the model by it: "
-            "move the adapter to a folder of its own",
+            f"{reason}, and transformers would change the model by it: move the adapter to a "
+            "folder of its own",
             file=ADAPTER_CONFIG,
         )
 

@@ -42,6 +42,14 @@ def test_an_adapter_that_is_not_listed_is_refused(folder):
     assert caught.value.file == "adapter_config.json"
 
 
+def test_an_adapter_that_is_listed_is_refused_too(folder):
+    """Loads would give two models, one with peft and one without, for one manifest."""
+    tampering.add_listed(folder, "adapter_config.json", b'{"peft_type": "LORA"}')
+    with pytest.raises(LayoutError, match="a container has no adapter") as caught:
+        from_pretrained(folder)
+    assert caught.value.file == "adapter_config.json"
+
+
 def test_a_report_of_this_version_is_read(folder):
     report = REPORT | {"unexpected": ["extra"]}
     tampering.add_listed(folder, "load_report.json", json.dumps(report).encode())
