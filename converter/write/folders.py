@@ -108,6 +108,16 @@ def is_file(folder: Path, name: str) -> bool:
     return os.path.lexists(path) and not is_folder(path)
 
 
+def belongs_to_user(folder: Path) -> bool:
+    """Whether a folder and all in it were made by the user of this process; links count as such.
+
+    What somebody else left there may have any content, and a name or a digest beside it says no
+    more.
+    """
+    user = os.geteuid()
+    return all(path.lstat().st_uid == user for path in (folder, *folder.rglob("*")))
+
+
 def remove(path: Path, *, last: str | None = None) -> None:
     """Removes a file, a link or a folder with everything in it, as far as that can be done.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from codecllm.converter.write.folders import (
+    belongs_to_user,
     files_of,
     folders_of,
     is_file,
@@ -196,7 +197,7 @@ class Staging:
                 fsync_folder(self._staging)
 
     def _holds_old(self) -> bool:
-        """Whether files of a container that was to be replaced are in staging and nowhere else."""
+        """Whether files of a container that was to be replaced are in staging alone."""
         return not self._committed and is_folder(self._old) and bool(files_of(self._old))
 
     def _recover(self, force: bool) -> None:
@@ -315,7 +316,7 @@ class Staging:
         """Makes the staging folder, or goes on with that of the same conversion."""
         self._staged = True
         for folder in (self._staging, self.folder):
-            if not is_folder(folder):
+            if not is_folder(folder) or not belongs_to_user(folder):
                 remove(folder)
                 folder.mkdir()
         for path in self._staging.iterdir():

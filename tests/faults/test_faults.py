@@ -126,6 +126,30 @@ def test_the_same_conversion_goes_on_after_a_kill(tmp_path, source, undisturbed)
     assert {name: (out / name).stat().st_ino for name in inodes} == inodes
 
 
+def test_shards_that_somebody_else_finished_are_made_again(
+    tmp_path, source, undisturbed, monkeypatch
+):
+    """Who can see the source can compute the fingerprint, and write any shard beside it."""
+    out = tmp_path / "out"
+    real, written = lanes.ShardWriter, []
+
+    def counted(path, *args):
+        written.append(path.name)
+        return real(path, *args)
+
+    for user, finished in ((os.getuid(), 2), (os.getuid() + 1, 0)):
+        assert len(_killed(source, out, shards=2)) == 2
+        written.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "ShardWriter", counted)
+            patch.setattr(os, "geteuid", lambda user=user: user)
+            convert(source, out, **OPTIONS)
+        assert _bytes(out) == undisturbed
+        shards = [name for name in undisturbed if name.endswith(".safetensors")]
+        assert len(written) == len(shards) - finished
+        shutil.rmtree(out)
+
+
 def test_another_conversion_begins_anew(tmp_path, source):
     options = OPTIONS | {"codec": "rans"}
     convert(source, tmp_path / "expected", **options)
