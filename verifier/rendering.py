@@ -5,10 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
+from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.verifier.report import Report, Verdict
 
 # A container with damage in each chunk would scroll the verdict off the screen.
 FINDINGS_SHOWN = 100
+_OF_THE_MACHINE = (UnsupportedEnvironmentError, UsageError)
 _MARKS = {
     Verdict.OK: "[green]ok     [/]",
     Verdict.FAILED: "[bold red]FAILED [/]",
@@ -41,7 +43,13 @@ def render_report(report: Report, console: Console) -> None:
     if report.ok:
         console.print(f"[bold green]verified[/]: {', '.join(ran)}", highlight=False)
     else:
-        faults = sum(len(stage.findings) for stage in report.stages)
+        errors = [finding.error for stage in report.stages for finding in stage.findings]
+        if all(isinstance(error, _OF_THE_MACHINE) for error in errors):
+            console.print(
+                "[bold yellow]not verified[/]: not all checks could run here", highlight=False
+            )
+            return
+        faults = len(errors)
         console.print(
             f"[bold red]not what was published[/]: {faults} fault{'s' * (faults != 1)}",
             highlight=False,
