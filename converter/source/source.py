@@ -293,6 +293,12 @@ class SourceModel:
                 self.tensors[name] = scaled_tensor(tensor, scale, sizes)
             elif name in blocks_of:
                 stem = blocks_of[name]
+                if stem in stored_tensors:
+                    raise SourceError(
+                        "the name of weights in MXFP4 is also that of another tensor",
+                        file=tensor.file.name,
+                        tensor=stem,
+                    )
                 self.tensors[stem] = mxfp4_tensor(stem, tensor, stored_tensors[f"{stem}_scales"])
             elif name not in hidden:
                 self.tensors[name] = tensor

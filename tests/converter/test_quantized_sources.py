@@ -253,6 +253,18 @@ def test_blocks_that_would_be_guessed_are_refused(tmp_path, quantization, shape,
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_in_mxfp4_replace_no_tensor_of_their_name(tmp_path):
+    tensors = {
+        "a": ("BF16", bf16(np.ones((4, 4)))),
+        "a_blocks": ("U8", np.zeros((1, 2, 2, 16), np.uint8)),
+        "a_scales": ("U8", np.full((1, 2, 2), 127, np.uint8)),
+    }
+    source = write_source(tmp_path / "s", tensors, {"model_type": "x"})
+    with pytest.raises(SourceError, match=r"tensor 'a'.*also that of another tensor"):
+        convert(source, tmp_path / "out", scheme="int8")
+    convert(source, tmp_path / "lossless", scheme="lossless")
+
+
 def test_a_config_of_very_many_blocks_ends_soon(tmp_path):
     block = {"quantization_config": {"quant_method": "gptq"}}
     config = {"model_type": "x", **{f"part{n}": block for n in range(3000)}}
