@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
+from urllib.parse import urlsplit
 
 from codecllm.formats.errors import CodecLLMError, HubError, one_line
 from codecllm.hub.bounds import bounded
@@ -17,6 +19,22 @@ _OF_NAMES = (
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR),
 )
 _LOG_IN = "log in ('hf auth login') or set HF_TOKEN"
+
+
+def check_endpoint() -> None:
+    """Raises HubError where HF_ENDPOINT is no URL.
+
+    Importing huggingface_hub, or transformers, would raise a ValueError that does not name it.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint)
+    except ValueError as exc:
+        raise HubError(
+            f"HF_ENDPOINT is no URL ({one_line(exc)})",
+            got=ascii(endpoint)[:200],
+            expected="for example https://huggingface.co",
+        ) from exc
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from codecllm.formats.errors import HubError, UsageError, one_line
 from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.hub.entries import compare_entries, read_entries
-from codecllm.hub.failures import one_line_errors
+from codecllm.hub.failures import check_endpoint, one_line_errors
 from codecllm.hub.remote import RemoteRepository
 from codecllm.hub.resolve import check_repo_id, listed_names
 
@@ -71,10 +71,11 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
         UsageError: not a Hub id.
         HubError: it cannot be reached or found.
     """
-    from huggingface_hub import HfApi
-
     check_repo_id(repo)
     check_arguments(token=token)
+    check_endpoint()
+    from huggingface_hub import HfApi
+
     with one_line_errors(repo):
         info = HfApi(library_name="codecllm", token=token).model_info(repo)
     data = {}
@@ -94,10 +95,11 @@ def check_login(repo: str, *, token: str | bool | None = None) -> None:
         UsageError: not `user/name`.
         HubError: there is no token, the Hub does not know it, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-
     check_repo_id(repo)
     check_arguments(token=token)
+    check_endpoint()
+    from huggingface_hub import HfApi
+
     if "/" not in repo:
         raise UsageError("a repository needs its owner: user/name", got=repo)
     with one_line_errors(repo):

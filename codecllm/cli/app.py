@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from codecllm import FORMAT_VERSION, __version__
+from codecllm.hub import check_endpoint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,3 +35,4 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Takes the options that stand before the command."""
+    check_endpoint()  # before a command imports the libraries that read it

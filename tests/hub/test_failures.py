@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from codecllm.formats.errors import HubError
+from codecllm.hub import check_login, open_remote, read_base_model, resolve
 from codecllm.publishing import push
 
 REPO = "user/tiny"
 UNREACHABLE = "http://127.0.0.1:9"
+NO_URL = "http://[::1"
 
 CASES = {
     "gated": ({"token": "hf_reader"}, "gated: ask for access"),
@@ -23,6 +26,7 @@ CASES = {
     "no such revision": ({"revision": "v9"}, "no such revision: 'v9'"),
     "offline": ({"HF_HUB_OFFLINE": "1"}, "not in the local cache, and offline mode is on"),
     "unreachable": ({"HF_ENDPOINT": UNREACHABLE}, "the Hub cannot be reached"),
+    "no URL": ({"HF_ENDPOINT": NO_URL}, "HF_ENDPOINT is no URL (Invalid IPv6 URL), got 'http"),
     "no container": ({"repo": "user/plain"}, "holds no codecllm.json"),
 }
 
@@ -63,6 +67,7 @@ def test_the_same_facts_as_json(repositories, run):
         ({"token": "hf_wrong"}, "the Hub refuses the token"),
         ({"token": "hf_reader"}, "the token may not do this"),
         ({"HF_ENDPOINT": UNREACHABLE}, "the Hub cannot be reached"),
+        ({"HF_ENDPOINT": NO_URL}, "HF_ENDPOINT is no URL"),
         ({"HF_HUB_OFFLINE": "1"}, "offline mode is on"),
     ],
 )
@@ -86,3 +91,27 @@ def test_what_was_fetched_once_works_offline(repositories, run):
     for command in (["verify", REPO, "--level", "checksums"], ["info", REPO]):
         assert run(*command, HF_HUB_OFFLINE="1").returncode == 0
     assert run("verify", REPO, "--level", "checksums", HF_ENDPOINT=UNREACHABLE).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "endpoint"),
+    [
+        *((command, NO_URL) for command in ("info", "verify", "compare", "generate", "convert")),
+        ("info", "http://[x]"),
+        ("info", "http://a\u2100b"),
+    ],
+)
+def test_an_endpoint_that_is_no_url(container, lossless, run, tmp_path, command, endpoint):
+    # Of local folders too: the libraries that load models read the variable when they are imported.
+    more = {"compare": [lossless], "generate": ["a"], "convert": [tmp_path / "out"]}
+    done = run(command, container, *more.get(command, []), HF_ENDPOINT=endpoint)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith("error: HF_ENDPOINT is no URL (")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("function", [resolve, open_remote, read_base_model, check_login])
+def test_functions_check_the_endpoint(function, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", NO_URL)
+    with pytest.raises(HubError, match="HF_ENDPOINT is no URL"):
+        function("user/name")
