@@ -21,7 +21,7 @@ from codecllm.formats.arguments.check import (
     text,
 )
 from codecllm.formats.codecs import CodecName
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import UsageError, shown
 from codecllm.formats.files import as_path
 from codecllm.formats.machine import cores
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
@@ -99,6 +99,8 @@ class Rate:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
+        for name, check in _RATE_CHECKS.items():
+            check(getattr(self, name), name)
         targets = (self.bits, self.ratio, self.quality, self.code_bits)
         # No order of precedence: a second target is a mistake of the caller.
         if sum(target is not None for target in targets) != 1:
@@ -107,8 +109,6 @@ class Rate:
                 "bits, ratio, quality and code_bits exclude one another: give one",
                 got=f"{got}, code_bits {self.code_bits}",
             )
-        for name, check in _RATE_CHECKS.items():
-            check(getattr(self, name), name)
         if self.code_bits is not None:
             if self.calibrate not in (None, "none") and not self.refine:
                 raise UsageError(
@@ -250,7 +250,7 @@ class ConvertOptions:
         device = self.device if isinstance(self.device, str) else ""
         if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device) is None:
             expected = "auto, cpu, cuda, cuda:N"
-            raise UsageError("no such device", got=ascii(self.device)[:200], expected=expected)
+            raise UsageError("no such device", got=shown(self.device), expected=expected)
         if self.rate is not None and self.scheme != "int8":
             raise UsageError(
                 "bits and ratio need scheme int8: lossless has no rate to choose", got=self.scheme

@@ -234,11 +234,30 @@ def foreign_errors_as(
         ) from exc
 
 
+def shown(value: object) -> str:
+    r"""Returns a caller's value as at most 200 ASCII characters for an error.
+
+    Examples:
+        >>> shown("\udcff")
+        "'\\udcff'"
+        >>> shown(10**5000)
+        'a value of type int'
+    """
+    try:
+        return ascii(value)[:200]
+    except Exception:  # an integer of thousands of digits; an object's own text may fail in any way
+        return f"a value of type {type(value).__name__}"
+
+
 def one_line(error: object, limit: int = 200) -> str:
     r"""Returns the text of another library's exception as one line of `limit` characters.
 
     Examples:
         >>> one_line(ValueError("no such  tensor:\n  a.b"))
         'no such tensor: a.b'
+        >>> one_line(ValueError("no folder a\udcff"))
+        'no folder a\\udcff'
     """
-    return " ".join(str(error).split())[:limit]
+    # A path on the disk need not be UTF-8, and reports of errors are.
+    text = str(error).encode("utf-8", "backslashreplace").decode()
+    return " ".join(text.split())[:limit]

@@ -22,6 +22,7 @@ from codecllm.formats.errors import (
     TruncatedError,
     UnsafePathError,
     UsageError,
+    shown,
 )
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}"
@@ -191,7 +192,7 @@ def as_path(value: object, argument: str) -> Path:
             return Path(text)
     except (TypeError, ValueError):  # no path; a lone surrogate
         pass
-    raise UsageError(f"{argument} is no path", got=ascii(value)[:200], expected="text without NUL")
+    raise UsageError(f"{argument} is no path", got=shown(value), expected="text without NUL")
 
 
 def is_plain_name(name: str) -> bool:

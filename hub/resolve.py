@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from codecllm.formats import limits
-from codecllm.formats.arguments.check import check_arguments, choice
+from codecllm.formats.arguments.check import check_arguments, choice, refusal
 from codecllm.formats.errors import (
     HubError,
     LimitError,
@@ -106,8 +106,9 @@ def resolve(
 
 def check_repo_id(name: str) -> None:
     """Raises UsageError where `name` cannot be a Hub id."""
-    is_id = isinstance(name, str) and _REPO_ID.fullmatch(name)
-    if not is_id or ".." in name or "--" in name:
+    if not isinstance(name, str):
+        raise refusal(name, "repo", "a Hub id (user/name)")
+    if not _REPO_ID.fullmatch(name) or ".." in name or "--" in name:
         raise UsageError("no such folder, and not a Hub id (user/name)", file=str(name)[:200])
 
 

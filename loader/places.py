@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
+from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError, shown
 from codecllm.formats.machine import available_memory
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def device_of(name: str) -> torch.device:
         name = "cuda" if _count("cuda") else "cpu"
     device = known_device(name)
     if device.type not in ("cpu", "cuda"):
-        raise UsageError("no device for this", got=repr(name), expected=_NAMES)
+        raise UsageError("no device for this", got=shown(name), expected=_NAMES)
     return CPU if device.type == "cpu" else torch.device("cuda", device.index or 0)
 
 
@@ -48,12 +48,12 @@ def known_device(place: Any) -> torch.device:
         arguments = (_gpu_kind(), place) if isinstance(place, int) else (place,)
         device = torch.device(*arguments)
     except (RuntimeError, TypeError, ValueError, OverflowError) as exc:
-        raise UsageError("no such kind of device", got=repr(place)[:200], expected=_NAMES) from exc
+        raise UsageError("no such kind of device", got=shown(place), expected=_NAMES) from exc
     if device.type == "meta":
-        raise UsageError("a model has no weights there", got=repr(place), expected=_NAMES)
+        raise UsageError("a model has no weights there", got=shown(place), expected=_NAMES)
     if device.type != "cpu" and (device.index or 0) >= _count(device.type):
         raise UnsupportedEnvironmentError(
-            "no such device here", got=repr(place), expected=" or ".join(_present())
+            "no such device here", got=shown(place), expected=" or ".join(_present())
         )
     return device
 

@@ -218,9 +218,7 @@ def _check_arguments(resident: str, decoder: str, dtype: Any, hf_kwargs: dict[st
     choice(get_args(Decoder))(decoder, "decoder")
     named = _torch_dtype(dtype)
     if dtype not in (None, "auto") and (named is None or not named.is_floating_point):
-        raise UsageError(
-            "not a float dtype", got=repr(dtype), expected="for example torch.bfloat16"
-        )
+        raise refusal(dtype, "dtype", "a float dtype such as torch.bfloat16")
 
 
 def _check_objects(auto_class: Any, progress: Any, config: Any) -> None:

@@ -59,7 +59,7 @@ class Side:
         Raises:
             CodecLLMError: it is neither, or cannot be read.
         """
-        self.name, self.folder = str(name), _folder(name)
+        self.folder, self.name = _folder(name), str(name)
         self._container: Container | None = None
         self._source: SourceModel | None = None
         if (self.folder / MANIFEST_NAME).exists():

@@ -18,6 +18,7 @@ from codecllm.formats.arguments.check import (
     integer,
     optional,
     sequence,
+    text,
 )
 from codecllm.formats.container import Container
 from codecllm.formats.machine import MAX_WORKERS
@@ -28,6 +29,7 @@ RESIDENTS = ("dense", "int8", "packed", "compressed")
 
 _CHECKS: dict[str, Check] = {
     "residents": sequence(choice(RESIDENTS)),
+    "device": text,
     "prompt_tokens": integer(1),
     "new_tokens": integer(2),
     "batch": integer(1),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import UsageError, shown
 from codecllm.formats.files import as_path
 from codecllm.formats.machine import MAX_WORKERS
 
@@ -22,11 +22,7 @@ MAX_JSON_INTEGER = 2**53
 
 def refusal(value: object, name: str, expected: str) -> UsageError:
     """Returns the error for a value that is none of the argument of that name."""
-    try:
-        got = ascii(value)[:200]
-    except Exception:  # an integer of thousands of digits; an object's own text may fail in any way
-        got = f"a value of type {type(value).__name__}"
-    return UsageError(f"not a value of {name}", got=got, expected=expected)
+    return UsageError(f"not a value of {name}", got=shown(value), expected=expected)
 
 
 def _kind(expected: str, is_right: Callable[[Any], bool]) -> Check:

@@ -12,7 +12,7 @@ from accelerate.utils import (
     offload_state_dict,
 )
 
-from codecllm.formats.errors import UsageError, one_line
+from codecllm.formats.errors import UsageError, one_line, shown
 from codecllm.loader.places import known_device
 
 AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -49,7 +49,7 @@ def check_device_map(device_map: Any) -> None:
         return
     if not device_map or not all(isinstance(name, str) for name in device_map):
         raise UsageError(
-            "a device map has names of modules", got=repr(device_map)[:200], expected="{'': 'cpu'}"
+            "a device map has names of modules", got=shown(device_map), expected="{'': 'cpu'}"
         )
     for place in device_map.values():
         if not (isinstance(place, str) and place == "disk"):
