@@ -52,6 +52,10 @@ def main() -> None:
     except (CodecLLMError, OSError, MemoryError) as exc:
         if debug:
             traceback.print_exc()
+        # A signal inside a lock of a library becomes its error, and that one of ours.
+        stop = _stop_behind(exc) if isinstance(exc, CodecLLMError) else None
+        if stop is not None:
+            _fail(_stopped(stop), 128 + stop.number)
         message = str(exc) if isinstance(exc, CodecLLMError) else f"{type(exc).__name__}: {exc}"
         _fail(message + _notes(exc), exc.exit_code if isinstance(exc, CodecLLMError) else 4, exc)
     except Exception as exc:

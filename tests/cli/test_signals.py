@@ -47,3 +47,30 @@ def test_another_error_of_a_destructor_is_shown():
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0
     assert done.stderr.count("ZeroDivisionError") == 2
+
+
+WRAPPED = """
+import signal
+from codecllm.cli import process
+from codecllm.formats.errors import HubError
+
+def app(**_):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        try:
+            raise RuntimeError("release unlocked lock")
+        except RuntimeError as exc:
+            raise HubError("the Hub's answer is not understood") from exc
+
+process.app = app
+process.main()
+"""
+
+
+def test_a_signal_behind_an_error_of_ours_is_still_a_signal():
+    """A signal inside a lock upsets it: the error that comes of it must not hide the signal."""
+    command = [sys.executable, "-c", WRAPPED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.startswith("error: stopped by SIGTERM")

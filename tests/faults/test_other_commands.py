@@ -68,9 +68,13 @@ def _steps(fault, operations, parts):
     return range(1 + FAULTS.index(fault) % stride, operations + 1, stride)
 
 
-def _check_end(end, fault):
+def _check_end(end, fault, *, in_threads=False):
     """Checks a command that did not succeed."""
-    assert "Traceback" not in end.text, end.text
+    # A signal may come inside a lock of Python's executors, whose threads then log an error, and
+    # a finalizer of huggingface_hub's folders logs that it cannot remove one.
+    logs = in_threads and fault in (*STOPPED, "dead")
+    assert logs or "Traceback" not in end.text, end.text
+    assert "error: " in end.text or fault == "kill", end.text
     if fault in STOPPED:
         assert end.code == STOPPED[fault], end.text
     elif fault != "kill":
@@ -163,7 +167,7 @@ def test_a_pull_is_whole_or_goes_on(serve, hub, container, tmp_path, fault):
         base = tmp_path / str(at)
         end = run(base, fault, at)
         if end.code:
-            _check_end(end, fault)
+            _check_end(end, fault, in_threads=True)
         for path in base.glob("hub/models--*/snapshots/*/**/*"):
             if path.is_file():
                 assert path.read_bytes() == expected[path.name], (fault, at, path.name)
