@@ -11,6 +11,7 @@ import torch
 
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError, one_line
+from codecllm.formats.files import read_user_text
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.folder import read_tokenizer, start_of
 
@@ -85,13 +86,9 @@ def file_text(model: Any, folder: Path, path: Path, length: int = LENGTH) -> tor
     Each sequence begins with the start token, if the tokenizer gives a text one.
 
     Raises:
-        UsageError: the file cannot be read, is too short, or the model has no tokenizer.
+        UsageError: the file cannot be read, is too long or short, or the model has no tokenizer.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UsageError(f"the calibration text cannot be read ({exc})", got=str(path)) from exc
-    return _pieces(text, folder, min(length, _longest(model)))
+    return _pieces(read_user_text(path), folder, min(length, _longest(model)))
 
 
 def mixed_text(model: Any, folder: Path, length: int = LENGTH) -> torch.Tensor | None:

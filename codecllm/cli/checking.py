@@ -12,9 +12,10 @@ from codecllm.cli import options
 from codecllm.cli.app import app
 from codecllm.cli.console import progress_bar, stdout
 from codecllm.cli.json_output import output
-from codecllm.cli.options import Json, Quiet, Revision, Workers, read_text
+from codecllm.cli.options import Json, Quiet, Revision, Workers
 from codecllm.cli.output import print_doctor, print_evaluation, print_tasks
 from codecllm.formats.errors import UsageError
+from codecllm.formats.files import read_user_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,7 +155,7 @@ def _diagnose(
     from codecllm.verifier.diagnosis import diagnose, write_html
 
     # Checked first: a wrong path must not fail behind minutes of work.
-    words = None if text is None else read_text(text)
+    words = None if text is None else read_user_text(text)
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise UsageError("--report names a file in a folder that exists", file=str(html))
     with progress_bar("diagnosing", not silent) as advance:
@@ -297,7 +298,7 @@ def evaluate(
     if plot is not None:
         # Before the evaluation: without matplotlib its result would be lost.
         check_plot(plot)
-    content = None if text is None else read_text(text)
+    content = None if text is None else read_user_text(text)
     with progress_bar("evaluating", not silent, unit="tokens") as advance:
         result = run(
             base,

@@ -295,15 +295,3 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError("size must be positive", got=text)
     return size
-
-
-def read_text(path: Path) -> str:
-    """Returns the content of a text file.
-
-    Raises:
-        UsageError: it is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"the text is not UTF-8 ({exc.reason})", file=str(path)) from exc
