@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from codecllm.formats.arguments.check import check_arguments, choice, flag, integer
+from codecllm.formats.arguments.check import MAX_COUNT, check_arguments, choice, flag, integer
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     ModelMismatchError,
@@ -60,7 +60,7 @@ def generate(
         CodecLLMError: loading failed.
     """
     check_arguments(prompt=prompt, workers=workers)
-    integer(1)(max_new_tokens, "max_new_tokens")
+    integer(1, MAX_COUNT)(max_new_tokens, "max_new_tokens")
     choice(("auto", "dense", "int8", "compressed"))(resident, "resident")
     flag(progress, "progress")
     files = resolve(out, revision=revision)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.formats.arguments.check import (
+    MAX_COUNT,
     Check,
     check_arguments,
     choice,
@@ -30,9 +31,9 @@ RESIDENTS = ("dense", "int8", "packed", "compressed")
 _CHECKS: dict[str, Check] = {
     "residents": sequence(choice(RESIDENTS)),
     "device": text,
-    "prompt_tokens": integer(1),
-    "new_tokens": integer(2),
-    "batch": integer(1),
+    "prompt_tokens": integer(1, MAX_COUNT),
+    "new_tokens": integer(2, MAX_COUNT),
+    "batch": integer(1, MAX_COUNT),
     "threads": optional(integer(1, MAX_WORKERS)),
 }
 

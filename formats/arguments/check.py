@@ -20,6 +20,10 @@ MAX_JSON_INTEGER = 2**53
 """The largest integer that a manifest may hold (SPEC.md, rule 8.1d)."""
 
 
+MAX_COUNT = 2**31 - 1
+"""The largest number of tokens or texts: libraries keep such numbers in 32 bits."""
+
+
 def refusal(value: object, name: str, expected: str) -> UsageError:
     """Returns the error for a value that is none of the argument of that name."""
     return UsageError(f"not a value of {name}", got=shown(value), expected=expected)
