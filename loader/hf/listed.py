@@ -9,6 +9,7 @@ therefore gets a temporary folder with copies of the listed files and nothing el
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ ModelFiles = str | Path | Container
 Choice = Callable[[str], bool]
 """Whether the file of a name is needed."""
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _MODEL_FILES = frozenset({INDEX_NAME, "config.json", "generation_config.json"})
 
 
@@ -45,9 +47,9 @@ def for_tokenizer(name: str) -> bool:
 def listed_files(model: ModelFiles, choice: Choice) -> Iterator[Path]:
     """Yields a folder in which transformers finds the files of a model; it is gone afterwards.
 
-    For a container it is a temporary folder of the same name, with copies of the listed side files
-    that `choice` takes and a link to each shard. Each copy has been compared with the manifest. A
-    plain model's folder is yielded as it is.
+    For a container it is a temporary folder of the same name, `_` in the place of bytes that are
+    not UTF-8, with copies of the listed side files that `choice` takes and a link to each shard.
+    Each copy has been compared with the manifest. A plain model's folder is yielded as it is.
 
     Raises:
         FormatError: a file of the container is missing or differs from the manifest.
@@ -66,7 +68,9 @@ def listed_files(model: ModelFiles, choice: Choice) -> Iterator[Path]:
 def _copies(container: Container, choice: Choice) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="codecllm-") as base:
         # transformers names the modules of a model's code after its folder.
-        folder = Path(base) / (container.folder.resolve().name or "container")
+        name = container.folder.resolve().name or "container"
+        # safetensors opens no path that is not UTF-8; Python has surrogates in the place of bytes.
+        folder = Path(base) / _SURROGATES.sub("_", name)
         folder.mkdir()
         for record in container.manifest.files:
             if choice(record.name):

@@ -14,7 +14,11 @@ from safetensors import safe_open
 from torch import nn
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ModelMismatchError, foreign_errors_as
+from codecllm.formats.errors import (
+    ModelMismatchError,
+    UnsupportedEnvironmentError,
+    foreign_errors_as,
+)
 from codecllm.loader.config_size import check_config_of, check_config_size
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.gguf_header import check_gguf
@@ -39,10 +43,12 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
         options: further arguments of transformers' `from_pretrained`.
 
     Raises:
-        UnsupportedEnvironmentError: this transformers cannot read the config, or has no class.
+        UnsupportedEnvironmentError: this transformers cannot read the config, or has no class, or
+            the folder's path is not UTF-8.
         ModelMismatchError: the config describes a much larger model than the files hold.
         Exception: transformers cannot load the model; the type is any.
     """
+    _refuse_path(folder)
     config = read_config(folder)
     with silenced():
         cls = model_class(config, partial(_described, folder))
@@ -135,6 +141,16 @@ def _empty_model(model: ModelFiles) -> nn.Module:
     with errors, silenced(), torch.device("meta"):
         empty: nn.Module = cls(config)
     return empty
+
+
+def _refuse_path(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as exc:
+        raise UnsupportedEnvironmentError(
+            "safetensors opens no file of a folder whose path is not UTF-8: rename it",
+            file=ascii(str(folder))[1:-1],
+        ) from exc
 
 
 def _check_size(cls: Any, config: Any, folder: Path) -> None:

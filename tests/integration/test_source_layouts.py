@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from codecllm import api
 from codecllm.converter import convert
-from codecllm.formats.errors import BaselineError, SourceError
+from codecllm.formats.errors import BaselineError, SourceError, UnsupportedEnvironmentError
 from codecllm.loader import from_pretrained
 from codecllm.verifier import verify
+from codecllm.verifier.model_comparison import compare_models
 
 INDEX = "model.safetensors.index.json"
 IDS = torch.tensor([[1, 5, 9, 7]])
@@ -158,6 +159,18 @@ def test_an_adapter_is_refused_with_the_way_to_go_on(tmp_path):
     with pytest.raises(SourceError, match=r"adapter \(LORA\) of .*base.*merge_and_unload"):
         convert(tmp_path / "lora", tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_folders_whose_name_is_not_utf8(tmp_path):
+    """safetensors opens no such path: a container works all the same, a plain model is an error."""
+    source = _llama(tmp_path / "m")
+    convert(source, tmp_path / "c", scheme="lossless")
+    odd = [shutil.copytree(tmp_path / name, tmp_path / f"{name}\udcff") for name in ("m", "c")]
+    assert torch.equal(_logits(from_pretrained(odd[1])), _logits(from_pretrained(tmp_path / "c")))
+    assert verify(odd[1], source=source, baseline=False).ok
+    assert compare_models(odd[1], tmp_path / "c")["same"]
+    with pytest.raises(UnsupportedEnvironmentError, match=r"m\\udcff'?: .*path is not UTF-8"):
+        compare_models(source, odd[0])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "lossless"])
