@@ -33,9 +33,13 @@ TOO_LARGE = 2
 Heads that training adds later may be missing from the files; they are small.
 """
 
+_ADAPTER_CONFIG = "adapter_config.json"
+
 
 def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
     """Loads a plain model from its folder into the class that its config names, on the CPU.
+
+    An adapter of PEFT in the folder is left, as a conversion leaves it.
 
     Args:
         folder: the model's folder.
@@ -49,6 +53,9 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
         Exception: transformers cannot load the model; the type is any.
     """
     _refuse_path(folder)
+    if (folder / _ADAPTER_CONFIG).is_file():
+        # transformers would apply it where peft is installed. Below a file it finds none.
+        options["adapter_kwargs"] = {"subfolder": "config.json"}
     config = read_config(folder)
     with silenced():
         cls = model_class(config, partial(_described, folder))

@@ -14,6 +14,7 @@ from codecllm import api
 from codecllm.converter import convert
 from codecllm.formats.errors import BaselineError, SourceError, UnsupportedEnvironmentError
 from codecllm.loader import from_pretrained
+from codecllm.loader.hf.plain import load_plain
 from codecllm.verifier import verify
 from codecllm.verifier.model_comparison import compare_models
 
@@ -159,6 +160,28 @@ def test_an_adapter_is_refused_with_the_way_to_go_on(tmp_path):
     with pytest.raises(SourceError, match=r"adapter \(LORA\) of .*base.*merge_and_unload"):
         convert(tmp_path / "lora", tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_an_adapter_beside_its_base_is_not_of_the_source(tmp_path):
+    """transformers applies it where peft is installed, as it is for this test."""
+    import peft
+
+    source = _llama(tmp_path / "base")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source)
+    expected = _logits(plain)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(plain, config).save_pretrained(tmp_path / "lora")
+    for path in (tmp_path / "lora").glob("adapter_*"):
+        shutil.copy(path, source)
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert not torch.equal(_logits(adapted), expected)
+    assert torch.equal(_logits(load_plain(source)), expected)
+    api.convert(source, tmp_path / "c", scheme="lossless")
+    assert torch.equal(_logits(from_pretrained(tmp_path / "c")), expected)
+    done = verify(tmp_path / "c", source=source)
+    assert done.ok
+    assert not any(stage.skipped for stage in done.stages)
+    assert compare_models(source, tmp_path / "c")["same"]
 
 
 def test_folders_whose_name_is_not_utf8(tmp_path):
