@@ -20,7 +20,7 @@ from codecllm.formats.errors import UsageError
 from codecllm.verifier.evaluation import evaluate, evaluate_tasks
 
 NO_PATHS: tuple[Any, ...] = (
-    *(3, 3.5, True, b"folder", bytearray(b"x"), ["folder"], ("folder",), {"a": 1}, {1}, object()),
+    *(3, 3.5, True, b"folder", bytearray(b"x"), ["folder"], ("folder",), {"a": 1}, {1}, slice(1)),
     *("", "a\0b", "\0", "folder/\0", Path("a\0b"), "\ud800", Path("\ud800"), "a" * 300 + "\0"),
 )
 ENGINES = ("sglang", "vllm")
