@@ -8,6 +8,7 @@ from typing import Any, Literal
 from codecllm.formats.arguments.check import MAX_COUNT, check_arguments, choice, flag, integer
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
+    LimitError,
     ModelMismatchError,
     SchemaError,
     UsageError,
@@ -24,6 +25,9 @@ _OWN_TOKENS = (
     "forced_eos_token_id",
 )
 """What a greedy continuation takes from a model's generation defaults, and nothing else."""
+
+_TOKENS_PER_BYTE, _MORE_TOKENS = 16, 4096
+"""Tokens of a prompt; compatibility forms of Unicode come to 11 bytes for one byte."""
 
 _MOST_ENDS = 256  # a few models end a text at dozens of tokens
 
@@ -56,6 +60,7 @@ def generate(
         UsageError: the model does not generate text, or the prompt has no tokens.
         SchemaError: the container has no tokenizer, or none that transformers can read; a token id
             of the generation defaults is none.
+        LimitError: it makes far more tokens of the prompt than that has bytes.
         ModelMismatchError: the tokenizer is not the model's, or the model fails to continue.
         CodecLLMError: loading failed.
     """
@@ -84,8 +89,17 @@ def generate(
             f"the tokenizer cannot encode the prompt: {type(exc).__name__}: {one_line(exc)}",
             file="tokenizer.json",
         ) from exc
-    if inputs["input_ids"].shape[-1] == 0:
+    count = inputs["input_ids"].shape[-1]
+    if count == 0:
         raise UsageError("the prompt has no tokens", got=repr(prompt))
+    most = _TOKENS_PER_BYTE * len(prompt.encode()) + _MORE_TOKENS
+    if count > most:
+        raise LimitError(
+            "the tokenizer makes too many tokens of the prompt",
+            file="tokenizer.json",
+            got=count,
+            expected=f"at most {most}",
+        )
     largest = int(inputs["input_ids"].max())
     # On a GPU an index beyond the embedding fails without a message that names it.
     rows = getattr(model.config.get_text_config(decoder=True), "vocab_size", largest + 1)

@@ -14,6 +14,7 @@ from codecllm.formats import limits
 from codecllm.formats.errors import LimitError, UnsafePathError
 from codecllm.formats.strict_json import CONFIG_BYTES
 from codecllm.loader.config_size import MOST_ITEMS, check_config_size
+from codecllm.loader.hf.tokenizer_growth import check_growth
 
 MOST_MADE_TOKENS = 4096
 """Tokens that a tokenizer's class may make by itself; T5 makes 100."""
@@ -106,7 +107,8 @@ def check_tokenizer_files(folder: Path) -> None:
     Raises:
         LimitError: a class would make more than 4,096 tokens by itself, a list or an object has
             more than 65,536 items (of special tokens, or tokens added in tokenizer.json, 32,768),
-            or a file is longer, or holds more values, than any of its kind.
+            or a file is longer, or holds more values, than any of its kind, or tokenizer.json makes
+            texts far longer (`tokenizer_growth`).
     """
     _check_added_tokens(folder)
     for file in _SETTINGS:
@@ -140,6 +142,8 @@ def check_generation_file(folder: Path) -> None:
 def _check_added_tokens(folder: Path) -> None:
     # The vocabulary itself may have any size below the limits of `_read`.
     document = _read(folder / _TOKENIZER)
+    if isinstance(document, dict):
+        check_growth(document, _TOKENIZER)
     added = document.get("added_tokens") if isinstance(document, dict) else None
     if isinstance(added, list) and len(added) > MOST_SPECIAL_TOKENS:
         raise LimitError(
@@ -150,7 +154,9 @@ def _check_added_tokens(folder: Path) -> None:
         )
     _text(folder / _VOCABULARY)
     for path in folder.glob("tokenizer.*.json"):  # `fast_tokenizer_files` may name one
-        _text(path)
+        other = _read(path)
+        if isinstance(other, dict):
+            check_growth(other, path.name)
 
 
 def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:
