@@ -11,7 +11,7 @@ import transformers as hf
 import codecllm
 from codecllm.cli import main
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ChecksumError, SchemaError, UnsupportedEnvironmentError
+from codecllm.formats.errors import ChecksumError, SchemaError, UnsafePathError
 from codecllm.generation import generate
 from codecllm.loader.hf.folder import read_config, read_tokenizer
 from codecllm.verifier.baseline.model_output import PromptCoder
@@ -87,7 +87,7 @@ def test_a_listed_config_cannot_point_to_an_unlisted_one(container, tmp_path):
     replace_listed(folder, "config.json", json.dumps(config).encode())
     assert hf.AutoConfig.from_pretrained(folder).hidden_size == 8
     for read in (read_config, codecllm.from_pretrained):
-        with pytest.raises(UnsupportedEnvironmentError):
+        with pytest.raises(UnsafePathError, match="configuration_files leads transformers"):
             read(folder)
 
 
