@@ -13,7 +13,7 @@ from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError, one_line
 from codecllm.formats.files import read_user_text
 from codecllm.formats.manifest.records import Calibration
-from codecllm.loader.hf.folder import read_tokenizer, start_of
+from codecllm.loader.hf.folder import encoded, read_tokenizer, start_of
 
 SEQUENCES = 64
 LENGTH = 64
@@ -121,7 +121,8 @@ def _pieces(text: str, folder: Path, length: int) -> torch.Tensor:
     """
     try:
         tokenizer = read_tokenizer(folder)
-        ids = [int(token) for token in tokenizer(text[: 64 * SEQUENCES * length])["input_ids"]]
+        part = text[: 64 * SEQUENCES * length]
+        ids = [int(token) for token in encoded(tokenizer, part)["input_ids"]]
         start = start_of(tokenizer, ids)
     # Each of the many tokenizer classes of transformers raises errors of its own.
     except Exception as exc:
@@ -147,7 +148,8 @@ def begins_with_start(folder: Path) -> bool:
     """
     try:
         tokenizer = read_tokenizer(folder)
-        return bool(start_of(tokenizer, [int(token) for token in tokenizer("")["input_ids"]]))
+        ids = [int(token) for token in encoded(tokenizer, "")["input_ids"]]
+        return bool(start_of(tokenizer, ids))
     # Calibration on the model's own text needs no tokenizer; those of transformers raise any error.
     except Exception:
         return False

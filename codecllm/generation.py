@@ -73,7 +73,7 @@ def generate(
     import torch
 
     from codecllm.loader import from_pretrained
-    from codecllm.loader.hf.folder import read_tokenizer
+    from codecllm.loader.hf.folder import decoded, encoded, read_tokenizer
 
     with Container(files.folder) as container:
         for record in container.manifest.files:
@@ -83,7 +83,7 @@ def generate(
             raise UsageError(f"{type(model).__name__} does not generate text", file=str(out))
         tokenizer = read_tokenizer(container)
     try:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = encoded(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False)
     except Exception as exc:  # tokenizer files make their classes fail in any way
         raise SchemaError(
             f"the tokenizer cannot encode the prompt: {type(exc).__name__}: {one_line(exc)}",
@@ -121,7 +121,7 @@ def generate(
         torch.inference_mode(),
     ):
         tokens = model.generate(**inputs, generation_config=plain)
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return decoded(tokenizer, tokens[0])
 
 
 def _greedy(own: Any, tokenizer: Any, rows: int, max_new_tokens: int) -> Any:

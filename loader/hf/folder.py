@@ -12,6 +12,8 @@ many types (KeyError, TypeError, RecursionError, ...). Here that is one error th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,38 @@ def read_gguf_tokenizer(path: Path) -> Any:
     return _tokenizer_of(path.parent, {"gguf_file": path.name})
 
 
+def encoded(tokenizer: Any, text: str, **options: Any) -> Any:
+    """Returns what a tokenizer makes of a text.
+
+    Args:
+        tokenizer: of transformers.
+        text: the text.
+        options: of the tokenizer's call.
+
+    Raises:
+        SchemaError: its library panicked. Other errors are the tokenizer class's own.
+    """
+    with _panics_as_errors():
+        return tokenizer(text, **options)
+
+
+def decoded(tokenizer: Any, ids: Any) -> str:
+    """Returns the text of tokens without special ones. Raises as `encoded`."""
+    with _panics_as_errors():
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Raises SchemaError for a panic of a library in Rust, which is no Exception of Python."""
+    try:
+        yield
+    except BaseException as exc:
+        if type(exc).__name__ != "PanicException":
+            raise
+        raise SchemaError(f"the tokenizer panics: {one_line(exc)}", file="tokenizer.json") from exc
+
+
 def start_of(tokenizer: Any, ids: list[int]) -> list[int]:
     """Returns the start token with which a tokenizer began a text, or nothing.
 
@@ -146,7 +180,8 @@ def _tokenizer_of(folder: Path, options: dict[str, str]) -> Any:
 
     try:
         # Never with code: a tokenizer is read for checks, for which no caller has allowed any.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        with _panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as exc:
         name = _damaged_tokenizer_file(folder)
         raise machine_error(exc) or SchemaError(

@@ -66,10 +66,12 @@ class PromptCoder:
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text; none without a tokenizer or outside the vocabulary."""
+        from codecllm.loader.hf.folder import encoded
+
         if self._tokenizer is None:
             return []
         try:
-            tokens = [int(token) for token in self._tokenizer(text)["input_ids"]]
+            tokens = [int(token) for token in encoded(self._tokenizer, text)["input_ids"]]
         except Exception:  # one that transformers made up for a folder without tokenizer files
             return []
         return tokens if not self._vocabulary or max(tokens, default=0) < self._vocabulary else []
@@ -105,11 +107,9 @@ class PromptCoder:
 
     def decode(self, tokens: list[int]) -> str:
         """Returns the text of tokens, or an empty string without a tokenizer."""
-        return (
-            ""
-            if self._tokenizer is None
-            else str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-        )
+        from codecllm.loader.hf.folder import decoded
+
+        return "" if self._tokenizer is None else decoded(self._tokenizer, tokens)
 
     def _prompt_tokens(self, text: str, number: int) -> list[int]:
         tokens = self.encode(text)

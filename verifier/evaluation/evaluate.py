@@ -13,7 +13,7 @@ import torch
 
 from codecllm.formats.arguments.check import check_arguments, integer
 from codecllm.formats.errors import SchemaError, UsageError
-from codecllm.loader.hf.folder import read_gguf_tokenizer, read_tokenizer, start_of
+from codecllm.loader.hf.folder import encoded, read_gguf_tokenizer, read_tokenizer, start_of
 from codecllm.loader.hf.quiet import silenced
 from codecllm.loader.places import device_of
 from codecllm.loader.torch_tensors import check_dtype
@@ -177,7 +177,7 @@ def _tokens(reference: Candidate, model: Any, text: str) -> tuple[list[int], lis
     """Returns the tokens of a text, and the start token that they begin with, or nothing."""
     tokenizer = tokenizer_of(reference, model)
     with silenced():  # longer than the model's context: the text is read in windows
-        tokens: list[int] = tokenizer(text)["input_ids"]
+        tokens: list[int] = encoded(tokenizer, text)["input_ids"]
     if len(tokens) < 2:
         raise UsageError("the text has fewer than two tokens", got=repr(text[:40]))
     return tokens, start_of(tokenizer, tokens)
