@@ -83,6 +83,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Reads the cases from stdin, and prints their outcomes."""
     cases = json.load(sys.stdin)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup have it ignored
     from codecllm.cli import checking, converting, process, reading  # noqa: F401
 
     # Imported by commands when they run: once here instead.

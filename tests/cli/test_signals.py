@@ -12,6 +12,8 @@ COMMAND = """
 import signal, sys, time
 from codecllm.cli import process
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup have it ignored
+
 class Object:
     def __del__(self):
         signal.raise_signal(int(sys.argv[1]))
