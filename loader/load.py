@@ -18,13 +18,14 @@ from codecllm.formats.errors import (
     UsageError,
     machine_error,
 )
+from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.formats.strict_json import parse_config
 from codecllm.loader.choice import choose_resident
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.device.placement import has_device, sole_device
-from codecllm.loader.hf.folder import CONFIG_NAME
 from codecllm.loader.hf.placement import is_offloaded, spreads
+from codecllm.loader.hf.plain import ADAPTER_CONFIG
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.host.threads import decoding_threads
 from codecllm.loader.load_report import LoadReport, read_report
@@ -37,8 +38,6 @@ from codecllm.loader.state_dict import LazyTensor, lazy_state_dict, prefetch
 from codecllm.loader.torch_tensors import torch_dtype
 
 _LOG = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from codecllm.converter.source.source import SourceModel
+from codecllm.converter.source.source import TEXT_ENDINGS, SourceModel
 from codecllm.formats.container import Container
-from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME
+from codecllm.formats.manifest.manifest import BASELINE_NAME, CONFIG_NAME, INDEX_NAME
 from codecllm.loader.load_report import LOAD_REPORT_NAME
 
-CONFIG_NAME = "config.json"
-_READ = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".spm")
-"""Endings of files that transformers reads; licences, figures and code say nothing of a model."""
 _OURS = frozenset({BASELINE_NAME, LOAD_REPORT_NAME, INDEX_NAME})
 _NO_FACTS = ("quantization_config", "transformers_version", "_name_or_path")
 """Entries of config.json that differ between a model and its container, or say who wrote it."""
@@ -47,7 +44,7 @@ def different_files(a: Mapping[str, Path], b: Mapping[str, Path]) -> list[str]:
     Raises:
         OSError: a file cannot be read.
     """
-    names = {name for name in (*a, *b) if name.endswith(_READ) and name not in _OURS}
+    names = {name for name in (*a, *b) if name.endswith(TEXT_ENDINGS) and name not in _OURS}
     return sorted(
         name for name in names if name not in a or name not in b or _differ(name, a[name], b[name])
     )

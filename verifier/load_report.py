@@ -8,10 +8,8 @@ from pathlib import Path
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, machine_error
 from codecllm.formats.files import as_path
-from codecllm.formats.manifest.manifest import ORIGINAL_KEY
+from codecllm.formats.manifest.manifest import CONFIG_NAME, ORIGINAL_KEY
 from codecllm.verifier.side_file import attach
-
-CONFIG_NAME = "config.json"
 
 
 def record_load_report(out: str | Path) -> str | None:

@@ -19,13 +19,13 @@ from codecllm.converter.source.source import SourceModel
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line
 from codecllm.formats.machine import available_memory
+from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.strict_json import parse_config
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR, asked_bits
 from codecllm.verifier.baseline.floor import floor_of
 from codecllm.verifier.report import Stage
 
-CONFIG_NAME = "config.json"
 MAX_RELATIVE_ERROR = 0.9
 """Root mean square error of a quantized parameter, as a share of its own, from which on it is
 examined further. Two bits a weight stay below; two unlike tensors have 1.4. A rate for the whole

@@ -34,6 +34,7 @@ from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import ChecksumError, SchemaError
 from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
+    CONFIG_NAME,
     INDEX_NAME,
     ORIGINAL_KEY,
     shard_name,
@@ -43,8 +44,6 @@ from codecllm.formats.reference import read_codes, read_run_bytes, read_run_code
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.formats.strict_json import parse_config
-
-CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ View = Literal["int8", "lossless"]
 _SHOWN_NAMES = 3
 _MOST_BLOCKS = 64
 """Most quantization blocks in the parts of a config; each one is judged by all tensors."""
-_TEXTS = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".spm")
+TEXT_ENDINGS = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".spm")
 """Endings of files without which a tokenizer or a model is another one."""
 
 
@@ -154,7 +154,7 @@ class SourceModel:
         )
         for name in side_files.copied.values():
             self._remember(self.repository / name)
-            if name.endswith(_TEXTS):
+            if name.endswith(TEXT_ENDINGS):
                 with SourceFile(self.repository, name) as file:
                     if file.read(0, min(len(LFS_BEGIN), file.size)) == LFS_BEGIN:
                         refuse_foreign(file)

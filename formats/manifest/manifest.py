@@ -46,6 +46,7 @@ from codecllm.formats.shards.side_tensors import misplaced_side, side_names
 
 MANIFEST_NAME = "codecllm.json"
 INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
 BASELINE_NAME = "baseline.json"
 UNLISTED_NAMES = frozenset({"README.md", ".gitattributes"})
 """Files of a container's folder that are never listed or checked: the Hub rewrites them."""

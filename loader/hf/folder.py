@@ -23,6 +23,7 @@ from codecllm.formats.errors import (
     machine_error,
     one_line,
 )
+from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.loader.hf.listed import (
     ModelFiles,
     for_model,
@@ -37,7 +38,6 @@ from codecllm.loader.hf.side_limits import (
     refuse_named_kernels,
 )
 
-CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -33,7 +33,7 @@ TOO_LARGE = 2
 Heads that training adds later may be missing from the files; they are small.
 """
 
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -53,7 +53,7 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
         Exception: transformers cannot load the model; the type is any.
     """
     _refuse_path(folder)
-    if (folder / _ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         # transformers would apply it where peft is installed. Below a file it finds none.
         options["adapter_kwargs"] = {"subfolder": "config.json"}
     config = read_config(folder)

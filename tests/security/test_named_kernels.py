@@ -67,15 +67,6 @@ def test_nothing_leads_around_the_checks(container, tmp_path, change):
         load_plain(folder)
 
 
-def test_transformers_itself_would_take_the_other_name(container, tmp_path):
-    """Guards the test above: transformers sets attributes by the map of a config."""
-    folder = _changed(container, tmp_path / "c", RENAMED[0])
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert hf.AutoConfig.from_pretrained(folder)._attn_implementation == "evil/kernel"
-
-
 def test_the_caller_chooses(container, tmp_path):
     folder = _changed(container, tmp_path / "c", NAMED[0])
     model = codecllm.from_pretrained(folder, attn_implementation="eager")
@@ -100,9 +91,10 @@ def test_other_names_pass(container, tmp_path):
     assert codecllm.from_pretrained(folder).config._attn_implementation == "eager"
 
 
-def test_transformers_itself_would_take_the_name(container, tmp_path):
-    """Guards the tests above: the entry of a config is one that transformers obeys."""
-    folder = _changed(container, tmp_path / "c", NAMED[0])
+@pytest.mark.parametrize("change", [NAMED[0], RENAMED[0]], ids=str)
+def test_transformers_itself_would_take_the_name(container, tmp_path, change):
+    """Guards the tests above: the entries of a config are ones that transformers obeys."""
+    folder = _changed(container, tmp_path / "c", change)
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
