@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,11 @@ CASES = (
 )
 EXPERTS = (("int8", "packed"), ("int8", "int8"))
 _MACHINE = Machine(torch.device("cuda"), small=False)
+
+
+def selected(cases: Sequence[tuple[str, str]], only: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Returns the cases that `only` names as "container, residency"; all of them without it."""
+    return [case for case in cases if not only or ", ".join(case) in only]
 
 
 def moe_source(folder: Path) -> None:
@@ -178,11 +183,7 @@ def main() -> None:
         else:
             models.write_source(_MACHINE, folder / "source", options.layers)
         torch.cuda.empty_cache()
-        cases = [
-            (name, resident)
-            for name, resident in (EXPERTS if options.experts else CASES)
-            if not options.only or f"{name}, {resident}" in options.only
-        ]
+        cases = selected(EXPERTS if options.experts else CASES, options.only)
         make_containers(folder, sorted({name for name, _ in cases}))
         head = " |".join(f"{f'b{batch} graph':>10} eager" for batch in BATCHES)
         print(f"{'residency':28} load s    MiB |{head} | prefill  first tokens", flush=True)

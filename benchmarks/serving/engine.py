@@ -36,13 +36,12 @@ PROMPT, NEW = 32, 128
 _PROFILED = 32
 PLAIN = ("source", "plain")
 CASES = (
-    PLAIN,
     ("lossless", "packed"),
     ("int8", "int8"),
     ("int8", "packed"),
     ("4.5 bits", "packed"),
 )
-EXPERTS = (PLAIN, ("int8", "dense"), ("int8", "int8"))
+EXPERTS = (("int8", "dense"), ("int8", "int8"))
 _TRIES = 3
 _LIMIT_S = 180
 """Seconds that an engine may take."""
@@ -56,11 +55,8 @@ def main() -> None:
     if options.child:
         print(json.dumps(_measure(sys.stdin.readline().strip(), options)))
         return
-    cases = [
-        (name, resident)
-        for name, resident in (EXPERTS if options.experts else CASES)
-        if not options.only or f"{name}, {resident}" in options.only or resident == "plain"
-    ]
+    ours = batches.selected(EXPERTS if options.experts else CASES, options.only)
+    cases = [PLAIN, *ours]
     # Their imports take as long as the models.
     engines = [_start(resident) for _, resident in cases]
     with tempfile.TemporaryDirectory(prefix="codecllm-engine-") as scratch:
