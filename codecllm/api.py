@@ -345,7 +345,7 @@ def export(
     """
     as_path(out, "out")  # before a container is fetched and its codes are counted
     choice(get_args(ExportFormat))(format, "format")
-    optional(integer(MIN_CODE_BITS, MAX_CODE_BITS))(width, "width")
+    width = optional(integer(MIN_CODE_BITS, MAX_CODE_BITS))(width, "width")
     check_arguments(max_shard_bytes=max_shard_bytes, workers=workers, progress=progress)
     if width is not None and format != "compressed-tensors":
         raise UsageError("width goes with format 'compressed-tensors'", got=repr(format))

@@ -65,7 +65,7 @@ def generate(
         CodecLLMError: loading failed.
     """
     check_arguments(prompt=prompt, workers=workers)
-    integer(1, MAX_COUNT)(max_new_tokens, "max_new_tokens")
+    max_new_tokens = integer(1, MAX_COUNT)(max_new_tokens, "max_new_tokens")
     choice(("auto", "dense", "int8", "compressed"))(resident, "resident")
     flag(progress, "progress")
     files = resolve(out, revision=revision)

@@ -10,19 +10,19 @@ from typing import Any, Literal, get_args
 
 from codecllm.formats.arguments.check import (
     Check,
-    check_arguments,
+    check_fields,
     choice,
     flag,
     instance,
     integer,
     number,
     optional,
+    path,
     refusal,
     text,
 )
 from codecllm.formats.codecs import CodecName
 from codecllm.formats.errors import UsageError, shown
-from codecllm.formats.files import as_path
 from codecllm.formats.machine import cores
 from codecllm.formats.tiling import DEFAULT_TILE_SYMBOLS
 
@@ -58,7 +58,7 @@ _RATE_CHECKS: dict[str, Check] = {
     "ratio": optional(number("more than 1", lambda ratio: ratio > 1)),
     "quality": optional(choice(QUALITIES)),
     "code_bits": optional(integer(MIN_CODE_BITS, MAX_CODE_BITS)),
-    "calibrate": optional(as_path),
+    "calibrate": optional(path),
     "refine": flag,
     "column_scales": flag,
 }
@@ -99,8 +99,7 @@ class Rate:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        for name, check in _RATE_CHECKS.items():
-            check(getattr(self, name), name)
+        check_fields(self, _RATE_CHECKS)
         targets = (self.bits, self.ratio, self.quality, self.code_bits)
         # No order of precedence: a second target is a mistake of the caller.
         if sum(target is not None for target in targets) != 1:
@@ -239,14 +238,7 @@ class ConvertOptions:
         """Checks the fields."""
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        for name, check in _OPTION_CHECKS.items():
-            check(getattr(self, name), name)
-        check_arguments(
-            max_shard_bytes=self.max_shard_bytes,
-            workers=self.workers,
-            force=self.force,
-            with_code=self.with_code,
-        )
+        check_fields(self, _OPTION_CHECKS, "max_shard_bytes", "workers", "force", "with_code")
         device = self.device if isinstance(self.device, str) else ""
         if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device) is None:
             expected = "auto, cpu, cuda, cuda:N"

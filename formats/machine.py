@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,15 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)
+
+
+def threads_of(workers: int | None) -> int:
+    """Returns how many threads an argument `workers` asks for; None is one per core.
+
+    Args:
+        workers: None, or an integer from 1 to `MAX_WORKERS`, of numpy too.
+    """
+    return cores() if workers is None else operator.index(workers)
 
 
 def available_memory() -> int:

@@ -19,7 +19,7 @@ from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, UsageError, one_line
-from codecllm.formats.machine import available_memory, cores
+from codecllm.formats.machine import available_memory, threads_of
 from codecllm.formats.manifest.manifest import MANIFEST_NAME
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
@@ -170,7 +170,7 @@ def compare_models(
             raise UsageError("the two models share no tensor", got=f"{a}, {b}")
         rows, elements_done = [], 0
         total = sum(math.prod(side_a.tensors[name].shape) for name in common)
-        with ThreadPoolExecutor(workers or cores()) as pool:
+        with ThreadPoolExecutor(threads_of(workers)) as pool:
             for name, row in in_order(
                 pool, common, lambda name: compare_tensors(side_a, side_b, name)
             ):

@@ -11,7 +11,7 @@ from codecllm.converter.source.source import SourceModel
 from codecllm.formats.arguments.check import check_arguments, choice
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
-from codecllm.formats.machine import cores
+from codecllm.formats.machine import threads_of
 from codecllm.formats.shards.consistency import expansion_bound
 from codecllm.hub import resolve
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
@@ -108,7 +108,7 @@ def verify(
         )
     files = resolve(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
     report = Report(str(name_or_path), level, commit=files.commit)
-    threads = workers or cores()
+    threads = threads_of(workers)
     expected_digest = expected_manifest_sha256
     if signature is not None:
         from_hub = files.commit is not None

@@ -14,6 +14,7 @@ from codecllm.formats.arguments.check import (
     MAX_COUNT,
     Check,
     check_arguments,
+    check_fields,
     choice,
     instance,
     integer,
@@ -67,9 +68,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        for name, check in _CHECKS.items():
-            check(getattr(self, name), name)
-        check_arguments(source=self.source, revision=self.revision)
+        check_fields(self, _CHECKS, "source", "revision")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from typing import Any
 from codecllm.converter.exports.packed_words import WIDTHS, holds, least_width
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UsageError
-from codecllm.formats.machine import cores
+from codecllm.formats.machine import threads_of
 from codecllm.formats.manifest.manifest import Manifest
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, TensorRecord
 from codecllm.formats.reference import read_run_codes, runs
@@ -135,7 +135,7 @@ def plan_layout(
     linear = set(linear_modules)
     eligible = _eligible(manifest, linear)
     _refuse_columns(eligible)
-    with ThreadPoolExecutor(workers or cores()) as executor:
+    with ThreadPoolExecutor(threads_of(workers)) as executor:
         spans = executor.map(partial(_code_range, container), eligible.values())
         ranges = dict(zip(eligible, spans, strict=True))
     wide = {name for name, span in ranges.items() if least_width(*span) is None}

@@ -95,7 +95,7 @@ def export(
     with Container(container) as source_container, Staging(out, force=False) as staging:
         layout = layout or PLAIN
         config = _read_config(source_container)
-        records_by_shard = _place(source_container.manifest.tensors, max_shard_bytes)
+        records_by_shard = _place(source_container.manifest.tensors, options.max_shard_bytes)
         names = (
             ["model.safetensors"]
             if len(records_by_shard) == 1

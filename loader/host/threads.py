@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.codecs import native
-from codecllm.formats.machine import cores
+from codecllm.formats.machine import cores, threads_of
 
 USEFUL_THREADS = 6
 """Most threads that decode without the native core: between two calls they share the interpreter's
@@ -24,6 +24,6 @@ def decoding_threads(workers: int | None) -> int:
     """
     if workers is not None:
         check_arguments(workers=workers)
-        return workers
+        return threads_of(workers)
     # The native core works without the interpreter's lock, so all cores are of use.
     return cores() if native.core is not None else min(cores(), USEFUL_THREADS)

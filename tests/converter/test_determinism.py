@@ -55,6 +55,14 @@ def test_same_bytes_from_any_number_of_workers_and_any_folder(tmp_path, source, 
     assert all(result == results[0] for result in results)
 
 
+def test_numbers_of_numpy_give_the_bytes_of_their_values(tmp_path, source):
+    options = {"chunk_kib": 64, "max_shard_bytes": 2_000_000, "workers": 2}
+    convert(source, tmp_path / "own", **options)
+    # Its own sizes would pass 32 bits, and the manifest has no such numbers.
+    convert(source, tmp_path / "numpy", **{k: np.int32(v) for k, v in options.items()})
+    assert _bytes(tmp_path / "own") == _bytes(tmp_path / "numpy")
+
+
 def test_same_bytes_in_another_process_locale_and_folder(tmp_path, source):
     results = []
     for number, extra in enumerate(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -202,6 +203,27 @@ def test_an_odd_argument_is_one_typed_error(name, parameter, model, packed, tmp_
         except Exception as exc:  # any other class is what this test looks for
             surprises.append(f"ODD[{number}]: {type(exc).__name__}: {exc}")
     assert not surprises
+
+
+def _counts() -> Iterator[Any]:
+    for name, (signed, _, _) in (CASES | REFUSED).items():
+        for parameter in inspect.signature(signed).parameters.values():
+            if parameter.annotation in ("int", "int | None", "float", "float | None"):
+                yield pytest.param(name, parameter.name, id=f"{name}-{parameter.name}")
+
+
+@pytest.mark.parametrize(("name", "parameter"), list(_counts()))
+def test_a_number_of_numpy_means_what_it_means_in_python(name, parameter, model, packed, tmp_path):
+    """Also where a product with it passes the range of its type, as KiB in bytes do."""
+    _, call, given = (CASES | REFUSED)[name]
+    outcomes = []
+    for number in (8, np.int8(8)):
+        try:
+            call(**_prepared(given, model, packed, tmp_path) | {parameter: number})
+            outcomes.append("")
+        except CodecLLMError as exc:
+            outcomes.append(str(exc).replace("np.int8(8)", "8"))
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("name", CASES)

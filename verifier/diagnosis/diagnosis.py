@@ -17,7 +17,7 @@ from codecllm.formats.errors import (
     UsageError,
     foreign_errors_as,
 )
-from codecllm.formats.machine import available_memory, cores
+from codecllm.formats.machine import available_memory, threads_of
 from codecllm.hub import resolve
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
@@ -111,7 +111,7 @@ class _Diagnosis:
         self._commit = commit
         self._options = options
         self._progress = progress
-        self._threads = options.workers or cores()
+        self._threads = threads_of(options.workers)
         self._examined: dict[str, Examination] = {}
 
     def run(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from codecllm.formats.arguments.check import (
     Check,
-    check_arguments,
+    check_fields,
     choice,
     function,
     instance,
@@ -68,10 +68,7 @@ class DiagnoseOptions:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        for name, check in _CHECKS.items():
-            check(getattr(self, name), name)
-        names = ("text", "workers", "expected_manifest_sha256", "revision")
-        check_arguments(**{name: getattr(self, name) for name in names})
+        check_fields(self, _CHECKS, "text", "workers", "expected_manifest_sha256", "revision")
         if self.back_ends is not None:
             # Imported late: it imports torch.
             from codecllm.verifier.diagnosis.codes.back_ends import BackEnd

@@ -119,8 +119,8 @@ def evaluate(
         CodecLLMError: a model cannot be loaded.
     """
     check_arguments(base=base, candidates=candidates, text=text, workers=workers, progress=progress)
-    integer(2)(max_tokens, "max_tokens")
-    integer(2)(window, "window")
+    max_tokens = integer(2)(max_tokens, "max_tokens")
+    window = integer(2)(window, "window")
     check_dtype(dtype)
     if not candidates:
         raise UsageError("no candidate was given")

@@ -109,8 +109,8 @@ def evaluate_tasks(
     # Before tasks are loaded, which takes long.
     check_arguments(base=base, candidates=candidates, workers=workers, progress=progress)
     sequence(text)(tasks, "tasks")
-    optional(integer(1))(limit, "limit")
-    integer(1)(batch_size, "batch_size")
+    limit = optional(integer(1))(limit, "limit")
+    batch_size = integer(1)(batch_size, "batch_size")
     check_dtype(dtype)
     if not tasks:
         raise UsageError("no task was given")

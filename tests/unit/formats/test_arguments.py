@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
 from codecllm.formats.arguments.check import (
     check_arguments,
+    check_fields,
     choice,
     flag,
     integer,
@@ -42,13 +47,46 @@ REAL = number("more than 1", lambda value: value > 1)
     ],
 )
 def test_what_fits(check, value):
-    check(value, "x")
+    assert check(value, "x") is value
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "own"),
+    [
+        *((WHOLE, kind(8), 8) for kind in (np.int8, np.uint16, np.int32, np.int64, np.uint64)),
+        *((REAL, kind(2), 2) for kind in (np.int8, np.uint64)),
+        *((REAL, kind(2.5), 2.5) for kind in (np.float16, np.float32, np.float64, Fraction)),
+        (optional(WHOLE), np.int64(3), 3),
+    ],
+)
+def test_numbers_of_other_libraries_become_our_own(check, value, own):
+    """Their sums would overflow, and JSON has none of them."""
+    taken = check(value, "x")
+    assert taken == own and type(taken) is type(own)
+
+
+def test_fields_keep_what_their_checks_return():
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        size: int
+        workers: int | None
+
+        def __post_init__(self) -> None:
+            check_fields(self, {"size": WHOLE}, "workers")
+
+    options = Options(np.int8(8), np.int16(2))
+    assert (type(options.size), type(options.workers)) == (int, int)
+    for size, workers in ((9, 1), (8, 0)):
+        with pytest.raises(UsageError, match="not a value of"):
+            Options(size, workers)
 
 
 @pytest.mark.parametrize(
     ("check", "value"),
     [
-        *((WHOLE, value) for value in (1, 9, True, 4.0, "4", None)),
+        *((WHOLE, value) for value in (1, 9, True, 4.0, "4", None, np.int8(9))),
+        *((WHOLE, value) for value in (np.bool_(True), np.float64(4), np.array([4]))),
+        *((REAL, value) for value in (np.bool_(True), np.float32("nan"), np.int8(1))),
         *((REAL, value) for value in (1, float("nan"), float("inf"), 10**400, True, "2", None)),
         *((text, value) for value in (b"a", None, 5, "\ud800", "a\udcff")),
         *((flag, value) for value in (0, 1, None, "yes")),
@@ -73,7 +111,7 @@ def test_no_number_of_workers(workers):
         check_arguments(workers=workers)
 
 
-@pytest.mark.parametrize("workers", [1, MAX_WORKERS, None])
+@pytest.mark.parametrize("workers", [1, MAX_WORKERS, None, np.int16(2)])
 def test_a_number_of_workers(workers):
     check_arguments(workers=workers)
 
