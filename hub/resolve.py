@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _MODEL_FILES = frozenset({"config.json", "generation_config.json", "load_report.json", INDEX_NAME})
 
-Kind = Literal["source", "container", "model", "manifest"]
+Kind = Literal["source", "container", "either", "model", "manifest"]
 """The part of a repository to fetch.
 
 `source`: a plain model to convert. Of a container, `container`: all files that it lists, `model`:
-those from which a model is loaded, `manifest`: the manifest alone.
+those from which a model is loaded, `manifest`: the manifest alone. `either`: as `container`, or as
+`source` where the repository has no manifest.
 """
 
 
@@ -78,7 +79,7 @@ def resolve(
         cache_dir: the Hub cache to use instead of the default one.
         kind: the part to fetch: `source` leaves out weight files that transformers would not load,
             `container` is all that the manifest lists, `model` the shards and configs, `manifest`
-            the manifest.
+            the manifest, `either` a container or a source, whichever the repository holds.
 
     Raises:
         UsageError: neither a folder nor a Hub id, a revision for a folder, or no path.
@@ -149,12 +150,14 @@ def _download_container(
     commit = folder.name if COMMIT.fullmatch(folder.name) else None
     path = folder / MANIFEST_NAME
     if not path.exists():
+        if kind == "either":
+            return _download_source(repo, commit or revision, token, cache_dir)
         raise NotAContainerError(f"the repository holds no {MANIFEST_NAME}", file=repo)
     if kind != "manifest":
         if path.stat().st_size > limits.MANIFEST_BYTES:
             raise LimitError("manifest is too long", file=MANIFEST_NAME, got=path.stat().st_size)
         manifest = parse_manifest(path.read_bytes())
-        names = listed_names(manifest) if kind == "container" else _model_names(manifest)
+        names = _model_names(manifest) if kind == "model" else listed_names(manifest)
         missing = {name for name in names if not (folder / name).exists()}
         api = HfApi(library_name="codecllm", token=token)
         _check_missing(manifest, missing, repo, folder, api, commit or revision or "main")

@@ -59,7 +59,7 @@ class Side:
         Raises:
             CodecLLMError: it is neither, or cannot be read.
         """
-        self.folder, self.name = _folder(name), str(name)
+        self.folder, self.name = resolve(name, kind="either").folder, str(name)
         self._container: Container | None = None
         self._source: SourceModel | None = None
         if (self.folder / MANIFEST_NAME).exists():
@@ -270,11 +270,6 @@ def aligned(
             return
         yield rest_a[:size], rest_b[:size]
         rest_a, rest_b = rest_a[size:], rest_b[size:]
-
-
-def _folder(name: str | Path) -> Path:
-    """Finds the files. A Hub id is resolved as a container, which fetches a plain model too."""
-    return resolve(name).folder
 
 
 def _decoded_blocks(container: Container, name: str) -> Iterator[NDArray[Any]]:

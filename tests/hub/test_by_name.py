@@ -16,10 +16,13 @@ from codecllm.formats.errors import (
     LayoutError,
     NotAContainerError,
     TruncatedError,
+    UnsafeSourceError,
     UsageError,
 )
 from codecllm.info import describe, describe_name
 from codecllm.publishing import push
+from codecllm.verifier.evaluation.candidates import find_candidate
+from codecllm.verifier.model_comparison import compare_models
 from tests import tampering
 from tests.hub.test_push import assert_same_weights, names_in
 
@@ -194,6 +197,35 @@ def test_a_repository_that_is_no_container(hub):
         with pytest.raises(NotAContainerError, match="holds no codecllm"):
             action("user/plain")
     assert fetched(hub) == {"config.json"}
+
+
+def test_compare_and_eval_take_plain_models_and_containers_by_name(hub, published, lossless, run):
+    """Of a container the listed files are fetched, whose sizes are checked; of a model its own."""
+    repo = hub.repos[REPO]
+    extra = {"other.safetensors": hub.store("other.safetensors", b"x" * 100)}
+    hub.commit(repo, {**repo.commits[repo.refs["main"]], **extra}, "more", "main")
+    plain = lossless.parent / "plain"
+    codecllm.export(lossless, plain)
+    hub.add_repo("user/plain", {p.name: p.read_bytes() for p in plain.iterdir()})
+    hub.log.clear()
+    here = compare_models(plain, published)
+    there = compare_models("user/plain", REPO)
+    assert {**there, "a": 0, "b": 0} == {**here, "a": 0, "b": 0} and not there["same"]
+    assert compare_models("user/plain", lossless)["same"]
+    assert fetched(hub) == names_in(published) | {p.name for p in plain.iterdir()}
+    candidates = [find_candidate(name) for name in ("user/plain", REPO)]
+    assert [candidate.kind for candidate in candidates] == ["folder", "container"]
+    assert candidates[1].bits() == find_candidate(published).bits()
+    assert run("compare", "user/plain", REPO, "--no-run").returncode == 1
+
+
+def test_compare_refuses_a_repository_that_is_neither(hub):
+    hub.add_repo("user/none", {"config.json": b"{}"})
+    hub.add_repo("user/pickle", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    with pytest.raises(HubError, match="no safetensors weights"):
+        compare_models("user/none", "user/none")
+    with pytest.raises(UnsafeSourceError, match="pickles"):
+        compare_models("user/pickle", "user/pickle")
 
 
 def test_a_server_without_ranges_is_not_drained(hub, published, monkeypatch):

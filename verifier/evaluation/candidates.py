@@ -148,7 +148,7 @@ def find_candidate(name: str | Path) -> Candidate:
             raise UsageError("no such file", got=str(name))
         check_gguf(path)  # the readers of the format trust its numbers
         return Candidate(str(name), "gguf", path)
-    folder = resolve(name, kind="source").folder
+    folder = resolve(name, kind="either").folder
     if (folder / MANIFEST_NAME).exists():
         return Candidate(str(name), "container", folder)
     if not (folder / "config.json").exists():
