@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codecllm.formats.checksums import sha256_hex
-from codecllm.formats.manifest.manifest import MANIFEST_NAME
+from codecllm.formats.manifest.manifest import MANIFEST_NAME, source_features
 
 
 def copy_of(container: Path, target: Path) -> Path:
@@ -59,11 +59,13 @@ def replace_listed(folder: Path, name: str, data: bytes) -> None:
 
 
 def add_listed(folder: Path, name: str, data: bytes) -> None:
-    """Adds a side file and its record."""
+    """Adds a side file, its record and the features that its name needs."""
 
     def edit(document: dict[str, Any]) -> None:
         record = {"name": name, "bytes": len(data), "sha256": sha256_hex(data)}
         document["files"] = sorted([*document["files"], record], key=lambda each: each["name"])
+        features = document["required_features"]
+        features += [one for one in source_features([name], None) if one not in features]
 
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ class Side:
         name: as it was given.
         folder: where its files are.
         tensors: its tensors, by name.
-        files: paths of its side files, by name.
+        files: its side files, by name.
     """
 
     def __init__(self, name: str | Path) -> None:
@@ -71,7 +71,7 @@ class Side:
             self.stored_bytes = self._container.stored_bytes
             self.files = files_of_container(self._container)
         else:
-            self._source = SourceModel(self.folder)
+            self._source = SourceModel(self.folder, with_code=True)
             source_tensors = self._source.tensors.values()
             self.tensors = {
                 one.name: Described(one.dtype.name, one.shape, "source") for one in source_tensors

@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from codecllm.converter.source.files import read_bytes
 from codecllm.converter.source.modules import MODULES_NAME
 from codecllm.converter.source.source import SourceModel
+from codecllm.formats import limits
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.formats.manifest.records import Int8Tensor
-from codecllm.formats.strict_json import parse_config
+from codecllm.formats.strict_json import CONFIG_BYTES, parse_config
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR, asked_bits
 from codecllm.verifier.baseline.floor import floor_of
 from codecllm.verifier.report import Stage
@@ -312,12 +314,14 @@ def _check_files(container: Container, source: SourceModel, stage: Stage) -> Non
         if record is None:
             stage.fail(ModelMismatchError("the container lacks this file of the source", file=name))
             continue
-        same = container.read_side_file(record) == (source.repository / source_name).read_bytes()
+        theirs = read_bytes(source.repository, source_name, limits.SIDE_FILE_BYTES)
+        same = container.read_side_file(record) == theirs
         if not same and name != MODULES_NAME:  # it names the folders as the container has them
             stage.fail(ModelMismatchError("the file is not the source's", file=name))
-    record, path = container.manifest.file(CONFIG_NAME), source.folder / CONFIG_NAME
-    if record is not None and path.exists():
-        _check_config(container.read_side_file(record), path.read_bytes(), stage)
+    record = container.manifest.file(CONFIG_NAME)
+    if record is not None and source.config is not None:
+        config = read_bytes(source.folder, CONFIG_NAME, CONFIG_BYTES)
+        _check_config(container.read_side_file(record), config, stage)
 
 
 def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:

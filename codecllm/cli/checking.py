@@ -191,7 +191,7 @@ def compare(
     """Compare two containers or models: every tensor and side file, then logits, then text.
 
     Exit code 0 when they are the same model bit for bit, 1 when anything differs: a weight, or what
-    a file says that transformers reads (config, generation settings, tokenizer).
+    a file says that transformers may read (config, generation settings, tokenizer, code).
 
     Example: [bold]codecllm compare out-int8/ out-lossless/[/bold]
     """

@@ -64,10 +64,21 @@ def read_json(
         SchemaError: it is not UTF-8, not JSON, or holds a lone surrogate, which no file can.
         UnsafePathError: it is no regular file.
     """
+    data = read_bytes(folder, name, max_bytes)
+    return parse_json(data, file=name, max_bytes=max_bytes, as_python=as_python)
+
+
+def read_bytes(folder: Path, name: str, max_bytes: int) -> bytes:
+    """Returns the bytes of a source's file.
+
+    Raises:
+        TruncatedError: there is no such file.
+        LimitError: it is longer than `max_bytes`; nothing is read then.
+        UnsafePathError: it is no regular file.
+    """
     with SourceFile(folder, name) as file:
         if file.size > max_bytes:
             raise LimitError(
                 "file is too long", file=name, got=file.size, expected=f"at most {max_bytes} bytes"
             )
-        data = file.read(0, file.size)
-    return parse_json(data, file=name, max_bytes=max_bytes, as_python=as_python)
+        return file.read(0, file.size)

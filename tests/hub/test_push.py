@@ -309,9 +309,6 @@ def test_texts_of_strangers_in_a_card_make_no_markup(hub, container):
     names = ("a`![x](y)`b.py", "plain_name.py")
     for name in names:
         tampering.add_listed(container, name, b"x = 1")
-    tampering.reseal(
-        container, lambda document: document["required_features"].extend(["code", "paths"])
-    )
     hub.add_repo("base/model", card_data={"license": "other", "license_name": hostile})
     push(container, REPO, level="structure", base_model="base/model")
     body = card_of(hub).text

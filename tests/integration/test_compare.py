@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from codecllm.formats.errors import ChecksumError, UsageError
+from codecllm.converter import convert
+from codecllm.formats.errors import (
+    ChecksumError,
+    LayoutError,
+    TruncatedError,
+    UnsafePathError,
+    UsageError,
+)
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.verifier.model_comparison import aligned, compare_models
 from tests import tampering
@@ -103,6 +111,78 @@ def test_damage_and_strangers_are_errors(tmp_path, container, tiny):
         compare_models(folder, tiny("llama"), run=False)
     with pytest.raises(UsageError, match="share no tensor"):
         compare_models(tiny("llama"), tiny("bert"), run=False)
+
+
+def _as_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _as_link(path):
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def _as_device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (_as_fifo, UnsafePathError),
+        (_as_link, UnsafePathError),
+        (_as_device, UnsafePathError),
+        (lambda path: os.truncate(path, 1 << 32), LayoutError),
+        (lambda path: path.unlink(), TruncatedError),
+        (lambda path: path.write_bytes(path.read_bytes().swapcase()), ChecksumError),
+    ],
+)
+def test_listed_files_are_checked_before_they_are_read(tmp_path, container, tiny, change, error):
+    """The manifest decides, also where both sides have the same damage."""
+    folder = tampering.copy_of(container("llama", "lossless"), tmp_path / "c")
+    tampering.add_listed(folder, "tokenizer.json", b'{"a": 1}')
+    other = tampering.copy_of(folder, tmp_path / "other")
+    for sides in ((folder,), (folder, other)):
+        change(sides[-1] / "tokenizer.json")
+        with pytest.raises(error) as caught:
+            compare_models(folder, other, run=False)
+        assert caught.value.file == "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("own.py", "vocab.bpe", "bpe.codes", "sentencepiece.vocab", "a.merges", "x.npz"),
+        *("tokenizer.yaml", "voices.pt", "sub/chat.jinja", "2_Dense/model.safetensors"),
+    ],
+)
+def test_any_file_that_a_class_may_read_counts(tmp_path, container, name):
+    folders = [
+        tampering.copy_of(container("llama", "lossless"), tmp_path / side) for side in ("a", "b")
+    ]
+    for folder, content in zip(folders, (b"x = 1", b"x = 2"), strict=True):
+        tampering.add_listed(folder, name, content)
+    found = compare_models(*folders, run=False)
+    assert found["files"] == [name] and not found["same"]
+
+
+def test_code_counts_where_a_file_names_it_or_both_bring_it(tmp_path, tiny):
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny("llama"), plain)
+    (plain / "own.py").write_text("x = 1")
+    without, with_code = tmp_path / "without", tmp_path / "with"
+    convert(plain, without, scheme="lossless")
+    convert(plain, with_code, scheme="lossless", with_code=True)
+    for other in (without, with_code):
+        assert compare_models(plain, other, run=False)["files"] == []
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "own.Own"}}))
+    convert(plain, without, scheme="lossless", force=True)
+    convert(plain, with_code, scheme="lossless", with_code=True, force=True)
+    assert compare_models(plain, without, run=False)["files"] == ["own.py"]
+    assert compare_models(plain, with_code, run=False)["same"]
 
 
 def test_streams_are_aligned():
