@@ -29,8 +29,16 @@ _PACKED_NAME = re.compile(
 # Ends of names that stand beside weights with more than one scale, or a zero that is not 0.
 _SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point")
 
-# Last parts of names of scales that belong to activations: without a quantizer no module has them.
-_ACTIVATION_SCALES = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")
+# Last parts of names of integers that plain models have: positions, masks, counts, indices. Those
+# that are called `indices` alone are VPTQ's codes.
+_PLAIN_INTEGERS = re.compile(
+    r"(.*_)?(ids?|idxs?|index|mask|.*eid|batches_tracked|counts?|steps?|len|lengths?|bias)|.+_indices"
+)
+
+# Last parts of names of numbers that belong to activations: without a quantizer no module has them.
+_OF_ACTIVATIONS = re.compile(
+    r"(.*_)?(input|activation|output|k|v|kv|q|cache)_(scale|zero_point)(_inv)?"
+)
 
 KEEPS_16_BITS = frozenset({"bitnet"})
 """Methods with 16-bit weights that only the modules of the method use correctly."""
@@ -93,7 +101,7 @@ def find_quantization(config: Mapping[str, Any] | None, entries: Entries) -> Qua
         and name not in scale_names
         and _is_opaque(entry, entries, block is not None)
     )
-    dropped_names = tuple(name for name in entries if name.rpartition(".")[2] in _ACTIVATION_SCALES)
+    dropped_names = tuple(name for name in entries if _OF_ACTIVATIONS.fullmatch(_last(name)))
     return Quantization(method, place, block, scale_names, blocks, dropped_names, opaque)
 
 
@@ -198,6 +206,10 @@ def _mxfp4_weights(entries: Entries) -> dict[str, tuple[str, str]]:
     return mxfp4_names
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _is_opaque(entry: TensorEntry, entries: Entries, has_block: bool) -> bool:
     """Whether a tensor shows a quantization that is not undone here."""
     if entry.dtype.name in _INTEGERS and _PACKED_NAME.fullmatch(entry.name):
@@ -207,6 +219,11 @@ def _is_opaque(entry: TensorEntry, entries: Entries, has_block: bool) -> bool:
     # Without a block in the config, 8-bit floats may be the model's own type.
     if not has_block:
         return False
+    # Each library has names of its own, and more come: integers beside a block are codes, but for
+    # those that plain models have.
+    is_code = entry.dtype.name in _INTEGERS and entry.elements > 1
+    if is_code and not _PLAIN_INTEGERS.fullmatch(_last(entry.name)):
+        return True
     if len(entry.shape) < 2:
         return False
     if entry.dtype.is_float and entry.dtype.bits <= 8:

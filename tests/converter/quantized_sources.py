@@ -150,6 +150,82 @@ def int8_per_channel() -> tuple[Tensors, dict[str, Any]]:
     return _plain() | tensors, {"model_type": "llama", "quantization_config": block}
 
 
+def _of_one_layer(method: str, **parts: Any) -> tuple[Tensors, dict[str, Any]]:
+    """A linear layer's tensors by the last parts of their names, and the method's block."""
+    stem = "model.layers.0.mlp.up_proj."
+    tensors = {stem + name: part for name, part in parts.items()}
+    return _plain() | tensors, {
+        "model_type": "llama",
+        "quantization_config": {"quant_method": method},
+    }
+
+
+def hqq() -> tuple[Tensors, dict[str, Any]]:
+    """HQQ: two codes a byte, a scale and a zero for each group."""
+    return _of_one_layer(
+        "hqq",
+        W_q=("U8", _bytes(31, 256, 128)),
+        scale=("BF16", bf16(_scales(32, 1024, 1))),
+        zero=("BF16", bf16(_scales(33, 1024, 1))),
+        nbits=("I64", np.array(4, np.int64)),
+        shape=("I64", np.array([256, 256], np.int64)),
+    )
+
+
+def spqr() -> tuple[Tensors, dict[str, Any]]:
+    """SpQR: codes in 64 bits, and outliers as a sparse matrix."""
+    return _of_one_layer(
+        "spqr",
+        dense_weights=("I64", _bytes(34, 4096, 8).view(np.int64)[..., 0]),
+        row_offsets=("I32", np.zeros(257, np.int32)),
+        col_vals=("I32", np.zeros(10, np.int32)),
+        in_perm=("I16", np.arange(256, dtype=np.int16)),
+    )
+
+
+def vptq() -> tuple[Tensors, dict[str, Any]]:
+    """VPTQ: indices of vectors of a codebook."""
+    return _of_one_layer(
+        "vptq",
+        indices=("I32", _bytes(35, 1, 256, 16, 4).view(np.int32)[..., 0]),
+        **{"centroids.weight": ("BF16", bf16(_scales(36, 1, 2048)))},
+        weight_scale=("BF16", bf16(_scales(37, 256))),
+        weight_bias=("BF16", bf16(_scales(38, 256))),
+    )
+
+
+def torchao() -> tuple[Tensors, dict[str, Any]]:
+    """torchao in safetensors: the parts of its tensor classes."""
+    return _of_one_layer(
+        "torchao",
+        _weight_qdata=("I8", _bytes(39, 256, 256).view(np.int8)),
+        _weight_scale=("F32", _scales(40, 256, 1)),
+    )
+
+
+def gemma_embeddings() -> tuple[Tensors, dict[str, Any]]:
+    """Gemma's own method: int8 codes, those of embeddings under another name."""
+    tensors, config = _of_one_layer(
+        "gemma",
+        weight=("I8", _bytes(41, 256, 256).view(np.int8)),
+        weight_scale=("F32", _scales(42, 256, 1)),
+        input_activation_scale=("F32", np.array(0.5, np.float32)),
+    )
+    del tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.embedding_quantized"] = ("I8", _bytes(43, 320, 256).view(np.int8))
+    tensors["model.embed_tokens.embedding_scale"] = ("F32", _scales(44, 320, 1))
+    return tensors, config
+
+
+def gemma() -> tuple[Tensors, dict[str, Any]]:
+    """The same with plain embeddings, and scales of activations."""
+    tensors, config = gemma_embeddings()
+    plain = {name: part for name, part in tensors.items() if "embed" not in name}
+    scale = ("F32", np.array(0.5, np.float32))
+    names = ("mlp.up_proj.output_activation_scale", "self_attn.k_cache_scale")
+    return _plain() | plain | {f"model.layers.0.{name}": scale for name in names}, config
+
+
 KEPT = {
     "deepseek_fp8": deepseek_fp8,
     "gpt_oss_mxfp4": gpt_oss_mxfp4,
@@ -160,8 +236,14 @@ KEPT = {
     "bitsandbytes_nf4": bitsandbytes_nf4,
     "fp8_per_channel": fp8_per_channel,
     "int8_per_channel": int8_per_channel,
+    "hqq": hqq,
+    "spqr": spqr,
+    "vptq": vptq,
+    "torchao": torchao,
+    "gemma": gemma,
+    "gemma_embeddings": gemma_embeddings,
 }
 """All of them: `lossless` keeps every bit."""
 
-DEQUANTIZED = ("deepseek_fp8", "gpt_oss_mxfp4", "fp8_per_channel", "int8_per_channel")
+DEQUANTIZED = ("deepseek_fp8", "gpt_oss_mxfp4", "fp8_per_channel", "int8_per_channel", "gemma")
 """Those from which `int8` is made."""

@@ -196,6 +196,22 @@ def test_a_block_that_no_tensor_bears_out_is_dropped(tmp_path, scheme, part, met
     assert report.manifest.source.quantization is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("position_ids", "num_batches_tracked", "relative_position_index", "attn.bias"),
+        *("token_type_ids", "gate.tid2eid", "attn_mask", "rel_indices"),
+    ],
+)
+def test_integers_of_plain_models_bear_no_block_out(tmp_path, name):
+    tensors = {"a.weight": MATRIX, f"b.{name}": ("I64", np.arange(512).reshape(1, 512))}
+    config = {"model_type": "x", "quantization_config": {"quant_method": "gptq"}}
+    source = write_source(tmp_path / "s", tensors, config)
+    for scheme in ("lossless", "int8"):
+        report = convert(source, tmp_path / scheme, scheme=scheme)
+        assert report.manifest.source.quantization is None
+
+
 def _with_blocks(tmp_path, quantization, shape=(192, 192), grid=(2, 2)):
     codes = np.full(shape, 0x38, np.uint8)  # 1.0 in E4M3
     scales = 2.0 ** np.arange(np.prod(grid), dtype=np.float32).reshape(grid)

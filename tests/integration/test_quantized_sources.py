@@ -11,10 +11,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from codecllm.converter import convert
 from codecllm.formats.errors import SourceError, UsageError
 from codecllm.loader import from_pretrained
+from codecllm.verifier import verify
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -270,3 +272,29 @@ def test_a_quantizer_is_still_chosen_and_finished_under_these_names():
     chosen = modeling_utils.get_hf_quantizer
     chosen = getattr(chosen, "_codecllm_original", chosen)
     assert next(iter(inspect.signature(chosen).parameters)) == "config"
+
+
+def test_int8_codes_with_scales_of_activations(tmp_path):
+    """transformers' `gemma` method: int8 weights in a row's scale each, which it keeps in codes."""
+    source = _save(_llama(), tmp_path / "s")
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[name], tensors[f"{name}_scale"] = (weight / scale).round().to(torch.int8), scale
+        for side in ("input", "output"):
+            tensors[f"{name.removesuffix('weight')}{side}_activation_scale"] = torch.tensor(0.0)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    _edit_config(source, quantization_config={"quant_method": "gemma", "num_bits": 8})
+    convert(source, tmp_path / "c", include=("*proj*",))
+    model = from_pretrained(tmp_path / "c")
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = (tensors[name].float() * tensors[f"{name}_scale"]).bfloat16().float()
+    step = expected.abs().amax(1, keepdim=True) / 127
+    assert ((model.get_parameter(name).float() - expected).abs() <= step).all()
+    report = verify(tmp_path / "c", source=source)
+    assert report.ok
+    stage = report.stage("model")
+    assert stage.skipped
+    if "gemma" in AUTO_QUANTIZER_MAPPING:  # older versions of transformers cannot load the source
+        assert "codes of its quantizer" in stage.summary
