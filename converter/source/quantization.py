@@ -32,7 +32,8 @@ _SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point")
 # Last parts of names of integers that plain models have: positions, masks, counts, indices. Those
 # that are called `indices` alone are VPTQ's codes.
 _PLAIN_INTEGERS = re.compile(
-    r"(.*_)?(ids?|idxs?|index|mask|.*eid|batches_tracked|counts?|steps?|len|lengths?|bias)|.+_indices"
+    r"(.*_)?(ids?|idxs?|index|mask|.*eid|batches_tracked|counts?|steps?|len|lengths?|bias)"
+    r"|.+_indices"
 )
 
 # Last parts of names of numbers that belong to activations: without a quantizer no module has them.
