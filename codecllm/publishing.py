@@ -150,6 +150,7 @@ def push(
         upload = upload_container(
             folder,
             manifest,
+            sha256,
             repo,
             private=private,
             revision=revision,

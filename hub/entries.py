@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codecllm.formats.errors import HubError, LayoutError, TruncatedError
+from codecllm.formats import limits
+from codecllm.formats.checksums import sha256_hex
+from codecllm.formats.errors import ChecksumError, HubError, LayoutError, TruncatedError
+from codecllm.formats.files import read_file
 from codecllm.formats.manifest.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -21,10 +27,12 @@ class RemoteEntry:
     Attributes:
         size: its size in bytes.
         sha256: of its content, where the Hub keeps it as a large file; else None.
+        git_id: of its content where git keeps it, which is what git calls an object id.
     """
 
     size: int
     sha256: str | None
+    git_id: str
 
 
 def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict[str, RemoteEntry]:
@@ -45,7 +53,9 @@ def read_entries(api: HfApi, repo: str, names: list[str], revision: str) -> dict
                 if type(file.size) is not int or file.size < 0:
                     raise HubError("the Hub names no size", file=file.path, got=ascii(file.size))
                 entries[file.path] = RemoteEntry(
-                    file.size, file.lfs.sha256 if file.lfs is not None else None
+                    file.size,
+                    file.lfs.sha256 if file.lfs is not None else None,
+                    str(file.blob_id),
                 )
     return entries
 
@@ -81,3 +91,51 @@ def compare_entries(manifest: Manifest, entries: dict[str, RemoteEntry]) -> int:
             )
         known_digests += entry.sha256 is not None
     return known_digests
+
+
+def compare_contents(
+    folder: Path, digests: Mapping[str, str], entries: Mapping[str, RemoteEntry]
+) -> None:
+    """Compares the contents on the Hub with those that were to be uploaded.
+
+    Of a large file the Hub knows the sha256. Of others it knows git's id, which is made here from
+    the file in the folder, whose sha256 is compared before.
+
+    Args:
+        folder: the files that were uploaded.
+        digests: name -> sha256 that the content must have.
+        entries: of the Hub, by name.
+
+    Raises:
+        TruncatedError: the Hub lacks a file.
+        LayoutError: it has another content.
+        ChecksumError: a file in the folder has changed.
+        FormatError: one is no regular file any more.
+    """
+    for name, sha256 in digests.items():
+        entry = entries.get(name)
+        if entry is None:
+            raise TruncatedError("file is missing on the Hub", file=name)
+        got, expected = entry.sha256, sha256
+        if got is None:
+            data = read_file(folder, name, limits.SIDE_FILE_BYTES)
+            if sha256_hex(data) != sha256:
+                raise ChecksumError(
+                    "file changed while it was uploaded: sha256",
+                    file=name,
+                    got=sha256_hex(data),
+                    expected=sha256,
+                )
+            got, expected = entry.git_id, _git_id(data)
+        if got != expected:
+            raise LayoutError(
+                "file on the Hub is not the one that was uploaded",
+                file=name,
+                got=got,
+                expected=expected,
+            )
+
+
+def _git_id(data: bytes) -> str:
+    head = b"blob %d\0" % len(data)
+    return hashlib.sha1(head + data, usedforsecurity=False).hexdigest()

@@ -12,11 +12,13 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from codecllm.formats import limits
 from codecllm.formats.arguments.check import check_arguments
-from codecllm.formats.errors import HubError, UsageError, one_line
+from codecllm.formats.errors import FormatError, HubError, UsageError, one_line
 from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
-from codecllm.hub.entries import compare_entries, read_entries
+from codecllm.formats.manifest.reading import parse_manifest
+from codecllm.hub.entries import compare_contents, compare_entries, read_entries
 from codecllm.hub.failures import check_endpoint, one_line_errors
 from codecllm.hub.remote import RemoteRepository
 from codecllm.hub.resolve import check_repo_id, listed_names
@@ -24,8 +26,8 @@ from codecllm.hub.resolve import check_repo_id, listed_names
 CARD_NAME = "README.md"
 CARD_BYTES = 1 << 20
 """Longest README.md that is read."""
-# Files of an earlier upload that go when the new one does not bring them: a shard left over would
-# be an error to readers.
+# Files of an earlier upload that go when the new one does not bring them, also where its manifest
+# cannot be read: a shard left over would be an error to readers.
 _REPLACED = ["*.safetensors", INDEX_NAME, MANIFEST_NAME, BASELINE_NAME]
 
 
@@ -82,10 +84,18 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
     if info.card_data is not None:
         data = info.card_data.to_dict()  # type: ignore[no-untyped-call]
     names = ("license", "license_name", "license_link", "language")
-    card = {name: data[name] for name in names if data.get(name)}
-    if info.pipeline_tag:
+    # Whoever wrote the base's card may have put anything there.
+    card = {name: data[name] for name in names if _are_texts(name, data.get(name))}
+    if isinstance(info.pipeline_tag, str) and info.pipeline_tag:
         card["pipeline_tag"] = info.pipeline_tag
     return BaseModel(repo, card, bool(info.gated))
+
+
+def _are_texts(field: str, value: Any) -> bool:
+    """Whether a field of a card has a value of its kind: some have one text, others a list too."""
+    if isinstance(value, list) and field in ("license", "language"):
+        return bool(value) and all(isinstance(one, str) for one in value)
+    return isinstance(value, str) and bool(value)
 
 
 def check_login(repo: str, *, token: str | bool | None = None) -> None:
@@ -109,6 +119,7 @@ def check_login(repo: str, *, token: str | bool | None = None) -> None:
 def upload_container(
     folder: Path,
     manifest: Manifest,
+    manifest_sha256: str,
     repo: str,
     *,
     private: bool = False,
@@ -126,6 +137,7 @@ def upload_container(
     Args:
         folder: the container.
         manifest: its manifest, verified.
+        manifest_sha256: sha256 of the manifest's bytes.
         repo: `user/name`.
         private: the repository must be private: a new one is made so, one that exists must be so
             already.
@@ -142,7 +154,7 @@ def upload_container(
         HubError: the Hub cannot be reached, or refuses.
         UnsafePathError: a file is a link or no regular file. Nothing was sent.
         LimitError: README.md is longer than `CARD_BYTES`. Nothing was sent.
-        FormatError: the files on the Hub differ from the manifest.
+        FormatError: the files on the Hub, or in the folder by now, differ from the manifest.
     """
     from huggingface_hub import HfApi
 
@@ -161,12 +173,18 @@ def upload_container(
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        card = card or not _has_own_card(repo, revision, token, card_marker)
+        remote = RemoteRepository(repo, revision=revision, token=token)
+        card = card or not _has_own_card(remote, card_marker)
         names += [CARD_NAME] if card else []
-        commit = _upload(api, folder, names, repo, revision, create_pr, message)
+        replaced = _REPLACED + [escape(name) for name in _former_names(remote) if name != CARD_NAME]
+        commit = _upload(api, folder, names, replaced, repo, revision, create_pr, message)
         pull_request = commit.pr_url if create_pr else None
         upload_revision = str(commit.pr_revision) if pull_request else revision or "main"
-        compare_entries(manifest, read_entries(api, repo, listed_names(manifest), upload_revision))
+        digests = {record.name: record.sha256 for record in (*manifest.shards, *manifest.files)}
+        digests[MANIFEST_NAME] = manifest_sha256
+        entries = read_entries(api, repo, list(digests), upload_revision)
+        compare_entries(manifest, entries)
+        compare_contents(folder, digests, entries)
     return Upload(url, str(commit.oid), upload_revision, pull_request, card)
 
 
@@ -182,8 +200,18 @@ def is_own_card(folder: Path, marker: str) -> bool:
     return marker.encode() not in read_file(folder, CARD_NAME, CARD_BYTES)
 
 
-def _has_own_card(repo: str, revision: str | None, token: str | bool | None, marker: str) -> bool:
-    remote = RemoteRepository(repo, revision=revision, token=token)
+def _former_names(remote: RemoteRepository) -> list[str]:
+    """Returns the names of the files that the repository's present manifest lists."""
+    entry = remote.entries([MANIFEST_NAME]).get(MANIFEST_NAME)
+    if entry is None or entry.size > limits.MANIFEST_BYTES:
+        return []
+    try:
+        return listed_names(parse_manifest(remote.read(MANIFEST_NAME, 0, entry.size)))
+    except FormatError:  # to push again is the way to mend a damaged repository
+        return []
+
+
+def _has_own_card(remote: RemoteRepository, marker: str) -> bool:
     entry = remote.entries([CARD_NAME]).get(CARD_NAME)
     if entry is None or not entry.size:
         return False
@@ -194,6 +222,7 @@ def _upload(
     api: Any,
     folder: Path,
     names: list[str],
+    replaced: list[str],
     repo: str,
     revision: str | None,
     create_pr: bool,
@@ -208,7 +237,7 @@ def _upload(
                 create_pr=create_pr,
                 commit_message=message,
                 allow_patterns=[escape(name) for name in names],
-                delete_patterns=_REPLACED,
+                delete_patterns=replaced,
             )
     except ValueError as exc:
         if isinstance(
