@@ -126,6 +126,22 @@ def test_the_same_conversion_goes_on_after_a_kill(tmp_path, source, undisturbed)
     assert {name: (out / name).stat().st_ino for name in inodes} == inodes
 
 
+@pytest.mark.parametrize("changed", ["config.json", "tokenizer.json"])
+def test_a_config_that_changed_begins_anew(tmp_path, source, changed):
+    """Values of quantized sources and the channels of a tensor follow from it."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(source, model)
+    (model / "tokenizer.json").write_text("{}")
+    names = _killed(model, out, shards=2)
+    files = out / STAGING_NAME / "files"
+    before = {name: (files / name).stat().st_mtime_ns for name in names}
+    document = json.loads((model / changed).read_text())
+    (model / changed).write_text(json.dumps(document | {"more": 1}))
+    convert(model, out, **OPTIONS)
+    same = {name: (out / name).stat().st_mtime_ns for name in names} == before
+    assert same == (changed != "config.json")
+
+
 def test_shards_that_somebody_else_finished_are_made_again(
     tmp_path, source, undisturbed, monkeypatch
 ):
