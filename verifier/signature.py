@@ -19,6 +19,7 @@ from typing import Any
 
 from codecllm.converter.write.signals import signals_wait
 from codecllm.formats.arguments.check import check_arguments
+from codecllm.formats.arguments.outputs import check_output
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     LimitError,
@@ -57,8 +58,8 @@ def sign(
         The signature's path.
 
     Raises:
-        UsageError: not such a key, the signature would lie inside the container, or the folder
-            holds files that are not part of the container.
+        UsageError: not such a key, the signature would lie inside a container or replace the key or
+            what is no regular file, or the folder holds files that are not part of the container.
         SignatureError: the folder holds what no signature covers: an empty folder, or a link.
         UnsupportedEnvironmentError: `model-signing` is not installed.
         CodecLLMError: the container is damaged.
@@ -68,6 +69,7 @@ def sign(
     private_key = as_path(private_key, "private_key")
     check_arguments(password=password)
     path = _beside(folder) if signature is None else as_path(signature, "signature")
+    check_output(path, "signature", (private_key,))
     library = _library()
     if path.resolve().is_relative_to(folder.resolve()):
         raise UsageError("a signature lies outside the container that it signs", file=str(path))

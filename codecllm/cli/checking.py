@@ -14,6 +14,7 @@ from codecllm.cli.console import progress_bar, stdout
 from codecllm.cli.json_output import output
 from codecllm.cli.options import Json, Quiet, Revision, Workers
 from codecllm.cli.output import print_doctor, print_evaluation, print_tasks
+from codecllm.formats.arguments.outputs import check_output
 from codecllm.formats.errors import UsageError
 from codecllm.formats.files import read_user_text
 
@@ -156,8 +157,8 @@ def _diagnose(
 
     # Checked first: a wrong path must not fail behind minutes of work.
     words = None if text is None else read_user_text(text)
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        raise UsageError("--report names a file in a folder that exists", file=str(html))
+    if html is not None:
+        check_output(html, "--report", (out, source, text))
     with progress_bar("diagnosing", not silent) as advance:
         report = diagnose(
             out,
@@ -297,7 +298,7 @@ def evaluate(
 
     if plot is not None:
         # Before the evaluation: without matplotlib its result would be lost.
-        check_plot(plot)
+        check_plot(plot, (base, *others, text))
     content = None if text is None else read_user_text(text)
     with progress_bar("evaluating", not silent, unit="tokens") as advance:
         result = run(

@@ -270,7 +270,7 @@ def test_an_encrypted_key_needs_its_password(copy):
 
 def test_what_is_not_signed(copy):
     out, key = copy / "out", copy / "key.pem"
-    with pytest.raises(UsageError, match="outside the container"):
+    with pytest.raises(UsageError, match="outside of containers"):
         sign(out, key, out / "out.sig")
     with pytest.raises(UsageError, match="private key"):
         sign(out, copy / "key.pub")

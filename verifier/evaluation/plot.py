@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
+from codecllm.formats.arguments.outputs import check_output
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.formats.files import as_path, write_atomically
 from codecllm.verifier.evaluation.evaluate import Evaluation
@@ -14,11 +16,15 @@ _MARKS = {"container": "o-", "gguf": "s", "dequantized": "D", "folder": "^"}
 """How each kind is drawn."""
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, inputs: Sequence[str | Path | None] = ()) -> None:
     """Makes sure that a plot can be drawn, before hours are spent on its data.
 
+    Args:
+        path: the picture's file.
+        inputs: models and texts that are read for it.
+
     Raises:
-        UsageError: the suffix is none of png, svg, pdf.
+        UsageError: the suffix is none of png, svg, pdf; or see `check_output`.
         UnsupportedEnvironmentError: matplotlib is not installed.
     """
     path = as_path(path, "plot")
@@ -26,6 +32,7 @@ def check_plot(path: Path) -> None:
         raise UsageError(
             "a plot is written as", got=path.suffix or str(path), expected=", ".join(_SUFFIXES)
         )
+    check_output(path, "plot", inputs)
     try:
         import matplotlib  # noqa: F401
     except ImportError as exc:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from codecllm.formats.arguments.outputs import check_output
 from codecllm.formats.files import as_path, write_atomically
 from codecllm.verifier.diagnosis.report import charts
 from codecllm.verifier.diagnosis.report.charts import Plot, Series, plot
@@ -40,9 +41,12 @@ def write_html(report: Report, path: Path) -> None:
     """Writes a diagnosis to `path`.
 
     Raises:
+        UsageError: the file would lie in a container, or replace what is no regular file.
         OSError: it cannot be written; nothing half-written stays.
     """
-    write_atomically(as_path(path, "report"), render_html(report).encode())
+    path = as_path(path, "report")
+    check_output(path, "report")
+    write_atomically(path, render_html(report).encode())
 
 
 def render_html(report: Report) -> str:
