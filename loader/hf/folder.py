@@ -12,7 +12,7 @@ many types (KeyError, TypeError, RecursionError, ...). Here that is one error th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,11 @@ def read_tokenizer(model: ModelFiles) -> Any:
         SchemaError: there is none, or transformers cannot read its files.
         ModelMismatchError: the config asks for more modules or labels than any model has.
         FormatError: a file of the container differs from the manifest, or asks for more tokens than
-            any tokenizer has.
+            any tokenizer has, or for files that are not checked.
     """
     with listed_files(model, for_tokenizer) as folder:
         check_config_file(folder)  # transformers reads it to find the tokenizer's class
-        check_tokenizer_files(folder)
-        return _tokenizer_of(folder, {})
+        return _tokenizer_of(folder, check_tokenizer_files(folder))
 
 
 def read_gguf_tokenizer(path: Path) -> Any:
@@ -175,7 +174,7 @@ def describe(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {one_line(exc, 300)}"
 
 
-def _tokenizer_of(folder: Path, options: dict[str, str]) -> Any:
+def _tokenizer_of(folder: Path, options: Mapping[str, str | None]) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:

@@ -15,6 +15,7 @@ from codecllm.formats.errors import LimitError, UnsafePathError
 from codecllm.formats.strict_json import CONFIG_BYTES
 from codecllm.loader.config_size import MOST_ITEMS, check_config_size
 from codecllm.loader.hf.tokenizer_growth import check_growth
+from codecllm.loader.hf.tokenizer_paths import unread_paths
 
 MOST_MADE_TOKENS = 4096
 """Tokens that a tokenizer's class may make by itself; T5 makes 100."""
@@ -98,21 +99,26 @@ def refuse_kernels_of(config: Any, chosen: Mapping[str, Any]) -> None:
             )
 
 
-def check_tokenizer_files(folder: Path) -> None:
-    """Refuses settings of a tokenizer that ask for more tokens than any tokenizer has.
+def check_tokenizer_files(folder: Path) -> dict[str, None]:
+    """Refuses settings of a tokenizer that ask for more tokens than any has, or for other files.
 
     Args:
         folder: a model's. Files that are missing or no JSON are left to transformers.
 
+    Returns:
+        Arguments that keep transformers from paths in the settings; see `unread_paths`.
+
     Raises:
+        UnsafePathError: the settings lead to files that are not checked.
         LimitError: a class would make more than 4,096 tokens by itself, a list or an object has
             more than 65,536 items (of special tokens, or tokens added in tokenizer.json, 32,768),
             or a file is longer, or holds more values, than any of its kind, or tokenizer.json makes
             texts far longer (`tokenizer_growth`).
     """
     _check_added_tokens(folder)
-    for file in _SETTINGS:
-        for key, length, number in _sizes(_read(folder / file)):
+    documents = {file: _read(folder / file) for file in _SETTINGS}
+    for file, document in documents.items():
+        for key, length, number in _sizes(document):
             most = MOST_SPECIAL_TOKENS if key in _SPECIAL_TOKENS else MOST_TOKEN_ITEMS
             if length > most:
                 raise LimitError(
@@ -128,6 +134,7 @@ def check_tokenizer_files(folder: Path) -> None:
                     got=str(number)[:40],
                     expected=f"at most {MOST_MADE_TOKENS}",
                 )
+    return unread_paths(documents["tokenizer_config.json"], documents["special_tokens_map.json"])
 
 
 def check_generation_file(folder: Path) -> None:
