@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from codecllm.formats.arguments.inputs import read_user_text
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import UsageError, one_line
-from codecllm.formats.files import read_user_text
 from codecllm.formats.manifest.records import Calibration
 from codecllm.loader.hf.folder import encoded, read_tokenizer, start_of
 

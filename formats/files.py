@@ -36,9 +36,6 @@ _REFUSED_CHARACTERS = re.compile(
 )
 _SNIFF_BYTES = 64
 
-TEXT_BYTES = 256 << 20
-"""Length of a text that the user gives; a hundred times the texts by which models are compared."""
-
 
 class SafeFile:
     """A regular file inside `folder`, opened once for reading by offset.
@@ -298,37 +295,6 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
                 "file is too long", file=name, got=file.size, expected=f"<= {max_bytes}"
             )
         return file.read(0, file.size)
-
-
-def read_user_text(path: Path) -> str:
-    """Returns the text of a file that the user names: UTF-8, at most TEXT_BYTES.
-
-    Raises:
-        UsageError: it cannot be read, is no regular file, is longer, or is not UTF-8.
-    """
-    try:
-        # NONBLOCK: a FIFO that nobody writes to would make the call wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise UsageError("the text is no regular file", file=str(path))
-            if status.st_size > TEXT_BYTES:
-                raise UsageError(
-                    "the text is too long",
-                    file=str(path),
-                    got=status.st_size,
-                    expected=f"at most {TEXT_BYTES} bytes",
-                )
-            with os.fdopen(descriptor, encoding="utf-8", closefd=False) as file:
-                return file.read(TEXT_BYTES)
-        finally:
-            os.close(descriptor)
-    except OSError as exc:
-        reason = exc.strerror or str(exc)
-        raise UsageError(f"the text cannot be read ({reason})", file=str(path)) from exc
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"the text is not UTF-8 ({exc.reason})", file=str(path)) from exc
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from codecllm.converter.write.signals import signals_wait
 from codecllm.formats.arguments.check import check_arguments
+from codecllm.formats.arguments.inputs import check_input
 from codecllm.formats.arguments.outputs import check_output
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
@@ -37,6 +38,8 @@ from codecllm.verifier.report import Stage
 
 _LEFT_OUT = sorted(NEVER_LISTED - {MANIFEST_NAME})
 _SIGNATURE_BYTES = 64 << 20  # some 200 bytes for each file
+_KEY_BYTES = 1 << 20
+_TRUST_BYTES = 16 << 20
 
 
 def sign(
@@ -71,6 +74,7 @@ def sign(
     path = _beside(folder) if signature is None else as_path(signature, "signature")
     check_output(path, "signature", (private_key,))
     library = _library()
+    check_input(private_key, "the private key", _KEY_BYTES)
     if path.resolve().is_relative_to(folder.resolve()):
         raise UsageError("a signature lies outside the container that it signs", file=str(path))
     try:
@@ -154,6 +158,7 @@ class Signer:
         """
         config = _library().verifying.Config()
         if self.public_key is not None:
+            check_input(Path(self.public_key), "the public key", _KEY_BYTES)
             try:
                 return config.use_elliptic_key_verifier(public_key=self.public_key)
             except OSError:
@@ -161,6 +166,8 @@ class Signer:
             except Exception as exc:  # cryptography raises many types
                 raise _not_a_key("public", self.public_key, exc) from exc
         path = None if self.trust_config is None else Path(self.trust_config)
+        if path is not None:
+            check_input(path, "the trust configuration", _TRUST_BYTES)
         try:
             return config.use_sigstore_verifier(
                 identity=self.identity, oidc_issuer=self.issuer, trust_config=path

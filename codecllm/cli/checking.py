@@ -14,9 +14,9 @@ from codecllm.cli.console import progress_bar, stdout
 from codecllm.cli.json_output import output
 from codecllm.cli.options import Json, Quiet, Revision, Workers
 from codecllm.cli.output import print_doctor, print_evaluation, print_tasks
+from codecllm.formats.arguments.inputs import read_user_text
 from codecllm.formats.arguments.outputs import check_output
 from codecllm.formats.errors import UsageError
-from codecllm.formats.files import read_user_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -235,6 +235,26 @@ def test_a_signature_is_a_regular_file_of_some_size(copy):
     assert "too large" in str(stage.findings[0].error)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
+def test_keys_and_trust_configurations_are_regular_files_of_some_size(copy, kind):
+    path = copy / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 60 << 30)
+    words = "is (no regular file|too long)"
+    with pytest.raises(UsageError, match=f"private key {words}"):
+        sign(copy / "out", path)
+    with pytest.raises(UsageError, match=f"public key {words}"):
+        _stage(copy, kind)
+    identity = {"identity": "a", "issuer": "b", "trust_config": path}
+    with pytest.raises(UsageError, match=f"trust configuration {words}"):
+        verify(copy / "out", level="structure", signature=copy / "out.sig", **identity)
+
+
 def test_sign_writes_through_no_link(copy):
     (copy / "precious").write_text("precious")
     (copy / "out.sig").unlink()

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codecllm.formats.arguments.inputs import check_input
 from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError, one_line
 
 SUFFIXES = (".yaml", ".yml")
+_TASK_BYTES = 1 << 20
 _BOOTSTRAP = 1000
 """Resamplings for the standard error of metrics that have no formula for it."""
 
@@ -138,6 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Returns a task file, whose data files are looked for beside it."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    check_input(path, "the task file", _TASK_BYTES)
     try:
         config: dict[str, Any] = load_yaml(path)
     except Exception as exc:  # YAML's errors, or those of Python code that the file names

@@ -1,13 +1,14 @@
-"""Text files that a user names are read within bounds."""
+"""Text files, keys and settings that a user names are read within bounds."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from codecllm.formats.arguments.inputs import TEXT_BYTES, check_input, read_user_text
 from codecllm.formats.errors import UsageError
-from codecllm.formats.files import TEXT_BYTES, read_user_text
 
 
 def _fifo(path):
@@ -50,3 +51,18 @@ def test_a_text_is_read_as_python_reads_it(tmp_path):
     assert read_user_text(path) == path.read_text(encoding="utf-8") == "\u00e4\nb\nc\n"
     (tmp_path / "link").symlink_to(path)
     assert read_user_text(tmp_path / "link") == read_user_text(path)
+
+
+@pytest.mark.parametrize("kind", ["a device", "a FIFO", "a folder", "a long file"])
+def test_what_is_no_key_is_one_error(tmp_path, kind):
+    make, words = NO_TEXTS[kind]
+    with pytest.raises(UsageError, match=f"the key is {words}"):
+        check_input(Path(make(tmp_path / "key")), "the key", TEXT_BYTES)
+
+
+def test_a_key_may_be_a_link_to_a_file_of_the_longest_length(tmp_path):
+    (tmp_path / "key").write_bytes(bytes(8))
+    (tmp_path / "link").symlink_to(tmp_path / "key")
+    check_input(tmp_path / "link", "the key", 8)
+    with pytest.raises(FileNotFoundError):
+        check_input(tmp_path / "absent", "the key", 8)
