@@ -216,6 +216,7 @@ class _Completion:
     Attributes:
         outcome: of recording the baseline, or None.
         failure: why a baseline that was begun is not there, or None.
+        block_dropped: whether the source's config had a quantization block that no tensor showed.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ class _Completion:
     ) -> None:
         self.outcome: BaselineOutcome | None = None
         self.failure: BaseException | None = None
+        self.block_dropped = False
         self._source = source
         self._device = device
         self._baseline = baseline
@@ -237,7 +239,7 @@ class _Completion:
         from codecllm.verifier import record_baseline
         from codecllm.verifier.load_report import record_load_report
 
-        note = record_load_report(folder)
+        note = record_load_report(folder, block_dropped=self.block_dropped)
         if self._baseline is False:
             return note
         # What was chosen hangs in cycles of the conversion's threads: both models need the memory.
@@ -297,6 +299,7 @@ def _convert_source(
     on_stage: Callable[[str], None] | None,
 ) -> ConversionReport:
     with open_source(files.folder, options) as source:
+        completion.block_dropped = source.block_dropped
         return convert_model(
             source,
             out,

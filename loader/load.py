@@ -28,7 +28,7 @@ from codecllm.loader.hf.placement import is_offloaded, spreads
 from codecllm.loader.hf.plain import ADAPTER_CONFIG
 from codecllm.loader.hf.quiet import without_progress_bars
 from codecllm.loader.host.threads import decoding_threads
-from codecllm.loader.load_report import LoadReport, read_report
+from codecllm.loader.load_report import LoadReport, draws_most, read_report
 from codecllm.loader.packed.residency import ResidentBytes, ResidentPacked
 from codecllm.loader.progress import OnProgress, metered
 from codecllm.loader.reader import CPU, TensorReader
@@ -269,12 +269,11 @@ class Load:
         if self.container.manifest.source.quantization is not None:
             return  # which names are left over is for the source's quantizer to say, which warns
         name = type(model).__name__
-        parameters = [key for key, _ in model.named_parameters()]
-        if parameters and self._info.missing_keys.issuperset(parameters):
+        if draws_most(model, self._info.missing_keys):
             raise ModelMismatchError(
-                f"{name} finds none of its weights in the container",
+                f"{name} finds none, or less than half, of its weights in the container",
                 got=f"tensors such as {self.container.manifest.tensors[0].name}",
-                expected=f"such as {parameters[0]}",
+                expected=f"such as {min(self._info.missing_keys)}",
             )
         expected = self.report
         if expected is None or expected.model_class != name:

@@ -64,6 +64,18 @@ class LoadReport:
         return f"as {self.model_class}: {words}" if words else ""
 
 
+def draws_most(model: Any, missing: Iterable[str]) -> bool:
+    """Whether a model is at random for the greater part: it lacks most numbers of its parameters.
+
+    Args:
+        model: a `torch.nn.Module`; its parameters may be on the meta device.
+        missing: names of the parameters for which there was no tensor.
+    """
+    sizes = {name: value.numel() for name, value in model.named_parameters()}
+    lacking = sum(sizes.get(name, 0) for name in missing)
+    return bool(2 * lacking > sum(sizes.values()))
+
+
 def pack_report(report: LoadReport) -> bytes:
     """Returns the bytes of `load_report.json`."""
     # Sorted: equal reports have equal bytes, whatever the order of sets.

@@ -104,7 +104,7 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
     """Loads both models and compares them; returns why it could not."""
     from codecllm.loader.hf.plain import load_plain
     from codecllm.loader.hf.quiet import silenced, without_progress_bars
-    from codecllm.loader.load_report import LoadReport, read_report
+    from codecllm.loader.load_report import LoadReport, draws_most, read_report
     from codecllm.loader.pretrained import load_opened
 
     with without_progress_bars(), silenced():
@@ -114,6 +114,8 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
             return f"transformers cannot load the source: {type(exc).__name__}: {one_line(exc)}"
         name = type(plain).__name__
         expected = LoadReport.of(name, info["missing_keys"], info["unexpected_keys"])
+        if draws_most(plain, info["missing_keys"]):
+            return f"transformers would draw most weights of the source's {name} at random"
         recorded_report = read_report(container) or LoadReport.of(name, (), ())
         if recorded_report != expected:
             error = ModelMismatchError(

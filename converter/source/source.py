@@ -56,6 +56,7 @@ class SourceModel:
         quantization: how the tensors are quantized.
         weights: the weight files.
         notes: sentences for the user about the files and tensors of the source.
+        block_dropped: whether the config had a quantization block that no tensor bears out.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class SourceModel:
         self._remember(self.folder / "config.json")
         self.config = _read_config(self.folder)
         self.notes: list[str] = []
+        self.block_dropped = False
         self.tensors: dict[str, SourceTensor] = {}
         self._with_code = with_code
         self._files: list[SourceFile] = []
@@ -246,6 +248,7 @@ class SourceModel:
         count = 0
         while quantization.block is not None and (view == "int8" or quantization.stale):
             if quantization.stale:
+                self.block_dropped = True
                 self.notes.append(
                     f"config.json says {'.'.join(quantization.place)}: {quantization.method}, "
                     "but no tensor is quantized: the block is left out"

@@ -98,7 +98,14 @@ def described_tensors(container: Container) -> dict[str, torch.Tensor]:
 
 
 def rehearse(cls: Any, config: Any, tensors: Tensors) -> LoadReport:
-    """Loads a model without weights and returns the report of transformers on the names.
+    """Returns the report of transformers on a load without weights; see `rehearsed`."""
+    return rehearsed(cls, config, tensors)[1]
+
+
+def rehearsed(cls: Any, config: Any, tensors: Tensors) -> tuple[Any, LoadReport]:
+    """Loads a model without weights.
+
+    Returns the model, whose parameters have no memory, and the report of transformers on the names.
 
     Args:
         cls: a model class.
@@ -112,7 +119,7 @@ def rehearse(cls: Any, config: Any, tensors: Tensors) -> LoadReport:
     config = copy.deepcopy(config)
     strip_quantization(config)
     with silenced(), without_progress_bars():
-        _, info = cls.from_pretrained(
+        model, info = cls.from_pretrained(
             None,
             config=config,
             state_dict=dict(tensors),
@@ -121,7 +128,7 @@ def rehearse(cls: Any, config: Any, tensors: Tensors) -> LoadReport:
             # Sizes are the load's to judge; a class is chosen by names.
             ignore_mismatched_sizes=True,
         )
-    return LoadReport.of(cls.__name__, info["missing_keys"], info["unexpected_keys"])
+    return model, LoadReport.of(cls.__name__, info["missing_keys"], info["unexpected_keys"])
 
 
 def strip_quantization(config: Any) -> None:

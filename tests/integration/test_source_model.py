@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 
 import codecllm
 from codecllm.converter import convert
-from codecllm.formats.errors import BaselineError
+from codecllm.formats.errors import BaselineError, ModelMismatchError
 from codecllm.verifier import Verdict, verify
 from codecllm.verifier.baseline.floor import below_floor
 from codecllm.verifier.baseline.record import Agreement
@@ -243,3 +243,28 @@ def test_a_recorded_baseline_below_the_floor_is_not_verified(tmp_path, tiny):
     report = verify(tmp_path / "out")
     assert not report.ok
     assert "codecllm diagnose" in str(report.stage("baseline").findings[0].error)
+
+
+@pytest.mark.parametrize("names", [("proj.weight",), ("up_proj.weight",)])
+@pytest.mark.parametrize("block", [None, {"quant_method": "of_tomorrow"}])
+def test_a_source_whose_weights_have_other_names_is_not_loaded_at_random(
+    tmp_path, tiny, names, block
+):
+    """A method may keep floats under names of its own: most weights are missing then."""
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    renamed = {f"{key}_u" if key.endswith(names) else key: value for key, value in tensors.items()}
+    save_file(renamed, source / "model.safetensors", {"format": "pt"})
+    if block is not None:
+        _edit(source / "config.json", quantization_config=block)
+    done = codecllm.convert(source, tmp_path / "out", scheme="lossless", baseline=False)
+    is_head = block is None and names == ("up_proj.weight",)
+    assert any("a load is refused" in text for text in done.report.warnings) != is_head
+    assert verify(tmp_path / "out").ok
+    if is_head:
+        codecllm.from_pretrained(tmp_path / "out")
+        return
+    with pytest.raises(ModelMismatchError):
+        codecllm.from_pretrained(tmp_path / "out")
+    with pytest.raises(BaselineError, match="ModelMismatchError"):
+        codecllm.convert(source, tmp_path / "other", scheme="lossless")
