@@ -75,7 +75,7 @@ def sign(
     check_output(path, "signature", (private_key,))
     library = _library()
     check_input(private_key, "the private key", _KEY_BYTES)
-    if path.resolve().is_relative_to(folder.resolve()):
+    if _real(path).is_relative_to(_real(folder)):
         raise UsageError("a signature lies outside the container that it signs", file=str(path))
     try:
         config = library.signing.Config().use_elliptic_key_signer(
@@ -218,8 +218,8 @@ def check_signature(
     _check_size(path)
     _check_entries(folder, from_hub=from_hub)
     ignored = list(_LEFT_OUT)
-    if path.resolve().is_relative_to(folder.resolve()):
-        ignored.append(str(path.resolve().relative_to(folder.resolve())))
+    if _real(path).is_relative_to(_real(folder)):
+        ignored.append(str(_real(path).relative_to(_real(folder))))
     verifier.set_hashing_config(_hashing(_library(), ignored).set_allow_symlinks(from_hub))
     try:
         verifier.verify(folder, path)
@@ -344,8 +344,15 @@ def _hidden_names(folder: Path, manifest: Manifest) -> list[str]:
 
 def _beside(folder: Path) -> Path:
     """Returns the place of a signature where none is given: `out.sig` beside the folder `out`."""
-    real = folder.resolve()
+    real = _real(folder)
+    if not real.name:
+        raise UsageError("there is no place beside this folder: name a signature", file=str(folder))
     return real.with_name(real.name + ".sig")
+
+
+def _real(path: Path) -> Path:
+    """Returns a path without links, but for one that leads to itself: `resolve` fails there."""
+    return Path(os.path.realpath(path))
 
 
 def _not_a_key(kind: str, path: str | Path, exc: Exception) -> UsageError:

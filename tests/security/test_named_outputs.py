@@ -58,3 +58,13 @@ def test_functions_refuse_too(place):
         sign(place / "out", place / "key.pem", place / "key.pem")
     for name in ("out/codecllm.json", "key.pem"):
         assert (place / name).read_text() == "precious"
+
+
+def test_links_that_lead_to_themselves_and_the_root_folder(place):
+    (place / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        sign(place / "out", place / "key.pem", place / "loop")
+    with pytest.raises(UsageError, match="in a folder that exists"):
+        sign(place / "out", place / "key.pem", place / "loop" / "x")
+    with pytest.raises(UsageError, match="no place beside"):
+        sign("/", place / "key.pem")

@@ -296,6 +296,9 @@ def test_what_is_not_signed(copy):
         sign(out, copy / "key.pub")
     with pytest.raises(FileNotFoundError):
         sign(out, copy / "absent.pem")
+    (copy / "loop").symlink_to("loop")
+    with pytest.raises(CodecLLMError, match="loop"):
+        sign(copy / "loop", key)
     (out / "notes.txt").write_text("")
     with pytest.raises(UsageError, match=r"notes\.txt"):
         sign(out, key)
