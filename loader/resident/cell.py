@@ -1,12 +1,17 @@
-"""The memory that a coded weight shares with its aliases and views."""
+"""The memory that a coded weight shares with its aliases and views, and how views are cut of it."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from codecllm.loader.resident.form import WeightForm
+
+View = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Cell:
@@ -72,3 +77,37 @@ def has_history(tensor: torch.Tensor) -> bool:
             return True
         hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
         return bool(hooks) or tensor.grad is not None
+
+
+def cut(values: torch.Tensor, views: tuple[View, ...]) -> torch.Tensor:
+    """Returns the part of a whole weight's values that views take one after the other."""
+    for view in views:
+        values = view(values)
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One view: the operator that makes it, and the index of its result.
+
+    The index is None where the operator has one result.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    number: int | None
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the part of the values."""
+        made = self.func(values, *self.args, **self.kwargs)
+        part: torch.Tensor = made if self.number is None else made[self.number]
+        return part
+
+
+def selected(view: View) -> int | None:
+    """Returns the number of the matrix that a view of a stack selects, or None."""
+    if not isinstance(view, Cut) or view.func is not torch.ops.aten.select.int:
+        return None
+    dim, number = view.args
+    return int(number) if dim == 0 else None

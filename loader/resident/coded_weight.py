@@ -11,23 +11,19 @@ is a plain `nn.Parameter`, also for an optimizer or a tied module that holds it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from codecllm.loader.resident.cell import Cell, has_history
+from codecllm.loader.resident.cell import Cell, Cut, View, cut, has_history, selected
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.handlers import ABOVE_AUTOGRAD, BELOW_AUTOGRAD
 
 _LOG = logging.getLogger(__name__)
 _OWN = ("_cell", "_views", "_is_param", "_read_copy", "is_loading")
 _reported: set[tuple[str, str]] = set()
-
-View = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CodedWeight(torch.Tensor):
@@ -68,7 +64,7 @@ class CodedWeight(torch.Tensor):
         form = self._cell.form
         if form is None or len(self._views) != 1:
             return self.form
-        number = _selected(self._views[0])
+        number = selected(self._views[0])
         return None if number is None else form.member(number)
 
     @classmethod
@@ -304,42 +300,16 @@ def _outline(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
 
 
-def cut(values: torch.Tensor, views: tuple[View, ...]) -> torch.Tensor:
-    """Returns the part of a whole weight's values that views take one after the other."""
-    for view in views:
-        values = view(values)
-    return values
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """One view: the operator that makes it, and the index of its result.
-
-    The index is None where the operator has one result.
-    """
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    number: int | None
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        made = self.func(values, *self.args, **self.kwargs)
-        part: torch.Tensor = made if self.number is None else made[self.number]
-        return part
-
-
-def _selected(view: View) -> int | None:
-    """Returns the number of the matrix that a view of a stack selects, or None."""
-    if not isinstance(view, _Cut) or view.func is not torch.ops.aten.select.int:
-        return None
-    dim, number = view.args
-    return int(number) if dim == 0 else None
-
-
 def _note_parameter(weight: CodedWeight) -> None:
     if isinstance(weight, nn.Parameter):
         weight._cell.is_parameter = True
+
+
+def add_view(weight: CodedWeight, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Makes the object a view of what it was; the caller gives it the shape of that view."""
+    _note_parameter(weight)
+    func(_outline(weight), *args, **kwargs)  # an error of torch, before anything is changed
+    weight._views = (*weight._views, Cut(func, args, kwargs, None))
 
 
 def _views_of(weight: CodedWeight, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -349,7 +319,7 @@ def _views_of(weight: CodedWeight, func: Any, args: Any, kwargs: dict[str, Any])
     made = [
         _wrap(
             weight._cell,
-            (*weight._views, _Cut(func, tuple(args[1:]), kwargs, None if single else number)),
+            (*weight._views, Cut(func, tuple(args[1:]), kwargs, None if single else number)),
             outline,
         )
         for number, outline in enumerate([outlines] if single else outlines)
@@ -359,6 +329,8 @@ def _views_of(weight: CodedWeight, func: Any, args: Any, kwargs: dict[str, Any])
 
 def _makes_views(func: Any) -> bool:
     """Whether an operator returns parts of its first argument's memory, without writing to it."""
+    if func is torch.ops.aten._unsafe_view.default:  # its schema does not say so
+        return True
     arguments = func._schema.arguments
     shares = arguments[0].alias_info if arguments else None
     return shares is not None and not shares.is_write

@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional
 
 from codecllm.formats.errors import UsageError
-from codecllm.loader.resident.cell import Cell
+from codecllm.loader.resident.cell import Cell, cut
 from codecllm.loader.resident.coded_weight import (
     CodedWeight,
+    add_view,
     alias,
     coded,
     coded_parameter,
-    cut,
     plain_copy,
     read,
     settle,
@@ -36,10 +36,14 @@ def _usual(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _linear(
-    func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    func: Any,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    **options: Any,
 ) -> Any:
-    if not isinstance(weight, CodedWeight):
-        return _usual(func, input, weight, bias)
+    if options or not isinstance(weight, CodedWeight):
+        return _usual(func, input, weight, bias, **options)
     form = weight.matrix
     if form is None or len(form.shape) != 2:
         return _usual(func, input, weight, bias)
@@ -338,8 +342,43 @@ def _like(func: Any, weight: CodedWeight, *args: Any, **kwargs: Any) -> Any:
     return func(outline.expand(weight.shape), *args, **kwargs)
 
 
+def _reshaped(func: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """Gives this one object another shape: after `t_()` it is what `t()` gives."""
+    if not isinstance(weight, CodedWeight):
+        return NotImplemented
+    add_view(weight, getattr(aten, func.overloadpacket.__name__.removesuffix("_")), args, kwargs)
+    # Shape and strides of the object: the memory behind them is none.
+    with torch._C._DisableTorchDispatch():
+        func(weight, *args, **kwargs)
+    return weight
+
+
+def _detach_(func: Any, weight: CodedWeight) -> Any:
+    return weight
+
+
+def _given_memory(func: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(weight, CodedWeight):
+        return NotImplemented
+    form = weight._cell.form
+    raise UsageError(
+        "a coded weight keeps its memory: set_() and resize_() take a clone of it",
+        tensor=None if form is None else form.name,
+    )
+
+
+def _overloads(*packets: Any) -> list[Any]:
+    return [getattr(packet, name) for packet in packets for name in packet.overloads()]
+
+
+BELOW_AUTOGRAD |= dict.fromkeys(
+    _overloads(aten.t_, aten.transpose_, aten.squeeze_, aten.unsqueeze_, aten.as_strided_),
+    _reshaped,
+)
+BELOW_AUTOGRAD |= dict.fromkeys(_overloads(aten.set_, aten.resize_, aten.resize_as_), _given_memory)
 BELOW_AUTOGRAD.update(
     {
+        aten.detach_.default: _detach_,
         aten.detach.default: _alias,
         aten.alias.default: _alias,
         aten.clone.default: _clone,

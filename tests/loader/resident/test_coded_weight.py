@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from codecllm.formats.errors import UsageError
 from codecllm.loader.resident import coded_weight
 from codecllm.loader.resident.coded_weight import CodedWeight
+from codecllm.loader.resident.handlers import BELOW_AUTOGRAD
 from tests.loader.resident import spawned
 from tests.loader.resident.cases import COLS, ROWS
 
@@ -152,6 +153,102 @@ def test_every_write_is_done_and_leaves_a_plain_parameter(case, inference):
         assert layer.weight is weight and tied.weight is weight, name
         assert torch.equal(layer(INPUTS), functional.linear(INPUTS, expected)), name
         assert torch.equal(kept, case.values), name
+
+
+RESHAPES = {
+    "t_": lambda t: t.t_(),
+    "transpose_": lambda t: t.transpose_(0, 1),
+    "swapaxes_": lambda t: t.swapaxes_(0, 1),
+    "swapdims_": lambda t: t.swapdims_(-1, 0),
+    "unsqueeze_": lambda t: t.unsqueeze_(1),
+    "squeeze_": lambda t: t.unsqueeze_(0).squeeze_(),
+    "squeeze_ of one": lambda t: t.unsqueeze_(0).squeeze_(0),
+    "squeeze_ of several": lambda t: t.unsqueeze_(0).squeeze_((0, 1)),
+    "as_strided_": lambda t: t.as_strided_((2, 2), (COLS, 1), 3),
+    "twice": lambda t: t.t_().unsqueeze_(2).transpose_(1, 2),
+    "detach_": lambda t: t.detach_(),
+}
+"""Operators that give one object another shape over the memory that it shares."""
+
+ALIASES = {
+    "data": lambda t: t.data,
+    "detached": lambda t: t.detach(),
+    "part": lambda t: t.data[:3, :3],
+    "transposed": lambda t: t.data.T,
+    "row of one": lambda t: t.data[2:3],
+}
+
+
+@pytest.mark.parametrize("made", ALIASES)
+@pytest.mark.parametrize("name", RESHAPES)
+def test_another_shape_of_an_alias_leaves_the_weight(case, name, made):
+    weight, plain = case.weight(), nn.Parameter(case.plain(), requires_grad=False)
+    outcomes = []
+    for owner in (weight, plain):
+        part = ALIASES[made](owner)
+        try:
+            result = RESHAPES[name](part)
+        except RuntimeError as exc:  # out of bounds of a part
+            outcomes.append(str(exc)[:20])
+            continue
+        assert result is part
+        outcomes.append((part.shape, part.stride(), (part + 0).tolist()))
+    assert outcomes[0] == outcomes[1]
+    assert weight.form is case.form
+    assert torch.equal(weight, plain) and weight.shape == plain.shape
+    assert torch.equal(functional.linear(INPUTS, weight), functional.linear(INPUTS, plain))
+    part = RESHAPES["t_"](weight.data)
+    part[1].zero_()
+    assert torch.equal(weight[:, 1], torch.zeros(ROWS))
+
+
+@pytest.mark.parametrize("name", RESHAPES)
+def test_another_shape_of_the_weight_itself(case, name):
+    weight, plain = case.weight(), nn.Parameter(case.plain(), requires_grad=False)
+    with torch.no_grad():
+        RESHAPES[name](weight), RESHAPES[name](plain)
+    assert torch.equal(weight, plain) and isinstance(weight, nn.Parameter)
+    assert torch.equal(copy.deepcopy(weight), plain)
+    with torch.no_grad():
+        weight.add_(1)
+    assert torch.equal(weight, plain + 1)
+
+
+def test_other_memory_is_refused(case):
+    for change in (
+        lambda t: t.set_(torch.zeros(2, 2)),
+        lambda t: t.resize_(2, 2),
+        lambda t: t.resize_as_(torch.zeros(2, 2)),
+    ):
+        weight = case.weight()
+        with pytest.raises(UsageError, match="keeps its memory"), torch.no_grad():
+            change(weight.data)
+        assert torch.equal(weight, case.values)
+
+
+def test_every_operator_that_gives_another_shape_is_known():
+    """A new one would give another shape to every alias."""
+    composite = {"swapdims_", "swapaxes_"}
+    for schema in torch._C._jit_get_all_schemas():
+        namespace, _, name = schema.name.partition("::")
+        if namespace != "aten" or not name.endswith("_") or name in composite:
+            continue
+        operator = getattr(getattr(torch.ops.aten, name), schema.overload_name or "default", None)
+        if operator is not None and torch.Tag.inplace_view in operator.tags:
+            assert operator in BELOW_AUTOGRAD, operator
+
+
+def test_products_into_a_given_tensor(case):
+    for linear in (functional.linear, torch._C._nn.linear):
+        out = torch.empty(3, ROWS)
+        linear(INPUTS, case.weight(), out=out)
+        assert torch.equal(out, functional.linear(INPUTS, case.values))
+    weight, plain = case.weight(), case.plain()
+    factors = torch.linspace(1, 2, ROWS)[:, None], torch.linspace(0, 1, COLS)[None]
+    for target in (weight, plain):
+        with torch.no_grad():
+            torch.kron(*factors, out=target)
+    assert torch.equal(weight, plain)
 
 
 def test_an_alias_that_was_made_before_sees_the_write(case):
