@@ -26,8 +26,9 @@ _PACKED_NAME = re.compile(
     r".*(\.qweight|\.qzeros|_packed|\.SCB|\.absmax|\.quant_map|\.quant_state\..*|\.codebooks|\.B)"
 )
 
-# Ends of names that stand beside weights with more than one scale, or a zero that is not 0.
-_SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point")
+# Ends of names that stand beside weights with more than one scale, a zero that is not 0, or scales
+# in another order than that of the columns.
+_SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point", "_g_idx")
 
 # Last parts of names of integers that plain models have: positions, masks, counts, indices. Those
 # that are called `indices` alone are VPTQ's codes.
@@ -131,6 +132,11 @@ def _parts(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _method(block: Mapping[str, Any] | None) -> str:
     name = str((block or {}).get("quant_method", "unknown")).lower()
     return name if _METHOD.fullmatch(name) else "unknown"
+
+
+def has_transforms(block: Mapping[str, Any] | None) -> bool:
+    """Whether the weights are those of rotated inputs or outputs (compressed-tensors)."""
+    return bool((block or {}).get("transform_config"))
 
 
 def block_sizes(block: Mapping[str, Any] | None) -> frozenset[tuple[int, int]]:

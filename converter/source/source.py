@@ -15,7 +15,12 @@ from codecllm.converter.source.dequantized import mxfp4_tensor, scaled_tensor
 from codecllm.converter.source.files import SourceFile, read_json
 from codecllm.converter.source.layout import WeightSet, find_weights
 from codecllm.converter.source.modules import read_modules
-from codecllm.converter.source.quantization import Quantization, block_sizes, find_quantization
+from codecllm.converter.source.quantization import (
+    Quantization,
+    block_sizes,
+    find_quantization,
+    has_transforms,
+)
 from codecllm.converter.source.selection import SideFiles, select_side_files
 from codecllm.converter.source.tensors import SourceTensor, same_bytes
 from codecllm.formats import limits
@@ -275,7 +280,8 @@ class SourceModel:
         self.quantization = quantization
 
     def _dequantize(self, quantization: Quantization) -> None:
-        if quantization.opaque or not (quantization.scaled or quantization.blocks):
+        has_codes = quantization.scaled or quantization.blocks
+        if quantization.opaque or not has_codes or has_transforms(quantization.block):
             first = quantization.opaque[0] if quantization.opaque else None
             raise SourceError(
                 f"the model is quantized already ({quantization.method}): its weights cannot "

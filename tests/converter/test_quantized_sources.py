@@ -269,6 +269,22 @@ def test_blocks_that_would_be_guessed_are_refused(tmp_path, quantization, shape,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change", ["transforms", "order"])
+def test_weights_that_are_more_than_codes_times_scales_are_refused(tmp_path, change):
+    """Rotated inputs, and scales that follow an order of columns of their own."""
+    tensors, config = KEPT["int8_per_channel"]()
+    stem = "model.layers.0.self_attn.q_proj"
+    if change == "order":
+        tensors[f"{stem}.weight_g_idx"] = ("I32", np.repeat(np.arange(2, dtype=np.int32), 128))
+    else:
+        config["quantization_config"]["transform_config"] = {"config_groups": {"R4": {"a": 1}}}
+    source = write_source(tmp_path / "s", tensors, config)
+    with pytest.raises(SourceError, match="--scheme lossless keeps every bit"):
+        convert(source, tmp_path / "out")
+    report = convert(source, tmp_path / "lossless", scheme="lossless")
+    assert report.manifest.source.quantization == "compressed-tensors"
+
+
 def test_weights_in_mxfp4_replace_no_tensor_of_their_name(tmp_path):
     tensors = {
         "a": ("BF16", bf16(np.ones((4, 4)))),
