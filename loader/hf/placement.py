@@ -12,7 +12,8 @@ from accelerate.utils import (
     offload_state_dict,
 )
 
-from codecllm.formats.errors import UsageError, one_line, shown
+from codecllm.formats.errors import UsageError, foreign_errors_as, one_line, shown
+from codecllm.formats.files import as_path
 from codecllm.loader.places import known_device
 
 AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -60,7 +61,7 @@ def refuse_without_folder(device_map: Any, offload_folder: Any) -> None:
     """Refuses a device map that names the disk where no folder is given.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is no path.
     """
     if isinstance(device_map, dict) and _uses_disk(device_map) and offload_folder is None:
         raise UsageError(
@@ -68,6 +69,8 @@ def refuse_without_folder(device_map: Any, offload_folder: Any) -> None:
             got="offload_folder=None",
             expected="offload_folder='a folder'",
         )
+    if isinstance(device_map, dict) and _uses_disk(device_map):
+        as_path(offload_folder, "offload_folder")
 
 
 def _uses_disk(device_map: dict[str, Any]) -> bool:
@@ -81,7 +84,7 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
 
     Raises:
         UsageError: weights go to the disk, and there is no folder for them; or accelerate does not
-            take `max_memory`.
+            take `max_memory` or the map.
     """
     if isinstance(device_map, str):
         limits = {
@@ -104,11 +107,14 @@ def spread(model: Any, device_map: Any, max_memory: Any = None, offload_folder: 
         device_map = {name: "disk" for name, _ in parts}
     refuse_without_folder(device_map, offload_folder)
     on_disk = [name for name, place in device_map.items() if place == "disk"]
-    if on_disk:
-        # accelerate writes nothing into a folder that it has used before, for another model maybe.
-        values = extract_submodules_state_dict(model.state_dict(), on_disk)
-        offload_state_dict(offload_folder, values)
-    dispatch_model(model, device_map=device_map, offload_dir=offload_folder, offload_buffers=True)
+    # Names of no module, or not of all of them, and a folder that is none.
+    with foreign_errors_as(UsageError, f"accelerate takes no such map: {shown(device_map)}"):
+        if on_disk:
+            # It writes nothing into a folder that it has used before, for another model maybe.
+            values = extract_submodules_state_dict(model.state_dict(), on_disk)
+            offload_state_dict(offload_folder, values)
+        options = {"offload_dir": offload_folder, "offload_buffers": True}
+        dispatch_model(model, device_map=device_map, **options)
 
 
 def is_offloaded(model: Any, name: str) -> bool:

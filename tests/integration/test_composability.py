@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import UsageError
+from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.loader import from_pretrained
 from codecllm.loader.load import Load
 from codecllm.loader.resident import int8_matmul
@@ -227,6 +227,38 @@ def test_the_disk_needs_a_folder(container, resident, monkeypatch):
     for places in ({"": "disk"}, {"model": "cpu", "lm_head": "disk"}):
         with pytest.raises(UsageError, match="offload_folder"):
             from_pretrained(folder, resident=resident, device_map=places)
+
+
+MAPS = {
+    "incomplete": {"lm_head": "disk"},
+    "no module": {"": "cpu", "nothing.here": "disk"},
+    "pattern": {"model.layers.*": "disk", "": "cpu"},
+    "twice": {"model.layers.0": "cpu", "model.layers": "disk", "model": "cpu", "lm_head": "cpu"},
+}
+
+
+@pytest.mark.parametrize("resident", ["int8", "compressed"])
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_that_accelerate_does_not_take_is_one_error(tmp_path, container, resident, name):
+    folder = container("llama", "int8")
+    with pytest.raises(UsageError, match="accelerate takes no such map"):
+        from_pretrained(
+            folder, resident=resident, device_map=MAPS[name], offload_folder=tmp_path / "f"
+        )
+
+
+@pytest.mark.parametrize("resident", ["dense", "int8", "compressed"])
+@pytest.mark.parametrize("name", [5, "", b"x", "FILE"])
+def test_an_offload_folder_that_is_none(tmp_path, container, resident, name):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(CodecLLMError):
+        from_pretrained(
+            container("llama", "int8"),
+            resident=resident,
+            device_map={"model": "cpu", "lm_head": "disk"},
+            offload_folder=file if name == "FILE" else name,
+        )
 
 
 def _calls(folder, **options):
