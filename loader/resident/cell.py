@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from codecllm.loader.resident.form import WeightForm
 
 View = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Becoming:
+    """One lock for all cells: few weights become dense.
+
+    A forked child gets a new one: the thread that held the old one is not there.
+    """
+
+    lock: ClassVar[threading.RLock] = threading.RLock()
+
+    @classmethod
+    def renew(cls) -> None:
+        cls.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_Becoming.renew)
 
 
 class Cell:
@@ -37,10 +55,11 @@ class Cell:
 
     def read(self) -> torch.Tensor:
         """Returns the values, [rows, cols]: decoded into new memory, or the plain tensor."""
-        if self.dense is not None:
-            return self.dense
-        assert self.form is not None
-        return self.form.dense(self.dtype, self.device)
+        form, dense = self.form, self.dense  # in this order: another thread may write meanwhile
+        if dense is None:
+            assert form is not None
+            dense = form.dense(self.dtype, self.device)
+        return dense
 
     def shared_copy(self) -> torch.Tensor:
         """Returns the values as a plain tensor, the same one as long as a caller holds it."""
@@ -55,11 +74,12 @@ class Cell:
 
     def become_dense(self) -> torch.Tensor:
         """Puts a plain tensor in the place of the form; returns it."""
-        if self.dense is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self.dense = self.read()
-            self.form = None
-        return self.dense
+        with _Becoming.lock:  # a second writer would drop what the first one wrote
+            if self.dense is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.dense = self.read()
+                self.form = None
+            return self.dense
 
     def take(self, other: Cell) -> None:
         """Takes over the values of another cell of the same dtype."""

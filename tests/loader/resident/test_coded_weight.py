@@ -6,7 +6,10 @@ import copy
 import io
 import logging
 import pickle
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from torch.nn.utils import parametrizations, prune
 
 from codecllm.formats.errors import UsageError
 from codecllm.loader.resident import coded_weight
+from codecllm.loader.resident.cell import Cell
 from codecllm.loader.resident.coded_weight import CodedWeight
 from codecllm.loader.resident.handlers import BELOW_AUTOGRAD
 from tests.loader.resident import spawned
@@ -249,6 +253,29 @@ def test_products_into_a_given_tensor(case):
         with torch.no_grad():
             torch.kron(*factors, out=target)
     assert torch.equal(weight, plain)
+
+
+def test_first_writes_of_several_threads_are_all_done(case, monkeypatch):
+    """Each thread decodes only behind the others' first write."""
+    weight, expected = case.weight(), case.plain()
+    barrier, read = threading.Barrier(4), Cell.read
+
+    def slow_read(cell):
+        values = read(cell)
+        time.sleep(0.02)
+        return values
+
+    monkeypatch.setattr(Cell, "read", slow_read)
+
+    def change(number):
+        barrier.wait()
+        with torch.no_grad():
+            weight.data[number].mul_(2)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(change, range(4)))
+    expected[:4] *= 2
+    assert torch.equal(weight, expected)
 
 
 def test_an_alias_that_was_made_before_sees_the_write(case):
