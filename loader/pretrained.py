@@ -20,6 +20,7 @@ from codecllm.formats.errors import (
     machine_error,
 )
 from codecllm.formats.manifest.unlisted import refuse_unlisted
+from codecllm.formats.shards.index import check_index
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_arguments, check_config_of
 from codecllm.loader.device.codecs import Decoder
@@ -250,7 +251,7 @@ def _check_config(load: Load) -> dict[str, Any] | None:
         The config's `auto_map`, or None.
 
     Raises:
-        FormatError: the config or a shard differs from the manifest.
+        FormatError: the config, the index or a shard differs from the manifest.
         ModelMismatchError: the config describes far more layers than the container can fill.
     """
     container, document = load.container, load.config
@@ -263,6 +264,7 @@ def _check_config(load: Load) -> dict[str, Any] | None:
     check_config_of(container, document)
     for shard in container.manifest.shards:
         container.check_presence(shard)
+    check_index(container)
     auto_map = document.get("auto_map")
     return auto_map if isinstance(auto_map, dict) else None
 

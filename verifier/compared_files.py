@@ -25,7 +25,12 @@ from codecllm.loader.hf.side_limits import VOCABULARY_BYTES, VOCABULARY_VALUES
 from codecllm.loader.load_report import LOAD_REPORT_NAME
 
 _OURS = frozenset({BASELINE_NAME, LOAD_REPORT_NAME, INDEX_NAME})
-_NO_FACTS = ("quantization_config", "transformers_version", "_name_or_path")
+_NO_FACTS = (
+    "quantization_config",
+    "transformers_version",
+    "transformers_weights",
+    "_name_or_path",
+)
 """Entries of config.json that differ between a model and its container, or say who wrote it."""
 
 # What no class reads. Names of what classes do read would never be complete.

@@ -335,8 +335,10 @@ def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
         stage.fail(exc)
         return
     for document in documents:
-        # The converter replaces this entry with its own, in every container.
+        # The converter replaces the first with its own, and leaves the second out, in every
+        # container.
         document.pop("quantization_config", None)
+        document.pop("transformers_weights", None)
     keys = sorted(documents[0].keys() | documents[1].keys())
     # As text: a NaN is unequal to itself.
     ours_by_key, theirs_by_key = (

@@ -64,7 +64,8 @@ def pack_config(
     By the block loaders know the weights, and without codecllm they refuse them.
 
     Args:
-        config: the source's; its own `quantization_config` is replaced.
+        config: the source's; its own `quantization_config` is replaced, and what it says of weight
+            files (`transformers_weights`) is left out: the container's have names of their own.
         scheme: of the container.
         version: of the format.
         original: the quantization block of the source whose tensors the container keeps, or None.
@@ -76,9 +77,9 @@ def pack_config(
     }
     if original is not None:
         block[ORIGINAL_KEY] = original
-    return (
-        json.dumps({**config, "quantization_config": block}, indent=2, ensure_ascii=False) + "\n"
-    ).encode()
+    entries = {key: value for key, value in config.items() if key != "transformers_weights"}
+    entries["quantization_config"] = block
+    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def pack_index(weight_map: dict[str, str], total_bytes: int, total_parameters: int) -> bytes:

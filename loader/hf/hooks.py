@@ -83,8 +83,16 @@ class WeightSource(Protocol):
             chosen: arguments of the caller, which replace entries of it.
         """
 
-    def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
-        """Returns an empty tensor for each tensor of the source, in its dtype."""
+    def dtypes(
+        self, checkpoint_files: list[str], config: Any, index: dict[str, Any] | None
+    ) -> dict[str, torch.Tensor]:
+        """Returns an empty tensor for each tensor of the source, in its dtype.
+
+        Args:
+            checkpoint_files: paths that transformers has found and not opened yet.
+            config: the model's.
+            index: what the index of weights says, None where there is none.
+        """
 
     @property
     def is_finished(self) -> bool:
@@ -237,7 +245,7 @@ def _get_dtype(
         rest = (sharded_metadata, state_dict, weights_only, hf_quantizer)
         return original(dtype, checkpoint_files, config, *rest)
     with without_garbage_collection():
-        dtypes = source.dtypes(checkpoint_files or [], config)
+        dtypes = source.dtypes(checkpoint_files or [], config, sharded_metadata)
         config, model_dtype = original(
             dtype, checkpoint_files, config, None, dtypes, weights_only, hf_quantizer
         )

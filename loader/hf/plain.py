@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from functools import partial
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
+from codecllm.formats import limits
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
     ModelMismatchError,
+    UnsafePathError,
     UnsupportedEnvironmentError,
     foreign_errors_as,
+    shown,
 )
 from codecllm.loader.config_size import check_config_of, check_config_size
 from codecllm.loader.hf.folder import read_config
@@ -50,9 +55,11 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
         UnsupportedEnvironmentError: this transformers cannot read the config, or has no class, or
             the folder's path is not UTF-8.
         ModelMismatchError: the config describes a much larger model than the files hold.
+        UnsafePathError: an index names weight files of another folder, or a weight file is none.
         Exception: transformers cannot load the model; the type is any.
     """
     _refuse_path(folder)
+    _check_weight_files(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         # transformers would apply it where peft is installed. Below a file it finds none.
         options["adapter_kwargs"] = {"subfolder": "config.json"}
@@ -158,6 +165,30 @@ def _refuse_path(folder: Path) -> None:
             "safetensors opens no file of a folder whose path is not UTF-8: rename it",
             file=ascii(str(folder))[1:-1],
         ) from exc
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Refuses weight files that safetensors must not open: for a pipe it waits for ever."""
+    names = {path.name for path in folder.glob("*.safetensors")}
+    for index in folder.glob("*.index*.json"):
+        names |= _indexed(index)
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UnsafePathError("the index names a file of another folder", got=shown(name))
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise UnsafePathError("not a regular file", file=shown(name)[1:-1])
+
+
+def _indexed(index: Path) -> set[str]:
+    """Returns the names in an index; none where it cannot be read, which transformers tells."""
+    if not index.is_file() or index.stat().st_size > limits.MANIFEST_BYTES:
+        return set()
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        return {name for name in weight_map.values() if isinstance(name, str)}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return set()
 
 
 def _check_size(cls: Any, config: Any, folder: Path) -> None:

@@ -7,6 +7,7 @@ as it does for the source, and gets the weights from a state dict that decodes i
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,15 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from codecllm.formats.errors import NotAContainerError, UsageError
-from codecllm.formats.manifest.manifest import MANIFEST_NAME, ORIGINAL_KEY
+from codecllm.formats.errors import (
+    LayoutError,
+    NotAContainerError,
+    UnsafePathError,
+    UsageError,
+    shown,
+)
+from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME, ORIGINAL_KEY
+from codecllm.formats.shards.index import check_index
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_of
 from codecllm.loader.hf import hooks
@@ -115,20 +123,32 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         """Remembers the device map that the caller asked for."""
         self._device_map = device_map
 
-    def dtypes(self, checkpoint_files: list[str], config: Any) -> dict[str, torch.Tensor]:
+    def dtypes(
+        self, checkpoint_files: list[str], config: Any, index: dict[str, Any] | None
+    ) -> dict[str, torch.Tensor]:
         """See `hooks.WeightSource`; opens the container and compares the config's size with it.
 
         Raises:
+            UnsafePathError: config or index lead to weight files of another folder.
             NotAContainerError: there is no manifest beside the weight files.
             FormatError: the container is damaged.
             ModelMismatchError: the config describes far more layers than the container can fill.
         """
+        named = _named_files(config, index)
         if self._load is None:
             folder = _container_folder(checkpoint_files)
             self._load = Load(folder, LoadOptions(device_map=self._device_map))
             weakref.finalize(self, self._load.close)  # where the load fails midway
             for shard in self._load.container.manifest.shards:
                 self._load.container.check_presence(shard)  # before transformers opens them
+            check_index(self._load.container)
+            shards = {shard.name for shard in self._load.container.manifest.shards}
+            if not named <= shards:  # an index that is not listed
+                raise LayoutError(
+                    "the index names no shard of the container",
+                    file=INDEX_NAME,
+                    got=shown(min(named - shards)),
+                )
         # Here, because the caller may have changed it, or brought one.
         check_config_of(self._load.container, config.to_dict())
         return self._load.dtypes()
@@ -243,6 +263,26 @@ def _entries(config: Any) -> dict[str, Any]:
     block = getattr(config, "quantization_config", None)
     entries: dict[str, Any] = block if isinstance(block, dict) else getattr(block, "__dict__", {})
     return entries
+
+
+def _named_files(config: Any, index: dict[str, Any] | None) -> set[str]:
+    """Returns the names of the weight files in an index, empty where there is none.
+
+    Raises:
+        UnsafePathError: it, or the config, leads to another folder, whose container would be loaded
+            in place of this one.
+    """
+    if getattr(config, "transformers_weights", None) is not None:
+        raise UnsafePathError(
+            "transformers_weights leads to other files than the container's", file="config.json"
+        )
+    names = set(index["weight_map"].values()) if index is not None else set()
+    for name in names:
+        if name != os.path.basename(name):
+            raise UnsafePathError(
+                "weight_map names a file of another folder", file=INDEX_NAME, got=shown(name)
+            )
+    return names
 
 
 def _container_folder(checkpoint_files: list[str]) -> Path:

@@ -136,6 +136,8 @@ def test_weights_that_the_config_names(tmp_path):
     report = _convert(source, tmp_path)
     assert _bytes(tmp_path, "a") == _tensor(2)[1].tobytes()
     assert "model.safetensors" in _left(report)
+    # The container has no file of that name, which transformers would look for.
+    assert "special.safetensors" not in (tmp_path / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/x.safetensors"])

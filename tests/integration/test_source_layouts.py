@@ -56,6 +56,17 @@ def _edit_index(folder, change):
     path.write_text(json.dumps(index))
 
 
+def test_weights_that_the_config_names(tmp_path):
+    source = _llama(tmp_path / "named")
+    (source / "model.safetensors").rename(source / "special.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["transformers_weights"] = "special.safetensors"
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out", scheme="lossless")
+    _assert_loads_as(source, tmp_path / "out")
+    assert compare_models(tmp_path / "out", source, run=False)["same"]
+
+
 def test_two_sets_of_weights(tmp_path):
     source = _llama(tmp_path / "both", 0, max_shard_size="1MB")
     shutil.copy(_llama(tmp_path / "new", 1) / "model.safetensors", source)

@@ -7,15 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from codecllm.formats import limits
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError, FormatError, LayoutError, SchemaError
-from codecllm.formats.files import SafeFile
-from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME
+from codecllm.formats.errors import CodecLLMError, FormatError, SchemaError
+from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.formats.manifest.records import AliasTensor, FileRecord
 from codecllm.formats.manifest.unlisted import is_read_by_a_class, unlisted_error, unlisted_names
+from codecllm.formats.shards.index import check_index
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
-from codecllm.formats.strict_json import parse_json_object
 from codecllm.verifier.report import Stage
 
 Progress = Callable[[str, int, int], None]
@@ -63,7 +61,8 @@ def check_structure(
         if container.records[name].shard not in broken:  # type: ignore[union-attr]
             with collected(stage):
                 container.tensor(name)
-    _check_index(container, stage)
+    with collected(stage):
+        check_index(container)
     _check_unlisted(container, stage, warnings, pinned)
     tensors = len(manifest.tensors)
     stage.summary = (
@@ -164,23 +163,6 @@ def _chunk_faults(container: Container, name: str) -> tuple[int, int, list[Codec
             except FormatError as exc:
                 faults.append(exc)
     return count, int(tensor.table.offsets[-1]), faults
-
-
-def _check_index(container: Container, stage: Stage) -> None:
-    """Checks that `model.safetensors.index.json` maps every stored name to its shard."""
-    if container.manifest.file(INDEX_NAME) is None:
-        return
-    with collected(stage):
-        with SafeFile(container.folder, INDEX_NAME) as file:
-            index = parse_json_object(
-                file.read(0, file.size), file=INDEX_NAME, max_bytes=limits.MANIFEST_BYTES
-            )
-        expected: dict[str, str] = {}
-        for number, shard in enumerate(container.manifest.shards):
-            expected |= dict.fromkeys(container.shard(number)[1].tensors, shard.name)
-        if index.get("weight_map") != expected:
-            # Other tools find tensors by this file, and would miss one or read it elsewhere.
-            raise LayoutError("weight_map differs from the names in the shards", file=INDEX_NAME)
 
 
 def _check_unlisted(container: Container, stage: Stage, warnings: list[str], pinned: bool) -> None:
