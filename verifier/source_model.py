@@ -19,7 +19,7 @@ from codecllm.converter.source.modules import MODULES_NAME
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats import limits
 from codecllm.formats.container import Container
-from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line
+from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line, shown
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.formats.manifest.records import Int8Tensor
@@ -40,11 +40,6 @@ It is their product's sum over the sum of the parameter's squares: 0.5 to 1 for 
 the source, about 0 for another tensor.
 """
 
-CHAT = [
-    {"role": "user", "content": "What is the capital of France?"},
-    {"role": "assistant", "content": "Paris."},
-    {"role": "user", "content": "And of Österreich?"},
-]
 NAMES_SHOWN = 8
 
 
@@ -55,7 +50,7 @@ def check_source_model(
 
     Compared are: the class; names, shapes, dtypes and ties of all parameters and buffers; their
     bits, or for quantized ones their distance; weights that the load leaves over; generation
-    defaults; tokens and chat templates of sample texts; logits and generated texts; side files.
+    defaults; tokens of sample texts; chat templates; logits and generated texts; side files.
 
     Args:
         container: an undamaged container.
@@ -266,13 +261,13 @@ def _compare_speech(
     folders = (source, container.folder)
     coders = (PromptCoder(source, plain.config), PromptCoder(container, container_model.config))
     check_tokenizers(*coders, folders, stage)
-    theirs, ours = _chat_texts(source), _chat_texts(container)
-    for name in sorted(theirs.keys() | ours.keys()):
+    theirs, ours = _chat_templates(source), _chat_templates(container)
+    for name in sorted(theirs.keys() | ours.keys(), key=str):
         if theirs.get(name) != ours.get(name):
             error = ModelMismatchError(
-                f"chat template {name!r} gives another text",
-                got=repr(ours.get(name))[:80],
-                expected=repr(theirs.get(name))[:80],
+                f"chat template {shown(name)} differs",
+                got=shown(ours.get(name))[:80],
+                expected=shown(theirs.get(name))[:80],
             )
             stage.fail(error)
     try:
@@ -289,25 +284,18 @@ def _compare_speech(
     stage.facts["said"] = f"; {stage.summary}"
 
 
-def _chat_texts(model: Path | Container) -> dict[str, str]:
-    """Returns the sample chat by each of the model's chat templates, by name."""
+def _chat_templates(model: Path | Container) -> dict[Any, Any]:
+    """Returns the texts of the model's chat templates by name.
+
+    They are programs of strangers without a bound of time or memory, and are not run.
+    """
     from codecllm.loader.hf.folder import read_tokenizer
 
     try:
-        tokenizer = read_tokenizer(model)
+        templates = read_tokenizer(model).chat_template or {}
     except CodecLLMError:
         return {}
-    templates = tokenizer.chat_template or {}
-    if isinstance(templates, str):
-        templates = {"default": templates}
-    return {name: _chat_text(tokenizer, template) for name, template in templates.items()}
-
-
-def _chat_text(tokenizer: Any, template: str) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False))
-    except Exception as exc:  # a template may refuse this chat: in both folders, or in one
-        return f"{type(exc).__name__}: {one_line(exc)}"
+    return templates if isinstance(templates, dict) else {"default": templates}
 
 
 def _check_files(container: Container, source: SourceModel, stage: Stage) -> None:

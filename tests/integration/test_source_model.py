@@ -111,6 +111,25 @@ def test_what_differs_from_the_source_is_a_finding(tmp_path, source, words):
         assert words in found
 
 
+def test_chat_templates_are_compared_and_not_run(tmp_path, source, monkeypatch):
+    """A few loops in one take hours, and a few additions all memory."""
+    source = tampering.copy_of(source, tmp_path / "source")
+    ran = []
+    monkeypatch.setattr(
+        hf.PreTrainedTokenizerBase, "apply_chat_template", lambda *_, **__: ran.append(1) or "text"
+    )
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (source / "chat_template.jinja").write_text(loops)
+    _edit(source / "tokenizer_config.json", chat_template=loops)
+    convert(source, tmp_path / "out", scheme="lossless")
+    report, _ = _model_stage(tmp_path / "out", source)
+    assert report.ok
+    (source / "chat_template.jinja").write_text(f"{loops} other")
+    _, stage = _model_stage(tmp_path / "out", source)
+    assert "chat template 'default' differs" in str([one.error for one in stage.findings])
+    assert not ran
+
+
 def test_a_tensor_loaded_as_another_is_found(tmp_path, tiny, container, monkeypatch):
     """Not by the comparison of files: the loader itself is at fault."""
     from codecllm.loader import load
