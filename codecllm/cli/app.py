@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from codecllm import FORMAT_VERSION, __version__
 from codecllm.hub import check_endpoint
@@ -21,6 +22,15 @@ app = typer.Typer(
 )
 
 
+class Command(TyperCommand):
+    """A command that refuses a wrong HF_ENDPOINT: behind its options, so that its help works."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        check_endpoint()  # before it imports the libraries that read the variable
+        return super().invoke(ctx)
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"codecllm {__version__}, container format {FORMAT_VERSION}")
@@ -35,4 +45,3 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Takes the options that stand before the command."""
-    check_endpoint()  # before a command imports the libraries that read it

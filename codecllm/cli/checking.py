@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from codecllm.cli import options
-from codecllm.cli.app import app
+from codecllm.cli.app import Command, app
 from codecllm.cli.console import progress_bar, stdout
 from codecllm.cli.json_output import output
 from codecllm.cli.options import Json, Quiet, Revision, Workers
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from codecllm.verifier.report import Report
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     out: options.ContainerName,
     level: options.Level = "full",
@@ -105,7 +105,7 @@ def verify(
     _finish(report, as_json, render_report)
 
 
-@app.command()
+@app.command(cls=Command)
 def sign(
     out: options.LocalContainer,
     private_key: options.PrivateKey,
@@ -176,7 +176,7 @@ def _diagnose(
     return report
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     a: Annotated[
         str, typer.Argument(metavar="A", help="Container or plain model: a folder or a Hub id.")
@@ -209,7 +209,7 @@ def compare(
     raise typer.Exit(0 if comparison["same"] else 1)
 
 
-@app.command("eval")
+@app.command("eval", cls=Command)
 def evaluate(
     base: Annotated[
         str,
@@ -318,7 +318,7 @@ def evaluate(
         print_evaluation(result)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(as_json: Json = False) -> None:
     """Show installed packages and test every decoder of this machine.
 

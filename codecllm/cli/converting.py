@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from codecllm.cli import options
-from codecllm.cli.app import app
+from codecllm.cli.app import Command, app
 from codecllm.cli.console import progress_bar, stderr, stdout
 from codecllm.cli.json_output import output
 from codecllm.cli.options import Json, Quiet, Revision, Workers, parse_size
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from codecllm.publishing import PushReport
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     model: options.SourceName,
     out: options.OutFolder,
@@ -114,7 +114,7 @@ def convert(
         print_push(push_report)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     container: Annotated[
         str, typer.Argument(metavar="CONTAINER", help="Container: a folder or a Hub id.")
@@ -184,7 +184,7 @@ def export(
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     out: options.LocalContainer,
     repo: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from codecllm.cli.app import app
+from codecllm.cli.app import Command, app
 from codecllm.cli.console import stderr, stdout
 from codecllm.cli.json_output import output
 from codecllm.cli.options import ContainerName, Json, ResidentName, Revision, Workers
@@ -15,7 +15,7 @@ from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.text import visible
 
 
-@app.command()
+@app.command(cls=Command)
 def info(
     out: ContainerName,
     revision: Revision = None,
@@ -37,7 +37,7 @@ def info(
         render(facts, stdout)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     out: ContainerName,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
@@ -76,7 +76,7 @@ def generate(
         typer.echo(visible(text))
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     out: ContainerName,
     resident: Annotated[

@@ -12,6 +12,7 @@ from codecllm.publishing import push
 
 REPO = "user/tiny"
 UNREACHABLE = "http://127.0.0.1:9"
+COMMANDS = ("convert", "eval")
 NO_URL = "http://[::1"
 
 CASES = {
@@ -108,6 +109,19 @@ def test_an_endpoint_that_is_no_url(container, lossless, run, tmp_path, command,
     assert done.returncode == 4, done.stderr
     assert done.stderr.startswith("error: HF_ENDPOINT is no URL (")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_needs_no_endpoint(run, command):
+    done = run(*command, "--help", HF_ENDPOINT=NO_URL)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout
+
+
+def test_wrong_options_are_said_before_the_endpoint(run):
+    done = run("convert", "--nothing", HF_ENDPOINT=NO_URL)
+    assert done.returncode == 2
+    assert "--nothing" in done.stderr
 
 
 @pytest.mark.parametrize("function", [resolve, open_remote, read_base_model, check_login])
