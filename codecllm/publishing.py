@@ -159,7 +159,12 @@ def push(
             card_marker=MARKER,
             token=token,
         )
-        if not upload.card:
+        if upload.card_is_lost:
+            warnings.append(
+                f"{CARD_NAME} was sent, and the Hub has none or another: does a .gitignore of the "
+                "repository name it?"
+            )
+        elif not upload.card:
             warnings.append(
                 f"{CARD_NAME} on the Hub is not one that codecllm wrote: it stays as it is"
             )

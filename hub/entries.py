@@ -136,6 +136,13 @@ def compare_contents(
             )
 
 
+def holds(entry: RemoteEntry | None, data: bytes) -> bool:
+    """Whether a file on the Hub is there and has this content."""
+    if entry is None:
+        return False
+    return sha256_hex(data) == entry.sha256 if entry.sha256 else _git_id(data) == entry.git_id
+
+
 def _git_id(data: bytes) -> str:
     head = b"blob %d\0" % len(data)
     return hashlib.sha1(head + data, usedforsecurity=False).hexdigest()

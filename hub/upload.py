@@ -18,7 +18,7 @@ from codecllm.formats.errors import FormatError, HubError, UsageError, one_line
 from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
-from codecllm.hub.entries import compare_contents, compare_entries, read_entries
+from codecllm.hub.entries import compare_contents, compare_entries, holds, read_entries
 from codecllm.hub.failures import check_endpoint, one_line_errors
 from codecllm.hub.remote import RemoteRepository
 from codecllm.hub.resolve import check_repo_id, listed_names
@@ -40,7 +40,9 @@ class Upload:
         commit: the commit that holds the container.
         revision: the name that leads to it: a branch, or `refs/pr/N`.
         pull_request: URL of the pull request, or None.
-        card: whether README.md was sent; False where the repository has one that a person wrote.
+        card: whether README.md was sent and is there; False where the repository has one that a
+            person wrote.
+        card_is_lost: whether it was sent, and the Hub has none or another.
     """
 
     url: str
@@ -48,6 +50,7 @@ class Upload:
     revision: str
     pull_request: str | None
     card: bool
+    card_is_lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,8 @@ def upload_container(
             api.create_branch(repo, branch=revision, exist_ok=True)
         remote = RemoteRepository(repo, revision=revision, token=token)
         card = card or not _has_own_card(remote, card_marker)
+        # What `is_own_card` has looked at.
+        card_bytes = read_file(folder, CARD_NAME, CARD_BYTES) if card else None
         names += [CARD_NAME] if card else []
         replaced = _REPLACED + [escape(name) for name in _former_names(remote) if name != CARD_NAME]
         commit = _upload(api, folder, names, replaced, repo, revision, create_pr, message)
@@ -182,10 +187,13 @@ def upload_container(
         upload_revision = str(commit.pr_revision) if pull_request else revision or "main"
         digests = {record.name: record.sha256 for record in (*manifest.shards, *manifest.files)}
         digests[MANIFEST_NAME] = manifest_sha256
-        entries = read_entries(api, repo, list(digests), upload_revision)
+        entries = read_entries(api, repo, [*digests, CARD_NAME], upload_revision)
         compare_entries(manifest, entries)
         compare_contents(folder, digests, entries)
-    return Upload(url, str(commit.oid), upload_revision, pull_request, card)
+    is_lost = card_bytes is not None and not holds(entries.get(CARD_NAME), card_bytes)
+    return Upload(
+        url, str(commit.oid), upload_revision, pull_request, card and not is_lost, is_lost
+    )
 
 
 def is_own_card(folder: Path, marker: str) -> bool:

@@ -14,6 +14,7 @@ from codecllm.hub import upload_container
 from codecllm.hub.upload import CARD_BYTES
 from codecllm.model_card import MARKER
 from codecllm.publishing import push
+from tests import hub_endpoints
 from tests.tampering import add_listed
 
 REPO = "user/tiny-codecllm-int8"
@@ -134,3 +135,23 @@ def test_a_card_of_a_base_may_hold_anything(hub, container, field, value):
     card = ModelCard((container / "README.md").read_text()).data.to_dict()
     lists = field in ("license", "language") and value == ["a"]
     assert card.get(field) == (value if lists else None)
+
+
+def test_a_card_that_the_hub_does_not_take_is_told(hub, container, lossless, monkeypatch):
+    """The Hub passes over files that a .gitignore of the repository names."""
+    answer = hub_endpoints.Handler._json
+
+    def ignoring(self, value, *arguments, **options):
+        for file in value.get("files", []) if isinstance(value, dict) else []:
+            file["shouldIgnore"] = file["path"] == "README.md"
+        answer(self, value, *arguments, **options)
+
+    push(lossless, "user/other", level="structure")
+    monkeypatch.setattr(hub_endpoints.Handler, "_json", ignoring)
+    for repo in (REPO, "user/other"):  # without a card, and with one of another container
+        report = push(container, repo, level="structure")
+        assert not report.card
+        assert any("has none or another" in text for text in report.warnings)
+        found = hub.repos[repo]
+        held = len(found.commits[found.refs["main"]].keys() - {".gitattributes", "README.md"})
+        assert report.files == held
