@@ -14,12 +14,11 @@ from codecllm.formats import limits
 from codecllm.formats.arguments.check import check_arguments, choice, refusal
 from codecllm.formats.errors import (
     HubError,
-    LimitError,
     NotAContainerError,
     UnsafeSourceError,
     UsageError,
 )
-from codecllm.formats.files import as_path
+from codecllm.formats.files import as_path, read_file
 from codecllm.formats.manifest.manifest import CODE_SUFFIX, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.bounds import COMMIT
@@ -148,15 +147,13 @@ def _download_container(
     )  # both are needed in any case
     # The cache names a snapshot's folder by its commit: the second download sees the same one.
     commit = folder.name if COMMIT.fullmatch(folder.name) else None
-    path = folder / MANIFEST_NAME
-    if not path.exists():
+    if not (folder / MANIFEST_NAME).exists():
         if kind == "either":
             return _download_source(repo, commit or revision, token, cache_dir)
         raise NotAContainerError(f"the repository holds no {MANIFEST_NAME}", file=repo)
     if kind != "manifest":
-        if path.stat().st_size > limits.MANIFEST_BYTES:
-            raise LimitError("manifest is too long", file=MANIFEST_NAME, got=path.stat().st_size)
-        manifest = parse_manifest(path.read_bytes())
+        # Not by its path: others may write to a cache, and leave a pipe or a device there.
+        manifest = parse_manifest(read_file(folder, MANIFEST_NAME, limits.MANIFEST_BYTES))
         names = _model_names(manifest) if kind == "model" else listed_names(manifest)
         missing = {name for name in names if not (folder / name).exists()}
         api = HfApi(library_name="codecllm", token=token)

@@ -101,6 +101,8 @@ def _entry(document: Any, key: str) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
+        if not path.is_file():  # a pipe would make the call wait for ever
+            return None
         with open(path, "rb") as file:  # a link into the blobs of the cache
             data = file.read(INDEX_BYTES + 1)
         return parse_json(data, file=path.name, max_bytes=INDEX_BYTES, as_python=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from codecllm.formats.errors import (
     LayoutError,
     NotAContainerError,
     TruncatedError,
+    UnsafePathError,
     UnsafeSourceError,
     UsageError,
 )
+from codecllm.hub import resolve
 from codecllm.info import describe, describe_name
 from codecllm.publishing import push
 from codecllm.verifier.evaluation.candidates import find_candidate
@@ -236,3 +239,31 @@ def test_a_server_without_ranges_is_not_drained(hub, published, monkeypatch):
     )
     with pytest.raises((HubError, UsageError), match="serves no ranges"):
         describe_name(REPO)
+
+
+@pytest.mark.parametrize("kind", ["container", "model", "either"])
+def test_a_manifest_in_the_cache_that_is_no_file(published, tmp_path, kind):
+    """Others may write to a cache that is shared."""
+    path = resolve(REPO, kind="manifest").folder / "codecllm.json"
+    for make in (
+        os.mkfifo,
+        os.mkdir,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(tmp_path / "elsewhere"),
+    ):
+        path.unlink()
+        (tmp_path / "elsewhere").write_text("{}")
+        make(path)
+        with pytest.raises(UnsafePathError):
+            resolve(REPO, kind=kind)
+        if path.is_dir():
+            path.rmdir()
+            path.touch()
+
+
+def test_a_config_in_the_cache_that_is_a_pipe(hub):
+    hub.add_repo("user/plain", {"config.json": b"{}", "model.safetensors": b"weights"})
+    path = resolve("user/plain", kind="source").folder / "config.json"
+    path.unlink()
+    os.mkfifo(path)
+    resolve("user/plain", kind="source")  # the conversion names the fault
