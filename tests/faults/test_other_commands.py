@@ -62,7 +62,7 @@ def container(model):
     return out
 
 
-def _steps(fault, operations, parts):
+def _steps(fault, operations, parts=2):
     """All operations with CODECLLM_ALL_FAULTS, else about `parts`, others for each fault."""
     stride = 1 if ALL_FAULTS else max(1, operations // parts)
     return range(1 + FAULTS.index(fault) % stride, operations + 1, stride)
@@ -85,19 +85,26 @@ def _is_staged(name):
     return name.startswith((STAGING_NAME, f"out/{STAGING_NAME}"))
 
 
-@pytest.mark.parametrize("fault", ALL)
-def test_an_export_is_whole_or_not_there(serve, container, tmp_path, fault):
-    def command(base):
-        return ["export", container, base / "out", "--workers", "1"]
+def _export(container, base):
+    return ["export", container, base / "out", "--workers", "1"]
 
-    (tmp_path / "whole").mkdir()
-    whole = serve.run(command(tmp_path / "whole"), tmp_path / "whole")
+
+@pytest.fixture(scope="module")
+def exported(serve, container, tmp_path_factory):
+    """The files of an export that nothing disturbed, and its operations."""
+    base = tmp_path_factory.mktemp("exported")
+    whole = serve.run(_export(container, base), base)
     assert whole.code == 0, whole.text
-    expected = files_of(tmp_path / "whole")
-    for at in _steps(fault, whole.count, 4):
+    return files_of(base), whole.count
+
+
+@pytest.mark.parametrize("fault", ALL)
+def test_an_export_is_whole_or_not_there(serve, container, exported, tmp_path, fault):
+    expected, count = exported
+    for at in _steps(fault, count):
         base = tmp_path / str(at)
         base.mkdir()
-        end = serve.run(command(base), base, fault, at)
+        end = serve.run(_export(container, base), base, fault, at)
         files = {name: data for name, data in files_of(base).items() if not _is_staged(name)}
         if end.code:
             _check_end(end, fault)
@@ -105,7 +112,7 @@ def test_an_export_is_whole_or_not_there(serve, container, tmp_path, fault):
             assert end.code, (fault, at)
             assert "out/config.json" not in files, (fault, at)
             assert fault == "kill" or "could not be removed" in end.text or not files_of(base)
-            again = serve.run(command(base), base)
+            again = serve.run(_export(container, base), base)
             assert again.code == 0, (fault, at, again.text)
             assert files_of(base) == expected, (fault, at)
 
@@ -124,7 +131,7 @@ def test_a_signature_is_whole_or_the_older_one(serve, container, tmp_path, fault
     whole = serve.run(command, base)
     assert whole.code == 0, whole.text
     assert whole.count >= 6
-    for at in _steps(fault, whole.count, 4):
+    for at in _steps(fault, whole.count):
         path.unlink(missing_ok=True)
         if old is not None:
             path.write_bytes(old)
@@ -145,33 +152,40 @@ def test_a_signature_is_whole_or_the_older_one(serve, container, tmp_path, fault
             shutil.rmtree(base / name)
 
 
-@pytest.mark.parametrize("fault", ALL)
-def test_a_pull_is_whole_or_goes_on(serve, hub, container, tmp_path, fault):
-    """What lies in a snapshot of the Hub's cache has its right bytes, whatever happened."""
-    if REPO not in hub.repos:
-        push_end = serve.run(["push", container, REPO, "--level", "structure"], tmp_path)
-        assert push_end.code == 0, push_end.text
+def _pull(serve, base, *fault):
+    command = ["verify", REPO, "--level", "checksums"]
+    return serve.run(command, base, *fault, cache=base / "hub")
+
+
+@pytest.fixture(scope="module")
+def pulled(serve, hub, container, tmp_path_factory):
+    """The bytes of a published container's files, and the operations of its first pull."""
+    base = tmp_path_factory.mktemp("pulled")
+    push_end = serve.run(["push", container, REPO, "--level", "structure"], base)
+    assert push_end.code == 0, push_end.text
     expected = {
         name: hub.blobs[hub.entry(REPO, name).sha256]
         for name in ("codecllm.json", *(one for one in files_of(container) if one != "README.md"))
     }
-    command = ["verify", REPO, "--level", "checksums"]
-
-    def run(base, *arguments):
-        return serve.run(command, base, *arguments, cache=base / "hub")
-
-    whole = run(tmp_path / "whole")
+    whole = _pull(serve, base)
     assert whole.code == 0, whole.text
     assert whole.count > 20
-    for at in _steps(fault, whole.count, 4):
+    return expected, whole.count
+
+
+@pytest.mark.parametrize("fault", ALL)
+def test_a_pull_is_whole_or_goes_on(serve, pulled, tmp_path, fault):
+    """What lies in a snapshot of the Hub's cache has its right bytes, whatever happened."""
+    expected, count = pulled
+    for at in _steps(fault, count):
         base = tmp_path / str(at)
-        end = run(base, fault, at)
+        end = _pull(serve, base, fault, at)
         if end.code:
             _check_end(end, fault, in_threads=True)
         for path in base.glob("hub/models--*/snapshots/*/**/*"):
             if path.is_file():
                 assert path.read_bytes() == expected[path.name], (fault, at, path.name)
-        again = run(base)
+        again = _pull(serve, base)
         assert again.code == 0, (fault, at, again.text)
         shutil.rmtree(base)
 
@@ -182,9 +196,9 @@ def test_a_push_sends_all_or_nothing(serve, hub, container, tmp_path, fault):
     sound = files_of(container)
     sound.pop("README.md", None)
     name = f"user/push-{FAULTS.index(fault)}"
-    whole_card = None
-    count = 5
-    for at in (0, *range(1, count + 1)):
+    # The first run, in which nothing fails, gives the card.
+    whole_card, count = None, 5
+    for at in (0, *_steps(fault, count)):
         hub.repos.pop(name, None)
         copy = shutil.copytree(container, tmp_path / str(at))
         (copy / "README.md").unlink(missing_ok=True)
@@ -212,10 +226,16 @@ def _tree(hub, name):
     return repo.commits[repo.refs["main"]]
 
 
+@pytest.fixture(scope="module")
+def operations():
+    """The operations of a command that nothing disturbed, by what it writes."""
+    return {}
+
+
 @pytest.mark.parametrize("fault", ALL)
 @pytest.mark.parametrize("kind", ["report", "plot"])
 def test_a_report_or_a_plot_is_whole_or_the_older_one(
-    serve, model, container, tmp_path, kind, fault
+    serve, model, container, operations, tmp_path, kind, fault
 ):
     if kind == "plot":
         pytest.importorskip("matplotlib", reason="codecllm[plot] is not installed")
@@ -230,11 +250,13 @@ def test_a_report_or_a_plot_is_whole_or_the_older_one(
     }
     command = commands[kind]
     ends = b"</html>" if kind == "report" else b"</svg>"
-    whole = serve.run(command, base)
-    assert whole.code in (0, 1), whole.text
-    assert path.read_bytes().rstrip().endswith(ends)
-    assert whole.count >= 4
-    for at in _steps(fault, whole.count, 1):
+    if kind not in operations:
+        whole = serve.run(command, base)
+        assert whole.code in (0, 1), whole.text
+        assert path.read_bytes().rstrip().endswith(ends)
+        assert whole.count >= 4
+        operations[kind] = whole.count
+    for at in _steps(fault, operations[kind], 1):
         path.write_bytes(b"older")
         end = serve.run(command, base, fault, at)
         content = path.read_bytes()

@@ -80,6 +80,12 @@ def outcome(published, container, tmp_path):
     return run
 
 
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Lets the client repeat a question at once."""
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+
+
 def _change(monkeypatch, change):
     """Has `change` make status, body and headers of each answer."""
     original = Handler._send
@@ -93,7 +99,7 @@ def _change(monkeypatch, change):
 
 @pytest.mark.parametrize("header", HEADERS)
 @pytest.mark.parametrize("operation", READING)
-def test_odd_headers_of_a_file(outcome, monkeypatch, tmp_path, header, operation):
+def test_odd_headers_of_a_file(outcome, no_pauses, monkeypatch, tmp_path, header, operation):
     texts = []
     for number, value in enumerate(VALUES):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / str(number)))
@@ -153,7 +159,7 @@ def _bomb(encoding):
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "zstd", "gzip, gzip"])
 @pytest.mark.parametrize("pattern", ["/api/", "/resolve/|/cdn/"])
-def test_answers_that_unpack_to_gigabytes(outcome, monkeypatch, pattern, encoding):
+def test_answers_that_unpack_to_gigabytes(outcome, no_pauses, monkeypatch, pattern, encoding):
     bomb = _bomb(encoding.lower() if encoding == "GZIP" else encoding)
 
     def packed(handler, status, data, headers):
