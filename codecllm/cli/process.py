@@ -5,6 +5,7 @@ Signals, and one clear line with the right exit code for every failure.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -28,6 +29,9 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _stop)
     sys.unraisablehook = partial(_send_again, sys.unraisablehook)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does by itself: texts of models hold characters that an encoding may lack.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # By hand: an error may come before typer has parsed the options.
     debug = "--debug" in sys.argv[1:2]
     if not sys.stderr.isatty() or {"--json", "--quiet", "-q"} & set(sys.argv[1:]):
