@@ -43,9 +43,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REFUSED = frozenset(
-    {"state_dict", "quantization_config", "gguf_file", "subfolder", "variant", "from_tf"}
+    [
+        *("state_dict", "quantization_config", "gguf_file", "subfolder", "variant", "from_tf"),
+        "transformers_weights",
+        # Of the functions below this one, which give them themselves.
+        *("pretrained_model_name_or_path", "return_unused_kwargs"),
+        *("config_class", "model", "run_code"),
+    ]
 )
-"""Arguments of transformers' `from_pretrained` that say where the weights are: a container does."""
+"""Arguments of transformers' `from_pretrained` that say where the weights are: a container does. And
+those that name what the load itself decides."""
 
 
 def from_pretrained(

@@ -554,7 +554,9 @@ def test_arguments_of_transformers_are_taken(container):
     for trust in (False, True):  # this container lists no code, so there is nothing to run
         model = codecllm.from_pretrained(folder, trust_remote_code=trust)
         assert type(model) is hf.LlamaForCausalLM
-    for name in ("state_dict", "quantization_config", "gguf_file", "subfolder", "variant"):
+    of_weights = ("state_dict", "quantization_config", "gguf_file", "subfolder", "variant")
+    of_ours = ("return_unused_kwargs", "pretrained_model_name_or_path", "model", "run_code")
+    for name in (*of_weights, *of_ours, "config_class", "transformers_weights"):
         with pytest.raises(UsageError, match=f"takes no {name}$"):
             codecllm.from_pretrained(folder, **{name: "x"})
 
