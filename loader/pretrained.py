@@ -51,8 +51,8 @@ _REFUSED = frozenset(
         *("config_class", "model", "run_code"),
     ]
 )
-"""Arguments of transformers' `from_pretrained` that say where the weights are: a container does. And
-those that name what the load itself decides."""
+"""Arguments of transformers' `from_pretrained` that say where the weights are, which a container
+does, or what the load itself decides."""
 
 
 def from_pretrained(
