@@ -15,7 +15,7 @@ from codecllm.formats.files import as_path
 from codecllm.formats.manifest.manifest import BASELINE_NAME, Manifest
 from codecllm.formats.manifest.records import AliasTensor, Int8Tensor, RawTensor, TensorRecord
 from codecllm.formats.shards.side_tensors import scale_bytes
-from codecllm.hub import check_endpoint, open_remote, resolve
+from codecllm.hub import check_environment, open_remote, resolve
 from codecllm.verifier.baseline.baseline import describe_agreement
 from codecllm.verifier.baseline.record import parse_baseline
 
@@ -54,7 +54,7 @@ def describe_name(
         FormatError: manifest, headers, sizes or sha256 do not agree.
     """
     check_arguments(revision=revision, token=token)
-    check_endpoint()
+    check_environment()
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if as_path(name, "container").exists() or HF_HUB_OFFLINE:

@@ -1,6 +1,6 @@
 """A name or a folder -> local files, and back. The only room that talks to the network."""
 
-from codecllm.hub.failures import check_endpoint
+from codecllm.hub.failures import check_environment
 from codecllm.hub.remote import RemoteContainer, open_remote
 from codecllm.hub.resolve import ModelFiles, resolve
 from codecllm.hub.upload import BaseModel, Upload, check_login, read_base_model, upload_container
@@ -10,7 +10,7 @@ __all__ = [
     "ModelFiles",
     "RemoteContainer",
     "Upload",
-    "check_endpoint",
+    "check_environment",
     "check_login",
     "open_remote",
     "read_base_model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
@@ -18,14 +19,24 @@ _OF_NAMES = (
     *(errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR),
 )
+_SECONDS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+_NUMBER = re.compile("[0-9]{1,6}")
 _LOG_IN = "log in ('hf auth login') or set HF_TOKEN"
 
 
-def check_endpoint() -> None:
-    """Raises HubError where HF_ENDPOINT is no URL.
+def check_environment() -> None:
+    """Raises HubError where HF_ENDPOINT is no URL, or a limit of time no number of seconds.
 
     Importing huggingface_hub, or transformers, would raise a ValueError that does not name it.
     """
+    for name in _SECONDS:
+        text = os.environ.get(name, "0")
+        if not _NUMBER.fullmatch(text):
+            raise HubError(
+                f"{name} is no number of seconds",
+                got=ascii(text)[:200],
+                expected="a whole number below 1,000,000",
+            )
     endpoint = os.environ.get("HF_ENDPOINT", "")
     try:
         urlsplit(endpoint)

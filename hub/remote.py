@@ -23,7 +23,7 @@ from codecllm.formats.shards.consistency import check_shard_header
 from codecllm.formats.shards.safetensors_header import PREFIX_BYTES, ShardHeader, parse_header
 from codecllm.hub.bounds import COMMIT
 from codecllm.hub.entries import RemoteEntry, compare_entries, read_entries
-from codecllm.hub.failures import check_endpoint, one_line_errors
+from codecllm.hub.failures import check_environment, one_line_errors
 from codecllm.hub.resolve import check_repo_id, listed_names
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RemoteRepository:
         """
         check_repo_id(name)
         check_arguments(revision=revision, token=token)
-        check_endpoint()
+        check_environment()
         from huggingface_hub import HfApi, constants
 
         self.name = name

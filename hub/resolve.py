@@ -23,7 +23,7 @@ from codecllm.formats.manifest.manifest import CODE_SUFFIX, INDEX_NAME, MANIFEST
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.bounds import COMMIT
 from codecllm.hub.entries import compare_entries, read_entries
-from codecllm.hub.failures import check_endpoint, one_line_errors
+from codecllm.hub.failures import check_environment, one_line_errors
 from codecllm.hub.kinds import file_kind
 from codecllm.hub.source_files import fetch_source
 
@@ -91,7 +91,7 @@ def resolve(
     folder = as_path(name_or_path, "model")
     check_arguments(revision=revision, token=token, cache_dir=cache_dir)
     choice(get_args(Kind))(kind, "kind")
-    check_endpoint()  # a local model too: transformers asks huggingface_hub
+    check_environment()  # a local model too: transformers asks huggingface_hub
     if folder.exists():
         if revision is not None:
             raise UsageError("a revision goes with a Hub id, not with a local folder", got=revision)

@@ -19,7 +19,7 @@ from codecllm.formats.files import SafeFile, read_file
 from codecllm.formats.manifest.manifest import BASELINE_NAME, INDEX_NAME, MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.entries import compare_contents, compare_entries, holds, read_entries
-from codecllm.hub.failures import check_endpoint, one_line_errors
+from codecllm.hub.failures import check_environment, one_line_errors
 from codecllm.hub.remote import RemoteRepository
 from codecllm.hub.resolve import check_repo_id, listed_names
 
@@ -78,7 +78,7 @@ def read_base_model(repo: str, *, token: str | bool | None = None) -> BaseModel:
     """
     check_repo_id(repo)
     check_arguments(token=token)
-    check_endpoint()
+    check_environment()
     from huggingface_hub import HfApi
 
     with one_line_errors(repo):
@@ -110,7 +110,7 @@ def check_login(repo: str, *, token: str | bool | None = None) -> None:
     """
     check_repo_id(repo)
     check_arguments(token=token)
-    check_endpoint()
+    check_environment()
     from huggingface_hub import HfApi
 
     if "/" not in repo:

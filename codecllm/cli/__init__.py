@@ -6,6 +6,7 @@ network, 5 unsafe.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -18,10 +19,15 @@ def main() -> None:
     _require_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)
-    # The order of these imports is the order of the commands in --help.
-    from codecllm.cli import converting, checking, reading  # noqa: F401, I001
-    from codecllm.cli.process import main as run
+    from codecllm.formats.errors import CodecLLMError
 
+    try:
+        # The order of these imports is the order of the commands in --help.
+        from codecllm.cli import converting, checking, reading  # noqa: F401, I001
+        from codecllm.cli.process import main as run
+    except CodecLLMError as exc:  # a variable of the environment, which the import obeys
+        _say(type(exc).__name__, str(exc), exc.exit_code)
+        sys.exit(exc.exit_code)
     run()
 
 
@@ -43,11 +49,15 @@ def _require_streams() -> None:
 
 def _quit(number: int, frame: object) -> None:
     """Ends the process while modules are imported: there is nothing to clean up yet."""
-    message = f"stopped by {signal.Signals(number).name}"
-    if "--json" in sys.argv[1:]:
-        facts = f'{{"error": "Interrupted", "message": "{message}", "exit_code": {128 + number}}}\n'
-        os.write(1, facts.encode())
-    else:
-        os.write(2, f"error: {message}\n".encode())
+    _say("Interrupted", f"stopped by {signal.Signals(number).name}", 128 + number)
     # `_exit`: handlers of half-imported modules must not run. 128 + number, as in a shell.
     os._exit(128 + number)
+
+
+def _say(error: str, message: str, code: int) -> None:
+    """Writes a failure before the commands are there: one line, or with --json one object."""
+    if "--json" in sys.argv[1:]:
+        facts = {"error": error, "message": message, "exit_code": code}
+        os.write(1, f"{json.dumps(facts)}\n".encode())
+    else:
+        os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))

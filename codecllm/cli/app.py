@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from codecllm import FORMAT_VERSION, __version__
-from codecllm.hub import check_endpoint
+from codecllm.hub import check_environment
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,11 +23,11 @@ app = typer.Typer(
 
 
 class Command(TyperCommand):
-    """A command that refuses a wrong HF_ENDPOINT: behind its options, so that its help works."""
+    """A command that refuses wrong variables of the Hub: behind its options, so that help works."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
-        check_endpoint()  # before it imports the libraries that read the variable
+        check_environment()  # before it imports the libraries that read them
         return super().invoke(ctx)
 
 

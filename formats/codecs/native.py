@@ -11,6 +11,8 @@ import os
 import warnings
 from types import ModuleType
 
+from codecllm.formats.errors import UsageError, shown
+
 _SETTING = os.environ.get("CODECLLM_NATIVE", "")
 _INTERFACE = 3
 """Of the core's functions; native/module.c has the same number."""
@@ -36,7 +38,14 @@ def _load() -> ModuleType | None:
         )
         return None
     if _SETTING:
-        _native.use(_SETTING)
+        try:
+            _native.use(_SETTING)
+        except ValueError as exc:
+            raise UsageError(
+                "CODECLLM_NATIVE names no kernels that this machine can run",
+                got=shown(_SETTING),
+                expected=", ".join(("0", *_native.kernels())),
+            ) from exc
     return _native
 
 

@@ -125,7 +125,24 @@ def test_wrong_options_are_said_before_the_endpoint(run):
 
 
 @pytest.mark.parametrize("function", [resolve, open_remote, read_base_model, check_login])
-def test_functions_check_the_endpoint(function, monkeypatch):
+def test_functions_check_the_environment(function, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", NO_URL)
     with pytest.raises(HubError, match="HF_ENDPOINT is no URL"):
         function("user/name")
+
+
+@pytest.mark.parametrize("text", ["abc", "", "-1", "1.5", "1e3", "9" * 20])
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
+def test_limits_of_time_are_whole_numbers(monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(HubError, match=f"{name} is no number of seconds"):
+        resolve("user/name")
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "compare"])
+def test_a_limit_of_time_that_is_none(container, lossless, run, command):
+    more = {"compare": [lossless]}
+    done = run(command, container, *more.get(command, []), HF_HUB_DOWNLOAD_TIMEOUT="abc")
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: HF_HUB_DOWNLOAD_TIMEOUT is no number of seconds, got 'ab")
+    assert len(done.stderr.splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -110,6 +111,32 @@ def test_the_environment_chooses_the_kernels():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout == "portable kernels\n"
+
+
+@pytest.mark.skipif(native.core is None, reason="the native core is not built here")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_kernels_that_are_not_there_end_a_command_in_one_line(as_json):
+    """Before its options are read: the package obeys the variable when it is imported."""
+    command = [sys.executable, "-m", "codecllm", "info", "out", *(["--json"] if as_json else [])]
+    environment = {**os.environ, "CODECLLM_NATIVE": "none\udcff"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    words = "CODECLLM_NATIVE names no kernels that this machine can run, got 'none"
+    if as_json:
+        assert not done.stderr
+        facts = json.loads(done.stdout)
+        assert (facts["error"], facts["exit_code"]) == ("UsageError", 2)
+        assert facts["message"].startswith(words)
+    else:
+        assert done.stderr.startswith(f"error: {words}")
+        assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.skipif(native.core is None, reason="the native core is not built here")
+def test_kernels_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(native, "_SETTING", "none")
+    with pytest.raises(UsageError, match=r"CODECLLM_NATIVE names no kernels.*portable"):
+        native._load()
 
 
 def test_cores_and_memory_of_other_systems(monkeypatch):
