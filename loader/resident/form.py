@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from codecllm.formats.errors import UsageError
 
@@ -178,12 +179,14 @@ def refuse_graphs(form: WeightForm) -> None:
     There a form is found by a number, or a kernel was chosen for the inputs of the trace.
 
     Raises:
-        UsageError: `torch.export` or `torch.jit.trace` runs.
+        UsageError: `torch.export`, `torch.jit.trace` or `make_fx` runs; the latter is in
+            `torch.func.linearize`, too, and keeps memory into which other weights are decoded.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    is_kept = form.kind != "int8" and get_proxy_mode() is not None and not form.in_compiler
+    if is_kept or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise UsageError(
             "a graph cannot hold weights that stay coded: call model.dequantize() before "
-            "torch.export or torch.jit.trace",
+            "torch.export, torch.jit.trace or torch.func.linearize",
             tensor=form.name or None,
         )
 

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
@@ -122,6 +123,25 @@ def test_an_export_is_refused_until_the_weights_are_plain(container, resident):
         model.dequantize()
         exported = torch.export.export(layer, (inputs,)).module()
         torch.testing.assert_close(exported(inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # of torch's own tracer
+def test_a_traced_product_is_refused_or_stays_that_of_its_layer(container):
+    """The memory of one layer's values is that of the next one's where weights stay compressed."""
+    for resident in CODED:
+        model = from_pretrained(container("llama", "int8"), resident=resident, dtype=torch.float32)
+        layer, other = (model.model.layers[n].mlp.up_proj for n in (0, 1))
+        inputs = torch.linspace(-1, 1, 128).view(2, 64)
+        if resident == "compressed":
+            for trace in (make_fx(layer), lambda x, f=layer: torch.func.linearize(f, x)):
+                with pytest.raises(UsageError, match=r"up_proj.*model\.dequantize\(\)"):
+                    trace(inputs)
+            continue
+        traced = make_fx(layer)(inputs)
+        _, tangent = torch.func.linearize(layer, inputs)
+        other(inputs)
+        assert torch.equal(traced(inputs), layer(inputs))
+        torch.testing.assert_close(tangent(2 * inputs), layer(2 * inputs))
 
 
 def test_saved_graphs_find_no_weight_of_another_process():
