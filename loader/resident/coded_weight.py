@@ -70,17 +70,7 @@ class CodedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the handlers of `operations.py`, for all other functions the function itself."""
-        handler = ABOVE_AUTOGRAD.get(func)
-        is_direct = False
-        for argument in (*args, *(kwargs or {}).values()):
-            if isinstance(argument, CodedWeight):
-                if argument._cell.dense is not None:
-                    settle(argument)  # mostly no CodedWeight any more
-                is_direct = is_direct or isinstance(argument, CodedWeight)
-        if handler is not None and is_direct:
-            return handler(func, *args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return _again_if_settled(_call_function, func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without a class
@@ -90,18 +80,7 @@ class CodedWeight(torch.Tensor):
 
         All else reads decoded values.
         """
-        kwargs = kwargs or {}
-        handler = BELOW_AUTOGRAD.get(func)
-        if handler is not None:
-            result = handler(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        decomposed = func.decompose(*args, **kwargs)
-        if decomposed is not NotImplemented:
-            return decomposed
-        if _makes_views(func) and isinstance(args[0], CodedWeight):
-            return _views_of(args[0], func, args, kwargs)
-        return _run_decoded(func, args, kwargs)
+        return _again_if_settled(_call_operator, func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Tells a compiler of the tensors in it: those of the form, or the plain one."""
@@ -176,6 +155,50 @@ class CodedWeight(torch.Tensor):
         return self._read_copy.__reduce_ex__(protocol)
 
 
+def _again_if_settled(call: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls once more where another thread's first write made an argument plain meanwhile."""
+    before = _coded_arguments(args, kwargs)
+    try:
+        return call(func, args, kwargs)
+    except AttributeError:  # a plain parameter has neither cell nor views
+        if _coded_arguments(args, kwargs) == before:
+            raise
+    return call(func, args, kwargs)
+
+
+def _coded_arguments(args: Any, kwargs: dict[str, Any]) -> int:
+    values = (*args, *kwargs.values())
+    return sum(isinstance(value, CodedWeight) for value in values)
+
+
+def _call_function(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    handler = ABOVE_AUTOGRAD.get(func)
+    is_direct = False
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, CodedWeight):
+            if argument._cell.dense is not None:
+                settle(argument)  # mostly no CodedWeight any more
+            is_direct = is_direct or isinstance(argument, CodedWeight)
+    if handler is not None and is_direct:
+        return handler(func, *args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _call_operator(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    handler = BELOW_AUTOGRAD.get(func)
+    if handler is not None:
+        result = handler(func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    decomposed = func.decompose(*args, **kwargs)
+    if decomposed is not NotImplemented:
+        return decomposed
+    if _makes_views(func) and isinstance(args[0], CodedWeight):
+        return _views_of(args[0], func, args, kwargs)
+    return _run_decoded(func, args, kwargs)
+
+
 def coded(form: WeightForm, dtype: torch.dtype, device: torch.device) -> CodedWeight:
     """Returns a weight of its own with the values of a form: `dtype` on `device`."""
     return _wrap(Cell(form, dtype, device), (), torch.empty(form.shape, dtype=dtype, device="meta"))
@@ -236,7 +259,8 @@ def settle(weight: torch.Tensor, replacement: torch.Tensor | None = None) -> boo
     if has_history(weight):
         return False
     if replacement is None:
-        assert isinstance(weight, CodedWeight)
+        if not isinstance(weight, CodedWeight):  # another thread has done it
+            return True
         with torch.no_grad():
             replacement = cut(weight._cell.become_dense(), weight._views)
     is_param = isinstance(weight, nn.Parameter)

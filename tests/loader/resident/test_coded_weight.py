@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, prune
 from codecllm.formats.errors import UsageError
 from codecllm.loader.resident import coded_weight
 from codecllm.loader.resident.cell import Cell
-from codecllm.loader.resident.coded_weight import CodedWeight
+from codecllm.loader.resident.coded_weight import CodedWeight, settle, write
 from codecllm.loader.resident.handlers import BELOW_AUTOGRAD
 from tests.loader.resident import spawned
 from tests.loader.resident.cases import COLS, ROWS
@@ -276,6 +276,25 @@ def test_first_writes_of_several_threads_are_all_done(case, monkeypatch):
         list(pool.map(change, range(4)))
     expected[:4] *= 2
     assert torch.equal(weight, expected)
+
+
+def test_a_read_beside_another_threads_first_write(case, monkeypatch):
+    """The weight becomes plain while a product looks at it."""
+    weight, calls = case.weight(), []
+    matrix = CodedWeight.matrix.fget
+
+    def written_meanwhile(tensor):
+        if not calls:
+            calls.append(None)
+            write(weight, "was written to").mul_(2)
+            assert settle(weight)
+        return matrix(tensor)
+
+    monkeypatch.setattr(CodedWeight, "matrix", property(written_meanwhile))
+    with torch.no_grad():
+        got = functional.linear(INPUTS, weight)
+    assert calls and type(weight) is nn.Parameter
+    assert torch.equal(got, functional.linear(INPUTS, case.plain() * 2))
 
 
 def test_an_alias_that_was_made_before_sees_the_write(case):
