@@ -117,7 +117,11 @@ class WeightForm(ABC):
         By default the compiler sees nothing: the facts are a number that finds this form, and
         products are one opaque operation each.
         """
-        return {"anchor": torch.empty(0, dtype=torch.uint8, device="cpu")}, (number_of(self),)
+        anchor = _anchors.get(self)
+        if anchor is None:
+            # With memory, by which tools tell weights apart: tied ones share a form.
+            anchor = _anchors[self] = torch.empty(1, dtype=torch.uint8, device="cpu")
+        return {"anchor": anchor}, (number_of(self),)
 
     @classmethod
     def from_parts(cls, tensors: dict[str, torch.Tensor], facts: tuple[Any, ...]) -> WeightForm:
@@ -183,7 +187,8 @@ def refuse_graphs(form: WeightForm) -> None:
             `torch.func.linearize`, too, and keeps memory into which other weights are decoded.
     """
     is_kept = form.kind != "int8" and get_proxy_mode() is not None and not form.in_compiler
-    if is_kept or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    is_left = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if is_kept or is_left:
         raise UsageError(
             "a graph cannot hold weights that stay coded: call model.dequantize() before "
             "torch.export, torch.jit.trace or torch.func.linearize",
@@ -202,6 +207,7 @@ def number_of(form: WeightForm) -> int:
     return number
 
 
+_anchors: weakref.WeakKeyDictionary[WeightForm, torch.Tensor] = weakref.WeakKeyDictionary()
 _numbers_of: weakref.WeakKeyDictionary[WeightForm, int] = weakref.WeakKeyDictionary()
 
 

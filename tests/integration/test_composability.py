@@ -8,9 +8,11 @@ import sys
 from contextlib import redirect_stderr
 
 import accelerate
+import huggingface_hub
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -311,3 +313,19 @@ def test_progress_bar_is_drawn_where_asked(container, monkeypatch, progress, wor
     assert words in stderr.getvalue()
     assert "Loading weights" not in stderr.getvalue()
     assert bool(stderr.getvalue()) == progress
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_untied", "t5"])
+@pytest.mark.parametrize("resident", CODED)
+def test_the_hubs_library_saves_decoded_values_and_tied_ones_once(
+    tmp_path, container, resident, name
+):
+    model = from_pretrained(container(name, "int8"), resident=resident)
+    plain = from_pretrained(container(name, "int8"), resident="dense")
+    saved = []
+    for number, one in enumerate((model, plain)):
+        huggingface_hub.save_torch_state_dict(one.state_dict(), tmp_path / str(number))
+        saved.append(load_file(tmp_path / str(number) / "model.safetensors"))
+    assert saved[0].keys() == saved[1].keys()
+    for key, value in saved[1].items():
+        assert torch.equal(saved[0][key], value), key
