@@ -324,6 +324,7 @@ def test_the_hubs_library_saves_decoded_values_and_tied_ones_once(
     plain = from_pretrained(container(name, "int8"), resident="dense")
     saved = []
     for number, one in enumerate((model, plain)):
+        (tmp_path / str(number)).mkdir()
         huggingface_hub.save_torch_state_dict(one.state_dict(), tmp_path / str(number))
         saved.append(load_file(tmp_path / str(number) / "model.safetensors"))
     assert saved[0].keys() == saved[1].keys()
