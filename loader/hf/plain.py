@@ -59,11 +59,11 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
         Exception: transformers cannot load the model; the type is any.
     """
     _refuse_path(folder)
-    _check_weight_files(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         # transformers would apply it where peft is installed. Below a file it finds none.
         options["adapter_kwargs"] = {"subfolder": "config.json"}
     config = read_config(folder)
+    _check_weight_files(folder, getattr(config, "transformers_weights", None))
     with silenced():
         cls = model_class(config, partial(_described, folder))
         _check_size(cls, config, folder)
@@ -167,15 +167,24 @@ def _refuse_path(folder: Path) -> None:
         ) from exc
 
 
-def _check_weight_files(folder: Path) -> None:
-    """Refuses weight files that safetensors must not open: for a pipe it waits for ever."""
+def _check_weight_files(folder: Path, explicit: Any) -> None:
+    """Refuses weight files that safetensors must not open: for a pipe it waits for ever.
+
+    Args:
+        folder: the model's.
+        explicit: what its config names as the weights, a file or an index, if that is text.
+    """
     names = {path.name for path in folder.glob("*.safetensors")}
-    for index in folder.glob("*.index*.json"):
+    indexes = [*folder.glob("*.index*.json")]
+    if isinstance(explicit, str):
+        names.add(explicit)
+        indexes.append(folder / explicit)
+    for index in indexes:
         names |= _indexed(index)
     for name in sorted(names):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
-            raise UnsafePathError("the index names a file of another folder", got=shown(name))
+            raise UnsafePathError("the weights lie in another folder", got=shown(name))
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise UnsafePathError("not a regular file", file=shown(name)[1:-1])
 

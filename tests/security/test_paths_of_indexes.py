@@ -99,7 +99,19 @@ def test_a_plain_model_takes_files_of_its_folder(two):
         write(name)
         with pytest.raises(UnsafePathError, match="another folder"):
             load_plain(source)
-    (source / INDEX).unlink()
+    (source / "sub").mkdir()
+    (source / INDEX).rename(source / "sub" / INDEX)  # its names are those of /dev/zero
+    os.mkfifo(source / "sub" / "pipe.safetensors")
+    config = json.loads((source / "config.json").read_bytes())
+    for name, words in (
+        (f"sub/{INDEX}", "another folder"),
+        ("sub/pipe.safetensors", "not a regular file"),
+        ("../pipe.safetensors", "another folder"),
+    ):
+        (source / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+        with pytest.raises(UnsafePathError, match=words):
+            load_plain(source)
+    (source / "config.json").write_text(json.dumps(config))
     os.mkfifo(weights)
     with pytest.raises(UnsafePathError, match="not a regular file"):
         load_plain(source)
