@@ -9,7 +9,7 @@ import pytest
 from codecllm.bench import BenchOptions, bench
 from codecllm.converter import convert
 from codecllm.formats.errors import FormatError, UsageError
-from tests.cli.test_cli import run
+from tests.cli.forks import run
 from tests.integration import tiny_models
 from tests.tampering import copy_of
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from codecllm.cli.options import parse_size
 from codecllm.formats.errors import UsageError
 from tests import tampering
+from tests.cli.forks import run
 
 COMMANDS = (
     "convert",
@@ -34,14 +35,6 @@ COMMANDS = (
     "doctor",
     "sign",
 )
-
-
-def run(*arguments, cwd=None):
-    """Runs the command line as a process."""
-    command = [sys.executable, "-m", "codecllm", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=240, cwd=cwd
-    )
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +99,10 @@ def test_root_help_lists_the_commands_and_exit_codes():
     done = run("--help")
     assert all(command in done.stdout for command in COMMANDS)
     assert "Exit codes" in done.stdout
-    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.3\n", run("--version").stdout)
+    done = subprocess.run(
+        [sys.executable, "-m", "codecllm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"codecllm \d+\.\d+\.\d+, container format 1\.3\n", done.stdout)
 
 
 def test_codec_rans(container, source, tmp_path):
