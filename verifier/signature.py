@@ -8,16 +8,11 @@ services rewrite, are left out; whatever else a signature leaves out counts as a
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from codecllm.converter.write.signals import signals_wait
 from codecllm.formats.arguments.check import check_arguments
 from codecllm.formats.arguments.inputs import check_input
 from codecllm.formats.arguments.outputs import check_output
@@ -34,6 +29,7 @@ from codecllm.formats.machine import cores
 from codecllm.formats.manifest.manifest import MANIFEST_NAME, Manifest
 from codecllm.formats.manifest.unlisted import NEVER_LISTED, unlisted_names
 from codecllm.verifier.checks.integrity import check_checksums, check_structure
+from codecllm.verifier.own_folder import own_folder
 from codecllm.verifier.report import Stage
 
 _LEFT_OUT = sorted(NEVER_LISTED - {MANIFEST_NAME})
@@ -99,8 +95,8 @@ def sign(
     _check_entries(folder, from_hub=False)
     # In a new folder of this process alone: a link under a name that can be guessed would lead the
     # library's write elsewhere.
-    with _own_folder(path.parent) as own_folder:
-        partial = own_folder / path.name
+    with own_folder(path.parent) as folder_of_ours:
+        partial = folder_of_ours / path.name
         config.set_hashing_config(_hashing(library, _LEFT_OUT)).sign(folder, partial)
         with open(partial, "rb") as file:
             # Before the rename, which could otherwise reach the disk before the bytes.
@@ -230,28 +226,6 @@ def check_signature(
             f"the signature does not hold: {one_line(exc) or type(exc).__name__}", file=str(path)
         ) from exc
     stage.summary = f"every file is as it was signed by {signer}"
-
-
-@contextmanager
-def _own_folder(parent: Path) -> Iterator[Path]:
-    """Makes a folder that is removed in any case; a signal waits while it is made or removed."""
-    folder: str | None = None
-    try:
-        with signals_wait():
-            folder = tempfile.mkdtemp(dir=parent, prefix=".codecllm-")
-        yield Path(folder)
-    finally:
-        with signals_wait():
-            if folder is not None:
-                _remove(folder)
-
-
-def _remove(folder: str) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as exc:
-        exc.add_note(f"{folder} could not be removed")
-        raise
 
 
 def _library() -> Any:
