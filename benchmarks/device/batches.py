@@ -35,6 +35,7 @@ CONTAINERS = {
     "lossless": ("--scheme", "lossless"),
     "int8": ("--scheme", "int8"),
     "4.5 bits": ("--bits", "4.5", "--calibrate", "none"),
+    "3 bits": ("--bits", "3", "--calibrate", "none"),
     "lossless, 32 KiB": ("--scheme", "lossless", "--chunk-kib", "32"),
     "int8, 32 KiB": ("--scheme", "int8", "--chunk-kib", "32"),
 }
@@ -47,7 +48,13 @@ CASES = (
     ("lossless, 32 KiB", "compressed"),
     ("int8, 32 KiB", "compressed"),
 )
-EXPERTS = (("int8", "packed"), ("int8", "int8"))
+EXPERTS = (
+    ("int8", "dense"),
+    ("int8", "int8"),
+    ("int8", "packed"),
+    ("4.5 bits", "packed"),
+    ("3 bits", "packed"),
+)
 _MACHINE = Machine(torch.device("cuda"), small=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ class CodeStack(Stack):
     def __init__(self, names: Names, matrix: ExpertCodes) -> None:
         """Keeps the tensors, not copies of them."""
         self.names, self.matrix = names, matrix
-        super().__init__([_expert(names[n], matrix, n) for n in range(len(matrix.codes))])
+        super().__init__([_expert(names[n], matrix, n) for n in range(len(matrix.scale))])
 
     @property
     def nbytes(self) -> int:
@@ -46,15 +46,15 @@ class CodeStack(Stack):
         """Returns codes and scales on a device."""
         if self.matrix.codes.device == device:
             return self
-        held = {name: tensor.to(device) for name, tensor in self.held_tensors().items()}
-        return _restored(self.names, held)
+        tensors = {name: tensor.to(device) for name, tensor in self.held_tensors().items()}
+        return _restored(self.names, tensors)
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
         """Returns codes, scales, and scales of columns if there are any."""
-        held = {"codes": self.matrix.codes, "scale": self.matrix.scale}
+        tensors = {"codes": self.matrix.codes, "scale": self.matrix.scale}
         if self.matrix.col_scale is not None:
-            held["col_scale"] = self.matrix.col_scale
-        return held
+            tensors["col_scale"] = self.matrix.col_scale
+        return tensors
 
     def __reduce__(self) -> Any:
         return _restored, (self.names, self.held_tensors())
@@ -67,20 +67,15 @@ def joined_codes(form: WeightForm | None) -> CodeStack | None:
         None where it is no stack, or some codes have other sizes than 8 bits, or its matrices have
         parts of unlike rows, or scales of columns in part only.
     """
-    if not isinstance(form, Stack) or isinstance(form, CodeStack):
-        return form if isinstance(form, CodeStack) else None
-    experts = [_parts_of(member) for member in form.parts_of]
+    if isinstance(form, CodeStack):
+        return form
+    experts = parts_of_experts(form, _has_bytes)
+    if experts is None:
+        return None
     parts = len(experts[0])
-    every = [part for expert in experts for part in expert]
-    if not all(map(_has_bytes, every)) or any(len(expert) != parts for expert in experts):
-        return None
-    if len({part.shape for part in every}) != 1:
-        return None
-    columns = [part.matrix.col_scale is not None for part in every]
-    if any(columns) != all(columns):
-        return None
-    rows, cols = every[0].shape
-    device = next(iter(every[0].held_tensors().values())).device
+    has_columns = experts[0][0].matrix.col_scale is not None
+    rows, cols = experts[0][0].shape
+    device = experts[0][0].matrix.scale.device
     codes = torch.empty(len(experts), parts * rows, cols, dtype=torch.int8, device=device)
     scale = torch.empty(len(experts), parts * rows, dtype=torch.float32, device=device)
     col_scale = codes.new_empty(len(experts), parts, cols, dtype=torch.float32)
@@ -89,10 +84,35 @@ def joined_codes(form: WeightForm | None) -> CodeStack | None:
             place = slice(index * rows, (index + 1) * rows)
             codes[n, place] = _codes_of(part)
             scale[n, place] = part.matrix.scale
-            if all(columns):
+            if has_columns:
                 col_scale[n, index] = part.matrix.col_scale
-    matrix = ExpertCodes(codes, scale, col_scale if all(columns) else None)
+    matrix = ExpertCodes(codes, scale, col_scale if has_columns else None)
     return CodeStack([[part.name for part in expert] for expert in experts], matrix)
+
+
+def parts_of_experts(
+    form: WeightForm | None, fits: Callable[[WeightForm], bool]
+) -> list[list[Any]] | None:
+    """Returns the matrices of each expert of a stack, one below the other.
+
+    Args:
+        form: the stack.
+        fits: whether a matrix can be joined with others; it has scales then.
+
+    Returns:
+        None where it is no stack of other matrices, or one does not fit, or they have parts of
+        unlike rows, or scales of columns in part only.
+    """
+    if not isinstance(form, Stack):
+        return None
+    experts = [_parts_of(member) for member in form.parts_of]
+    every = [part for expert in experts for part in expert]
+    if not all(map(fits, every)) or len({len(expert) for expert in experts}) != 1:
+        return None
+    if len({part.shape for part in every}) != 1:
+        return None
+    columns = [part.matrix.col_scale is not None for part in every]
+    return None if any(columns) != all(columns) else experts
 
 
 def _parts_of(form: WeightForm) -> list[Any]:
@@ -129,7 +149,8 @@ def _expert(names: Sequence[str], matrix: ExpertCodes, number: int) -> WeightFor
 
 
 def _restored(names: Names, tensors: dict[str, torch.Tensor]) -> CodeStack:
-    return CodeStack(names, ExpertCodes(**tensors))
+    matrix = ExpertCodes(tensors["codes"], tensors["scale"], tensors.get("col_scale"))
+    return CodeStack(names, matrix)
 
 
 torch.serialization.add_safe_globals([_restored])

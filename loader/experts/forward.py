@@ -15,6 +15,7 @@ from torch import nn
 from codecllm.loader.device.codecs import why_no_kernels
 from codecllm.loader.device.streams import is_accelerator
 from codecllm.loader.experts.code_stack import CodeStack, joined_codes
+from codecllm.loader.experts.plane_stack import PlaneStack, joined_planes
 from codecllm.loader.hf import experts as hf
 from codecllm.loader.resident.cell import Cell
 from codecllm.loader.resident.coded_weight import CodedWeight
@@ -48,7 +49,7 @@ def join_experts(module: nn.Module) -> list[str]:
     cells = _cells(module)
     if cells is None or not all(cell.dtype in _DTYPES and runs_on(cell.device) for cell in cells):
         return []
-    stacks = [joined_codes(cell.form) for cell in cells]
+    stacks = [joined_codes(cell.form) or joined_planes(cell.form) for cell in cells]
     whole = [stack for stack in stacks if stack is not None]
     if len(whole) < len(cells):
         return []
@@ -87,7 +88,7 @@ def experts_forward(
 
 def _stacks(
     module: Any, inputs: torch.Tensor, shares: torch.Tensor
-) -> tuple[CodeStack, CodeStack] | None:
+) -> tuple[CodeStack | PlaneStack, CodeStack | PlaneStack] | None:
     """Returns the weights of a layer if the kernel can take this call."""
     if torch.is_grad_enabled() and (inputs.requires_grad or shares.requires_grad):
         return None
@@ -98,9 +99,9 @@ def _stacks(
         return None
     forms = []
     for cell in cells:
-        if cell.dtype != inputs.dtype or not isinstance(cell.form, CodeStack):
+        if cell.dtype != inputs.dtype or not isinstance(cell.form, CodeStack | PlaneStack):
             return None
-        if cell.form.matrix.codes.device != inputs.device:
+        if cell.form.matrix.scale.device != inputs.device:
             return None
         forms.append(cell.form)
     return forms[0], forms[1]

@@ -1,4 +1,4 @@
-"""Products with experts' int8 weights on a GPU: each input with those of the experts it chose.
+"""Products with experts' coded weights on a GPU: each input with those of the experts it chose.
 
 Inputs are gathered in blocks by their expert. How many blocks there are depends on the number of
 inputs alone, and what was chosen is never read back: a CUDA graph can record it. Rounding is that
@@ -7,14 +7,15 @@ of `int8_linear`; inputs that have scales of columns are rounded once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
-from codecllm.loader.kernels.expert_codes import ExpertCodes
+from codecllm.loader.kernels.expert_codes import ENTRY_ROWS, ExpertCodes, ExpertPlanes
+from codecllm.loader.kernels.expert_planes import unpack
 from codecllm.loader.kernels.on_device import on_device_of
 
 FEW = 32
@@ -22,6 +23,11 @@ FEW = 32
 
 _LEAST, _MOST = 16, 64
 _WARPS = 4
+_TAKEN = 64
+"""Codes beyond 8 bits that a step of the kernel adds."""
+
+SCRATCH_BYTES = 256 << 20
+"""Most bytes of codes that are unpacked at once, beside those of one expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class Blocks:
         start: int64 [blocks]: place of its first choice in `order`.
         stop: int64 [blocks]: place behind its last one.
         size: most choices of a block for which the kernel has room.
+        slot: int64 [blocks]: place of the expert's codes.
+        each_alone: whether each choice is a block of its own.
     """
 
     order: torch.Tensor
@@ -41,6 +49,8 @@ class Blocks:
     start: torch.Tensor
     stop: torch.Tensor
     size: int
+    slot: torch.Tensor
+    each_alone: bool = False
 
 
 def block_size(choices: int, experts: int) -> int:
@@ -52,9 +62,9 @@ def block_size(choices: int, experts: int) -> int:
 def _tile(size: int) -> tuple[int, int, int]:
     """Returns rows and columns of a step of the kernel, and its stages, for a size of blocks.
 
-    Compiled, they take at most 65 KiB of shared memory on Hopper and 51 KiB on GPUs before it.
+    Compiled, they take at most 81 KiB of shared memory on Hopper and 65 KiB on GPUs before it.
     """
-    return (32, 256, 4) if size == _LEAST else (64, 128, 3)
+    return (64, 128, 4) if size == _LEAST else (128, 128, 3)
 
 
 def make_blocks(numbers: torch.Tensor, experts: int) -> Blocks:
@@ -68,7 +78,7 @@ def make_blocks(numbers: torch.Tensor, experts: int) -> Blocks:
     choices = len(numbers)
     every = torch.arange(choices + 1, device=device)
     if choices <= FEW:
-        return Blocks(every[:-1], numbers, every[:-1], every[1:], _LEAST)
+        return Blocks(every[:-1], numbers, every[:-1], every[1:], _LEAST, numbers, each_alone=True)
     size = block_size(choices, experts)
     ordered, order = numbers.sort()
     bounds = torch.searchsorted(ordered, torch.arange(experts + 1, device=device))
@@ -79,15 +89,16 @@ def make_blocks(numbers: torch.Tensor, experts: int) -> Blocks:
     expert = found.clamp(max=experts - 1)
     start = bounds[expert] + (block - ends[expert] + counts[expert]) * size
     stop = torch.minimum(start + size, bounds[expert + 1])
-    return Blocks(order, torch.where(found < experts, expert, -1), start, stop, size)
+    expert = torch.where(found < experts, expert, -1)
+    return Blocks(order, expert, start, stop, size, expert)
 
 
 def experts_mlp(
     inputs: torch.Tensor,
     numbers: torch.Tensor,
     shares: torch.Tensor,
-    gate_up: ExpertCodes,
-    down: ExpertCodes,
+    gate_up: ExpertCodes | ExpertPlanes,
+    down: ExpertCodes | ExpertPlanes,
     activate: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Returns the weighted sums of `down(activate([gate, up]))` of the experts of each token.
@@ -104,7 +115,7 @@ def experts_mlp(
         [tokens, hidden], dtype of the inputs.
     """
     tokens, chosen = numbers.shape
-    blocks = make_blocks(numbers.reshape(-1), len(gate_up.codes))
+    blocks = make_blocks(numbers.reshape(-1), len(gate_up.scale))
     both = _products(inputs.contiguous(), gate_up, blocks, tokens * chosen)
     parts = _products(activate(both).contiguous(), down, blocks, tokens * chosen)
     each = parts.view(tokens, chosen, -1).to(torch.float32)
@@ -112,74 +123,94 @@ def experts_mlp(
 
 
 def _products(
-    inputs: torch.Tensor, matrix: ExpertCodes, blocks: Blocks, choices: int
+    inputs: torch.Tensor, matrix: ExpertCodes | ExpertPlanes, blocks: Blocks, choices: int
 ) -> torch.Tensor:
-    rows = matrix.codes.shape[1]
+    rows = matrix.scale.shape[1]
     # Choices of experts of other ranks add zeros.
     out = inputs.new_zeros(choices, rows)
-    if matrix.col_scale is None:
-        experts_linear(inputs, matrix.codes, matrix.scale, None, blocks, out)
-        return out
-    parts = matrix.col_scale.shape[1]
-    for index in range(parts):
-        part = slice(index * rows // parts, (index + 1) * rows // parts)
-        experts_linear(
-            inputs,
-            matrix.codes[:, part],
-            matrix.scale[:, part],
-            matrix.col_scale[:, index],
-            blocks,
-            out[:, part],
-        )
+    for codes, own_blocks in _unpacked(matrix, blocks):
+        for index in range(matrix.parts):
+            place = slice(index * rows // matrix.parts, (index + 1) * rows // matrix.parts)
+            experts_linear(inputs, codes.part(index), own_blocks, out[:, place])
     return out
 
 
+def _unpacked(
+    matrix: ExpertCodes | ExpertPlanes, blocks: Blocks
+) -> Iterator[tuple[ExpertCodes, Blocks]]:
+    """Gives codes of 8 bits, and the blocks that multiply with them.
+
+    Planes are unpacked: for a few choices the expert of each, else all experts that were chosen, as
+    many at a time as `SCRATCH_BYTES` hold.
+    """
+    if isinstance(matrix, ExpertCodes):
+        yield matrix, blocks
+        return
+    experts, rows = matrix.scale.shape
+    choices = len(blocks.expert)
+    if blocks.each_alone and choices < experts:
+        slots = torch.arange(choices, device=blocks.expert.device)
+        yield unpack(matrix, blocks.expert), replace(blocks, slot=slots)
+        return
+    has_choices = torch.zeros(experts + 1, dtype=torch.bool, device=blocks.expert.device)
+    has_choices.index_fill_(0, blocks.expert, True)  # none of an expert is -1, the last one here
+    step = max(1, SCRATCH_BYTES // (rows * matrix.cols))
+    for first in range(0, experts, step):
+        number = torch.arange(first, min(first + step, experts), device=has_choices.device)
+        slot = blocks.expert - first
+        inside = (slot >= 0) & (slot < len(number))
+        own_blocks = replace(blocks, expert=torch.where(inside, blocks.expert, -1), slot=slot)
+        yield unpack(matrix, torch.where(has_choices[number], number, -1)), own_blocks
+
+
 def experts_linear(
-    inputs: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    col_scale: torch.Tensor | None,
-    blocks: Blocks,
-    out: torch.Tensor,
+    inputs: torch.Tensor, matrix: ExpertCodes, blocks: Blocks, out: torch.Tensor
 ) -> None:
     """Multiplies the inputs of choices with the transposed weights of their experts.
 
     Args:
         inputs: bfloat16 or float16 [tokens, cols], contiguous: a token has as many choices, one
             behind the other, as there are choices for each token.
-        codes: int8 [experts, rows, cols]; an expert's are contiguous.
-        scale: float32 [experts, rows], an expert's contiguous.
-        col_scale: float32 [experts, cols], an expert's contiguous, or None.
+        matrix: one part.
         blocks: the choices.
         out: [choices, rows] of the inputs' dtype, a choice's contiguous. Rows of choices without an
             expert are not written.
     """
-    _, rows, cols = codes.shape
+    _, rows, cols = matrix.codes.shape
     tile_rows, tile_columns, stages = _tile(blocks.size)
+    columns, wide = matrix.col_scale, matrix.wide
     with on_device_of(inputs):
         _experts_kernel[(triton.cdiv(rows, tile_rows), len(blocks.expert))](
             inputs,
-            codes,
-            scale,
-            scale if col_scale is None else col_scale,
+            matrix.codes,
+            matrix.scale,
+            matrix.scale if columns is None else columns,
+            matrix.scale if wide is None else wide.bounds,
+            matrix.scale if wide is None else wide.places,
+            matrix.scale if wide is None else wide.values,
             out,
             blocks.order,
             blocks.expert,
+            blocks.slot,
             blocks.start,
             blocks.stop,
             rows,
             cols,
-            codes.stride(0),
-            scale.stride(0),
-            0 if col_scale is None else col_scale.stride(0),
+            matrix.codes.stride(0),
+            matrix.scale.stride(0),
+            0 if columns is None else columns.stride(0),
+            0 if wide is None else wide.bounds.stride(0),
             out.stride(0),
             len(blocks.order) // max(1, len(inputs)),
-            HAS_COLUMNS=col_scale is not None,
+            HAS_COLUMNS=columns is not None,
+            HAS_WIDE=wide is not None,
             EVEN=cols % tile_columns == 0,
             WIDENS=inputs.device.type == "cpu",
             ROWS=tile_rows,
             TOKENS=blocks.size,
             COLUMNS=tile_columns,
+            ENTRY_ROWS=ENTRY_ROWS,
+            TAKEN=_TAKEN,
             num_warps=_WARPS,
             num_stages=stages,
         )
@@ -191,9 +222,13 @@ def _experts_kernel(
     codes,
     scale,
     col_scale,
+    bounds,
+    places,
+    values,
     out,
     order,
     expert,
+    slot,
     start,
     stop,
     rows,
@@ -201,14 +236,18 @@ def _experts_kernel(
     codes_stride,
     scale_stride,
     col_stride,
+    bounds_stride,
     out_stride,
     chosen,
     HAS_COLUMNS: tl.constexpr,
+    HAS_WIDE: tl.constexpr,
     EVEN: tl.constexpr,
     WIDENS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENTRY_ROWS: tl.constexpr,
+    TAKEN: tl.constexpr,
 ):
     number = tl.load(expert + tl.program_id(1))
     last = tl.load(stop + tl.program_id(1))
@@ -218,8 +257,11 @@ def _experts_kernel(
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, COLUMNS)
         near = tl.minimum(row, rows - 1).to(tl.int64)
-        weights = codes + number * codes_stride + near[:, None] * cols + column[None, :]
-        vectors = inputs + (choice // chosen)[None, :] * cols + column[:, None]
+        base = tl.load(slot + tl.program_id(1)) * codes_stride
+        weights = codes + base + near[:, None] * cols + column[None, :]
+        of_choice = inputs + (choice // chosen)[None, :] * cols
+        vectors = of_choice + column[:, None]
+        factors = col_scale + number * col_stride
         sums = tl.zeros((ROWS, TOKENS), tl.float32)
         for first in range(0, cols, COLUMNS):
             inside = first + column < cols
@@ -230,18 +272,35 @@ def _experts_kernel(
                 code = tl.load(weights + first, mask=inside[None, :], other=0)
                 vector = tl.load(vectors + first, mask=inside[:, None], other=0.0)
             if HAS_COLUMNS:
-                factor = tl.load(
-                    col_scale + number * col_stride + first + column, mask=inside, other=0.0
-                )
+                factor = tl.load(factors + first + column, mask=inside, other=0.0)
                 vector = (vector.to(tl.float32) * factor[:, None]).to(vector.dtype)
-            if WIDENS:
-                sums = tl.dot(code.to(tl.float32), vector.to(tl.float32), sums)
-            else:
-                sums = tl.dot(code.to(vector.dtype), vector, sums)
+            sums = _add_products(sums, code, vector, WIDENS)
+        if HAS_WIDE:
+            own = bounds + number * bounds_stride + tl.program_id(0) * (ROWS // ENTRY_ROWS)
+            left = tl.cdiv(rows, ENTRY_ROWS) - tl.program_id(0) * (ROWS // ENTRY_ROWS)
+            end = tl.load(own + tl.minimum(ROWS // ENTRY_ROWS, left))
+            for begin in range(tl.load(own), end, TAKEN):
+                entry = begin + tl.arange(0, TAKEN)
+                where = tl.load(places + entry, mask=entry < end, other=0)
+                value = tl.load(values + entry, mask=entry < end, other=0)
+                mine = ((where >> 16) & 0xFFFF)[None, :] == row[:, None]
+                at = where & 0xFFFF
+                vector = tl.load(of_choice + at[:, None], mask=(entry < end)[:, None], other=0.0)
+                if HAS_COLUMNS:
+                    factor = tl.load(factors + at, mask=entry < end, other=0.0)
+                    vector = (vector.to(tl.float32) * factor[:, None]).to(vector.dtype)
+                sums = _add_products(sums, tl.where(mine, value[None, :], 0), vector, WIDENS)
         of_rows = tl.load(scale + number * scale_stride + row, mask=row < rows, other=0.0)
-        value = sums * of_rows[:, None]
+        result = sums * of_rows[:, None]
         tl.store(
             out + choice[None, :] * out_stride + row[:, None],
-            value.to(out.dtype.element_ty),
+            result.to(out.dtype.element_ty),
             mask=(row < rows)[:, None] & (place < last)[None, :],
         )
+
+
+@triton.jit
+def _add_products(sums, code, vector, WIDENS: tl.constexpr):
+    if WIDENS:
+        return tl.dot(code.to(tl.float32), vector.to(tl.float32), sums)
+    return tl.dot(code.to(vector.dtype), vector, sums)

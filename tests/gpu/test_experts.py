@@ -5,20 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codecllm.converter import convert
+import codecllm
 from codecllm.loader import from_pretrained
 from codecllm.loader.experts.code_stack import CodeStack
+from codecllm.loader.experts.plane_stack import PlaneStack
 from codecllm.loader.hf.experts import loops_over_experts
 from tests.integration import architectures
 
+RATES = {"int8": {"scheme": "int8"}, "packed": {"bits": 4.0, "calibrate": "none"}}
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
+
+@pytest.fixture(
+    scope="module",
+    params=[("qwen3_moe", "int8"), ("qwen3_moe", "packed"), ("mixtral", "int8")],
+    ids="-".join,
+)
 def model(request, tmp_path_factory):
+    name, resident = request.param
     base = tmp_path_factory.mktemp("experts")
-    source = architectures.make(request.param, base / "source")
-    convert(source, base / "c", scheme="int8", include=("*",))
+    source = architectures.make(name, base / "source")
+    codecllm.convert(source, base / "c", include=["*"], baseline=False, **RATES[resident])
     return from_pretrained(
-        base / "c", resident="int8", dtype=torch.bfloat16, device_map={"": "cuda:0"}
+        base / "c", resident=resident, dtype=torch.bfloat16, device_map={"": "cuda:0"}
     )
 
 
@@ -30,7 +38,7 @@ def _experts(model):
 @torch.inference_mode()
 def test_a_layer_gives_the_output_of_its_loop(model, tokens):
     for module in _experts(model):
-        assert all(type(weight.form) is CodeStack for weight in module.parameters())
+        assert all(type(weight.form) in (CodeStack, PlaneStack) for weight in module.parameters())
         hidden = torch.randn(tokens, module.down_proj.shape[1], device="cuda").bfloat16()
         scores = torch.rand(tokens, module.down_proj.shape[0], device="cuda")
         shares, numbers = scores.topk(2)

@@ -8,14 +8,21 @@ import pickle
 
 import pytest
 import torch
+from torch.nn import functional
 
 import codecllm
 from codecllm.loader import from_pretrained, pretrained
 from codecllm.loader.experts import forward
 from codecllm.loader.experts.code_stack import CodeStack, joined_codes
+from codecllm.loader.experts.plane_stack import PlaneStack, joined_planes
 from codecllm.loader.hf.experts import loops_over_experts
 from codecllm.loader.kernels import int8_experts
+from codecllm.loader.packed.form import PackedForm
+from codecllm.loader.packed.matrix import pack_bf16, pack_codes
+from codecllm.loader.resident.escapes import Escapes
+from codecllm.loader.resident.int8_form import Int8Form
 from codecllm.loader.resident.joined_form import Stack
+from codecllm.loader.resident.scaled_codes import ScaledCodes
 from tests.integration import architectures
 
 IDS = torch.arange(1, 8)[None]
@@ -93,8 +100,8 @@ def test_the_stack_has_the_bits_of_its_matrices(made, calls):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "runs_on", lambda device: False)
         apart = _load(made("qwen3_moe"))
-    for joined, plain in zip(_experts(model), _experts(apart), strict=True):
-        for one, other in zip(joined.parameters(), plain.parameters(), strict=True):
+    for by_kernel, in_loop in zip(_experts(model), _experts(apart), strict=True):
+        for one, other in zip(by_kernel.parameters(), in_loop.parameters(), strict=True):
             assert type(one.form) is CodeStack and type(other.form) is Stack
             assert torch.equal(one.detach() + 0, other.detach() + 0)
             assert torch.equal(one[1] + 0, other[1] + 0)
@@ -109,17 +116,75 @@ def test_the_stack_has_the_bits_of_its_matrices(made, calls):
     assert torch.equal(form.matrix.codes, _experts(model)[0].down_proj.form.matrix.codes)
 
 
-def test_codes_of_few_bits_stay_packed_and_run_in_the_loop(tmp_path, calls):
-    source = architectures.make("qwen3_moe", tmp_path / "source")
+@pytest.fixture(scope="module")
+def few_bits(tmp_path_factory):
+    """A container of Qwen3-MoE at 4 bits, whose matrices have codes beyond 8 bits too."""
+    base = tmp_path_factory.mktemp("few")
+    source = architectures.make("qwen3_moe", base / "source")
     rate = {"bits": 4.0, "calibrate": "none"}
-    codecllm.convert(source, tmp_path / "c", include=["*"], baseline=False, **rate)
-    model = _load(tmp_path / "c", "packed")
-    forms = [weight.form for module in _experts(model) for weight in module.parameters()]
-    assert forms and {type(form) for form in forms} == {Stack}
-    _logits(model)
+    codecllm.convert(source, base / "c", include=["*"], baseline=False, **rate)
+    return base / "c"
+
+
+@pytest.mark.parametrize("resident", ["packed", "int8"])
+def test_codes_of_few_bits_run_by_the_kernel(few_bits, calls, resident):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "runs_on", lambda device: False)
+        apart = _load(few_bits, resident)
+        expected = _logits(apart)
     assert not calls
-    _logits(_load(tmp_path / "c"))  # in 8 bits
-    assert len(calls) == len(_experts(model))
+    model = _load(few_bits, resident)
+    torch.testing.assert_close(_logits(model), expected, rtol=0.03, atol=0.03)
+    assert len(calls) == len(_experts(model)) > 0
+    kind = PlaneStack if resident == "packed" else CodeStack
+    for by_kernel, in_loop in zip(_experts(model), _experts(apart), strict=True):
+        for one, other in zip(by_kernel.parameters(), in_loop.parameters(), strict=True):
+            assert type(one.form) is kind and type(other.form) is Stack
+            assert torch.equal(one.detach() + 0, other.detach() + 0)
+            assert torch.equal(one[1] + 0, other[1] + 0)
+            assert torch.equal(one[2, 3:5] + 0, other[2, 3:5] + 0)
+
+
+def test_a_stack_of_planes_travels(few_bits, calls):
+    model = _load(few_bits, "packed")
+    expected = _logits(model)
+    assert torch.equal(_logits(pickle.loads(pickle.dumps(model))), expected)
+    assert torch.equal(_logits(copy.deepcopy(model)), expected)
+    form = _experts(model)[0].gate_up_proj.form
+    for part in (form, form.member(1)):
+        saved = io.BytesIO()
+        torch.save(part, saved)
+        saved.seek(0)
+        again = torch.load(saved, weights_only=True)
+        place = (torch.float32, torch.device("cpu"))
+        assert torch.equal(again.dense(*place), part.dense(*place))
+    assert form.moved(torch.device("cpu")) is form
+    assert form.moved(torch.device("meta")).matrix.scale.is_meta
+    sizes = sum(member.nbytes for member in form.parts_of)
+    assert 0 <= form.nbytes - sizes < 2 * len(form.parts_of) * 2
+
+
+def test_codes_beyond_8_bits_are_joined_and_other_matrices_stay_apart():
+    codes = torch.arange(32 * 64, dtype=torch.int16).view(32, 64) - 1000
+    narrow, escapes = codes.clamp(-127, 127).to(torch.int8), None
+    row, column = (codes != narrow).nonzero().unbind(1)
+    first = functional.pad((codes != narrow).sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    extra = (codes - narrow)[row, column].float()
+    escapes = Escapes(first, column.to(torch.int32), extra, 64)
+    scale = torch.rand(32)
+    wide = Int8Form("w", ScaledCodes(narrow, scale, None, escapes))
+    for form in (wide, PackedForm("p", pack_codes(codes, scale, None))):
+        place = (torch.float32, torch.device("cpu"))
+        assert torch.equal(
+            joined_planes(Stack([form, form])).member(1).dense(*place), form.dense(*place)
+        )
+    with_columns = Int8Form("c", ScaledCodes(narrow, scale, torch.rand(64)))
+    lossless = PackedForm("l", pack_bf16(torch.randn(32, 64).bfloat16()))
+    odd = Int8Form("o", ScaledCodes(narrow[:, :40], scale))
+    for members in ([wide, with_columns], [lossless, lossless], [odd, odd]):
+        assert joined_planes(Stack(members)) is None
+    assert joined_planes(None) is None
+    assert joined_planes(wide) is None
 
 
 def test_gradients_and_other_dtypes_run_in_the_loop(made, calls):

@@ -44,7 +44,8 @@ def test_each_choice_is_multiplied_by_its_expert(tokens, chosen, rows, cols, dty
     numbers = places[(_drawn(tokens, chosen, seed=2) * 5).long()].reshape(-1)
     out = torch.full((len(numbers), rows + 8), 7.0, dtype=dtype, device=DEVICE)
     blocks = make_blocks(numbers, EXPERTS)
-    experts_linear(inputs, codes, scale, columns, blocks, out[:, :rows])
+    matrix = ExpertCodes(codes, scale, None if columns is None else columns[:, None])
+    experts_linear(inputs, matrix, blocks, out[:, :rows])
     assert (out[:, rows:] == 7).all()
     assert (out[numbers < 0] == 7).all()
     weights = codes.double() * scale.double()[..., None]

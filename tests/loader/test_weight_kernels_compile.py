@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from codecllm.loader.kernels import assemble, dequantize, int8_experts, int8_linear
+from codecllm.loader.kernels import assemble, dequantize, expert_planes, int8_experts, int8_linear
 
 GEOMETRY = dict(rows="i32", cols="i32", tile_rows="i32", tile_cols="i32", across="i32", tall="i32",
                 wide="i32")
@@ -55,14 +55,19 @@ flags = dict(HAS_BIAS=True, EVEN=True, WIDENS=False, SPLITS=2)
 tiles = compiled(int8_linear._tiles_kernel, types, 4, **flags, **shape)
 types = PRODUCT | dict(sums="*fp32", tokens="i32")
 compiled(int8_linear._sum_kernel, types, 4, HAS_BIAS=True, SPLITS=2, BLOCK=1024)
-types = {name: "*i64" for name in ("order", "expert", "start", "stop")}
+types = {name: "*i64" for name in ("order", "expert", "slot", "start", "stop")}
 types |= {name: "i32" for name in ("rows", "cols", "chosen")}
-types |= {f"{name}_stride": "i32" for name in ("codes", "scale", "col", "out")}
+types |= {f"{name}_stride": "i32" for name in ("codes", "scale", "col", "bounds", "out")}
 types |= dict(inputs="*bf16", codes="*i8", scale="*fp32", col_scale="*fp32", out="*bf16")
-flags = dict(HAS_COLUMNS=True, EVEN=True, WIDENS=False)
-shape = dict(ROWS=32, TOKENS=16, COLUMNS=256)
+types |= dict(bounds="*i32", places="*i32", values="*i16")
+flags = dict(HAS_COLUMNS=True, HAS_WIDE=True, EVEN=True, WIDENS=False)
+shape = dict(ROWS=64, TOKENS=16, COLUMNS=128, ENTRY_ROWS=32, TAKEN=64)
 experts = compiled(int8_experts._experts_kernel, types, 4, **flags, **shape)
-print(json.dumps([plain, rows, tiles, experts]))
+types |= {f"plane{number}": "*i32" for number in range(3)}
+types |= dict(numbers="*i64", units="i32", out="*i32")
+flags = dict(BITS=7, LOW=4, UNIT=128, HAS_NEAR=True, ROWS=32, TAKEN=256)
+planes = compiled(expert_planes._unpack_kernel, types, 4, **flags)
+print(json.dumps([plain, rows, tiles, experts, planes]))
 """
 
 
@@ -77,7 +82,7 @@ def test_the_kernels_compile(target, tmp_path):
         command, capture_output=True, text=True, check=False, timeout=280, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    plain, rows, tiles, experts = json.loads(done.stdout.splitlines()[-1])
+    plain, rows, tiles, experts, planes = json.loads(done.stdout.splitlines()[-1])
     if target == ["cuda", 90, 32]:
         # Codes are read and bfloat16 written 16 bytes a thread, rounded in hardware; products use
         # the matrix units.
@@ -88,3 +93,5 @@ def test_the_kernels_compile(target, tmp_path):
         assert "v2.b64" in rows
         assert "mma" in tiles
         assert "mma" in experts
+        assert planes.count("st.global.v4") == 2
+        assert planes.count("ld.global.v4") == 6
