@@ -76,6 +76,12 @@ def draws_most(model: Any, missing: Iterable[str]) -> bool:
     return bool(2 * lacking > sum(sizes.values()))
 
 
+def draws_all(model: Any, missing: Iterable[str]) -> bool:
+    """Whether a model finds none of its parameters; see `draws_most`."""
+    names = {name for name, _ in model.named_parameters()}
+    return bool(names) and names.issubset(missing)
+
+
 def pack_report(report: LoadReport) -> bytes:
     """Returns the bytes of `load_report.json`."""
     # Sorted: equal reports have equal bytes, whatever the order of sets.
