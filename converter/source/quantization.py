@@ -9,7 +9,7 @@ inside another part, and a tensor `X_scale` beside `X` means nothing where `X` h
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,10 +37,10 @@ _PLAIN_INTEGERS = re.compile(
     r"|.+_indices"
 )
 
-# Last parts of names of numbers that belong to activations: without a quantizer no module has them.
-_OF_ACTIVATIONS = re.compile(
-    r"(.*_)?(input|activation|output|k|v|kv|q|cache)_(scale|zero_point)(_inv)?"
-)
+# Last parts of names of numbers that belong to activations, beside the weight of a layer, and of
+# those of an attention above its layers: without a quantizer no module has them.
+_OF_INPUTS = re.compile(r"(.*_)?(input|activation|output)_(scale|zero_point)(_inv)?")
+_OF_ATTENTION = re.compile(r"(q|k|v|kv)(_cache)?_(scale|zero_point)")
 
 KEEPS_16_BITS = frozenset({"bitnet"})
 """Methods with 16-bit weights that only the modules of the method use correctly."""
@@ -103,7 +103,7 @@ def find_quantization(config: Mapping[str, Any] | None, entries: Entries) -> Qua
         and name not in scale_names
         and _is_opaque(entry, entries, block is not None)
     )
-    dropped_names = tuple(name for name in entries if _OF_ACTIVATIONS.fullmatch(_last(name)))
+    dropped_names = tuple(_of_activations(entries, [*scale_names, *blocks]))
     return Quantization(method, place, block, scale_names, blocks, dropped_names, opaque)
 
 
@@ -211,6 +211,27 @@ def _mxfp4_weights(entries: Entries) -> dict[str, tuple[str, str]]:
         if are_bytes and tuple(entry.shape) == (*scales.shape, 16):
             mxfp4_names[stem] = (name, f"{stem}_scales")
     return mxfp4_names
+
+
+def _of_activations(entries: Entries, weights: Iterable[str]) -> Iterator[str]:
+    """Yields names of numbers that only the quantizer of these weights has use for.
+
+    A parameter of the model may end in the same words: it counts where it stands.
+    """
+    modules = {name.rpartition(".")[0] for name in weights}
+    around = {parent for module in modules for parent in _parents(module)}
+    for name in entries:
+        module, _, last = name.rpartition(".")
+        is_of_inputs = module in modules and _OF_INPUTS.fullmatch(last)
+        if is_of_inputs or (module in around and _OF_ATTENTION.fullmatch(last)):
+            yield name
+
+
+def _parents(module: str) -> Iterator[str]:
+    """Yields a module's name and those of the modules around it."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def _last(name: str) -> str:

@@ -222,7 +222,7 @@ def gemma() -> tuple[Tensors, dict[str, Any]]:
     tensors, config = gemma_embeddings()
     plain = {name: part for name, part in tensors.items() if "embed" not in name}
     scale = ("F32", np.array(0.5, np.float32))
-    names = ("mlp.up_proj.output_activation_scale", "self_attn.k_cache_scale")
+    names = ("mlp.up_proj.output_activation_scale", "mlp.k_cache_scale")
     return _plain() | plain | {f"model.layers.0.{name}": scale for name in names}, config
 
 

@@ -269,6 +269,26 @@ def test_blocks_that_would_be_guessed_are_refused(tmp_path, quantization, shape,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.layers.0.altup.correct_output_scale", "model.layers.0.self_attn.in_output_scale"),
+        *("model.k_scale_of_all", "model.layers.1.self_attn.k_scale", "input_scale"),
+    ],
+)
+def test_parameters_that_end_in_the_words_of_a_quantizer_stay(tmp_path, name):
+    """Gemma3n has one: it stands beside no weight that is quantized."""
+    tensors, config = KEPT["fp8_per_channel"]()
+    tensors[name] = ("BF16", bf16(np.arange(256)))
+    tensors["model.layers.0.altup.router.weight"] = ("BF16", bf16(np.ones((4, 256))))
+    source = write_source(tmp_path / "s", tensors, config)
+    convert(source, tmp_path / "out")
+    with Container(tmp_path / "out") as container:
+        assert read_tensor_bytes(container, name) == tensors[name][1].tobytes()
+        left = {key for key in tensors if key not in container.records}
+    assert left == {key for key in tensors if key.endswith("_scale") and key != name}
+
+
 @pytest.mark.parametrize("change", ["transforms", "order"])
 def test_weights_that_are_more_than_codes_times_scales_are_refused(tmp_path, change):
     """Rotated inputs, and scales that follow an order of columns of their own."""
