@@ -143,6 +143,8 @@ def from_pretrained(
         expected_manifest_sha256=expected_manifest_sha256,
         trust_remote_code=trust_remote_code,
     )
+    named_before = hf_kwargs.pop("torch_dtype", None)  # transformers' older name of `dtype`
+    dtype = named_before if dtype is None else dtype
     _check_arguments(resident, decoder, dtype, hf_kwargs)
     _check_objects(auto_class, progress, hf_kwargs.get("config"))
     refuse_without_device(decoder, resident, device_map)

@@ -340,3 +340,16 @@ def test_a_dense_model_is_saved_as_a_plain_one(tmp_path, container):
     model = from_pretrained(container("llama", "int8"))
     model.save_pretrained(tmp_path / "plain")
     assert torch.equal(logits(load_plain(tmp_path / "plain")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", torch.float32, None])
+def test_the_older_name_of_dtype_means_the_same(container, dtype):
+    folder = container("llama", "int8")
+    models = [from_pretrained(folder, **{name: dtype}) for name in ("dtype", "torch_dtype")]
+    expected, got = (model.state_dict() for model in models)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert {value.dtype for value in got.values()} == {value.dtype for value in expected.values()}
+    both = from_pretrained(folder, dtype=torch.float16, torch_dtype=torch.float32)
+    assert both.dtype == torch.float16
+    with pytest.raises(UsageError, match="not a value of dtype"):
+        from_pretrained(folder, torch_dtype="int8")
