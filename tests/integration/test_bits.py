@@ -271,13 +271,20 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def usual(source, tmp_path_factory):
+    """The files of a conversion under no settings of the caller."""
+    out = tmp_path_factory.mktemp("usual") / "out"
+    codecllm.convert(source("gpt2"), out, bits=4.5, baseline=True)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_bytes_do_not_depend_on_settings_of_the_caller(tmp_path, source, setting):
-    codecllm.convert(source("gpt2"), tmp_path / "usual", bits=4.5, baseline=True)
+def test_the_bytes_do_not_depend_on_settings_of_the_caller(tmp_path, source, usual, setting):
     with SETTINGS[setting]():
         codecllm.convert(source("gpt2"), tmp_path / "other", bits=4.5, baseline=True)
-    for path in sorted((tmp_path / "usual").iterdir()):
-        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
+    for name, data in usual.items():
+        assert data == (tmp_path / "other" / name).read_bytes(), name
 
 
 def test_two_calibrations_are_alike(source):

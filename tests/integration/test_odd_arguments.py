@@ -100,7 +100,11 @@ def _split(**arguments: Any) -> Any:
 CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Arguments]] = {
     # name -> what has the signature, what is called, arguments that work ("MODEL", "CONTAINER",
     # "OUT" and "COPY", a container of one's own, stand for paths)
-    "convert": (codecllm.convert, codecllm.convert, {"model": "MODEL", "out": "OUT"}),
+    "convert": (
+        codecllm.convert,
+        codecllm.convert,
+        {"model": "MODEL", "out": "OUT", "baseline": False},
+    ),
     "convert_folder": (converter.convert, converter.convert, {"source": "MODEL", "out": "OUT"}),
     "predict": (api.predict, api.predict, {"model": "MODEL", "options": ConvertOptions()}),
     "run_conversion": (
