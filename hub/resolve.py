@@ -19,7 +19,13 @@ from codecllm.formats.errors import (
     UsageError,
 )
 from codecllm.formats.files import as_path, read_file
-from codecllm.formats.manifest.manifest import CODE_SUFFIX, INDEX_NAME, MANIFEST_NAME, Manifest
+from codecllm.formats.manifest.manifest import (
+    CODE_SUFFIX,
+    INDEX_NAME,
+    LOAD_REPORT_NAME,
+    MANIFEST_NAME,
+    Manifest,
+)
 from codecllm.formats.manifest.reading import parse_manifest
 from codecllm.hub.bounds import COMMIT
 from codecllm.hub.entries import compare_entries, read_entries
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_MODEL_FILES = frozenset({"config.json", "generation_config.json", "load_report.json", INDEX_NAME})
+_MODEL_FILES = frozenset({"config.json", "generation_config.json", LOAD_REPORT_NAME, INDEX_NAME})
 
 Kind = Literal["source", "container", "either", "model", "manifest"]
 """The part of a repository to fetch.

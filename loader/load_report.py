@@ -14,9 +14,9 @@ from typing import Any
 
 from codecllm.formats.container import Container
 from codecllm.formats.errors import ModelMismatchError, SchemaError
+from codecllm.formats.manifest.manifest import LOAD_REPORT_NAME
 from codecllm.formats.strict_json import parse_json_object
 
-LOAD_REPORT_NAME = "load_report.json"
 MAX_BYTES = 16 << 20
 NAMES_SHOWN = 20
 

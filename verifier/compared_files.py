@@ -19,10 +19,10 @@ from codecllm.formats.manifest.manifest import (
     CODE_SUFFIX,
     CONFIG_NAME,
     INDEX_NAME,
+    LOAD_REPORT_NAME,
 )
 from codecllm.formats.manifest.records import FileRecord
 from codecllm.loader.hf.side_limits import VOCABULARY_BYTES, VOCABULARY_VALUES
-from codecllm.loader.load_report import LOAD_REPORT_NAME
 
 _OURS = frozenset({BASELINE_NAME, LOAD_REPORT_NAME, INDEX_NAME})
 _NO_FACTS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, machine_error
 from codecllm.formats.files import as_path
-from codecllm.formats.manifest.manifest import CONFIG_NAME, ORIGINAL_KEY
+from codecllm.formats.manifest.manifest import CONFIG_NAME, LOAD_REPORT_NAME, ORIGINAL_KEY
 from codecllm.verifier.side_file import attach
 
 
@@ -40,7 +40,7 @@ def record_load_report(out: str | Path, *, block_dropped: bool = False) -> str |
         from codecllm.loader.config_size import check_config_size
         from codecllm.loader.hf.folder import describe, read_config
         from codecllm.loader.hf.model_class import described_tensors, model_class, rehearsed
-        from codecllm.loader.load_report import LOAD_REPORT_NAME, draws_most, pack_report
+        from codecllm.loader.load_report import draws_most, pack_report
 
         try:
             config = read_config(container)

@@ -36,6 +36,7 @@ from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
     CONFIG_NAME,
     INDEX_NAME,
+    LOAD_REPORT_NAME,
     ORIGINAL_KEY,
     shard_name,
 )
@@ -318,8 +319,8 @@ def _write_side_files(
     container: Container, folder: Path, config: dict[str, Any] | None, layout: PackedLayout
 ) -> None:
     for record in container.manifest.files:
-        # The index is written anew, and the baseline belongs to the container.
-        if record.name in (INDEX_NAME, BASELINE_NAME):
+        # The index is written anew; baseline and load report belong to the container.
+        if record.name in (INDEX_NAME, BASELINE_NAME, LOAD_REPORT_NAME):
             continue
         data = container.read_side_file(record)
         if record.name == CONFIG_NAME and config is not None:

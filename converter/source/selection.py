@@ -10,6 +10,7 @@ reason.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
     CODE_SUFFIX,
     INDEX_NAME,
+    LOAD_REPORT_NAME,
     MANIFEST_NAME,
     fold_name,
 )
@@ -42,7 +44,11 @@ MAX_ENTRIES = 1 << 18
 """Most files and folders that are looked at; links may make few of them many."""
 
 # Names of the container's root that a conversion or a baseline writes itself.
-_OWN_NAMES = frozenset({"config.json", INDEX_NAME, BASELINE_NAME, MANIFEST_NAME})
+_OWN_NAMES = frozenset({"config.json", INDEX_NAME, BASELINE_NAME, LOAD_REPORT_NAME, MANIFEST_NAME})
+# Its shards, and what else stands in its root beside them: no folder can have these names.
+_OWN_FILES = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors|" + "|".join(map(re.escape, _OWN_NAMES)), re.IGNORECASE
+)
 
 _REASONS: dict[FileKind, str] = {
     "safetensors": "weights that the model does not load",
@@ -180,7 +186,7 @@ class _Selection:
 
     def _decide(self, name: str, path: Path) -> None:
         target = self._target(name)
-        if name in self._weights or target in _OWN_NAMES - {BASELINE_NAME, INDEX_NAME}:
+        if name in self._weights or target in ("config.json", MANIFEST_NAME):
             return
         reason = self._reason(name, target, path)
         if reason is not None:
@@ -204,8 +210,11 @@ class _Selection:
             return "adapter: merge it into the model before converting to have it inside"
         kind = file_kind(name)
         size = path.stat().st_size
-        if kind == "safetensors" and self._is_module(name.rpartition("/")[0]):
-            return self._module_weights_reason(name, target, size)
+        if self._is_module(name.rpartition("/")[0]):
+            if kind == "safetensors":
+                return self._module_weights_reason(name, target, size)
+            if kind == "index" and name.endswith(f"/{INDEX_NAME}"):  # of shards that are copied
+                kind = "other"
         if kind == "pickle":
             self._refuse_pickled_module(name)
         is_wanted_code = self._with_code and name.endswith(CODE_SUFFIX)
@@ -231,6 +240,9 @@ class _Selection:
     def _name_reason(self, target: str) -> str | None:
         if not is_safe_name(target):
             return "its name does not mean the same file on every system"
+        folder, separator, _ = target.partition("/")
+        if separator and _OWN_FILES.fullmatch(folder):
+            return "its folder has the name of a file of the container"
         twin = self._folded.get(fold_name(target))
         if twin == target:
             return "the main module's file of this name is copied"

@@ -48,6 +48,7 @@ MANIFEST_NAME = "codecllm.json"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 BASELINE_NAME = "baseline.json"
+LOAD_REPORT_NAME = "load_report.json"
 UNLISTED_NAMES = frozenset({"README.md", ".gitattributes"})
 """Files of a container's folder that are never listed or checked: the Hub rewrites them."""
 

@@ -12,6 +12,7 @@ from codecllm.converter.source import selection
 from codecllm.formats import BASE_VERSION, FORMAT_VERSION
 from codecllm.formats.container import Container
 from codecllm.formats.errors import (
+    CodecLLMError,
     LimitError,
     NotAContainerError,
     SchemaError,
@@ -233,6 +234,48 @@ def test_weights_of_modules_are_copied(tmp_path):
     assert _left(report) == {"2_Dense/pytorch_model.bin": "pickle"}
     copied = (tmp_path / "out" / "2_Dense" / "model.safetensors").read_bytes()
     assert copied == (source / "2_Dense" / "model.safetensors").read_bytes()
+
+
+def test_the_index_of_a_modules_shards_is_copied(tmp_path):
+    source = _source(tmp_path)
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    _module(source / "1_D", 1)
+    (source / "1_D" / "model.safetensors").rename(source / "1_D" / names[0])
+    (source / "1_D" / names[1]).write_bytes((source / "1_D" / names[0]).read_bytes())
+    (source / "1_D" / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    (source / "1_D" / "pytorch_model.bin.index.json").write_text("{}")
+    _modules(source, "", "1_D")
+    report = convert(source, tmp_path / "out")
+    expected = {f"1_D/{name}" for name in (*names, "model.safetensors.index.json")}
+    assert _copied(tmp_path) >= expected
+    assert set(_left(report)) == {"1_D/pytorch_model.bin.index.json"}
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", '{"format": "codecllm-load-report"}'])
+def test_a_load_report_of_the_source_is_left(tmp_path, text):
+    source = _source(tmp_path, ["baseline.json"])
+    (source / "load_report.json").write_text(text)
+    report = convert(source, tmp_path / "out", scheme="lossless")
+    own = dict.fromkeys(("baseline.json", "load_report.json"), "the container has its own")
+    assert _left(report) == own and _copied(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["load_report.json", "BASELINE.json", "config.json", "model-00001-of-00001.safetensors"],
+)
+def test_a_folder_with_the_name_of_a_file_of_the_container_is_left(tmp_path, folder):
+    source = _source(tmp_path)
+    if folder == "config.json":
+        (source / folder).unlink()
+    (source / folder).mkdir()
+    (source / folder / "x.txt").write_text("x")
+    try:
+        report = convert(source, tmp_path / "out")
+    except CodecLLMError:
+        assert folder == "config.json"  # that is no config
+        return
+    assert "its folder has the name" in _left(report)[f"{folder}/x.txt"]
 
 
 def test_a_module_of_which_only_a_pickle_is_there(tmp_path):
