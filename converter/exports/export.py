@@ -25,13 +25,14 @@ from codecllm.converter.exports.compressed_tensors import (
 )
 from codecllm.converter.exports.packed_words import pack_codes, packed_columns
 from codecllm.converter.options import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
+from codecllm.converter.source.layout import ADAPTER_NAMES
 from codecllm.converter.source.side_files import pack_index, write_listed
 from codecllm.converter.write.staging import Staging
 from codecllm.converter.write.tensor_writer import ordered
 from codecllm.formats.arguments.check import check_arguments, instance, optional
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import ChecksumError, SchemaError
+from codecllm.formats.errors import ChecksumError, LayoutError, SchemaError
 from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
     CONFIG_NAME,
@@ -86,7 +87,8 @@ def export(
 
     Raises:
         FormatError: something in the container is damaged: nothing stays in `out`. Or its
-            config.json is no JSON object, or a side file needs the name of a weight file.
+            config.json is no JSON object, or a side file needs the name of a weight file or is an
+            adapter.
         OutputExistsError: `out` is not empty.
         OSError: writing failed.
     """
@@ -137,11 +139,16 @@ def _read_config(container: Container) -> dict[str, Any] | None:
 
 
 def _refuse_clashes(container: Container, written: set[str]) -> None:
-    """Refuses a side file that needs a folder where the export writes a file."""
+    """Refuses side files in the place of the exported model's, or that would change it."""
     for record in container.manifest.files:
         if record.name.split("/")[0] in written and "/" in record.name:
             raise SchemaError(
                 "the folder of this file has the name of a file of the exported model",
+                file=record.name,
+            )
+        if record.name in ADAPTER_NAMES:
+            raise LayoutError(
+                "a container has no adapter, and transformers would change the model by it",
                 file=record.name,
             )
 
@@ -327,6 +334,7 @@ def _write_side_files(
             # Our block would send loaders to codecllm; the block of the source's own quantization
             # returns.
             block = config.pop("quantization_config", None)
+            config.pop("transformers_weights", None)  # the exported files have their own names
             if isinstance(block, dict) and ORIGINAL_KEY in block:
                 config["quantization_config"] = block[ORIGINAL_KEY]
             if layout.packed:

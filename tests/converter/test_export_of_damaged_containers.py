@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from codecllm.converter import convert
 from codecllm.converter.exports.export import export
-from codecllm.formats.errors import FormatError, SchemaError
+from codecllm.formats.errors import FormatError, LayoutError, SchemaError
 from tests.sources import write_source
 from tests.tampering import add_listed, copy_of, replace_listed
 
@@ -63,3 +65,23 @@ def test_a_side_file_below_the_name_of_a_weight_file(tmp_path, container, name, 
     with pytest.raises(SchemaError, match="has the name of a file of the exported model"):
         export(folder, tmp_path / "out", max_shard_bytes=shard_bytes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+)
+def test_an_adapter_that_would_change_the_exported_model(container, tmp_path, name):
+    folder = copy_of(container, tmp_path / "c")
+    add_listed(folder, name, b"{}")
+    with pytest.raises(LayoutError, match="no adapter"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_the_config_names_are_no_part_of_an_export(container, tmp_path):
+    folder = copy_of(container, tmp_path / "c")
+    config = json.loads((folder / "config.json").read_bytes())
+    named = json.dumps(config | {"transformers_weights": "other.safetensors"}).encode()
+    replace_listed(folder, "config.json", named)
+    export(folder, tmp_path / "out")
+    assert "transformers_weights" not in (tmp_path / "out" / "config.json").read_text()
