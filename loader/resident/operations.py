@@ -53,7 +53,8 @@ def _linear(
     # The weight itself would be asked by way of `__torch_function__`, some microseconds each time.
     inputs, values_dtype = input, weight._cell.dtype
     kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+    is_cast = input.is_floating_point() and input.dtype != torch.float64
+    if torch.is_autocast_enabled(kind) and is_cast:
         inputs = input.to(torch.get_autocast_dtype(kind))
         bias = bias if bias is None else bias.to(inputs.dtype)
         if values_dtype == torch.float32:
@@ -74,7 +75,10 @@ def _embedding(
     sparse: bool = False,
 ) -> Any:
     form = weight.form if isinstance(weight, CodedWeight) else None
-    if form is None or max_norm is not None:
+    is_usual = input.dtype in (torch.int32, torch.int64) and (
+        padding_idx is None or -weight.shape[0] <= padding_idx < weight.shape[0]
+    )
+    if form is None or max_norm is not None or not is_usual:  # mostly an error of torch
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return _usual(func, input, weight, *options)
     refuse_graphs(form)

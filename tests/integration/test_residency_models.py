@@ -340,3 +340,22 @@ def test_models_with_transposed_inputs(tmp_path, make):
     assert torch.equal(outputs["compressed"], outputs["dense"])
     difference = (outputs["int8"] - outputs["dense"]).abs().max()
     assert difference <= 0.06 * outputs["dense"].abs().max()
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+def test_inputs_that_torch_refuses_are_refused(container, resident):
+    """Such as the hidden states that an embedding in the place of a head gets."""
+    model = from_pretrained(container("llama", "int8"), resident=resident)
+    table, layer = model.get_input_embeddings(), model.model.layers[0].mlp.up_proj
+    for ids in ([[1.7]], [[True]]):
+        with pytest.raises(RuntimeError):
+            table(torch.tensor(ids))
+    with pytest.raises(RuntimeError):
+        table(torch.tensor([[5]], dtype=torch.uint8))
+    assert table(torch.tensor([[5]], dtype=torch.int32)).shape == (1, 1, 64)
+    for padding in (700, -700):
+        with pytest.raises(AssertionError):
+            torch.nn.functional.embedding(torch.tensor([1]), table.weight, padding_idx=padding)
+    whole = torch.ones(2, 64, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError):
+        layer(whole)
