@@ -11,13 +11,14 @@ copied as they are: sentence-transformers reads them itself.
 from __future__ import annotations
 
 import json
+import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codecllm.converter.source.files import read_json, stays_inside
 from codecllm.converter.source.layout import SINGLE_NAME
-from codecllm.formats.errors import SourceError, TruncatedError
+from codecllm.formats.errors import SourceError, TruncatedError, shown
 from codecllm.formats.manifest.manifest import INDEX_NAME
 from codecllm.hub.kinds import MOST_MODULES
 
@@ -49,7 +50,7 @@ def read_modules(repository: Path) -> Modules:
 
     Raises:
         SourceError: `modules.json` is not a list of modules, has more than 256 of them, or names a
-            folder outside the repository.
+            folder outside the repository, or inside that of the module that becomes the root.
         FormatError: it, or the config of a router, is malformed.
     """
     entries = _read_json(repository, MODULES_NAME)
@@ -70,7 +71,18 @@ def read_modules(repository: Path) -> Modules:
         others.discard(main)
     document = None
     if main:
-        root_entries = [{**entries[0], "path": ""}, *entries[1:]]
+        for path in paths:
+            if path.startswith(f"{main}/"):
+                # Its files move with the folder, perhaps to those of another module.
+                raise SourceError(
+                    f"a module lies inside the folder of the first one, {shown(main)}",
+                    file=MODULES_NAME,
+                    got=shown(path),
+                )
+        root_entries = [
+            {**entry, "path": ""} if path == main else entry
+            for entry, path in zip(entries, paths, strict=True)
+        ]
         document = (json.dumps(root_entries, indent=2, ensure_ascii=False) + "\n").encode()
     return Modules(main, frozenset(others), document)
 
@@ -87,7 +99,7 @@ def _module_path(entry: dict[str, Any]) -> str:
     path = entry.get("path", "")
     if not isinstance(path, str) or (path and not stays_inside(path)):
         raise SourceError("a module's path is not inside the folder", file=MODULES_NAME)
-    path = path.strip("/")
+    path = posixpath.normpath(path.strip("/"))
     return "" if path == "." else path
 
 
