@@ -44,7 +44,9 @@ def record_load_report(out: str | Path, *, block_dropped: bool = False) -> str |
 
         try:
             config = read_config(container)
-            if ORIGINAL_KEY in (getattr(config, "quantization_config", None) or {}):
+            block = getattr(config, "quantization_config", None) or {}
+            # The block may stand in a part of the config.
+            if manifest.source.quantization is not None or ORIGINAL_KEY in block:
                 return None  # only its own quantizer knows the names of its tensors
             check_config_size(config.to_dict(), len(container.records))
             cls = model_class(config, partial(described_tensors, container))

@@ -327,6 +327,12 @@ def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
         # container.
         document.pop("quantization_config", None)
         document.pop("transformers_weights", None)
+    for key, part in documents[1].items():
+        # So it does with blocks of parts, where it takes the quantization away.
+        own = documents[0].get(key)
+        for block in ("quantization_config", "compression_config"):
+            if isinstance(part, dict) and isinstance(own, dict) and block not in own:
+                part.pop(block, None)
     keys = sorted(documents[0].keys() | documents[1].keys())
     # As text: a NaN is unequal to itself.
     ours_by_key, theirs_by_key = (

@@ -15,10 +15,13 @@ from tokenizers.models import WordLevel
 import codecllm
 from codecllm.converter import convert
 from codecllm.formats.errors import BaselineError, ModelMismatchError
+from codecllm.formats.manifest.manifest import source_features
 from codecllm.verifier import Verdict, verify
 from codecllm.verifier.baseline.floor import below_floor
 from codecllm.verifier.baseline.record import Agreement
 from codecllm.verifier.load_report import record_load_report
+from codecllm.verifier.report import Stage
+from codecllm.verifier.source_model import _check_config
 from tests import tampering
 from tests.integration import tiny_models
 
@@ -287,3 +290,39 @@ def test_a_source_whose_weights_have_other_names_is_not_loaded_at_random(
         codecllm.from_pretrained(tmp_path / "out")
     with pytest.raises(BaselineError, match="ModelMismatchError"):
         codecllm.convert(source, tmp_path / "other", scheme="lossless")
+
+
+def test_a_block_of_a_part_of_the_config():
+    """A conversion takes it away with the quantization; other entries of the part count."""
+    found = Stage("model")
+    block = {"quantization_config": {"quant_method": "x"}}
+    theirs = {"text_config": {"a": 1, **block}}
+    _check_config(
+        json.dumps({"text_config": {"a": 1}}).encode(), json.dumps(theirs).encode(), found
+    )
+    assert not found.findings
+    for ours in ({"text_config": {"a": 2}}, {"text_config": {"a": 1, "quantization_config": {}}}):
+        found = Stage("model")
+        _check_config(json.dumps(ours).encode(), json.dumps(theirs).encode(), found)
+        assert "text_config" in str(found.findings[0].error)
+
+
+def test_no_report_is_recorded_of_weights_that_a_quantizer_names(tmp_path, tiny):
+    """Whatever part of the config its block stands in."""
+    source = tampering.copy_of(tiny("llama"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {**tensors, "a.weight_scale": tensors["model.norm.weight"].clone()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    convert(source, tmp_path / "out", scheme="lossless")
+
+    def quantize(document):
+        document["source"]["quantization"] = "x"
+        document["required_features"] += source_features([], "x")
+
+    tampering.copy_of(tmp_path / "out", tmp_path / "quantized")
+    tampering.reseal(tmp_path / "quantized", quantize)
+    assert "a.weight_scale" in record_load_report(tmp_path / "out")
+    assert record_load_report(tmp_path / "quantized") is None
