@@ -75,13 +75,14 @@ def _embedding(
     sparse: bool = False,
 ) -> Any:
     form = weight.form if isinstance(weight, CodedWeight) else None
+    if form is not None:
+        refuse_graphs(form)  # before any size is looked at: in a graph it may have no value
     is_usual = input.dtype in (torch.int32, torch.int64) and (
         padding_idx is None or -weight.shape[0] <= padding_idx < weight.shape[0]
     )
     if form is None or max_norm is not None or not is_usual:  # mostly an error of torch
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return _usual(func, input, weight, *options)
-    refuse_graphs(form)
     vectors = form.gather(input.reshape(-1), weight.dtype, weight.device)
     return vectors.view(*input.shape, weight.shape[1])
 
