@@ -50,6 +50,14 @@ _OWN_FILES = re.compile(
     r"model-\d{5}-of-\d{5}\.safetensors|" + "|".join(map(re.escape, _OWN_NAMES)), re.IGNORECASE
 )
 
+# Of the model that transformers loads from the root of a container: nothing else may stand there.
+_OF_ROOT_MODEL = re.compile(
+    r"generation_config\.json|(tokenizer|vocab|merges|chat_template)\b.*|tokenizer_config\.json|"
+    r"(special_tokens_map|added_tokens)\.json|.*processor_config\.json|"
+    r".*\.(model|jinja|tiktoken|spm)",
+    re.IGNORECASE,
+)
+
 _REASONS: dict[FileKind, str] = {
     "safetensors": "weights that the model does not load",
     "index": "index of weights that the model does not load",
@@ -206,6 +214,8 @@ class _Selection:
             return "the container has its own"
         if target in CARD_NAMES:
             return "describes the source's repository"
+        if self._modules.main and name == target and _OF_ROOT_MODEL.fullmatch(name):
+            return "would be read as a file of the main module"
         if Path(name).name in ADAPTER_NAMES:
             return "adapter: merge it into the model before converting to have it inside"
         kind = file_kind(name)

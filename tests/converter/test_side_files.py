@@ -302,6 +302,10 @@ def test_the_main_module_may_stand_in_a_folder(tmp_path):
     (main / "LICENSE").write_text("main")
     (source / "LICENSE").write_text("root")
     (source / "config_sentence_transformers.json").write_text("{}")
+    # Of no module: transformers would read them as the main one's.
+    foreign = {"generation_config.json", "tokenizer_config.json", "vocab.txt", "chat.jinja"}
+    for name in foreign:
+        (source / name).write_text("{}")
     _module(source / "1_Dense", 2)
     _modules(source, "0_CLIPModel", "1_Dense")
     report = convert(source, tmp_path / "out")
@@ -314,7 +318,8 @@ def test_the_main_module_may_stand_in_a_folder(tmp_path):
     ]
     assert {"vocab.json", "1_Dense/model.safetensors"} <= _copied(tmp_path)
     assert (out / "LICENSE").read_text() == "main"
-    assert set(_left(report)) == {"LICENSE"}
+    assert set(_left(report)) == {"LICENSE", *foreign}
+    assert not foreign & _copied(tmp_path)
     with Container(out) as container:
         assert len(read_tensor_bytes(container, "linear.weight")) == 256
 
