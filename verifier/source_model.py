@@ -19,6 +19,7 @@ from codecllm.converter.source.modules import MODULES_NAME
 from codecllm.converter.source.source import SourceModel
 from codecllm.formats import limits
 from codecllm.formats.container import Container
+from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line, shown
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.manifest import CONFIG_NAME
@@ -95,6 +96,11 @@ def _model_bytes(container: Container) -> int:
     return max(stored_bytes, parameters * stored_bytes // max(element_count, 1))
 
 
+def _keeps_codes(container: Container) -> bool:
+    """Whether a tensor has a dtype of one byte, as codes of other libraries have."""
+    return any(DTYPES[record.dtype].bits == 8 for record in container.records.values())
+
+
 def _compare_models(container: Container, source: Path, stage: Stage, workers: int) -> str | None:
     """Loads both models and compares them; returns why it could not."""
     from codecllm.loader.hf.plain import load_plain
@@ -122,7 +128,8 @@ def _compare_models(container: Container, source: Path, stage: Stage, workers: i
             return None
         container_model = load_opened(container, workers)
     lossless = not any(isinstance(item, Int8Tensor) for item in container.records.values())
-    if not lossless and any(value.dtype.itemsize == 1 for value in plain.parameters()):
+    has_codes = any(value.dtype.itemsize == 1 for value in plain.parameters())
+    if has_codes and not (lossless and _keeps_codes(container)):
         return "transformers keeps the source's weights in codes of its quantizer"
     differences = list(_differences(plain, container_model, container, lossless, expected.missing))
     for difference in differences:

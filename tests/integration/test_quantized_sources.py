@@ -274,7 +274,8 @@ def test_a_quantizer_is_still_chosen_and_finished_under_these_names():
     assert next(iter(inspect.signature(chosen).parameters)) == "config"
 
 
-def test_int8_codes_with_scales_of_activations(tmp_path):
+@pytest.mark.parametrize("include", [("*proj*",), ("nothing",)])
+def test_int8_codes_with_scales_of_activations(tmp_path, include):
     """transformers' `gemma` method: int8 weights in a row's scale each, which it keeps in codes."""
     source = _save(_llama(), tmp_path / "s")
     tensors = load_file(source / "model.safetensors")
@@ -286,7 +287,7 @@ def test_int8_codes_with_scales_of_activations(tmp_path):
             tensors[f"{name.removesuffix('weight')}{side}_activation_scale"] = torch.tensor(0.0)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     _edit_config(source, quantization_config={"quant_method": "gemma", "num_bits": 8})
-    convert(source, tmp_path / "c", include=("*proj*",))
+    convert(source, tmp_path / "c", include=include)
     model = from_pretrained(tmp_path / "c")
     name = "model.layers.0.mlp.up_proj.weight"
     expected = (tensors[name].float() * tensors[f"{name}_scale"]).bfloat16().float()
