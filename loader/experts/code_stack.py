@@ -8,46 +8,56 @@ from typing import Any
 
 import torch
 
-from codecllm.loader.kernels.expert_codes import ExpertCodes
+from codecllm.loader.kernels.expert_codes import BYTE_BITS, ExpertCodes, ExpertPlanes
 from codecllm.loader.packed.form import PackedForm
+from codecllm.loader.packed.matrix import PackedMatrix
 from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.int8_form import Int8Form
 from codecllm.loader.resident.joined_form import Rows, Stack
 from codecllm.loader.resident.scaled_codes import ScaledCodes
 
-_BYTE_BITS = 8
-
 Names = Sequence[Sequence[str]]
 """The container's names: of each expert those of its parts, one below the other."""
 
 
-class CodeStack(Stack):
-    """A weight [n, rows, cols] in codes of 8 bits, all in one tensor.
+class ExpertStack(Stack):
+    """A weight [n, rows, cols] in a few tensors that hold all experts.
 
     Its matrices are views, so that what multiplies with one of them needs no copy.
 
     Attributes:
-        matrix: the codes and scales of all experts.
         names: the container's names.
+        matrix: the codes and scales of all experts.
     """
+
+    names: Names
+    matrix: ExpertCodes | ExpertPlanes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.held_tensors().values())
+
+    def moved(self, device: torch.device) -> WeightForm:
+        """Returns the stack with all tensors on a device."""
+        if self.matrix.scale.device == device:
+            return self
+        make, (names, tensors, *facts) = self.__reduce__()
+        there = {name: tensor.to(device) for name, tensor in tensors.items()}
+        moved: WeightForm = make(names, there, *facts)
+        return moved
+
+
+class CodeStack(ExpertStack):
+    """An `ExpertStack` in codes of 8 bits."""
+
+    matrix: ExpertCodes
 
     def __init__(self, names: Names, matrix: ExpertCodes) -> None:
         """Keeps the tensors, not copies of them."""
         self.names, self.matrix = names, matrix
         super().__init__([_expert(names[n], matrix, n) for n in range(len(matrix.scale))])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return sum(tensor.nbytes for tensor in self.held_tensors().values())
-
-    def moved(self, device: torch.device) -> WeightForm:
-        """Returns codes and scales on a device."""
-        if self.matrix.codes.device == device:
-            return self
-        tensors = {name: tensor.to(device) for name, tensor in self.held_tensors().items()}
-        return _restored(self.names, tensors)
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
         """Returns codes, scales, and scales of columns if there are any."""
@@ -124,16 +134,22 @@ def _has_bytes(form: WeightForm) -> bool:
         return form.matrix.escapes is None
     if not isinstance(form, PackedForm):
         return False
-    return form.matrix.bits == _BYTE_BITS and form.matrix.entries is None
+    return form.matrix.bits == BYTE_BITS and form.matrix.entries is None
 
 
 def _codes_of(form: Int8Form | PackedForm) -> torch.Tensor:
     if isinstance(form, Int8Form):
         return form.matrix.codes
-    # bfloat16 holds every code of 8 bits, and a kernel unpacks into it.
-    ones = torch.ones(form.matrix.rows, device=form.matrix.words.device)
-    alone = replace(form.matrix, scale=ones, col_scale=None)
-    return PackedProduct(alone).dense(torch.bfloat16).to(torch.int8)
+    return unpacked_codes(form.matrix).to(torch.int8)
+
+
+def unpacked_codes(matrix: PackedMatrix) -> torch.Tensor:
+    """Returns codes from -256 to 256, bfloat16 [rows, cols], which holds them all.
+
+    A kernel unpacks into it.
+    """
+    ones = torch.ones(matrix.rows, device=matrix.words.device)
+    return PackedProduct(replace(matrix, scale=ones, col_scale=None)).dense(torch.bfloat16)
 
 
 def _expert(names: Sequence[str], matrix: ExpertCodes, number: int) -> WeightForm:

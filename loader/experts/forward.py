@@ -14,8 +14,8 @@ from torch import nn
 
 from codecllm.loader.device.codecs import why_no_kernels
 from codecllm.loader.device.streams import is_accelerator
-from codecllm.loader.experts.code_stack import CodeStack, joined_codes
-from codecllm.loader.experts.plane_stack import PlaneStack, joined_planes
+from codecllm.loader.experts.code_stack import ExpertStack, joined_codes
+from codecllm.loader.experts.plane_stack import joined_planes
 from codecllm.loader.hf import experts as hf
 from codecllm.loader.resident.cell import Cell
 from codecllm.loader.resident.coded_weight import CodedWeight
@@ -88,7 +88,7 @@ def experts_forward(
 
 def _stacks(
     module: Any, inputs: torch.Tensor, shares: torch.Tensor
-) -> tuple[CodeStack | PlaneStack, CodeStack | PlaneStack] | None:
+) -> tuple[ExpertStack, ExpertStack] | None:
     """Returns the weights of a layer if the kernel can take this call."""
     if torch.is_grad_enabled() and (inputs.requires_grad or shares.requires_grad):
         return None
@@ -99,7 +99,7 @@ def _stacks(
         return None
     forms = []
     for cell in cells:
-        if cell.dtype != inputs.dtype or not isinstance(cell.form, CodeStack | PlaneStack):
+        if cell.dtype != inputs.dtype or not isinstance(cell.form, ExpertStack):
             return None
         if cell.form.matrix.scale.device != inputs.device:
             return None

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from codecllm.loader.experts.code_stack import Names, parts_of_experts
+from codecllm.loader.experts.code_stack import (
+    ExpertStack,
+    Names,
+    parts_of_experts,
+    unpacked_codes,
+)
 from codecllm.loader.experts.planes import choose_bits, codes_of_expert, pack_experts
-from codecllm.loader.kernels.expert_codes import Entries, ExpertPlanes
+from codecllm.loader.kernels.expert_codes import EXACT, Entries, ExpertPlanes
 from codecllm.loader.packed.form import PackedForm
 from codecllm.loader.packed.matrix import unpack_codes
-from codecllm.loader.packed.product import PackedProduct
 from codecllm.loader.resident.escapes import Escapes
 from codecllm.loader.resident.form import WeightForm
 from codecllm.loader.resident.int8_form import Int8Form
-from codecllm.loader.resident.joined_form import Rows, Stack
+from codecllm.loader.resident.joined_form import Rows
 
 _MOST = 1 << 16
 """Most rows and columns: an exception has 16 bits for each."""
@@ -90,30 +94,15 @@ class PlaneForm(WeightForm):
         return _restored_form, (self.name, self.held_tensors(), self._matrix.bits, *place)
 
 
-class PlaneStack(Stack):
-    """A weight [n, rows, cols] in codes of 2 to 8 bits with exceptions, all in a few tensors.
+class PlaneStack(ExpertStack):
+    """An `ExpertStack` in codes of 2 to 8 bits with exceptions."""
 
-    Attributes:
-        matrix: the codes and scales of all experts.
-        names: the container's names.
-    """
+    matrix: ExpertPlanes
 
     def __init__(self, names: Names, matrix: ExpertPlanes) -> None:
         """Keeps the tensors, not copies of them."""
         self.names, self.matrix = names, matrix
         super().__init__([_expert(names[n], matrix, n) for n in range(len(matrix.scale))])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of planes, exceptions and scales."""
-        return _nbytes(self.matrix)
-
-    def moved(self, device: torch.device) -> WeightForm:
-        """Returns all tensors on a device."""
-        if self.matrix.scale.device == device:
-            return self
-        tensors = {name: tensor.to(device) for name, tensor in self.held_tensors().items()}
-        return _restored(self.names, tensors, self.matrix.bits)
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
         """Returns planes, exceptions and scales."""
@@ -167,16 +156,10 @@ def _exact_codes(form: Any) -> torch.Tensor:
             codes[at] += escapes.extra.to(torch.int16)
         return codes
     matrix = form.matrix
-    if matrix.entries is not None and int((matrix.entries >> 16).abs().max()) > _EXACT:
+    if matrix.entries is not None and int((matrix.entries >> 16).abs().max()) > EXACT:
         return unpack_codes(matrix)
-    # bfloat16 holds these codes, and a kernel unpacks into it.
-    ones = torch.ones(matrix.rows, device=matrix.words.device)
-    alone = replace(matrix, scale=ones, col_scale=None)
-    return PackedProduct(alone).dense(torch.bfloat16).to(torch.int16)
+    return unpacked_codes(matrix).to(torch.int16)
 
-
-_EXACT = 256
-"""Integers up to here are exact in bfloat16."""
 
 _PLANES = ("plane0", "plane1", "plane2")
 _ENTRIES = tuple(field.name for field in fields(Entries))

@@ -9,8 +9,10 @@ import torch
 from codecllm.loader.kernels.expert_codes import (
     BYTE_BITS,
     ENTRY_ROWS,
+    EXACT,
     Entries,
     ExpertPlanes,
+    parts_of,
     unit_of,
     widths_of,
 )
@@ -21,9 +23,6 @@ ENTRY_BITS = 48
 _LEAST_BITS = 2
 BLOCK_ELEMENTS = 1 << 24
 """Codes that are packed at once, of one expert at least: intermediates take 8 bytes each."""
-
-_EXACT = 256
-"""Integers up to here are exact in every 16-bit float."""
 
 Codes = Callable[[int], torch.Tensor]
 """Number of an expert -> its codes, int8 or int16 [rows, cols]."""
@@ -65,7 +64,7 @@ def pack_experts(
         bits: 2 to 8.
     """
     experts, rows = scale.shape
-    parts = 1 if col_scale is None else col_scale.shape[1]
+    parts = parts_of(col_scale)
     planes = tuple(
         scale.new_empty(experts, rows, cols * width // 8, dtype=torch.uint8)
         for width in widths_of(bits)
@@ -110,7 +109,7 @@ class _Exceptions:
         part, row = whole_row // rows, whole_row % rows
         tile = (expert * self._parts + part) * tiles + row // ENTRY_ROWS
         place = row << 16 | col
-        large = torch.where(value.abs() > _EXACT, value - value % _EXACT, value)
+        large = torch.where(value.abs() > EXACT, value - value % EXACT, value)
         rest = value - large
         twice = rest.nonzero().view(-1)
         if len(twice):

@@ -14,10 +14,18 @@ MOST_UNIT = 128
 
 BYTE_BITS = 8
 
+EXACT = 256
+"""Integers up to here are exact in every 16-bit float."""
+
 
 def widths_of(bits: int) -> tuple[int, ...]:
     """Returns the widths of the planes of codes of 2 to 8 bits, low bits first."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def parts_of(col_scale: torch.Tensor | None) -> int:
+    """Returns the number of parts of a weight: those that have scales of columns of their own."""
+    return 1 if col_scale is None else col_scale.shape[1]
 
 
 def unit_of(cols: int) -> int:
@@ -67,7 +75,7 @@ class ExpertCodes:
     @property
     def parts(self) -> int:
         """Number of parts whose products are launched apart."""
-        return 1 if self.col_scale is None else self.col_scale.shape[1]
+        return parts_of(self.col_scale)
 
     def part(self, index: int) -> ExpertCodes:
         """Returns one part, of views."""
@@ -108,7 +116,7 @@ class ExpertPlanes:
     @property
     def parts(self) -> int:
         """Number of parts."""
-        return 1 if self.col_scale is None else self.col_scale.shape[1]
+        return parts_of(self.col_scale)
 
     @property
     def cols(self) -> int:
