@@ -24,6 +24,7 @@ from codecllm.formats.files import is_safe_name
 from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
     CODE_SUFFIX,
+    CONFIG_NAME,
     INDEX_NAME,
     LOAD_REPORT_NAME,
     MANIFEST_NAME,
@@ -44,7 +45,7 @@ MAX_ENTRIES = 1 << 18
 """Most files and folders that are looked at; links may make few of them many."""
 
 # Names of the container's root that a conversion or a baseline writes itself.
-_OWN_NAMES = frozenset({"config.json", INDEX_NAME, BASELINE_NAME, LOAD_REPORT_NAME, MANIFEST_NAME})
+_OWN_NAMES = frozenset({CONFIG_NAME, INDEX_NAME, BASELINE_NAME, LOAD_REPORT_NAME, MANIFEST_NAME})
 # Its shards, and what else stands in its root beside them: no folder can have these names.
 _OWN_FILES = re.compile(
     r"model-\d{5}-of-\d{5}\.safetensors|" + "|".join(map(re.escape, _OWN_NAMES)), re.IGNORECASE
@@ -194,7 +195,7 @@ class _Selection:
 
     def _decide(self, name: str, path: Path) -> None:
         target = self._target(name)
-        if name in self._weights or target in ("config.json", MANIFEST_NAME):
+        if name in self._weights or target in (CONFIG_NAME, MANIFEST_NAME):
             return
         reason = self._reason(name, target, path)
         if reason is not None:

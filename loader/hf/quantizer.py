@@ -32,7 +32,12 @@ from codecllm.formats.errors import (
     UsageError,
     shown,
 )
-from codecllm.formats.manifest.manifest import INDEX_NAME, MANIFEST_NAME, ORIGINAL_KEY
+from codecllm.formats.manifest.manifest import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    ORIGINAL_KEY,
+)
 from codecllm.formats.shards.index import check_index
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_of
@@ -274,7 +279,7 @@ def _named_files(config: Any, index: dict[str, Any] | None) -> set[str]:
     """
     if getattr(config, "transformers_weights", None) is not None:
         raise UnsafePathError(
-            "transformers_weights leads to other files than the container's", file="config.json"
+            "transformers_weights leads to other files than the container's", file=CONFIG_NAME
         )
     names = set(index["weight_map"].values()) if index is not None else set()
     for name in names:
