@@ -9,7 +9,7 @@ inside another part, and a tensor `X_scale` beside `X` means nothing where `X` h
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,8 @@ _PACKED_NAME = re.compile(
     r".*(\.qweight|\.qzeros|_packed|\.SCB|\.absmax|\.quant_map|\.quant_state\..*|\.codebooks|\.B)"
 )
 
-# Ends of names that stand beside weights with more than one scale, a zero that is not 0, or scales
-# in another order than that of the columns.
-_SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point", "_g_idx")
+# Ends of names that stand beside weights with more than one scale, or a zero that is not 0.
+_SECOND_SCALES = ("_scale_2", "_global_scale", "_zero_point")
 
 # Last parts of names of integers that plain models have: positions, masks, counts, indices. Those
 # that are called `indices` alone are VPTQ's codes.
@@ -61,7 +60,8 @@ class Quantization:
         scaled: weight -> its scales, where each weight is a number times its scale.
         blocks: prefix -> (blocks, scales) of weights in MXFP4.
         dropped: tensors that only a quantized model has, beside the scales.
-        opaque: quantized tensors of other forms.
+        opaque: quantized tensors of other forms, and tensors of unknown use beside weights of
+            these forms.
     """
 
     method: str = "unknown"
@@ -96,14 +96,19 @@ def find_quantization(config: Mapping[str, Any] | None, entries: Entries) -> Qua
     scale_names = _scaled_weights(entries)
     blocks = _mxfp4_weights(entries)
     side = set(scale_names.values()) | {name for pair in blocks.values() for name in pair}
+    dropped_names = tuple(_of_activations(entries, [*scale_names, *blocks]))
+    weights = {*scale_names, *blocks, *(pair[0] for pair in blocks.values())}
+    unknown_names = set(_beside(entries, weights)) - side - {*dropped_names}
     opaque = tuple(
         name
         for name, entry in entries.items()
-        if name not in side
-        and name not in scale_names
-        and _is_opaque(entry, entries, block is not None)
+        if name in unknown_names
+        or (
+            name not in side
+            and name not in scale_names
+            and _is_opaque(entry, entries, block is not None)
+        )
     )
-    dropped_names = tuple(_of_activations(entries, [*scale_names, *blocks]))
     return Quantization(method, place, block, scale_names, blocks, dropped_names, opaque)
 
 
@@ -224,6 +229,22 @@ def _of_activations(entries: Entries, weights: Iterable[str]) -> Iterator[str]:
         module, _, last = name.rpartition(".")
         is_of_inputs = module in modules and _OF_INPUTS.fullmatch(last)
         if is_of_inputs or (module in around and _OF_ATTENTION.fullmatch(last)):
+            yield name
+
+
+def _beside(entries: Entries, weights: Collection[str]) -> Iterator[str]:
+    """Yields the tensors, biases apart, that stand in the module of a weight or go on from its name.
+
+    They may be a part of the weight: factors of its inputs, a sum of low rank, an order of its
+    columns, the rest after rounding.
+    """
+    modules = {name.removesuffix("weight") for name in weights if name.endswith(".weight")}
+    for name in entries:
+        if name.endswith("bias") or (name in weights and name.endswith(".weight")):
+            continue
+        ends = [end for end, letter in enumerate(name) if letter in "._"]
+        in_module = any(name[: end + 1] in modules for end in ends)
+        if in_module or (name not in weights and any(name[:end] in weights for end in ends)):
             yield name
 
 

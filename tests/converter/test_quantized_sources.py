@@ -289,20 +289,75 @@ def test_parameters_that_end_in_the_words_of_a_quantizer_stay(tmp_path, name):
     assert left == {key for key in tensors if key.endswith("_scale") and key != name}
 
 
-@pytest.mark.parametrize("change", ["transforms", "order"])
-def test_weights_that_are_more_than_codes_times_scales_are_refused(tmp_path, change):
-    """Rotated inputs, and scales that follow an order of columns of their own."""
+def _refused_as_int8(tmp_path, tensors, config):
+    source = write_source(tmp_path / "s", tensors, config)
+    with pytest.raises(SourceError, match="--scheme lossless keeps every bit") as caught:
+        convert(source, tmp_path / "out")
+    convert(source, tmp_path / "lossless", scheme="lossless")
+    with Container(tmp_path / "lossless") as container:
+        assert set(container.records) == set(tensors)
+    return caught.value.tensor
+
+
+def test_weights_of_rotated_inputs_are_refused(tmp_path):
+    tensors, config = KEPT["int8_per_channel"]()
+    config["quantization_config"]["transform_config"] = {"config_groups": {"R4": {"a": 1}}}
+    assert _refused_as_int8(tmp_path, tensors, config) is None
+
+
+ROW, SMALL = ("F32", np.ones(256, np.float32)), ("BF16", bf16(np.ones((4, 256))))
+PARTS = {
+    "weight_g_idx": ("I32", np.repeat(np.arange(2, dtype=np.int32), 128)),
+    "pre_quant_scale": ROW,
+    "smooth_factor": ROW,
+    "weight_offset": ROW,
+    "zero": ROW,
+    "perm": ("I64", np.arange(256)),
+    "weight_zp": ("I8", np.ones((256, 1), np.int8)),
+    "lora_down": SMALL,
+    "lora_down.weight": SMALL,
+}
+
+
+@pytest.mark.parametrize("has_block", [True, False])
+@pytest.mark.parametrize("last", PARTS)
+def test_tensors_of_unknown_use_beside_a_weight_are_refused(tmp_path, last, has_block):
+    """Factors of inputs, zeros, orders of columns, halves of low rank: each changes the weight."""
+    tensors, config = KEPT["int8_per_channel"]()
+    name = f"model.layers.0.self_attn.q_proj.{last}"
+    tensors[name] = PARTS[last]
+    if not has_block:
+        del config["quantization_config"]
+    assert _refused_as_int8(tmp_path, tensors, config) == name
+
+
+def test_the_rest_after_rounding_is_refused(tmp_path):
+    """A second weight of 8 bits with scales of its own, in the module of the first."""
+    tensors, config = KEPT["int8_per_channel"]()
+    stem = "model.layers.0.self_attn.q_proj.weight"
+    tensors[f"{stem}_residual"] = tensors[stem]
+    tensors[f"{stem}_residual_scale"] = tensors[f"{stem}_scale"]
+    assert _refused_as_int8(tmp_path, tensors, config) == f"{stem}_residual"
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj_smooth", "down_proj.perm"])
+def test_tensors_of_unknown_use_beside_experts_are_refused(tmp_path, name):
+    tensors, config = KEPT["gpt_oss_mxfp4"]()
+    stem = next(key for key in tensors if key.endswith("gate_up_proj_blocks"))
+    name = stem.replace("gate_up_proj_blocks", name)
+    tensors[name] = ROW
+    assert _refused_as_int8(tmp_path, tensors, config) == name
+
+
+def test_modules_whose_names_go_on_from_that_of_a_weight(tmp_path):
+    """A module `q_proj_norm` and a bias are no parts of the weight of `q_proj`."""
     tensors, config = KEPT["int8_per_channel"]()
     stem = "model.layers.0.self_attn.q_proj"
-    if change == "order":
-        tensors[f"{stem}.weight_g_idx"] = ("I32", np.repeat(np.arange(2, dtype=np.int32), 128))
-    else:
-        config["quantization_config"]["transform_config"] = {"config_groups": {"R4": {"a": 1}}}
-    source = write_source(tmp_path / "s", tensors, config)
-    with pytest.raises(SourceError, match="--scheme lossless keeps every bit"):
-        convert(source, tmp_path / "out")
-    report = convert(source, tmp_path / "lossless", scheme="lossless")
-    assert report.manifest.source.quantization == "compressed-tensors"
+    others = {f"{stem}_norm.weight", f"{stem}.bias"}
+    tensors |= {name: ("BF16", bf16(np.arange(256))) for name in others}
+    convert(write_source(tmp_path / "s", tensors, config), tmp_path / "out")
+    with Container(tmp_path / "out") as container:
+        assert others <= set(container.records)
 
 
 def test_weights_in_mxfp4_replace_no_tensor_of_their_name(tmp_path):
