@@ -24,6 +24,7 @@ from codecllm.loader.choice import choose_resident
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.device.placement import has_device, sole_device
+from codecllm.loader.hf.hooks import tied_parameters
 from codecllm.loader.hf.placement import is_offloaded, spreads
 from codecllm.loader.hf.plain import ADAPTER_CONFIG
 from codecllm.loader.hf.quiet import without_progress_bars
@@ -332,17 +333,32 @@ def _check_materialized(model: Any) -> None:
 
 
 def _separate_untied(model: Any) -> None:
-    """Gives parameters that are equal in the container, but not tied, memory of their own."""
+    """Gives parameters and buffers that are equal in the container, but not tied, own memory."""
     places: set[tuple[torch.device, int]] = set()
     for parameter in model.parameters():
         # An alias and its target are read into one storage. Training one must not change the other
         # where the class does not tie them.
-        if parameter.is_meta or not parameter.numel():
-            continue
-        place = (parameter.device, parameter.data_ptr())
-        if place in places:
+        if _is_repeated(parameter, places):
             parameter.data = parameter.data.clone()
-        places.add(place)
+    buffers = model.named_buffers(remove_duplicate=False)
+    repeated = {name: buffer for name, buffer in buffers if _is_repeated(buffer, places)}
+    if repeated:
+        # Buffers that no file has are shared by a class on purpose, and so are tied ones.
+        ties = tied_parameters(model)
+        own = model.state_dict(keep_vars=True).keys() - ties.keys() - {*ties.values()}
+        for name in repeated.keys() & own:
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, repeated[name].clone())
+
+
+def _is_repeated(value: torch.Tensor, places: set[tuple[torch.device, int]]) -> bool:
+    """Whether the memory of a value begins at one of these places; adds its place."""
+    if value.is_meta or not value.numel():
+        return False
+    place = (value.device, value.data_ptr())
+    is_repeated = place in places
+    places.add(place)
+    return is_repeated
 
 
 def refuse_oversized(model: Any, container: Container) -> None:

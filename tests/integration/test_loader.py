@@ -139,6 +139,32 @@ def test_equal_but_untied_weights_get_memory_of_their_own(tmp_path):
     assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
 
 
+@pytest.mark.parametrize("load", [from_pretrained, transformers.AutoModel.from_pretrained])
+def test_equal_buffers_get_memory_of_their_own(tmp_path, load):
+    """Codebooks of an audio codec are alike before training, and change in place while it runs."""
+    config = transformers.EncodecConfig(
+        num_filters=2,
+        hidden_size=32,
+        codebook_dim=32,
+        target_bandwidths=[120.0],
+        upsampling_ratios=[2, 2],
+        num_lstm_layers=1,
+    )
+    transformers.EncodecModel(config).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out")
+    assert "alias" in {record.scheme for record in report.manifest.tensors}
+    model = load(tmp_path / "out")
+    codebooks = [
+        value
+        for name, value in model.named_buffers(remove_duplicate=False)
+        if name.endswith((".embed", ".embed_avg"))
+    ]
+    assert len({value.data_ptr() for value in codebooks}) == len(codebooks) > 2
+    codebooks[0].add_(1.0)
+    assert not any(value.any() for value in codebooks[1:])
+    assert (model.quantizer.layers[0].codebook.embed == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "bfloat16", "auto", None])
 def test_dtype_is_that_of_the_caller_rounded_once(container, dtype):
     folder = container("llama", "int8")
