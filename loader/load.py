@@ -341,14 +341,14 @@ def _separate_untied(model: Any) -> None:
         if _is_repeated(parameter, places):
             parameter.data = parameter.data.clone()
     buffers = model.named_buffers(remove_duplicate=False)
-    repeated = {name: buffer for name, buffer in buffers if _is_repeated(buffer, places)}
-    if repeated:
+    copies = {name: buffer for name, buffer in buffers if _is_repeated(buffer, places)}
+    if copies:
         # Buffers that no file has are shared by a class on purpose, and so are tied ones.
         ties = tied_parameters(model)
-        own = model.state_dict(keep_vars=True).keys() - ties.keys() - {*ties.values()}
-        for name in repeated.keys() & own:
+        names = model.state_dict(keep_vars=True).keys() - ties.keys() - {*ties.values()}
+        for name in copies.keys() & names:
             module, _, last = name.rpartition(".")
-            setattr(model.get_submodule(module), last, repeated[name].clone())
+            setattr(model.get_submodule(module), last, copies[name].clone())
 
 
 def _is_repeated(value: torch.Tensor, places: set[tuple[torch.device, int]]) -> bool:

@@ -158,9 +158,9 @@ def block_sizes(block: Mapping[str, Any] | None) -> frozenset[tuple[int, int]]:
     sizes, parts = set[tuple[int, int]](), [block or {}]
     while parts:
         part = parts.pop()
-        stated = [part.get("weight_block_size"), part.get("block_structure")]
-        stated.append([1, part.get("group_size")])
-        for size in stated:
+        candidates = [part.get("weight_block_size"), part.get("block_structure")]
+        candidates.append([1, part.get("group_size")])
+        for size in candidates:
             if isinstance(size, str):  # "128x128" in older checkpoints
                 size = [int(n) for n in size.split("x") if n.isdecimal() and len(n) < _MOST_DIGITS]
             if not isinstance(size, list) or len(size) != 2:
@@ -233,7 +233,7 @@ def _of_activations(entries: Entries, weights: Iterable[str]) -> Iterator[str]:
 
 
 def _beside(entries: Entries, weights: Collection[str]) -> Iterator[str]:
-    """Yields the tensors, biases apart, that stand in the module of a weight or go on from its name.
+    """Yields tensors, biases apart, in the module of a weight, or whose names go on from its name.
 
     They may be a part of the weight: factors of its inputs, a sum of low rank, an order of its
     columns, the rest after rounding.

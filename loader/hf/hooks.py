@@ -83,6 +83,10 @@ class WeightSource(Protocol):
             chosen: arguments of the caller, which replace entries of it.
         """
 
+    @classmethod
+    def check_saving(cls, model: Any) -> None:
+        """Refuses to write weights in codes; takes our block out of configs of plain weights."""
+
     def dtypes(
         self, checkpoint_files: list[str], config: Any, index: dict[str, Any] | None
     ) -> dict[str, torch.Tensor]:
@@ -170,6 +174,16 @@ def install(weight_source: type[Any]) -> None:
         PreTrainedModel.get_init_context = _locked_init_context(PreTrainedModel.get_init_context)
         finish = _locked(PreTrainedModel._finalize_model_loading)
         PreTrainedModel._finalize_model_loading = staticmethod(finish)
+        PreTrainedModel.save_pretrained = _checked(PreTrainedModel.save_pretrained, weight_source)
+
+
+def _checked(save: Callable[..., Any], weight_source: type[Any]) -> Callable[..., Any]:
+    @wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        weight_source.check_saving(self)
+        return save(self, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _wrap(module: Any, name: str, wrapper: Callable[..., Any], weight_source: type[Any]) -> None:

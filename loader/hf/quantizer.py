@@ -44,7 +44,7 @@ from codecllm.loader.config_size import check_config_of
 from codecllm.loader.hf import hooks
 from codecllm.loader.hf.side_limits import check_config_document, refuse_kernels_of
 from codecllm.loader.load import Load, LoadOptions
-from codecllm.loader.resident.coded_weight import make_plain
+from codecllm.loader.resident.coded_weight import CodedWeight, make_plain
 from codecllm.loader.residents import Chosen
 
 QUANT_METHOD = "codecllm"
@@ -78,7 +78,6 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         self._load = _current_load.get()
         self._opened_here = self._load is None
         self._device_map: Any = None
-        self._model: weakref.ref[Any] | None = None
         self._is_finished = False
         quantization_config.dequantize = self._load is None or self._load.is_dense
 
@@ -139,7 +138,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             FormatError: the container is damaged.
             ModelMismatchError: the config describes far more layers than the container can fill.
         """
-        named = _named_files(config, index)
+        file_names = _named_files(config, index)
         if self._load is None:
             folder = _container_folder(checkpoint_files)
             self._load = Load(folder, LoadOptions(device_map=self._device_map))
@@ -148,11 +147,11 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._load.container.check_presence(shard)  # before transformers opens them
             check_index(self._load.container)
             shards = {shard.name for shard in self._load.container.manifest.shards}
-            if not named <= shards:  # an index that is not listed
+            if not file_names <= shards:  # an index that is not listed
                 raise LayoutError(
                     "the index names no shard of the container",
                     file=INDEX_NAME,
-                    got=shown(min(named - shards)),
+                    got=shown(min(file_names - shards)),
                 )
         # Here, because the caller may have changed it, or brought one.
         check_config_of(self._load.container, config.to_dict())
@@ -182,19 +181,31 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
             raise self._active.first_error
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` may write the model: no class of transformers reads codes.
+        """False: no class of transformers reads codes."""
+        return False
+
+    @classmethod
+    def check_saving(cls, model: Any) -> None:
+        """See `hooks.WeightSource`.
 
         Raises:
-            UsageError: the model itself is to be written, not adapters on top of it.
+            UsageError: the model, or a part of it, stays coded in memory, and it is to be written
+                itself, not adapters on top of it.
         """
-        model = self._model() if self._model is not None else None
-        if model is not None and not getattr(model, "_hf_peft_config_loaded", False):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return
+        configs = [getattr(part, "config", None) for part in model.modules()]
+        ours = [part for part in configs if _entries(part).get("quant_method") == QUANT_METHOD]
+        if ours and any(isinstance(value, CodedWeight) for value in model.parameters()):
             raise UsageError(
                 "save_pretrained cannot write a model whose weights stay coded in memory: copy the "
                 "container's folder, or call model.dequantize(), save that, and run "
                 "`codecllm convert` on it"
             )
-        return False
+        if not isinstance(getattr(model, "hf_quantizer", None), cls):
+            # Weights are plain: the config is a copy, which an encoder has, or of a container's.
+            for config in ours:
+                vars(config).pop("quantization_config", None)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Makes every weight of a model plain; from then on it is one that was loaded dense.
@@ -214,7 +225,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_load": None}
+        return {**self.__dict__, "_load": None}
 
     @property
     def is_trainable(self) -> bool:
@@ -237,7 +248,6 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._active.close()
             self._load = None  # the model keeps its quantizer
             self._is_finished = True
-        self._model = weakref.ref(model)
         return model
 
 

@@ -104,13 +104,13 @@ class DeviceCompressedTensor(CodedMatrix):
         places = self.checked_rows(rows)
         out = torch.empty(len(places), self.cols, dtype=dtype, device=here)
         bands = torch.div(places, grid.tile_rows, rounding_mode="floor")
-        needed = torch.unique(bands)
-        if len(needed) == 1:  # a token: nothing is computed or sent for it
-            return self._rows_of_band(int(needed), rows, dtype).to(device)
+        band_numbers = torch.unique(bands)
+        if len(band_numbers) == 1:  # a token: nothing is computed or sent for it
+            return self._rows_of_band(int(band_numbers), rows, dtype).to(device)
         step = max(1, groups.GROUP_ELEMENTS // max(1, min(grid.tile_rows, grid.rows) * grid.cols))
         with self.decoder.lock:
-            for first in range(0, len(needed), step):
-                part = needed[first : first + step]
+            for first in range(0, len(band_numbers), step):
+                part = band_numbers[first : first + step]
                 blocks = [Block(self, range(band, band + 1)) for band in part.tolist()]
                 heights = torch.tensor([block.rows for block in blocks])
                 starts = torch.cumsum(heights, 0) - heights
@@ -338,9 +338,9 @@ class DeviceDecoder:
         assert group.work is not None and group.words is not None
         part = None if only is None else group.chunks[only]
         tables = group.tables[0] if group.tables is not None else None
-        given = (group.words, self._payloads, self._arena, self._tools, tables, checks, part)
+        arguments = (group.words, self._payloads, self._arena, self._tools, tables, checks, part)
         with torch.inference_mode(), self._streams.on(self._streams.decode):
-            return group.work.launch(*given)
+            return group.work.launch(*arguments)
 
     def _describe(self, group: Group) -> None:
         """Makes a group's description, once for an arena; it stays on the device."""

@@ -124,6 +124,42 @@ def test_saving_the_model_is_one_clear_error(tmp_path, container, resident):
         model.half()
 
 
+@pytest.mark.parametrize("resident", CODED)
+def test_saving_what_contains_coded_weights_is_the_same_error(tmp_path, container, resident):
+    """A part of the model, and a model that has it as a part."""
+    llama = from_pretrained(container("llama", "int8"), resident=resident)
+    bert = from_pretrained(
+        container("bert", "int8"), resident=resident, auto_class=transformers.AutoModel
+    )
+    gpt2 = from_pretrained(container("gpt2", "int8"), resident=resident)
+    whole = transformers.EncoderDecoderModel(encoder=bert, decoder=gpt2)
+    for model in (llama.model, whole):
+        with pytest.raises(UsageError, match=r"model\.dequantize\(\)"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("resident", ["dense", *CODED])
+def test_a_plain_part_is_saved_as_a_plain_model(tmp_path, container, resident):
+    """The config of T5's encoder is a copy of the model's, quantization block included."""
+    model = from_pretrained(container("t5", "int8"), resident=resident)
+    if resident != "dense":
+        model.dequantize()
+    model.encoder.save_pretrained(tmp_path / "encoder")
+    assert "codecllm" not in (tmp_path / "encoder" / "config.json").read_text()
+    again = type(model.encoder).from_pretrained(tmp_path / "encoder").state_dict()
+    values = model.encoder.state_dict()
+    assert all(same_bits(again[key], value) for key, value in values.items())
+
+
+def test_a_new_model_of_a_containers_config_is_saved_as_a_plain_one(tmp_path, container):
+    config = transformers.AutoConfig.from_pretrained(container("llama", "int8"))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "new")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
 @pytest.mark.parametrize("resident", CODED)
 def test_dequantize_gives_the_dense_model(tmp_path, container, name, resident):
