@@ -355,9 +355,7 @@ def test_loading_leaves_threads_and_their_number_alone(container):
 def test_a_coded_model_refuses_to_be_saved_and_says_what_to_do(tmp_path, container, resident):
     model = from_pretrained(container("llama", "int8"), resident=resident)
     for one in (model, copy.deepcopy(model)):
-        with pytest.raises(
-            (UsageError, ValueError), match="codecllm convert" if one is model else "serializ"
-        ):
+        with pytest.raises(UsageError, match="codecllm convert"):
             one.save_pretrained(tmp_path / "plain")
     assert not list(tmp_path.glob("plain/*.safetensors"))
 
