@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from codecllm.converter.plan.params import WIDE_CODES
-from codecllm.converter.rate.feedback import RIDGE
+from codecllm.converter.rate.feedback import FARTHEST, RIDGE
 from codecllm.formats.errors import UnsupportedEnvironmentError
 from codecllm.loader.kernels.nvrtc import Kernel
 
@@ -92,7 +92,7 @@ def codes_on_device(
     round_panel: Callable[[Panel], None] | None = None,
     limits: tuple[int, int] = WIDE_CODES,
 ) -> torch.Tensor:
-    """Quantizes rows with error feedback.
+    """Quantizes rows with error feedback; see `converter.rate.feedback.refined_codes`.
 
     Args:
         weights: float32 [rows, cols], finite.
@@ -135,6 +135,10 @@ def codes_on_device(
                 limits,
             )
         )
+    far = errors.double().norm(dim=0) > FARTHEST * by_column.double().norm(dim=0)
+    if bool(far.any()):
+        quotients = by_column[:, far] / (scales[0][far] * col_scale[:, None])
+        codes[:, far] = _rounded(quotients, dead, limits).to(torch.int16)
     return codes.t().index_select(1, torch.argsort(order))
 
 
@@ -142,13 +146,19 @@ def round_by_columns(panel: Panel) -> None:
     """Rounds a panel by operations on its columns."""
     for col in range(len(panel.weights)):
         step = panel.row_scale * panel.col_scale[col]
-        quotient = panel.shifted[col] / step
-        quotient -= torch.copysign(panel.deadzone, quotient)
-        code = quotient.round_().clamp_(*panel.limits)
+        code = _rounded(panel.shifted[col] / step, panel.deadzone, panel.limits)
         panel.codes[col] = code
         error = panel.weights[col] - code * step
         panel.errors[col] = error
         panel.shifted[col + 1 :] += panel.ratios[col + 1 :, col, None] * error
+
+
+def _rounded(
+    quotients: torch.Tensor, deadzone: torch.Tensor, limits: tuple[int, int]
+) -> torch.Tensor:
+    """Rounds float32 of any shape in place."""
+    quotients -= torch.copysign(deadzone, quotients)
+    return quotients.round_().clamp_(*limits)
 
 
 def round_by_kernel(panel: Panel) -> None:

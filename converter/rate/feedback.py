@@ -32,6 +32,12 @@ from codecllm.formats.manifest.records import FEEDBACK, FEEDBACK_DEADZONE
 RIDGE = 0.01
 """Share of the mean diagonal that is added to it."""
 
+FARTHEST = 1.5
+"""Largest distance of a row of codes from the weights that feedback is followed to.
+
+In units of the distance of zeros. A row of a code or less a weight may gain by more than 1.
+"""
+
 _SHRINKAGE, _SHRINKAGE_TOKENS = 0.2, 16384
 
 _PANEL = 64
@@ -94,6 +100,9 @@ def refined_codes(
 ) -> NDArray[np.int16]:
     """Quantizes rows with error feedback; they do not depend on one another.
 
+    Where few inputs were seen, feedback may lead far from the weights. A row that it would leave
+    much farther from them than zeros are (`FARTHEST`) is rounded without it.
+
     Args:
         weights: float32 [rows, cols], finite.
         scales: float32 [rows], and factors of the columns, float32 [cols], or None.
@@ -133,9 +142,21 @@ def refined_codes(
             codes[col] = rounded_codes
             np.multiply(rounded_codes, step, out=rounded_codes)
             np.subtract(weights_by_column[col], rounded_codes, out=errors[col])
+    far = _squares(errors) > FARTHEST**2 * _squares(weights_by_column)
+    if far.any():
+        quotients = weights_by_column[:, far] / (scales[0][far] * col_scales[:, None])
+        nearest = np.empty_like(quotients)
+        round_toward_zero(quotients, deadzone, nearest)
+        codes[:, far] = nearest.clip(*limits)
     result = np.empty((rows, cols), np.int16)
     result[:, order] = codes.T
     return result
+
+
+def _squares(by_column: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Returns the sum of squares of each row, float64 [rows], of float32 [cols, rows]."""
+    squares: NDArray[np.float64] = np.einsum("cr,cr->r", by_column, by_column, dtype=np.float64)
+    return squares
 
 
 class Feedback:

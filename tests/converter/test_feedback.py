@@ -15,6 +15,7 @@ from codecllm.converter.plan.conversion_plan import plan_conversion
 from codecllm.converter.plan.params import NARROW_CODES
 from codecllm.converter.rate import feedback
 from codecllm.converter.rate.feedback import (
+    FARTHEST,
     RIDGE,
     Feedback,
     factor_of,
@@ -110,6 +111,21 @@ def test_the_fewer_tokens_the_less_is_made_of_pairs():
     inputs = _inputs(100, 30)
     codes = refined_codes(weights, (factors[:20], None), factor_of(inputs.T @ inputs, 1.0))
     assert np.array_equal(codes, np.rint(weights / factors[:20, None]))
+
+
+@pytest.mark.parametrize("deadzone", [0.0, DEADZONE])
+def test_no_row_is_much_farther_from_its_weights_than_zeros(deadzone):
+    """Inputs of two directions alone: any sum of columns outside of them seems harmless."""
+    inputs = _inputs(60, 2) @ np.random.default_rng(5).standard_normal((2, 96))
+    factor = factor_of(inputs.T @ inputs, 0.001)
+    weights, _ = _weights(40, 96)
+    steps = np.where(np.arange(40) % 2, 16.0, 0.1).astype(np.float32)
+    codes = refined_codes(weights, (steps, None), factor, deadzone)
+    for row in range(40):
+        error = np.square(weights[row] - codes[row] * steps[row]).sum()
+        assert error <= FARTHEST**2 * np.square(weights[row]).sum()
+        by_nearest = np.rint(weights[row] / steps[row])
+        assert np.array_equal(codes[row], by_nearest) == (steps[row] == 16.0)
 
 
 def test_a_code_without_room_stays_in_range_and_feeds_its_error_on():

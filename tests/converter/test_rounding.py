@@ -144,6 +144,20 @@ def test_codes_are_those_of_numpy(round_panel, cols, deadzone, by_column):
     assert (codes != expected).mean() <= 2e-3
 
 
+def test_rows_that_feedback_leads_astray_are_those_of_numpy():
+    rng = np.random.default_rng(5)
+    inputs = rng.standard_normal((60, 2)) @ rng.standard_normal((2, 96))
+    products = inputs.T @ inputs
+    weights = rng.standard_normal((40, 96)).astype(np.float32)
+    steps = np.where(np.arange(40) % 2, 16.0, 0.1).astype(np.float32)
+    expected = refined_codes(weights, (steps, None), factor_of(products, 0.001), DEADZONE)
+    assert not expected[steps == 16.0].any()
+    matrix, scales = (torch.from_numpy(part).to(DEVICE) for part in (weights, steps))
+    factor = factor_on_device(torch.from_numpy(products).to(DEVICE), 0.001)
+    codes = codes_on_device(matrix, (scales, None), factor, DEADZONE)
+    assert np.array_equal(codes.cpu().numpy(), expected)
+
+
 def test_both_ways_give_the_same_bits(monkeypatch):
     if DEVICE.type == "cpu":
         emulated = _emulated()

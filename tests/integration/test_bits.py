@@ -32,7 +32,7 @@ from codecllm.formats.errors import UnsupportedEnvironmentError, UsageError
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.resident.int8_form import Int8Form
-from tests.integration import tiny_models
+from tests.integration import architectures, tiny_models
 from tests.integration.outputs import coded_weights, in_experts_loop, logits, same_bits
 from tests.stepped import fitted
 
@@ -108,6 +108,30 @@ def test_low_rates_verify_against_their_source_and_say_how_codes_were_rounded(tm
     report = codecllm.verify(tmp_path / "out", source=source("gpt2"), baseline=False)
     assert report.ok
     assert f"{len(rounded)} rounded otherwise, as recorded (deadzone; worst 0.5" in report.to_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        # The file's names lack the prefix that the model's have.
+        ("opt_without_prefix", {"bits": 7.9}),
+        # Of few inputs almost all codes of a query keep the products.
+        ("bert", {"bits": 7.5, "calibrate": "random", "refine": True}),
+    ],
+)
+def test_verify_accepts_tensors_that_the_output_hardly_needs(tmp_path, name, options):
+    """Their share of the bits is small: most codes are zero."""
+    source = architectures.make(name, tmp_path / "source")
+    matrices = ("*proj*", "*dense*", "*fc*", "*query*")
+    api.convert(source, tmp_path / "out", include=matrices, **options)
+    report = codecllm.verify(tmp_path / "out", source=source)
+    assert report.ok, report.to_json()
+    errors = [
+        tensor["relative_error"]
+        for tensor in codecllm.compare_models(source, tmp_path / "out", run=False)["tensors"]
+        if tensor["relative_error"] is not None
+    ]
+    assert 0.9 < max(errors) < 1.5
 
 
 @pytest.mark.parametrize(("bits", "accepted"), [(3.0, True), (8.0, False)])
