@@ -31,6 +31,7 @@ from codecllm.loader.hf.listed import (
     for_tokenizer,
     listed_files,
 )
+from codecllm.loader.hf.remote_code import forget_code_of_parts
 from codecllm.loader.hf.side_limits import (
     check_config_file,
     check_generation_file,
@@ -77,11 +78,13 @@ def read_config(
         refuse_named_kernels(folder, options)
         try:
             reader = config_class or AutoConfig
-            return reader.from_pretrained(folder, trust_remote_code=run_code, **options)
+            result = reader.from_pretrained(folder, trust_remote_code=run_code, **options)
         except Exception as exc:
             raise machine_error(exc) or UnsupportedEnvironmentError(
                 f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME
             ) from exc
+    forget_code_of_parts(vars(result[0] if isinstance(result, tuple) else result))
+    return result
 
 
 def read_tokenizer(model: ModelFiles) -> Any:

@@ -76,7 +76,7 @@ class WeightSource(Protocol):
 
     @classmethod
     def check_config(cls, whole: dict[str, Any], chosen: dict[str, Any]) -> None:
-        """Refuses a config before its class is made, where it asks for too much.
+        """Refuses a config before its class is made, where it asks for too much; parts lose code.
 
         Args:
             whole: the JSON object of a config.json; nothing is done where it has no block of ours.

@@ -42,6 +42,7 @@ from codecllm.formats.shards.index import check_index
 from codecllm.hub import resolve
 from codecllm.loader.config_size import check_config_of
 from codecllm.loader.hf import hooks
+from codecllm.loader.hf.remote_code import forget_code_of_parts
 from codecllm.loader.hf.side_limits import check_config_document, refuse_kernels_of
 from codecllm.loader.load import Load, LoadOptions
 from codecllm.loader.resident.coded_weight import CodedWeight, make_plain
@@ -116,6 +117,7 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         block = whole.get("quantization_config")
         if isinstance(block, dict) and block.get("quant_method") == QUANT_METHOD:
+            forget_code_of_parts(whole)
             check_config_document({**whole, **chosen})
             refuse_kernels_of(whole, chosen)
 

@@ -59,6 +59,26 @@ def check_code(container: Container, auto_map: dict[str, Any] | None) -> None:
         container.read_side_file(record)
 
 
+def forget_code_of_parts(attributes: dict[str, Any]) -> None:
+    """Removes `auto_map` from every part of a config: transformers would ask whether it may run.
+
+    `trust_remote_code` answers for the whole config alone. A part has no folder, and can name code
+    of another repository only, which no manifest lists.
+
+    Args:
+        attributes: the JSON object of a config.json, or `vars` of a config; it is changed.
+    """
+    seen, rest = {id(attributes)}, [*attributes.values()]
+    while rest:
+        value = rest.pop()
+        part = vars(value) if isinstance(value, transformers.PreTrainedConfig) else value
+        if isinstance(part, (dict, list)) and id(part) not in seen:
+            seen.add(id(part))
+            if isinstance(part, dict):
+                part.pop("auto_map", None)
+            rest += part.values() if isinstance(part, dict) else part
+
+
 def code_class(config: Any) -> Any:
     """Returns the Auto class through which transformers loads the config's own code, or None.
 

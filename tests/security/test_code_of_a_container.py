@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import codecllm
 from codecllm.formats.checksums import sha256_hex
+from codecllm.loader.hf.plain import load_plain
 from tests.integration import tiny_models
 from tests.tampering import copy_of, reseal
 
@@ -159,3 +160,44 @@ def test_code_of_a_container_is_never_run(container, tmp_path, hostile, listed):
     assert not canary.exists()
     assert "[y/N]" not in done.stdout + done.stderr
     assert done.returncode == 0, done.stderr
+
+
+PARTS = {
+    "model_type": "encoder-decoder",
+    "architectures": ["EncoderDecoderModel"],
+    "is_encoder_decoder": True,
+    "encoder": {"model_type": "bert", "num_hidden_layers": 1},
+    # No class of transformers makes text with it: what `auto_map` names would be fetched and run.
+    "decoder": {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "evil/repo--evil.Evil"}},
+}
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What transformers asks on the terminal; every answer is yes."""
+    questions = []
+
+    def ask(text=""):
+        questions.append(text)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", ask)
+    return questions
+
+
+@pytest.mark.parametrize(
+    "load", [codecllm.from_pretrained, hf.AutoModel.from_pretrained, load_plain]
+)
+def test_code_of_a_part_of_the_config_is_never_asked_for(container, tmp_path, answers, load):
+    folder = copy_of(container, tmp_path / "out")
+    document = json.loads((folder / "config.json").read_text())
+    document = {"quantization_config": document["quantization_config"]} | PARTS
+    if load is load_plain:  # a source, for its baseline
+        document.pop("quantization_config")
+        (folder / "codecllm.json").unlink()
+    (folder / "config.json").write_text(json.dumps(document))
+    if load is not load_plain:
+        _relist(folder)
+    with pytest.raises(Exception, match="ViTConfig"):
+        load(folder)
+    assert not answers
