@@ -87,8 +87,8 @@ def export(
 
     Raises:
         FormatError: something in the container is damaged: nothing stays in `out`. Or its
-            config.json is no JSON object, or a side file needs the name of a weight file or is an
-            adapter.
+            config.json is no JSON object, or a side file needs the name of a weight file, or is an
+            adapter or other weights.
         OutputExistsError: `out` is not empty.
         OSError: writing failed.
     """
@@ -149,6 +149,11 @@ def _refuse_clashes(container: Container, written: set[str]) -> None:
         if record.name in ADAPTER_NAMES:
             raise LayoutError(
                 "a container has no adapter, and transformers would change the model by it",
+                file=record.name,
+            )
+        if record.name.endswith(".safetensors") and "/" not in record.name:
+            raise LayoutError(
+                "weights beside those of the container: transformers may read them instead",
                 file=record.name,
             )
 

@@ -32,6 +32,7 @@ SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin"})
 _NUMBERED = re.compile(r"(.*?)-?\d{5}-of-\d{5}(.*)\.safetensors")
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,18 @@ def find_weights(folder: Path, config: Mapping[str, Any] | None) -> WeightSet:
 
     Raises:
         SourceError: there are none, or several sets of which none has the name that transformers
-            looks for.
+            looks for, or parts of tensors, as each rank of a distributed training writes its own.
         UnsafeSourceError: there are only pickles.
         TruncatedError: a file that the index names is missing.
         FormatError: the index is malformed, or names a file outside the folder.
     """
+    for name in _safetensors_names(folder):
+        # transformers reads all of these, and any other file beside them, before it looks further.
+        if _DISTRIBUTED.fullmatch(name):
+            raise SourceError(
+                "a distributed checkpoint, whose files hold parts of tensors: save the model whole",
+                file=name,
+            )
     explicit = (config or {}).get("transformers_weights")
     if isinstance(explicit, str):
         return _explicit(folder, explicit)

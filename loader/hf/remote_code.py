@@ -6,6 +6,7 @@ A container may list Python files (feature `code`). transformers imports those t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -59,7 +60,7 @@ def check_code(container: Container, auto_map: dict[str, Any] | None) -> None:
         container.read_side_file(record)
 
 
-def forget_code_of_parts(attributes: dict[str, Any]) -> None:
+def forget_code_of_parts(attributes: Mapping[str, Any]) -> None:
     """Removes `auto_map` from every part of a config: transformers would ask whether it may run.
 
     `trust_remote_code` answers for the whole config alone. A part has no folder, and can name code

@@ -78,6 +78,18 @@ def test_an_adapter_that_would_change_the_exported_model(container, tmp_path, na
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["shard-00001-model-00001-of-00001.safetensors", "model.fp16.safetensors"]
+)
+def test_weights_beside_the_exported_model(container, tmp_path, name):
+    """transformers reads the first, and every file beside it, before model.safetensors."""
+    folder = copy_of(container, tmp_path / "c")
+    add_listed(folder, name, b"{}")
+    with pytest.raises(LayoutError, match="weights beside those of the container"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_the_config_names_are_no_part_of_an_export(container, tmp_path):
     folder = copy_of(container, tmp_path / "c")
     config = json.loads((folder / "config.json").read_bytes())

@@ -183,6 +183,20 @@ def test_several_variants_alone_are_an_error(tmp_path):
         _convert(source, tmp_path)
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_parts_of_tensors_of_a_distributed_training(tmp_path, is_alone):
+    """transformers reads them before model.safetensors, which may be older."""
+    source = write_source(tmp_path / "s", {"a": _tensor()})
+    name = "shard-00001-model-00001-of-00002.safetensors"
+    if is_alone:
+        (source / "model.safetensors").rename(source / name)
+    else:
+        shutil.copy(source / "model.safetensors", source / name)
+    with pytest.raises(SourceError, match="a distributed checkpoint") as caught:
+        _convert(source, tmp_path)
+    assert caught.value.file == name
+
+
 def test_other_folders_with_weights_are_left_whole(tmp_path):
     source = write_source(tmp_path / "s", {"a": _tensor(1)})
     for folder, file in (
