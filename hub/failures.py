@@ -39,7 +39,7 @@ def check_environment() -> None:
             )
     endpoint = os.environ.get("HF_ENDPOINT", "")
     try:
-        urlsplit(endpoint)
+        _ = urlsplit(endpoint).port  # is read from the text here
     except ValueError as exc:
         raise HubError(
             f"HF_ENDPOINT is no URL ({one_line(exc)})",

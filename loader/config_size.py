@@ -16,6 +16,11 @@ REPEATED = ("layer", "block", "expert", "depth", "stage", "codebook", "level", "
 ALWAYS_FINE = 4096
 """Counts up to here are never refused: layers may share their weights."""
 
+ALWAYS_FINE_ELEMENTS = 1 << 28
+"""Parameters, or elements of buffers, that are never refused: layers may share them."""
+
+_LARGER = 16
+
 MOST_LABELS = 1 << 20
 """More labels than this are refused, unless the config lists them."""
 
@@ -63,6 +68,28 @@ def check_config_of(container: Container, config: dict[str, Any]) -> None:
     shapes = (getattr(record, "shape", ()) for record in container.records.values())
     longest = max((size for shape in shapes for size in shape), default=0)
     check_config_size(config, len(container.records), longest)
+
+
+def refuse_larger(model: Any, stored_elements: int) -> None:
+    """Refuses a model most of which no tensor can fill, before transformers allocates it.
+
+    Args:
+        model: on the meta device.
+        stored_elements: of all tensors of the container, or the folder.
+
+    Raises:
+        ModelMismatchError: its parameters, or its buffers, have more than 16 times these elements,
+            and more than 2^28.
+    """
+    for kind, values in (("parameters", model.parameters()), ("buffers", model.buffers())):
+        elements = sum(value.numel() for value in values)
+        if elements > max(_LARGER * stored_elements, ALWAYS_FINE_ELEMENTS):
+            raise ModelMismatchError(
+                "the config describes a model that is far larger than its weights",
+                file="config.json",
+                got=f"{kind} of {elements} elements",
+                expected=f"about the {stored_elements} elements of the tensors",
+            )
 
 
 def check_config_arguments(

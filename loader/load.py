@@ -21,6 +21,7 @@ from codecllm.formats.errors import (
 from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.formats.strict_json import parse_config
 from codecllm.loader.choice import choose_resident
+from codecllm.loader.config_size import refuse_larger
 from codecllm.loader.device.codecs import Decoder
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.device.placement import has_device, sole_device
@@ -180,7 +181,8 @@ class Load:
         Raises:
             ModelMismatchError: the model is far larger than the container.
         """
-        refuse_oversized(model, self.container)
+        stored_elements = sum(record.elements for record in self.container.manifest.tensors)
+        refuse_larger(model, stored_elements)
         self._shapes = {name: value.shape for name, value in model.named_parameters()}
         if self._plan is not None:
             with torch.device("cpu"):  # transformers makes new tensors on the meta device here
@@ -359,22 +361,3 @@ def _is_repeated(value: torch.Tensor, places: set[tuple[torch.device, int]]) -> 
     is_repeated = place in places
     places.add(place)
     return is_repeated
-
-
-def refuse_oversized(model: Any, container: Container) -> None:
-    """Refuses a model most of which the container cannot fill: transformers would allocate it.
-
-    Raises:
-        ModelMismatchError: its parameters are more than 16 times the elements of the container's
-            tensors, and more than 2^28.
-    """
-    # Small models are never refused: layers may share weights, and 2^28 parameters cost little.
-    parameters = sum(value.numel() for value in model.parameters())
-    stored_elements = sum(record.elements for record in container.manifest.tensors)
-    if parameters > max(16 * stored_elements, 1 << 28):
-        raise ModelMismatchError(
-            "the config describes a model that is far larger than the container",
-            file="config.json",
-            got=f"{parameters} parameters",
-            expected=f"about the {stored_elements} elements of the container's tensors",
-        )

@@ -278,6 +278,15 @@ def _check_config(load: Load) -> dict[str, Any] | None:
     return auto_map if isinstance(auto_map, dict) else None
 
 
+def _error_of_weights(exc: BaseException) -> BaseException:
+    """Returns the error to raise where a weight could not be decoded, read or put in its place."""
+    if isinstance(exc, CodecLLMError | OSError) or not isinstance(exc, Exception):
+        return exc
+    return machine_error(exc) or UnsupportedEnvironmentError(
+        f"a weight cannot be put in its place: {describe(exc)}"
+    )
+
+
 def _build(
     folder: Path,
     load: Load,
@@ -319,7 +328,7 @@ def _build(
     except Exception as exc:
         # Our error names shard, tensor and chunk; transformers' summary of it does not.
         if load.first_error is not None:
-            raise (machine_error(load.first_error) or load.first_error) from exc
+            raise _error_of_weights(load.first_error) from exc
         if isinstance(exc, ModelMismatchError) and changed:
             raise ModelMismatchError(
                 f"{exc}; arguments of this call changed the config: {', '.join(changed)}"

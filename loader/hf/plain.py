@@ -24,7 +24,7 @@ from codecllm.formats.errors import (
     foreign_errors_as,
     shown,
 )
-from codecllm.loader.config_size import check_config_of, check_config_size
+from codecllm.loader.config_size import check_config_of, check_config_size, refuse_larger
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.gguf_header import check_gguf
 from codecllm.loader.hf.listed import ModelFiles
@@ -106,6 +106,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
         raise ModelMismatchError(
             "the metadata describe a much larger model", file=path.name, got=needed, expected=held
         )
+    refuse_larger(empty, held)
     bar = getattr(reader, "tqdm", None)
     reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
     try:
@@ -216,6 +217,7 @@ def _check_size(cls: Any, config: Any, folder: Path) -> None:
             empty = cls(copy.deepcopy(config))
     except Exception:  # the load itself says why the class cannot be built, with any type
         return
+    refuse_larger(empty, stored_weights)
     config_weights = sum(parameter.numel() for parameter in empty.parameters())
     if config_weights > TOO_LARGE * stored_weights:
         raise ModelMismatchError(

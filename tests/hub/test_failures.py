@@ -28,6 +28,7 @@ CASES = {
     "offline": ({"HF_HUB_OFFLINE": "1"}, "not in the local cache, and offline mode is on"),
     "unreachable": ({"HF_ENDPOINT": UNREACHABLE}, "the Hub cannot be reached"),
     "no URL": ({"HF_ENDPOINT": NO_URL}, "HF_ENDPOINT is no URL (Invalid IPv6 URL), got 'http"),
+    "no port": ({"HF_ENDPOINT": "http://127.0.0.1:99999"}, "HF_ENDPOINT is no URL (Port out of"),
     "no container": ({"repo": "user/plain"}, "holds no codecllm.json"),
 }
 

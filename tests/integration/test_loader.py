@@ -21,6 +21,7 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     UsageError,
 )
+from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.formats.reference import read_tensor_bytes
 from codecllm.loader import from_pretrained, stream_tensors
 from codecllm.loader.hf.plain import load_plain
@@ -377,3 +378,13 @@ def test_the_older_name_of_dtype_means_the_same(container, dtype):
     assert both.dtype == torch.float16
     with pytest.raises(UsageError, match="not a value of dtype"):
         from_pretrained(folder, torch_dtype="int8")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has the device")
+def test_a_device_that_a_quantizer_chooses_and_this_machine_lacks(tmp_path, container):
+    folder = tampering.copy_of(container("llama", "lossless"), tmp_path / "c")
+    config = json.loads((folder / "config.json").read_bytes())
+    config["quantization_config"][ORIGINAL_KEY] = {"quant_method": "metal"}
+    tampering.replace_listed(folder, "config.json", json.dumps(config).encode())
+    with pytest.raises(UnsupportedEnvironmentError, match="cannot be put in its place.*mps"):
+        from_pretrained(folder)

@@ -14,11 +14,14 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
+from codecllm.converter import convert
 from codecllm.formats.errors import LimitError, ModelMismatchError, SchemaError, UsageError
 from codecllm.generation import _greedy, generate
 from codecllm.loader import from_pretrained
@@ -28,6 +31,7 @@ from codecllm.loader.hf.folder import (
     read_generation_config,
     read_tokenizer,
 )
+from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.hf.quantizer import register
 from tests.malformed.measure import measured
 from tests.tampering import add_listed, copy_of, replace_listed
@@ -70,6 +74,20 @@ def test_a_config_asks_for_no_more_than_the_container_has(container, tmp_path, c
     text = _refusal(ModelMismatchError, from_pretrained, folder)
     assert text.startswith(f"config.json: {next(iter(change))}")
     assert "expected at most 4096" in text
+
+
+@pytest.mark.parametrize("load", [from_pretrained, AutoModel.from_pretrained, load_plain])
+def test_nor_for_a_table_of_positions_that_is_no_parameter(tmp_path, load):
+    """CTRL makes one for each position that its config states, as a buffer."""
+    config = CTRLConfig(vocab_size=300, n_positions=64, n_embd=64, dff=64, n_layer=2, n_head=4)
+    source, folder = tmp_path / "source", tmp_path / "c"
+    CTRLLMHeadModel(config).save_pretrained(source)
+    convert(source, folder)
+    changed = json.dumps(json.loads((folder / "config.json").read_bytes()) | {"n_positions": 10**9})
+    replace_listed(folder, "config.json", changed.encode())
+    (source / "config.json").write_text(changed.replace('"quantization_config"', '"x"'))
+    text = _refusal(ModelMismatchError, load, source if load is load_plain else folder)
+    assert "got buffers of 64000000000 elements" in text
 
 
 ENDLESS: dict[str, object] = {}
