@@ -53,7 +53,7 @@ def check_config_file(folder: Path) -> None:
     Raises:
         ModelMismatchError: it asks for more than 131,072 of them.
         LimitError: a list or an object has more than 131,072 items.
-        UnsafePathError: it leads transformers to entries or files that are not checked.
+        UnsafePathError: it leads transformers to entries, files or models that are not checked.
     """
     config = _read(folder / "config.json")
     if isinstance(config, dict):
@@ -68,6 +68,14 @@ def check_config_document(config: dict[str, Any]) -> None:
                 f"{key} leads transformers to {_INDIRECTIONS[key]} than those that are checked",
                 file="config.json",
             )
+    for key, name in _backbones(config):
+        if _needs_code(config):
+            break  # the code decides what the entry means
+        raise UnsafePathError(
+            f"{key} names a model elsewhere, whose config would decide this one's",
+            file="config.json",
+            got=ascii(name)[:80],
+        )
     try:
         check_config_size(config, MOST_ITEMS, MOST_ITEMS)
     except RecursionError as exc:
@@ -164,6 +172,37 @@ def _check_added_tokens(folder: Path) -> None:
         other = _read(path)
         if isinstance(other, dict):
             check_growth(other, path.name)
+
+
+def _backbones(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields entries by which transformers, or timm, reads the config of another repository.
+
+    A name without a slash and a colon is one of timm's own. In a config of timm's classes a slash
+    stands behind a prefix that timm drops.
+    """
+    stack: list[Any] = [config]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, list):
+            stack += part
+        elif isinstance(part, dict):
+            stack += part.values()
+            is_of_timm = part.get("model_type") in ("timm_backbone", "timm_wrapper")
+            backbone, architecture = part.get("backbone"), part.get("architecture")
+            if isinstance(architecture, str) and is_of_timm and ":" in architecture:
+                yield "architecture", architecture
+            if not isinstance(backbone, str) or isinstance(part.get("backbone_config"), dict):
+                continue
+            if ":" in backbone or ("/" in backbone and not is_of_timm):
+                yield "backbone", backbone
+
+
+def _needs_code(config: dict[str, Any]) -> bool:
+    """Whether transformers has no class of its own that reads a config."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind not in CONFIG_MAPPING
 
 
 def _sizes(value: Any) -> Iterator[tuple[str, int, float]]:

@@ -386,5 +386,5 @@ def test_a_device_that_a_quantizer_chooses_and_this_machine_lacks(tmp_path, cont
     config = json.loads((folder / "config.json").read_bytes())
     config["quantization_config"][ORIGINAL_KEY] = {"quant_method": "metal"}
     tampering.replace_listed(folder, "config.json", json.dumps(config).encode())
-    with pytest.raises(UnsupportedEnvironmentError, match="cannot be put in its place.*mps"):
+    with pytest.raises(UnsupportedEnvironmentError, match=r"cannot be put in its place.*mps"):
         from_pretrained(folder)

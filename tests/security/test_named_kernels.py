@@ -12,6 +12,7 @@ from codecllm.formats.errors import UnsafePathError
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.plain import load_plain
 from codecllm.loader.hf.quantizer import register
+from codecllm.loader.hf.side_limits import check_config_document
 from tests.tampering import copy_of, replace_listed
 
 NAMED = [
@@ -99,3 +100,40 @@ def test_transformers_itself_would_take_the_name(container, tmp_path, change):
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     assert hf.AutoConfig.from_pretrained(folder)._attn_implementation == "evil/kernel"
+
+
+ELSEWHERE = [
+    {"backbone": "evil/bb"},
+    {"backbone": "evil/bb", "backbone_config": None, "use_timm_backbone": True},
+    {"text_config": {"parts": [{"model_type": "dpt", "backbone": "evil/bb"}]}},
+    {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf_hub:evil/bb"}},
+    {"vision_config": {"model_type": "timm_wrapper", "architecture": "local-dir:/tmp/evil"}},
+]
+
+
+@pytest.mark.parametrize("change", ELSEWHERE, ids=str)
+def test_a_backbone_elsewhere_is_refused(container, tmp_path, change):
+    """transformers asks the Hub for its config while it reads this one."""
+    register()
+    folder = _changed(container, tmp_path / "c", change)
+    message = r"^config\.json: (backbone|architecture) names a model elsewhere"
+    for read in (codecllm.from_pretrained, hf.AutoModel.from_pretrained):
+        with pytest.raises(UnsafePathError, match=message):
+            read(folder)
+    (folder / "codecllm.json").unlink()
+    with pytest.raises(UnsafePathError, match=message):
+        load_plain(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backbone": "resnet50"},
+        {"backbone": "evil/bb", "backbone_config": {"model_type": "resnet"}},
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "timm/resnet18.a1_in1k"}},
+        {"model_type": "of-code", "backbone": "user/bb"},
+    ],
+    ids=str,
+)
+def test_backbones_of_timm_and_of_code_are_left(change):
+    check_config_document({"model_type": "llama"} | change)
