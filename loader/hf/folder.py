@@ -12,6 +12,7 @@ many types (KeyError, TypeError, RecursionError, ...). Here that is one error th
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,19 @@ def read_gguf_tokenizer(path: Path) -> Any:
     Raises:
         SchemaError: there is none, or transformers cannot read it.
     """
-    return _tokenizer_of(path.parent, {"gguf_file": path.name})
+    with alone(path) as folder:
+        return _tokenizer_of(folder, {"gguf_file": path.name})
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder with a link to a file, and nothing that lies beside the file.
+
+    transformers would read adapters and settings there.
+    """
+    with tempfile.TemporaryDirectory(prefix="codecllm-") as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder)
 
 
 def encoded(tokenizer: Any, text: str, **options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Collection
 from functools import partial
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ from codecllm.formats.errors import (
     shown,
 )
 from codecllm.loader.config_size import check_config_of, check_config_size, refuse_larger
-from codecllm.loader.hf.folder import read_config
+from codecllm.loader.hf.folder import alone, read_config
 from codecllm.loader.hf.gguf_header import check_gguf
 from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
@@ -93,27 +94,30 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
         ModelMismatchError: the metadata describe a much larger model than the file holds.
         Exception: transformers cannot load the model; the type is any.
     """
+    shapes = check_gguf(path).tensors.values()
+    with alone(path) as folder, silenced():
+        return _load_gguf(folder, path.name, dtype, shapes)
+
+
+def _load_gguf(folder: Path, name: str, dtype: torch.dtype, shapes: Collection[Any]) -> Any:
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    shapes = check_gguf(path).tensors.values()
-    with silenced():
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        check_config_size(config.to_dict(), len(shapes), max(map(max, shapes), default=0))
-        with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(config)
-        needed, held = sum(one.numel() for one in empty.parameters()), sum(map(prod, shapes))
+    config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)
+    check_config_size(config.to_dict(), len(shapes), max(map(max, shapes), default=0))
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    needed, held = sum(one.numel() for one in empty.parameters()), sum(map(prod, shapes))
     if needed > TOO_LARGE * held:
         raise ModelMismatchError(
-            "the metadata describe a much larger model", file=path.name, got=needed, expected=held
+            "the metadata describe a much larger model", file=name, got=needed, expected=held
         )
     refuse_larger(empty, held)
     bar = getattr(reader, "tqdm", None)
     reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
     try:
-        with silenced():
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False
-            )
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=dtype, trust_remote_code=False
+        )
     finally:
         reader.tqdm = bar
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -49,6 +50,9 @@ from codecllm.loader.resident.coded_weight import CodedWeight, make_plain
 from codecllm.loader.residents import Chosen
 
 QUANT_METHOD = "codecllm"
+
+QUANTIZED_MARK = "_is_quantized"
+"""The attribute of a config by which classes of transformers see that weights are quantized."""
 
 _current_load: ContextVar[Load | None] = ContextVar("codecllm_load", default=None)
 
@@ -123,7 +127,13 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def finish(self, model: Any) -> None:
         """See `hooks.WeightSource`."""
-        self._process_model_after_weight_loading(model)
+        try:
+            self._active.finish(model)
+        finally:
+            if self._opened_here:
+                self._active.close()
+            self._load = None  # the model keeps its quantizer
+            self._is_finished = True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Remembers the device map that the caller asked for."""
@@ -243,13 +253,12 @@ class CodecLLMQuantizer(HfQuantizer):  # type: ignore[misc]
         """Nothing: modules are replaced once transformers has decided on names and dtypes."""
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        try:
-            self._active.finish(model)
-        finally:
-            if self._opened_here:
-                self._active.close()
-            self._load = None  # the model keeps its quantizer
-            self._is_finished = True
+        self.finish(model)
+        # By this mark some classes (Jamba, Falcon Mamba) compute without their weights' values,
+        # which a module in codes may not have. Ours have them: the dense path, bit for bit.
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part.config).pop(QUANTIZED_MARK, None)
         return model
 
 

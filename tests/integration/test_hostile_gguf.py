@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from codecllm.formats.errors import (
 )
 from codecllm.loader.hf.folder import read_gguf_tokenizer
 from codecllm.loader.hf.gguf_header import check_gguf
+from codecllm.loader.hf.plain import load_gguf
 from codecllm.verifier.evaluation.candidates import find_candidate
 from tests.gguf_files import ARRAY, BOOL, F32, TEXT, U8, U32, Gguf, array, number, text, tiny_llama
 from tests.malformed.measure import measured
@@ -181,3 +183,21 @@ def test_mutated_files_end_in_a_typed_error_or_are_read(used, tmp_path, seed):
     assert all("m.gguf" in text and len(text) < 600 for text in texts)
     assert loads == LOADS
     assert cost.mib < 64
+
+
+def test_nothing_beside_the_file_is_read(tmp_path):
+    """An adapter would change the model, settings of a tokenizer its tokens."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_llama().packed())
+    plain = load_gguf(path, torch.float32).state_dict()
+    tokens = read_gguf_tokenizer(path)("t1 t2 t3")["input_ids"]
+    config = peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+    tuned = peft.get_peft_model(load_gguf(path, torch.float32), config)
+    tuned.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert (tmp_path / "adapter_config.json").is_file()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Nothing"}')
+    (tmp_path / "added_tokens.json").write_text('{"t1": 5, "t2": 6}')
+    again = load_gguf(path, torch.float32).state_dict()
+    assert again.keys() == plain.keys()
+    assert all(torch.equal(again[name], value) for name, value in plain.items())
+    assert read_gguf_tokenizer(path)("t1 t2 t3")["input_ids"] == tokens

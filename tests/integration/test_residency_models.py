@@ -16,7 +16,9 @@ import transformers
 from codecllm.converter import convert
 from codecllm.formats.errors import UsageError
 from codecllm.loader import from_pretrained
+from codecllm.loader.hf.quantizer import QUANTIZED_MARK
 from codecllm.loader.resident.coded_weight import CodedWeight
+from tests.integration import architectures
 from tests.integration.architectures import SEQUENCE
 from tests.integration.outputs import coded_weights, logits, same_bits
 
@@ -395,3 +397,20 @@ def test_inputs_that_torch_refuses_are_refused(container, resident):
     whole = torch.ones(2, 64, dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError):
         layer(whole)
+
+
+@pytest.mark.parametrize("name", ["falcon_mamba", "jamba"])
+def test_classes_that_look_whether_weights_are_quantized(tmp_path, name):
+    """They would compute with the bias taken off again: rounded twice."""
+    source = architectures.make(name, tmp_path / "source")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    plain.save_pretrained(tmp_path / "bf16")
+    convert(tmp_path / "bf16", tmp_path / "out", scheme="lossless")
+    model = from_pretrained(tmp_path / "out", resident="compressed")
+    assert coded_weights(model)
+    assert not hasattr(model.config, QUANTIZED_MARK)
+    with torch.no_grad():
+        mamba = next(part for part in plain.modules() if hasattr(part, "dt_proj"))
+        again = next(part for part in model.modules() if hasattr(part, "dt_proj"))
+        hidden = torch.randn(1, 7, plain.config.hidden_size, dtype=torch.bfloat16)
+        assert torch.equal(again(hidden), mamba(hidden))

@@ -16,8 +16,10 @@ import codecllm
 from codecllm.converter import convert
 from codecllm.formats.errors import BaselineError, ModelMismatchError
 from codecllm.formats.manifest.manifest import source_features
+from codecllm.loader.hf.plain import load_plain
 from codecllm.verifier import Verdict, verify
 from codecllm.verifier.baseline.floor import below_floor
+from codecllm.verifier.baseline.inference import repeatable_inference
 from codecllm.verifier.baseline.record import Agreement
 from codecllm.verifier.load_report import record_load_report
 from codecllm.verifier.report import Stage
@@ -56,6 +58,28 @@ def test_a_container_of_the_source_is_verified(tiny, container, name, scheme):
     assert report.ok
     assert stage.verdict is Verdict.OK
     assert "as transformers loads the source" in stage.summary
+
+
+def test_a_model_that_draws_random_numbers_in_inference(tmp_path):
+    """Speech of VITS has random lengths: both models draw the same numbers, and nobody else's."""
+    config = hf.VitsConfig(
+        **{"vocab_size": 38, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"ffn_dim": 32, "flow_size": 32, "spectrogram_bins": 33, "upsample_rates": [8, 4]},
+        **{"upsample_initial_channel": 32, "upsample_kernel_sizes": [16, 8]},
+        **{"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]]},
+        **{"prior_encoder_num_flows": 1, "prior_encoder_num_wavenet_layers": 1},
+        **{"posterior_encoder_num_wavenet_layers": 1, "depth_separable_num_layers": 1},
+        duration_predictor_filter_channels=32,
+    )
+    source = tiny_models.save(tmp_path / "source", hf.VitsModel(config), dtype=torch.float32)
+    convert(source, tmp_path / "out", scheme="lossless")
+    report, stage = _model_stage(tmp_path / "out", source)
+    assert report.ok and stage.verdict is Verdict.OK, report.to_json()
+    model = load_plain(source)
+    before = torch.get_rng_state()
+    with repeatable_inference(model):
+        assert not torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_source_that_leaves_weights_over_is_verified_with_its_record_only(tmp_path):

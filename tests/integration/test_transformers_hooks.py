@@ -65,6 +65,11 @@ def test_quantizer_hooks_are_still_called_by_these_names():
     assert "self._process_model_before_weight_loading(model, **kwargs)" in source
 
 
+def test_transformers_still_marks_configs_of_quantized_models_by_this_name():
+    source = inspect.getsource(transformers.quantizers.base._assign_is_quantized)
+    assert f"module.config.{quantizer.QUANTIZED_MARK} = True" in source
+
+
 def test_registering_twice_changes_nothing():
     quantizer.register()
     quantizer.register()

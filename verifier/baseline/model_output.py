@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from codecllm.formats.errors import SchemaError
+from codecllm.verifier.baseline.inference import repeatable_inference
 from codecllm.verifier.baseline.prompts import (
     HIDDEN_SAMPLES,
     NEW_TOKENS,
@@ -218,7 +219,7 @@ def greedy_tokens(model: Any, batch: Sequence[PromptTokens]) -> list[list[int]]:
     # `generate` fills unset values of its argument from the model's own config: both are replaced.
     model.generation_config = plain
     try:
-        with torch.inference_mode():
+        with repeatable_inference(model):
             out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
     finally:
         model.generation_config = own_config
@@ -239,7 +240,7 @@ def continuation_logits(
     """
     ids = _ids(model, batch)
     texts = torch.tensor(list(continuations), device=model.device)
-    with torch.inference_mode():
+    with repeatable_inference(model):
         if model.config.is_encoder_decoder:
             start = model.generation_config.decoder_start_token_id
             first = torch.full_like(texts[:, :1], start if start is not None else 0)
@@ -308,7 +309,7 @@ def first_output(model: Any, batch: Sequence[PromptTokens]) -> list[torch.Tensor
 
     That is its last hidden state or its logits. The prompts have one length.
     """
-    with torch.inference_mode():
+    with repeatable_inference(model):
         output = model(input_ids=_ids(model, batch))
     return list(next(iter(output.values())).to("cpu", torch.float32))
 

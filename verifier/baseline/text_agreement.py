@@ -16,6 +16,7 @@ import torch
 from codecllm.formats.errors import BaselineError
 from codecllm.formats.manifest.manifest import BASELINE_NAME
 from codecllm.loader.hf.quiet import silenced
+from codecllm.verifier.baseline.inference import repeatable_inference
 from codecllm.verifier.baseline.model_output import PromptCoder
 from codecllm.verifier.baseline.record import TextAgreement
 from codecllm.verifier.evaluation import sample_text
@@ -98,6 +99,6 @@ def compare_on_text(model: Any, source: TextRun) -> TextAgreement:
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
+    with repeatable_inference(model):
         logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
         return logits[:, :-1].cpu()

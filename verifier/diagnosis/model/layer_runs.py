@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from codecllm.verifier.baseline.inference import repeatable_inference
 from codecllm.verifier.baseline.model_output import forced_logits, generates
 
 INPUT = " (input)"
@@ -83,7 +84,7 @@ def run_model(model: Any, tokens: list[int], names: list[str], *, cached: int = 
             those of all of them.
     """
     calls: dict[str, list[torch.Tensor]] = {}
-    with _recording(model, names, calls, max(1, cached)), torch.inference_mode():
+    with _recording(model, names, calls, max(1, cached)), repeatable_inference(model):
         logits = forced_logits(model, tokens, cached) if cached else _forward(model, tokens)
     return Run({name: _joined(values) for name, values in calls.items()}, logits)
 

@@ -11,6 +11,7 @@ import torch
 
 from codecllm.formats.errors import BaselineError, ModelMismatchError
 from codecllm.verifier.baseline import model_output as output
+from codecllm.verifier.baseline.inference import repeatable_inference
 from codecllm.verifier.diagnosis.causes import Cause
 from codecllm.verifier.diagnosis.model.sample_text import SAMPLE_TEXT
 from codecllm.verifier.report import Stage
@@ -133,7 +134,7 @@ def negative_log_likelihood(
         # A single token predicts nothing.
         if part.shape[1] < 2:
             break
-        with torch.inference_mode():
+        with repeatable_inference(model):
             logits = model(input_ids=part, use_cache=False).logits[0, :-1].to("cpu", torch.float32)
         log_likelihood = torch.log_softmax(logits.double(), -1).gather(
             1, part[0, 1:].cpu()[:, None]
