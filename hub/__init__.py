@@ -1,6 +1,6 @@
 """A name or a folder -> local files, and back. The only room that talks to the network."""
 
-from codecllm.hub.failures import check_environment
+from codecllm.hub.failures import check_environment, no_requests
 from codecllm.hub.remote import RemoteContainer, open_remote
 from codecllm.hub.resolve import ModelFiles, resolve
 from codecllm.hub.upload import BaseModel, Upload, check_login, read_base_model, upload_container
@@ -12,6 +12,7 @@ __all__ = [
     "Upload",
     "check_environment",
     "check_login",
+    "no_requests",
     "open_remote",
     "read_base_model",
     "resolve",

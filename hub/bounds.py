@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
@@ -54,6 +55,9 @@ _CONTENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{7,199}")
 
 _SMALL = {MANIFEST_NAME: limits.MANIFEST_BYTES, "config.json": CONFIG_BYTES}
 """Limits of files that are read before others are fetched."""
+
+refused: ContextVar[list[Exception] | None] = ContextVar("refused", default=None)
+"""Errors of the requests that this thread did not send; None where it may send them."""
 
 _FILE = re.compile(r"/resolve/[^/]+/(.+)")
 _NUMBER = re.compile(r"[0-9]{1,15}")
@@ -95,9 +99,17 @@ class Bounds:
         self._clients = []
 
     def before(self, request: Any) -> None:
-        """Gives a request its limits of time, and asks for an answer as it is, or in gzip."""
+        """Gives a request its limits of time, and asks for an answer as it is, or in gzip.
+
+        Raises:
+            RepositoryNotFoundError: in a block of `no_requests`.
+        """
         from huggingface_hub import constants
 
+        errors = refused.get()
+        if errors is not None:
+            errors.append(_not_found(request))
+            raise errors[-1]
         asks = request.method in ("GET", "HEAD") or request.url.path.endswith("/paths-info/")
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT if asks else SEND_SECONDS
         times = request.extensions.get("timeout") or {}
@@ -158,6 +170,17 @@ class Bounds:
         url = response.request.url
         for place in {str(url), str(url.join(location or ""))}:
             self._sizes[place] = known[0], size
+
+
+def _not_found(request: Any) -> Exception:
+    """Returns the client's exception for a repository that is not there."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    library = type(request).__module__.partition(".")[0]
+    response = import_module(library).Response(404, request=request)
+    return RepositoryNotFoundError(
+        f"no request is sent meanwhile: {request.url}", response=response
+    )
 
 
 def _check_wait(response: Any) -> None:

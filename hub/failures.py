@@ -11,8 +11,8 @@ from traceback import walk_tb
 from typing import Any
 from urllib.parse import urlsplit
 
-from codecllm.formats.errors import CodecLLMError, HubError, one_line
-from codecllm.hub.bounds import bounded
+from codecllm.formats.errors import CodecLLMError, HubError, UnsafePathError, one_line
+from codecllm.hub.bounds import bounded, refused
 
 # The system's errors by names of files that no system can have, or that contradict each other.
 _OF_NAMES = (
@@ -75,6 +75,38 @@ def one_line_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         if reason is None:
             raise
         raise HubError(reason, file=repo) from exc
+
+
+@contextmanager
+def no_requests(reader: str) -> Iterator[None]:
+    """In this block and thread no repository is on the Hub for huggingface_hub: nothing is sent.
+
+    A setting of a model may be the name of another repository for one of the many classes that read
+    it, and would let that repository's owner decide what the model computes.
+
+    Args:
+        reader: what runs in the block, for the error.
+
+    Raises:
+        UnsafePathError: the block fails because a request was not sent.
+    """
+    unsent: list[Exception] = []
+    token = refused.set(unsent)
+    try:
+        with bounded():
+            yield
+    except Exception as exc:
+        cause: BaseException | None = exc
+        while cause is not None and cause not in unsent:
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or isinstance(exc, CodecLLMError):
+            raise
+        raise UnsafePathError(
+            f"{reader} would ask the Hub for what is not in the model's folder",
+            got=one_line(cause),
+        ) from exc
+    finally:
+        refused.reset(token)
 
 
 def explain(exc: BaseException, revision: str | None) -> str | None:

@@ -34,7 +34,7 @@ from codecllm.loader.hf.folder import (
 )
 from codecllm.loader.hf.listed import for_model, for_model_with_code, listed_files
 from codecllm.loader.hf.model_class import described_tensors, model_class
-from codecllm.loader.hf.remote_code import check_code, code_class, explain_missing_code
+from codecllm.loader.hf.remote_code import building, check_code, code_class, explain_missing_code
 from codecllm.loader.load import Load, LoadOptions
 from codecllm.loader.progress import OnProgress
 from codecllm.loader.residents import Resident
@@ -316,7 +316,7 @@ def _build(
     cls = auto_class or (code_class(config) if run_code else None)
     cls = cls or model_class(config, partial(described_tensors, load.container))
     try:
-        with quantizer.using(load):
+        with quantizer.using(load), building(run_code):
             return cls.from_pretrained(
                 folder,
                 config=config,

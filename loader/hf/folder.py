@@ -14,17 +14,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from codecllm.formats.errors import (
     SchemaError,
+    UnsafePathError,
     UnsupportedEnvironmentError,
     machine_error,
     one_line,
 )
 from codecllm.formats.manifest.manifest import CONFIG_NAME
+from codecllm.hub import no_requests
 from codecllm.loader.hf.listed import (
     ModelFiles,
     for_model,
@@ -79,7 +81,10 @@ def read_config(
         refuse_named_kernels(folder, options)
         try:
             reader = config_class or AutoConfig
-            result = reader.from_pretrained(folder, trust_remote_code=run_code, **options)
+            with nullcontext() if run_code else no_requests("the class of this config"):
+                result = reader.from_pretrained(folder, trust_remote_code=run_code, **options)
+        except UnsafePathError:
+            raise
         except Exception as exc:
             raise machine_error(exc) or UnsupportedEnvironmentError(
                 f"transformers cannot read the config: {describe(exc)}", file=CONFIG_NAME
@@ -177,7 +182,10 @@ def read_generation_config(model: ModelFiles) -> Any:
     with listed_files(model, for_model) as folder:
         check_generation_file(folder)
         try:
-            return GenerationConfig.from_pretrained(folder)
+            with no_requests("the class of generation settings"):
+                return GenerationConfig.from_pretrained(folder)
+        except UnsafePathError:
+            raise
         except Exception as exc:
             raise machine_error(exc) or SchemaError(
                 f"transformers cannot read the generation defaults: {describe(exc)}",
@@ -195,8 +203,10 @@ def _tokenizer_of(folder: Path, options: Mapping[str, str | None]) -> Any:
 
     try:
         # Never with code: a tokenizer is read for checks, for which no caller has allowed any.
-        with _panics_as_errors():
+        with _panics_as_errors(), no_requests("this tokenizer's class"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except UnsafePathError:
+        raise
     except Exception as exc:
         name = _damaged_tokenizer_file(folder)
         raise machine_error(exc) or SchemaError(

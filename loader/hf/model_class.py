@@ -15,6 +15,7 @@ from transformers.models.auto import auto_factory
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsupportedEnvironmentError, foreign_errors_as, machine_error
 from codecllm.loader.hf.quiet import silenced, without_progress_bars
+from codecllm.loader.hf.remote_code import building
 from codecllm.loader.load_report import LoadReport
 from codecllm.loader.torch_tensors import torch_dtype
 
@@ -118,7 +119,7 @@ def rehearsed(cls: Any, config: Any, tensors: Tensors) -> tuple[Any, LoadReport]
     # A copy: building a model writes into its config.
     config = copy.deepcopy(config)
     strip_quantization(config)
-    with silenced(), without_progress_bars():
+    with silenced(), without_progress_bars(), building():
         model, info = cls.from_pretrained(
             None,
             config=config,

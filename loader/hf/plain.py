@@ -25,12 +25,14 @@ from codecllm.formats.errors import (
     foreign_errors_as,
     shown,
 )
+from codecllm.hub import no_requests
 from codecllm.loader.config_size import check_config_of, check_config_size, refuse_larger
 from codecllm.loader.hf.folder import alone, read_config
 from codecllm.loader.hf.gguf_header import check_gguf
 from codecllm.loader.hf.listed import ModelFiles
 from codecllm.loader.hf.model_class import model_class, strip_quantization
 from codecllm.loader.hf.quiet import silenced
+from codecllm.loader.hf.remote_code import building
 from codecllm.loader.torch_tensors import torch_dtype
 
 TOO_LARGE = 2
@@ -65,7 +67,7 @@ def load_plain(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) 
         options["adapter_kwargs"] = {"subfolder": "config.json"}
     config = read_config(folder)
     _check_weight_files(folder, getattr(config, "transformers_weights", None))
-    with silenced():
+    with silenced(), building():
         cls = model_class(config, partial(_described, folder))
         _check_size(cls, config, folder)
         return cls.from_pretrained(
@@ -102,9 +104,10 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
 def _load_gguf(folder: Path, name: str, dtype: torch.dtype, shapes: Collection[Any]) -> Any:
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)
+    with no_requests("the reader of GGUF files"):
+        config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)
     check_config_size(config.to_dict(), len(shapes), max(map(max, shapes), default=0))
-    with torch.device("meta"):
+    with building(), torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(config)
     needed, held = sum(one.numel() for one in empty.parameters()), sum(map(prod, shapes))
     if needed > TOO_LARGE * held:
@@ -115,9 +118,10 @@ def _load_gguf(folder: Path, name: str, dtype: torch.dtype, shapes: Collection[A
     bar = getattr(reader, "tqdm", None)
     reader.tqdm = lambda tensors, **_: tensors  # its progress bar knows no switch
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=dtype, trust_remote_code=False
-        )
+        with building():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=dtype, trust_remote_code=False
+            )
     finally:
         reader.tqdm = bar
 
@@ -157,7 +161,7 @@ def _empty_model(model: ModelFiles) -> nn.Module:
     # A class raises any type for a damaged config.
     message = f"transformers could not build {cls.__name__}"
     errors = foreign_errors_as(ModelMismatchError, message, file="config.json", limit=300)
-    with errors, silenced(), torch.device("meta"):
+    with errors, silenced(), building(), torch.device("meta"):
         empty: nn.Module = cls(config)
     return empty
 

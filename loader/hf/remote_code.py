@@ -7,6 +7,8 @@ A container may list Python files (feature `code`). transformers imports those t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import transformers
@@ -14,6 +16,7 @@ import transformers
 from codecllm.formats.container import Container
 from codecllm.formats.errors import UnsafePathError, UnsupportedEnvironmentError
 from codecllm.formats.manifest.manifest import CODE_SUFFIX
+from codecllm.hub import no_requests
 
 _AUTO_CLASSES = (
     "AutoModelForCausalLM",
@@ -78,6 +81,20 @@ def forget_code_of_parts(attributes: Mapping[str, Any]) -> None:
             if isinstance(part, dict):
                 part.pop("auto_map", None)
             rest += part.values() if isinstance(part, dict) else part
+
+
+def building(run_code: bool = False) -> AbstractContextManager[None]:
+    """A block in which transformers builds a model of local files, and asks no Hub.
+
+    Code of the model may ask for what it needs, and so may transformers where the package kernels
+    is there: it fetches kernels of repositories that transformers, or the caller, names.
+
+    Args:
+        run_code: whether code of the model may run.
+    """
+    if run_code or find_spec("kernels") is not None:
+        return nullcontext()
+    return no_requests("this model's class")
 
 
 def code_class(config: Any) -> Any:

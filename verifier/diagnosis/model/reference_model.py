@@ -26,6 +26,7 @@ from codecllm.formats.tiling import Tile, default_grid
 from codecllm.loader.hf.folder import read_config
 from codecllm.loader.hf.model_class import described_tensors, model_class, strip_quantization
 from codecllm.loader.hf.quiet import silenced, without_progress_bars
+from codecllm.loader.hf.remote_code import building
 from codecllm.loader.torch_tensors import DTYPE_NAMES, torch_dtype
 from codecllm.verifier.checks.rounding import is_repeatable, repeated
 from codecllm.verifier.diagnosis.examination import Examination
@@ -99,7 +100,7 @@ def build_model(container: Container, tensors: dict[str, torch.Tensor], dtype: t
     # Without our block transformers takes no quantizer, and so no code of the loader.
     config = read_config(container)
     strip_quantization(config)
-    with silenced(), without_progress_bars():
+    with silenced(), without_progress_bars(), building():
         model = model_class(config, partial(described_tensors, container)).from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype
         )
@@ -114,7 +115,7 @@ def parameters_of_config(container: Container) -> int:
     config = read_config(container)
     strip_quantization(config)
     # The meta device builds modules without data.
-    with torch.device("meta"):
+    with building(), torch.device("meta"):
         model = model_class(config, partial(described_tensors, container))(config)
     return sum(value.numel() for value in model.parameters())
 
