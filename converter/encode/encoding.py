@@ -222,6 +222,8 @@ def _problem(
         return "non_finite"
     if not (quantized.lowest >= MIN_WIDE_CODE and quantized.highest <= MAX_WIDE_CODE):
         return "codes"
+    if quantized.overflows:
+        return "overflow"
     narrow = quantized.lowest >= -MAX_CODE and quantized.highest <= MAX_CODE
     if narrow and not plan.wide:
         return None

@@ -22,6 +22,9 @@ _SUB_ELEMENTS = 1 << 16
 _MAGNITUDE = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
+# From here on a float32 rounds to infinity.
+_TOO_LARGE = {"BF16": float.fromhex("0x1.ffp127"), "F16": 65520.0, "F32": math.inf}
+
 _TYPES = {"BF16": 0, "F16": 1, "F32": 2}  # and results, of the native core's quantize_rows
 _PROBLEMS = (None, "non_finite", "tiny_scale")
 _NOT_READ = 3
@@ -202,6 +205,8 @@ class Quantized:
             valid.
         worst_error: largest |w - code * step|, in float32.
         worst_steps: the same in steps.
+        overflows: whether a code times its step is infinite as the weights' dtype; then nothing
+            behind it is valid.
     """
 
     finite: bool
@@ -209,6 +214,7 @@ class Quantized:
     highest: float = 0.0
     worst_error: float = 0.0
     worst_steps: float = 0.0
+    overflows: bool = False
 
 
 def quantize_steps(
@@ -255,6 +261,8 @@ def quantize_steps(
         lowest, highest = min(lowest, least), max(highest, most)
         if not (least >= MIN_WIDE_CODE and most <= MAX_WIDE_CODE):
             return Quantized(not count_non_finite(block, dtype).any(), lowest, highest)
+        if _overflow(rounded_values, row_scales, scales[1], _TOO_LARGE[dtype]):
+            return Quantized(True, lowest, highest, overflows=True)
         if not has_codes:
             np.copyto(block_codes, rounded_values, casting="unsafe")
         np.subtract(quotient, rounded_values, out=quotient)
@@ -263,9 +271,25 @@ def quantize_steps(
         if not math.isfinite(farthest):  # codes were given for weights that are no numbers
             return Quantized(finite=False)
         worst_steps = max(worst_steps, farthest)
-        np.multiply(quotient, steps, out=quotient)
+        with np.errstate(invalid="ignore"):  # infinite steps are the caller's to refuse
+            np.multiply(quotient, steps, out=quotient)
         worst_error = max(worst_error, float(quotient.max()))
     return Quantized(True, lowest, highest, worst_error, worst_steps)
+
+
+def _overflow(
+    codes: NDArray[np.float32],
+    rows: NDArray[np.float32],
+    cols: NDArray[np.float32] | None,
+    too_large: float,
+) -> bool:
+    """Whether a code times its step reaches `too_large`; factors of rows and columns give steps."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        most = np.abs(codes).max() * rows.max() * (1 if cols is None else cols.max())
+        if not most >= too_large:  # so it is for almost any block; NaN where all codes are 0
+            return False
+        steps = rows if cols is None else rows * cols
+        return bool((np.abs(codes * steps) >= too_large).any())
 
 
 def round_toward_zero(

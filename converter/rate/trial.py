@@ -62,7 +62,8 @@ def packed_size(
         return packed_size(plan, params, first, last, wide=True)
     if problems:
         raise UsageError(
-            f"these parameters cannot quantize the tensor ({', '.join(sorted(problems))})",
+            f"these parameters cannot quantize the tensor ({', '.join(sorted(problems))}): "
+            "excluded, it stays lossless",
             tensor=plan.source.name,
         )
     bits = 8 * sum(map(encoded_bytes, encoded_blocks))

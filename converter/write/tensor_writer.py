@@ -52,6 +52,7 @@ _ENTRY_BYTES = 384  # about the header's room for side tensors: less gain than t
 _REASONS = {
     "tiny_scale": "int8: a channel is so small that its scale would be subnormal",
     "non_finite": "int8: weights are NaN or infinite",
+    "overflow": "int8: rounded, weights near the largest of their dtype would be infinite",
     "codes": "int8: weights lie too many steps from zero, or steps are too large for codes beyond "
     "8 bits",
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from codecllm.converter import ConvertOptions, ParamsChoice, Rate, convert, convert_model, estimate
+from codecllm.converter.encode.quantize import quantize_steps
 from codecllm.converter.options import Origin
 from codecllm.converter.plan.conversion_plan import plan_conversion
 from codecllm.converter.plan.params import QuantParams, column_tiles, max_tiles
@@ -24,7 +25,7 @@ from codecllm.formats.errors import (
 from codecllm.formats.manifest import reading as manifest_module
 from codecllm.formats.manifest.records import DEADZONE, NEAREST, Calibration
 from codecllm.formats.reference import read_codes, read_rows, read_tensor_bytes, tensor_digest
-from codecllm.formats.schemes.float_bits import bits_from_float32
+from codecllm.formats.schemes.float_bits import bits_from_float32, float32_from_bits
 from codecllm.formats.schemes.int8 import dequantize, quantize, step_sizes
 from codecllm.formats.shards.chunk_table import slot_bytes
 from tests.sources import bf16, write_source
@@ -398,6 +399,50 @@ def test_steps_too_large_for_wide_codes_are_never_written(tmp_path):
         assert read_tensor_bytes(container, "w") == values.tobytes()
         assert narrow.records["w"].scheme == "int8"
         assert np.isfinite(np.frombuffer(read_tensor_bytes(narrow, "w"), np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word", "step", "has_overflow"),
+    [
+        ("F16", 0x7BFF, 30000.0, False),  # 65504 as 2 steps: 60000
+        ("F16", 0xFBFF, 21840.5, True),  # -65504 as -3 steps: -65521.5, rounded -infinity
+        ("F16", 0x7BFF, 21839.5, False),  # 65518.5 is nearer to 65504 than to 65536
+        ("BF16", 0x7F7F, 1.7 * 2.0**126, False),
+        ("F32", 0x7F7FFFFF, 1.7 * 2.0**126, False),
+        ("BF16", 0x7F7F, 1.34 * 2.0**126, True),  # 3 steps
+        ("F32", 0xFF7FFFFF, 1.34 * 2.0**126, True),
+    ],
+)
+@pytest.mark.parametrize("refined", [False, True])
+def test_no_finite_weight_becomes_infinite(dtype, word, step, has_overflow, refined):
+    """Rounding up near the end of a dtype: such a tensor stays lossless."""
+    words = np.zeros((3, 40), np.uint32 if dtype == "F32" else np.uint16)
+    words[1, 7] = word
+    rows, cols = np.full((3, 1), step, np.float32), np.ones((1, 40), np.float32)
+    for col_scale in (None, cols):
+        codes = np.zeros((3, 40), np.int16)
+        if refined:
+            largest = float32_from_bits(words[1, 7:8], dtype)[0]
+            codes[1, 7] = np.rint(largest / np.float32(step))
+        result = quantize_steps(words, dtype, (rows, col_scale), codes, refined)
+        assert result.overflows == has_overflow
+        if not has_overflow:
+            with np.errstate(over="ignore"):
+                bits = bits_from_float32(codes * rows, dtype)
+            assert np.isfinite(float32_from_bits(bits, dtype)).all() and codes[1, 7]
+
+
+def test_a_tensor_near_the_end_of_its_dtype_stays_lossless(tmp_path):
+    values = np.linspace(-65504, 65504, 4096, dtype=np.float32).reshape(64, 64).astype(np.float16)
+    source = write_source(tmp_path / "source", {"w": ("F16", values)})
+    steps = ParamsChoice(lambda plan: QuantParams(np.full(64, 21845.0, np.float32)))
+    convert(source, tmp_path / "c", include=("*",), choice=steps)
+    with Container(tmp_path / "c") as container:
+        assert container.records["w"].scheme == "lossless"
+        assert "would be infinite" in container.records["w"].fallback
+        assert read_tensor_bytes(container, "w") == values.tobytes()
+    with pytest.raises(UsageError, match=r"overflow\): excluded, it stays lossless"):
+        packed_size(plan := _plan(source, "w"), steps.provider(plan))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
