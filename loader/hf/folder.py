@@ -24,6 +24,7 @@ from codecllm.formats.errors import (
     UnsupportedEnvironmentError,
     machine_error,
     one_line,
+    shown,
 )
 from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.hub import no_requests
@@ -40,6 +41,7 @@ from codecllm.loader.hf.side_limits import (
     check_generation_file,
     check_tokenizer_files,
     refuse_named_kernels,
+    tokenizer_classes,
 )
 
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -199,8 +201,9 @@ def describe(exc: BaseException) -> str:
 
 
 def _tokenizer_of(folder: Path, options: Mapping[str, str | None]) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoTokenizer
 
+    _check_class(folder)
     try:
         # Never with code: a tokenizer is read for checks, for which no caller has allowed any.
         with _panics_as_errors(), no_requests("this tokenizer's class"):
@@ -212,14 +215,36 @@ def _tokenizer_of(folder: Path, options: Mapping[str, str | None]) -> Any:
         raise machine_error(exc) or SchemaError(
             f"transformers cannot read the tokenizer: {describe(exc)}", file=name
         ) from exc
-    # Such as the pair of tokenizers of a RAG model, which has no end-of-text token of its own.
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise SchemaError(
-            "the class is not that of one tokenizer",
-            file="tokenizer_config.json",
-            got=type(tokenizer).__name__,
-        )
     return tokenizer
+
+
+def _check_class(folder: Path) -> None:
+    """Refuses a class that transformers would use as a tokenizer's, and which is of something else.
+
+    A model, a processor, or the pair of tokenizers of a RAG model, which have no end-of-text token
+    of their own, read files that nothing has looked at.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto import tokenization_auto as auto
+    from transformers.utils import DummyObject
+
+    for key, text in tokenizer_classes(folder):
+        name = auto.TOKENIZER_MAPPING_NAMES.get(text) if key == "model_type" else text
+        for one in {name, f"{name}Fast", str(name).removesuffix("Fast")} if name else ():
+            try:
+                cls = auto.tokenizer_class_from_name(one)
+            except Exception:  # it cannot be imported, as transformers will say
+                continue
+            if cls is None or (isinstance(cls, type) and issubclass(cls, PreTrainedTokenizerBase)):
+                continue
+            # Of a library that is missing: its use says so.
+            if isinstance(cls, DummyObject):
+                continue
+            raise SchemaError(
+                "the class is not that of one tokenizer",
+                file="tokenizer_config.json" if key == "tokenizer_class" else CONFIG_NAME,
+                got=shown(text),
+            )
 
 
 def _damaged_tokenizer_file(folder: Path) -> str | None:

@@ -145,6 +145,21 @@ def check_tokenizer_files(folder: Path) -> dict[str, None]:
     return unread_paths(documents["tokenizer_config.json"], documents["special_tokens_map.json"])
 
 
+def tokenizer_classes(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields names of classes, and types of models, by which transformers may choose a tokenizer.
+
+    Args:
+        folder: a model's.
+
+    Yields:
+        Key and text: of `tokenizer_class`, or of `model_type`.
+    """
+    for file in ("tokenizer_config.json", "config.json"):
+        for key, text in _texts(_read(folder / file)):
+            if key in ("tokenizer_class", "model_type"):
+                yield key, text
+
+
 def check_generation_file(folder: Path) -> None:
     """Refuses a generation_config.json that is longer than any, before transformers reads it.
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from codecllm.formats.errors import UnsafePathError
+from codecllm.formats.errors import SchemaError, UnsafePathError
 from codecllm.loader.hf.folder import read_tokenizer
 from codecllm.loader.hf.tokenizer_paths import unread_paths
 from tests.tampering import add_listed, reseal
@@ -98,6 +98,47 @@ def test_places_of_files_when_they_were_written_have_no_effect(copies):
     _drop(copies, "tokenizer.json")
     for folder in (copies / "out", copies / "model"):
         with pytest.raises(Exception, match="transformers cannot read the tokenizer"):
+            read_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer_config.json": {"tokenizer_class": "RagTokenizer"}},
+        {"tokenizer_config.json": {"tokenizer_class": "RagTokenizerFast"}},
+        {"tokenizer_config.json": {"tokenizer_class": "AutoTokenizer"}},
+        {"tokenizer_config.json": {"tokenizer_class": "AutoModel"}},
+        {"tokenizer_config.json": {"tokenizer_class": "pipeline"}},
+        {"config.json": {"tokenizer_class": "RagTokenizer"}},
+        {"config.json": {"model_type": "rag"}},
+        {"config.json": {"model_type": "encoder-decoder", "encoder": {"model_type": "rag"}}},
+    ],
+    ids=str,
+)
+def test_classes_of_something_else_are_refused(copies, changes):
+    """The tokenizers of a RAG model would wait for the pipe for ever, in folders of their own."""
+    pipe = {"tokenizer_class": "GPT2Tokenizer", "vocab": str(copies / "elsewhere" / "pipe")}
+    for part in ("question_encoder_tokenizer", "generator_tokenizer"):
+        (copies / "model" / part).mkdir()
+        _settle(copies, pipe, f"{part}/tokenizer_config.json")
+    for name, change in changes.items():
+        _settle(copies, change, name)
+    for folder in (copies / "out", copies / "model"):
+        with pytest.raises(SchemaError, match="the class is not that of one tokenizer"):
+            read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["GPT2TokenizerFast", "NoSuchTokenizer"])
+def test_other_classes_are_left_to_transformers(copies, name):
+    _settle(copies, {"tokenizer_class": name})
+    for folder in (copies / "out", copies / "model"):
+        assert len(read_tokenizer(folder)) > 2
+
+
+def test_a_class_that_needs_a_library_is_left_to_transformers(copies):
+    _settle(copies, {"tokenizer_class": "CpmTokenizer"})
+    for folder in (copies / "out", copies / "model"):
+        with pytest.raises(SchemaError, match="transformers cannot read the tokenizer"):
             read_tokenizer(folder)
 
 

@@ -296,10 +296,3 @@ def test_generate_refuses_what_is_no_token(container, tmp_path, key, value):
     folder = _changed(container, tmp_path / "c", "generation_config.json", **{key: value})
     with pytest.raises(SchemaError, match=rf"generation_config\.json: {key} is no token id"):
         generate(folder, PROMPT, max_new_tokens=4)
-
-
-def test_a_pair_of_tokenizers_is_refused(container, tmp_path, monkeypatch):
-    pair = type("Pair", (), {})()
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pair)
-    with pytest.raises(SchemaError, match=r"tokenizer_config\.json: .* not that of one tokenizer"):
-        read_tokenizer(container)
