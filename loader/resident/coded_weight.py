@@ -315,6 +315,7 @@ def _wrap(cell: Cell, views: tuple[View, ...], outline: torch.Tensor) -> CodedWe
             dtype=outline.dtype,
             device=cell.device,
         )
+    torch._C._set_throw_on_mutable_data_ptr(weight)
     weight._cell, weight._views, weight._read_copy = cell, views, None
     return weight
 

@@ -595,3 +595,11 @@ def test_functional_calls_take_coded_and_other_weights(case):
     assert torch.equal(doubled, functional.linear(INPUTS, case.values * 2))
     same = torch.func.functional_call(layer, dict(layer.named_parameters()), (INPUTS,))
     assert torch.equal(same, layer(INPUTS))
+
+
+def test_memory_that_a_weight_does_not_have_is_an_error(case):
+    """torch asks nobody before it hands out the address, which is zero."""
+    weight = case.weight()
+    for part in (weight, weight.detach(), weight[1:]):
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            torch.utils.dlpack.to_dlpack(part.detach())
