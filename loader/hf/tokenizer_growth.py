@@ -13,10 +13,10 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from codecllm.formats.errors import LimitError
+from codecllm.formats.errors import LimitError, SchemaError, shown
 
 MOST_GROWTH = 64
-"""How many times as long a normalizer or decoder may make a text.
+"""How many times as long a normalizer, pre-tokenizer or decoder may make a text.
 
 The maps of SentencePiece come to 18: one Arabic ligature stands for so many characters.
 """
@@ -28,7 +28,22 @@ MOST_ADDED = 4096
 """Characters or tokens that are added to a text, whatever its length."""
 
 MOST_STEPS = 1024
-"""Steps of a normalizer, post-processor or decoder."""
+"""Steps of a normalizer, pre-tokenizer, post-processor or decoder."""
+
+_OF_TEXTS = (
+    *("BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt"),
+    *("Precompiled", "Prepend", "Replace", "Sequence", "Strip", "StripAccents"),
+)
+_OF_PIECES = (
+    *("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "FixedLength"),
+    *("Metaspace", "Punctuation", "Sequence", "Split", "UnicodeScripts", "Whitespace"),
+    "WhitespaceSplit",
+)
+_OF_TOKENS = (
+    *("BPEDecoder", "ByteFallback", "ByteLevel", "CTC", "Fuse", "Metaspace", "Replace"),
+    *("Sequence", "Strip", "WordPiece"),
+)
+_BEHIND = ("BertProcessing", "ByteLevel", "RobertaProcessing", "Sequence", "TemplateProcessing")
 
 _MAP_CHARACTERS = 1 << 20  # of base64; the map of most models of SentencePiece has 320,012
 
@@ -38,7 +53,7 @@ _NEVER_EMPTY = re.compile(
 )
 # Factors in characters after compatibility decomposition, in which Unicode's own forms grow none.
 _FACTORS = {"ByteLevel": 12.0, "BertNormalizer": 3.0}
-_LISTS = ("normalizers", "processors", "decoders")
+_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 def check_growth(document: dict[str, Any], file: str) -> None:
@@ -49,14 +64,17 @@ def check_growth(document: dict[str, Any], file: str) -> None:
         file: its name.
 
     Raises:
-        LimitError: the replacements of its normalizer or decoder make a text more than 64 times as
+        SchemaError: a step has a type that is not known here. Of a step without a type, tokenizers
+            makes whatever its entries fit.
+        LimitError: its normalizer, pre-tokenizer or decoder makes a text more than 64 times as
             long, its post-processor repeats a text more than twice, or one of them adds more than
             4,096 characters or tokens or has more than 1,024 steps.
     """
-    for part, most, growth_of in (
-        ("normalizer", MOST_GROWTH, growth_of_text),
-        ("decoder", MOST_GROWTH, growth_of_text),
-        ("post_processor", MOST_COPIES, _growth_of_tokens),
+    for part, kinds, most, growth_of in (
+        ("normalizer", _OF_TEXTS, MOST_GROWTH, growth_of_text),
+        ("pre_tokenizer", _OF_PIECES, MOST_GROWTH, growth_of_pieces),
+        ("decoder", _OF_TOKENS, MOST_GROWTH, growth_of_decoded),
+        ("post_processor", _BEHIND, MOST_COPIES, _growth_of_tokens),
     ):
         factor, added = 1.0, 0.0
         for number, step in enumerate(_steps(document.get(part))):
@@ -64,6 +82,9 @@ def check_growth(document: dict[str, Any], file: str) -> None:
                 raise LimitError(
                     f"{part} has too many steps", file=file, expected=f"at most {MOST_STEPS}"
                 )
+            kind = step.get("type") if isinstance(step, dict) else step
+            if not isinstance(step, dict) or kind not in kinds:
+                raise SchemaError(f"{part} has a step of no known type", file=file, got=shown(kind))
             times, more = growth_of(step)
             factor, added = factor * times, added * times + more
             # Here and not behind the loop: products of a long chain overflow.
@@ -76,16 +97,14 @@ def check_growth(document: dict[str, Any], file: str) -> None:
                 )
 
 
-def _steps(value: Any) -> Iterator[dict[str, Any]]:
-    """Yields the steps of a sequence of sequences, in order."""
-    stack = [value]  # without recursion: a file may be nested deeply
+def _steps(value: Any) -> Iterator[Any]:
+    """Yields the steps of a sequence of sequences, in order; nothing of None."""
+    stack = [] if value is None else [value]  # without recursion: a file may be nested deeply
     while stack:
         step = stack.pop()
-        if not isinstance(step, dict):
-            continue
         yield step
         for name in _LISTS:
-            steps = step.get(name)
+            steps = step.get(name) if isinstance(step, dict) else None
             if isinstance(steps, list):
                 stack += reversed(steps)
 
@@ -94,7 +113,7 @@ def growth_of_text(step: dict[str, Any]) -> tuple[float, float]:
     """Returns by what factor a step makes a text longer, and how many characters it adds.
 
     Args:
-        step: the JSON object of one step of a normalizer or decoder.
+        step: the JSON object of one step of a normalizer.
 
     Returns:
         Both of the worst text. Lengths are those after compatibility decomposition (NFKD).
@@ -116,8 +135,36 @@ def growth_of_text(step: dict[str, Any]) -> tuple[float, float]:
     return 1.0 + content, content
 
 
+def growth_of_pieces(step: dict[str, Any]) -> tuple[float, float]:
+    """As `growth_of_text`, of a step of a pre-tokenizer, which may begin every piece anew.
+
+    Lengths are those in bytes: a piece has one or more.
+    """
+    kind = step.get("type")
+    if kind == "ByteLevel":  # a character of two bytes for each, and for the space before a piece
+        return (2.0 if step.get("add_prefix_space") is False else 4.0), 0.0
+    if kind == "Metaspace":
+        mark = step.get("replacement")
+        return 1.0 + (len(mark.encode(errors="replace")) if isinstance(mark, str) else 0), 0.0
+    return 1.0, 0.0
+
+
+def growth_of_decoded(step: dict[str, Any]) -> tuple[float, float]:
+    """As `growth_of_text`, of a step of a decoder, in characters of each token."""
+    kind = step.get("type")
+    if kind == "WordPiece":
+        return 1.0, 1.0
+    if kind in ("BPEDecoder", "CTC"):
+        mark = step.get("suffix" if kind == "BPEDecoder" else "word_delimiter_token")
+        # An empty one is found before, between and behind all characters.
+        return (1.0, 0.0) if mark else (3.0, 1.0)
+    return growth_of_text(step)
+
+
 def _growth_of_tokens(step: dict[str, Any]) -> tuple[float, float]:
     """Returns how often a step repeats a text, and how many tokens it adds."""
+    if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+        return 1.0, 4.0
     known = step.get("special_tokens")
     lengths = {
         name: len(token["ids"])

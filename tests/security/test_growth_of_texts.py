@@ -9,14 +9,23 @@ import time
 import unicodedata
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.normalizers import Normalizer
 
-from codecllm.formats.errors import LimitError
+from codecllm.formats.errors import LimitError, SchemaError
 from codecllm.generation import generate
 from codecllm.loader.hf.folder import read_tokenizer
-from codecllm.loader.hf.tokenizer_growth import check_growth, growth_of_text
+from codecllm.loader.hf.tokenizer_growth import (
+    _BEHIND,
+    _OF_PIECES,
+    _OF_TEXTS,
+    _OF_TOKENS,
+    check_growth,
+    growth_of_decoded,
+    growth_of_pieces,
+    growth_of_text,
+)
 from tests.tampering import copy_of, replace_listed
 
 
@@ -45,6 +54,8 @@ def _template(*pieces, ids=1):
 
 TWENTY = _replace("a", "a" * 20)
 ANY = _replace("b*", "a" * 20, "Regex")
+PIECES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+PRE, OF = {"of": "pretokenizers"}, {"of": "decoders"}
 BOMBS = {
     "a chain": {"normalizer": _sequence(*[TWENTY] * 6)},
     "a chain of sequences": {"normalizer": _sequence(_sequence(_sequence(TWENTY)), TWENTY)},
@@ -64,6 +75,19 @@ BOMBS = {
     },
     "a chain that cannot grow, too long": {"normalizer": _sequence(*[_replace("a", "b")] * 2000)},
     "a decoder": {"decoder": _sequence(*[TWENTY] * 6, of="decoders")},
+    "pieces of bytes": {"pre_tokenizer": _sequence(*[PIECES] * 4, of="pretokenizers")},
+    "pieces with a mark": {
+        "pre_tokenizer": _sequence(*[{"type": "Metaspace", "replacement": "_"}] * 7, **PRE)
+    },
+    "a suffix of nothing": {
+        "decoder": _sequence(*[{"type": "BPEDecoder", "suffix": ""}] * 4, **OF)
+    },
+    "a delimiter of nothing": {
+        "decoder": _sequence(*[{"type": "CTC", "word_delimiter_token": ""}] * 4, **OF)
+    },
+    "spaces before tokens": {
+        "decoder": _sequence(*([{"type": "WordPiece", "prefix": "-"}] * 70 + [TWENTY] * 2), **OF)
+    },
     "special tokens": {"post_processor": _template(100_000, 1, ids=50)},
     "copies": {"post_processor": _template(0, 3)},
     "copies of copies": {"post_processor": _sequence(*[_template(0, 2)] * 9, of="processors")},
@@ -71,7 +95,18 @@ BOMBS = {
 
 SOUND = {
     "none": {"normalizer": None, "post_processor": None, "decoder": None},
-    "of another type": {"normalizer": [1], "post_processor": {"single": 5, "special_tokens": [2]}},
+    "of another type": {"post_processor": _template(1, 1) | {"single": 5, "special_tokens": [2]}},
+    "GPT-2": {"pre_tokenizer": PIECES, "decoder": PIECES, "post_processor": PIECES},
+    "marks and bytes": {
+        "pre_tokenizer": _sequence(
+            *({"type": "Digits"}, {"type": "Split"}, PIECES),
+            {"type": "Metaspace", "replacement": "\u2581"},
+            **PRE,
+        )
+    },
+    "CTC": {"decoder": {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|"}},
+    "CLIP's words": {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}},
+    "BERT's words": {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
     "Llama": {
         "normalizer": _sequence({"type": "Prepend", "prepend": "\u2581"}, _replace(" ", "\u2581")),
         "decoder": _sequence(_replace("\u2581", " "), {"type": "Fuse"}, of="decoders"),
@@ -95,6 +130,41 @@ def test_what_grows_is_refused(name):
     with pytest.raises(LimitError, match=r"far longer|too many steps"):
         check_growth(BOMBS[name], "tokenizer.json")
     assert time.thread_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"normalizer": {"pattern": {"String": "a"}, "content": "a" * 99}},
+        {"normalizer": [["a" * 99]]},
+        {"normalizer": _sequence(["a" * 99])},
+        {"normalizer": {"normalizers": [TWENTY]}},
+        {"normalizer": {"type": ["Replace"]}},
+        {"pre_tokenizer": {"type": "Repeat"}},
+        {"pre_tokenizer": "ByteLevel"},
+        {"decoder": {"suffix": ""}},
+        {"decoder": _sequence({"suffix": ""}, of="decoders")},
+        {"post_processor": {"single": [], "pair": [], "special_tokens": {}}},
+    ],
+    ids=str,
+)
+def test_steps_of_no_known_type_are_refused(document):
+    """Of the first, tokenizers makes a Replace."""
+    with pytest.raises(SchemaError, match="has a step of no known type"):
+        check_growth(document, "tokenizer.json")
+
+
+def test_all_types_of_tokenizers_are_known():
+    """Guards the test above: those of a new version need a look at how they grow."""
+    for module, kinds in (
+        (normalizers, _OF_TEXTS),
+        (pre_tokenizers, _OF_PIECES),
+        (decoders, _OF_TOKENS),
+        (processors, _BEHIND),
+    ):
+        bases = {"Normalizer", "PreTokenizer", "Decoder", "DecodeStream", "PostProcessor"}
+        names = {name for name, value in vars(module).items() if isinstance(value, type)}
+        assert names - bases == set(kinds)
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -177,8 +247,75 @@ def test_no_text_grows_beyond_what_is_computed():
     assert most > 4
 
 
+SPLITS = [
+    {"type": "Split", "pattern": {"Regex": ""}, "behavior": "Isolated", "invert": False},
+    {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+    *({"type": "FixedLength", "length": 1}, {"type": "Punctuation", "behavior": "Isolated"}),
+    *({"type": "Digits", "individual_digits": True}, {"type": "BertPreTokenizer"}),
+    *({"type": "UnicodeScripts"}, {"type": "Whitespace"}, {"type": "WhitespaceSplit"}),
+    {"type": "CharDelimiterSplit", "delimiter": "a"},
+    *(
+        PIECES | {"add_prefix_space": space, "use_regex": regex}
+        for space in (True, False)
+        for regex in (True, False)
+    ),
+    *(
+        {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme, "split": True}
+        for mark in "_\u2581"
+        for scheme in ("always", "first", "never")
+    ),
+]
+WORDS = [
+    *({"type": "BPEDecoder", "suffix": suffix} for suffix in ("", "a")),
+    *({"type": "WordPiece", "prefix": prefix, "cleanup": True} for prefix in ("", "##", "a")),
+    *(
+        {"type": "CTC", "pad_token": "a", "word_delimiter_token": mark, "cleanup": True}
+        for mark in ("", "|")
+    ),
+    *({"type": kind} for kind in ("ByteFallback", "Fuse")),
+    PIECES,
+    {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True},
+    *(_replace("a", "bb"), {"type": "Strip", "content": "a", "start": 1, "stop": 1}),
+]
+
+
+@pytest.mark.parametrize("of", ["pretokenizers", "decoders"])
+def test_no_pieces_grow_beyond_what_is_computed(of):
+    draw, measured, most = random.Random(0), 0, 0.0
+    is_decoder = of == "decoders"
+    for _ in range(2000):
+        steps = draw.choices(WORDS if is_decoder else SPLITS, k=draw.randint(1, 4))
+        text = "".join(draw.choices("aab \u00e9\u0130|_\u4e2d1\U0001d160", k=9))
+        factor, added = 1.0, 0.0
+        for step in steps:
+            times, more = (growth_of_decoded if is_decoder else growth_of_pieces)(step)
+            factor, added = factor * times, added * times + more
+        whole = _tokenizer(_sequence(*steps, of=of), "decoder" if is_decoder else "pre_tokenizer")
+        if is_decoder:
+            tokens = [text[at : at + 3] for at in range(0, 9, 3)]
+            added *= len(tokens)
+            try:
+                longer = whole.decoder.decode(tokens)
+            except BaseException as exc:
+                if type(exc).__name__ != "PanicException":  # of Strip, in tokenizers 0.23
+                    raise
+                continue
+            before, after = (len(unicodedata.normalize("NFKD", one)) for one in (text, longer))
+        else:
+            pieces = whole.pre_tokenizer.pre_tokenize_str(text)
+            before, after = len(text.encode()), sum(len(piece.encode()) for piece, _ in pieces)
+        assert after <= factor * before + added, steps
+        measured, most = measured + 1, max(most, after / before)
+    assert measured > 1500
+    assert most > 4
+
+
+def _tokenizer(document, part) -> Tokenizer:
+    whole = json.loads(Tokenizer(BPE()).to_str()) | {part: document}
+    return Tokenizer.from_str(json.dumps(whole))
+
+
 def _normalizer(document) -> Normalizer:
-    whole = json.loads(Tokenizer(BPE()).to_str()) | {"normalizer": document}
-    found = Tokenizer.from_str(json.dumps(whole)).normalizer
+    found = _tokenizer(document, "normalizer").normalizer
     assert found is not None
     return found
