@@ -36,6 +36,7 @@ from transformers import PreTrainedConfig, core_model_loading, modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 
 from codecllm.formats.machine import without_garbage_collection
+from codecllm.hub import no_requests
 
 _building = threading.RLock()
 """Held while transformers builds or finishes a model, by whichever class."""
@@ -169,6 +170,7 @@ def install(weight_source: type[Any]) -> None:
         read = PreTrainedConfig.get_config_dict
         setattr(PreTrainedConfig, _ORIGINAL, read)
         PreTrainedConfig.get_config_dict = _with_block_of_parts(read, weight_source)
+        PreTrainedConfig.from_dict = _without_requests(PreTrainedConfig.from_dict, weight_source)
     if not hasattr(PreTrainedModel, "_codecllm_locked"):
         PreTrainedModel._codecllm_locked = True
         PreTrainedModel.get_init_context = _locked_init_context(PreTrainedModel.get_init_context)
@@ -318,6 +320,22 @@ def _with_block_of_parts(original: Any, weight_source: type[Any]) -> Any:
         return whole, options
 
     return classmethod(get_config_dict)
+
+
+def _without_requests(original: Any, weight_source: type[Any]) -> Any:
+    function = original.__func__
+
+    @wraps(function)
+    def from_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        config_dict = args[0] if args else kwargs.get("config_dict")
+        block = config_dict.get("quantization_config") if isinstance(config_dict, dict) else None
+        is_own_class = cls.__module__.partition(".")[0] == "transformers"
+        if not is_own_class or weight_source.block_of_part(block, None) is None:
+            return function(cls, *args, **kwargs)
+        with no_requests("the class of this config"):
+            return function(cls, *args, **kwargs)
+
+    return classmethod(from_dict)
 
 
 def _parts_for(config_class: Any, whole: dict[str, Any]) -> list[dict[str, Any]]:

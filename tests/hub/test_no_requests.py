@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 
 import pytest
 import transformers as hf
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils.hub import hf_api
 
 from codecllm.formats.errors import UnsafePathError
 from codecllm.hub import no_requests
 from codecllm.loader import from_pretrained
 from codecllm.loader.hf.folder import read_config, read_tokenizer
 from codecllm.loader.hf.plain import load_plain
+from codecllm.loader.hf.quantizer import register
 from tests.integration import tiny_models
 from tests.tampering import replace_listed
 
@@ -21,8 +25,9 @@ REPO = "evil/model"
 
 
 @pytest.fixture
-def asked(hub):
+def asked(hub, monkeypatch):
     """A repository on the Hub, and what the Hub was asked."""
+    monkeypatch.setattr(hf_api(), "endpoint", hub.url)
     hub.add_repo(REPO, {"config.json": b'{"model_type": "llama"}'})
     return hub.log
 
@@ -30,8 +35,8 @@ def asked(hub):
 @pytest.mark.parametrize(
     "ask",
     [
-        HfApi().model_info,
-        HfApi().list_repo_files,
+        lambda name: HfApi().model_info(name),
+        lambda name: hf_api().list_repo_files(name),
         hf.AutoConfig.from_pretrained,
         hf.AutoTokenizer.from_pretrained,
         hf.AutoModel.from_pretrained,
@@ -103,3 +108,21 @@ def test_a_name_of_timm_is_not_asked_for(asked, container):
     replace_listed(container, "config.json", json.dumps(config).encode())
     assert read_config(container).backbone_config.model_type == "timm_backbone"
     assert not asked
+
+
+@pytest.mark.parametrize("reader", [hf.AutoConfig, hf.DetrConfig, hf.DetrModel])
+def test_classes_of_transformers_send_nothing_for_a_container(asked, container, reader):
+    """Whatever the name of the model's type is, for a class that is given by name."""
+    register()
+    config = json.loads((container / "config.json").read_bytes())
+    config |= {"model_type": "detr" if reader is hf.AutoConfig else "x", "backbone": "evil"}
+    config |= {"backbone_config": None, "use_timm_backbone": False}
+    replace_listed(container, "config.json", json.dumps(config).encode())
+    with suppress(ImportError):  # the model needs timm
+        reader.from_pretrained(container)
+    assert not asked
+    del config["quantization_config"]
+    (container / "config.json").write_text(json.dumps(config))
+    with suppress(HfHubHTTPError):  # this Hub knows no names without an owner
+        hf.DetrConfig.from_pretrained(container)
+    assert asked  # of a plain model, which is not ours
