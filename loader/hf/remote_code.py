@@ -6,6 +6,7 @@ A container may list Python files (feature `code`). transformers imports those t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -28,6 +29,8 @@ _AUTO_CLASSES = (
 )
 """Auto classes for which a config may name code; the first that it names is the usual one."""
 
+_REFERENCE = re.compile(r"\w[\w-]*(/\w[\w-]*)*\.\w+")
+
 
 def check_code(container: Container, auto_map: dict[str, Any] | None) -> None:
     """Compares every Python file of a container with the manifest, before anything of it may run.
@@ -38,7 +41,7 @@ def check_code(container: Container, auto_map: dict[str, Any] | None) -> None:
 
     Raises:
         UnsafePathError: the folder holds a Python file that the manifest does not list, or the
-            config names code of another repository.
+            config names code of another repository or folder.
         FormatError: a listed file is missing or differs.
     """
     listed_code = {
@@ -54,6 +57,13 @@ def check_code(container: Container, auto_map: dict[str, Any] | None) -> None:
                 file="config.json",
                 got=ascii(value)[:80],
             )
+        for reference in value if isinstance(value, list) else [value]:
+            if reference is not None and not _REFERENCE.fullmatch(str(reference)):
+                raise UnsafePathError(
+                    "the config names code by what is no module of the folder and a class",
+                    file="config.json",
+                    got=ascii(reference)[:80],
+                )
     # All files, and not only those of `auto_map`: a listed module may import any of them.
     for path in sorted(container.folder.rglob(f"*{CODE_SUFFIX}")):
         name = path.relative_to(container.folder).as_posix()

@@ -118,6 +118,26 @@ def test_code_of_another_repository_is_refused(source, tmp_path):
         from_pretrained(tmp_path / "c", trust_remote_code=True)
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["{}/elsewhere/modeling_own", "/proc/self/cwd/modeling_own", "../modeling_own", "", "a.b"],
+)
+def test_code_of_another_folder_is_refused(source, tmp_path, module):
+    """transformers joins the name of a module to the folder, and an absolute path wins."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (elsewhere / "modeling_own.py").write_text(trap + MODEL)
+    reference = f"{module.format(tmp_path)}.OwnForCausalLM"
+    for number, value in enumerate((reference, [None, reference], [[reference]], 5)):
+        _edit(source, auto_map={**AUTO_MAP, "AutoModelForCausalLM": value})
+        out = tmp_path / f"c{number}"
+        convert(source, out, with_code=True)
+        with pytest.raises(UnsafePathError, match="no module of the folder and a class"):
+            from_pretrained(out, trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_model_type_that_transformers_has_needs_no_code(source, tmp_path):
     _edit(source, model_type="llama", architectures=["LlamaForCausalLM"])
     convert(source, tmp_path / "c", scheme="lossless")
