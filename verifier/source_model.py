@@ -63,7 +63,7 @@ def check_source_model(
     _check_files(container, source, stage)
     reason = _obstacle(container)
     if reason is None:
-        reason = _compare_models(container, source.folder, stage, workers)
+        reason = _compare_models(container, source, stage, workers)
     if reason is not None:
         stage.skipped, stage.summary = True, reason
 
@@ -101,24 +101,33 @@ def _keeps_codes(container: Container) -> bool:
     return any(DTYPES[record.dtype].bits == 8 for record in container.records.values())
 
 
-def _compare_models(container: Container, source: Path, stage: Stage, workers: int) -> str | None:
+def _compare_models(
+    container: Container, origin: SourceModel, stage: Stage, workers: int
+) -> str | None:
     """Loads both models and compares them; returns why it could not."""
     from codecllm.loader.hf.plain import load_plain
     from codecllm.loader.hf.quiet import silenced, without_progress_bars
     from codecllm.loader.load_report import LoadReport, draws_most, read_report
     from codecllm.loader.pretrained import load_opened
 
+    source = origin.folder
     with without_progress_bars(), silenced():
         try:
             plain, info = load_plain(source, output_loading_info=True)
         except Exception as exc:  # transformers raises any type for a source that it cannot load
             return f"transformers cannot load the source: {type(exc).__name__}: {one_line(exc)}"
         name = type(plain).__name__
-        expected = LoadReport.of(name, info["missing_keys"], info["unexpected_keys"])
+        left_over = set(info["unexpected_keys"])
+        if any(not tensor.is_stored for tensor in origin.tensors.values()):
+            # Scales became a part of their weights, and those of activations are of no more use.
+            left_over &= origin.tensors.keys()
+        expected = LoadReport.of(name, info["missing_keys"], left_over)
         if draws_most(plain, info["missing_keys"]):
             return f"transformers would draw most weights of the source's {name} at random"
+        # Of a source that another library quantized its quantizer alone says what is left over.
+        is_kept = container.manifest.source.quantization is not None
         recorded_report = read_report(container) or LoadReport.of(name, (), ())
-        if recorded_report != expected:
+        if not is_kept and recorded_report != expected:
             error = ModelMismatchError(
                 "the container records another load than that of the source",
                 got=recorded_report.summary() or "nothing left over",

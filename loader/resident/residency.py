@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Conv1D
 
 from codecllm.formats.container import Container
-from codecllm.formats.errors import ModelMismatchError, UsageError
+from codecllm.formats.errors import UsageError
 from codecllm.formats.manifest.records import (
     CodedTensor,
     Int8Tensor,
@@ -98,10 +98,9 @@ class Residency(ABC):
         prefetch(self._reader, self._state_dict)
 
     def finish(self, model: nn.Module) -> None:
-        """Makes weights plain in modules that are not to keep coded ones, and verifies the rest.
+        """Makes weights plain that are parts of coded ones, or stand where plain ones belong.
 
-        Raises:
-            ModelMismatchError: a weight is coded in part only.
+        Codes of experts are joined.
         """
         has_experts = by_kernel = False
         for module_name, module in model.named_modules():
@@ -114,9 +113,10 @@ class Residency(ABC):
                 is_buffer = place in self._buffers
                 keeps = loops_over_experts(module) if is_stack else _keeps_matrices(module)
                 has_experts |= is_stack and keeps and not is_buffer
-                if weight.form is None:
-                    raise ModelMismatchError("weight is a part of a coded one", tensor=place)
-                if is_buffer:
+                if weight.form is None:  # a class may cut a tensor of the file into several weights
+                    settle(weight, plain_copy(weight))
+                    weight.requires_grad_(True)
+                elif is_buffer:
                     # transformers assigned a parameter, and torch put that in the buffer's place.
                     delattr(module, name)
                     module.register_buffer(name, plain_copy(weight))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+import codecllm
 from codecllm.converter import convert
 from codecllm.formats.errors import SourceError, UsageError
 from codecllm.loader import from_pretrained
@@ -140,6 +141,29 @@ def test_int8_of_fp8_is_that_of_the_dequantized_model(tmp_path, make):
     convert(source, tmp_path / "c", include=("*proj.weight",))
     convert(_dequantized(source, tmp_path / "plain"), tmp_path / "d", include=("*proj.weight",))
     _assert_same(from_pretrained(tmp_path / "d"), from_pretrained(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("scheme", ["lossless", "int8"])
+@pytest.mark.parametrize("extra", ["spare layer", "scales of activations"])
+def test_verify_of_fp8_with_tensors_that_the_class_leaves_over(tmp_path, scheme, extra):
+    """Published DeepSeek-V3 has a layer more than its class; static FP8 has scales of inputs."""
+    source = _to_fp8(_save(_llama(), tmp_path / "s"))
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".layers.1." in name]:
+        if extra == "spare layer":
+            tensors[name.replace(".layers.1.", ".layers.61.")] = tensors[name].clone()
+        elif name.endswith("k_proj.weight"):
+            for last in ("input_scale", "k_scale"):
+                tensors[name.replace("weight", last)] = torch.tensor(0.5)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    codecllm.convert(source, tmp_path / "c", scheme=scheme, baseline=False)
+    report = verify(tmp_path / "c", source=source)
+    assert report.ok, report.to_json()
+    assert not report.stage("model").skipped
+    # A tensor less is still seen.
+    del tensors["model.norm.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert not verify(tmp_path / "c", source=source).ok
 
 
 def _gpt_oss(folder):

@@ -399,6 +399,28 @@ def test_inputs_that_torch_refuses_are_refused(container, resident):
         layer(whole)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "NomicBertConfig"), reason="this transformers lacks NomicBert"
+)
+@pytest.mark.parametrize("resident", CODED)
+def test_a_class_that_cuts_a_tensor_of_the_file_into_several_weights(tmp_path, resident):
+    """Queries, keys and values lie in one tensor: they become plain, and the rest stays coded."""
+    config = transformers.NomicBertConfig(
+        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 64},
+    )
+    transformers.NomicBertModel(config).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out", scheme="int8", include=("*",))
+    names = {record.name for record in report.manifest.tensors}
+    model = from_pretrained(tmp_path / "out", resident=resident)
+    dense = from_pretrained(tmp_path / "out").state_dict()
+    assert names != dense.keys()
+    assert coded_weights(model)
+    assert all(same_bits(value + 0, dense[key]) for key, value in model.state_dict().items())
+    cut = [key for key, value in model.named_parameters() if not isinstance(value, CodedWeight)]
+    assert any(key.endswith("q_proj.weight") for key in cut)
+
+
 @pytest.mark.parametrize("name", ["falcon_mamba", "jamba"])
 def test_classes_that_look_whether_weights_are_quantized(tmp_path, name):
     """They would compute with the bias taken off again: rounded twice."""
