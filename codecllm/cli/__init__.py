@@ -25,9 +25,14 @@ def main() -> None:
         # The order of these imports is the order of the commands in --help.
         from codecllm.cli import converting, checking, reading  # noqa: F401, I001
         from codecllm.cli.process import main as run
-    except CodecLLMError as exc:  # a variable of the environment, which the import obeys
-        _say(type(exc).__name__, str(exc), exc.exit_code)
-        sys.exit(exc.exit_code)
+    except Exception as exc:  # for a variable of the environment, which the import obeys
+        from codecllm.cli.variables import refused_variable
+
+        error = exc if isinstance(exc, CodecLLMError) else refused_variable(exc)
+        if error is None:
+            raise
+        _say(type(error).__name__, str(error), error.exit_code)
+        sys.exit(error.exit_code)
     run()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from codecllm.cli.app import app
 from codecllm.cli.console import stderr
 from codecllm.cli.json_output import is_asked_for, output
+from codecllm.cli.variables import refused_variable
 from codecllm.formats.errors import CodecLLMError, UsageError, machine_error, one_line
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,6 +72,9 @@ def main() -> None:
         stop = _stop_behind(exc)
         if stop is not None:
             _fail(_stopped(stop), 128 + stop.number)
+        refused = refused_variable(exc)
+        if refused is not None:
+            _fail(str(refused), refused.exit_code, refused)
         reason = one_line(exc, 300)
         # torch's error of a device without memory is no MemoryError.
         if machine_error(exc) is not None:
