@@ -10,7 +10,10 @@ from typing import Any
 from codecllm.formats.container import Container
 from codecllm.formats.errors import LimitError, ModelMismatchError, UsageError
 
-REPEATED = ("layer", "block", "expert", "depth", "stage", "codebook", "level", "pruned_heads")
+REPEATED = (
+    *("layer", "block", "expert", "depth", "stage", "codebook", "level", "merger_times"),
+    "pruned_heads",
+)
 """Parts of the names of config keys that say how many modules of a kind are built."""
 
 ALWAYS_FINE = 4096

@@ -66,6 +66,7 @@ def _refusal(error, call, *arguments):
         {"sub_config": {"num_labels": 10**12}},
         {"pruned_heads": {str(number): [0] for number in range(100_000)}},
         {"layer_types": ["full_attention"] * 100_000},
+        {"merger_times": 100_000},
     ],
     ids=lambda change: next(iter(change)),
 )
