@@ -72,7 +72,7 @@ class Escapes:
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns `inputs @ extras.T`, float32 [n, rows], for `inputs` [n, cols]."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
+            warnings.filterwarnings("ignore", "Sparse (CSR tensor|invariant)", UserWarning)
             matrix = torch.sparse_csr_tensor(
                 self.first,
                 self.column,
