@@ -21,6 +21,12 @@ MOST_GROWTH = 64
 The maps of SentencePiece come to 18: one Arabic ligature stands for so many characters.
 """
 
+MOST_TOGETHER = 256
+"""How many times as long a normalizer and a pre-tokenizer together may make a text.
+
+Marks of three bytes behind a map of SentencePiece come to 72.
+"""
+
 MOST_COPIES = 2
 """How often a post-processor may repeat a text."""
 
@@ -67,9 +73,11 @@ def check_growth(document: dict[str, Any], file: str) -> None:
         SchemaError: a step has a type that is not known here. Of a step without a type, tokenizers
             makes whatever its entries fit.
         LimitError: its normalizer, pre-tokenizer or decoder makes a text more than 64 times as
-            long, its post-processor repeats a text more than twice, or one of them adds more than
-            4,096 characters or tokens or has more than 1,024 steps.
+            long, or the first two together more than 256 times, its post-processor repeats a text
+            more than twice, or one of them adds more than 4,096 characters or tokens or has more
+            than 1,024 steps.
     """
+    before = 1.0
     for part, kinds, most, growth_of in (
         ("normalizer", _OF_TEXTS, MOST_GROWTH, growth_of_text),
         ("pre_tokenizer", _OF_PIECES, MOST_GROWTH, growth_of_pieces),
@@ -95,6 +103,14 @@ def check_growth(document: dict[str, Any], file: str) -> None:
                     got=f"{factor:.3g} times and {added:.3g} more",
                     expected=f"at most {most} times and {MOST_ADDED} more",
                 )
+        if part == "pre_tokenizer" and before * factor > MOST_TOGETHER:
+            raise LimitError(
+                "normalizer and pre_tokenizer can make a text far longer",
+                file=file,
+                got=f"{before * factor:.3g} times",
+                expected=f"at most {MOST_TOGETHER} times",
+            )
+        before = factor
 
 
 def _steps(value: Any) -> Iterator[Any]:

@@ -79,6 +79,10 @@ BOMBS = {
     "pieces with a mark": {
         "pre_tokenizer": _sequence(*[{"type": "Metaspace", "replacement": "_"}] * 7, **PRE)
     },
+    "texts and pieces": {
+        "normalizer": TWENTY,
+        "pre_tokenizer": _sequence(PIECES, PIECES, **PRE),
+    },
     "a suffix of nothing": {
         "decoder": _sequence(*[{"type": "BPEDecoder", "suffix": ""}] * 4, **OF)
     },
@@ -103,6 +107,10 @@ SOUND = {
             {"type": "Metaspace", "replacement": "\u2581"},
             **PRE,
         )
+    },
+    "a map and a mark": {
+        "normalizer": _map("a", "\ufdfa"),
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581"},
     },
     "CTC": {"decoder": {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|"}},
     "CLIP's words": {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}},
