@@ -14,13 +14,13 @@ import numpy as np
 from codecllm.formats.checksums import xxh3_hex_each
 from codecllm.formats.codecs import CODEC_IDS
 from codecllm.formats.codecs.rans_groups import join_group_tables
-from codecllm.formats.container import widened_scales
 from codecllm.formats.errors import ChecksumError, FormatError, LayoutError
 from codecllm.formats.files import Excerpt
 from codecllm.formats.manifest.records import CodedTensor, Int8Tensor, StoredRecord
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.shards.chunk_table import ChunkTable, join_chunk_tables
 from codecllm.formats.shards.safetensors_header import ShardHeader
+from codecllm.formats.shards.side_reading import widened_scales
 from codecllm.formats.shards.side_tensors import CHUNKS, SCALE, SHAPE, TABLES, SideTensor
 from codecllm.formats.stored_tensor import StoredTensor, tensor_matrix
 from codecllm.formats.tiling import kept_grid

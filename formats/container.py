@@ -35,7 +35,6 @@ from codecllm.formats.manifest.records import (
 )
 from codecllm.formats.open_files import OpenFiles
 from codecllm.formats.schemes.columns import Columns, make_columns
-from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import check_steps
 from codecllm.formats.shards.chunk_table import ChunkTable, parse_chunk_table
 from codecllm.formats.shards.consistency import (
@@ -45,7 +44,8 @@ from codecllm.formats.shards.consistency import (
     check_size,
     check_table_size,
 )
-from codecllm.formats.shards.safetensors_header import ShardHeader, TensorEntry, read_header
+from codecllm.formats.shards.safetensors_header import ShardHeader, read_header
+from codecllm.formats.shards.side_reading import read_for_tensor, read_together, widened_scales
 from codecllm.formats.shards.side_tensors import (
     CHUNKS,
     COL_GROUP,
@@ -60,9 +60,6 @@ from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 
 CONTAINER_IS = f"a container is the folder with {MANIFEST_NAME} in it"
 """For an error where a file was given."""
-
-# Most bytes that one call reads of side tensors, with the bytes between them.
-_SIDES_TOGETHER_BYTES = 4 << 20
 
 
 class Container:
@@ -269,7 +266,7 @@ class Container:
         # The size of the rans tables is limited by the other side tensors, so they are read after
         # these.
         tables = TABLES.name_for(record.name)
-        sides = _read_together(
+        sides = read_together(
             file,
             [header.tensors[side] for side in side_names(record) if side != tables],
             record.name,
@@ -295,6 +292,22 @@ class Container:
         group_tables = self._read_tables(file, header, record, table)
         return StoredTensor(record, file, entry.start, table, scales, group_tables, columns)
 
+    def scales(self, name: str) -> tuple[NDArray[np.float32], Columns | None]:
+        """Returns the scales of rows and of columns of an int8 tensor, as `tensor` does.
+
+        Its chunk table is neither read nor checked.
+
+        Raises:
+            SchemaError: there is no tensor of that name.
+            FormatError: its shard or its scales are damaged.
+        """
+        record = self.stored_record(name)
+        assert isinstance(record, Int8Tensor)
+        file, header = self.shard(record.shard)
+        names = [side.name_for(record.name) for side in (SCALE, COL_SCALE, COL_GROUP)]
+        entries = [header.tensors[side] for side in names if side in side_names(record)]
+        return self._read_scales(read_together(file, entries, record.name), header, record)
+
     def _open_shard(self, number: int) -> tuple[SafeFile, ShardHeader]:
         record = self.manifest.shards[number]
         file = self._files.open(record.name)
@@ -319,7 +332,7 @@ class Container:
         entry = header.tensors[side.name_for(record.name)]
         checksum = side.checksum(record)
         assert checksum is not None
-        data = _read(file, entry.start, entry.bytes, record.name)
+        data = read_for_tensor(file, entry.start, entry.bytes, record.name)
         check_xxh3(data, checksum, file.name, entry.name, entry.start)
         return data
 
@@ -361,36 +374,3 @@ class Container:
         except DecodeError as exc:
             raise exc.located(file=file.name, tensor=record.name) from exc
         return scales, columns
-
-
-def _read(file: SafeFile | Excerpt, offset: int, length: int, tensor: str) -> bytes:
-    """Reads bytes that belong to a tensor, which an error names."""
-    try:
-        return file.read(offset, length)
-    except TruncatedError as exc:
-        raise exc.located(tensor=tensor) from None
-
-
-def _read_together(
-    file: SafeFile | Excerpt, entries: list[TensorEntry], tensor: str
-) -> SafeFile | Excerpt:
-    """Returns a reader of the bytes of some entries of a tensor.
-
-    They are read by one call where they are small and lie together.
-    """
-    if isinstance(file, Excerpt):
-        return file
-    begin, end = min(entry.start for entry in entries), max(entry.end for entry in entries)
-    if end - begin > min(_SIDES_TOGETHER_BYTES, 2 * sum(entry.bytes for entry in entries)):
-        return file
-    return Excerpt(file.name, begin, _read(file, begin, end - begin, tensor))
-
-
-def widened_scales(data: bytes, record: Int8Tensor) -> NDArray[np.float32]:
-    """Returns the bytes of a side tensor of scales, of rows or of columns, as float32.
-
-    Values are not looked at.
-    """
-    if record.scale_dtype == "BF16":
-        return float32_from_bits(np.frombuffer(data, "<u2"), "BF16")
-    return np.frombuffer(data, "<f4").astype(np.float32, copy=False)

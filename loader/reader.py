@@ -10,7 +10,6 @@ import torch
 
 from codecllm.formats.container import Container
 from codecllm.formats.manifest.records import AliasTensor
-from codecllm.formats.stored_tensor import StoredTensor
 from codecllm.loader.device.engines import DeviceEngines
 from codecllm.loader.engine import Engine, Request
 from codecllm.loader.host.engine import HostEngine
@@ -118,14 +117,12 @@ class TensorReader:
         return tensor if tensor.device == device else tensor.to(device)
 
     def _read_scales(self, name: str, *, of_columns: bool) -> torch.Tensor:
-        source = self._container.tensor(name)
-        assert isinstance(source, StoredTensor)
+        scales, columns = self._container.scales(name)
         if of_columns:
-            assert source.columns is not None
-            # A copy: the model must not refer to memory of the container.
-            return torch.from_numpy(source.columns.scales.copy())
-        assert source.scales is not None
-        return torch.from_numpy(source.scales.copy())
+            assert columns is not None
+            scales = columns.scales
+        # A copy: the model must not refer to memory of the container.
+        return torch.from_numpy(scales.copy())
 
     def _engine(self, device: torch.device) -> Engine:
         if self._devices is not None and self._devices.serves(device):

@@ -18,13 +18,14 @@ from codecllm.formats.codecs.entropy import counted_entropy_bits, prefix_code_bi
 from codecllm.formats.codecs.rans_fit import coded_bits, fit_table
 from codecllm.formats.codecs.rans_reference import STATE_BYTES
 from codecllm.formats.codecs.zstd import SPARSE_LOW_BITS, ZstdCodec
-from codecllm.formats.container import Container, widened_scales
+from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, DecodeError, ModelMismatchError
 from codecllm.formats.manifest.records import Int8Tensor, LosslessTensor, RawTensor
 from codecllm.formats.schemes.float_bits import float32_from_bits
 from codecllm.formats.schemes.int8 import channel_scales, dequantize, quantize
 from codecllm.formats.schemes.lossless import join_planes, word_dtype
+from codecllm.formats.shards.side_reading import widened_scales
 from codecllm.formats.shards.side_tensors import SCALE
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor, tile_steps
 from codecllm.formats.tiling import Tile, default_grid, last_axis_matrix

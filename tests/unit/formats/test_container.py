@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from codecllm.converter import convert
-from codecllm.formats import container as container_module
 from codecllm.formats.checksums import sha256_hex, xxh3
 from codecllm.formats.codecs import ZSTD
 from codecllm.formats.container import Container
@@ -37,6 +36,7 @@ from codecllm.formats.reference import (
     tensor_digest,
 )
 from codecllm.formats.schemes.float_bits import bits_from_float32
+from codecllm.formats.shards import side_reading
 from codecllm.formats.stored_tensor import (
     PlainTensor,
     StoredTensor,
@@ -170,12 +170,28 @@ def test_slots_may_be_read_together_or_one_by_one(folder):
         assert together == [matrix.tobytes() for matrix in read_symbols(tensor)]
 
 
+@pytest.mark.parametrize("limit", [side_reading.SIDES_TOGETHER_BYTES, -1])
+def test_scales_alone_are_those_of_the_tensor(folder, monkeypatch, limit):
+    monkeypatch.setattr(side_reading, "SIDES_TOGETHER_BYTES", limit)
+    with Container(folder) as container:
+        names = [record.name for record in container.manifest.tensors]
+        tensors = [container.tensor(name) for name in names]
+        quantized = [one for one in tensors if getattr(one, "scales", None) is not None]
+        assert quantized
+        for tensor in quantized:
+            scales, columns = container.scales(tensor.record.name)
+            assert np.array_equal(scales, tensor.scales)
+            assert (columns is None) == (tensor.columns is None)
+            if columns is not None:
+                assert np.array_equal(columns.scales, tensor.columns.scales)
+
+
 def test_side_tensors_that_lie_apart_are_read_one_by_one(folder, monkeypatch):
     with Container(folder) as container:
         names = [record.name for record in container.manifest.tensors]
         together = [read_tensor_bytes(container, name) for name in names]
         reads = []
-        monkeypatch.setattr(container_module, "_SIDES_TOGETHER_BYTES", -1)
+        monkeypatch.setattr(side_reading, "SIDES_TOGETHER_BYTES", -1)
         monkeypatch.setattr(
             SafeFile,
             "read",
