@@ -340,7 +340,7 @@ class Staging:
             )
         if not force:
             raise OutputExistsError(
-                "output folder holds a container; --force replaces it", file=str(self.out)
+                "output folder holds a container: convert --force replaces it", file=str(self.out)
             )
 
     def _old_names(self) -> list[str]:
