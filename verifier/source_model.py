@@ -22,7 +22,12 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line, shown
 from codecllm.formats.machine import available_memory
-from codecllm.formats.manifest.manifest import CONFIG_NAME
+from codecllm.formats.manifest.manifest import (
+    BASELINE_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    LOAD_REPORT_NAME,
+)
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.formats.strict_json import CONFIG_BYTES, parse_config
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR, asked_bits
@@ -321,7 +326,7 @@ def _chat_templates(model: Path | Container) -> dict[Any, Any]:
 
 
 def _check_files(container: Container, source: SourceModel, stage: Stage) -> None:
-    """Compares the side files with those that a conversion of the source copies."""
+    """Compares the side files with those that a conversion of the source copies, both ways."""
     # These bytes decide on tokens and prompts, which no comparison of tensors sees.
     for name, source_name in source.side_files.copied.items():
         record = container.manifest.file(name)
@@ -331,6 +336,18 @@ def _check_files(container: Container, source: SourceModel, stage: Stage) -> Non
         theirs = read_bytes(source.repository, source_name, limits.SIDE_FILE_BYTES)
         same = container.read_side_file(record) == theirs
         if not same and name != MODULES_NAME:  # it names the folders as the container has them
+            stage.fail(ModelMismatchError("the file is not the source's", file=name))
+    known_names = {CONFIG_NAME, INDEX_NAME, BASELINE_NAME, LOAD_REPORT_NAME}
+    for record in container.manifest.files:
+        name = record.name
+        if name in known_names or name in source.side_files.copied:
+            continue
+        # An earlier converter may have copied more of the source than this one does.
+        if not (source.repository / name).is_file():
+            stage.fail(ModelMismatchError("the source lacks this file of the container", file=name))
+        elif container.read_side_file(record) != read_bytes(
+            source.repository, name, limits.SIDE_FILE_BYTES
+        ):
             stage.fail(ModelMismatchError("the file is not the source's", file=name))
     record = container.manifest.file(CONFIG_NAME)
     if record is not None and source.config is not None:

@@ -12,6 +12,7 @@ from codecllm.formats.arguments.check import check_arguments, choice
 from codecllm.formats.container import Container
 from codecllm.formats.errors import CodecLLMError, UsageError
 from codecllm.formats.machine import threads_of
+from codecllm.formats.manifest.manifest import CODE
 from codecllm.formats.shards.consistency import expansion_bound
 from codecllm.hub import resolve
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
@@ -169,7 +170,9 @@ def _check_contents(
             _skip(stage, "not stated for a damaged container")
     if source is not None:
         folder, scheme = resolve(source, kind="source").folder, container.manifest.options.scheme
-        with SourceModel(folder, view=scheme) as model:
+        with SourceModel(
+            folder, view=scheme, with_code=CODE in container.manifest.required_features
+        ) as model:
             with _stage(report, "source") as stage:
                 check_source(container, model, stage, threads, progress)
             with _stage(report, "model") as stage:

@@ -1,7 +1,7 @@
 """The command line: a failure is one clear line and the exit code of the error's class.
 
 Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported version or environment, 4 files or
-network, 5 unsafe.
+network, 5 unsafe, 6 unexpected.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Model weights, entropy-coded: convert once, verify anywhere, load into transformers.",
     epilog="Exit codes: 0 fine, 1 damaged or differs, 2 usage, 3 unsupported, 4 files, network "
-    "or memory, 5 unsafe.",
+    "or memory, 5 unsafe, 6 unexpected.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

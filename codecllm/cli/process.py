@@ -80,7 +80,7 @@ def main() -> None:
         if machine_error(exc) is not None:
             _fail(f"{type(exc).__name__}: {reason}{_notes(exc)}", 4, exc)
         _fail(
-            f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 1, exc
+            f"unexpected {type(exc).__name__}: {reason} (codecllm --debug ... shows where)", 6, exc
         )
 
 

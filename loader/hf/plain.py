@@ -225,7 +225,6 @@ def _check_size(cls: Any, config: Any, folder: Path) -> None:
             empty = cls(copy.deepcopy(config))
     except Exception:  # the load itself says why the class cannot be built, with any type
         return
-    refuse_larger(empty, stored_weights)
     config_weights = sum(parameter.numel() for parameter in empty.parameters())
     if config_weights > TOO_LARGE * stored_weights:
         raise ModelMismatchError(
@@ -234,6 +233,7 @@ def _check_size(cls: Any, config: Any, folder: Path) -> None:
             expected=config_weights,
             file="config.json",
         )
+    refuse_larger(empty, stored_weights)  # buffers too
 
 
 def _described(folder: Path) -> dict[str, torch.Tensor]:

@@ -84,8 +84,11 @@ def test_outputs_are_the_sources(tmp_path, source, name, scheme):
             for key in values.keys() - random:
                 assert same_bits(model.state_dict()[key], values[key]), key
             assert torch.equal(architectures.output_of(model), output)
-        output = architectures.output_of(in_experts_loop(expected))
+        # Frozen, as coded weights are: torch takes another kernel for strided inputs otherwise,
+        # and for weights that lie as the source's file has them, at no multiple of 64 bytes.
+        output = architectures.output_of(in_experts_loop(model).requires_grad_(False))
         compressed = from_pretrained(out, auto_class=auto, resident="compressed")
+        compressed.requires_grad_(False)  # tensors that are stored plain
         assert type(compressed) is type(expected)
         assert torch.equal(architectures.output_of(compressed), output)
         if scheme == "int8":

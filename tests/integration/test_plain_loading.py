@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -52,10 +53,12 @@ def test_auto_classes_load_a_container(container, auto, options):
 
 
 def test_plain_weights_under_a_containers_config_are_an_error(tmp_path, container):
-    """A model of `from_config` keeps the block in its config, and saves it beside plain weights."""
-    config = transformers.AutoConfig.from_pretrained(container("llama", "int8"))
+    """Somebody put both into one folder."""
+    folder = container("llama", "int8")
+    config = transformers.AutoConfig.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "saved")
+    shutil.copy(folder / "config.json", tmp_path / "saved")
     with pytest.raises(NotAContainerError, match="take quantization_config out"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     convert(tmp_path / "saved", tmp_path / "c", scheme="lossless")

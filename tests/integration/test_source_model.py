@@ -60,6 +60,35 @@ def test_a_container_of_the_source_is_verified(tiny, container, name, scheme):
     assert "as transformers loads the source" in stage.summary
 
 
+def test_code_that_differs_from_the_sources(tmp_path, source):
+    """Under trust_remote_code=True it is the model."""
+    for number in (1, 2):
+        copy = tampering.copy_of(source, tmp_path / f"s{number}")
+        (copy / "modeling_x.py").write_text(f"a = {number}\n")
+    codecllm.convert(tmp_path / "s1", tmp_path / "out", with_code=True, baseline=False)
+    assert verify(tmp_path / "out", source=tmp_path / "s1").ok
+    report, stage = _model_stage(tmp_path / "out", tmp_path / "s2")
+    assert [finding.error.file for finding in stage.findings] == ["modeling_x.py"]
+    assert not report.ok
+
+
+@pytest.mark.parametrize("is_in_source", [True, False])
+def test_files_of_a_container_that_a_conversion_would_not_copy(tmp_path, source, is_in_source):
+    """Of an earlier converter's rules: the source has them. Of somebody else's: it does not."""
+    copy = tampering.copy_of(source, tmp_path / "s")
+    codecllm.convert(copy, tmp_path / "out", baseline=False)
+    tampering.add_listed(tmp_path / "out", "other/x.py", b"a = 1\n")
+    if is_in_source:
+        (copy / "other").mkdir()
+        (copy / "other" / "x.py").write_bytes(b"a = 1\n")
+    report, stage = _model_stage(tmp_path / "out", copy)
+    assert report.ok == is_in_source
+    if is_in_source:
+        (copy / "other" / "x.py").write_bytes(b"a = 2\n")
+        report, stage = _model_stage(tmp_path / "out", copy)
+    assert [finding.error.file for finding in stage.findings] == ["other/x.py"]
+
+
 def test_a_model_that_draws_random_numbers_in_inference(tmp_path):
     """Speech of VITS has random lengths: both models draw the same numbers, and nobody else's."""
     config = hf.VitsConfig(

@@ -18,6 +18,7 @@ from codecllm.formats.errors import (
     foreign_errors_as,
 )
 from codecllm.formats.machine import available_memory, threads_of
+from codecllm.formats.manifest.manifest import CODE
 from codecllm.hub import resolve
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR
 from codecllm.verifier.checks.integrity import Progress, check_checksums, check_structure
@@ -75,7 +76,8 @@ def diagnose(
         with Container(files.folder, expected_manifest_sha256=report.manifest_sha256) as container:
             model_files = _source_files(source, container)
             scheme = container.manifest.options.scheme
-            with SourceModel(model_files.folder, view=scheme) as model:
+            with_code = CODE in container.manifest.required_features
+            with SourceModel(model_files.folder, view=scheme, with_code=with_code) as model:
                 _Diagnosis(report, container, model, model_files.commit, settings, progress).run()
     report.conclusion = conclude(report)
     return report
