@@ -20,13 +20,15 @@ from codecllm.formats.manifest.manifest import (
     CONFIG_NAME,
     INDEX_NAME,
     LOAD_REPORT_NAME,
+    ORIGINAL_KEY,
+    QUANT_METHOD,
 )
 from codecllm.formats.manifest.records import FileRecord
 from codecllm.loader.hf.side_limits import VOCABULARY_BYTES, VOCABULARY_VALUES
 
 _OURS = frozenset({BASELINE_NAME, LOAD_REPORT_NAME, INDEX_NAME})
+_BLOCK = "quantization_config"
 _NO_FACTS = (
-    "quantization_config",
     "transformers_version",
     "transformers_weights",
     "_name_or_path",
@@ -71,22 +73,28 @@ def files_of_container(container: Container) -> dict[str, ComparedFile]:
 def files_of_source(source: SourceModel) -> dict[str, ComparedFile]:
     """Returns a plain model's side files by their names in a container."""
     places = {name: (source.repository, path) for name, path in source.side_files.copied.items()}
-    if source.config is not None:
-        places[CONFIG_NAME] = (source.folder, CONFIG_NAME)
-    return {
+    files = {
         name: ComparedFile(
             partial(_sha256, *place), partial(read_bytes, *place, limits.SIDE_FILE_BYTES)
         )
         for name, place in places.items()
     }
+    if source.config is not None:
+        # Without a quantization block that no tensor bears out, as a container has it.
+        data = json.dumps(source.config).encode()
+        files[CONFIG_NAME] = ComparedFile(
+            partial(_sha256, source.folder, CONFIG_NAME), partial(bytes, data)
+        )
+    return files
 
 
 def different_files(a: Mapping[str, ComparedFile], b: Mapping[str, ComparedFile]) -> list[str]:
     """Returns the names of files that say other things on both sides, or are on one side alone.
 
-    JSON files are compared by their values, others by their bytes. Of config.json the block of a
-    container, the version of transformers and the name of the model are left out. Code that one
-    model brings along and the other does not is a difference where a file names it (`auto_map`).
+    JSON files are compared by their values, and but for config.json by the order of their entries,
+    others by their bytes. Of config.json the block of a container, the version of transformers and
+    the name of the model are left out. Code that one model brings along and the other does not is a
+    difference where a file names it (`auto_map`).
 
     Args:
         a: files by name; documents, such as README.md, are left out.
@@ -137,10 +145,19 @@ def _value(name: str, data: bytes) -> Any:
     marks = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if len(data) > VOCABULARY_BYTES or marks > VOCABULARY_VALUES:
         return None
+    is_config = PurePosixPath(name).name == CONFIG_NAME
     try:
-        value = json.loads(data)
+        # Elsewhere the order of entries may say something: tokens get their ids in it.
+        value = json.loads(data, object_pairs_hook=dict if is_config else tuple)
     except (ValueError, RecursionError):
         return None
-    if PurePosixPath(name).name != CONFIG_NAME or not isinstance(value, dict):
+    if not isinstance(value, dict):
         return value
-    return {key: item for key, item in value.items() if key not in _NO_FACTS}
+    facts = {key: item for key, item in value.items() if key not in _NO_FACTS}
+    block = facts.get(_BLOCK)
+    if isinstance(block, dict) and block.get("quant_method") == QUANT_METHOD:
+        # Ours stands in the place of the source's, and keeps it.
+        facts.pop(_BLOCK)
+        if ORIGINAL_KEY in block:
+            facts[_BLOCK] = block[ORIGINAL_KEY]
+    return facts

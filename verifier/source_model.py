@@ -14,25 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from codecllm.converter.source.files import read_bytes
-from codecllm.converter.source.modules import MODULES_NAME
 from codecllm.converter.source.source import SourceModel
-from codecllm.formats import limits
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import CodecLLMError, FormatError, ModelMismatchError, one_line, shown
+from codecllm.formats.errors import CodecLLMError, ModelMismatchError, one_line, shown
 from codecllm.formats.machine import available_memory
 from codecllm.formats.manifest.manifest import (
-    BASELINE_NAME,
     CONFIG_NAME,
-    INDEX_NAME,
-    LOAD_REPORT_NAME,
 )
 from codecllm.formats.manifest.records import Int8Tensor
-from codecllm.formats.strict_json import CONFIG_BYTES, parse_config
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR, asked_bits
 from codecllm.verifier.baseline.floor import floor_of
 from codecllm.verifier.report import Stage
+from codecllm.verifier.source_files import check_side_files
 
 MAX_RELATIVE_ERROR = 0.9
 """Root mean square error of a quantized parameter, as a share of its own, from which on it is
@@ -65,7 +59,7 @@ def check_source_model(
             transformers cannot load the source.
         workers: decoding threads.
     """
-    _check_files(container, source, stage)
+    check_side_files(container, source, stage)
     reason = _obstacle(container)
     if reason is None:
         reason = _compare_models(container, source, stage, workers)
@@ -323,66 +317,3 @@ def _chat_templates(model: Path | Container) -> dict[Any, Any]:
     except CodecLLMError:
         return {}
     return templates if isinstance(templates, dict) else {"default": templates}
-
-
-def _check_files(container: Container, source: SourceModel, stage: Stage) -> None:
-    """Compares the side files with those that a conversion of the source copies, both ways."""
-    # These bytes decide on tokens and prompts, which no comparison of tensors sees.
-    for name, source_name in source.side_files.copied.items():
-        record = container.manifest.file(name)
-        if record is None:
-            stage.fail(ModelMismatchError("the container lacks this file of the source", file=name))
-            continue
-        theirs = read_bytes(source.repository, source_name, limits.SIDE_FILE_BYTES)
-        same = container.read_side_file(record) == theirs
-        if not same and name != MODULES_NAME:  # it names the folders as the container has them
-            stage.fail(ModelMismatchError("the file is not the source's", file=name))
-    known_names = {CONFIG_NAME, INDEX_NAME, BASELINE_NAME, LOAD_REPORT_NAME}
-    for record in container.manifest.files:
-        name = record.name
-        if name in known_names or name in source.side_files.copied:
-            continue
-        # An earlier converter may have copied more of the source than this one does.
-        if not (source.repository / name).is_file():
-            stage.fail(ModelMismatchError("the source lacks this file of the container", file=name))
-        elif container.read_side_file(record) != read_bytes(
-            source.repository, name, limits.SIDE_FILE_BYTES
-        ):
-            stage.fail(ModelMismatchError("the file is not the source's", file=name))
-    record = container.manifest.file(CONFIG_NAME)
-    if record is not None and source.config is not None:
-        config = read_bytes(source.folder, CONFIG_NAME, CONFIG_BYTES)
-        _check_config(container.read_side_file(record), config, stage)
-
-
-def _check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
-    try:
-        documents = [parse_config(data) for data in (ours, theirs)]
-    except FormatError as exc:
-        stage.fail(exc)
-        return
-    for document in documents:
-        # The converter replaces the first with its own, and leaves the second out, in every
-        # container.
-        document.pop("quantization_config", None)
-        document.pop("transformers_weights", None)
-    for key, part in documents[1].items():
-        # So it does with blocks of parts, where it takes the quantization away.
-        own = documents[0].get(key)
-        for block in ("quantization_config", "compression_config"):
-            if isinstance(part, dict) and isinstance(own, dict) and block not in own:
-                part.pop(block, None)
-    keys = sorted(documents[0].keys() | documents[1].keys())
-    # As text: a NaN is unequal to itself.
-    ours_by_key, theirs_by_key = (
-        {key: json.dumps(value, sort_keys=True, default=repr) for key, value in document.items()}
-        for document in documents
-    )
-    different = [key for key in keys if ours_by_key.get(key) != theirs_by_key.get(key)]
-    if different:
-        stage.fail(
-            ModelMismatchError(
-                f"the config differs from the source's: {', '.join(different[:NAMES_SHOWN])}",
-                file=CONFIG_NAME,
-            )
-        )

@@ -26,13 +26,14 @@ from codecllm.converter.exports.compressed_tensors import (
 from codecllm.converter.exports.packed_words import pack_codes, packed_columns
 from codecllm.converter.options import DEFAULT_MAX_SHARD_BYTES, ConvertOptions
 from codecllm.converter.source.layout import ADAPTER_NAMES
+from codecllm.converter.source.quantization import find_quantization
 from codecllm.converter.source.side_files import pack_index, write_listed
 from codecllm.converter.write.staging import Staging
 from codecllm.converter.write.tensor_writer import ordered
 from codecllm.formats.arguments.check import check_arguments, instance, optional
 from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
-from codecllm.formats.errors import ChecksumError, LayoutError, SchemaError
+from codecllm.formats.errors import ChecksumError, LayoutError, SchemaError, shown
 from codecllm.formats.manifest.manifest import (
     BASELINE_NAME,
     CONFIG_NAME,
@@ -43,6 +44,7 @@ from codecllm.formats.manifest.manifest import (
 )
 from codecllm.formats.manifest.records import Int8Tensor, TensorRecord
 from codecllm.formats.reference import read_codes, read_run_bytes, read_run_codes, runs
+from codecllm.formats.shards.safetensors_header import TensorEntry
 from codecllm.formats.shards.shard_writer import PlannedTensor, ShardWriter
 from codecllm.formats.stored_tensor import PlainTensor, StoredTensor
 from codecllm.formats.strict_json import parse_config
@@ -156,6 +158,22 @@ def _refuse_clashes(container: Container, written: set[str]) -> None:
                 "weights beside those of the container: transformers may read them instead",
                 file=record.name,
             )
+
+
+def _refuse_stale_block(container: Container, config: dict[str, Any]) -> None:
+    """Refuses a quantization block that no tensor bears out: its weights would be at random."""
+    entries = {
+        record.name: TensorEntry(
+            record.name, DTYPES[record.dtype], tuple(record.shape), 0, record.source_bytes
+        )
+        for record in container.records.values()
+    }
+    if not find_quantization(config, entries).borne_out:
+        raise LayoutError(
+            "config.json keeps a quantization block, and no tensor is quantized so",
+            file=CONFIG_NAME,
+            got=shown(config["quantization_config"])[:80],
+        )
 
 
 def _place(records: list[TensorRecord], max_shard_bytes: int) -> list[list[TensorRecord]]:
@@ -342,6 +360,7 @@ def _write_side_files(
             config.pop("transformers_weights", None)  # the exported files have their own names
             if isinstance(block, dict) and ORIGINAL_KEY in block:
                 config["quantization_config"] = block[ORIGINAL_KEY]
+                _refuse_stale_block(container, config)
             if layout.packed:
                 config["quantization_config"] = layout.quantization_config
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -17,7 +17,7 @@ from codecllm.converter.source.selection import SideFiles
 from codecllm.formats import limits
 from codecllm.formats.checksums import sha256_hex
 from codecllm.formats.errors import LimitError
-from codecllm.formats.manifest.manifest import ORIGINAL_KEY
+from codecllm.formats.manifest.manifest import ORIGINAL_KEY, QUANT_METHOD
 from codecllm.formats.manifest.records import FileRecord
 
 
@@ -71,7 +71,7 @@ def pack_config(
         original: the quantization block of the source whose tensors the container keeps, or None.
     """
     block: dict[str, Any] = {
-        "quant_method": "codecllm",
+        "quant_method": QUANT_METHOD,
         "format_version": version,
         "scheme": scheme,
     }

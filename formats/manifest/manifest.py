@@ -68,6 +68,9 @@ Side files of any safe name, files of Python code, weights in another library's 
 CODE_SUFFIX = ".py"
 """End of the name of a side file that holds code."""
 
+QUANT_METHOD = "codecllm"
+"""Method of the quantization block of a container's config.json."""
+
 ORIGINAL_KEY = "original_quantization_config"
 """Key of the config's block that keeps the block of another library's quantization.
 

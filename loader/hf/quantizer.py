@@ -38,6 +38,7 @@ from codecllm.formats.manifest.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     ORIGINAL_KEY,
+    QUANT_METHOD,
 )
 from codecllm.formats.shards.index import check_index
 from codecllm.hub import resolve
@@ -48,8 +49,6 @@ from codecllm.loader.hf.side_limits import check_config_document, refuse_kernels
 from codecllm.loader.load import Load, LoadOptions
 from codecllm.loader.resident.coded_weight import CodedWeight, make_plain
 from codecllm.loader.residents import Chosen
-
-QUANT_METHOD = "codecllm"
 
 QUANTIZED_MARK = "_is_quantized"
 """The attribute of a config by which classes of transformers see that weights are quantized."""

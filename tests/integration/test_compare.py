@@ -104,6 +104,21 @@ def test_other_spelling_of_the_same_values_is_no_difference(container, tiny, tmp
     assert found["same"] and found["files"] == []
 
 
+def test_the_order_of_added_tokens_is_a_difference(tiny, tmp_path):
+    """Tokens that the vocabulary lacks get their ids in it."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    tokens = {"x_token": "<x>", "y_token": "<y>"}
+    for folder, names in zip(
+        folders, (["x_token", "y_token"], ["y_token", "x_token"]), strict=True
+    ):
+        shutil.copytree(tiny("llama"), folder)
+        settings = {"extra_special_tokens": {name: tokens[name] for name in names}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = compare_models(*folders, run=False)
+    assert found["files"] == ["tokenizer_config.json"] and not found["same"]
+    assert compare_models(folders[0], folders[0], run=False)["same"]
+
+
 def test_damage_and_strangers_are_errors(tmp_path, container, tiny):
     folder = tampering.copy_of(container("llama", "int8"), tmp_path / "c")
     tampering.flip_bit(*tampering.payload_place(folder, faults.UP))

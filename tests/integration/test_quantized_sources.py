@@ -15,9 +15,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import codecllm
 from codecllm.converter import convert
-from codecllm.formats.errors import SourceError, UsageError
+from codecllm.converter.exports.export import export
+from codecllm.formats.errors import LayoutError, SourceError, UsageError
+from codecllm.formats.manifest.manifest import ORIGINAL_KEY
 from codecllm.loader import from_pretrained
 from codecllm.verifier import verify
+from tests.tampering import replace_listed
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -164,6 +167,41 @@ def test_verify_of_fp8_with_tensors_that_the_class_leaves_over(tmp_path, scheme,
     del tensors["model.norm.weight"]
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     assert not verify(tmp_path / "c", source=source).ok
+
+
+@pytest.mark.parametrize(
+    "change", [None, {"activation_scheme": "static"}, {"modules_to_not_convert": ["lm_head"]}]
+)
+def test_a_block_that_is_not_the_sources(tmp_path, change):
+    """The same codes are other weights by another block, and without one."""
+    source = _to_fp8(_save(_llama(), tmp_path / "s"))
+    codecllm.convert(source, tmp_path / "c", scheme="lossless", baseline=False)
+    assert verify(tmp_path / "c", source=source).ok
+    assert codecllm.compare_models(tmp_path / "c", source, run=False)["same"]
+    other = shutil.copytree(source, tmp_path / "other")
+    if change is None:
+        config = json.loads((other / "config.json").read_text())
+        del config["quantization_config"]
+        (other / "config.json").write_text(json.dumps(config))
+    else:
+        _edit_config(other, quantization_config=FP8 | change)
+    assert not verify(tmp_path / "c", source=other).ok
+    for one in (tmp_path / "c", source):
+        result = codecllm.compare_models(one, other, run=False)
+        assert not result["same"]
+        assert result["files"] == ["config.json"]
+
+
+def test_a_block_that_no_tensor_bears_out_is_not_exported(tmp_path):
+    """transformers would make the quantized weights at random."""
+    source = _save(_llama(), tmp_path / "s")
+    convert(source, tmp_path / "c", scheme="lossless")
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    config["quantization_config"][ORIGINAL_KEY] = FP8
+    replace_listed(tmp_path / "c", "config.json", json.dumps(config).encode())
+    with pytest.raises(LayoutError, match="no tensor is quantized so"):
+        export(tmp_path / "c", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def _gpt_oss(folder):

@@ -23,7 +23,7 @@ from codecllm.verifier.baseline.inference import repeatable_inference
 from codecllm.verifier.baseline.record import Agreement
 from codecllm.verifier.load_report import record_load_report
 from codecllm.verifier.report import Stage
-from codecllm.verifier.source_model import _check_config
+from codecllm.verifier.source_files import check_config
 from tests import tampering
 from tests.integration import tiny_models
 
@@ -350,13 +350,11 @@ def test_a_block_of_a_part_of_the_config():
     found = Stage("model")
     block = {"quantization_config": {"quant_method": "x"}}
     theirs = {"text_config": {"a": 1, **block}}
-    _check_config(
-        json.dumps({"text_config": {"a": 1}}).encode(), json.dumps(theirs).encode(), found
-    )
+    check_config(json.dumps({"text_config": {"a": 1}}).encode(), json.dumps(theirs).encode(), found)
     assert not found.findings
     for ours in ({"text_config": {"a": 2}}, {"text_config": {"a": 1, "quantization_config": {}}}):
         found = Stage("model")
-        _check_config(json.dumps(ours).encode(), json.dumps(theirs).encode(), found)
+        check_config(json.dumps(ours).encode(), json.dumps(theirs).encode(), found)
         assert "text_config" in str(found.findings[0].error)
 
 
