@@ -27,8 +27,8 @@ CARD_NAME = "README.md"
 CARD_BYTES = 1 << 20
 """Longest README.md that is read."""
 # Files of an earlier upload that go when the new one does not bring them, also where its manifest
-# cannot be read: a shard left over would be an error to readers.
-_REPLACED = ["*.safetensors", INDEX_NAME, MANIFEST_NAME, BASELINE_NAME]
+# cannot be read. So do weights beside them: a shard left over would be an error to readers.
+_REPLACED = [INDEX_NAME, MANIFEST_NAME, BASELINE_NAME]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,13 @@ def upload_container(
         # What `is_own_card` has looked at.
         card_bytes = read_file(folder, CARD_NAME, CARD_BYTES) if card else None
         names += [CARD_NAME] if card else []
-        replaced = _REPLACED + [escape(name) for name in _former_names(remote) if name != CARD_NAME]
+        weights = [
+            name
+            for name in api.list_repo_files(repo, revision=revision)
+            if name.endswith(".safetensors") and "/" not in name
+        ]
+        former_names = [name for name in _former_names(remote) if name != CARD_NAME]
+        replaced = [escape(name) for name in (*_REPLACED, *weights, *former_names)]
         commit = _upload(api, folder, names, replaced, repo, revision, create_pr, message)
         pull_request = commit.pr_url if create_pr else None
         upload_revision = str(commit.pr_revision) if pull_request else revision or "main"

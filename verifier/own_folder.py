@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from codecllm.converter.write.signals import signals_wait
 
 PREFIX = ".codecllm-sign-"
+_NAME = re.compile(re.escape(PREFIX) + "[a-z0-9_]{8}")  # as tempfile makes them
 
 _FRESH_SECONDS = 60
 """A younger folder stays: its owner may not have locked it yet."""
@@ -63,18 +65,22 @@ def _remove(folder: str) -> None:
 def _remove_left(parent: Path) -> None:
     with suppress(OSError):  # a folder in the way is no reason to stop
         for name in os.listdir(parent):
-            if name.startswith(PREFIX):
+            if _NAME.fullmatch(name):
                 _remove_if_left(parent / name)
 
 
 def _remove_if_left(path: Path) -> None:
-    """Removes a folder of this user that no process holds."""
+    """Removes a folder of this user, with one file at most, that no process holds."""
     with suppress(OSError):
         descriptor = os.open(path, _FLAGS)
         try:
             state = os.fstat(descriptor)
             if state.st_uid == os.geteuid() and time.time() - state.st_mtime > _FRESH_SECONDS:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
+                names = os.listdir(descriptor)
+                if len(names) <= 1:
+                    for name in names:
+                        os.unlink(name, dir_fd=descriptor)  # an error for a folder
+                    os.rmdir(path)
         finally:
             os.close(descriptor)

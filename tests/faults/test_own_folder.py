@@ -57,3 +57,17 @@ def test_what_is_held_or_is_no_folder_stays(tmp_path):
         with own_folder(tmp_path) as other:
             assert {path.name for path in tmp_path.iterdir()} == before | {other.name}
         assert held.exists() and (target / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["notes/a.txt"], ["abcdefgh/a", "abcdefgh/b"], ["abcdefgh/keys/a.txt"]]
+)
+def test_folders_of_the_user_with_such_a_name_stay(tmp_path, names):
+    for name in names:
+        path = tmp_path / f"{PREFIX}{name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret")
+    os.utime(tmp_path / f"{PREFIX}{names[0].split('/')[0]}", OLD)
+    with own_folder(tmp_path):
+        pass
+    assert all((tmp_path / f"{PREFIX}{name}").read_text() == "secret" for name in names)

@@ -111,7 +111,8 @@ def test_files_of_the_former_container_go_and_others_stay(hub, container, lossle
     push(container, REPO, level="structure")
     repo = hub.repos[REPO]
     assert repo.commits[repo.refs["main"]].keys() >= {*names}
-    others = {"notes.md": hub.store("notes.md", b"x"), "sub/b.json": hub.store("sub/b.json", b"{}")}
+    contents = {"notes.md": b"x", "sub/b.json": b"{}", "lora/adapter_model.safetensors": b"y"}
+    others = {name: hub.store(name, data) for name, data in contents.items()}
     hub.commit(repo, repo.commits[repo.refs["main"]] | others, "more", "main")
     push(lossless, REPO, level="structure")
     kept = {path.name for path in lossless.iterdir()} | others.keys() | {".gitattributes"}
