@@ -100,6 +100,7 @@ def export(
     with Container(container) as source_container, Staging(out, force=False) as staging:
         layout = layout or PLAIN
         config = _read_config(source_container)
+        _refuse_stale_block(source_container, config or {})
         records_by_shard = _place(source_container.manifest.tensors, options.max_shard_bytes)
         names = (
             ["model.safetensors"]
@@ -162,17 +163,21 @@ def _refuse_clashes(container: Container, written: set[str]) -> None:
 
 def _refuse_stale_block(container: Container, config: dict[str, Any]) -> None:
     """Refuses a quantization block that no tensor bears out: its weights would be at random."""
+    block = config.get("quantization_config")
+    if not isinstance(block, dict) or ORIGINAL_KEY not in block:
+        return
+    original = block[ORIGINAL_KEY]
     entries = {
         record.name: TensorEntry(
             record.name, DTYPES[record.dtype], tuple(record.shape), 0, record.source_bytes
         )
         for record in container.records.values()
     }
-    if not find_quantization(config, entries).borne_out:
+    if not find_quantization(config | {"quantization_config": original}, entries).borne_out:
         raise LayoutError(
             "config.json keeps a quantization block, and no tensor is quantized so",
             file=CONFIG_NAME,
-            got=shown(config["quantization_config"])[:80],
+            got=shown(original)[:80],
         )
 
 
@@ -360,7 +365,6 @@ def _write_side_files(
             config.pop("transformers_weights", None)  # the exported files have their own names
             if isinstance(block, dict) and ORIGINAL_KEY in block:
                 config["quantization_config"] = block[ORIGINAL_KEY]
-                _refuse_stale_block(container, config)
             if layout.packed:
                 config["quantization_config"] = layout.quantization_config
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

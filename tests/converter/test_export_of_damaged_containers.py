@@ -68,24 +68,20 @@ def test_a_side_file_below_the_name_of_a_weight_file(tmp_path, container, name, 
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+    ("name", "words"),
+    [
+        ("adapter_config.json", "no adapter"),
+        ("adapter_model.safetensors", "no adapter"),
+        ("adapter_model.bin", "no adapter"),
+        # transformers reads it, and every file beside it, before model.safetensors.
+        ("shard-00001-model-00001-of-00001.safetensors", "weights beside those of the container"),
+        ("model.fp16.safetensors", "weights beside those of the container"),
+    ],
 )
-def test_an_adapter_that_would_change_the_exported_model(container, tmp_path, name):
+def test_a_side_file_that_would_change_the_exported_model(container, tmp_path, name, words):
     folder = copy_of(container, tmp_path / "c")
     add_listed(folder, name, b"{}")
-    with pytest.raises(LayoutError, match="no adapter"):
-        export(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["shard-00001-model-00001-of-00001.safetensors", "model.fp16.safetensors"]
-)
-def test_weights_beside_the_exported_model(container, tmp_path, name):
-    """transformers reads the first, and every file beside it, before model.safetensors."""
-    folder = copy_of(container, tmp_path / "c")
-    add_listed(folder, name, b"{}")
-    with pytest.raises(LayoutError, match="weights beside those of the container"):
+    with pytest.raises(LayoutError, match=words):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
