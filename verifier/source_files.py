@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from codecllm.converter.source.files import read_bytes
 from codecllm.converter.source.modules import MODULES_NAME
@@ -20,7 +22,7 @@ from codecllm.formats.manifest.manifest import (
 from codecllm.formats.strict_json import CONFIG_BYTES, parse_config
 from codecllm.verifier.report import Stage
 
-_NAMES_SHOWN = 8
+NAMES_SHOWN = 8
 
 
 def check_side_files(container: Container, source: SourceModel, stage: Stage) -> None:
@@ -50,8 +52,9 @@ def check_side_files(container: Container, source: SourceModel, stage: Stage) ->
     record = container.manifest.file(CONFIG_NAME)
     if record is not None and source.config is not None:
         config = read_bytes(source.folder, CONFIG_NAME, CONFIG_BYTES)
-        check_config(container.read_side_file(record), config, stage)
-        _check_block(container.read_side_file(record), source, stage)
+        ours = container.read_side_file(record)
+        check_config(ours, config, stage)
+        _check_block(ours, source, stage)
 
 
 def _check_block(data: bytes, source: SourceModel, stage: Stage) -> None:
@@ -97,17 +100,21 @@ def check_config(ours: bytes, theirs: bytes, stage: Stage) -> None:
         for block in ("quantization_config", "compression_config"):
             if isinstance(part, dict) and isinstance(own, dict) and block not in own:
                 part.pop(block, None)
-    keys = sorted(documents[0].keys() | documents[1].keys())
-    # As text: a NaN is unequal to itself.
-    ours_by_key, theirs_by_key = (
-        {key: json.dumps(value, sort_keys=True, default=repr) for key, value in document.items()}
-        for document in documents
-    )
-    different = [key for key in keys if ours_by_key.get(key) != theirs_by_key.get(key)]
+    different = different_keys(*documents)
     if different:
         stage.fail(
             ModelMismatchError(
-                f"the config differs from the source's: {', '.join(different[:_NAMES_SHOWN])}",
+                f"the config differs from the source's: {', '.join(different[:NAMES_SHOWN])}",
                 file=CONFIG_NAME,
             )
         )
+
+
+def different_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of two JSON objects that one of them lacks or that have other values."""
+    # As text: a NaN is unequal to itself.
+    a_by_key, b_by_key = (
+        {key: json.dumps(value, sort_keys=True, default=repr) for key, value in document.items()}
+        for document in (a, b)
+    )
+    return [key for key in sorted(a.keys() | b.keys()) if a_by_key.get(key) != b_by_key.get(key)]

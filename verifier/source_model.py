@@ -8,7 +8,6 @@ file that the converter should have taken, or a rename that the loader missed, s
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +18,12 @@ from codecllm.formats.container import Container
 from codecllm.formats.dtypes import DTYPES
 from codecllm.formats.errors import CodecLLMError, ModelMismatchError, one_line, shown
 from codecllm.formats.machine import available_memory
-from codecllm.formats.manifest.manifest import (
-    CONFIG_NAME,
-)
+from codecllm.formats.manifest.manifest import CONFIG_NAME
 from codecllm.formats.manifest.records import Int8Tensor
 from codecllm.verifier.baseline.baseline import MEMORY_FACTOR, asked_bits
 from codecllm.verifier.baseline.floor import floor_of
 from codecllm.verifier.report import Stage
-from codecllm.verifier.source_files import check_side_files
+from codecllm.verifier.source_files import NAMES_SHOWN, check_side_files, different_keys
 
 MAX_RELATIVE_ERROR = 0.9
 """Root mean square error of a quantized parameter, as a share of its own, from which on it is
@@ -39,8 +36,6 @@ MIN_PROJECTION = 0.25
 It is their product's sum over the sum of the parameter's squares: 0.5 to 1 for rounded values of
 the source, about 0 for another tensor.
 """
-
-NAMES_SHOWN = 8
 
 
 def check_source_model(
@@ -254,13 +249,7 @@ def _generation_difference(plain: Any, loaded: Any) -> Iterator[CodecLLMError]:
         model.generation_config.to_dict() if hasattr(model, "generation_config") else {}
         for model in (plain, loaded)
     ]
-    keys = sorted(documents[0].keys() | documents[1].keys())
-    # As text: a NaN is unequal to itself.
-    ours_by_key, theirs_by_key = (
-        {key: json.dumps(value, sort_keys=True, default=repr) for key, value in document.items()}
-        for document in documents
-    )
-    different = [key for key in keys if ours_by_key.get(key) != theirs_by_key.get(key)]
+    different = different_keys(*documents)
     if different:
         key = different[0]
         yield ModelMismatchError(
